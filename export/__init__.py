@@ -1,0 +1,1 @@
+"""How a PyTorch definition becomes an artefact: ONNX, passes, parity, the bundle."""

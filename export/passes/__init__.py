@@ -1,0 +1,1 @@
+"""Passes over the exported graph: one subject per file, each says whether it changed anything."""

@@ -1,0 +1,1 @@
+"""What a model is: definitions in PyTorch, checkpoints, and the registry of families."""

@@ -1,0 +1,26 @@
+"""How an artefact runs: load a bundle, hand it text or images, get numpy arrays back.
+
+Needs numpy, onnxruntime, tokenizers and pillow; never torch or onnx. Importing this package costs
+next to nothing: the libraries are imported when the first bundle is loaded.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transom.runtime.session import load as load
+
+__all__ = ["load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load":
+        from transom.runtime.session import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), "load"]

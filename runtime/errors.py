@@ -1,0 +1,52 @@
+"""Every error Transom raises on purpose, drawn in one place.
+
+TransomError
+├── CheckpointError     the source checkpoint is missing, damaged, pickled, or not a model we define
+├── ExportError         the export cannot start or finish: options, an existing --out, a full disk
+│   ├── ParityError     the artefact does not compute what PyTorch computes
+│   └── PrecisionError  a tensor does not fit the range of the precision that was asked for
+├── BundleError         a bundle is damaged, hostile, or of a format this version does not know
+├── InputError          a value handed to a loaded bundle cannot be used
+│   └── ShapeError      ... because of its rank or one of its axes
+└── BackendError        the device or library that was asked for is not there
+
+A message says what was received, what was expected, and what to do next, on one line.
+"""
+
+from __future__ import annotations
+
+
+class TransomError(Exception):
+    """Base of all errors of ours; the command line prints it on one line and exits 1."""
+
+
+class CheckpointError(TransomError):
+    """The source checkpoint is missing, damaged, pickled, or not a model we define."""
+
+
+class ExportError(TransomError):
+    """The export cannot start or finish: options, an existing ``--out``, a full disk."""
+
+
+class ParityError(ExportError):
+    """The artefact does not compute what PyTorch computes."""
+
+
+class PrecisionError(ExportError):
+    """A tensor does not fit the range of the precision that was asked for."""
+
+
+class BundleError(TransomError):
+    """A bundle is damaged, hostile, or of a format this version does not know."""
+
+
+class InputError(TransomError):
+    """A value handed to a loaded bundle cannot be used."""
+
+
+class ShapeError(InputError):
+    """An input has the wrong rank, or an axis outside the bounds of the bundle."""
+
+
+class BackendError(TransomError):
+    """The device or library that was asked for is not there."""

@@ -1,0 +1,1 @@
+"""What a loaded bundle can be asked for: one file per family."""
