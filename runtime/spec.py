@@ -21,13 +21,15 @@ class Axis:
 class Tensor:
     """A graph's input or output: numpy dtype name and a shape of axis names and fixed sizes.
 
-    ``default`` fills an input that the caller leaves out (an attention mask of ones, say).
+    ``default`` fills an input that the caller leaves out (an attention mask of ones, say);
+    ``below`` bounds the values of an index: 0 <= value < below.
     """
 
     name: str
     dtype: str
     shape: tuple[str | int, ...]
     default: int | None = None
+    below: int | None = None
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,24 @@
-"""What a loaded bundle can be asked for: one file per family."""
+"""What a loaded bundle can be asked for: one file per family, one line per file in FAMILIES."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from transom.runtime.errors import BundleError
+
+if TYPE_CHECKING:
+    from transom.runtime.session import LoadedBundle
+
+FAMILIES = {"bert": ("bert", "Bert"), "vit": ("vit", "ViT")}  # family -> module here, class
+
+
+def task_class(family: str) -> type[LoadedBundle]:
+    """The class that serves a family; only that family's file is imported."""
+    if family not in FAMILIES:
+        raise BundleError(
+            f"bundle.json has family {family!r}; this Transom runs {', '.join(FAMILIES)}. "
+            "Upgrade with `pip install --upgrade transom`."
+        )
+    module, name = FAMILIES[family]
+    return getattr(importlib.import_module(f"transom.runtime.tasks.{module}"), name)  # type: ignore[no-any-return]

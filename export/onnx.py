@@ -1,0 +1,121 @@
+"""From a PyTorch module to the canonical ONNX graph: FP32, standard operators, named axes."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from transom.runtime.errors import ExportError
+from transom.runtime.inputs import shape_of
+from transom.runtime.spec import Axis, Graph
+
+OPSET = 23  # the first with Attention; 24 adds the KV cache, which encoders do not need
+MODULE = "module"  # node metadata: the path of the PyTorch module a node comes from
+
+
+def onnx_from_module(module: nn.Module, graph: Graph, axes: Mapping[str, Axis]) -> ir.Model:
+    """Trace ``module`` once and return its graph with the names, dtypes and axes of ``graph``.
+
+    Every node carries the path of its module as metadata; the exporter's other notes (stack traces
+    with the paths of this machine) are dropped. Raises ExportError when the exporter fails or gives
+    back other axes than were asked for.
+    """
+    sizes = example_sizes(axes)
+    examples = tuple(
+        torch.zeros(shape_of(tensor, sizes), dtype=getattr(torch, tensor.dtype)) for tensor in graph.inputs
+    )
+    dims = {name: torch.export.Dim(name, min=axis.min, max=axis.max) for name, axis in axes.items() if axis.max > 1}
+    dynamic = tuple(
+        {i: dims[size] for i, size in enumerate(tensor.shape) if size in dims}  # type: ignore[index]
+        for tensor in graph.inputs
+    )
+    try:
+        with quiet_exporter():
+            program = torch.onnx.export(
+                module,
+                examples,
+                dynamo=True,
+                opset_version=OPSET,
+                dynamic_shapes=dynamic,
+                input_names=[tensor.name for tensor in graph.inputs],
+                output_names=[tensor.name for tensor in graph.outputs],
+                verbose=False,
+            )
+    except Exception as error:  # the exporter wraps failures in many types
+        reason = " ".join(str(error).split())[:400]
+        raise ExportError(f"torch.onnx.export failed: {reason}. Run again with --debug for the whole story.") from error
+    assert program is not None
+    model = program.model
+    model.producer_name, model.producer_version, model.doc_string = "transom", None, None
+    model.graph.name, model.graph.doc_string = graph.name, None
+    keep_module_paths(model)
+    check_axes(model, graph, axes)
+    return model
+
+
+def example_sizes(axes: Mapping[str, Axis]) -> dict[str, int]:
+    """Distinct sizes of at least 2, so that the tracer can neither specialise an axis nor equate two."""
+    sizes: dict[str, int] = {}
+    for name, axis in sorted(axes.items(), key=lambda item: item[1].max):
+        sizes[name] = min(axis.max, 2 + len(sizes))
+    return sizes
+
+
+@contextlib.contextmanager
+def quiet_exporter() -> Iterator[None]:
+    """Hide what the exporter says to its own developers: deprecations inside torch, missing torchvision."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def keep_module_paths(model: ir.Model) -> None:
+    """Replace the exporter's metadata by the dotted path of the module each node comes from."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for node in model.graph:
+        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]")
+        path = scopes.strip("[]").split(", ")[-2:-1]  # the last is the operation itself
+        node.metadata_props.clear()
+        node.doc_string = None
+        if path and path[0].strip("'\""):
+            node.metadata_props[MODULE] = path[0].strip("'\"")
+    for value in values(model):
+        value.metadata_props.clear()
+        value.doc_string = None
+
+
+def values(model: ir.Model) -> Iterator[ir.Value]:
+    """Every value of the main graph: inputs, initializers and what the nodes compute."""
+    yield from model.graph.inputs
+    yield from model.graph.initializers.values()
+    for node in model.graph:
+        yield from node.outputs
+
+
+def check_axes(model: ir.Model, graph: Graph, axes: Mapping[str, Axis]) -> None:
+    """The exporter may rename or specialise an axis without a word: compare what came back."""
+    for tensor, value in zip(
+        (*graph.inputs, *graph.outputs), (*model.graph.inputs, *model.graph.outputs), strict=True
+    ):
+        expected = tuple(
+            1 if isinstance(size, str) and axes[size].max == 1 else size for size in tensor.shape
+        )  # an axis of one is traced as a constant
+        found = tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape or ())
+        if value.name != tensor.name or found != expected:
+            raise ExportError(
+                f"the exporter made {value.name} {found} of {tensor.name} {expected}; the definition specialises "
+                "an axis. Look for Python branches on a size in its forward."
+            )

@@ -1,0 +1,71 @@
+"""Half-precision graph -> a graph any CPU can execute that rounds like it.
+
+ONNX Runtime's CPU computes an FP16 graph in FP32 and has no kernels for BF16 at all. Here every node
+computes in FP32 and its result is rounded to half precision and back, which is what a GPU that
+accumulates in FP32 does (but for the inside of fused attention). The weights stay in half precision
+and are shared with the graph this is made from.
+
+Cases:
+1. A half-precision weight is cast to FP32 where it is read.
+2. A node's half-precision result is computed in FP32 and rounded: Cast to half, Cast to FP32.
+3. A node that only moves values (MOVES) needs no rounding: its inputs were rounded.
+4. A Cast to half keeps rounding and is cast back; a Cast from half reads the rounded FP32.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+MOVES = frozenset(
+    "Reshape Transpose Gather Slice Concat Expand Squeeze Unsqueeze Split Flatten Identity ConstantOfShape".split()
+)
+HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+
+def emulate_half(model: ir.Model) -> bool:
+    """Rewrite ``model`` in place; True if it had anything in half precision."""
+    graph = model.graph
+    nodes = list(graph)
+    widened = {}
+    for weight in [w for w in graph.initializers.values() if w.dtype in HALVES]:
+        readers = list(weight.uses())
+        wide = cast_of(weight, ir.DataType.FLOAT, f"{weight.name}_float")  # case 1
+        graph.insert_before(nodes[0], wide)
+        for reader, index in readers:
+            reader.replace_input_with(index, wide.outputs[0])
+        widened[weight.name] = wide
+    changed = bool(widened)
+    for node in nodes:
+        for output in node.outputs:
+            if output.dtype in HALVES:
+                round_output(graph, node, output)
+                changed = True
+    return changed
+
+
+def round_output(graph: ir.Graph, node: ir.Node, output: ir.Value) -> None:
+    """Cases 2 to 4 for one result."""
+    half = output.dtype
+    assert half is not None
+    readers = list(output.uses())
+    if node.op_type == "Cast":  # case 4: the node itself rounds
+        back = cast_of(output, ir.DataType.FLOAT, f"{output.name}_float")
+        graph.insert_after(node, back)
+    else:
+        output.dtype = ir.DataType.FLOAT
+        if node.op_type in MOVES:  # case 3
+            if node.op_type == "ConstantOfShape":
+                filled = node.attributes["value"].as_tensor().numpy().astype("float32")
+                node.attributes["value"] = ir.AttrTensor("value", ir.Tensor(filled))
+            return
+        rounded = cast_of(output, half, f"{output.name}_rounded")
+        back = cast_of(rounded.outputs[0], ir.DataType.FLOAT, f"{output.name}_float")
+        graph.insert_after(node, [rounded, back])
+    for reader, index in readers:
+        reader.replace_input_with(index, back.outputs[0])
+
+
+def cast_of(value: ir.Value, to: ir.DataType, name: str) -> ir.Node:
+    cast = ir.node("Cast", [value], {"to": to}, name=f"cast_{name}")
+    cast.outputs[0].name, cast.outputs[0].dtype, cast.outputs[0].shape = name, to, value.shape
+    return cast

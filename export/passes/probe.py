@@ -1,0 +1,52 @@
+"""A graph -> the same graph with one more output per tensor: its largest absolute value.
+
+Cases:
+1. A float32 result of any node gets ``ReduceMax(Abs(x))`` as a scalar output named ``max:<tensor>``.
+2. The scores inside ``Attention`` (query times key, scaled) come out through its fourth output and are
+   probed like any other tensor; FP16 kernels may hold them.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from transom.export.onnx import MODULE
+
+PREFIX = "max:"
+
+
+def probe_ranges(model: ir.Model) -> dict[str, str]:
+    """Rewrite ``model`` in place to output only the probes; probe's name -> path of the module it measures."""
+    modules: dict[str, str] = {}
+    probes = []
+    for node in list(model.graph):
+        measured = [output for output in node.outputs if output.dtype == ir.DataType.FLOAT and output.name]
+        if node.op_type == "Attention":
+            measured.append(expose_scores(node))
+        for value in measured:
+            probes.append(probe(model.graph, node, value))
+            modules[str(probes[-1].name)] = node.metadata_props.get(MODULE, "")
+    model.graph.outputs.clear()
+    model.graph.outputs.extend(probes)
+    return modules
+
+
+def probe(graph: ir.Graph, node: ir.Node, value: ir.Value) -> ir.Value:
+    """Case 1."""
+    absolute = ir.node("Abs", [value], name=f"abs_{value.name}")
+    largest = ir.node("ReduceMax", [absolute.outputs[0]], {"keepdims": 0}, name=f"max_{value.name}")
+    absolute.outputs[0].name, largest.outputs[0].name = f"abs:{value.name}", f"{PREFIX}{value.name}"
+    largest.outputs[0].dtype, largest.outputs[0].shape = ir.DataType.FLOAT, ir.Shape([])
+    graph.insert_after(node, [absolute, largest])
+    return largest.outputs[0]
+
+
+def expose_scores(node: ir.Node) -> ir.Value:
+    """Case 2."""
+    node.resize_outputs(4)
+    for omitted in node.outputs[1:3]:  # the present key and value: an empty name leaves an output out
+        omitted.name = ""
+    scores = node.outputs[3]
+    scores.name, scores.dtype = f"{node.outputs[0].name}_scores", ir.DataType.FLOAT
+    node.attributes["qk_matmul_output_mode"] = ir.AttrInt64("qk_matmul_output_mode", 0)
+    return scores

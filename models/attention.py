@@ -1,0 +1,44 @@
+"""The one attention every family uses and every fusion must match.
+
+Shape letters, in the code and as axis names in the ONNX graph:
+    B batch   S sequence   E hidden size   H heads   D head size, E = H * D
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention up to its output projection: "Attention Is All You Need", section 3.2.
+
+    Separate projections and 4-D operands, so that the exporter emits exactly one ONNX ``Attention``
+    (opset 23) per layer; a packed QKV that is unbound would export as Slice and Squeeze chains.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, *, bias: bool = True) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Linear(hidden_size, hidden_size, bias=bias)
+        self.key = nn.Linear(hidden_size, hidden_size, bias=bias)
+        self.value = nn.Linear(hidden_size, hidden_size, bias=bias)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attend over ``x`` (B, S, E); ``mask`` is bool (B, 1, S, S), true where a key may be seen."""
+        q, k, v = (self._heads(project(x)) for project in (self.query, self.key, self.value))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, S, D)
+        return y.transpose(1, 2).flatten(2)  # (B, S, E)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, S, E) -> (B, H, S, D)
+
+
+def key_mask(attention_mask: Tensor) -> Tensor:
+    """Turn ``attention_mask`` (B, S), non-zero where a token is real, into bool (B, 1, S, S).
+
+    Expanded over the queries: ONNX Runtime's CPU kernel refuses a mask of (B, 1, 1, S) at run time.
+    """
+    B, S = attention_mask.shape
+    return attention_mask.to(torch.bool)[:, None, None, :].expand(B, 1, S, S)

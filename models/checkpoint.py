@@ -1,0 +1,132 @@
+"""Where a checkpoint comes from: a reference model's name, a folder, or a hub id."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transom.models.pooling import read_object, sentence_modules, sentence_pooling
+from transom.models.references import REFERENCES, reference_folder
+from transom.runtime.errors import CheckpointError
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
+HUB_FILES = ["*.json", "vocab.txt", "*.safetensors", "*/config.json"]  # never the pickles
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk, opened but not loaded."""
+
+    name: str  # what the bundle is called
+    source: str  # what the user may hand to `transom verify --source` again
+    folder: Path  # of config.json, the weights and the tokenizer
+    raw: Mapping[str, Any]  # config.json
+    weight_files: tuple[Path, ...]
+    pooling: Mapping[str, Any]  # of sentence-transformers; empty elsewhere
+
+    def sha256(self) -> str:
+        """Hash of config.json, the pooling and the weights: what the graph is made of."""
+        digest = hashlib.sha256(repr(sorted(self.pooling.items())).encode())
+        for path in (self.folder / "config.json", *self.weight_files):
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+            for block in blocks(path):
+                digest.update(block)
+        return digest.hexdigest()
+
+
+def blocks(path: Path, size: int = 1 << 22) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while block := file.read(size):
+            yield block
+
+
+def open_checkpoint(source: str) -> Checkpoint:
+    """Find SOURCE and read its config.json; weights are located, not read.
+
+    Raises CheckpointError when nothing is found, config.json is missing or damaged, the weights are
+    pickled or missing, or a sharded index names a file outside the folder.
+    """
+    root, name, recorded = locate(source)
+    transformer = next((where for kind, where in sentence_modules(root) if kind == "transformer"), root)
+    config = transformer / "config.json"
+    if not config.is_file():
+        raise CheckpointError(f"{transformer} has no config.json; SOURCE must be a Hugging Face checkpoint folder.")
+    return Checkpoint(
+        name=name,
+        source=recorded,
+        folder=transformer,
+        raw=read_object(config),
+        weight_files=find_weights(transformer),
+        pooling=sentence_pooling(root),
+    )
+
+
+def locate(source: str) -> tuple[Path, str, str]:
+    """The folder of SOURCE, the name its bundle gets, and SOURCE as recorded in the bundle."""
+    if source in REFERENCES:
+        return reference_folder(source), source, source
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder, folder.resolve().name, str(folder.resolve())
+    if folder.exists():
+        raise CheckpointError(f"{source} is a file; SOURCE must be the checkpoint's folder, the one with config.json.")
+    if not HUB_ID.fullmatch(source) or source.startswith((".", "/", "~")):
+        raise CheckpointError(
+            f"{source!r} is neither a folder nor a hub id (organisation/model[@revision]) nor one of our reference "
+            f"models ({', '.join(REFERENCES)}). Check the path."
+        )
+    return download(source), source.partition("@")[0].rsplit("/", 1)[-1], source
+
+
+def download(source: str) -> Path:
+    """Fetch a hub id through huggingface_hub, which honours HF_HUB_OFFLINE, HF_ENDPOINT and its cache."""
+    from huggingface_hub import snapshot_download
+
+    repository, _, revision = source.partition("@")
+    try:
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=HUB_FILES))
+    except Exception as error:  # the hub client raises a dozen unrelated types for "not there"
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{source!r} is no folder here and the hub did not give it ({type(error).__name__}: {reason}). "
+            "Check the name and the connection, or download it and pass the folder."
+        ) from None
+
+
+def find_weights(folder: Path) -> tuple[Path, ...]:
+    """model.safetensors, or the shards its index names."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return (single,)
+    if not index.is_file():
+        raise CheckpointError(missing_weights(folder))
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map; download the checkpoint again.")
+    shards = sorted({str(name) for name in weight_map.values()})
+    strangers = [name for name in shards if Path(name).name != name or not name.endswith(".safetensors")]
+    if strangers:
+        raise CheckpointError(f"{index} names {strangers[0]!r}; a shard must be a .safetensors file beside it.")
+    absent = [name for name in shards if not (folder / name).is_file()]
+    if absent:
+        raise CheckpointError(
+            f"{index} names {len(shards)} shards, missing here: {', '.join(absent)}. Download the checkpoint again."
+        )
+    return tuple(folder / name for name in shards)
+
+
+def missing_weights(folder: Path) -> str:
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if not pickles:
+        return f"{folder} has no model.safetensors and no model.safetensors.index.json; download the weights."
+    return (
+        f"{folder} has its weights only as {', '.join(pickles[:3])}, a format that can run code when it is opened, "
+        "so Transom never opens it. Convert it where you trust it: python -c \"from transformers import AutoModel; "
+        f"AutoModel.from_pretrained('{folder}').save_pretrained('{folder}-safe')\" "
+        "(with the class that config.json's architectures names), then export that folder."
+    )

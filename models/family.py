@@ -1,0 +1,118 @@
+"""What the registry knows of a family; each family's file ends with one of these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from transom.runtime.errors import CheckpointError
+from transom.runtime.spec import Axis, Graph
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a checkpoint says of itself: all that a family's config may depend on."""
+
+    raw: Mapping[str, Any]  # config.json
+    names: frozenset[str]  # of the stored weights
+    task: str
+    pooling: Mapping[str, Any]  # sentence-transformers' modules: {"mode", "normalize"}, or empty
+    image_size: tuple[int, int] | None = None  # asked for by the user
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family, from the words of its checkpoints to the graph that is exported.
+
+    name           the family's name in bundle.json, also the ``model_type`` of its checkpoints
+    prefix         what checkpoints with a head put before the encoder's weights
+    architectures  transformers' class name -> the task it is exported for
+    tasks          every task a checkpoint of the family can be exported for
+    config         Source -> the family's frozen config
+    build          config, task -> a module whose ``forward`` takes the graph's inputs in order and
+                   returns the graph's outputs in order
+    rename         stored name, task -> our name; None: the weight of another task's head
+    convert        our name, stored tensor, config -> the tensor in the shape the module wants
+    graph          config, task -> the graph's named tensors
+    axes           config -> the bounds of the graph's named axes
+    """
+
+    name: str
+    prefix: str
+    architectures: Mapping[str, str]
+    tasks: tuple[str, ...]
+    config: Callable[[Source], Any]
+    build: Callable[[Any, str], nn.Module]
+    rename: Callable[[str, str], str | None]
+    convert: Callable[[str, Tensor, Any], Tensor]
+    graph: Callable[[Any, str], Graph]
+    axes: Callable[[Any], dict[str, Axis]]
+
+
+MAX_LAYERS = 1_000  # far past any encoder; keeps a hostile config from building modules for ever
+MAX_SIZE = 2**31 - 1  # of any one dimension
+
+
+def config_fields(
+    raw: Mapping[str, Any],
+    sizes: Mapping[str, int],
+    others: Mapping[str, Any],
+    activations: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Take the named fields from config.json, with their defaults, and check them all.
+
+    ``sizes`` are positive integers; ``others`` have the type of their default (``layer_norm_eps``
+    positive, names ending in ``_act`` among ``activations``). Raises CheckpointError naming every
+    field that is wrong.
+    """
+    found = {name: raw.get(name, default) for name, default in {**sizes, **others}.items()}
+    problems = []
+    for name, value in found.items():
+        if name in sizes:
+            limit = MAX_LAYERS if name == "num_hidden_layers" else MAX_SIZE
+            if type(value) is not int or not 1 <= value <= limit:
+                problems.append(f"{name} is {value!r}, expected an integer in 1..{limit}")
+        elif name.endswith("_act"):
+            if value not in activations:
+                problems.append(f"{name} is {value!r}, expected one of {', '.join(activations)}")
+        elif isinstance(others[name], bool):
+            if type(value) is not bool:
+                problems.append(f"{name} is {value!r}, expected true or false")
+        elif type(value) not in (int, float) or not 0 < value < 1:
+            problems.append(f"{name} is {value!r}, expected a number between 0 and 1")
+    if not problems and found["hidden_size"] % found["num_attention_heads"]:
+        problems.append(
+            f"hidden_size {found['hidden_size']} is no multiple of "
+            f"num_attention_heads {found['num_attention_heads']}"
+        )
+    if problems:
+        raise CheckpointError(f"config.json cannot be used: {'; '.join(problems)}. Correct these fields.")
+    return found
+
+
+def label_count(raw: Mapping[str, Any]) -> int:
+    """How many labels config.json declares: id2label, else num_labels, else transformers' default 2."""
+    labels = raw.get("id2label")
+    if isinstance(labels, dict) and labels:
+        return len(labels)
+    count = raw.get("num_labels", 2)
+    if type(count) is not int or not 1 <= count <= MAX_SIZE:
+        raise CheckpointError(f"config.json: num_labels is {count!r}, expected a positive integer.")
+    return count
+
+
+def label_names(raw: Mapping[str, Any]) -> tuple[str, ...]:
+    """The labels in the order of their ids, ``LABEL_<i>`` where config.json names none."""
+    labels = raw.get("id2label") or {}
+    names = tuple(f"LABEL_{i}" for i in range(label_count(raw)))
+    if not labels:
+        return names
+    if sorted(labels, key=str) != sorted((str(i) for i in range(len(names))), key=str):
+        raise CheckpointError(
+            f"config.json: id2label has the ids {', '.join(sorted(map(str, labels))[:8])}, "
+            f"expected 0..{len(names) - 1} without gaps."
+        )
+    return tuple(str(labels[str(i)]) for i in range(len(names)))

@@ -1,0 +1,69 @@
+"""The parts encoders share: activations, dense layers as checkpoints nest them, the sentence embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Names as in transformers' configs; gelu_new and gelu_pytorch_tanh are the same tanh approximation.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+    "swish": F.silu,
+    "tanh": torch.tanh,
+}
+
+
+class Dense(nn.Module):
+    """A linear layer under the name ``dense``, as checkpoints nest it, with an optional activation."""
+
+    def __init__(self, in_features: int, out_features: int, activation: str | None = None) -> None:
+        super().__init__()
+        self.dense = nn.Linear(in_features, out_features)
+        self.activation = ACTIVATIONS[activation] if activation else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dense(x)
+        return x if self.activation is None else self.activation(x)
+
+
+class DenseAddNorm(nn.Module):
+    """Post-norm end of a sublayer: LayerNorm(residual + dense(x))."""
+
+    def __init__(self, in_features: int, out_features: int, norm_eps: float) -> None:
+        super().__init__()
+        self.dense = nn.Linear(in_features, out_features)
+        self.LayerNorm = nn.LayerNorm(out_features, eps=norm_eps)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.LayerNorm(self.dense(x) + residual)  # type: ignore[no-any-return]
+
+
+class SentencePooling(nn.Module):
+    """One vector per sentence, as sentence-transformers' Pooling and Normalize modules make it.
+
+    Computed in FP32 whatever the precision of the graph: a sum over hundreds of tokens loses too
+    many digits in FP16. Nodes under this module's name keep FP32 when a graph is converted.
+    """
+
+    def __init__(self, mode: str, normalize: bool) -> None:
+        super().__init__()
+        self.mode = mode
+        self.normalize = normalize
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        """``hidden`` (B, S, E), ``attention_mask`` (B, S) -> float32 (B, E)."""
+        hidden = hidden.float()
+        if self.mode == "cls":
+            pooled = hidden[:, 0]
+        else:
+            weight = attention_mask.unsqueeze(-1).float()  # (B, S, 1)
+            pooled = (hidden * weight).sum(1) / weight.sum(1).clamp(min=1e-9)
+        return F.normalize(pooled, dim=-1) if self.normalize else pooled

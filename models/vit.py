@@ -1,0 +1,229 @@
+"""ViT (Dosovitskiy et al., 2020, arXiv:2010.11929): image patches through a pre-norm encoder.
+
+Shape letters as in attention.py; C channels, P patches, S = P + 1 with the class token.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from transom.models.attention import Attention
+from transom.models.family import Family, Source, config_fields, label_count
+from transom.models.layers import ACTIVATIONS, Dense
+from transom.runtime.errors import CheckpointError
+from transom.runtime.spec import Axis, Graph
+from transom.runtime.spec import Tensor as TensorSpec
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """ViT-B/16 at 224 pixels by default; names as in transformers' config.json, sizes as (height, width)."""
+
+    image_size: tuple[int, int] = (224, 224)
+    trained_image_size: tuple[int, int] = (224, 224)  # of the stored position embeddings
+    patch_size: tuple[int, int] = (16, 16)
+    num_channels: int = 3
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-12
+    qkv_bias: bool = True
+    num_labels: int = 2
+    pooler: bool = False
+    pooler_output_size: int = 768
+    pooler_act: str = "tanh"
+
+
+class Embeddings(nn.Module):
+    """Patches by a strided convolution, the class token in front, learned positions added: equation 1."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        E, (rows, columns) = config.hidden_size, grid(config.image_size, config.patch_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, E))
+        self.position_embeddings = nn.Parameter(torch.zeros(1, rows * columns + 1, E))
+        projection = nn.Conv2d(config.num_channels, E, kernel_size=config.patch_size, stride=config.patch_size)
+        self.patch_embeddings = nn.ModuleDict({"projection": projection})
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        patches = self.patch_embeddings["projection"](pixel_values).flatten(2).transpose(1, 2)  # (B, P, E)
+        cls = self.cls_token.expand(pixel_values.shape[0], -1, -1)  # (B, 1, E)
+        return torch.cat((cls, patches), dim=1) + self.position_embeddings  # (B, S, E)
+
+
+class SelfAttention(nn.Module):
+    """Attention and its output projection; the parts are called ``attention`` and ``output`` in checkpoints."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.attention = Attention(config.hidden_size, config.num_attention_heads, bias=config.qkv_bias)
+        self.output = Dense(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.attention(x))  # type: ignore[no-any-return]
+
+
+class Layer(nn.Module):
+    """Pre-norm: x + Attention(LayerNorm(x)), then x + FeedForward(LayerNorm(x)): equations 2 and 3."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = SelfAttention(config)
+        self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.intermediate = Dense(config.hidden_size, config.intermediate_size, config.hidden_act)
+        self.output = Dense(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.layernorm_before(x))
+        return x + self.output(self.intermediate(self.layernorm_after(x)))  # type: ignore[no-any-return]
+
+
+class ViT(nn.Module):
+    """The encoder and, for classification, a linear head on the class token.
+
+    ``forward(pixel_values)``, float32 (B, C, height, width), returns the outputs of ``graph`` in order:
+    ``logits`` (B, L) or ``pooler_output`` (B, E) where there is one, then ``last_hidden_state`` (B, S, E).
+    """
+
+    def __init__(self, config: ViTConfig, task: str) -> None:
+        super().__init__()
+        self.embeddings = Embeddings(config)
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))})
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.pooler = (
+            Dense(config.hidden_size, config.pooler_output_size, config.pooler_act) if config.pooler else None
+        )
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if task == "image-classification" else None
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        x = self.embeddings(pixel_values)
+        for layer in self.encoder["layer"]:  # type: ignore[union-attr]
+            x = layer(x)
+        x = self.layernorm(x)
+        if self.classifier is not None:
+            return self.classifier(x[:, 0]), x
+        return (x,) if self.pooler is None else (self.pooler(x[:, 0]), x)
+
+
+def grid(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of patches."""
+    return image_size[0] // patch_size[0], image_size[1] // patch_size[1]
+
+
+def convert(name: str, stored: Tensor, config: ViTConfig) -> Tensor:
+    """Carry learned positions (1, 1 + P, E) from the trained grid to the exported one: section 3.2.
+
+    Bicubic without aligned corners, the class position untouched, as transformers'
+    ``interpolate_pos_encoding`` does. Every other weight is returned as it is.
+    """
+    old, new = grid(config.trained_image_size, config.patch_size), grid(config.image_size, config.patch_size)
+    if name != "embeddings.position_embeddings" or old == new:
+        return stored
+    if stored.shape != (1, old[0] * old[1] + 1, config.hidden_size):  # load_weights reports the shape
+        return stored
+    patches = stored[:, 1:].unflatten(1, old).permute(0, 3, 1, 2)  # (1, E, rows, columns)
+    patches = F.interpolate(patches.float(), size=new, mode="bicubic", align_corners=False)
+    return torch.cat((stored[:, :1].float(), patches.permute(0, 2, 3, 1).flatten(1, 2)), dim=1)
+
+
+# transformers 5 names its modules anew but writes files with the older names, which are ours; both load.
+NEWER_NAMES = (
+    (r"^layers\.", "encoder.layer."),
+    (r"attention\.q_proj\.", "attention.attention.query."),
+    (r"attention\.k_proj\.", "attention.attention.key."),
+    (r"attention\.v_proj\.", "attention.attention.value."),
+    (r"attention\.o_proj\.", "attention.output.dense."),
+    (r"mlp\.fc1\.", "intermediate.dense."),
+    (r"mlp\.fc2\.", "output.dense."),
+)
+
+
+def rename(name: str, task: str) -> str | None:
+    """A stored name -> ours, which is the same but for prefixes; None for what ``task`` does not use."""
+    name = name.removeprefix("vit.")
+    for newer, ours in NEWER_NAMES:
+        name = re.sub(newer, ours, name)
+    other = "pooler." if task == "image-classification" else "classifier."
+    if name.startswith((other, "decoder.")) or name == "embeddings.mask_token":  # of masked image modelling
+        return None
+    return name
+
+
+SIZES = {
+    "num_channels": 3,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+}
+OTHERS = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "qkv_bias": True, "pooler_act": "tanh"}
+
+
+def config_from_source(source: Source) -> ViTConfig:
+    """Read config.json; the image size is the checkpoint's unless the user asked for another."""
+    raw = source.raw
+    fields = config_fields(raw, SIZES, OTHERS, ACTIVATIONS)
+    trained = pair(raw, "image_size", 224)
+    config = ViTConfig(
+        **fields,
+        image_size=source.image_size or trained,
+        trained_image_size=trained,
+        patch_size=pair(raw, "patch_size", 16),
+        num_labels=label_count(raw),
+        pooler=source.task == "feature-extraction" and any("pooler." in name for name in source.names),
+        pooler_output_size=raw.get("pooler_output_size") or fields["hidden_size"],
+    )
+    for name, size in (("image_size", trained), ("image size asked for", config.image_size)):
+        if size[0] < config.patch_size[0] or size[1] < config.patch_size[1]:
+            raise CheckpointError(f"{name} {size} is smaller than one patch {config.patch_size}; ask for a larger one.")
+    return config
+
+
+def pair(raw: Mapping[str, Any], name: str, default: int) -> tuple[int, int]:
+    """A size that transformers writes as one integer or as [height, width]."""
+    value = raw.get(name, default)
+    sides = (value, value) if type(value) is int else value
+    valid = isinstance(sides, list | tuple) and len(sides) == 2
+    if not valid or not all(type(side) is int and 1 <= side <= 16_384 for side in sides):
+        raise CheckpointError(f"config.json: {name} is {value!r}, expected one or two integers in 1..16384 pixels.")
+    return sides[0], sides[1]
+
+
+def graph(config: ViTConfig, task: str) -> Graph:
+    """transformers' tensor names; the image size is fixed at export."""
+    rows, columns = grid(config.image_size, config.patch_size)
+    pixels = TensorSpec("pixel_values", "float32", ("B", config.num_channels, *config.image_size))
+    outputs = [TensorSpec("last_hidden_state", "float32", ("B", rows * columns + 1, config.hidden_size))]
+    if task == "image-classification":
+        outputs.insert(0, TensorSpec("logits", "float32", ("B", config.num_labels)))
+    elif config.pooler:
+        outputs.insert(0, TensorSpec("pooler_output", "float32", ("B", config.pooler_output_size)))
+    return Graph(name="model", inputs=(pixels,), outputs=tuple(outputs))
+
+
+def axes(config: ViTConfig) -> dict[str, Axis]:
+    return {"B": Axis(1, 1, 16)}
+
+
+FAMILY = Family(
+    name="vit",
+    prefix="vit.",
+    architectures={"ViTModel": "feature-extraction", "ViTForImageClassification": "image-classification"},
+    tasks=("image-classification", "feature-extraction"),
+    config=config_from_source,
+    build=ViT,
+    rename=rename,
+    convert=convert,
+    graph=graph,
+    axes=axes,
+)

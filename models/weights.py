@@ -1,0 +1,109 @@
+"""From safetensors to a filled module, with everything that does not fit reported at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from transom.models.family import Family
+from transom.runtime.errors import CheckpointError
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+LISTED = 12  # names per kind of problem in a message; more are counted
+
+
+def stored_names(files: Iterable[Path]) -> frozenset[str]:
+    """Names of all weights in the files; CheckpointError when one is damaged."""
+    names: set[str] = set()
+    for path in files:
+        with opened(path) as file:
+            names.update(file.keys())
+    return frozenset(names)
+
+
+def opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as safetensors ({error}); the file is truncated or damaged. Download it again."
+        ) from None
+
+
+def build_module(
+    family: Family, config: Any, task: str, files: Sequence[Path], *, ignore_unused: bool = False
+) -> tuple[nn.Module, list[str]]:
+    """The family's module for ``task``, filled from ``files``, in FP32 and eval mode; and the names left out.
+
+    Shapes are compared before memory is taken. Stored weights of other heads are left out; any other
+    unused weight is an error unless ``ignore_unused``: a file with more than the definition uses
+    usually means that the definition would compute something else.
+
+    Raises CheckpointError listing every missing, unused, misshapen and non-finite weight.
+    """
+    with torch.device("meta"):
+        module = family.build(config, task)
+    expected = {name: parameter.shape for name, parameter in module.named_parameters()}
+    tensors, sources, unused, left_out, problems = {}, {}, [], [], []  # type: ignore[var-annotated]
+    for path in files:
+        with opened(path) as file:
+            for stored in file.keys():  # noqa: SIM118 - safe_open is no dict
+                name = family.rename(stored, task)
+                if name is None:
+                    left_out.append(stored)
+                elif name not in expected:
+                    unused.append(stored)
+                elif name in tensors:
+                    problems.append(f"{stored} and {sources[name]} are the same weight twice")
+                else:
+                    tensors[name] = converted(family, config, name, stored, file.get_tensor(stored), problems)
+                    sources[name] = stored
+    prefixed = any(stored.startswith(family.prefix) for stored in sources.values())
+    bare = ("classifier.", "qa_outputs.", "cls.")  # heads carry no prefix
+    missing = [
+        f"{family.prefix}{name}" if prefixed and not name.startswith(bare) else name
+        for name in expected
+        if name not in tensors
+    ]
+    problems += [
+        f"{sources[name]} has shape {tuple(tensor.shape)}, config.json asks for {tuple(expected[name])}"
+        for name, tensor in tensors.items()
+        if tensor.shape != expected[name]
+    ]
+    if missing:
+        problems.append(f"missing: {listed(missing)}")
+    if unused and (missing or not ignore_unused):
+        problems.append(f"unused: {listed(sorted(unused))}")
+    if problems:
+        raise CheckpointError(
+            f"{files[0].parent}: the weights do not fit a {family.name} for {task}: {'; '.join(problems)}. "
+            + advice(missing, unused)
+        )
+    module.load_state_dict(tensors, assign=True)
+    return module.eval().requires_grad_(False), left_out + unused
+
+
+def converted(family: Family, config: Any, name: str, stored: str, tensor: Tensor, problems: list[str]) -> Tensor:
+    if tensor.dtype not in FLOATS:
+        problems.append(f"{stored} is stored as {tensor.dtype}; expected float32, float16 or bfloat16")
+    elif not torch.isfinite(tensor).all():
+        problems.append(f"{stored} holds NaN or infinity")
+    return family.convert(name, tensor.float(), config).contiguous()
+
+
+def listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
+
+
+def advice(missing: Sequence[str], unused: Sequence[str]) -> str:
+    if missing:
+        return "If the checkpoint has no such head, choose another --task; else download it again."
+    if unused:
+        return "If they are not needed (an adapter, say), export with --ignore-unused."
+    return "Download the checkpoint again, or correct config.json."

@@ -1,0 +1,39 @@
+"""What a backend is: the one thing a loaded bundle needs from a library that executes graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from transom.runtime.bundle import Bundle, GraphFile
+from transom.runtime.errors import BackendError
+
+Array = NDArray[Any]
+DEVICES = ("cpu", "cuda", "auto")
+
+
+class Backend(Protocol):
+    """One graph, loaded on one device; callable from many threads at once."""
+
+    device: str
+
+    def run(self, feeds: Mapping[str, Array], shapes: Mapping[str, Sequence[int]]) -> dict[str, Array]:
+        """Execute on checked inputs; ``shapes`` names the outputs that are wanted and their sizes.
+
+        Returns fresh float32 arrays that no later call touches.
+        """
+        ...
+
+
+def open_backend(bundle: Bundle, graph: GraphFile, device: str, threads: int | None) -> Backend:
+    """Load ``graph`` on ``device``; BackendError when the device or its library is not there."""
+    from transom.runtime import ort
+
+    if device not in DEVICES:
+        raise BackendError(f"device is {device!r}; this version runs on {', '.join(DEVICES)}.")
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise BackendError(f"threads is {threads!r}; expected a positive integer, or None for one per core.")
+    chosen = ort.best_device() if device == "auto" else device
+    return ort.OrtBackend(bundle, graph, chosen, threads)

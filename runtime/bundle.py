@@ -1,0 +1,244 @@
+"""The bundle: what is in the folder, and the reader that trusts none of it.
+
+docs/bundle_format.md is the specification. The order of checks: bundle.json is a regular file of sane
+size, parses, has a format version we know, has every field well-formed, names only files inside the
+folder; then its own hash; then each file's size and SHA-256. Only then is anything else parsed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from transom.runtime.errors import BundleError
+from transom.runtime.fields import Fields, parse_json
+from transom.runtime.spec import Axis, Graph, Tensor
+
+FORMAT = "transom-bundle"
+FORMAT_VERSION = 1
+MANIFEST = "bundle.json"
+MAX_MANIFEST_BYTES = 16 << 20  # labels of a 100,000-way classifier are 3 MB
+MAX_AXIS = 2**31 - 1
+DTYPES = ("int64", "float32")  # half precision stays inside the graph: the edges are the same in every bundle
+PRECISIONS = ("fp32", "fp16", "bf16")
+
+
+@dataclass(frozen=True)
+class File:
+    """What bundle.json says of a file: size in bytes and SHA-256 in hex."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class GraphFile:
+    """A graph and where it lies: ``files`` maps a target ("default", "cpu") to an ONNX file."""
+
+    graph: Graph
+    files: Mapping[str, str]
+    weights: str | None  # external data shared by all of ``files``
+
+    def file_for(self, device: str) -> str:
+        return self.files.get(device, self.files["default"])
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """bundle.json, checked."""
+
+    name: str
+    family: str
+    task: str
+    precision: str
+    config: Mapping[str, Any]
+    axes: Mapping[str, Axis]
+    graphs: tuple[GraphFile, ...]
+    labels: tuple[str, ...]
+    options: Mapping[str, Any]  # what the family's tasks need beside the graph
+    tokenizer: Mapping[str, Any] | None
+    preprocess: Mapping[str, Any] | None
+    files: Mapping[str, File]
+    source: Mapping[str, Any]
+    tools: Mapping[str, Any]
+    parity: Mapping[str, Any]
+    score: Mapping[str, Any] | None
+
+
+class Bundle:
+    """A bundle's folder, its manifest checked and every file's size and hash compared.
+
+    Raises BundleError from the constructor when anything is missing, changed, or outside the folder.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        self.manifest = manifest_from_json(read_manifest(self.folder))
+        for name, file in self.manifest.files.items():
+            check_file(self.folder, name, file)
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file, hashed as they were read: what is returned is what was checked."""
+        file = self.manifest.files[name]
+        data = regular_file(self.folder, name).read_bytes()
+        if hashlib.sha256(data).hexdigest() != file.sha256:
+            raise changed(self.folder, name)
+        return data
+
+
+def read_manifest(folder: Path) -> Any:
+    """The parsed bundle.json of a folder, its version known; nothing else checked yet."""
+    if not folder.is_dir():
+        raise BundleError(f"{folder} is no folder; expected a bundle that `transom export` made.")
+    path = regular_file(folder, MANIFEST)
+    if path.stat().st_size > MAX_MANIFEST_BYTES:
+        raise BundleError(
+            f"{path} has {path.stat().st_size} bytes, at most {MAX_MANIFEST_BYTES} are read; it is not one of ours."
+        )
+    value = parse_json(path.read_bytes(), str(path))
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise BundleError(f'{path} does not say "format": "{FORMAT}"; the folder is no bundle of ours.')
+    version = value.get("format_version")
+    if version != FORMAT_VERSION or type(version) is not int:
+        raise BundleError(
+            f"{path} has format version {version!r}, this Transom reads version {FORMAT_VERSION}. "
+            "Upgrade with `pip install --upgrade transom`, or export the bundle again."
+        )
+    return value
+
+
+def manifest_from_json(value: dict[str, Any]) -> Manifest:
+    """Check every field of bundle.json and its hash over itself; BundleError lists all that is wrong."""
+    top = Fields(value, MANIFEST)
+    top.text("format")
+    top.integer("format_version", 1, FORMAT_VERSION)
+    recorded = top.text("manifest_sha256")
+    axes = {str(k): axis_from_json(str(k), v, top.problems) for k, v in top.mapping("axes").items()}
+    files = {str(k): file_from_json(str(k), v, top.problems) for k, v in top.mapping("files").items()}
+    graphs = tuple(graph_from_json(v, axes, files, top.problems) for v in top.sequence("graphs"))
+    if not graphs:
+        top.problems.append("graphs is empty")
+    manifest = Manifest(
+        name=top.text("name"),
+        family=top.text("family"),
+        task=top.text("task"),
+        precision=top.text("precision", among=PRECISIONS),
+        config=top.mapping("config"),
+        axes=axes,
+        graphs=graphs,
+        labels=tuple(top.take("labels", _strings, "an array of strings", [])),
+        options=top.mapping("options", {}),
+        tokenizer=top.mapping("tokenizer", None),
+        preprocess=top.mapping("preprocess", None),
+        files=files,
+        source=top.mapping("source"),
+        tools=top.mapping("tools"),
+        parity=top.mapping("parity"),
+        score=top.mapping("score", None),
+    )
+    top.done()
+    if recorded != manifest_sha256(value):
+        raise BundleError(f"{MANIFEST} does not match its own manifest_sha256; it was changed. Copy the bundle again.")
+    return manifest
+
+
+def manifest_sha256(value: Mapping[str, Any]) -> str:
+    """SHA-256 of bundle.json without that field: keys sorted, no white space, ASCII only."""
+    rest = {key: item for key, item in value.items() if key != "manifest_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def axis_from_json(name: str, value: Any, problems: list[str]) -> Axis:
+    fields = Fields(value, f"axes.{name}", problems)
+    low, opt, high = (fields.integer(key, 1, MAX_AXIS) or 1 for key in ("min", "opt", "max"))
+    if not low <= opt <= high:
+        problems.append(f"axes.{name} has min {low}, opt {opt}, max {high}, expected them in this order")
+    fields.done()
+    return Axis(low, opt, high)
+
+
+def file_from_json(name: str, value: Any, problems: list[str]) -> File:
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or str(path) != name or "\\" in name or not name.isprintable():
+        problems.append(f"files has the path {name!r}, expected a plain relative path that stays in the bundle")
+    fields = Fields(value, f"files.{name}", problems)
+    size = fields.integer("size", 0, 2**53)
+    sha256 = fields.take("sha256", _is_sha256, "64 hexadecimal digits")
+    fields.done()
+    return File(size, sha256)
+
+
+def graph_from_json(value: Any, axes: Mapping[str, Axis], files: Mapping[str, File], problems: list[str]) -> GraphFile:
+    fields = Fields(value, "graphs[]", problems)
+    targets = fields.mapping("files")
+    weights = fields.text("weights", None)
+    named = [*targets.values(), *([weights] if weights else [])]
+    problems += [f"graphs[] names the file {str(f)[:60]!r}, which files does not list" for f in named if f not in files]
+    if "default" not in targets:
+        problems.append("graphs[].files has no default")
+    graph = Graph(
+        name=fields.text("name"),
+        inputs=tuple(tensor_from_json(v, axes, problems) for v in fields.sequence("inputs")),
+        outputs=tuple(tensor_from_json(v, axes, problems) for v in fields.sequence("outputs")),
+    )
+    fields.done()
+    return GraphFile(graph, targets, weights)
+
+
+def tensor_from_json(value: Any, axes: Mapping[str, Axis], problems: list[str]) -> Tensor:
+    fields = Fields(value, "graphs[].tensor", problems)
+    tensor = Tensor(
+        name=fields.text("name"),
+        dtype=fields.text("dtype", among=DTYPES),
+        shape=tuple(fields.sequence("shape")),
+        default=fields.integer("default", -(2**31), 2**31, None),
+        below=fields.integer("below", 1, 2**63 - 1, None),
+    )
+    fields.done()
+    for size in tensor.shape:
+        known = size in axes if isinstance(size, str) else type(size) is int and 0 < size <= MAX_AXIS
+        if not known:
+            problems.append(f"the shape of {tensor.name!r} has {repr(size)[:60]}, expected an axis name or a size")
+    return tensor
+
+
+def _strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _is_sha256(value: Any) -> bool:
+    return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
+
+
+def regular_file(folder: Path, name: str) -> Path:
+    """The path of a file that exists, is a regular file, and lies in the folder when links are followed."""
+    path = folder / name
+    if not path.exists():
+        raise BundleError(f"{folder} has no {name}; the bundle is incomplete, copy it again.")
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise BundleError(f"{path} is a link that leaves the bundle; a bundle must hold its own files.")
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise BundleError(f"{path} is no regular file; the bundle is damaged, copy it again.")
+    return path
+
+
+def check_file(folder: Path, name: str, file: File) -> None:
+    """Compare a file's size, then its SHA-256, with what bundle.json says."""
+    path = regular_file(folder, name)
+    if path.stat().st_size != file.size:
+        raise BundleError(
+            f"{path} has {path.stat().st_size} bytes, bundle.json says {file.size}; it is truncated or changed. "
+            "Copy the bundle again."
+        )
+    with path.open("rb") as opened:
+        if hashlib.file_digest(opened, "sha256").hexdigest() != file.sha256:
+            raise changed(folder, name)
+
+
+def changed(folder: Path, name: str) -> BundleError:
+    return BundleError(f"{folder / name} does not have the SHA-256 that bundle.json says; copy the bundle again.")

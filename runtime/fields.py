@@ -1,0 +1,94 @@
+"""Reading untrusted JSON: parsed within limits, then taken apart field by field, all problems at once."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
+
+from transom.runtime.errors import BundleError
+
+
+def parse_json(data: bytes, what: str) -> Any:
+    """Parse UTF-8 JSON; BundleError on NaN, Infinity, a key given twice, or nesting without end."""
+    try:
+        return json.loads(data, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise BundleError(f"{what} is not usable JSON ({reason[:200]}); copy the bundle again.") from None
+
+
+def _refuse(word: str) -> NoReturn:
+    raise ValueError(f"{word} is not a JSON number")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{digits[:40]} is out of range")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key is given twice")
+    return found
+
+
+class Fields:
+    """One JSON object being read: each ``take`` checks a field and notes what is wrong with it.
+
+    Nothing is raised until ``done``, which raises one BundleError with every problem noted, among
+    them the keys that nobody took.
+    """
+
+    def __init__(self, value: Any, where: str, problems: list[str] | None = None) -> None:
+        self.where = where
+        self.problems = [] if problems is None else problems
+        self._nested = problems is not None
+        self._left = dict(value) if isinstance(value, dict) else {}
+        if not isinstance(value, dict):
+            self.problems.append(f"{where} is a {type(value).__name__}, expected an object")
+
+    def take(self, key: str, check: Callable[[Any], bool], expected: str, default: Any = ...) -> Any:
+        """The value of ``key`` if it passes ``check``; else ``default``, noted as a problem unless absent and optional.
+
+        A required field that is wrong gives None: the caller goes on and ``done`` raises.
+        """
+        if key not in self._left:
+            if default is ...:
+                self.problems.append(f"{self.where}.{key} is missing")
+                return None
+            return default
+        value = self._left.pop(key)
+        if check(value):
+            return value
+        self.problems.append(f"{self.where}.{key} is {repr(value)[:60]}, expected {expected}")
+        return None if default is ... else default
+
+    def text(self, key: str, default: Any = ..., among: Iterable[str] = ()) -> Any:
+        allowed = tuple(among)
+        expected = f"one of {', '.join(allowed)}" if allowed else "a string"
+        return self.take(key, lambda v: isinstance(v, str) and (not allowed or v in allowed), expected, default)
+
+    def integer(self, key: str, least: int, most: int, default: Any = ...) -> Any:
+        return self.take(key, lambda v: type(v) is int and least <= v <= most, f"{least}..{most}", default)
+
+    def mapping(self, key: str, default: Any = ...) -> Any:
+        found = self.take(key, lambda v: isinstance(v, dict), "an object", default)
+        return {} if found is None and default is ... else found
+
+    def sequence(self, key: str, default: Any = ...) -> Any:
+        found = self.take(key, lambda v: isinstance(v, list), "an array", default)
+        return [] if found is None and default is ... else found
+
+    def done(self) -> None:
+        """Raise BundleError if anything was wrong; objects inside another leave that to the outermost."""
+        self.problems += [f"{self.where} has the unknown key {key!r}" for key in self._left]
+        self._left = {}
+        if self.problems and not self._nested:
+            shown = "; ".join(self.problems[:8])
+            more = f" (and {len(self.problems) - 8} more)" if len(self.problems) > 8 else ""
+            raise BundleError(f"{shown}{more}. The bundle is damaged or not one of ours; export it again.")

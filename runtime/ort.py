@@ -1,0 +1,130 @@
+"""ONNX Runtime as a backend: no telemetry, no quiet fallback, inputs and outputs bound per thread."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from transom.runtime.backend import Array
+from transom.runtime.bundle import Bundle, GraphFile
+from transom.runtime.errors import BackendError, BundleError
+
+OLDEST = (1, 28)  # 1.26 and 1.27 align causal attention top-left when the cache is longer than the query
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+FATAL = 4  # log level: errors reach the caller as exceptions, once, not on stderr as well
+
+
+@cache
+def onnxruntime() -> ModuleType:
+    """The library, imported once with telemetry off; BackendError where it is absent, doubled or too old."""
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # official wheels send it; the variable is read at import
+    installed = [name for name in ("onnxruntime", "onnxruntime-gpu") if _version(name)]
+    if len(installed) == 2:
+        raise BackendError(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files. "
+            "Run `pip uninstall -y onnxruntime onnxruntime-gpu`, then install the one you want."
+        )
+    try:
+        import onnxruntime as library
+    except ImportError as error:
+        raise BackendError(
+            f"onnxruntime cannot be imported ({error}). Run `pip install 'onnxruntime>=1.28'`."
+        ) from None
+    version = tuple(int(part) for part in library.__version__.split(".")[:2])
+    if version < OLDEST:
+        raise BackendError(
+            f"onnxruntime is {library.__version__}; older than 1.28 computes causal attention wrongly. "
+            "Run `pip install --upgrade 'onnxruntime>=1.28'`."
+        )
+    return library
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def best_device() -> str:
+    """What ``auto`` chooses: CUDA where this onnxruntime offers it, else the CPU."""
+    return "cuda" if PROVIDERS["cuda"] in onnxruntime().get_available_providers() else "cpu"
+
+
+class OrtBackend:
+    """A graph in an ONNX Runtime session."""
+
+    def __init__(self, bundle: Bundle, graph: GraphFile, device: str, threads: int | None) -> None:
+        self.device = device
+        self._local = threading.local()
+        self._session = open_session(bundle, graph, device, threads)
+        declared = {t.name for t in graph.graph.inputs}, {t.name for t in graph.graph.outputs}
+        found = {i.name for i in self._session.get_inputs()}, {o.name for o in self._session.get_outputs()}
+        if declared != found:
+            raise BundleError(
+                f"{graph.file_for(device)} has inputs and outputs {found}, bundle.json declares {declared}. "
+                "Export the bundle again."
+            )
+
+    def run(self, feeds: Mapping[str, Array], shapes: Mapping[str, Sequence[int]]) -> dict[str, Array]:
+        binding = self._binding()
+        outputs = {name: np.empty(tuple(shape), np.float32) for name, shape in shapes.items()}
+        feeds = {name: np.ascontiguousarray(value) for name, value in feeds.items()}
+        for name, value in feeds.items():
+            binding.bind_cpu_input(name, value)
+        for name, value in outputs.items():
+            binding.bind_output(name, "cpu", 0, np.float32, value.shape, value.ctypes.data)
+        try:
+            self._session.run_with_iobinding(binding)
+        except Exception as error:  # the library raises bare RuntimeError and its own types alike
+            raise BackendError(f"ONNX Runtime failed on {self.device}: {_one_line(error)}") from None
+        finally:
+            binding.clear_binding_inputs()
+            binding.clear_binding_outputs()
+        return outputs
+
+    def _binding(self) -> Any:
+        if not hasattr(self._local, "binding"):
+            self._local.binding = self._session.io_binding()
+        return self._local.binding
+
+
+def open_session(bundle: Bundle, graph: GraphFile, device: str, threads: int | None) -> Any:
+    """A session over bytes that were hashed as they were read; no path of the graph's own is followed."""
+    library = onnxruntime()
+    if PROVIDERS[device] not in library.get_available_providers():
+        raise BackendError(
+            f"device {device!r} was asked for; onnxruntime {library.__version__} here offers "
+            f"{', '.join(library.get_available_providers())}. Install onnxruntime-gpu in place of onnxruntime, "
+            "or load with device='cpu'."
+        )
+    options = library.SessionOptions()
+    options.log_severity_level = FATAL
+    options.intra_op_num_threads = threads or 0  # 0: one per physical core
+    options.inter_op_num_threads = 1
+    if device != "cpu":
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    model = bundle.read(graph.file_for(device))
+    if graph.weights is not None:
+        weights = bundle.read(graph.weights)
+        options.add_external_initializers_from_files_in_memory([graph.weights], [weights], [len(weights)])
+    try:
+        session = library.InferenceSession(model, options, providers=[PROVIDERS[device]])
+    except Exception as error:  # as above
+        raise BackendError(
+            f"ONNX Runtime cannot load {graph.file_for(device)} on {device}: {_one_line(error)}"
+        ) from None
+    if PROVIDERS[device] not in session.get_providers():
+        raise BackendError(f"device {device!r} was asked for; ONNX Runtime chose {session.get_providers()} instead.")
+    return session
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:500]

@@ -1,0 +1,360 @@
+"""From an image to ``pixel_values``: open, resize, crop, rescale, normalise, with PIL and numpy.
+
+The arithmetic is that of transformers' PIL image processors (``image_processing_backends.PilBackend``
+and ``image_transforms``, 5.23) after ``image_utils.load_image``, bit for bit.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transom.runtime.errors import BundleError, InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    ImageSource = str | os.PathLike[str] | bytes | Image | NDArray[np.uint8]
+
+# Pixels of the largest image that is decoded or resized to: a 64 MP camera's. With four bytes a pixel and
+# PIL's copies that is about 1 GB at worst; a header that claims more is taken for a decompression bomb.
+MAX_IMAGE_PIXELS = 64_000_000
+MAX_SIDE = 8192  # pixels of a model's input or of a resize target; far past any ViT
+
+FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # index: PIL's Resampling number
+
+# What is opened, by its first bytes: raster formats only, so that no file starts an interpreter (EPS, PDF).
+# The classes are used directly because PIL.Image.open warns or raises by a limit that is global and not ours.
+SIGNATURES = (
+    (b"\x89PNG\r\n\x1a\n", "PngImagePlugin", "PngImageFile"),
+    (b"\xff\xd8\xff", "JpegImagePlugin", "JpegImageFile"),
+    (b"GIF8", "GifImagePlugin", "GifImageFile"),
+    (b"II*\0", "TiffImagePlugin", "TiffImageFile"),
+    (b"MM\0*", "TiffImagePlugin", "TiffImageFile"),
+    (b"RIFF", "WebPImagePlugin", "WebPImageFile"),
+    (b"BM", "BmpImagePlugin", "BmpImageFile"),
+)
+
+EXIF_ORIENTATION = 0x0112
+UPRIGHT = {  # EXIF orientation -> name of PIL's transposition that turns the image upright
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+
+
+@dataclass(frozen=True)
+class ExactSize:
+    """Height and width in pixels, whatever the image's proportions."""
+
+    height: int
+    width: int
+
+    def size_for(self, height: int, width: int) -> tuple[int, int]:
+        return self.height, self.width
+
+
+@dataclass(frozen=True)
+class ShortestEdge:
+    """The shorter side in pixels, proportions kept; ``longest_edge`` bounds the other side."""
+
+    shortest_edge: int
+    longest_edge: int | None = None
+
+    def size_for(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) that an image of that size is resized to, rounded as transformers does."""
+        edge: float = self.shortest_edge
+        short, long = min(height, width), max(height, width)
+        if self.longest_edge is not None and long / short * edge > self.longest_edge:
+            edge = self.longest_edge * float(short) / long
+        new_short, new_long = round(edge), int(edge * long / short)
+        if new_short == short:
+            new_long = long
+        return (new_long, new_short) if width <= height else (new_short, new_long)
+
+
+@dataclass(frozen=True)
+class ImagePreprocess:
+    """The object ``preprocess`` of bundle.json: how an image becomes (channels, height, width) floats.
+
+    resize    target of the resize, or None to leave the size alone
+    resample  filter of the resize, one of FILTERS
+    crop      centre crop after it, zeros around an image that is smaller; or None
+    rescale   factor of the 0..255 levels, or None
+    mean, std one number per channel, subtracted and divided by, or both None
+    channels  3 (RGB), or 1 (luma, ITU-R 601-2)
+    """
+
+    resize: ExactSize | ShortestEdge | None
+    resample: str
+    crop: ExactSize | None
+    rescale: float | None
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    channels: int
+    height: int
+    width: int
+
+    @classmethod
+    def from_json(cls, obj: object) -> ImagePreprocess:
+        """Read and check the JSON object; BundleError lists everything that is wrong with it."""
+        if not isinstance(obj, Mapping):
+            raise BundleError(f"preprocess is a {type(obj).__name__}, expected an object. Export it again.")
+        problems = _broken_rules(obj)
+        if not problems:
+            values = dict(obj)
+            resize, crop = values["resize"], values["crop"]
+            if resize is not None:
+                values["resize"] = ExactSize(**resize) if "height" in resize else ShortestEdge(**resize)
+            values["crop"] = crop and ExactSize(**crop)
+            for name in ("mean", "std"):
+                values[name] = values[name] and tuple(values[name])
+            made = cls(**values)
+            problems = made.problems()
+        if problems:
+            raise BundleError(f"preprocess cannot be used: {'; '.join(problems)}. Export the bundle again.")
+        return made
+
+    def problems(self) -> list[str]:
+        """What keeps these settings from giving (channels, height, width) for any image; normally nothing."""
+        broken = _broken_rules(self.to_json())
+        if broken:
+            return broken
+        final = self.crop or self.resize
+        if isinstance(final, ShortestEdge):
+            return ["resize to a shortest edge without a crop gives another size for every image"]
+        if final is not None and (final.height, final.width) != (self.height, self.width):
+            return [f"it ends at {final.height}x{final.width}, the model takes {self.height}x{self.width}"]
+        if (self.mean is None) != (self.std is None):
+            return ["one of mean and std is null, expected both or neither"]
+        if self.mean is not None and not len(self.mean) == len(self.std or ()) == self.channels:
+            return [f"mean {self.mean} and std {self.std} need one number for each channel: {self.channels}"]
+        if not np.isfinite(self.levels).all():
+            return ["std is 0, or rescale, mean and std leave the range of float32"]
+        return []
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object that ``from_json`` reads back to an equal value."""
+        found: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name in ("resize", "crop"):
+            found[name] = found[name] and {k: v for k, v in vars(found[name]).items() if v is not None}
+        for name in ("mean", "std"):
+            found[name] = found[name] and list(found[name])
+        return found
+
+    @cached_property
+    def levels(self) -> NDArray[np.float32]:
+        """(channels, 256): the float that each level of a channel becomes.
+
+        As transformers computes per pixel: rescaled in float64, rounded to float32, normalised in float32.
+        """
+        with np.errstate(all="ignore"):  # ``problems`` reports results that are not finite
+            row = np.arange(256, dtype=np.float64)
+            row = row if self.rescale is None else row * self.rescale
+            table = np.repeat(row.astype(np.float32)[np.newaxis], self.channels, axis=0)
+            if self.mean is not None and self.std is not None:
+                mean, std = np.array(self.mean, np.float32), np.array(self.std, np.float32)
+                table = (table - mean[:, np.newaxis]) / std[:, np.newaxis]
+        return table
+
+    def __call__(self, images: Sequence[ImageSource]) -> NDArray[np.float32]:
+        """``pixel_values`` float32 (N, channels, height, width) of anything that ``open_image`` takes.
+
+        Raises InputError naming the image when one cannot be opened or does not fit.
+        """
+        if not isinstance(images, (list, tuple)) or not images:
+            got = "an empty list" if isinstance(images, (list, tuple)) else f"a {type(images).__name__}"
+            raise InputError(f"images is {got}, expected a list of at least one image.")
+        out = np.empty((len(images), self.channels, self.height, self.width), dtype=np.float32)
+        for index, source in enumerate(images):
+            try:
+                pixels = self._fit(open_image(source))
+            except InputError as error:
+                raise InputError(f"image {index} of {len(images)}: {error}") from None
+            for channel, table in enumerate(self.levels):
+                out[index, channel] = table[pixels[:, :, channel]]
+        return out
+
+    def _fit(self, image: Image) -> NDArray[np.uint8]:
+        """Resize and crop: uint8 (height, width, channels)."""
+        if self.channels == 1:
+            image = image.convert("L")
+        if self.resize is not None:
+            height, width = self.resize.size_for(image.height, image.width)
+            if not 0 < height * width <= MAX_IMAGE_PIXELS:
+                raise InputError(
+                    f"it is {image.width}x{image.height} pixels (width x height), so elongated that resizing "
+                    f"its shorter side gives {width}x{height}. Crop it first."
+                )
+            image = image.resize((width, height), resample=FILTERS.index(self.resample))
+        pixels = np.atleast_3d(np.asarray(image))
+        if self.crop is not None:
+            return centre_crop(pixels, self.crop.height, self.crop.width)
+        if pixels.shape[:2] != (self.height, self.width):
+            raise InputError(
+                f"it is {image.width}x{image.height} pixels (width x height) and this bundle does not "
+                f"resize. Hand over {self.width}x{self.height}."
+            )
+        return pixels
+
+
+def centre_crop(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+    """The middle (height, width) of (H, W, C) levels, zeros where the image is smaller.
+
+    Of an odd margin the larger part lies below and to the right of a crop, but above and to the left
+    of a padded image, as ``transformers.image_transforms.center_crop`` has it.
+    """
+    starts, margins = [], []
+    for have, wanted in ((pixels.shape[0], height), (pixels.shape[1], width)):
+        starts.append(max(0, have - wanted) // 2)
+        lacking = max(0, wanted - have)
+        margins.append((lacking - lacking // 2, lacking // 2))
+    top, left = starts
+    return np.pad(pixels[top : top + height, left : left + width], [*margins, (0, 0)])
+
+
+def open_image(source: ImageSource) -> Image:
+    """An upright RGB image, alpha dropped, as ``transformers.image_utils.load_image`` gives it.
+
+    ``source`` is a path, the bytes of a PNG, JPEG, WebP, BMP, GIF or TIFF file (its first frame), a PIL
+    image, or a uint8 array (H, W), (H, W, 3) or (H, W, 4). Raises InputError for anything else, for a
+    file that is missing, damaged or no image, and for more than MAX_IMAGE_PIXELS by the header.
+    """
+    from PIL.Image import Image
+
+    if isinstance(source, Image):
+        return _upright_rgb(source, "the PIL image")
+    if isinstance(source, np.ndarray):
+        return _upright_rgb(_image_from_array(source), "the array")
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _decode(io.BytesIO(source), f"the image of {len(source)} bytes")
+    if not isinstance(source, (str, os.PathLike)):
+        raise InputError(
+            f"an image is a {type(source).__name__}, expected a path, the bytes of an image file, a PIL "
+            "image or a uint8 array."
+        )
+    path = os.fspath(source)
+    shown = repr(path if len(path) <= 200 else f"{path[:200]}...")
+    if not os.path.isfile(path):  # a pipe or a device would block, or never end
+        hint = "Download it first." if str(path).startswith(("http://", "https://")) else "Check the path."
+        raise InputError(f"{shown} is not a file that is there. {hint}")
+    try:
+        with open(path, "rb") as file:
+            return _decode(file, shown)
+    except OSError as error:
+        raise InputError(f"{shown} cannot be read ({error.strerror}). Check its permissions.") from None
+
+
+def _decode(file: BinaryIO, shown: str) -> Image:
+    """Open a file of one of SIGNATURES; the size is checked before any pixel is decoded."""
+    head = file.read(16)
+    found = next(((module, name) for magic, module, name in SIGNATURES if head.startswith(magic)), None)
+    if found is None:
+        raise InputError(
+            f"{shown} starts with {head[:8]!r}, which is none of PNG, JPEG, WebP, BMP, GIF and TIFF. "
+            "Convert it to one of these."
+        )
+    module, name = found
+    plugin = getattr(import_module(f"PIL.{module}"), name)
+    file.seek(0)
+    try:
+        with plugin(file) as image:
+            return _upright_rgb(image, shown)
+    except InputError:
+        raise
+    except Exception as error:  # PIL's decoders raise nearly any type for bytes they do not expect
+        raise _damaged(shown, error) from None
+
+
+def _upright_rgb(image: Image, shown: str) -> Image:
+    """Decode, turn by the EXIF orientation, convert to RGB: ``load_image`` without its global checks."""
+    from PIL.Image import Transpose
+
+    if not 0 < image.width * image.height <= MAX_IMAGE_PIXELS:
+        size = f"{image.width}x{image.height}"
+        raise InputError(f"{shown} is {size} pixels, expected 1 to {MAX_IMAGE_PIXELS} in all. Scale it down.")
+    try:
+        image.load()
+        turn = UPRIGHT.get(image.getexif().get(EXIF_ORIENTATION, 1))
+        upright = image.copy() if turn is None else image.transpose(Transpose[turn])
+        upright.info.pop("transparency", None)  # changes no pixel here, but PIL warns about some palettes
+        return upright.convert("RGB")
+    except Exception as error:  # as in _decode: this is where pixels are decoded
+        raise _damaged(shown, error) from None
+
+
+def _damaged(shown: str, error: Exception) -> InputError:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return InputError(f"{shown} cannot be decoded: it is damaged or cut short ({reason}). Replace it.")
+
+
+def _image_from_array(array: NDArray[Any]) -> Image:
+    from PIL.Image import fromarray
+
+    shaped = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
+    if array.dtype != np.uint8 or not shaped or 0 in array.shape:
+        raise InputError(
+            f"an image is an array of {array.dtype} {array.shape}, expected uint8 (height, width), "
+            "(height, width, 3) or (height, width, 4). Convert floats in 0..1 with "
+            "(x * 255).round().astype('uint8') and channels-first with x.transpose(1, 2, 0)."
+        )
+    return fromarray(np.ascontiguousarray(array))
+
+
+def _are_numbers(values: object) -> bool:
+    """A list of numbers that float32 can hold; NaN is none."""
+    return isinstance(values, list) and all(type(v) in (int, float) and abs(v) < 1e38 for v in values)
+
+
+def _is_side(value: object) -> bool:
+    return type(value) is int and 1 <= value <= MAX_SIDE
+
+
+def _broken_rules(obj: Mapping[str, Any]) -> list[str]:
+    problems = [f"{repr(name)[:200]} is unknown" for name in obj if name not in RULES]
+    for name, (allowed, expected) in RULES.items():
+        if name not in obj:
+            problems.append(f"{name} is missing")
+        elif not allowed(obj[name]):
+            problems.append(f"{name} is {repr(obj[name])[:200]}, expected {expected}")
+    return problems
+
+
+def _is_target(value: object, *keys: set[str]) -> bool:
+    return isinstance(value, Mapping) and set(value) in keys and all(map(_is_side, value.values()))
+
+
+EXACT, EDGE, EDGES = {"height", "width"}, {"shortest_edge"}, {"shortest_edge", "longest_edge"}
+SIDE = f"an integer in 1..{MAX_SIDE}"
+NUMBERS = "a list of finite numbers, or null"
+
+# What each key of the JSON object may hold, as a test and in words.
+RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "resize": (
+        lambda value: value is None or _is_target(value, EXACT, EDGE, EDGES),
+        f"{{height, width}}, {{shortest_edge}} or {{shortest_edge, longest_edge}}, each {SIDE}, or null",
+    ),
+    "resample": (lambda value: value in FILTERS, f"one of {', '.join(FILTERS)}"),
+    "crop": (
+        lambda value: value is None or _is_target(value, EXACT),
+        f"{{height, width}}, each {SIDE}, or null",
+    ),
+    "rescale": (lambda value: value is None or _are_numbers([value]), "a finite number, or null"),
+    "mean": (lambda value: value is None or _are_numbers(value), NUMBERS),
+    "std": (lambda value: value is None or _are_numbers(value), NUMBERS),
+    "channels": (lambda value: type(value) is int and value in (1, 3), "3 (RGB) or 1 (grey)"),
+    "height": (_is_side, SIDE),
+    "width": (_is_side, SIDE),
+}

@@ -1,0 +1,108 @@
+"""A bundle, loaded: checked inputs in, fresh numpy arrays out, from as many threads as you like."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from os import PathLike, cpu_count
+from threading import Lock
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from transom.runtime.backend import Array, open_backend
+from transom.runtime.bundle import Bundle, GraphFile
+from transom.runtime.errors import BackendError, BundleError, InputError
+from transom.runtime.inputs import checked_feeds, wanted_outputs
+
+if TYPE_CHECKING:
+    from transom.runtime.bundle import Manifest
+
+
+CLOSED = "this bundle is closed; load it again."
+
+
+def load(path: str | PathLike[str], device: str = "cpu", threads: int | None = None) -> Any:
+    """Load a bundle's folder; what comes back has the methods of its family (``Bert``, ``ViT``, ...).
+
+    ``device`` is "cpu", "cuda", or "auto" (CUDA where there is one); a device that is asked for and
+    absent is an error. ``threads`` is the number of CPU threads per call, None for one per core.
+
+    Raises BundleError when the folder is damaged, hostile or of another format version, BackendError
+    when the device or its library is not there.
+    """
+    from transom.runtime.tasks import task_class
+
+    bundle = Bundle(str(path))
+    return task_class(bundle.manifest.family)(bundle, device, threads)
+
+
+class LoadedBundle:
+    """What every family's loaded bundle can do. Use it in a ``with``, or call ``close``."""
+
+    def __init__(self, bundle: Bundle, device: str = "cpu", threads: int | None = None) -> None:
+        self.manifest: Manifest = bundle.manifest
+        self._backends = [(graph, open_backend(bundle, graph, device, threads)) for graph in bundle.manifest.graphs]
+        self._workers: ThreadPoolExecutor | None = None
+        self._lock = Lock()
+        self._open = True
+        self.device: str = self._backends[0][1].device  # "cpu" or "cuda", never "auto"
+
+    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        """Execute the graph that has these inputs: numpy arrays in, float32 arrays out, by name.
+
+        Names, dtypes and axes are those of ``manifest.graphs``; an input with a default may be left
+        out. ``outputs`` names the ones wanted, all by default. Raises InputError or ShapeError.
+        """
+        if not isinstance(inputs, Mapping):
+            raise InputError(f"inputs is a {type(inputs).__name__}; expected a dict of numpy arrays by name.")
+        graph, backend = self._pick(inputs)
+        feeds, sizes = checked_feeds(graph.graph, self.manifest.axes, inputs)
+        return backend.run(feeds, wanted_outputs(graph.graph, outputs, sizes))
+
+    def submit(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> Future[dict[str, Array]]:
+        """``run`` in a worker thread; errors come out of the future's ``result``."""
+        with self._lock:
+            if not self._open:
+                raise BackendError(CLOSED)
+            if self._workers is None:
+                self._workers = ThreadPoolExecutor(max_workers=cpu_count() or 1, thread_name_prefix="transom")
+            return self._workers.submit(self.run, inputs, outputs)
+
+    def _pick(self, inputs: Mapping[str, Array]) -> tuple[GraphFile, Any]:
+        """The graph whose inputs these are: the only one, or the one that knows the most of the names."""
+        backends = self._backends
+        if not backends:
+            raise BackendError(CLOSED)
+        return max(backends, key=lambda pair: sum(t.name in inputs for t in pair[0].graph.inputs))
+
+    def close(self) -> None:
+        """Free the sessions; waits for what was submitted. Closing twice is fine."""
+        with self._lock:
+            workers, self._workers = self._workers, None
+            self._open = False
+        if workers is not None:
+            workers.shutdown(wait=True)
+        self._backends = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def need_task(self, *tasks: str) -> None:
+        """Raise InputError unless the bundle was exported for one of ``tasks``."""
+        if self.manifest.task not in tasks:
+            raise InputError(
+                f"this bundle was exported for {self.manifest.task}; the call needs {' or '.join(tasks)}. "
+                f"Export again with --task {tasks[0]}."
+            )
+
+    def max_batch(self) -> int:
+        axis = self.manifest.axes.get("B")
+        if axis is None:
+            raise BundleError("bundle.json has no axis B; export the bundle again.")
+        return axis.max
+
