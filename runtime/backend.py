@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from transom.runtime.bundle import Bundle, GraphFile
+from transom.runtime.bundle import GraphFile
 from transom.runtime.errors import BackendError
 
 Array = NDArray[Any]
+Read = Callable[[str], bytes]  # the checked bytes of a bundle's file
 DEVICES = ("cpu", "cuda", "auto")
 
 
@@ -27,8 +28,11 @@ class Backend(Protocol):
         ...
 
 
-def open_backend(bundle: Bundle, graph: GraphFile, device: str, threads: int | None) -> Backend:
-    """Load ``graph`` on ``device``; BackendError when the device or its library is not there."""
+def open_backend(graph: GraphFile, read: Read, device: str, threads: int | None) -> Backend:
+    """Load ``graph`` on ``device``, its files through ``read``.
+
+    Raises BackendError when the device or its library is not there.
+    """
     from transom.runtime import ort
 
     if device not in DEVICES:
@@ -36,4 +40,4 @@ def open_backend(bundle: Bundle, graph: GraphFile, device: str, threads: int | N
     if threads is not None and (type(threads) is not int or threads < 1):
         raise BackendError(f"threads is {threads!r}; expected a positive integer, or None for one per core.")
     chosen = ort.best_device() if device == "auto" else device
-    return ort.OrtBackend(bundle, graph, chosen, threads)
+    return ort.OrtBackend(graph, read, chosen, threads)

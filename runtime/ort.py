@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from transom.runtime.backend import Array
-from transom.runtime.bundle import Bundle, GraphFile
+from transom.runtime.backend import Array, Read
+from transom.runtime.bundle import GraphFile
 from transom.runtime.errors import BackendError, BundleError
 
 OLDEST = (1, 28)  # 1.26 and 1.27 align causal attention top-left when the cache is longer than the query
@@ -61,10 +61,10 @@ def best_device() -> str:
 class OrtBackend:
     """A graph in an ONNX Runtime session."""
 
-    def __init__(self, bundle: Bundle, graph: GraphFile, device: str, threads: int | None) -> None:
+    def __init__(self, graph: GraphFile, read: Read, device: str, threads: int | None) -> None:
         self.device = device
         self._local = threading.local()
-        self._session = open_session(bundle, graph, device, threads)
+        self._session = open_session(graph, read, device, threads)
         declared = {t.name for t in graph.graph.inputs}, {t.name for t in graph.graph.outputs}
         found = {i.name for i in self._session.get_inputs()}, {o.name for o in self._session.get_outputs()}
         if declared != found:
@@ -96,8 +96,8 @@ class OrtBackend:
         return self._local.binding
 
 
-def open_session(bundle: Bundle, graph: GraphFile, device: str, threads: int | None) -> Any:
-    """A session over bytes that were hashed as they were read; no path of the graph's own is followed."""
+def open_session(graph: GraphFile, read: Read, device: str, threads: int | None) -> Any:
+    """A session over bytes that were hashed as they were read; ONNX Runtime is given no path to follow."""
     library = onnxruntime()
     if PROVIDERS[device] not in library.get_available_providers():
         raise BackendError(
@@ -111,9 +111,9 @@ def open_session(bundle: Bundle, graph: GraphFile, device: str, threads: int | N
     options.inter_op_num_threads = 1
     if device != "cpu":
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    model = bundle.read(graph.file_for(device))
+    model = read(graph.file_for(device))
     if graph.weights is not None:
-        weights = bundle.read(graph.weights)
+        weights = read(graph.weights)
         options.add_external_initializers_from_files_in_memory([graph.weights], [weights], [len(weights)])
     try:
         session = library.InferenceSession(model, options, providers=[PROVIDERS[device]])

@@ -95,6 +95,8 @@ class ImagePreprocess:
     rescale   factor of the 0..255 levels, or None
     mean, std one number per channel, subtracted and divided by, or both None
     channels  3 (RGB), or 1 (luma, ITU-R 601-2)
+    transparent_to_white  paint white what a file marks as its transparent colour (PNG's tRNS, GIF); an
+              alpha channel is dropped either way
     """
 
     resize: ExactSize | ShortestEdge | None
@@ -106,6 +108,7 @@ class ImagePreprocess:
     channels: int
     height: int
     width: int
+    transparent_to_white: bool = False
 
     @classmethod
     def from_json(cls, obj: object) -> ImagePreprocess:
@@ -189,6 +192,8 @@ class ImagePreprocess:
 
     def _fit(self, image: Image) -> NDArray[np.uint8]:
         """Resize and crop: uint8 (height, width, channels)."""
+        if self.transparent_to_white and image.info.get("transparency") is not None:
+            image = _on_white(image)
         if self.channels == 1:
             image = image.convert("L")
         if self.resize is not None:
@@ -227,6 +232,8 @@ def centre_crop(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray[n
 
 def open_image(source: ImageSource) -> Image:
     """An upright RGB image, alpha dropped, as ``transformers.image_utils.load_image`` gives it.
+
+    A transparent colour stays in ``info["transparency"]`` and 16-bit grey is clipped at 255, as there.
 
     ``source`` is a path, the bytes of a PNG, JPEG, WebP, BMP, GIF or TIFF file (its first frame), a PIL
     image, or a uint8 array (H, W), (H, W, 3) or (H, W, 4). Raises InputError for anything else, for a
@@ -289,14 +296,29 @@ def _upright_rgb(image: Image, shown: str) -> Image:
         image.load()
         turn = UPRIGHT.get(image.getexif().get(EXIF_ORIENTATION, 1))
         upright = image.copy() if turn is None else image.transpose(Transpose[turn])
-        upright.info.pop("transparency", None)  # changes no pixel here, but PIL warns about some palettes
+        colour = upright.info.get(
+            "transparency"
+        )  # per palette entry in bytes: convert would warn and drop it
+        kept = colour is not None and not isinstance(colour, bytes)
+        upright.info = {"transparency": colour} if kept else {}  # no EXIF, so that nothing is turned twice
         return upright.convert("RGB")
     except Exception as error:  # as in _decode: this is where pixels are decoded
         raise _damaged(shown, error) from None
 
 
+def _on_white(image: Image) -> Image:
+    """As ``transformers.image_transforms.convert_to_rgb``: the transparent colour of RGB becomes white."""
+    from PIL.Image import alpha_composite, new
+
+    return alpha_composite(new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
+
+
 def _damaged(shown: str, error: Exception) -> InputError:
+    from PIL.Image import DecompressionBombError
+
     reason = " ".join(str(error).split())[:200] or type(error).__name__
+    if isinstance(error, DecompressionBombError):  # WebP and GIF: PIL checks by its limit as it opens
+        return InputError(f"{shown} is refused by PIL ({reason}). Scale it down.")
     return InputError(f"{shown} cannot be decoded: it is damaged or cut short ({reason}). Replace it.")
 
 
@@ -357,4 +379,5 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "channels": (lambda value: type(value) is int and value in (1, 3), "3 (RGB) or 1 (grey)"),
     "height": (_is_side, SIDE),
     "width": (_is_side, SIDE),
+    "transparent_to_white": (lambda value: isinstance(value, bool), "true or false"),
 }

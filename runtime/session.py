@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from os import PathLike, cpu_count
 from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from transom.runtime.backend import Array, open_backend
+from transom.runtime.backend import Array, Backend, Read, open_backend
 from transom.runtime.bundle import Bundle, GraphFile
 from transom.runtime.errors import BackendError, BundleError, InputError
 from transom.runtime.inputs import checked_feeds, wanted_outputs
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transom.runtime.bundle import Manifest
 
 
+Opener = Callable[[GraphFile, Read, str, int | None], Backend]
 CLOSED = "this bundle is closed; load it again."
 
 
@@ -39,9 +40,12 @@ def load(path: str | PathLike[str], device: str = "cpu", threads: int | None = N
 class LoadedBundle:
     """What every family's loaded bundle can do. Use it in a ``with``, or call ``close``."""
 
-    def __init__(self, bundle: Bundle, device: str = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, device: str = "cpu", threads: int | None = None, opener: Opener = open_backend
+    ) -> None:
         self.manifest: Manifest = bundle.manifest
-        self._backends = [(graph, open_backend(bundle, graph, device, threads)) for graph in bundle.manifest.graphs]
+        self._bundle = bundle
+        self._backends = [(graph, opener(graph, bundle.read, device, threads)) for graph in bundle.manifest.graphs]
         self._workers: ThreadPoolExecutor | None = None
         self._lock = Lock()
         self._open = True

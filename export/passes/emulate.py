@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from transom.export.passes.casts import cast_of
+
 MOVES = frozenset(
     "Reshape Transpose Gather Slice Concat Expand Squeeze Unsqueeze Split Flatten Identity ConstantOfShape".split()
 )
@@ -26,21 +28,17 @@ def emulate_half(model: ir.Model) -> bool:
     """Rewrite ``model`` in place; True if it had anything in half precision."""
     graph = model.graph
     nodes = list(graph)
-    widened = {}
-    for weight in [w for w in graph.initializers.values() if w.dtype in HALVES]:
+    weights = [weight for weight in graph.initializers.values() if weight.dtype in HALVES]
+    results = [(node, output) for node in nodes for output in node.outputs if output.dtype in HALVES]
+    for weight in weights:  # case 1
         readers = list(weight.uses())
-        wide = cast_of(weight, ir.DataType.FLOAT, f"{weight.name}_float")  # case 1
+        wide = cast_of(weight, ir.DataType.FLOAT, f"{weight.name}_float")
         graph.insert_before(nodes[0], wide)
         for reader, index in readers:
             reader.replace_input_with(index, wide.outputs[0])
-        widened[weight.name] = wide
-    changed = bool(widened)
-    for node in nodes:
-        for output in node.outputs:
-            if output.dtype in HALVES:
-                round_output(graph, node, output)
-                changed = True
-    return changed
+    for node, output in results:
+        round_output(graph, node, output)
+    return bool(weights or results)
 
 
 def round_output(graph: ir.Graph, node: ir.Node, output: ir.Value) -> None:
@@ -52,7 +50,7 @@ def round_output(graph: ir.Graph, node: ir.Node, output: ir.Value) -> None:
         back = cast_of(output, ir.DataType.FLOAT, f"{output.name}_float")
         graph.insert_after(node, back)
     else:
-        output.dtype = ir.DataType.FLOAT
+        output.type = ir.TensorType(ir.DataType.FLOAT)
         if node.op_type in MOVES:  # case 3
             if node.op_type == "ConstantOfShape":
                 filled = node.attributes["value"].as_tensor().numpy().astype("float32")
@@ -63,9 +61,3 @@ def round_output(graph: ir.Graph, node: ir.Node, output: ir.Value) -> None:
         graph.insert_after(node, [rounded, back])
     for reader, index in readers:
         reader.replace_input_with(index, back.outputs[0])
-
-
-def cast_of(value: ir.Value, to: ir.DataType, name: str) -> ir.Node:
-    cast = ir.node("Cast", [value], {"to": to}, name=f"cast_{name}")
-    cast.outputs[0].name, cast.outputs[0].dtype, cast.outputs[0].shape = name, to, value.shape
-    return cast

@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from transom.export.onnx import MODULE
+from transom.export.passes.casts import cast_of
 from transom.runtime.errors import PrecisionError
 
 HALF = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
@@ -60,7 +61,7 @@ def convert_weight(value: ir.Value, half: ir.DataType) -> None:
             f"the weight {value.name} reaches {largest:.6g}, fp16 ends at {FP16_MAX:g}; export with --precision bf16."
         )
     value.const_value = ir.Tensor(stored.astype(NUMPY[half]), dtype=half, name=value.name)
-    value.dtype = half
+    value.type = ir.TensorType(half)
 
 
 def convert_inputs(
@@ -74,9 +75,7 @@ def convert_inputs(
             continue
         key = (value.name, wanted)
         if key not in casts:
-            cast = ir.node("Cast", [value], {"to": wanted}, name=f"{value.name}_to_{wanted.name.lower()}")
-            cast.outputs[0].name = f"{value.name}_{wanted.name.lower()}"
-            cast.outputs[0].dtype, cast.outputs[0].shape = wanted, value.shape
+            cast = cast_of(value, wanted, f"{value.name}_{wanted.name.lower()}")
             cast.metadata_props.update(node.metadata_props)
             graph.insert_before(node, cast)
             casts[key] = cast.outputs[0]
@@ -93,14 +92,13 @@ def convert_node(node: ir.Node, half: ir.DataType, wanted: ir.DataType) -> None:
             node.attributes["value"] = ir.AttrTensor("value", ir.Tensor(filled.numpy().astype(NUMPY[half]), dtype=half))
     for output in node.outputs:
         if output.dtype == ir.DataType.FLOAT:
-            output.dtype = wanted
+            output.type = ir.TensorType(wanted)
 
 
 def cast_output(graph: ir.Graph, value: ir.Value) -> ir.Value:
     """Case 4: the graph's output keeps its name and is float32 again."""
-    name, inner = value.name, f"{value.name}_half"
-    value.name = inner
-    cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT}, name=f"output_{name}")
-    cast.outputs[0].name, cast.outputs[0].dtype, cast.outputs[0].shape = name, ir.DataType.FLOAT, value.shape
+    name = str(value.name)
+    value.name = f"{name}_half"
+    cast = cast_of(value, ir.DataType.FLOAT, name)
     graph.append(cast)
     return cast.outputs[0]

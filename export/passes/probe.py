@@ -36,7 +36,7 @@ def probe(graph: ir.Graph, node: ir.Node, value: ir.Value) -> ir.Value:
     absolute = ir.node("Abs", [value], name=f"abs_{value.name}")
     largest = ir.node("ReduceMax", [absolute.outputs[0]], {"keepdims": 0}, name=f"max_{value.name}")
     absolute.outputs[0].name, largest.outputs[0].name = f"abs:{value.name}", f"{PREFIX}{value.name}"
-    largest.outputs[0].dtype, largest.outputs[0].shape = ir.DataType.FLOAT, ir.Shape([])
+    largest.outputs[0].type, largest.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([])
     graph.insert_after(node, [absolute, largest])
     return largest.outputs[0]
 
@@ -47,6 +47,6 @@ def expose_scores(node: ir.Node) -> ir.Value:
     for omitted in node.outputs[1:3]:  # the present key and value: an empty name leaves an output out
         omitted.name = ""
     scores = node.outputs[3]
-    scores.name, scores.dtype = f"{node.outputs[0].name}_scores", ir.DataType.FLOAT
+    scores.name, scores.type = f"{node.outputs[0].name}_scores", ir.TensorType(ir.DataType.FLOAT)
     node.attributes["qk_matmul_output_mode"] = ir.AttrInt64("qk_matmul_output_mode", 0)
     return scores

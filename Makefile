@@ -1,0 +1,110 @@
+# `make` prints the table of contents. Everything needs only Python >= 3.11, make and a C compiler:
+# each target makes .venv itself when it is missing, half made, moved, or older than pyproject.toml.
+
+PYTHON     ?= python3
+PIP_ARGS   ?=
+PRECISIONS ?= fp32 fp16
+WORKERS    ?= auto
+PYTEST_ARGS ?=
+
+ROOMS      := models export runtime calib cli
+REFERENCES := vit minilm
+VENV       := .venv
+WHEEL_VENV := build/wheel-venv
+
+# Raw, and handed to recipes through the environment: a path may hold spaces, quotes or dollars.
+override CHECKPOINT := $(value CHECKPOINT)
+export CHECKPOINT PRECISIONS
+
+# The stamp is written last and holds the folder's path, so that a .venv whose making was
+# interrupted, that was moved, or whose Python is gone counts as none.
+STAMP := $(VENV)/.transom-dev
+SOUND := $(shell [ "$$(cat $(STAMP) 2>/dev/null)" = "$$(pwd -P)" ] && $(VENV)/bin/python -c '' 2>/dev/null && echo yes)
+
+# One thread per worker: torch would start one per core in each of them. More than 4 workers would
+# spend their time and memory on importing torch. loadfile keeps a module's exports in one worker.
+PYTEST := OMP_NUM_THREADS=1 TRANSOM_REPO="$$PWD"
+PYTEST_PARALLEL := -n $(WORKERS) --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help dev export check test suite wheel test-wheel clean typing again
+
+help: ## this table of contents
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo '  make export CHECKPOINT=path-or-hub-id [PRECISIONS="fp32 fp16 bf16"]   your own model, into bundles/'
+	@echo '  make test PYTEST_ARGS="-k bert"                                       a part of the suite'
+	@echo '  make dev PYTHON=python3.12 PIP_ARGS="--extra-index-url URL"           another Python, a smaller torch'
+
+dev: $(STAMP) ## .venv with everything that export, tests and checks need, .venv/bin/transom among it
+
+export: $(STAMP) ## export, verify and self-test the reference models in each precision; ends in one table
+	@trap 'exit 130' INT; \
+	if [ -n "$$CHECKPOINT" ]; then set -- "$$CHECKPOINT"; else set -- $(REFERENCES); fi; \
+	sources=$$#; failed=; \
+	for source in "$$@"; do \
+	    if [ -d "$$source" ]; then name=$$(cd -- "$$source" && pwd); else name=$$source; fi; \
+	    name=$$(basename -- "$$name"); \
+	    for precision in $$PRECISIONS; do \
+	        bundle=bundles/$$name; \
+	        [ "$$precision" = fp32 ] || bundle=$$bundle-$$precision; \
+	        printf '\n== %s, %s: %s\n' "$$source" "$$precision" "$$bundle"; \
+	        if $(VENV)/bin/transom export "$$source" --precision "$$precision" --out "$$bundle" --force \
+	            && $(VENV)/bin/transom selftest "$$bundle"; \
+	        then set -- "$$@" "$$bundle"; else failed="$$failed, $$source in $$precision"; fi; \
+	    done; \
+	done; \
+	shift $$sources; echo; \
+	if [ $$# -gt 0 ]; then $(VENV)/bin/transom table "$$@" || failed="$$failed, the table"; fi; \
+	if [ -n "$$failed" ]; then echo "make export: failed: $${failed#, }; the reasons are above" >&2; exit 1; fi
+
+check: $(STAMP) typing ## ruff, mypy --strict over all rooms, the walls between the rooms
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy -p transom
+	$(PYTEST) $(VENV)/bin/pytest -q tests/test_layering.py
+
+test: check suite test-wheel ## check, then the suite on the working tree, then on the installed wheel
+
+suite: $(STAMP) ## the suite on the working tree alone
+	$(PYTEST) $(VENV)/bin/pytest $(PYTEST_PARALLEL) tests
+
+wheel: $(STAMP) ## dist/transom-*.whl
+	@# setuptools would pack files that an earlier build left in build/lib
+	@rm -rf build/lib build/bdist.* dist/transom-*.whl
+	@mkdir -p build
+	$(VENV)/bin/python -m build --wheel --no-isolation --outdir dist . >build/wheel.log 2>&1 || { cat build/wheel.log >&2; exit 1; }
+	@ls dist/transom-*.whl
+
+# The libraries come from .venv through a .pth, whose own .pth files Python then does not read: the
+# editable transom stays invisible. The tests run from a copy, away from the rooms' folders.
+test-wheel: wheel ## the suite on the wheel, installed into an environment of its own
+	@rm -rf $(WHEEL_VENV) build/wheel-tests && mkdir -p build/wheel-tests
+	$(VENV)/bin/python -m venv --without-pip $(WHEEL_VENV)
+	$(VENV)/bin/python -m pip --python $(WHEEL_VENV)/bin/python install --quiet --no-index --no-deps dist/transom-*.whl
+	@paths='import sysconfig; print(sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), sep="\n")'; \
+	$(VENV)/bin/python -c "$$paths" >"$$($(WHEEL_VENV)/bin/python -c "$$paths" | head -n 1)/libraries-of-dev.pth"
+	@cp -R tests pyproject.toml build/wheel-tests/
+	cd build/wheel-tests && OMP_NUM_THREADS=1 TRANSOM_REPO="$$OLDPWD" TRANSOM_TEST_WHEEL=1 \
+	    ../../$(WHEEL_VENV)/bin/python -P -m pytest $(PYTEST_PARALLEL) tests
+
+clean: ## removes what was made here, except .venv and bundles/
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# mypy and pyright do not see the mapping of folders to transom.*: they get it as links.
+typing:
+	@rm -rf build/typing && mkdir -p build/typing/transom
+	@for room in $(ROOMS); do ln -s "../../../$$room" "build/typing/transom/$$room"; done
+
+$(STAMP): pyproject.toml $(if $(SOUND),,again)
+	@rm -f $(STAMP)
+ifeq ($(SOUND),)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	    echo "make: PYTHON=$(PYTHON) is '$$($(PYTHON) --version 2>&1)'; Transom needs Python 3.11 or newer." \
+	         "Name one: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+endif
+	$(VENV)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) -e '.[dev]'
+	@pwd -P >$(STAMP)

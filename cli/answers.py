@@ -1,0 +1,160 @@
+"""What ``transom run`` asks of a bundle, task by task: INPUTs in, results as plain data and as lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import typer
+
+from transom.cli.arrays import first_numbers
+
+Result = Mapping[str, Any]
+TOP_K = 5  # answers shown where several are usual
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """The options that a task may or may not heed."""
+
+    top_k: int | None
+    truncate: bool
+
+
+@dataclass(frozen=True)
+class Task:
+    """One row of TASKS.
+
+    ask     bundle, INPUTs, options -> one result per INPUT, or one for the pair of them
+    lines   a result -> what a person reads
+    ranks   whether ``--top-k`` means something
+    array   the result's key that holds a vector, for ``--out``
+    pair    what the two INPUTs are, where the task takes exactly two
+    """
+
+    ask: Callable[[Any, Sequence[str], Wishes], list[Result]]
+    lines: Callable[[Result], Iterator[str]]
+    ranks: bool = False
+    array: str | None = None
+    pair: str | None = None
+
+
+def embed(bundle: Any, texts: Sequence[str], wishes: Wishes) -> list[Result]:
+    vectors = bundle.embed(list(texts))  # always truncates, as sentence-transformers does
+    return [{"text": text, "embedding": vector} for text, vector in zip(texts, vectors, strict=True)]
+
+
+def features(bundle: Any, images: Sequence[str], wishes: Wishes) -> list[Result]:
+    vectors = bundle.features(list(images))
+    return [{"image": image, "features": vector} for image, vector in zip(images, vectors, strict=True)]
+
+
+def fill_mask(bundle: Any, texts: Sequence[str], wishes: Wishes) -> list[Result]:
+    results: list[Result] = []
+    for text in texts:
+        found = bundle.fill_mask(text, top_k=wishes.top_k or TOP_K, truncate=wishes.truncate)
+        masks = found if found and isinstance(found[0], list) else [found]
+        results.append({"text": text, "masks": [pairs("token", ranked) for ranked in masks]})
+    return results
+
+
+def classify_texts(bundle: Any, texts: Sequence[str], wishes: Wishes) -> list[Result]:
+    found = bundle.classify(list(texts), top_k=wishes.top_k, truncate=wishes.truncate)
+    return [{"text": text, "labels": pairs("label", ranked)} for text, ranked in zip(texts, found, strict=True)]
+
+
+def classify_images(bundle: Any, images: Sequence[str], wishes: Wishes) -> list[Result]:
+    found = bundle.classify(list(images), top_k=wishes.top_k or TOP_K)
+    return [{"image": image, "labels": pairs("label", ranked)} for image, ranked in zip(images, found, strict=True)]
+
+
+def tag(bundle: Any, texts: Sequence[str], wishes: Wishes) -> list[Result]:
+    found = bundle.tag(list(texts), truncate=wishes.truncate)
+    return [
+        {"text": text, "entities": [entity._asdict() for entity in entities]}
+        for text, entities in zip(texts, found, strict=True)
+    ]
+
+
+def answer(bundle: Any, texts: Sequence[str], wishes: Wishes) -> list[Result]:
+    question, context = texts
+    found = bundle.answer(question, context, top_k=wishes.top_k or 1)  # reads a long context in windows
+    return [{"question": question, "context": context, "answers": [each._asdict() for each in found]}]
+
+
+def next_sentence(bundle: Any, texts: Sequence[str], wishes: Wishes) -> list[Result]:
+    first, second = texts
+    probability = bundle.next_sentence(first, second, truncate=wishes.truncate)
+    return [{"first": first, "second": second, "probability": probability}]
+
+
+def pairs(name: str, ranked: Sequence[tuple[str, float]]) -> list[dict[str, Any]]:
+    return [{name: word, "probability": probability} for word, probability in ranked]
+
+
+def vector_lines(result: Result) -> Iterator[str]:
+    name, vector = list(result.items())[-1]
+    norm = float((vector.astype("float64") ** 2).sum() ** 0.5)
+    yield subject(result)
+    yield f"  {name} {first_numbers(vector)}  {len(vector)} numbers, norm {norm:.4f}"
+
+
+def mask_lines(result: Result) -> Iterator[str]:
+    yield subject(result)
+    for number, ranked in enumerate(result["masks"], start=1):
+        if len(result["masks"]) > 1:
+            yield f"  mask {number}"
+        yield from ranked_lines("token", ranked)
+
+
+def label_lines(result: Result) -> Iterator[str]:
+    yield subject(result)
+    yield from ranked_lines("label", result["labels"])
+
+
+def entity_lines(result: Result) -> Iterator[str]:
+    yield subject(result)
+    for each in result["entities"]:
+        yield f"  {each['probability']:.4f}  {each['label']}  {each['text']}  {each['start']}..{each['end']}"
+    if not result["entities"]:
+        yield "  nothing found"
+
+
+def answer_lines(result: Result) -> Iterator[str]:
+    yield subject(result)
+    for each in result["answers"]:
+        yield f"  {each['probability']:.4f}  {each['text']}  {each['start']}..{each['end']}"
+
+
+def pair_lines(result: Result) -> Iterator[str]:
+    yield f"{result['probability']:.4f} that the second text follows the first"
+
+
+def subject(result: Result) -> str:
+    """The INPUT that a result belongs to."""
+    return str(next(iter(result.values())))
+
+
+def ranked_lines(name: str, ranked: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for each in ranked:
+        yield f"  {each['probability']:.4f}  {each[name]}"
+
+
+TASKS = {  # (family, task) -> how it is asked
+    ("bert", "feature-extraction"): Task(embed, vector_lines, array="embedding"),
+    ("bert", "fill-mask"): Task(fill_mask, mask_lines, ranks=True),
+    ("bert", "text-classification"): Task(classify_texts, label_lines, ranks=True),
+    ("bert", "token-classification"): Task(tag, entity_lines),
+    ("bert", "question-answering"): Task(answer, answer_lines, ranks=True, pair="QUESTION and CONTEXT"),
+    ("bert", "next-sentence-prediction"): Task(next_sentence, pair_lines, pair="two texts, A and B"),
+    ("vit", "image-classification"): Task(classify_images, label_lines, ranks=True),
+    ("vit", "feature-extraction"): Task(features, vector_lines, array="features"),
+}
+
+
+def task_of(family: str, task: str) -> Task:
+    """The row of a bundle's task; a wrong call where there is none but raw arrays can still be run."""
+    if (family, task) not in TASKS:
+        raise typer.BadParameter(f"a {family} bundle for {task} takes arrays only; give one INPUT that ends in .npz.")
+    return TASKS[family, task]

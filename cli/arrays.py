@@ -1,0 +1,61 @@
+"""Raw arrays at the command line: inputs from a .npz file, outputs into one, or a summary of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transom.runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from transom.runtime.backend import Array
+
+
+def read_arrays(path: Path) -> dict[str, Array]:
+    """The arrays of a .npz file by name. Raises InputError when it is none, or holds pickled objects."""
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except Exception as error:  # zipfile, zlib and numpy's header parser raise a dozen types
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise InputError(
+            f"{path} cannot be read as a .npz file of plain arrays: {reason}. Write it with np.savez(file, name=array)."
+        ) from None
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write a .npz file, beside first and then renamed: the old file or the whole new one is there."""
+    import numpy as np
+
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        try:
+            with partial.open("wb") as file:
+                np.savez(file, **arrays)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {path} cannot be written: {error.strerror or error}. Give another file.") from None
+
+
+def array_json(array: Array, *, values: bool) -> dict[str, Any]:
+    found: dict[str, Any] = {"dtype": str(array.dtype), "shape": array.shape}
+    return {**found, "values": array} if values else found
+
+
+def array_line(name: str, array: Array) -> str:
+    """``logits float32 (1, 10)  min -2.1  mean 0.03  max 8.5  first -0.6132 0.1200 ...``."""
+    head = f"{name} {array.dtype} {array.shape}"
+    if not array.size:
+        return head
+    figures = f"min {array.min():.5g}  mean {array.mean():.5g}  max {array.max():.5g}"
+    return f"{head}  {figures}  first {first_numbers(array.ravel())}"
+
+
+def first_numbers(vector: Array, count: int = 5) -> str:
+    shown = " ".join(f"{value:.4f}" for value in vector[:count])
+    return f"{shown} ..." if len(vector) > count else shown

@@ -1,0 +1,86 @@
+"""``transom bench``: latency, throughput, memory and load time of a bundle on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from transom.cli.options import BundlePath, Device, Json, Threads, sizes
+from transom.cli.progress import progress
+from transom.cli.show import print_fields, print_json, print_table, sizes_text
+
+if TYPE_CHECKING:
+    from transom.runtime.bench import BenchReport
+
+
+def bench(
+    bundle: BundlePath,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="B=1,S=128", help="Sizes of the axes; repeatable.", show_default="what the bundle is tuned for"
+        ),
+    ] = None,
+    runs: Annotated[int, typer.Option(metavar="N", min=1, help="Timed calls per shape, at most.")] = 100,
+    warmup: Annotated[int, typer.Option(metavar="N", min=0, help="Calls before the timed ones.")] = 10,
+    seconds: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0, help="Time per shape after which no further call is made.")
+    ] = 10.0,
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Measure latency, throughput and memory.
+
+    Latency as p50, p95 and p99, throughput, load time, and peak memory. Inputs are generated from the
+    tensors that the bundle declares, the same ones every time; checking
+    and copying them is part of what is timed.
+    """
+    shapes = [sizes(text, "--shape") for text in shape or ()]
+    with progress(quiet=as_json) as report:
+        from transom.runtime import bench as runtime
+
+        measured = runtime.bench(
+            bundle,
+            shapes,
+            runs=runs,
+            warmup=warmup,
+            seconds=seconds,
+            device=device,
+            threads=threads,
+            progress=report,
+        )
+    if as_json:
+        print_json({"bundle": bundle, **vars(measured), "timings": [vars(timing) for timing in measured.timings]})
+        return
+    rows = [
+        [
+            timing.graph,
+            sizes_text(timing.sizes),
+            str(timing.runs),
+            *(f"{ms:.3f}" for ms in (timing.p50_ms, timing.p95_ms, timing.p99_ms)),
+            f"{timing.items_per_s:.1f}",
+        ]
+        for timing in measured.timings
+    ]
+    columns = ("graph", "shape", "runs", "p50 ms", "p95 ms", "p99 ms", "items/s")
+    print_table(columns, rows, right=columns[2:])
+    print()
+    print_fields(circumstances(measured))
+
+
+def circumstances(measured: BenchReport) -> Iterator[tuple[str, str]]:
+    """What the times are worth nothing without."""
+    threads = f"{measured.threads or 'one per core'}, {measured.cores} cores usable"
+    yield "load", f"{measured.load_s:.3f} s"
+    if measured.memory_peak_mib is not None and measured.memory_before_mib is not None:
+        yield (
+            "peak memory",
+            f"{measured.memory_peak_mib:.0f} MiB, before loading {measured.memory_before_mib:.0f} MiB",
+        )
+    yield "device", measured.device
+    yield "threads", threads
+    yield "cpu", measured.cpu
+    yield "onnxruntime", measured.onnxruntime

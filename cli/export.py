@@ -1,0 +1,113 @@
+"""``transom export``: from a checkpoint to a bundle that was held against PyTorch."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import redirect_stdout
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from transom.cli.describe import (
+    GPU_FORMATS,
+    GPU_NOTE,
+    manifest_json,
+    next_commands,
+    parity_text,
+    score_line,
+    size_line,
+)
+from transom.cli.extras import export_extra
+from transom.cli.options import Json, image_size, sizes
+from transom.cli.progress import progress
+from transom.cli.show import print_json, printable
+
+if TYPE_CHECKING:
+    from transom.runtime.bundle import Manifest
+
+
+class Precision(StrEnum):
+    """What ``--precision`` takes."""
+
+    fp32 = "fp32"
+    fp16 = "fp16"
+    bf16 = "bf16"
+
+
+def export(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A Hugging Face checkpoint folder, a hub id, or the name of a reference model (vit, minilm).",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the new bundle.", show_default=False)],
+    precision: Annotated[
+        Precision, typer.Option(help="fp16 and bf16 are GPU formats; a CPU computes them slowly.")
+    ] = Precision.fp32,
+    task: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The hub's name of a task.", show_default="the checkpoint's own head"),
+    ] = None,
+    max: Annotated[
+        list[str] | None,
+        typer.Option(metavar="AXIS=SIZE", help="Bound of an axis, such as S=512; repeatable.", show_default=False),
+    ] = None,
+    image: Annotated[
+        str | None,
+        typer.Option(
+            "--image-size",
+            metavar="PIXELS",
+            help="384, or HEIGHTxWIDTH such as 384x512: positions are interpolated.",
+            show_default="the checkpoint's",
+        ),
+    ] = None,
+    ignore_unused: Annotated[
+        bool, typer.Option("--ignore-unused", help="Accept weights of the checkpoint that no part uses.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the bundle that is at --out.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Export a checkpoint into a bundle, and hold it against PyTorch.
+
+    The bundle appears at --out only when every output agrees with PyTorch over a grid of shapes; else
+    the exit status is 1 and nothing is left behind.
+    """
+    bounds = {name: size for text in max or () for name, size in sizes(text, "--max").items()}
+    pixels = image_size(image)
+    # What torch's exporter prints must not mix with ours on stdout.
+    with progress(quiet=as_json) as report, redirect_stdout(sys.stderr), export_extra():
+        from transom.export import pipeline
+
+        manifest = pipeline.export(
+            source,
+            out,
+            precision=precision.value,
+            task=task,
+            max_sizes=bounds,
+            image_size=pixels,
+            ignore_unused=ignore_unused,
+            force=force,
+            progress=report,
+        )
+    if as_json:
+        print_json(manifest_json(out, manifest))
+    else:
+        print_summary(out, manifest)
+
+
+def print_summary(out: Path, manifest: Manifest) -> None:
+    """What was made, how well it agrees, what to do with it."""
+    print(printable(f"{out}: {manifest.family}, {manifest.task}, {manifest.precision}, {size_line(out)}"))
+    if manifest.precision in GPU_FORMATS:
+        print(f"{manifest.precision} is {GPU_NOTE}")
+    print(f"worst error against PyTorch: {parity_text(manifest.parity)}")
+    if manifest.score:
+        print(printable(score_line(manifest.score)))
+    print("try:")
+    for command in next_commands(out, manifest):
+        print(f"  {printable(command)}")

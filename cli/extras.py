@@ -1,0 +1,25 @@
+"""The libraries that only exporting needs, and what to say where they are absent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transom.runtime.errors import BackendError
+
+EXPORT_EXTRA = ("torch", "onnx", "onnx_ir", "onnxscript", "ml_dtypes", "huggingface_hub")
+
+
+@contextmanager
+def export_extra() -> Iterator[None]:
+    """Import and call transom.export inside this: a missing library becomes one BackendError."""
+    try:
+        yield
+    except ImportError as error:
+        missing = (error.name or str(error)).partition(".")[0]
+        if missing not in EXPORT_EXTRA:
+            raise
+        raise BackendError(
+            f"{missing} cannot be imported ({error}); export and verify need it, the other commands do not. "
+            "Run `pip install 'transom[export]'`."
+        ) from None

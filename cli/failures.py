@@ -1,0 +1,132 @@
+"""How a command ends when it does not end well: one line on stderr, an exit status, no traceback.
+
+With ``--json`` the same is also the JSON document on stdout: {"error": {"type": ..., "message": ...}}.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import cast
+
+import typer
+
+from transom.cli.show import print_json, say
+from transom.runtime.errors import TransomError
+
+FAILED = 1
+USAGE = 2
+INTERNAL = 70  # EX_SOFTWARE of sysexits.h
+INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
+READER_GONE = 141  # 128 + SIGPIPE
+TERMINATED = 143  # 128 + SIGTERM
+
+# click's; which module it lives in depends on typer's version
+UsageError = cast(type[Exception], typer.BadParameter.__mro__[1])
+
+
+class Terminated(SystemExit):
+    """SIGTERM arrived. An exception, so that temporary folders are removed on the way out."""
+
+    def __init__(self) -> None:
+        super().__init__(TERMINATED)
+
+
+class OutputError(Exception):
+    """Stdout cannot be written: its disk is full, or its reader is gone."""
+
+    def __init__(self, cause: OSError) -> None:
+        super().__init__(str(cause.strerror or cause))
+        self.reader_gone = isinstance(cause, BrokenPipeError)
+
+
+@contextmanager
+def reported(args: Sequence[str]) -> Iterator[None]:
+    """Run a command inside this: whatever it raises becomes its line and ``typer.Exit``.
+
+    ``args`` are the raw arguments, since ``--json`` must hold even where parsing them failed.
+    """
+    as_json, debug = given("--json", args), given("--debug", args) or debug_from_environment()
+    try:
+        with flushed():
+            yield
+    except typer.Exit:
+        raise
+    except Terminated as error:
+        fail(error, "transom: terminated", TERMINATED, as_json, debug)
+    except KeyboardInterrupt as error:
+        fail(error, "transom: interrupted", INTERRUPTED, as_json, debug)
+    except OutputError as error:
+        drop_stdout()
+        if error.reader_gone:
+            raise typer.Exit(READER_GONE) from None
+        fail(error, f"transom: the output cannot be written: {error}", FAILED, False, debug)
+    except TransomError as error:
+        name = f"transom.runtime.errors.{type(error).__name__}"
+        fail(error, f"{name}: {error}", FAILED, as_json, debug)
+    except UsageError as error:
+        if as_json:
+            print_json({"error": {"type": "UsageError", "message": usage_message(error)}})
+        raise
+    except Exception as error:  # a bug of ours, or a library's surprise
+        reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        fail(error, f"transom: internal error ({reason}), run again with --debug", INTERNAL, as_json, debug)
+
+
+@contextmanager
+def flushed() -> Iterator[None]:
+    """Flush stdout at the end, where a failure can still be told from one of the command itself."""
+    try:
+        yield
+    except BrokenPipeError as error:
+        raise OutputError(error) from None
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError as error:
+            raise OutputError(error) from None
+
+
+def fail(error: BaseException, line: str, status: int, as_json: bool, debug: bool) -> None:
+    """Print what happened, in the ways asked for, and exit."""
+    if debug:
+        traceback.print_exception(error)
+    say(line)
+    if as_json:
+        message = str(error) if isinstance(error, Exception) else line
+        print_json({"error": {"type": type(error).__name__, "message": message}})
+    raise typer.Exit(status)
+
+
+def usage_message(error: BaseException) -> str:
+    """What click says of a wrong call, in one sentence."""
+    return str(error.format_message()) if hasattr(error, "format_message") else str(error)
+
+
+def given(flag: str, args: Sequence[str]) -> bool:
+    """Whether the flag stands among the arguments, before a ``--`` that makes everything an INPUT."""
+    return flag in args[: end_of_options(args)]
+
+
+def without(flag: str, args: Sequence[str]) -> list[str]:
+    """The arguments less that flag, wherever it stands among the options."""
+    end = end_of_options(args)
+    return [arg for arg in args[:end] if arg != flag] + list(args[end:])
+
+
+def end_of_options(args: Sequence[str]) -> int:
+    return list(args).index("--") if "--" in args else len(args)
+
+
+def debug_from_environment() -> bool:
+    return os.environ.get("TRANSOM_DEBUG", "") not in ("", "0")
+
+
+def drop_stdout() -> None:
+    """Let the interpreter's last flush succeed: it would complain of the same failure once more."""
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, sys.stdout.fileno())
+    os.close(devnull)

@@ -1,0 +1,66 @@
+"""``transom inspect``: what a bundle holds, from its manifest. (A file inspect.py would shadow Python's own.)"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transom.cli.describe import (
+    GPU_FORMATS,
+    GPU_NOTE,
+    manifest_json,
+    parity_text,
+    score_line,
+    size_line,
+    tensor_text,
+)
+from transom.cli.options import BundlePath, Json
+from transom.cli.show import bytes_text, print_fields, print_json, print_table
+
+if TYPE_CHECKING:
+    from transom.runtime.bundle import Manifest
+
+
+def inspect(bundle: BundlePath, as_json: Json = False) -> None:
+    """Show what a bundle holds.
+
+    Tensors, axes, files, parity, score, source and tools. Every file's size and SHA-256 are checked;
+    a damaged bundle is an error.
+    """
+    from transom.runtime.bundle import Bundle
+
+    manifest = Bundle(bundle).manifest
+    if as_json:
+        print_json(manifest_json(bundle, manifest))
+        return
+    print_fields(summary(bundle, manifest))
+    print()
+    columns = ("file", "size", "sha256")
+    rows = [(name, bytes_text(file.size), file.sha256) for name, file in manifest.files.items()]
+    print_table(columns, rows, right=("size",))
+
+
+def summary(path: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
+    note = f", {GPU_NOTE}" if manifest.precision in GPU_FORMATS else ""
+    yield "name", manifest.name
+    yield "family", manifest.family
+    yield "task", manifest.task
+    yield "precision", manifest.precision + note
+    yield "size", size_line(path)
+    for name, axis in manifest.axes.items():
+        yield f"axis {name}", f"{axis.min}..{axis.max}, tuned for {axis.opt}"
+    for file in manifest.graphs:
+        for tensor in file.graph.inputs:
+            yield f"{file.graph.name} input", tensor_text(tensor)
+        for tensor in file.graph.outputs:
+            yield f"{file.graph.name} output", tensor_text(tensor)
+    if manifest.labels:
+        more = ", ..." if len(manifest.labels) > 8 else ""
+        yield "labels", f"{len(manifest.labels)}: {', '.join(manifest.labels[:8])}{more}"
+    yield "parity", f"worst error {parity_text(manifest.parity)}"
+    if manifest.score:
+        yield "score", score_line(manifest.score)
+    for name, value in manifest.source.items():
+        yield f"source {name}", str(len(value)) if isinstance(value, list) else str(value)
+    yield "tools", ", ".join(f"{name} {value}" for name, value in manifest.tools.items())

@@ -1,0 +1,137 @@
+"""The command line's front door: the commands by name, the help, and how a process begins and ends.
+
+Each command imports its room when it runs: ``transom --help`` waits for neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import warnings
+from importlib.metadata import version
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from transom.cli.bench import bench
+from transom.cli.doctor import doctor
+from transom.cli.export import export
+from transom.cli.failures import Terminated, debug_from_environment, given, reported, without
+from transom.cli.inspect_bundle import inspect
+from transom.cli.options import examples
+from transom.cli.run import run
+from transom.cli.selftest import selftest
+from transom.cli.table import table
+from transom.cli.verify import verify
+
+ARGUMENTS = "transom.arguments"  # where the raw ones are kept between parsing and running
+EXIT_STATUS = """\b
+Exit status:
+  0    done
+  1    a Transom error, such as a failed parity check; one line on stderr says which
+  2    wrong usage
+  70   a bug of ours; run again with --debug
+  130  Ctrl-C
+
+Every command explains itself: transom COMMAND --help. Tab completion: transom --install-completion
+"""
+
+
+class Commands(TyperGroup):
+    """The group of all commands: takes --debug from any position, turns errors into lines and statuses."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta[ARGUMENTS] = list(args)
+        return super().parse_args(ctx, without("--debug", args))
+
+    def invoke(self, ctx: Any) -> Any:
+        with reported(ctx.meta[ARGUMENTS]):
+            return super().invoke(ctx)
+
+
+app = typer.Typer(
+    name="transom",
+    cls=Commands,
+    no_args_is_help=True,
+    rich_markup_mode=None,  # help is plain text: "[MASK]" is no markup, and a pipe gets what a terminal gets
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"transom {version('transom')}")
+        raise typer.Exit
+
+
+@app.callback(epilog=EXIT_STATUS)
+def transom(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=show_version, is_eager=True)
+    ] = False,
+    debug: Annotated[  # read by Commands, for every command
+        bool, typer.Option("--debug", help="Show tracebacks; in any position, or TRANSOM_DEBUG=1.")
+    ] = False,
+) -> None:
+    """Carries Transformer models from PyTorch to the edge: ONNX export, parity as a gate, a small runtime.
+
+    \b
+    Examples:
+      transom export minilm --out bundles/minilm           PyTorch -> a bundle, held against PyTorch
+      transom run bundles/minilm 'A sentence.'             use it, without torch
+      transom bench bundles/minilm --shape B=8,S=128       measure it here
+      transom doctor                                       what is installed, what `auto` would choose
+    """
+
+
+app.command(
+    epilog=examples(
+        "transom export minilm --out bundles/minilm",
+        "transom export ./my-checkpoint --out bundles/mine --precision fp16 --max S=256",
+        "transom export google/vit-base-patch16-224 --out bundles/vit --image-size 384",
+    )
+)(export)
+app.command(epilog=examples("transom verify bundles/minilm", "transom verify bundles/mine --source ./my-checkpoint"))(
+    verify
+)
+app.command(epilog=examples("transom selftest bundles/minilm --threads 2"))(selftest)
+app.command(
+    epilog=examples(
+        "transom run bundles/minilm 'A sentence.' 'Another one.'",
+        "transom run bundles/bert-squad 'Who wrote it?' 'Ada Lovelace wrote it in 1843.' --json",
+        "transom run bundles/vit photo.png --top-k 3",
+        "transom run bundles/minilm - --out embeddings.npz <lines.txt",
+        "transom run bundles/minilm inputs.npz --out outputs.npz",
+    )
+)(run)
+app.command(epilog=examples("transom bench bundles/minilm --shape B=1,S=128 --shape B=8,S=128 --threads 2"))(bench)
+app.command(epilog=examples("transom inspect bundles/minilm", "transom inspect bundles/minilm --json"))(inspect)
+app.command(epilog=examples("transom doctor", "transom doctor --json"))(doctor)
+app.command(epilog=examples("transom table bundles/*"))(table)
+
+
+def terminate(signal_number: int, frame: object) -> NoReturn:
+    raise Terminated
+
+
+def usable(stream: Any) -> Any:
+    """A standard stream that takes every file name, also one that its encoding lacks; never None (closed)."""
+    stream = stream or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    stream.reconfigure(errors="backslashreplace")
+    return stream
+
+
+def main() -> None:
+    """What the ``transom`` command calls; ends the process with one of the statuses above."""
+    signal.signal(signal.SIGTERM, terminate)
+    sys.stdout, sys.stderr = usable(sys.stdout), usable(sys.stderr)
+    if not sys.warnoptions and not given("--debug", sys.argv) and not debug_from_environment():
+        warnings.simplefilter("ignore")  # the libraries' notes to developers
+    app(prog_name="transom")
+
+
+if __name__ == "__main__":
+    main()

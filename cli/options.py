@@ -1,0 +1,53 @@
+"""The options that several commands share, and how their values are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+BundlePath = Annotated[
+    Path, typer.Argument(metavar="BUNDLE", help="Folder that `transom export` made.", show_default=False)
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        metavar="DEVICE",
+        help="cpu, cuda, or auto: CUDA where there is one. A device that is absent is an error.",
+        autocompletion=lambda: ["cpu", "cuda", "auto"],
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, help="CPU threads per call.", show_default="one per core"),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, everything else on stderr.")]
+
+
+def examples(*commands: str) -> Any:
+    """An epilogue of ``--help``: the commands as they would be typed, one a line, not re-wrapped."""
+    return "\b\n" + "\n".join(["Examples:" if len(commands) > 1 else "Example:", *(f"  {c}" for c in commands)])
+
+
+def sizes(text: str, option: str) -> dict[str, int]:
+    """``B=1,S=128`` -> {"B": 1, "S": 128}; a wrong call where it is anything else."""
+    found: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = (word.strip() for word in part.partition("="))
+        if not name or not (size.isascii() and size.isdigit()) or int(size) < 1:
+            raise typer.BadParameter(f"{option} is {text!r}; expected AXIS=SIZE, such as S=128 or B=1,S=128.")
+        if name in found:
+            raise typer.BadParameter(f"{option} is {text!r}; axis {name} is given twice.")
+        found[name] = int(size)
+    return found
+
+
+def image_size(text: str | None) -> tuple[int, int] | None:
+    """``384`` or ``384x512`` -> (height, width) in pixels; a wrong call where it is anything else."""
+    if text is None:
+        return None
+    words = text.lower().split("x")
+    if len(words) > 2 or not all(word.isascii() and word.isdigit() and int(word) > 0 for word in words):
+        raise typer.BadParameter(f"--image-size is {text!r}; expected PIXELS or HEIGHTxWIDTH: 384 or 384x512.")
+    return int(words[0]), int(words[-1])

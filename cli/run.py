@@ -1,0 +1,135 @@
+"""``transom run``: hand a bundle texts, images or arrays, and read its answer."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from transom.cli.answers import Wishes, task_of
+from transom.cli.arrays import array_json, array_line, read_arrays, write_arrays
+from transom.cli.options import BundlePath, Device, Json, Threads
+from transom.cli.show import print_json, printable
+from transom.runtime.errors import InputError
+
+STDIN = "-"
+
+
+def run(
+    bundle: BundlePath,
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="INPUT",
+            help="What the bundle's task takes (below), FILE.npz, or - for the lines of stdin.",
+            show_default=False,
+        ),
+    ],
+    top_k: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="How many answers.", show_default="as usual for the task")
+    ] = None,
+    truncate: Annotated[
+        bool, typer.Option("--truncate", help="Cut texts that are too long; embeddings always do.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.npz", help="Write output arrays there.", show_default=False)
+    ] = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Run a bundle on texts, images or arrays. Needs no torch.
+
+    What INPUT means follows the bundle's task (see `transom inspect`):
+
+    \b
+      feature-extraction             texts, or image files     -> embeddings
+      fill-mask                      texts with the mask token -> tokens
+      text-, token-classification    texts                     -> labels
+      question-answering             QUESTION CONTEXT          -> answers
+      next-sentence-prediction       A B                       -> does B follow A?
+      image-classification           image files               -> labels
+
+    One INPUT that ends in .npz is a raw run: its arrays are the graph's inputs by name. A text that
+    begins with a dash goes after `--`. The whole of stdin is one text where a task takes two.
+    """
+    from transom.runtime import load
+
+    if out is not None and out.suffix != ".npz":
+        raise typer.BadParameter(f"--out is {str(out)!r}; expected the name of a .npz file.")
+    with load(bundle, device, threads) as loaded:
+        if len(inputs) == 1 and inputs[0].endswith(".npz"):
+            arrays = loaded.run(read_arrays(Path(inputs[0])))
+            if out is not None:
+                write_arrays(out, arrays)
+            show_arrays(bundle, arrays, out, as_json)
+            return
+        manifest = loaded.manifest
+        task = task_of(manifest.family, manifest.task)
+        if out is not None and task.array is None:
+            raise typer.BadParameter(f"--out holds arrays; the answers of {manifest.task} are none. Use --json.")
+        if top_k is not None and not task.ranks:
+            raise typer.BadParameter(f"--top-k is {top_k}; {manifest.task} gives no ranking.")
+        given = expanded(inputs, whole=task.pair is not None)
+        if task.pair is not None and len(given) != 2:
+            raise typer.BadParameter(f"{manifest.task} takes {task.pair}; received {len(given)} INPUTs.")
+        results = task.ask(loaded, given, Wishes(top_k, truncate))
+    if out is not None and task.array is not None:
+        write_vectors(out, task.array, results)
+    if as_json:
+        print_json({"bundle": bundle, "task": manifest.task, "results": results, **written(out)})
+        return
+    for result in results:
+        for line in task.lines(result):
+            print(printable(line))
+    if out is not None:
+        print(printable(f"written to {out}"))
+
+
+def expanded(inputs: Sequence[str], *, whole: bool) -> list[str]:
+    """The INPUTs with ``-`` replaced by the lines of stdin, or by all of it as one text if ``whole``."""
+    if inputs.count(STDIN) > 1:
+        raise typer.BadParameter("INPUT - is given twice; stdin can be read only once.")
+    found: list[str] = []
+    for text in inputs:
+        if text != STDIN:
+            found.append(text)
+        elif whole:
+            found.append(read_stdin().strip())
+        else:
+            found += read_stdin().splitlines()
+    if not found:
+        raise InputError("stdin is empty; expected one INPUT per line.")
+    return found
+
+
+def read_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"stdin is not UTF-8 (byte {error.start}); convert it, with iconv for example.") from None
+
+
+def write_vectors(out: Path, name: str, results: Sequence[Mapping[str, Any]]) -> None:
+    import numpy as np
+
+    write_arrays(out, {name: np.stack([result[name] for result in results])})
+
+
+def show_arrays(bundle: Path, arrays: Mapping[str, Any], out: Path | None, as_json: bool) -> None:
+    """The outputs of a raw run: in full as JSON unless they went to a file, a line each for a person."""
+    if as_json:
+        outputs = {name: array_json(array, values=out is None) for name, array in arrays.items()}
+        print_json({"bundle": bundle, "outputs": outputs, **written(out)})
+        return
+    for name, array in arrays.items():
+        print(printable(array_line(name, array)))
+    if out is not None:
+        print(printable(f"written to {out}"))
+
+
+def written(out: Path | None) -> dict[str, Path]:
+    return {} if out is None else {"out": out}

@@ -1,0 +1,46 @@
+"""``transom selftest``: the golden values again, on the device, without torch."""
+
+from __future__ import annotations
+
+from transom.cli.options import BundlePath, Device, Json, Threads
+from transom.cli.show import comparison_cells, comparison_json, print_json, print_table
+
+
+def selftest(bundle: BundlePath, device: Device = "cpu", threads: Threads = None, as_json: Json = False) -> None:
+    """Check a bundle where it runs, without torch.
+
+    Do the golden inputs still give what PyTorch gave? Exit status 1 and the worst element where an
+    output is beyond the tolerance that the bundle records. The difference to what the bundle itself gave when it was
+    built is shown too.
+    """
+    from transom.runtime import selftest as runtime
+
+    report = runtime.selftest(bundle, device, threads)
+    sides = [
+        (case.name, reference, comparison)
+        for case in report.cases
+        for reference, comparisons in (("PyTorch", case.against_pytorch), ("build", case.against_build))
+        for comparison in comparisons
+    ]
+    if as_json:
+        print_json(
+            {
+                "bundle": bundle,
+                "device": device,
+                "tolerance": report.tolerance,
+                "worst": comparison_json(report.worst),
+                "cases": [
+                    {
+                        "name": case.name,
+                        "against_pytorch": [comparison_json(each) for each in case.against_pytorch],
+                        "against_build": [comparison_json(each) for each in case.against_build],
+                    }
+                    for case in report.cases
+                ],
+            }
+        )
+        return
+    rows = [[name, reference, *comparison_cells(each)] for name, reference, each in sides]
+    columns = ("case", "against", "output", "error", "worst at", "here", "expected")
+    print_table(columns, rows, right=("error", "here", "expected"))
+    print(f"agrees with PyTorch: worst error {report.worst.error:.2e} of {report.tolerance:g} allowed")

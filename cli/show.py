@@ -1,0 +1,117 @@
+"""What commands print: one JSON document, or lines and tables that read well on a terminal and in a pipe."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from transom.runtime.compare import Comparison
+
+IN_A_PIPE = 100_000  # columns: a reader that is no terminal gets every table row on one line
+
+
+def print_json(value: Any) -> None:
+    """Print the one JSON document of a ``--json`` call; what is no number (NaN, infinity) becomes null."""
+    print(json.dumps(plain(value), indent=2, allow_nan=False))
+
+
+def plain(value: Any) -> Any:
+    """The value made of what JSON has: dicts, lists, strings, finite numbers, null."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if hasattr(value, "tolist"):  # numpy's arrays and numbers
+        return plain(value.tolist())
+    return str(value)  # paths
+
+
+def say(line: str) -> None:
+    """One line on stderr. A stderr that nobody reads any more is no reason to fail."""
+    with suppress(OSError):
+        print(printable(line), file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """The text on one line: control characters, which may steer a terminal, become visible escapes."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in " ".join(text.splitlines())
+    )
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str] = ()) -> None:
+    """A table on stdout; columns named in ``right`` hold numbers. Cells are shown as they are: no markup."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(file=sys.stdout, markup=False, emoji=False, highlight=False)
+    if not console.is_terminal:
+        console.width = IN_A_PIPE
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for name in columns:
+        table.add_column(name, justify="right" if name in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(printable, row))
+    console.print(table)
+
+
+def print_fields(fields: Iterable[tuple[str, str]]) -> None:
+    """``name  value`` lines with the values aligned."""
+    pairs = list(fields)
+    width = max((len(name) for name, _ in pairs), default=0)
+    for name, value in pairs:
+        print(f"{name:<{width}}  {printable(value)}")
+
+
+def sizes_text(sizes: Mapping[str, int]) -> str:
+    """``B=1,S=128``, the way ``--shape`` takes it."""
+    return ",".join(f"{name}={size}" for name, size in sizes.items())
+
+
+def bytes_text(count: int) -> str:
+    """Bytes in the unit that leaves one to four digits before the point."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
+def folder_bytes(folder: Path) -> int:
+    """What the folder's files take together, in bytes."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def comparison_json(comparison: Comparison) -> dict[str, Any]:
+    return {
+        "tensor": comparison.tensor,
+        "shape": comparison.shape,
+        "error": comparison.error,
+        "index": comparison.index,
+        "ours": comparison.ours,
+        "theirs": comparison.theirs,
+    }
+
+
+def comparison_cells(comparison: Comparison) -> list[str]:
+    """Tensor, error, where the worst element is, and both its values."""
+    return [
+        comparison.tensor,
+        f"{comparison.error:.2e}",
+        f"[{', '.join(map(str, comparison.index))}]",
+        f"{comparison.ours:.7g}",
+        f"{comparison.theirs:.7g}",
+    ]

@@ -1,0 +1,104 @@
+"""``transom table``: several bundles side by side, the end of ``make export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from transom.cli.describe import GPU_FORMATS, GPU_NOTE, precision_text, score_text, worst_error
+from transom.cli.failures import FAILED
+from transom.cli.options import Json
+from transom.cli.progress import progress
+from transom.cli.show import bytes_text, folder_bytes, print_json, print_table, printable, say
+from transom.runtime.errors import TransomError
+
+RUNS, WARMUP, SECONDS = 30, 5, 10.0  # of the p50 column: enough for a median
+COLUMNS = ("bundle", "family", "precision", "size", "worst error", "allowed", "score PyTorch", "score bundle", "p50 ms")
+
+
+def table(
+    bundles: Annotated[
+        list[Path], typer.Argument(metavar="BUNDLE", help="Folders that `transom export` made.", show_default=False)
+    ],
+    as_json: Json = False,
+) -> None:
+    """Print one table over several bundles.
+
+    Its columns are size, worst error, score in PyTorch and in the bundle, and p50. That median latency is
+    measured here and now, on the CPU, at the sizes that each bundle is tuned for.
+    Exit status 1 when a bundle cannot be loaded; its row says why.
+    """
+    with progress(quiet=as_json) as report:
+        rows = []
+        for done, path in enumerate(bundles):
+            report(f"measuring {path}", done, len(bundles))
+            rows.append(row_of(path))
+    if as_json:
+        print_json({"bundles": rows})
+    else:
+        show(rows)
+    if any("error" in row for row in rows):
+        raise typer.Exit(FAILED)
+
+
+def row_of(path: Path) -> dict[str, Any]:
+    """One bundle's row; an ``error`` in place of the figures where it cannot be loaded or run."""
+    from transom.runtime import load
+    from transom.runtime.bench import measure, sizes_of
+
+    try:
+        with load(path) as loaded:
+            manifest = loaded.manifest
+            graph = manifest.graphs[0].graph
+            sizes = sizes_of(graph, manifest.axes, {})
+            timing = measure(loaded, graph, sizes, runs=RUNS, warmup=WARMUP, seconds=SECONDS)
+    except TransomError as error:
+        return {"bundle": path, "error": {"type": type(error).__name__, "message": str(error)}}
+    return {
+        "bundle": path,
+        "name": manifest.name,
+        "family": manifest.family,
+        "task": manifest.task,
+        "precision": manifest.precision,
+        "gpu_format": manifest.precision in GPU_FORMATS,
+        "size_bytes": folder_bytes(path),
+        "worst_error": worst_error(manifest.parity),
+        "tolerance": manifest.parity.get("tolerance"),
+        "score": manifest.score,
+        "p50_ms": timing.p50_ms,
+        "sizes": timing.sizes,
+    }
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    good = [row for row in rows if "error" not in row]
+    print_table(COLUMNS, map(cells, rows), right=COLUMNS[3:])
+    for name in dict.fromkeys(row["score"]["name"] + " on " + row["score"]["data"] for row in good if row["score"]):
+        print(printable(f"score: {name}"))
+    if any(row["gpu_format"] for row in good):
+        print(f"GPU format: {' and '.join(GPU_FORMATS)} are {GPU_NOTE}")
+    for row in rows:
+        if "error" in row:
+            say(f"transom.runtime.errors.{row['error']['type']}: {row['error']['message']}")
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    if "error" in row:
+        return [str(row["bundle"]), "cannot be loaded", *["–"] * (len(COLUMNS) - 2)]
+    return [
+        str(row["bundle"]),
+        row["family"],
+        precision_text(row["precision"]),
+        bytes_text(row["size_bytes"]),
+        scientific(row["worst_error"]),
+        scientific(row["tolerance"]),
+        score_text(row["score"], "pytorch"),
+        score_text(row["score"], "bundle"),
+        f"{row['p50_ms']:.2f}",
+    ]
+
+
+def scientific(value: Any) -> str:
+    return f"{value:.1e}" if isinstance(value, (int, float)) else "–"

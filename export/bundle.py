@@ -1,0 +1,134 @@
+"""The writer of bundles: a temporary folder beside the target, one rename, nothing left behind on failure."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transom.runtime.bundle import FORMAT, FORMAT_VERSION, MANIFEST, GraphFile, manifest_sha256
+from transom.runtime.errors import ExportError
+from transom.runtime.spec import Axis, Tensor
+
+
+class BundleWriter:
+    """Files go in with ``add``; ``describe`` writes bundle.json over what is there so far."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: dict[str, dict[str, Any]] = {}
+
+    def add(self, name: str, data: bytes) -> None:
+        """Write a file and note its size and SHA-256."""
+        write(self.folder / name, data)
+        self._files[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+    def describe(self, fields: Mapping[str, Any]) -> None:
+        """Write bundle.json: ``fields`` with the format, the files and the hash over itself."""
+        manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, **fields, "files": self._files}
+        manifest["manifest_sha256"] = manifest_sha256(manifest)
+        write(self.folder / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False).encode() + b"\n")
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write beside and rename, so that a reader sees the old bytes or the new; flushed to the disk."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+@contextmanager
+def new_bundle(out: Path, *, force: bool) -> Iterator[BundleWriter]:
+    """A writer whose folder becomes ``out`` when the block ends well, and vanishes when it does not.
+
+    An existing ``out`` is refused without ``force`` and replaced, only at the very end, with it.
+    Raises ExportError for that, and for a disk that is full or not writable.
+    """
+    check_out(out, force=force)
+    try:
+        created = make_parents(out.parent)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+        partial.chmod(0o755)
+    except OSError as error:
+        raise cannot_write(out, error) from None
+    try:
+        yield BundleWriter(partial)
+        put_in_place(partial, out)
+        created = []
+    except OSError as error:
+        raise cannot_write(out, error) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        for parent in created:
+            parent.rmdir()
+
+
+def check_out(out: Path, *, force: bool) -> None:
+    """Refuse an ``--out`` that exists, before any work is done."""
+    if not out.name or out.name in (".", ".."):
+        raise ExportError(f"--out is {str(out)!r}; expected the path of a new folder, such as bundles/model.")
+    if not out.exists() and not out.is_symlink():
+        return
+    if not force:
+        raise ExportError(f"--out {out} exists; give another folder, or --force to replace it.")
+    if not out.is_dir() or out.is_symlink() or (any(out.iterdir()) and not (out / MANIFEST).is_file()):
+        raise ExportError(f"--out {out} exists and is no bundle; --force replaces only bundles. Give another folder.")
+
+
+def make_parents(folder: Path) -> list[Path]:
+    """Create missing parents; those created, innermost first."""
+    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def put_in_place(partial: Path, out: Path) -> None:
+    """Rename the finished folder to ``out``; a bundle already there is moved aside first, then removed."""
+    if not out.exists():
+        partial.rename(out)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
+    out.rename(aside / out.name)
+    try:
+        partial.rename(out)
+    except OSError:
+        (aside / out.name).rename(out)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def cannot_write(out: Path, error: OSError) -> ExportError:
+    reason = error.strerror or str(error)
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    remedy = "Free some space" if full else "Check the folder and its permissions"
+    return ExportError(f"cannot write {out}: {reason}. Nothing was left there. {remedy} and export again.")
+
+
+def graph_to_json(graph: GraphFile) -> dict[str, Any]:
+    return {
+        "name": graph.graph.name,
+        "files": dict(graph.files),
+        **({"weights": graph.weights} if graph.weights else {}),
+        "inputs": [tensor_to_json(tensor) for tensor in graph.graph.inputs],
+        "outputs": [tensor_to_json(tensor) for tensor in graph.graph.outputs],
+    }
+
+
+def tensor_to_json(tensor: Tensor) -> dict[str, Any]:
+    return {key: value for key, value in asdict(tensor).items() if value is not None}
+
+
+def axes_to_json(axes: Mapping[str, Axis]) -> dict[str, Any]:
+    return {name: asdict(axis) for name, axis in axes.items()}

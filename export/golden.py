@@ -1,0 +1,36 @@
+"""The golden values: inputs, PyTorch's outputs and the bundle's own, for `transom selftest` on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from safetensors.numpy import save
+
+from transom.runtime.backend import Array
+
+CASE_BYTES = 4 << 20  # of one case
+TOTAL_BYTES = 12 << 20  # of all: the device checks them, it should not have to store them
+
+
+class Golden:
+    """Cases in the order they come, as long as they are small; the first is always kept."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, Array] = {}
+        self._bytes = 0
+
+    def offer(self, case: str, inputs: Mapping[str, Array], theirs: Mapping[str, Array], ours: Mapping[str, Array]) -> None:
+        """Keep a case as ``<case>/input|pytorch|bundle/<tensor>`` if it fits."""
+        tensors = {
+            f"{case}/{side}/{name}": array
+            for side, arrays in (("input", inputs), ("pytorch", theirs), ("bundle", ours))
+            for name, array in arrays.items()
+        }
+        size = sum(array.nbytes for array in tensors.values())
+        if self._tensors and (size > CASE_BYTES or self._bytes + size > TOTAL_BYTES):
+            return
+        self._tensors |= tensors
+        self._bytes += size
+
+    def to_bytes(self) -> bytes:
+        return save(self._tensors)

@@ -1,0 +1,111 @@
+"""A checkpoint, opened and understood: everything the later stages need of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transom.export.image import image_preprocess_from_checkpoint
+from transom.export.text import tokenizer_from_checkpoint
+from transom.models.checkpoint import Checkpoint, open_checkpoint
+from transom.models.family import Family, Source, label_names
+from transom.models.registry import find_family, find_task
+from transom.models.weights import build_module, stored_names
+from transom.runtime.errors import ExportError
+from transom.runtime.preprocess import ImagePreprocess
+from transom.runtime.spec import Axis, Graph
+from transom.runtime.text import TextEncoder, TextSpec
+
+LABELLED = ("text-classification", "token-classification", "image-classification")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint as a module with weights, its graph, and how its inputs are made."""
+
+    checkpoint: Checkpoint
+    family: Family
+    task: str
+    config: Any  # the family's frozen dataclass
+    module: Any  # torch.nn.Module in FP32; this file leaves torch to models/
+    left_out: list[str]  # stored weights that the task does not use
+    graph: Graph
+    axes: Mapping[str, Axis]
+    tokenizer: tuple[bytes, TextSpec] | None
+    preprocess: ImagePreprocess | None
+    labels: tuple[str, ...]
+    options: Mapping[str, Any]
+
+    def text_encoder(self) -> TextEncoder | None:
+        if self.tokenizer is None:
+            return None
+        data, spec = self.tokenizer
+        return TextEncoder(data, spec, max_tokens=self.axes["S"].max)
+
+
+def load_source(
+    source: str,
+    *,
+    task: str | None,
+    max_sizes: Mapping[str, int],
+    image_size: tuple[int, int] | None,
+    ignore_unused: bool,
+) -> Loaded:
+    """Find SOURCE, choose family and task, read its processors, fill the module.
+
+    Everything cheap is checked before the weights are read. Raises CheckpointError, or ExportError
+    for an axis or image size that the family does not have.
+    """
+    checkpoint = open_checkpoint(source)
+    family = find_family(checkpoint.raw)
+    chosen = find_task(family, checkpoint.raw, task)
+    names = stored_names(checkpoint.weight_files)
+    config = family.config(Source(checkpoint.raw, names, chosen, checkpoint.pooling, image_size))
+    graph = family.graph(config, chosen)
+    axes = with_bounds(family.axes(config), max_sizes)
+    inputs = {tensor.name: tensor for tensor in graph.inputs}
+    if image_size is not None and "pixel_values" not in inputs:
+        raise ExportError(f"--image-size is given, but a {family.name} takes {', '.join(inputs)}; leave it out.")
+    tokenizer = preprocess = None
+    if "input_ids" in inputs:
+        tokenizer = tokenizer_from_checkpoint(checkpoint.folder, axes["S"].max)
+    if "pixel_values" in inputs:
+        preprocess = preprocess_for(checkpoint, inputs["pixel_values"].shape)
+    labels = label_names(checkpoint.raw) if chosen in LABELLED else ()
+    module, left_out = build_module(family, config, chosen, checkpoint.weight_files, ignore_unused=ignore_unused)
+    return Loaded(
+        checkpoint, family, chosen, config, module, left_out, graph, axes, tokenizer, preprocess, labels,
+        task_options(checkpoint, chosen),
+    )  # fmt: skip
+
+
+def with_bounds(axes: Mapping[str, Axis], max_sizes: Mapping[str, int]) -> dict[str, Axis]:
+    """The family's axes with the maxima the user asked for."""
+    bounded = dict(axes)
+    for name, size in max_sizes.items():
+        if name not in axes:
+            raise ExportError(f"--max names the axis {name!r}; this model has {', '.join(axes)}.")
+        ceiling = axes[name].max if name != "B" else 65_536  # rows are bounded by memory alone
+        if not axes[name].min <= size <= ceiling:
+            raise ExportError(f"--max {name}={size} is out of range; this model allows {axes[name].min}..{ceiling}.")
+        bounded[name] = replace(axes[name], opt=min(axes[name].opt, size), max=size)
+    return bounded
+
+
+def preprocess_for(checkpoint: Checkpoint, shape: tuple[str | int, ...]) -> ImagePreprocess | None:
+    """How images become ``pixel_values`` (B, C, height, width); None for other than three channels."""
+    _, channels, height, width = shape
+    if channels != 3:
+        return None  # no image processor makes such pixels; the bundle takes raw arrays
+    return image_preprocess_from_checkpoint(checkpoint.folder, int(height), int(width))
+
+
+def task_options(checkpoint: Checkpoint, task: str) -> dict[str, Any]:
+    """What the runtime's tasks need to know beside the graph."""
+    options: dict[str, Any] = {}
+    if task == "text-classification" and checkpoint.raw.get("problem_type"):
+        options["problem_type"] = str(checkpoint.raw["problem_type"])
+    if checkpoint.pooling.get("prompt"):
+        options["prompt"] = checkpoint.pooling["prompt"]
+    return options

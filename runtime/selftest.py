@@ -1,0 +1,88 @@
+"""The golden values again, on the device, without torch: does this bundle still compute what PyTorch computed?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+from transom.runtime.backend import Array
+from transom.runtime.bundle import Bundle
+from transom.runtime.compare import Comparison, compare
+from transom.runtime.errors import BundleError, ParityError
+from transom.runtime.session import load
+
+GOLDEN = "golden.safetensors"
+
+
+@dataclass(frozen=True)
+class SelftestCase:
+    """One set of golden inputs: each output against PyTorch's, and against the bundle's own when it was built."""
+
+    name: str
+    against_pytorch: tuple[Comparison, ...]
+    against_build: tuple[Comparison, ...]
+
+
+@dataclass(frozen=True)
+class SelftestReport:
+    """``tolerance`` bounds the error against PyTorch; the one against the build is told, not judged."""
+
+    tolerance: float
+    cases: tuple[SelftestCase, ...]
+
+    @property
+    def worst(self) -> Comparison:
+        found = (comparison for case in self.cases for comparison in case.against_pytorch)
+        return max(found, key=lambda comparison: comparison.error)
+
+
+def selftest(path: str | PathLike[str], device: str = "cpu", threads: int | None = None) -> SelftestReport:
+    """Run a bundle's golden inputs and hold the outputs against PyTorch's.
+
+    Raises ParityError beyond the tolerance that bundle.json records, BundleError when there are no
+    golden values.
+    """
+    with load(path, device, threads) as loaded:
+        golden = read_golden(Bundle(str(path)))
+        tolerance = loaded.manifest.parity.get("tolerance")
+        if not isinstance(tolerance, float) or not golden:
+            raise BundleError(f"{path} holds no golden values or no tolerance; export it again.")
+        report = SelftestReport(
+            tolerance, tuple(run_case(loaded, name, arrays) for name, arrays in sorted(golden.items()))
+        )
+    if not report.worst.error <= tolerance:
+        raise ParityError(
+            f"{path} on {device} differs from PyTorch: {report.worst}; the bundle allows {tolerance:g}. "
+            "Is the library on this device the one bundle.json names under tools? Export again if it is not."
+        )
+    return report
+
+
+def run_case(loaded: Any, name: str, arrays: Mapping[str, Mapping[str, Array]]) -> SelftestCase:
+    ours = loaded.run(arrays["input"], list(arrays["pytorch"]))
+    return SelftestCase(
+        name,
+        tuple(compare(output, ours[output], theirs) for output, theirs in arrays["pytorch"].items()),
+        tuple(compare(output, ours[output], theirs) for output, theirs in arrays["bundle"].items()),
+    )
+
+
+def read_golden(bundle: Bundle) -> dict[str, dict[str, dict[str, Array]]]:
+    """golden.safetensors as case -> "input" | "pytorch" | "bundle" -> tensor name -> array."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load as parse
+
+    if GOLDEN not in bundle.manifest.files:
+        return {}
+    try:
+        tensors = parse(bundle.read(GOLDEN))
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise BundleError(f"{GOLDEN} is not usable ({error}); export the bundle again.") from None
+    cases: dict[str, dict[str, dict[str, Array]]] = {}
+    for key, array in tensors.items():
+        case, _, rest = key.partition("/")
+        side, _, name = rest.partition("/")
+        cases.setdefault(case, {"input": {}, "pytorch": {}, "bundle": {}}).setdefault(side, {})[name] = array
+    return cases

@@ -1,0 +1,294 @@
+"""From text to ``input_ids``: a tokenizer.json, run by the tokenizers library, padded and cut here.
+
+The Rust tokenizer carries truncation and padding as settings of its own; they are switched off once
+and never touched again, so that threads can share one encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transom.runtime.errors import BundleError, InputError, ShapeError
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
+
+MAX_ID = 2**31 - 1  # ids are int64 in the graph, but no embedding table is longer than this
+MAX_LENGTH = 1_000_000  # tokens; far past any position table
+PROBE = "A 1 \u00e9 \u4e2d \u2603 \ufffd"  # letters, digits, accents, CJK and what no vocabulary has
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """The object ``tokenizer`` of bundle.json: what the file itself does not say.
+
+    file         name of the tokenizers library's JSON file, beside bundle.json
+    max_length   tokens of the longest row the checkpoint was made for, special ones included
+    pad_token    fills a shorter row, on the right, under an attention mask of zeros; None: id 0 does
+    mask_token   what ``fill_mask`` replaces, or None
+    truncation_side       "right" or "left": the end that is cut off
+    split_special_tokens  True: "[MASK]" within a text is ordinary text
+    token_types           False: token_type_ids are 0 in a pair's second text too, because the
+                          checkpoint's own tokenizer hands none to the model
+    """
+
+    file: str
+    max_length: int
+    pad_token: str | None
+    pad_id: int
+    mask_token: str | None
+    mask_id: int | None
+    truncation_side: str = "right"
+    split_special_tokens: bool = False
+    token_types: bool = True
+
+    @classmethod
+    def from_json(cls, obj: object) -> TextSpec:
+        """Read and check the JSON object; BundleError lists everything that is wrong with it."""
+        if not isinstance(obj, Mapping):
+            raise BundleError(f"tokenizer is a {type(obj).__name__}, expected an object. Export the bundle again.")
+        problems = [f"{repr(name)[:200]} is unknown" for name in obj if name not in RULES]
+        for name, (allowed, expected) in RULES.items():
+            if name not in obj:
+                problems.append(f"{name} is missing")
+            elif not allowed(obj[name]):
+                problems.append(f"{name} is {repr(obj[name])[:200]}, expected {expected}")
+        if not problems and (obj["mask_token"] is None) != (obj["mask_id"] is None):
+            problems.append("one of mask_token and mask_id is null, expected both or neither")
+        if problems:
+            raise BundleError(f"tokenizer cannot be used: {'; '.join(problems)}. Export the bundle again.")
+        return cls(**obj)
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object that ``from_json`` reads back to an equal value."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """B rows of S tokens: int64 (B, S) arrays named as the graph's inputs.
+
+    ``rows`` are the tokenizers library's encodings without padding: ``offsets`` into the text in
+    characters, ``special_tokens_mask``, ``sequence_ids``, ``word_ids``, ``tokens``.
+    """
+
+    input_ids: NDArray[np.int64]
+    attention_mask: NDArray[np.int64]
+    token_type_ids: NDArray[np.int64]
+    rows: tuple[Encoding, ...]
+
+
+class TextEncoder:
+    """A tokenizer and its limits; may be shared by threads.
+
+    ``tokenizer_json`` are the bytes of the file, ``max_tokens`` is the maximum of the bundle's axis S.
+    Raises BundleError when the file is damaged or hostile, or disagrees with ``spec``.
+    """
+
+    def __init__(self, tokenizer_json: bytes, spec: TextSpec, max_tokens: int) -> None:
+        self.spec = spec
+        self.max_tokens = min(max_tokens, spec.max_length)
+        self._axis = max_tokens
+        self._tokenizer = parse_tokenizer(tokenizer_json)
+        self._tokenizer.encode_special_tokens = spec.split_special_tokens
+        self._processor = self._tokenizer.post_processor
+        self._tokenizer.post_processor = None  # applied by hand, after the cut
+        for name, token, number in (
+            ("pad_token", spec.pad_token, spec.pad_id),
+            ("mask_token", spec.mask_token, spec.mask_id),
+        ):
+            if token is not None and self.token_id(token) != number:
+                raise BundleError(
+                    f"{spec.file} gives {name} {token!r} the id {self.token_id(token)}, bundle.json says {number}. "
+                    "Export the bundle again."
+                )
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included."""
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token as it stands in the vocabulary, or None."""
+        return self._tokenizer.token_to_id(token)
+
+    def token(self, number: int) -> str | None:
+        """The token of an id as it stands in the vocabulary, or None."""
+        return self._tokenizer.id_to_token(number) if 0 <= number <= MAX_ID else None
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of token ids, as transformers' ``decode`` gives it."""
+        return self._tokenizer.decode([int(number) for number in ids], skip_special_tokens=skip_special_tokens)
+
+    def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, truncate: bool) -> EncodedBatch:
+        """Encode texts, or texts with their pairs, each to one row padded to the longest.
+
+        Too long a row is cut with ``truncate``, a pair from its longer side first ('longest_first' in
+        transformers), else it is a ShapeError. InputError: not a list of str, an empty list, lists of
+        unequal length, a text that is no Unicode or without any token.
+        """
+        firsts = self._tokens(texts, "text")
+        seconds = None if pairs is None else self._tokens(pairs, "pair")
+        if seconds is not None and len(firsts) != len(seconds):
+            raise InputError(f"{len(firsts)} texts and {len(seconds)} pairs; expected as many of each.")
+        added = self._processor.num_special_tokens_to_add(seconds is not None)
+        room = self.max_tokens - added
+        rows = []
+        for index, first in enumerate(firsts):
+            second = None if seconds is None else seconds[index]
+            length = len(first) + (0 if second is None else len(second))
+            if length > room:
+                if not truncate or room < (1 if second is None else 2):
+                    raise ShapeError(self._too_long(f"text {index}", length + added, added))
+                keep_first, keep_second = longest_first(len(first), length - len(first), room)
+                first.truncate(keep_first, direction=self.spec.truncation_side)
+                if second is not None:
+                    second.truncate(keep_second, direction=self.spec.truncation_side)
+            rows.append(self._processor.process(first, second, True))
+        return self._batch(rows)
+
+    def windows(self, question: str, context: str, max_length: int, stride: int) -> EncodedBatch:
+        """The question with as many overlapping pieces of the context as it takes, one row each.
+
+        ``max_length`` bounds a row in tokens, ``stride`` is the overlap of two pieces: transformers'
+        ``truncation="only_second", return_overflowing_tokens=True``. Raises as ``encode`` does, and
+        InputError where the question leaves no room or the overlap is no smaller than the room.
+        """
+        (asked,), (given,) = self._tokens([question], "question"), self._tokens([context], "context")
+        if not 0 < max_length <= self.max_tokens:
+            raise ShapeError(f"max_length is {max_length}, expected 1..{self.max_tokens}, the most a row holds.")
+        room = max_length - len(asked) - self._processor.num_special_tokens_to_add(True)
+        if room < 1:
+            raise InputError(
+                f"the question is {len(asked)} tokens and leaves none of the {max_length} of a row for the "
+                "context. Shorten it."
+            )
+        if not 0 <= stride < room:
+            raise InputError(
+                f"stride is {stride}, expected 0..{room - 1}: a row has room for {room} tokens of the context "
+                "beside this question. Choose a smaller one."
+            )
+        if len(given) > room:
+            given.truncate(room, stride=stride, direction=self.spec.truncation_side)
+        row = self._processor.process(asked, given, True)
+        return self._batch([row, *row.overflowing])
+
+    def _tokens(self, texts: Sequence[str], what: str) -> list[Encoding]:
+        """Encodings without special tokens, of texts that are checked first."""
+        if isinstance(texts, str) or not isinstance(texts, Sequence):
+            raise InputError(f"{what}s is a {type(texts).__name__}, expected a list of str. Put it into a list.")
+        if not texts:
+            raise InputError(f"{what}s is empty, expected a list of at least one str.")
+        found = []
+        for index, text in enumerate(texts):
+            where = what if what in ("question", "context") else f"{what} {index}"
+            if not isinstance(text, str):
+                raise InputError(f"{where} is a {type(text).__name__}, expected a str.")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise InputError(
+                    f"{where} has a lone surrogate, {text[error.start]!r}, at character {error.start}, which is no "
+                    "Unicode text. Decode the bytes it came from with errors='replace'."
+                ) from None
+            encoding = self._tokenizer.encode(text)  # one by one: encode_batch starts threads of its own
+            if len(encoding) == 0:
+                raise InputError(
+                    f"{where}, {text[:40]!r}, has no tokens: it is empty, or all blank or control characters. "
+                    "Leave it out."
+                )
+            found.append(encoding)
+        return found
+
+    def _too_long(self, where: str, length: int, added: int) -> str:
+        said = f"{where} is {length} tokens, {added} of them special; at most {self.max_tokens} fit."
+        if self.max_tokens <= added + 1:
+            return f"{said} Export again with --max S={length}."
+        if self._axis < self.spec.max_length:
+            return f"{said} Pass truncate=True, or export again with --max S={length}."
+        return f"{said} The checkpoint was made for no more: pass truncate=True, or split the text."
+
+    def _batch(self, rows: Sequence[Encoding]) -> EncodedBatch:
+        shape = (len(rows), max(len(row) for row in rows))
+        ids = np.full(shape, self.spec.pad_id, dtype=np.int64)
+        mask, types = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+        for index, row in enumerate(rows):
+            ids[index, : len(row)] = row.ids
+            mask[index, : len(row)] = 1
+            if self.spec.token_types:
+                types[index, : len(row)] = row.type_ids
+        return EncodedBatch(ids, mask, types, tuple(rows))
+
+
+def parse_tokenizer(tokenizer_json: bytes) -> Tokenizer:
+    """A tokenizer.json without its stored truncation and padding, tried out on a line of text.
+
+    Raises BundleError when the file is damaged, or its parts do not fit together.
+    """
+    from tokenizers import Tokenizer
+    from tokenizers.processors import TemplateProcessing
+
+    try:
+        tokenizer = Tokenizer.from_str(tokenizer_json.decode())
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        if tokenizer.post_processor is None:
+            tokenizer.post_processor = TemplateProcessing(single="$A:0", pair="$A:0 $B:1", special_tokens=[])
+        tokenizer.encode(PROBE, PROBE)
+        tokenizer.decode(tokenizer.encode(PROBE).ids)
+    except BaseException as error:
+        # The library raises plain Exception, and its Rust panics are BaseException
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise BundleError(f"the tokenizer cannot be used ({reason}). Copy or export the bundle again.") from None
+    return tokenizer
+
+
+def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
+    """Tokens to keep of a pair of lengths so that both fit into ``room``: the longer one gives first.
+
+    The case of ``truncate_encodings`` in tokenizers' Rust source, src/utils/truncation.rs.
+    """
+    short, long = min(first, second), max(first, second)
+    long = short if short > room else max(short, room - short)
+    if short + long > room:
+        short = room // 2
+        long = short + room % 2
+    return (long, short) if first > second else (short, long)
+
+
+def _is_file_name(value: object) -> bool:
+    """Printable ASCII without a separator: no path that leaves the folder, on any system."""
+    if not isinstance(value, str) or value in ("", ".", ".."):
+        return False
+    return value.isascii() and value.isprintable() and not set(value) & set("/\\:")
+
+
+def _is_id(value: object) -> bool:
+    return type(value) is int and 0 <= value <= MAX_ID
+
+
+def _is_token(value: object) -> bool:
+    if value is None or not isinstance(value, str):
+        return value is None
+    return value != "" and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+# What each key of the JSON object may hold, as a test and in words.
+RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "file": (_is_file_name, "the name of a file beside bundle.json"),
+    "max_length": (lambda value: type(value) is int and 1 <= value <= MAX_LENGTH, f"an integer in 1..{MAX_LENGTH}"),
+    "pad_token": (_is_token, "a str, or null"),
+    "pad_id": (_is_id, f"an integer in 0..{MAX_ID}"),
+    "mask_token": (_is_token, "a str, or null"),
+    "mask_id": (lambda value: value is None or _is_id(value), f"an integer in 0..{MAX_ID}, or null"),
+    "truncation_side": (lambda value: value in ("right", "left"), "right or left"),
+    "split_special_tokens": (lambda value: isinstance(value, bool), "true or false"),
+    "token_types": (lambda value: isinstance(value, bool), "true or false"),
+}

@@ -1,0 +1,158 @@
+"""The parity gate: it passes what is right, fails what is not, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transom.export import pipeline
+from transom.export.parity import TOLERANCES, compare_runs, grid, require_parity
+from transom.runtime.compare import compare
+from transom.runtime.errors import CheckpointError, ParityError, PrecisionError
+from transom.runtime.selftest import selftest
+from transom.runtime.spec import Axis
+
+MakeCheckpoint = Callable[..., Path]
+
+
+def test_compare_by_pencil() -> None:
+    theirs = np.array([[1.0, -4.0], [2.0, 0.5]], np.float32)
+    ours = np.array([[1.0, -4.0], [2.5, 0.5]], np.float32)
+    worst = compare("logits", ours, theirs)
+    assert (worst.error, worst.index, worst.ours, worst.theirs) == (0.5 / 4.0, (1, 0), 2.5, 2.0)
+    assert str(worst) == "logits[1, 0] is 2.5, expected 2 (error 1.25e-01)"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("side", ["ours", "theirs", "both"])
+def test_what_is_not_finite_is_an_infinite_error(bad: float, side: str) -> None:
+    ours, theirs = np.ones((2, 2), np.float32), np.ones((2, 2), np.float32)
+    if side != "theirs":
+        ours[0, 1] = bad
+    if side != "ours":
+        theirs[0, 1] = bad
+    worst = compare("x", ours, theirs)
+    assert (worst.error, worst.index) == (math.inf, (0, 1))
+
+
+def test_another_shape_and_zeros() -> None:
+    assert compare("x", np.zeros((2,), np.float32), np.zeros((3,), np.float32)).error == math.inf
+    assert compare("x", np.full((2,), 0.25, np.float32), np.zeros((2,), np.float32)).error == 0.25
+
+
+def test_the_grid_has_every_corner() -> None:
+    shapes = grid({"B": Axis(1, 1, 16), "S": Axis(1, 128, 512)})
+    for corner in ({"B": 1, "S": 1}, {"B": 16, "S": 512}, {"B": 1, "S": 512}, {"B": 16, "S": 1}):
+        assert corner in shapes
+    assert {"B": 1, "S": 128} in shapes
+    assert {"B": 3, "S": 67} in shapes
+    assert grid({"B": Axis(1, 1, 1)}) == [{"B": 1}]
+
+
+def test_beyond_tolerance_names_the_worst_element() -> None:
+    theirs = {"logits": np.ones((1, 3), np.float32)}
+    ours = {"logits": np.array([[1.0, 1.0, 1.001]], np.float32)}
+    case = compare_runs({"B": 1, "S": 7}, ours, theirs)
+    require_parity([case], "fp16", "x")
+    with pytest.raises(ParityError, match=r"x differs from PyTorch at B=1 S=7: logits\[0, 2\] is 1\.001, expected 1 "):
+        require_parity([case], "fp32", "x")
+
+
+@pytest.mark.parametrize("weight", ["encoder.layer.1.attention.self.value.weight", "embeddings.LayerNorm.bias"])
+def test_one_perturbed_weight_fails_the_export(
+    bert_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weight: str
+) -> None:
+    """One element of one weight, changed after tracing: the artefact is no longer what PyTorch computes."""
+    trace = pipeline.onnx_from_module
+
+    def trace_then_perturb(module: Any, *arguments: Any) -> Any:
+        model = trace(module, *arguments)
+        with torch.no_grad():
+            parameter = dict(module.named_parameters())[weight]
+            parameter.data = parameter.clone()
+            parameter.view(-1)[3] += 0.05
+        return model
+
+    monkeypatch.setattr(pipeline, "onnx_from_module", trace_then_perturb)
+    with pytest.raises(ParityError, match=r"differs from PyTorch at B=1 S=1: .*\[0, .*\] is .*, expected"):
+        pipeline.export(str(bert_checkpoint), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_export_keeps_the_old_bundle(
+    bert_checkpoint: Path, bert_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Path(shutil.copytree(bert_bundle, tmp_path / "out"))
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    monkeypatch.setitem(TOLERANCES, "fp32", 0.0)
+    with pytest.raises(ParityError):
+        pipeline.export(str(bert_checkpoint), out, force=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_fp16_that_overflows_is_refused_with_the_tensor(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = make_checkpoint("ViTForImageClassification")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["vit.encoder.layer.1.output.dense.weight"] *= 2e3
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(PrecisionError, match=r"fp16 cannot hold .* \(module encoder\.layer\.\d.*--precision bf16"):
+        pipeline.export(str(folder), tmp_path / "fp16", precision="fp16")
+    assert list(tmp_path.iterdir()) == []
+    pipeline.export(str(folder), tmp_path / "bf16", precision="bf16")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("architecture", ["BertForMaskedLM", "ViTModel"])
+def test_every_precision_exports_verifies_and_passes_its_selftest(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, architecture: str, precision: str
+) -> None:
+    folder = make_checkpoint(architecture)
+    manifest = pipeline.export(str(folder), tmp_path / "out", precision=precision)
+    assert manifest.precision == precision
+    assert 0 < manifest.parity["worst"]["error"] <= TOLERANCES[precision]
+    cases = pipeline.verify(tmp_path / "out")
+    assert len(cases) == len(grid(manifest.axes))
+    report = selftest(tmp_path / "out")
+    assert report.tolerance == TOLERANCES[precision]
+    assert report.worst.error <= report.tolerance
+    again = max(comparison.error for case in report.cases for comparison in case.against_build)
+    assert again <= 1e-6  # the same machine computes the same
+
+
+def test_the_selftest_fails_when_the_graph_is_another(
+    bert_bundle: Path, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """The graph of other weights under this bundle's golden values, with every hash made right again."""
+    from hashlib import sha256
+
+    from transom.runtime.bundle import manifest_sha256
+
+    pipeline.export(str(make_checkpoint("BertModel", seed=1)), tmp_path / "other")
+    bundle = Path(shutil.copytree(bert_bundle, tmp_path / "bundle"))
+    data = (tmp_path / "other" / "model.onnx").read_bytes()
+    (bundle / "model.onnx").write_bytes(data)
+    words = json.loads((bundle / "bundle.json").read_text())
+    words["files"]["model.onnx"] = {"size": len(data), "sha256": sha256(data).hexdigest()}
+    words["manifest_sha256"] = manifest_sha256(words)
+    (bundle / "bundle.json").write_text(json.dumps(words))
+    with pytest.raises(ParityError, match="on cpu differs from PyTorch"):
+        selftest(bundle)
+
+
+def test_verify_wants_the_same_checkpoint(bert_bundle: Path, bert_checkpoint: Path, tmp_path: Path) -> None:
+    moved = Path(shutil.copytree(bert_checkpoint, tmp_path / "moved"))
+    assert pipeline.verify(bert_bundle, source=str(moved))
+    config = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps({**config, "layer_norm_eps": 1e-3}))
+    with pytest.raises(CheckpointError, match="not the checkpoint that .* was made from"):
+        pipeline.verify(bert_bundle, source=str(moved))
