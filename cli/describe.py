@@ -76,21 +76,20 @@ def worst_error(parity: Mapping[str, Any]) -> float | None:
     return error if isinstance(error, float) and isinstance(parity.get("tolerance"), float) else None
 
 
-def score_text(score: Mapping[str, Any] | None, side: str) -> str:
-    """``0.9889 (356/360)``: the task score of one side, "pytorch" or "bundle"; a dash where there is none."""
-    found = (score or {}).get(side)
-    if not isinstance(found, Mapping) or not isinstance(found.get("value"), (int, float)):
-        return "–"
-    text = f"{found['value']:.4f}"
-    if isinstance(found.get("correct"), int) and score is not None and score.get("n"):
-        text += f" ({found['correct']}/{score['n']})"
-    return text
+def score_value(score: Mapping[str, Any] | None, side: str) -> str:
+    """``0.9889``, the task score of one side, "pytorch" or "bundle"; a dash where there is none."""
+    return "–" if score is None else f"{score[side]['value']:.4f}"
+
+
+def score_data(score: Mapping[str, Any]) -> str:
+    """``top-1 accuracy on the held-out digits, n = 360``."""
+    return f"{score['name']} on {score['data']}, n = {score['n']}"
 
 
 def score_line(score: Mapping[str, Any]) -> str:
-    """``accuracy on digits: 0.9889 (356/360), in PyTorch 0.9889 (356/360)``."""
-    what = f"{score.get('name', 'score')} on {score.get('data', 'its data')}"
-    return f"{what}: {score_text(score, 'bundle')}, in PyTorch {score_text(score, 'pytorch')}"
+    """What was scored, and both sides with how many they had right."""
+    sides = (f"{score_value(score, side)} ({score[side]['correct']})" for side in ("bundle", "pytorch"))
+    return f"{score_data(score)}: {', in PyTorch '.join(sides)}"
 
 
 def size_line(path: Path) -> str:

@@ -5,6 +5,7 @@ With ``--json`` the same is also the JSON document on stdout: {"error": {"type":
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -69,7 +70,7 @@ def reported(args: Sequence[str]) -> Iterator[None]:
         fail(error, f"{name}: {error}", FAILED, as_json, debug)
     except UsageError as error:
         if as_json:
-            print_json({"error": {"type": "UsageError", "message": usage_message(error)}})
+            print_error("UsageError", usage_message(error))
         raise
     except Exception as error:  # a bug of ours, or a library's surprise
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
@@ -78,10 +79,15 @@ def reported(args: Sequence[str]) -> Iterator[None]:
 
 @contextmanager
 def flushed() -> Iterator[None]:
-    """Flush stdout at the end, where a failure can still be told from one of the command itself."""
+    """Flush stdout at the end, and tell its failures from those of the command.
+
+    Commands turn the errors of files that they write into errors of ours; what is left is stdout's.
+    """
     try:
         yield
-    except BrokenPipeError as error:
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
         raise OutputError(error) from None
     finally:
         try:
@@ -96,9 +102,17 @@ def fail(error: BaseException, line: str, status: int, as_json: bool, debug: boo
         traceback.print_exception(error)
     say(line)
     if as_json:
-        message = str(error) if isinstance(error, Exception) else line
-        print_json({"error": {"type": type(error).__name__, "message": message}})
+        print_error(type(error).__name__, str(error) if isinstance(error, Exception) else line)
     raise typer.Exit(status)
+
+
+def print_error(kind: str, message: str) -> None:
+    """The JSON document of a failure; one failure is enough, so a lost reader is not another."""
+    try:
+        print_json({"error": {"type": kind, "message": message}})
+        sys.stdout.flush()
+    except OSError:
+        drop_stdout()
 
 
 def usage_message(error: BaseException) -> str:

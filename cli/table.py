@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from transom.cli.describe import GPU_FORMATS, GPU_NOTE, precision_text, score_text, worst_error
+from transom.cli.describe import GPU_FORMATS, GPU_NOTE, precision_text, score_data, score_value, worst_error
 from transom.cli.failures import FAILED
 from transom.cli.options import Json
 from transom.cli.progress import progress
@@ -75,8 +75,8 @@ def row_of(path: Path) -> dict[str, Any]:
 def show(rows: list[dict[str, Any]]) -> None:
     good = [row for row in rows if "error" not in row]
     print_table(COLUMNS, map(cells, rows), right=COLUMNS[3:])
-    for name in dict.fromkeys(row["score"]["name"] + " on " + row["score"]["data"] for row in good if row["score"]):
-        print(printable(f"score: {name}"))
+    for data in dict.fromkeys(score_data(row["score"]) for row in good if row["score"]):
+        print(printable(f"score: {data}"))
     if any(row["gpu_format"] for row in good):
         print(f"GPU format: {' and '.join(GPU_FORMATS)} are {GPU_NOTE}")
     for row in rows:
@@ -92,13 +92,9 @@ def cells(row: dict[str, Any]) -> list[str]:
         row["family"],
         precision_text(row["precision"]),
         bytes_text(row["size_bytes"]),
-        scientific(row["worst_error"]),
-        scientific(row["tolerance"]),
-        score_text(row["score"], "pytorch"),
-        score_text(row["score"], "bundle"),
+        "–" if row["worst_error"] is None else f"{row['worst_error']:.1e}",
+        "–" if row["tolerance"] is None else f"{row['tolerance']:g}",
+        score_value(row["score"], "pytorch"),
+        score_value(row["score"], "bundle"),
         f"{row['p50_ms']:.2f}",
     ]
-
-
-def scientific(value: Any) -> str:
-    return f"{value:.1e}" if isinstance(value, (int, float)) else "–"

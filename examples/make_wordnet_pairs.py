@@ -39,7 +39,7 @@ ENDINGS = ("ingly", "edly", "ing", "ed", "ly", "es", "s", "er", "e")
 UNFIT = re.compile(
     r"\b(sex\w*|breasts?|genital\w*|testi[sc]\w*|penis|vagina\w*|prostitut\w*|whore\w*|rap(?:e|ed|ist)|murder\w*|"
     r"suicid\w*|nazi\w*|negro\w*|blacks?|jew\w*|muslims?|gays?|homosexual\w*|slave\w*|wom[ae]n|girls?|fat|incest|"
-    r"drunk\w*|excre\w*|urin\w*|feces|vomit\w*|naked|nud\w*|ass|arse|damn\w*|hell|stupid\w*|idiot\w*|offensive|pejorative|insan\w*)\b"
+    r"drunk\w*|excre\w*|urin\w*|feces|vomit\w*|naked|nud\w*|ass|arse|damn\w*|hell|stupid\w*|idiot\w*|offensive|pejorative|insan\w*|races?)\b"
 )
 
 

@@ -42,9 +42,7 @@ PROCESSORS = {
 }
 
 
-def image_preprocess_from_checkpoint(
-    folder: Path, height: int, width: int, channels: int = 3
-) -> ImagePreprocess:
+def image_preprocess_from_checkpoint(folder: Path, height: int, width: int, channels: int = 3) -> ImagePreprocess:
     """How images of this checkpoint become (channels, height, width), the size of the exported model.
 
     Reads preprocessor_config.json, or the image_processor within processor_config.json, which wins as

@@ -40,9 +40,9 @@ def require_fp16_range(largest: Mapping[str, tuple[float, str]]) -> None:
         if not value < FP16_MAX and module.split(".")[0] not in KEEP_FP32
     }
     if over:
-        name, (value, module) = max(over.items(), key=lambda item: item[1][0])
+        name, (value, module) = next(iter(over.items()))  # the first in the graph: the cause, or nearest to it
         raise PrecisionError(
-            f"fp16 cannot hold {len(over)} tensor(s): {name} (module {module or 'top'}) reaches {value:.6g}, fp16 ends "
-            f"at {FP16_MAX:g}; others: {', '.join(sorted(set(over) - {name})[:5]) or 'none'}. "
+            f"fp16 cannot hold {len(over)} tensor(s), first {name} (module {module or 'top'}) reaches {value:.6g}, fp16 ends "
+            f"at {FP16_MAX:g}; then {', '.join(list(over)[1:6]) or 'none'}. "
             "Export with --precision bf16."
         )

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,18 +36,6 @@ SENTENCE_FILES = tuple(
 )
 
 
-@dataclass(frozen=True)
-class Words:
-    """The folder's settings, merged in transformers' order.
-
-    given    what the tokenizer's class would be constructed with
-    added    tokens added to the vocabulary, in the order of their ids
-    """
-
-    given: dict[str, Any]
-    added: list[AddedToken]
-
-
 def tokenizer_from_checkpoint(folder: Path, max_positions: int) -> tuple[bytes, TextSpec] | None:
     """The bytes of a tokenizer.json and what goes with it; None where the folder has no tokenizer.
 
@@ -59,24 +46,24 @@ def tokenizer_from_checkpoint(folder: Path, max_positions: int) -> tuple[bytes, 
         return None
     sentence = next((read_object(folder / name) for name in SENTENCE_FILES if (folder / name).is_file()), {})
     with damaged(folder):
-        words = read_words(folder, sentence)
-        tokenizer, named = build(folder, words.given)
-        add_tokens(tokenizer, words, named)
-        if is_bert(folder, words.given):
+        given, added = read_settings(folder, sentence)
+        tokenizer, named = build(folder, given)
+        add_tokens(tokenizer, added, named, given.get("extra_special_tokens") or [])
+        if is_bert(folder, given):
             frame_as_bert(tokenizer, named)
         if sentence.get("do_lower_case"):
             lower_case_first(tokenizer)
         pad, mask = (str(named[name]) if name in named else None for name in ("pad_token", "mask_token"))
         spec = TextSpec(
             file=FILE,
-            max_length=longest(words.given, sentence, max_positions),
+            max_length=longest(given, sentence, max_positions),
             pad_token=pad,
             pad_id=0 if pad is None else tokenizer.token_to_id(pad) or 0,
             mask_token=mask,
             mask_id=None if mask is None else tokenizer.token_to_id(mask),
-            truncation_side=words.given["truncation_side"],
-            split_special_tokens=words.given.get("split_special_tokens", False),
-            token_types=has_token_types(folder, words.given),
+            truncation_side=given["truncation_side"],
+            split_special_tokens=given.get("split_special_tokens", False),
+            token_types=has_token_types(folder, given),
         )
         spec = TextSpec.from_json(spec.to_json())  # the reader's checks, before anything is written
         written = tokenizer.to_str().encode()
@@ -105,8 +92,11 @@ def refusal(folder: Path, problem: str) -> CheckpointError:
     )
 
 
-def read_words(folder: Path, sentence: Mapping[str, Any]) -> Words:
-    """tokenizer_config.json and the older files beside it, as ``_from_pretrained`` merges them."""
+def read_settings(folder: Path, sentence: Mapping[str, Any]) -> tuple[dict[str, Any], list[AddedToken]]:
+    """What the tokenizer's class would be constructed with, and tokens to add in the order of their ids.
+
+    tokenizer_config.json and the older files beside it, merged as ``_from_pretrained`` does.
+    """
     from tokenizers import AddedToken
 
     given = optional(folder / "tokenizer_config.json")
@@ -116,7 +106,7 @@ def read_words(folder: Path, sentence: Mapping[str, Any]) -> Words:
         raise refusal(folder, "fast_tokenizer_files names a tokenizer.json for one version of transformers only")
     if "additional_special_tokens" in given and not given.get("extra_special_tokens"):
         given["extra_special_tokens"] = given.pop("additional_special_tokens")
-    own = {k: given.pop(k) for k in list(given) if is_own_token(k, given[k])}
+    own = {k: given.pop(k) for k in list(given) if is_own_name(k) and isinstance(given[k], str)}
     if isinstance(given.get("extra_special_tokens"), dict):
         own.update(given.pop("extra_special_tokens"))
     if own:
@@ -140,12 +130,12 @@ def read_words(folder: Path, sentence: Mapping[str, Any]) -> Words:
     for name in NAMED:
         if given.get(name) is not None:
             given[name] = by_name.get(str(given[name]), given[name])
-    return Words(given, [token for _, token in sorted(added.items())])
+    return given, [added[number] for number in sorted(added)]
 
 
-def is_own_token(name: str, value: object) -> bool:
-    """A special token of a name that transformers does not know, such as "image_token"."""
-    return name.endswith("_token") and name not in NAMED and isinstance(value, str)
+def is_own_name(name: str) -> bool:
+    """Of a special token that transformers has no name for, such as "image_token"."""
+    return name.endswith("_token") and name not in NAMED
 
 
 def merge_special_tokens(given: dict[str, Any], found: dict[str, Any], asked: Mapping[str, Any]) -> None:
@@ -214,8 +204,8 @@ def build(folder: Path, given: dict[str, Any]) -> tuple[Tokenizer, dict[str, Any
         vocabulary = stored["model"]["vocab"]
     else:
         if not bert or not (folder / "vocab.txt").is_file():
-            found = [other for other in ("vocab.txt", *FOREIGN, *SETTINGS) if (folder / other).is_file()]
-            raise refusal(folder, f"no tokenizer.json, and {', '.join(found)} cannot stand in for it ({name})")
+            found = next(other for other in ("vocab.txt", *FOREIGN, *SETTINGS) if (folder / other).is_file())
+            raise refusal(folder, f"no tokenizer.json, and {found} cannot stand in for it ({name})")
         from tokenizers.models import WordPiece
 
         vocabulary = WordPiece.read_file(str(folder / "vocab.txt"))
@@ -233,7 +223,7 @@ def names(given: Mapping[str, Any]) -> dict[str, Any]:
 
     found = {name: given.get(name) for name in NAMED}
     for name, value in given.items():
-        if name not in NAMED and name.endswith("_token") and isinstance(value, (str, AddedToken)):
+        if is_own_name(name) and isinstance(value, (str, AddedToken)):
             found[name] = value
     found.update(given.get("model_specific_special_tokens") or {})
     for name, value in found.items():
@@ -259,14 +249,14 @@ def bert_tokenizer(vocabulary: dict[str, int], unknown: str, given: Mapping[str,
     return tokenizer
 
 
-def add_tokens(tokenizer: Tokenizer, words: Words, named: Mapping[str, Any]) -> None:
+def add_tokens(tokenizer: Tokenizer, added: list[AddedToken], named: Mapping[str, Any], extra: list[Any]) -> None:
     """Added tokens, then special ones that are not among them: the order decides the ids of new ones."""
     from tokenizers import AddedToken
 
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    known |= {str(token) for token in words.added}
-    tokens: list[Any] = list(words.added)
-    for token in (*named.values(), *(words.given.get("extra_special_tokens") or [])):
+    known |= {str(token) for token in added}
+    tokens: list[Any] = list(added)
+    for token in (*named.values(), *extra):
         if str(token) not in known and token not in tokens:
             tokens.append(token)
     special = {str(token) for token in named.values()}

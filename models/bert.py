@@ -101,14 +101,15 @@ class MaskedLMHead(nn.Module):
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
         self.transform = Transform(config)
-        self.decoder = (
-            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        )
-        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.tied = config.tie_word_embeddings
+        if self.tied:
+            self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        else:
+            self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
 
     def forward(self, hidden: Tensor, word_embeddings: Tensor) -> Tensor:
-        weight = word_embeddings if self.decoder is None else self.decoder.weight
-        return F.linear(self.transform(hidden), weight, self.bias)
+        x = self.transform(hidden)
+        return F.linear(x, word_embeddings, self.bias) if self.tied else self.decoder(x)
 
 
 class Bert(nn.Module):
@@ -174,12 +175,13 @@ HEADS = {
 POOLED_TASKS = ("text-classification", "next-sentence-prediction")
 
 
-def rename(name: str, task: str) -> str | None:
+def rename(name: str, config: BertConfig, task: str) -> str | None:
     """A stored name -> ours, which is the same but for prefixes; None for what ``task`` does not use."""
     name = name.removeprefix("bert.")
     name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)  # converted from TensorFlow
     name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
-    if name in ("embeddings.position_ids", "cls.predictions.decoder.bias"):  # a constant; a copy of the bias
+    copies = "cls.predictions.decoder." if config.tie_word_embeddings else "cls.predictions.bias"
+    if name == "embeddings.position_ids" or name.startswith(copies):  # a constant; what transformers ties or ignores
         return None
     used = {HEADS[task]} | ({"pooler."} if task in POOLED_TASKS else set())
     others = tuple(set(HEADS.values()) - used)

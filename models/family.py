@@ -34,7 +34,7 @@ class Family:
     config         Source -> the family's frozen config
     build          config, task -> a module whose ``forward`` takes the graph's inputs in order and
                    returns the graph's outputs in order
-    rename         stored name, task -> our name; None: the weight of another task's head
+    rename         stored name, config, task -> our name; None: the weight of another task's head
     convert        our name, stored tensor, config -> the tensor in the shape the module wants
     graph          config, task -> the graph's named tensors
     axes           config -> the bounds of the graph's named axes
@@ -46,7 +46,7 @@ class Family:
     tasks: tuple[str, ...]
     config: Callable[[Source], Any]
     build: Callable[[Any, str], nn.Module]
-    rename: Callable[[str, str], str | None]
+    rename: Callable[[str, Any, str], str | None]
     convert: Callable[[str, Tensor, Any], Tensor]
     graph: Callable[[Any, str], Graph]
     axes: Callable[[Any], dict[str, Axis]]

@@ -148,7 +148,7 @@ NEWER_NAMES = (
 )
 
 
-def rename(name: str, task: str) -> str | None:
+def rename(name: str, config: ViTConfig, task: str) -> str | None:
     """A stored name -> ours, which is the same but for prefixes; None for what ``task`` does not use."""
     name = name.removeprefix("vit.")
     for newer, ours in NEWER_NAMES:

@@ -53,7 +53,7 @@ def build_module(
     for path in files:
         with opened(path) as file:
             for stored in file.keys():  # noqa: SIM118 - safe_open is no dict
-                name = family.rename(stored, task)
+                name = family.rename(stored, config, task)
                 if name is None:
                     left_out.append(stored)
                 elif name not in expected:

@@ -296,9 +296,7 @@ def _upright_rgb(image: Image, shown: str) -> Image:
         image.load()
         turn = UPRIGHT.get(image.getexif().get(EXIF_ORIENTATION, 1))
         upright = image.copy() if turn is None else image.transpose(Transpose[turn])
-        colour = upright.info.get(
-            "transparency"
-        )  # per palette entry in bytes: convert would warn and drop it
+        colour = upright.info.get("transparency")  # per palette entry in bytes: convert would warn and drop it
         kept = colour is not None and not isinstance(colour, bytes)
         upright.info = {"transparency": colour} if kept else {}  # no EXIF, so that nothing is turned twice
         return upright.convert("RGB")

@@ -176,7 +176,13 @@ class TextEncoder:
         if len(given) > room:
             given.truncate(room, stride=stride, direction=self.spec.truncation_side)
         row = self._processor.process(asked, given, True)
-        return self._batch([row, *row.overflowing])
+        batch = self._batch([row, *row.overflowing])
+        if self.spec.token_types:  # the template sets the context's type in the first piece only
+            context_type = row.type_ids[row.sequence_ids.index(1)]
+            for index, piece in enumerate(batch.rows):
+                of_context = [k for k, sequence in enumerate(piece.sequence_ids) if sequence == 1]
+                batch.token_type_ids[index, of_context] = context_type
+        return batch
 
     def _tokens(self, texts: Sequence[str], what: str) -> list[Encoding]:
         """Encodings without special tokens, of texts that are checked first."""

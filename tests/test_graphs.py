@@ -178,7 +178,7 @@ def test_the_range_of_every_tensor_is_measured() -> None:
     feeds = [{"x": np.array([1.0, 2.0], np.float32)}, {"x": np.array([-9.0, 400.0], np.float32)}]
     largest = largest_values(small_model(weight=-200.0), feeds)
     assert {name: value for name, (value, _) in largest.items()} == {"g": 400.0, "y": 80_000.0}
-    with pytest.raises(PrecisionError, match=r"1 tensor\(s\): y .* reaches 80000, fp16 ends at 65504"):
+    with pytest.raises(PrecisionError, match=r"1 tensor\(s\), first y .* reaches 80000, fp16 ends at 65504"):
         require_fp16_range(largest)
 
 

