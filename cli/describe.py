@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transom.runtime.spec import Tensor
 
 GPU_FORMATS = ("fp16", "bf16")
-GPU_NOTE = "a GPU format: on a CPU it proves the graph, not the speed"
+GPU_NOTE = "GPU format: on a CPU it proves the graph, not the speed"
 
 
 def manifest_json(path: Path, manifest: Manifest) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def print_summary(out: Path, manifest: Manifest) -> None:
     """What was made, how well it agrees, what to do with it."""
     print(printable(f"{out}: {manifest.family}, {manifest.task}, {manifest.precision}, {size_line(out)}"))
     if manifest.precision in GPU_FORMATS:
-        print(f"{manifest.precision} is {GPU_NOTE}")
+        print(f"{manifest.precision} is a {GPU_NOTE}")
     print(f"worst error against PyTorch: {parity_text(manifest.parity)}")
     if manifest.score:
         print(printable(score_line(manifest.score)))

@@ -42,7 +42,7 @@ def inspect(bundle: BundlePath, as_json: Json = False) -> None:
 
 
 def summary(path: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
-    note = f", {GPU_NOTE}" if manifest.precision in GPU_FORMATS else ""
+    note = f", a {GPU_NOTE}" if manifest.precision in GPU_FORMATS else ""
     yield "name", manifest.name
     yield "family", manifest.family
     yield "task", manifest.task

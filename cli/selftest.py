@@ -10,18 +10,12 @@ def selftest(bundle: BundlePath, device: Device = "cpu", threads: Threads = None
     """Check a bundle where it runs, without torch.
 
     Do the golden inputs still give what PyTorch gave? Exit status 1 and the worst element where an
-    output is beyond the tolerance that the bundle records. The difference to what the bundle itself gave when it was
-    built is shown too.
+    output is beyond the tolerance that the bundle records. The column "since build" is the difference to
+    what the bundle itself gave when it was built.
     """
     from transom.runtime import selftest as runtime
 
     report = runtime.selftest(bundle, device, threads)
-    sides = [
-        (case.name, reference, comparison)
-        for case in report.cases
-        for reference, comparisons in (("PyTorch", case.against_pytorch), ("build", case.against_build))
-        for comparison in comparisons
-    ]
     if as_json:
         print_json(
             {
@@ -40,7 +34,11 @@ def selftest(bundle: BundlePath, device: Device = "cpu", threads: Threads = None
             }
         )
         return
-    rows = [[name, reference, *comparison_cells(each)] for name, reference, each in sides]
-    columns = ("case", "against", "output", "error", "worst at", "here", "expected")
-    print_table(columns, rows, right=("error", "here", "expected"))
+    rows = []
+    for case in report.cases:
+        since_build = {each.tensor: f"{each.error:.2e}" for each in case.against_build}
+        for each in sorted(case.against_pytorch, key=lambda each: each.tensor):
+            rows.append([case.name, *comparison_cells(each), since_build.get(each.tensor, "–")])
+    columns = ("case", "output", "error", "worst at", "here", "PyTorch", "since build")
+    print_table(columns, rows, right=("error", "here", "PyTorch", "since build"))
     print(f"agrees with PyTorch: worst error {report.worst.error:.2e} of {report.tolerance:g} allowed")

@@ -78,7 +78,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     for data in dict.fromkeys(score_data(row["score"]) for row in good if row["score"]):
         print(printable(f"score: {data}"))
     if any(row["gpu_format"] for row in good):
-        print(f"GPU format: {' and '.join(GPU_FORMATS)} are {GPU_NOTE}")
+        print(GPU_NOTE)
     for row in rows:
         if "error" in row:
             say(f"transom.runtime.errors.{row['error']['type']}: {row['error']['message']}")

@@ -30,11 +30,12 @@ DEFINITION_WORDS = range(4, 31)
 SHARED_WORDS = 1
 FIELD = {";c", ";u"}  # wndb(5): domain of synset, topic and usage
 HYPERNYM = {"@", "@i"}
-STOP_WORDS = frozenset(
-    "a about an and any are as at be been being but by for from had has have he her his i in into is it its no not "
-    "of off on one or other out over she some someone something such that the their them they this to too up used "
-    "very was we were which who whom whose with you your".split()
-)
+FUNCTION_WORDS = """
+a about an and any are as at be been being but by for from had has have he her his i in into is it its no not of off on
+one or other out over she some someone something such that the their them they this to too up used very was we were
+which who whom whose with you your
+"""
+STOP_WORDS = frozenset(FUNCTION_WORDS.split())
 ENDINGS = ("ingly", "edly", "ing", "ed", "ly", "es", "s", "er", "e")
 UNFIT = re.compile(
     r"\b(sex\w*|breasts?|genital\w*|testi[sc]\w*|penis|vagina\w*|prostitut\w*|whore\w*|rap(?:e|ed|ist)|murder\w*|"

@@ -1,6 +1,6 @@
 """Trains the reference ViT on scikit-learn's digits and writes it as a Hugging Face checkpoint folder.
 
-    python examples/train_vit_digits.py --out DIR        the checkpoint (config, weights, preprocessing) and held-out scans
+    python examples/train_vit_digits.py --out DIR        config, weights, preprocessing and the held-out scans
     python examples/train_vit_digits.py --dev            how its settings were chosen: held-out scans stay untouched
 
 1,797 scans of 8x8 pixels are split once: 54 per digit (540) are held out, 1,257 train. ``--dev`` trains on four
@@ -148,7 +148,11 @@ def main() -> None:
         model.save_pretrained(arguments.out)
         (arguments.out / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2) + "\n")
         save_file(
-            {"images": images[held_out], "labels": labels[held_out].astype(np.uint8), "indices": held_out.astype(np.int16)},
+            {
+                "images": images[held_out],
+                "labels": labels[held_out].astype(np.uint8),
+                "indices": held_out.astype(np.int16),
+            },
             arguments.out / "digits_heldout.safetensors",
         )
 

@@ -6,7 +6,7 @@ the same data, so that two scores differ by the artefact alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any, cast
@@ -46,14 +46,11 @@ class Score:
         return middle - half, middle + half
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "data": self.data,
-            "n": self.n,
-            "correct": self.correct,
-            "value": self.value,
-            "interval": list(self.interval),
-        }
+        return {"name": self.name, "data": self.data, "n": self.n, **self.figures()}
+
+    def figures(self) -> dict[str, Any]:
+        """What differs between two sides that are scored alike."""
+        return {"correct": self.correct, "value": self.value, "interval": list(self.interval)}
 
 
 def digits_score(predict: Callable[[list[NDArray[np.uint8]]], NDArray[Any]]) -> Score:
@@ -134,18 +131,15 @@ SCORES = {  # by the reference model's name
 
 
 def score_both(source: str, theirs: LoadedBundle, ours: LoadedBundle) -> dict[str, Any] | None:
-    """The task score of both sides as bundle.json records it; None where ``source`` names no reference model.
+    """The task score of both sides as bundle.json records it.
 
-    ``theirs`` is PyTorch behind the runtime's own code, ``ours`` the artefact. Both must be exported for the
-    scored task, else None too (a reference model's features, say).
+    ``source`` is SOURCE as the user gave it, ``theirs`` PyTorch behind the runtime's own code, ``ours`` the
+    artefact. None where ``source`` names no reference model, or is exported for another task than the scored
+    one (the features of ``vit``, say).
     """
     scored = SCORES.get(source)
     if scored is None or ours.manifest.task != scored.task:
         return None
-    sides = {"pytorch": scored.of(theirs), "bundle": scored.of(ours)}
-    shared = {key: getattr(sides["bundle"], key) for key in ("name", "data", "n")}
-    return shared | {side: without(score.to_json(), shared) for side, score in sides.items()}
-
-
-def without(words: dict[str, Any], known: Sequence[str] | dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in words.items() if key not in known}
+    pytorch, bundle = scored.of(theirs), scored.of(ours)
+    shared = {"name": bundle.name, "data": bundle.data, "n": bundle.n}
+    return {**shared, "pytorch": pytorch.figures(), "bundle": bundle.figures()}

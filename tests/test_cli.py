@@ -413,7 +413,9 @@ def test_inspect_refuses_a_changed_byte(vit_bundle: Path, tmp_path: Path) -> Non
 def test_selftest_agrees_with_pytorch(vit_bundle: Path) -> None:
     told = document(transom("selftest", vit_bundle, "--threads", "1", "--json"))
     assert 0 <= told["worst"]["error"] <= told["tolerance"]
-    assert {case["against_pytorch"][0]["tensor"] for case in told["cases"]} == {"logits"}
+    for case in told["cases"]:
+        tensors = {each["tensor"] for each in case["against_pytorch"]}
+        assert tensors == {each["tensor"] for each in case["against_build"]} == {"logits", "last_hidden_state"}
     text = transom("selftest", vit_bundle).stdout
     assert "agrees with PyTorch: worst error" in text
     assert ANSI not in text

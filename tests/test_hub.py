@@ -1,0 +1,103 @@
+"""Hub ids: through a prepared cache without a network, and through an endpoint on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+MakeCheckpoint = Callable[..., Path]
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+OPEN = """
+import sys
+from transom.models.checkpoint import open_checkpoint
+from transom.runtime.errors import CheckpointError
+try:
+    checkpoint = open_checkpoint(sys.argv[1])
+    print(checkpoint.name, checkpoint.source, len(checkpoint.weight_files), checkpoint.raw["model_type"])
+except CheckpointError as error:
+    print("CheckpointError:", error)
+"""
+
+
+def open_by_id(source: str, **environment: str) -> str:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    done = subprocess.run(
+        [sys.executable, "-c", OPEN, source], capture_output=True, text=True, env={**clean, **environment}, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def hub(bert_checkpoint: Path) -> Iterator[str]:
+    """The address of a server that answers as the hub does, for one repository, ``someone/tiny``."""
+    files = {p.name: p.read_bytes() for p in bert_checkpoint.iterdir()} | {"pytorch_model.bin": b"a pickle"}
+
+    class Hub(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self.answer(send=True)
+
+        def do_HEAD(self) -> None:
+            self.answer(send=False)
+
+        def answer(self, send: bool) -> None:
+            if self.path.startswith("/api/models/someone/tiny/tree/"):
+                tree = [{"type": "file", "path": n, "size": len(d), "oid": COMMIT} for n, d in files.items()]
+                return self.reply(200, json.dumps(tree).encode(), {"Content-Type": "application/json"}, send)
+            if self.path.startswith("/api/models/someone/tiny"):
+                siblings = [{"rfilename": name} for name in files]
+                body = json.dumps({"id": "someone/tiny", "sha": COMMIT, "siblings": siblings}).encode()
+                return self.reply(200, body, {"Content-Type": "application/json"}, send)
+            name = self.path.rsplit("/", 1)[-1]
+            if not self.path.startswith("/someone/tiny/resolve/") or name not in files:
+                headers = {"X-Error-Code": "RepoNotFound"} if "/someone/tiny/" not in self.path else {}
+                return self.reply(404, b"{}", headers, send)
+            assert name != "pytorch_model.bin", "a pickle was downloaded"
+            headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha256(files[name]).hexdigest()}"'}
+            return self.reply(200, files[name], headers, send)
+
+        def reply(self, status: int, body: bytes, headers: dict[str, str], send: bool) -> None:
+            self.send_response(status)
+            for key, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            if send:
+                self.wfile.write(body)
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            """Keep the test's output clean."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_hub_id_through_an_endpoint_then_from_the_cache_alone(hub: str, tmp_path: Path) -> None:
+    online = open_by_id("someone/tiny", HF_ENDPOINT=hub, HF_HOME=str(tmp_path), NO_PROXY="127.0.0.1")
+    assert online == "tiny someone/tiny 1 bert"
+    offline = open_by_id("someone/tiny", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    assert offline == "tiny someone/tiny 1 bert"
+
+
+def test_what_the_hub_does_not_have(hub: str, tmp_path: Path) -> None:
+    online = open_by_id("someone/absent", HF_ENDPOINT=hub, HF_HOME=str(tmp_path), NO_PROXY="127.0.0.1")
+    assert online.startswith("CheckpointError: 'someone/absent' is no folder here and the hub did not give it")
+    offline = open_by_id("someone/tiny", HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+    assert "did not give it" in offline
+    assert "Check the name and the connection" in offline
+    assert "\n" not in offline

@@ -1,0 +1,150 @@
+"""Scores: the interval against a textbook's, the counting against hand-made answers, MiniLM against its figure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from transom.export.inputs import heldout_digits, wordnet_pairs
+from transom.export.scores import SCORES, Score, digits_score, retrieval_score, score_both
+from transom.models.references import REFERENCES, reference_folder
+from transom.runtime.errors import ExportError
+
+
+@pytest.mark.parametrize(
+    ("correct", "n", "low", "high"),
+    [  # by hand, z = 1.96: 8/10 is the textbooks' (0.8 + 0.19208 -+ 0.31364) / 1.38416; 0/n is 0 to z2 / (n + z2)
+        (8, 10, 0.4902, 0.9433),
+        (0, 10, 0.0, 0.2775),
+        (10, 10, 0.7225, 1.0),
+        (535, 540, 0.9785, 0.9960),
+        (521, 1000, 0.4900, 0.5518),
+    ],
+)
+def test_wilson_interval(correct: int, n: int, low: float, high: float) -> None:
+    score = Score("top-1 accuracy", "pencil", n, correct)
+    assert score.interval == pytest.approx((low, high), abs=5e-5)
+
+
+def test_score_as_json() -> None:
+    words = json.loads(json.dumps(Score("top-1 accuracy", "pencil", 10, 8).to_json()))
+    assert words.pop("interval") == pytest.approx([0.4902, 0.9433], abs=5e-5)
+    assert words == {"name": "top-1 accuracy", "data": "pencil", "n": 10, "correct": 8, "value": 0.8}
+
+
+# ---- digits
+
+
+def test_digits_are_handed_over_as_rgb_and_counted() -> None:
+    _, labels = heldout_digits()
+
+    def always_three_but_once(images: list[Any]) -> Any:
+        assert [image.shape for image in images] == [(8, 8, 3)] * 540
+        assert images[0].dtype == np.uint8
+        assert (images[0][..., 0] == images[0][..., 2]).all()
+        assert images[0].max() > 200  # 0..255, not the data's own 0..16
+        logits = np.zeros((540, 10), np.float32)
+        logits[:, 3] = 1
+        wrong = int(np.flatnonzero(labels == 3)[0])
+        logits[wrong, 4] = 2
+        return logits
+
+    score = digits_score(always_three_but_once)
+    assert (score.n, score.correct) == (540, 53)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (np.zeros((540, 9)), r"shape \(540, 9\); expected \(540, 10\)"),
+        (np.zeros((10, 540)), r"shape \(10, 540\)"),
+        (np.zeros(540), r"shape \(540,\)"),
+        (np.where(np.arange(5400).reshape(540, 10) == 70, np.nan, 1), r"\[7\] is not finite"),
+    ],
+)
+def test_answers_that_cannot_be_scored(answer: Any, message: str) -> None:
+    with pytest.raises(ExportError, match=message):
+        digits_score(lambda images: answer)
+
+
+# ---- retrieval
+
+
+def test_retrieval_counts_nearest_by_angle() -> None:
+    definitions, words = wordnet_pairs()
+    place = {text: i for texts in (definitions, words) for i, text in enumerate(texts)}
+
+    def on_own_axis(texts: list[str]) -> Any:
+        vectors = np.zeros((1000, 1000), np.float32)
+        for row, text in enumerate(texts):
+            vectors[row, place[text]] = 1 + row  # a length of its own, which must not matter
+        if texts == words:
+            vectors[[0, 1]] = vectors[[1, 0]]  # two words swapped: two cases wrong
+        return vectors
+
+    score = retrieval_score(on_own_axis)
+    assert (score.name, score.n, score.correct) == ("top-1 retrieval", 1000, 998)
+
+
+def test_one_vector_for_everything_scores_chance() -> None:
+    assert retrieval_score(lambda texts: np.ones((len(texts), 4))).correct == 1
+
+
+def test_a_vector_of_zeros_is_refused() -> None:
+    with pytest.raises(ExportError, match=r"embed\(texts\)\[3\] is a vector of zeros"):
+        retrieval_score(lambda texts: (np.arange(len(texts)) != 3)[:, None] * np.ones((1, 4)))
+
+
+def test_minilm_gets_the_documented_score_in_sentence_transformers() -> None:
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(reference_folder("minilm")), device="cpu", local_files_only=True)
+    score = retrieval_score(lambda texts: model.encode(texts, batch_size=32, show_progress_bar=False))
+    assert (score.n, score.correct) == (1000, 521)
+
+
+# ---- both sides
+
+
+class Answers:
+    """Stands for a loaded bundle of the ViT: right, but for the first ``wrong`` scans."""
+
+    def __init__(self, wrong: int, task: str = "image-classification") -> None:
+        self.wrong, self.manifest = wrong, SimpleNamespace(task=task)
+
+    def classify(self, images: list[Any], top_k: int) -> list[list[tuple[str, float]]]:
+        assert top_k == 10
+        _, labels = heldout_digits()
+        answers = [(label + (i < self.wrong)) % 10 for i, label in enumerate(labels.astype(int))]
+        return [[(str((answer + step) % 10), 0.5**step) for step in range(10)] for answer in answers]
+
+
+def test_both_sides_are_scored_alike() -> None:
+    found = score_both("vit", Answers(5), Answers(7))  # type: ignore[arg-type]
+    assert found is not None
+    assert {key: found[key] for key in ("name", "n")} == {"name": "top-1 accuracy", "n": 540}
+    assert [found[side]["correct"] for side in ("pytorch", "bundle")] == [535, 533]
+    assert found["pytorch"]["value"] == 535 / 540
+
+
+def test_other_sources_and_tasks_have_no_score() -> None:
+    assert score_both("bundles/vit", Answers(0), Answers(0)) is None  # type: ignore[arg-type]
+    features = Answers(0, "feature-extraction")
+    assert score_both("vit", features, features) is None  # type: ignore[arg-type]
+
+
+def test_every_reference_model_has_a_score() -> None:
+    assert SCORES.keys() == REFERENCES.keys()
+
+
+def test_the_reference_bundle_scores_what_the_card_says(vit_bundle: Path) -> None:
+    from transom.runtime.bundle import Bundle
+
+    score = Bundle(vit_bundle).manifest.score
+    assert score is not None
+    assert (score["pytorch"]["correct"], score["bundle"]["correct"], score["n"]) == (535, 535, 540)
