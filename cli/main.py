@@ -44,7 +44,8 @@ class Commands(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         ctx.meta[ARGUMENTS] = list(args)
-        return super().parse_args(ctx, without("--debug", args))
+        with reported(args):  # help and version are printed while parsing
+            return super().parse_args(ctx, without("--debug", args))
 
     def invoke(self, ctx: Any) -> Any:
         with reported(ctx.meta[ARGUMENTS]):

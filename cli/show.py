@@ -64,7 +64,9 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Se
         table.add_column(name, justify="right" if name in right else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(printable, row))
-    console.print(table)
+    with console.capture() as captured:  # rich would end the process when nobody reads stdout
+        console.print(table)
+    print(captured.get(), end="")
 
 
 def print_fields(fields: Iterable[tuple[str, str]]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from transom.runtime.backend import Array
-from transom.runtime.compare import Comparison, compare
+from transom.runtime.compare import Comparison
 from transom.runtime.errors import ParityError
 from transom.runtime.spec import Axis, Graph
 
@@ -70,11 +70,6 @@ class PyTorchBackend:
             outputs = self._module(*(torch.from_numpy(feeds[tensor.name]) for tensor in self._graph.inputs))
         named = {tensor.name: value.numpy() for tensor, value in zip(self._graph.outputs, outputs, strict=True)}
         return {name: named[name] for name in shapes}
-
-
-def compare_runs(shape: Mapping[str, int], ours: Mapping[str, Array], theirs: Mapping[str, Array]) -> Case:
-    """The worst element of each output."""
-    return Case(shape, tuple(compare(name, ours[name], expected) for name, expected in theirs.items()))
 
 
 def require_parity(cases: Iterable[Case], precision: str, what: str) -> None:

@@ -12,12 +12,13 @@ from transom.export.bundle import BundleWriter, axes_to_json, check_out, graph_t
 from transom.export.flavours import Flavours, make_flavours
 from transom.export.golden import Golden
 from transom.export.onnx import onnx_from_module
-from transom.export.parity import TOLERANCES, Case, PyTorchBackend, compare_runs, grid, require_parity
+from transom.export.parity import TOLERANCES, Case, PyTorchBackend, grid, require_parity
 from transom.export.ranges import largest_values, require_fp16_range
 from transom.export.samples import Samples
 from transom.export.scores import score_both
 from transom.export.source import Loaded, load_source
 from transom.runtime.bundle import PRECISIONS, Bundle, Manifest
+from transom.runtime.compare import compare_outputs
 from transom.runtime.errors import CheckpointError, ExportError
 from transom.runtime.ort import OrtBackend
 from transom.runtime.selftest import GOLDEN
@@ -99,7 +100,7 @@ def export(
         with open_bundle(bundle) as ours, open_pytorch(bundle, loaded) as theirs:
             cases = check_parity(ours, theirs, flavours, samples, shapes, golden, steps)
             steps.next("scoring")
-            score = score_both(loaded.checkpoint.name, theirs, ours)
+            score = score_both(loaded.checkpoint.source, theirs, ours)
         writer.add(GOLDEN, golden.to_bytes())
         figures = {"parity": parity_to_json(cases, precision, largest), **({"score": score} if score else {})}
         writer.describe({**description, **figures})
@@ -167,10 +168,11 @@ def check_parity(
         feeds = samples.feeds(sizes)
         expected, found = theirs.run(feeds), ours.run(feeds)
         golden.offer(shown, feeds, expected, found)
-        cases.append(compare_runs(sizes, found, expected))
+        graph = ours.graph_for(feeds)
+        cases.append(Case(sizes, compare_outputs(graph, feeds, found, expected)))
         if emulated is not None:
             rounded = emulated.run(feeds, {output: array.shape for output, array in expected.items()})
-            cases.append(compare_runs(sizes, rounded, expected))
+            cases.append(Case(sizes, compare_outputs(graph, feeds, rounded, expected)))
         require_parity(cases[-2:], precision, f"{name} in {precision}")
     return cases
 

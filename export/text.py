@@ -125,12 +125,7 @@ def read_settings(folder: Path, sentence: Mapping[str, Any]) -> tuple[dict[str, 
             added[token["id"]] = AddedToken(**{k: v for k, v in token.items() if k != "id"})
     if "additional_special_tokens" in given and "extra_special_tokens" not in given:
         given["extra_special_tokens"] = given.pop("additional_special_tokens")
-    given = revived(given)
-    by_name = {str(token): token for token in added.values()}
-    for name in NAMED:
-        if given.get(name) is not None:
-            given[name] = by_name.get(str(given[name]), given[name])
-    return given, [added[number] for number in sorted(added)]
+    return revived(given), [added[number] for number in sorted(added)]
 
 
 def is_own_name(name: str) -> bool:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from transom.runtime.spec import Graph
+
+Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -25,12 +31,18 @@ class Comparison:
         return f"{self.tensor}[{where}] is {self.ours:.8g}, expected {self.theirs:.8g} (error {self.error:.2e})"
 
 
-def compare(tensor: str, ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> Comparison:
+def compare(
+    tensor: str,
+    ours: NDArray[np.float32],
+    theirs: NDArray[np.float32],
+    real: NDArray[np.bool_] | None = None,
+) -> Comparison:
     """Hold ``ours`` against ``theirs``, both floating point of the same shape.
 
     The scale is the tensor's largest absolute value, since that is what the next layer's sums are
     made of; a tensor of zeros is compared absolutely. A NaN or infinity on either side is an
-    infinite error even where both have it: nothing is proven there.
+    infinite error even where both have it: nothing is proven there. ``real``, of the tensor's leading
+    axes, says which positions count.
     """
     if ours.shape != theirs.shape:
         return Comparison(tensor, theirs.shape, math.inf, (), math.nan, math.nan)
@@ -39,8 +51,29 @@ def compare(tensor: str, ours: NDArray[np.float32], theirs: NDArray[np.float32])
     finite = np.isfinite(ours) & np.isfinite(theirs)
     with np.errstate(invalid="ignore"):
         difference = np.where(finite, np.abs(ours - theirs), np.inf)
+    size = np.abs(theirs, where=finite, out=np.zeros_like(theirs))
+    if real is not None:
+        padding = ~real.reshape(real.shape + (1,) * (theirs.ndim - real.ndim))
+        difference[padding & finite] = 0
+        size[np.broadcast_to(padding, size.shape)] = 0
     index = tuple(int(i) for i in np.unravel_index(int(difference.argmax()), difference.shape))
-    scale = float(np.abs(theirs, where=finite, out=np.zeros_like(theirs)).max()) or 1.0
+    scale = float(size.max()) or 1.0
     return Comparison(
         tensor, theirs.shape, float(difference[index]) / scale, index, float(ours[index]), float(theirs[index])
+    )
+
+
+def compare_outputs(
+    graph: Graph, inputs: Mapping[str, Array], ours: Mapping[str, Array], theirs: Mapping[str, Array]
+) -> tuple[Comparison, ...]:
+    """Each of ``theirs`` against ``ours``, but for positions that ``attention_mask`` calls padding.
+
+    What a model computes for padding is never read and is not kept within any bounds by training:
+    counted, it would ask for tolerances ten times as wide for everything else. It must be finite.
+    """
+    axes = {tensor.name: tensor.shape[:2] for tensor in graph.outputs}
+    real = inputs["attention_mask"] != 0 if "attention_mask" in inputs else None
+    return tuple(
+        compare(name, ours[name], expected, real if axes[name] == ("B", "S") else None)
+        for name, expected in theirs.items()
     )

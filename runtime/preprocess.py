@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.runtime.errors import BundleError, InputError
+from transom.runtime.errors import InputError
+from transom.runtime.fields import Fields
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -113,46 +114,68 @@ class ImagePreprocess:
     @classmethod
     def from_json(cls, obj: object) -> ImagePreprocess:
         """Read and check the JSON object; BundleError lists everything that is wrong with it."""
-        if not isinstance(obj, Mapping):
-            raise BundleError(f"preprocess is a {type(obj).__name__}, expected an object. Export it again.")
-        problems = _broken_rules(obj)
-        if not problems:
-            values = dict(obj)
-            resize, crop = values["resize"], values["crop"]
-            if resize is not None:
-                values["resize"] = ExactSize(**resize) if "height" in resize else ShortestEdge(**resize)
-            values["crop"] = crop and ExactSize(**crop)
-            for name in ("mean", "std"):
-                values[name] = values[name] and tuple(values[name])
-            made = cls(**values)
-            problems = made.problems()
-        if problems:
-            raise BundleError(f"preprocess cannot be used: {'; '.join(problems)}. Export the bundle again.")
+        fields = Fields(obj, "preprocess")
+        made = cls._read(fields)
+        fields.done()
+        return made
+
+    @classmethod
+    def _read(cls, fields: Fields) -> ImagePreprocess:
+        """What the fields say; problems, contradictions among them too, are noted there."""
+        sides, numbers = f"each in 1..{MAX_SIDE}, or null", "a list of finite numbers, or null"
+        resize = fields.take(
+            "resize", _is_resize, f"{{height, width}}, {{shortest_edge}} or {{shortest_edge, longest_edge}}, {sides}"
+        )
+        crop = fields.take(
+            "crop", lambda value: value is None or _is_sides(value, EXACT), f"{{height, width}}, {sides}"
+        )
+        mean, std = (fields.take(name, _are_numbers, numbers) for name in ("mean", "std"))
+        made = cls(
+            resize=resize and (ExactSize(**resize) if resize.keys() == EXACT else ShortestEdge(**resize)),
+            resample=fields.text("resample", among=FILTERS),
+            crop=crop and ExactSize(**crop),
+            rescale=fields.take("rescale", lambda value: value is None or _is_number(value), "a number, or null"),
+            mean=mean and tuple(mean),
+            std=std and tuple(std),
+            channels=fields.take(
+                "channels", lambda value: type(value) is int and value in (1, 3), "3 (RGB) or 1 (grey)"
+            ),
+            height=fields.integer("height", 1, MAX_SIDE),
+            width=fields.integer("width", 1, MAX_SIDE),
+            transparent_to_white=fields.take(
+                "transparent_to_white", lambda value: type(value) is bool, "true or false"
+            ),
+        )
+        if not fields.problems:
+            fields.problems += made._contradictions()
         return made
 
     def problems(self) -> list[str]:
-        """What keeps these settings from giving (channels, height, width) for any image; normally nothing."""
-        broken = _broken_rules(self.to_json())
-        if broken:
-            return broken
+        """What ``from_json`` would refuse in these settings; normally nothing."""
+        fields = Fields(self.to_json(), "preprocess", [])
+        self._read(fields)
+        return fields.problems
+
+    def _contradictions(self) -> list[str]:
+        """What keeps these settings from giving (channels, height, width) for every image."""
         final = self.crop or self.resize
         if isinstance(final, ShortestEdge):
-            return ["resize to a shortest edge without a crop gives another size for every image"]
+            return ["a resize to a shortest edge without a crop gives another size for every image"]
         if final is not None and (final.height, final.width) != (self.height, self.width):
-            return [f"it ends at {final.height}x{final.width}, the model takes {self.height}x{self.width}"]
+            return [f"images end at {final.height}x{final.width}, the model takes {self.height}x{self.width}"]
         if (self.mean is None) != (self.std is None):
             return ["one of mean and std is null, expected both or neither"]
         if self.mean is not None and not len(self.mean) == len(self.std or ()) == self.channels:
-            return [f"mean {self.mean} and std {self.std} need one number for each channel: {self.channels}"]
+            return [f"mean {self.mean} and std {self.std} need one number for each of {self.channels} channels"]
         if not np.isfinite(self.levels).all():
             return ["std is 0, or rescale, mean and std leave the range of float32"]
         return []
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object that ``from_json`` reads back to an equal value."""
-        found: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        found = asdict(self)
         for name in ("resize", "crop"):
-            found[name] = found[name] and {k: v for k, v in vars(found[name]).items() if v is not None}
+            found[name] = found[name] and {k: v for k, v in found[name].items() if v is not None}
         for name in ("mean", "std"):
             found[name] = found[name] and list(found[name])
         return found
@@ -333,49 +356,23 @@ def _image_from_array(array: NDArray[Any]) -> Image:
     return fromarray(np.ascontiguousarray(array))
 
 
-def _are_numbers(values: object) -> bool:
-    """A list of numbers that float32 can hold; NaN is none."""
-    return isinstance(values, list) and all(type(v) in (int, float) and abs(v) < 1e38 for v in values)
-
-
-def _is_side(value: object) -> bool:
-    return type(value) is int and 1 <= value <= MAX_SIDE
-
-
-def _broken_rules(obj: Mapping[str, Any]) -> list[str]:
-    problems = [f"{repr(name)[:200]} is unknown" for name in obj if name not in RULES]
-    for name, (allowed, expected) in RULES.items():
-        if name not in obj:
-            problems.append(f"{name} is missing")
-        elif not allowed(obj[name]):
-            problems.append(f"{name} is {repr(obj[name])[:200]}, expected {expected}")
-    return problems
-
-
-def _is_target(value: object, *keys: set[str]) -> bool:
-    return isinstance(value, Mapping) and set(value) in keys and all(map(_is_side, value.values()))
-
-
 EXACT, EDGE, EDGES = {"height", "width"}, {"shortest_edge"}, {"shortest_edge", "longest_edge"}
-SIDE = f"an integer in 1..{MAX_SIDE}"
-NUMBERS = "a list of finite numbers, or null"
 
-# What each key of the JSON object may hold, as a test and in words.
-RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "resize": (
-        lambda value: value is None or _is_target(value, EXACT, EDGE, EDGES),
-        f"{{height, width}}, {{shortest_edge}} or {{shortest_edge, longest_edge}}, each {SIDE}, or null",
-    ),
-    "resample": (lambda value: value in FILTERS, f"one of {', '.join(FILTERS)}"),
-    "crop": (
-        lambda value: value is None or _is_target(value, EXACT),
-        f"{{height, width}}, each {SIDE}, or null",
-    ),
-    "rescale": (lambda value: value is None or _are_numbers([value]), "a finite number, or null"),
-    "mean": (lambda value: value is None or _are_numbers(value), NUMBERS),
-    "std": (lambda value: value is None or _are_numbers(value), NUMBERS),
-    "channels": (lambda value: type(value) is int and value in (1, 3), "3 (RGB) or 1 (grey)"),
-    "height": (_is_side, SIDE),
-    "width": (_is_side, SIDE),
-    "transparent_to_white": (lambda value: isinstance(value, bool), "true or false"),
-}
+
+def _is_sides(value: object, keys: set[str]) -> bool:
+    """An object of these keys, each a number of pixels."""
+    sides = value.values() if isinstance(value, dict) and value.keys() == keys else [0]
+    return all(type(side) is int and 1 <= side <= MAX_SIDE for side in sides)
+
+
+def _is_resize(value: object) -> bool:
+    return value is None or any(_is_sides(value, keys) for keys in (EXACT, EDGE, EDGES))
+
+
+def _is_number(value: object) -> bool:
+    """One that float32 can hold; NaN is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e38
+
+
+def _are_numbers(value: object) -> bool:
+    return value is None or (isinstance(value, list) and all(map(_is_number, value)))

@@ -9,7 +9,7 @@ from typing import Any
 
 from transom.runtime.backend import Array
 from transom.runtime.bundle import Bundle
-from transom.runtime.compare import Comparison, compare
+from transom.runtime.compare import Comparison, compare_outputs
 from transom.runtime.errors import BundleError, ParityError
 from transom.runtime.session import load
 
@@ -61,11 +61,12 @@ def selftest(path: str | PathLike[str], device: str = "cpu", threads: int | None
 
 
 def run_case(loaded: Any, name: str, arrays: Mapping[str, Mapping[str, Array]]) -> SelftestCase:
-    ours = loaded.run(arrays["input"], list(arrays["pytorch"]))
+    graph, inputs = loaded.graph_for(arrays["input"]), arrays["input"]
+    ours = loaded.run(inputs, list(arrays["pytorch"]))
     return SelftestCase(
         name,
-        tuple(compare(output, ours[output], theirs) for output, theirs in arrays["pytorch"].items()),
-        tuple(compare(output, ours[output], theirs) for output, theirs in arrays["bundle"].items()),
+        compare_outputs(graph, inputs, ours, arrays["pytorch"]),
+        compare_outputs(graph, inputs, ours, arrays["bundle"]),
     )
 
 

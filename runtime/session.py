@@ -13,6 +13,7 @@ from transom.runtime.backend import Array, Backend, Read, open_backend
 from transom.runtime.bundle import Bundle, GraphFile
 from transom.runtime.errors import BackendError, BundleError, InputError
 from transom.runtime.inputs import checked_feeds, wanted_outputs
+from transom.runtime.spec import Graph
 
 if TYPE_CHECKING:
     from transom.runtime.bundle import Manifest
@@ -71,6 +72,10 @@ class LoadedBundle:
             if self._workers is None:
                 self._workers = ThreadPoolExecutor(max_workers=cpu_count() or 1, thread_name_prefix="transom")
             return self._workers.submit(self.run, inputs, outputs)
+
+    def graph_for(self, inputs: Mapping[str, Array]) -> Graph:
+        """The graph that ``run`` would execute for these inputs."""
+        return self._pick(inputs)[0].graph
 
     def _pick(self, inputs: Mapping[str, Array]) -> tuple[GraphFile, Any]:
         """The graph whose inputs these are: the only one, or the one that knows the most of the names."""

@@ -6,7 +6,7 @@ and never touched again, so that threads can share one encoder.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.runtime.errors import BundleError, InputError, ShapeError
+from transom.runtime.fields import Fields
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -50,19 +51,24 @@ class TextSpec:
     @classmethod
     def from_json(cls, obj: object) -> TextSpec:
         """Read and check the JSON object; BundleError lists everything that is wrong with it."""
-        if not isinstance(obj, Mapping):
-            raise BundleError(f"tokenizer is a {type(obj).__name__}, expected an object. Export the bundle again.")
-        problems = [f"{repr(name)[:200]} is unknown" for name in obj if name not in RULES]
-        for name, (allowed, expected) in RULES.items():
-            if name not in obj:
-                problems.append(f"{name} is missing")
-            elif not allowed(obj[name]):
-                problems.append(f"{name} is {repr(obj[name])[:200]}, expected {expected}")
-        if not problems and (obj["mask_token"] is None) != (obj["mask_id"] is None):
-            problems.append("one of mask_token and mask_id is null, expected both or neither")
-        if problems:
-            raise BundleError(f"tokenizer cannot be used: {'; '.join(problems)}. Export the bundle again.")
-        return cls(**obj)
+        fields = Fields(obj, "tokenizer")
+        made = cls(
+            file=fields.take("file", _is_file_name, "the name of a file beside bundle.json"),
+            max_length=fields.integer("max_length", 1, MAX_LENGTH),
+            pad_token=fields.take("pad_token", _is_token, "a str, or null"),
+            pad_id=fields.integer("pad_id", 0, MAX_ID),
+            mask_token=fields.take("mask_token", _is_token, "a str, or null"),
+            mask_id=fields.take("mask_id", _is_id, f"0..{MAX_ID}, or null"),
+            truncation_side=fields.text("truncation_side", among=("right", "left")),
+            split_special_tokens=fields.take("split_special_tokens", _is_bool, "true or false"),
+            token_types=fields.take("token_types", _is_bool, "true or false"),
+        )
+        if not fields.problems and (made.mask_token is None) != (made.mask_id is None):
+            fields.problems.append(
+                "one of tokenizer.mask_token and tokenizer.mask_id is null, expected both or neither"
+            )
+        fields.done()
+        return made
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object that ``from_json`` reads back to an equal value."""
@@ -259,10 +265,10 @@ def parse_tokenizer(tokenizer_json: bytes) -> Tokenizer:
 def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
     """Tokens to keep of a pair of lengths so that both fit into ``room``: the longer one gives first.
 
-    The case of ``truncate_encodings`` in tokenizers' Rust source, src/utils/truncation.rs.
+    As ``truncate_encodings`` in tokenizers' Rust source, src/utils/truncation.rs.
     """
     short, long = min(first, second), max(first, second)
-    long = short if short > room else max(short, room - short)
+    long = max(short, room - short)
     if short + long > room:
         short = room // 2
         long = short + room % 2
@@ -277,24 +283,15 @@ def _is_file_name(value: object) -> bool:
 
 
 def _is_id(value: object) -> bool:
-    return type(value) is int and 0 <= value <= MAX_ID
+    return value is None or (type(value) is int and 0 <= value <= MAX_ID)
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool)
 
 
 def _is_token(value: object) -> bool:
+    """A str that is Unicode: JSON can smuggle in a lone surrogate."""
     if value is None or not isinstance(value, str):
         return value is None
     return value != "" and not any("\ud800" <= character <= "\udfff" for character in value)
-
-
-# What each key of the JSON object may hold, as a test and in words.
-RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "file": (_is_file_name, "the name of a file beside bundle.json"),
-    "max_length": (lambda value: type(value) is int and 1 <= value <= MAX_LENGTH, f"an integer in 1..{MAX_LENGTH}"),
-    "pad_token": (_is_token, "a str, or null"),
-    "pad_id": (_is_id, f"an integer in 0..{MAX_ID}"),
-    "mask_token": (_is_token, "a str, or null"),
-    "mask_id": (lambda value: value is None or _is_id(value), f"an integer in 0..{MAX_ID}, or null"),
-    "truncation_side": (lambda value: value in ("right", "left"), "right or left"),
-    "split_special_tokens": (lambda value: isinstance(value, bool), "true or false"),
-    "token_types": (lambda value: isinstance(value, bool), "true or false"),
-}

@@ -28,6 +28,7 @@ from transformers import (
     DeiTImageProcessorPil,
     ViTImageProcessorPil,
 )
+from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.image_utils import load_image
 
 from transom.export.image import image_preprocess_from_checkpoint
@@ -299,6 +300,7 @@ def test_the_shortest_edge_keeps_proportions() -> None:
     assert ShortestEdge(224).size_for(427, 640) == (224, 335)  # 335.7 is cut, not rounded
     assert ShortestEdge(224).size_for(640, 427) == (335, 224)
     assert ShortestEdge(224, 300).size_for(427, 640) == (200, 300)
+    assert ShortestEdge(8, 199).size_for(7, 200) == get_size_with_aspect_ratio((7, 200), 8, 199) == (7, 200)
 
 
 def test_the_users_image_is_left_as_it_was(photo: Image) -> None:
@@ -526,30 +528,30 @@ def test_json_round_trip() -> None:
         ),
         ({"resize": {"longest_edge": 8}}, "resize is"),
         ({"resize": {"height": 0, "width": 4}}, "resize is"),
-        ({"resize": {"height": 10**6, "width": 4}}, "each an integer in 1..8192, or null"),
+        ({"resize": {"height": 10**6, "width": 4}}, "each in 1..8192, or null"),
         ({"resize": {"height": True, "width": 4}}, "resize is"),
         ({"crop": {"height": 4.0, "width": 5}}, "crop is"),
         ({"crop": {"shortest_edge": 4}}, "crop is"),
         ({"crop": None}, "a shortest edge without a crop gives another size for every image"),
-        ({"crop": {"height": 9, "width": 5}}, "it ends at 9x5, the model takes 4x5"),
-        ({"crop": None, "resize": {"height": 3, "width": 3}}, "it ends at 3x3, the model takes 4x5"),
+        ({"crop": {"height": 9, "width": 5}}, "images end at 9x5, the model takes 4x5"),
+        ({"crop": None, "resize": {"height": 3, "width": 3}}, "images end at 3x3, the model takes 4x5"),
         ({"resample": 3}, "resample is 3, expected one of nearest, lanczos, bilinear, bicubic, box, hamming"),
         ({"resample": []}, "resample is []"),
-        ({"rescale": float("nan")}, "rescale is nan, expected a finite number, or null"),
+        ({"rescale": float("nan")}, "rescale is nan, expected a number, or null"),
         ({"rescale": 10**400}, "rescale is 1000"),
         ({"rescale": "1"}, "rescale is '1'"),
         ({"mean": [0, 0, float("inf")]}, "mean is [0, 0, inf], expected a list of finite numbers, or null"),
         ({"mean": 0.5}, "mean is 0.5"),
         ({"mean": None}, "one of mean and std is null, expected both or neither"),
-        ({"mean": [0.5]}, "need one number for each channel: 3"),
+        ({"mean": [0.5]}, "need one number for each of 3 channels"),
         ({"std": [1, 0, 1]}, "std is 0, or rescale, mean and std leave the range of float32"),
         ({"std": [1, 1e-60, 1]}, "std is 0"),
         ({"channels": 4}, "channels is 4, expected 3 (RGB) or 1 (grey)"),
         ({"channels": True}, "channels is True"),
-        ({"height": -1}, "height is -1, expected an integer in 1..8192"),
+        ({"height": -1}, "height is -1, expected 1..8192"),
         ({"width": "5"}, "width is '5'"),
         ({"transparent_to_white": 1}, "transparent_to_white is 1, expected true or false"),
-        ({"gamma": 2}, "'gamma' is unknown"),
+        ({"gamma": 2}, "preprocess has the unknown key 'gamma'"),
     ],
     ids=repr,
 )
@@ -560,8 +562,8 @@ def test_json_that_is_wrong(change: dict[str, Any], said: str) -> None:
 
 
 def test_all_problems_are_listed_at_once() -> None:
-    with pytest.raises(BundleError, match=r"resize is missing; .*height is 0, .*; width is None"):
-        ImagePreprocess.from_json({"height": 0, "width": None})
+    with pytest.raises(BundleError, match=r"crop is missing; .*height is 0, .*; preprocess.width is None"):
+        ImagePreprocess.from_json({"height": 0, "width": None, "resize": None, "mean": None, "std": None})
     with pytest.raises(BundleError, match="preprocess is a list, expected an object"):
         ImagePreprocess.from_json([])
 
@@ -662,7 +664,7 @@ def test_another_size_scales_resize_and_crop(tmp_path: Path) -> None:
         ({"do_pad": True}, "do_pad is true, which Transom does not define"),
         ({"resample": 9}, "resample is 9, expected PIL's number of a filter: 0 nearest, 1 lanczos"),
         ({"resample": "bicubic"}, "resample is 'bicubic'"),
-        ({"image_mean": [0.5, 0.5]}, "need one number for each channel: 3"),
+        ({"image_mean": [0.5, 0.5]}, "need one number for each of 3 channels"),
         ({"image_mean": "grey"}, "mean is ['grey', 'grey', 'grey']"),
         ({"image_std": [0, 1, 1]}, "std is 0"),
         ({"rescale_factor": float("nan")}, "rescale is nan"),
@@ -681,7 +683,7 @@ def test_contradictions_with_the_model(tmp_path: Path) -> None:
     clip = {"image_processor_type": "CLIPImageProcessor"}
     with pytest.raises(CheckpointError, match="cannot be scaled to a model of other proportions, 224x448"):
         from_words(tmp_path, clip, 224, 448)
-    with pytest.raises(CheckpointError, match=r"mean .* need one number for each channel: 1"):
+    with pytest.raises(CheckpointError, match=r"mean .* need one number for each of 1 channels"):
         from_words(tmp_path, {"image_mean": [0.5, 0.5, 0.5]}, channels=1)
 
 

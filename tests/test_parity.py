@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from transom.export import pipeline
-from transom.export.parity import TOLERANCES, compare_runs, grid, require_parity
+from transom.export.parity import TOLERANCES, Case, grid, require_parity
 from transom.runtime.compare import compare
 from transom.runtime.errors import CheckpointError, ParityError, PrecisionError
 from transom.runtime.selftest import selftest
@@ -47,6 +47,16 @@ def test_another_shape_and_zeros() -> None:
     assert compare("x", np.full((2,), 0.25, np.float32), np.zeros((2,), np.float32)).error == 0.25
 
 
+def test_padding_does_not_count_but_must_be_finite() -> None:
+    theirs = np.array([[[1.0], [90.0]], [[2.0], [4.0]]], np.float32)  # (B, S, 1)
+    ours = np.array([[[1.0], [50.0]], [[2.5], [4.0]]], np.float32)
+    real = np.array([[True, False], [True, True]])
+    worst = compare("hidden", ours, theirs, real)
+    assert (worst.error, worst.index) == (0.5 / 4.0, (1, 0, 0))
+    ours[0, 1] = np.nan
+    assert compare("hidden", ours, theirs, real).error == math.inf
+
+
 def test_the_grid_has_every_corner() -> None:
     shapes = grid({"B": Axis(1, 1, 16), "S": Axis(1, 128, 512)})
     for corner in ({"B": 1, "S": 1}, {"B": 16, "S": 512}, {"B": 1, "S": 512}, {"B": 16, "S": 1}):
@@ -59,7 +69,7 @@ def test_the_grid_has_every_corner() -> None:
 def test_beyond_tolerance_names_the_worst_element() -> None:
     theirs = {"logits": np.ones((1, 3), np.float32)}
     ours = {"logits": np.array([[1.0, 1.0, 1.001]], np.float32)}
-    case = compare_runs({"B": 1, "S": 7}, ours, theirs)
+    case = Case({"B": 1, "S": 7}, (compare("logits", ours["logits"], theirs["logits"]),))
     require_parity([case], "fp16", "x")
     with pytest.raises(ParityError, match=r"x differs from PyTorch at B=1 S=7: logits\[0, 2\] is 1\.001, expected 1 "):
         require_parity([case], "fp32", "x")

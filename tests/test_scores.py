@@ -77,18 +77,20 @@ def test_answers_that_cannot_be_scored(answer: Any, message: str) -> None:
 
 def test_retrieval_counts_nearest_by_angle() -> None:
     definitions, words = wordnet_pairs()
-    place = {text: i for texts in (definitions, words) for i, text in enumerate(texts)}
 
-    def on_own_axis(texts: list[str]) -> Any:
-        vectors = np.zeros((1000, 1000), np.float32)
-        for row, text in enumerate(texts):
-            vectors[row, place[text]] = 1 + row  # a length of its own, which must not matter
-        if texts == words:
-            vectors[[0, 1]] = vectors[[1, 0]]  # two words swapped: two cases wrong
-        return vectors
+    def clock(texts: list[str]) -> Any:
+        """Case i points to minute i of a thousand, at a length of its own, which must not matter."""
+        minutes = np.arange(1000.0)
+        if texts == definitions:
+            minutes[250] = 250.4  # still nearest to word 250, as it must be,
+            minutes[0] = 250.1  # though definition 0 is nearer to that word: only its own case is lost
+        else:
+            assert texts == words
+        angles = 2 * np.pi * minutes / 1000
+        return np.stack([np.cos(angles), np.sin(angles)], 1) * (1 + np.arange(1000.0)[:, None] % 7)
 
-    score = retrieval_score(on_own_axis)
-    assert (score.name, score.n, score.correct) == ("top-1 retrieval", 1000, 998)
+    score = retrieval_score(clock)
+    assert (score.name, score.n, score.correct) == ("top-1 retrieval", 1000, 999)
 
 
 def test_one_vector_for_everything_scores_chance() -> None:

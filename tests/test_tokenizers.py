@@ -262,15 +262,22 @@ def test_ids_equal_transformers(name: str, tmp_path: Path) -> None:
     assert ours.decode(expected[full[3]] + some) == theirs.decode(expected[full[3]] + some, skip_special_tokens=True)
 
 
-def test_sentence_transformers_lower_case_comes_first(tmp_path: Path) -> None:
-    """do_lower_case of sentence_bert_config.json puts a Lowercase step before a cased tokenizer's own."""
-    folder = minilm(tmp_path, "tokenizer.json", do_lower_case=False)
-    write(folder, sentence_bert_config={"max_seq_length": 64, "do_lower_case": True})
+def replacing(folder: Path) -> Path:
+    """A normaliser to which the order matters: a small h becomes x."""
+    step = {"type": "Replace", "pattern": {"String": "h"}, "content": "x"}
+    as_it_is = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    return write(folder, tokenizer=word_piece(SMALL, normalizer=step), tokenizer_config=as_it_is)
+
+
+@pytest.mark.parametrize("make", [replacing, lambda f: minilm(f, "tokenizer.json", do_lower_case=False)])
+def test_sentence_transformers_lower_case_comes_first(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    """do_lower_case of sentence_bert_config.json puts a Lowercase step before the tokenizer's own normaliser."""
+    folder = write(make(tmp_path), sentence_bert_config={"max_seq_length": 64, "do_lower_case": True})
     theirs = AutoTokenizer.from_pretrained(folder)
     theirs.backend_tokenizer.normalizer = Sequence([Lowercase(), theirs.backend_tokenizer.normalizer])
     ours = encoder_of(folder)
     assert ours.spec.max_length == 64
-    lines = ["HELLO Wörld", "ΑΣ ΣΑΣ", "İstanbul", "[MASK] [mask]"]
+    lines = ["HELLO Wörld", "ΑΣ ΣΑΣ", "İstanbul", "[MASK] [mask]", "X THE H"]
     assert [row.ids for row in ours.encode(lines, truncate=False).rows] == theirs(lines)["input_ids"]
 
 
@@ -576,19 +583,19 @@ def test_spec_json_round_trip(digits: Digits) -> None:
         ({"file": "a\ud800"}, "file is"),
         ({"file": ".."}, "file is"),
         ({"file": None}, "file is None"),
-        ({"max_length": 0}, "max_length is 0, expected an integer in 1..1000000"),
+        ({"max_length": 0}, "max_length is 0, expected 1..1000000"),
         ({"max_length": 8.0}, "max_length is 8.0"),
         ({"max_length": True}, "max_length is True"),
-        ({"pad_id": -1}, "pad_id is -1, expected an integer in 0..2147483647"),
+        ({"pad_id": -1}, "pad_id is -1, expected 0..2147483647"),
         ({"pad_id": 2**31}, "pad_id is"),
         ({"pad_token": 0}, "pad_token is 0, expected a str, or null"),
         ({"pad_token": "\ud800"}, "pad_token is"),
         ({"mask_token": ""}, "mask_token is ''"),
-        ({"mask_id": None}, "one of mask_token and mask_id is null"),
-        ({"truncation_side": "middle"}, "truncation_side is 'middle', expected right or left"),
+        ({"mask_id": None}, "one of tokenizer.mask_token and tokenizer.mask_id is null"),
+        ({"truncation_side": "middle"}, "truncation_side is 'middle', expected one of right, left"),
         ({"split_special_tokens": 0}, "split_special_tokens is 0, expected true or false"),
         ({"token_types": "yes"}, "token_types is 'yes'"),
-        ({"stride": 2}, "'stride' is unknown"),
+        ({"stride": 2}, "tokenizer has the unknown key 'stride'"),
     ],
     ids=repr,
 )
@@ -599,8 +606,8 @@ def test_spec_json_that_is_wrong(change: dict[str, Any], said: str, digits: Digi
 
 
 def test_all_problems_of_a_spec_are_listed() -> None:
-    with pytest.raises(BundleError, match=r"file is missing; .*pad_id is missing; .*token_types is missing"):
-        TextSpec.from_json({})
+    with pytest.raises(BundleError, match=r"tokenizer.file is missing; .*pad_id is -1, .*unknown key 'x'"):
+        TextSpec.from_json({"pad_id": -1, "x": 1, "max_length": 1, "pad_token": None, "mask_token": None})
     with pytest.raises(BundleError, match="tokenizer is a list, expected an object"):
         TextSpec.from_json([])
 
