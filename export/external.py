@@ -34,6 +34,6 @@ def externalize(models: Sequence[ir.Model], location: str) -> bytes:
                 blob += data
             offset, length = places[key]
             weight.const_value = ir.ExternalTensor(
-                location, offset, length, tensor.dtype, shape=ir.Shape(tensor.shape), name=name, base_dir=""
+                location, offset, length, tensor.dtype, shape=ir.Shape(tensor.numpy().shape), name=name, base_dir=""
             )
     return bytes(blob)

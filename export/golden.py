@@ -19,7 +19,9 @@ class Golden:
         self._tensors: dict[str, Array] = {}
         self._bytes = 0
 
-    def offer(self, case: str, inputs: Mapping[str, Array], theirs: Mapping[str, Array], ours: Mapping[str, Array]) -> None:
+    def offer(
+        self, case: str, inputs: Mapping[str, Array], theirs: Mapping[str, Array], ours: Mapping[str, Array]
+    ) -> None:
         """Keep a case as ``<case>/input|pytorch|bundle/<tensor>`` if it fits."""
         tensors = {
             f"{case}/{side}/{name}": array

@@ -31,10 +31,7 @@ def onnx_from_module(module: nn.Module, graph: Graph, axes: Mapping[str, Axis]) 
         torch.zeros(shape_of(tensor, sizes), dtype=getattr(torch, tensor.dtype)) for tensor in graph.inputs
     )
     dims = {name: torch.export.Dim(name, min=axis.min, max=axis.max) for name, axis in axes.items() if axis.max > 1}
-    dynamic = tuple(
-        {i: dims[size] for i, size in enumerate(tensor.shape) if size in dims}  # type: ignore[index]
-        for tensor in graph.inputs
-    )
+    dynamic = tuple({i: dims[size] for i, size in enumerate(tensor.shape) if size in dims} for tensor in graph.inputs)
     try:
         with quiet_exporter():
             program = torch.onnx.export(
@@ -107,9 +104,7 @@ def values(model: ir.Model) -> Iterator[ir.Value]:
 
 def check_axes(model: ir.Model, graph: Graph, axes: Mapping[str, Axis]) -> None:
     """The exporter may rename or specialise an axis without a word: compare what came back."""
-    for tensor, value in zip(
-        (*graph.inputs, *graph.outputs), (*model.graph.inputs, *model.graph.outputs), strict=True
-    ):
+    for tensor, value in zip((*graph.inputs, *graph.outputs), (*model.graph.inputs, *model.graph.outputs), strict=True):
         expected = tuple(
             1 if isinstance(size, str) and axes[size].max == 1 else size for size in tensor.shape
         )  # an axis of one is traced as a constant

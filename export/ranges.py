@@ -42,7 +42,7 @@ def require_fp16_range(largest: Mapping[str, tuple[float, str]]) -> None:
     if over:
         name, (value, module) = next(iter(over.items()))  # the first in the graph: the cause, or nearest to it
         raise PrecisionError(
-            f"fp16 cannot hold {len(over)} tensor(s), first {name} (module {module or 'top'}) reaches {value:.6g}, fp16 ends "
-            f"at {FP16_MAX:g}; then {', '.join(list(over)[1:6]) or 'none'}. "
+            f"fp16 cannot hold {len(over)} tensor(s), first {name} (module {module or 'top'}) reaches {value:.6g}, "
+            f"fp16 ends at {FP16_MAX:g}; then {', '.join(list(over)[1:6]) or 'none'}. "
             "Export with --precision bf16."
         )

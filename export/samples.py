@@ -56,7 +56,7 @@ class Samples:
         if self._ids is None:
             return rng.integers(0, below, shape, dtype=np.int64)
         starts = rng.integers(0, len(self._ids), (shape[0], 1))
-        return self._ids[(starts + np.arange(shape[1])) % len(self._ids)] % below
+        return np.take(self._ids, starts + np.arange(shape[1]), mode="wrap") % below
 
     def _pixels(self, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
         """Random crops of the photographs, each at least a third of the picture on a side."""
@@ -74,7 +74,7 @@ class Samples:
 def passage_ids(text: TextEncoder) -> Array:
     """The passage as one long stream of token ids, special tokens of each line included."""
     batch = text.encode(passage(), truncate=True)
-    return batch.input_ids[batch.attention_mask == 1]
+    return np.extract(batch.attention_mask, batch.input_ids)
 
 
 def padding_mask(shape: tuple[int, ...]) -> Array:

@@ -32,7 +32,8 @@ class Attention(nn.Module):
         return y.transpose(1, 2).flatten(2)  # (B, S, E)
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, S, E) -> (B, H, S, D)
+        B, S, E = x.shape
+        return x.view(B, S, self.num_heads, E // self.num_heads).transpose(1, 2)  # (B, H, S, D)
 
 
 def key_mask(attention_mask: Tensor) -> Tensor:

@@ -82,6 +82,19 @@ class Layer(nn.Module):
         return self.output(self.intermediate(x), x)  # type: ignore[no-any-return]
 
 
+class Encoder(nn.Module):
+    """The layers, one after another."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        for layer in self.layer:
+            x = layer(x, mask)
+        return x
+
+
 class Transform(nn.Module):
     """Dense, activation, LayerNorm: what the masked LM does before it looks at the vocabulary."""
 
@@ -124,7 +137,7 @@ class Bert(nn.Module):
         super().__init__()
         self.task = task
         self.embeddings = Embeddings(config)
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))})
+        self.encoder = Encoder(config)
         self.pooler = Dense(config.hidden_size, config.hidden_size, "tanh") if config.pooler else None
         self.sentence_pooling = SentencePooling(config.pooling, config.normalize)
         match task:
@@ -138,10 +151,7 @@ class Bert(nn.Module):
                 self.qa_outputs = nn.Linear(config.hidden_size, 2)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> tuple[Tensor, ...]:
-        x = self.embeddings(input_ids, token_type_ids)
-        mask = key_mask(attention_mask)
-        for layer in self.encoder["layer"]:  # type: ignore[union-attr]
-            x = layer(x, mask)
+        x = self.encoder(self.embeddings(input_ids, token_type_ids), key_mask(attention_mask))
         return (*self.head(x), x, self.sentence_pooling(x, attention_mask))
 
     def head(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -126,7 +126,7 @@ def missing_weights(folder: Path) -> str:
         return f"{folder} has no model.safetensors and no model.safetensors.index.json; download the weights."
     return (
         f"{folder} has its weights only as {', '.join(pickles[:3])}, a format that can run code when it is opened, "
-        "so Transom never opens it. Convert it where you trust it: python -c \"from transformers import AutoModel; "
+        'so Transom never opens it. Convert it where you trust it: python -c "from transformers import AutoModel; '
         f"AutoModel.from_pretrained('{folder}').save_pretrained('{folder}-safe')\" "
         "(with the class that config.json's architectures names), then export that folder."
     )

@@ -85,8 +85,7 @@ def config_fields(
             problems.append(f"{name} is {value!r}, expected a number between 0 and 1")
     if not problems and found["hidden_size"] % found["num_attention_heads"]:
         problems.append(
-            f"hidden_size {found['hidden_size']} is no multiple of "
-            f"num_attention_heads {found['num_attention_heads']}"
+            f"hidden_size {found['hidden_size']} is no multiple of num_attention_heads {found['num_attention_heads']}"
         )
     if problems:
         raise CheckpointError(f"config.json cannot be used: {'; '.join(problems)}. Correct these fields.")

@@ -88,6 +88,19 @@ class Layer(nn.Module):
         return x + self.output(self.intermediate(self.layernorm_after(x)))  # type: ignore[no-any-return]
 
 
+class Encoder(nn.Module):
+    """The layers, one after another."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layer:
+            x = layer(x)
+        return x
+
+
 class ViT(nn.Module):
     """The encoder and, for classification, a linear head on the class token.
 
@@ -98,18 +111,13 @@ class ViT(nn.Module):
     def __init__(self, config: ViTConfig, task: str) -> None:
         super().__init__()
         self.embeddings = Embeddings(config)
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))})
+        self.encoder = Encoder(config)
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.pooler = (
-            Dense(config.hidden_size, config.pooler_output_size, config.pooler_act) if config.pooler else None
-        )
+        self.pooler = Dense(config.hidden_size, config.pooler_output_size, config.pooler_act) if config.pooler else None
         self.classifier = nn.Linear(config.hidden_size, config.num_labels) if task == "image-classification" else None
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        x = self.embeddings(pixel_values)
-        for layer in self.encoder["layer"]:  # type: ignore[union-attr]
-            x = layer(x)
-        x = self.layernorm(x)
+        x = self.layernorm(self.encoder(self.embeddings(pixel_values)))
         if self.classifier is not None:
             return self.classifier(x[:, 0]), x
         return (x,) if self.pooler is None else (self.pooler(x[:, 0]), x)
@@ -131,7 +139,7 @@ def convert(name: str, stored: Tensor, config: ViTConfig) -> Tensor:
         return stored
     if stored.shape != (1, old[0] * old[1] + 1, config.hidden_size):  # load_weights reports the shape
         return stored
-    patches = stored[:, 1:].unflatten(1, old).permute(0, 3, 1, 2)  # (1, E, rows, columns)
+    patches = stored[:, 1:].reshape(1, *old, -1).permute(0, 3, 1, 2)  # (1, E, rows, columns)
     patches = F.interpolate(patches.float(), size=new, mode="bicubic", align_corners=False)
     return torch.cat((stored[:, :1].float(), patches.permute(0, 2, 3, 1).flatten(1, 2)), dim=1)
 

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -43,7 +43,7 @@ def onnxruntime() -> ModuleType:
             f"onnxruntime is {library.__version__}; older than 1.28 computes causal attention wrongly. "
             "Run `pip install --upgrade 'onnxruntime>=1.28'`."
         )
-    return library
+    return cast(ModuleType, library)
 
 
 def _version(distribution: str) -> str | None:

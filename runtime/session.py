@@ -77,7 +77,7 @@ class LoadedBundle:
         """The graph that ``run`` would execute for these inputs."""
         return self._pick(inputs)[0].graph
 
-    def _pick(self, inputs: Mapping[str, Array]) -> tuple[GraphFile, Any]:
+    def _pick(self, inputs: Mapping[str, Array]) -> tuple[GraphFile, Backend]:
         """The graph whose inputs these are: the only one, or the one that knows the most of the names."""
         backends = self._backends
         if not backends:
@@ -114,4 +114,3 @@ class LoadedBundle:
         if axis is None:
             raise BundleError("bundle.json has no axis B; export the bundle again.")
         return axis.max
-

@@ -15,16 +15,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network; those of 
 
 import transformers
 
-WORDS = """the a of and to in is it that was for on are as with his they at be this have from or one had by word but
+WORDS = """
+the a of and to in is it that was for on are as with his they at be this have from or one had by word but
 not what all were we when your can said there use an each which she do how their if will up other about out many then
 them these so some her would make like him into time has look two more write go see number no way could people my than
-first water been call who oil its now find long down day did get come made may part capital france paris city""".split()
+first water been call who oil its now find long down day did get come made may part capital france paris city
+"""
 
 
 def vocabulary() -> list[str]:
     """A WordPiece vocabulary of 5 special tokens, every printable character, and some words."""
     characters = [c for c in string.printable if not c.isspace() and not c.isupper()]
-    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters, *(f"##{c}" for c in characters), *WORDS]
+    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters, *(f"##{c}" for c in characters), *WORDS.split()]
 
 
 BERT = {  # head size 80, three layers, a prime intermediate size: nothing a kernel could like

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
 from transom.export.source import load_source
 from transom.runtime.errors import CheckpointError, ExportError
 
@@ -139,7 +140,7 @@ def test_missing_shard_and_shard_outside(make_checkpoint: MakeCheckpoint) -> Non
     with pytest.raises(CheckpointError, match=f"missing here: {shard.name}"):
         read(folder)
     edit(folder, lambda words: words["weight_map"].update({"embeddings.LayerNorm.bias": f"../{moved.name}"}), index)
-    with pytest.raises(CheckpointError, match="must be a .safetensors file beside it"):
+    with pytest.raises(CheckpointError, match=r"must be a .safetensors file beside it"):
         read(folder)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+
 from transom.export.source import load_source
 
 WORST = 1e-5  # max|ours - theirs| / max|theirs|

@@ -15,6 +15,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper
+
 from transom.export.flavours import make_flavours
 from transom.export.onnx import onnx_from_module
 from transom.export.passes.emulate import emulate_half
@@ -169,7 +170,9 @@ def test_emulation_rounds_to_nearest_even_after_every_node() -> None:
 
 
 def test_a_weight_past_the_end_of_fp16_is_named() -> None:
-    with pytest.raises(PrecisionError, match=r"weight w reaches 70000, fp16 ends at 65504; export with --precision bf16"):
+    with pytest.raises(
+        PrecisionError, match=r"weight w reaches 70000, fp16 ends at 65504; export with --precision bf16"
+    ):
         convert_precision(small_model(weight=70_000.0), "fp16")
     assert convert_precision(small_model(weight=70_000.0), "bf16")
 

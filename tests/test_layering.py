@@ -183,9 +183,7 @@ def test_the_checker_lets_pass(path: str, source: str) -> None:
 
 def python(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Runs away from the repository's root, where the rooms could be imported bare."""
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done
 

@@ -44,11 +44,7 @@ def files_of(room: str) -> list[Path]:
 def packages_on_disk() -> set[str]:
     """Folders that hold Python files; those of reference data are the data of transom.models."""
     folders = {path.parent for room in ROOMS for path in files_of(room) if path.suffix == ".py"}
-    return {
-        ".".join(("transom", *folder.parts))
-        for folder in folders
-        if folder.parts[:2] != ("models", "reference")
-    }
+    return {".".join(("transom", *folder.parts)) for folder in folders if folder.parts[:2] != ("models", "reference")}
 
 
 def test_the_package_list_is_the_folders_with_python_files() -> None:
@@ -119,9 +115,7 @@ def test_the_version_is_the_installed_one() -> None:
 @pytest.mark.parametrize("room", ROOMS)
 def test_an_app_never_gets_a_module_called_like_a_room(room: str, tmp_path: Path) -> None:
     code = f"import transom.runtime, {room}"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert f"ModuleNotFoundError: No module named '{room}'" in done.stderr
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+
 from transom.export import pipeline
 from transom.export.parity import TOLERANCES, Case, grid, require_parity
 from transom.runtime.compare import compare
@@ -165,5 +166,5 @@ def test_verify_wants_the_same_checkpoint(bert_bundle: Path, bert_checkpoint: Pa
     assert pipeline.verify(bert_bundle, source=str(moved))
     config = json.loads((moved / "config.json").read_text())
     (moved / "config.json").write_text(json.dumps({**config, "layer_norm_eps": 1e-3}))
-    with pytest.raises(CheckpointError, match="not the checkpoint that .* was made from"):
+    with pytest.raises(CheckpointError, match=r"not the checkpoint that .* was made from"):
         pipeline.verify(bert_bundle, source=str(moved))

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from transom.runtime import load
 from transom.runtime.errors import BackendError, InputError, ShapeError
 
@@ -90,7 +91,11 @@ def test_a_submitted_error_comes_out_of_the_future(bert_bundle: Path) -> None:
     [
         ([1, 2], InputError, "expected a dict"),
         ({}, InputError, "'input_ids' is missing"),
-        ({"ids": np.zeros((1, 1), np.int64)}, InputError, "unknown input 'ids'; this bundle takes input_ids, attention"),
+        (
+            {"ids": np.zeros((1, 1), np.int64)},
+            InputError,
+            "unknown input 'ids'; this bundle takes input_ids, attention",
+        ),
         ({"input_ids": [[1]]}, InputError, "is a list; expected a numpy array of int64"),
         ({"input_ids": np.zeros((1, 1), np.int32)}, InputError, r"dtype int32; expected int64.*astype\(np\.int64\)"),
         ({"input_ids": np.zeros((1, 1), np.float32)}, InputError, "dtype float32; expected int64"),

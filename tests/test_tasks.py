@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+
 from transom.export.pipeline import export
 from transom.runtime import load
 from transom.runtime.errors import InputError, ShapeError
@@ -150,7 +151,7 @@ def test_embed_pools_as_stated(exported: Any) -> None:
 
 
 def test_every_bert_embeds(exported: Any) -> None:
-    folder, bundle = exported("BertForMaskedLM")
+    _, bundle = exported("BertForMaskedLM")
     with load(bundle) as bert:
         assert bert.embed(TEXTS).shape == (4, 160)
 
@@ -165,6 +166,7 @@ def minilm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 def test_minilm_embeds_as_sentence_transformers(minilm: Any) -> None:
     import sentence_transformers
+
     from transom.export.inputs import passage
     from transom.models.references import reference_folder
 
@@ -195,7 +197,7 @@ def test_vit_classifies_and_gives_features(vit_bundle: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "   ", "\t\n", "\x00\x01"])
 def test_empty_text(bert_bundle: Path, text: str) -> None:
-    with load(bert_bundle) as bert, pytest.raises(InputError, match="text 1.* has no tokens"):
+    with load(bert_bundle) as bert, pytest.raises(InputError, match=r"text 1.* has no tokens"):
         bert.embed(["water", text])
 
 
@@ -211,7 +213,7 @@ def test_wrong_calls(exported: Any, bert_bundle: Path, vit_bundle: Path) -> None
             bert.embed([])
         assert bert.embed(long).shape == (160,)  # embed cuts, as sentence-transformers does
     with load(classifier) as bert:
-        with pytest.raises(ShapeError, match="text 0 is 102 tokens.*at most 67 fit.*truncate=True"):
+        with pytest.raises(ShapeError, match=r"text 0 is 102 tokens.*at most 67 fit.*truncate=True"):
             bert.classify(long)
         assert len(bert.classify(long, truncate=True)) == 5
         with pytest.raises(InputError, match="top_k is 0"):

@@ -18,9 +18,8 @@ import onnx_ir as ir
 
 from transom.export.passes.casts import cast_of
 
-MOVES = frozenset(
-    "Reshape Transpose Gather Slice Concat Expand Squeeze Unsqueeze Split Flatten Identity ConstantOfShape".split()
-)
+MOVES = {"Reshape", "Transpose", "Gather", "Slice", "Concat", "Expand", "Squeeze", "Unsqueeze", "Split", "Flatten"}
+MOVES |= {"Identity", "ConstantOfShape"}
 HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 

@@ -154,7 +154,9 @@ def take(batch: EncodedBatch, chosen: Sequence[int] | NDArray[np.intp]) -> Encod
     rows = tuple(batch.rows[index] for index in chosen)
     length = max(len(row) for row in rows)
     index = np.asarray(chosen)
-    ids, mask, types = (array[index, :length] for array in (batch.input_ids, batch.attention_mask, batch.token_type_ids))
+    ids, mask, types = (
+        array[index, :length] for array in (batch.input_ids, batch.attention_mask, batch.token_type_ids)
+    )
     return EncodedBatch(ids, mask, types, rows)
 
 
