@@ -64,7 +64,8 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Se
         table.add_column(name, justify="right" if name in right else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(printable, row))
-    with console.capture() as captured:  # rich would end the process when nobody reads stdout
+    sys.stdout.flush()  # rich ends the process when it flushes and nobody reads: leave it nothing to flush
+    with console.capture() as captured:
         console.print(table)
     print(captured.get(), end="")
 

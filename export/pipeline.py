@@ -72,7 +72,7 @@ def export(
     if precision not in PRECISIONS:
         raise ExportError(f"--precision is {precision!r}; expected one of {', '.join(PRECISIONS)}.")
     check_out(out, force=force)
-    steps = Steps(progress, total=6 + (precision == "fp16"))
+    steps = Steps(progress, total=5 + (precision == "fp16"))
     steps.next(f"reading {source}")
     loaded = load_source(
         source, task=task, max_sizes=max_sizes or {}, image_size=image_size, ignore_unused=ignore_unused
@@ -122,7 +122,7 @@ def verify(
     ``source`` says where the checkpoint lies now, if it moved. Raises ParityError beyond tolerance,
     CheckpointError when the checkpoint is gone or is not the one the bundle was made from.
     """
-    steps = Steps(progress, total=2)
+    steps = Steps(progress, total=1)
     opened = Bundle(bundle)
     manifest = opened.manifest
     steps.next("reading the checkpoint")

@@ -78,9 +78,12 @@ class Bundle:
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
-        self.manifest = manifest_from_json(read_manifest(self.folder))
-        for name, file in self.manifest.files.items():
-            check_file(self.folder, name, file)
+        try:
+            self.manifest = manifest_from_json(read_manifest(self.folder))
+            for name, file in self.manifest.files.items():
+                check_file(self.folder, name, file)
+        except OSError as error:
+            raise BundleError(f"{error.filename or folder} cannot be read: {error.strerror}. Check it.") from None
 
     def read(self, name: str) -> bytes:
         """The bytes of a file, hashed as they were read: what is returned is what was checked."""
@@ -175,12 +178,10 @@ def file_from_json(name: str, value: Any, problems: list[str]) -> File:
 
 def graph_from_json(value: Any, axes: Mapping[str, Axis], files: Mapping[str, File], problems: list[str]) -> GraphFile:
     fields = Fields(value, "graphs[]", problems)
-    targets = fields.mapping("files")
+    targets = fields.take("files", _names, 'an object of file names, one of them "default"') or {}
     weights = fields.text("weights", None)
     named = [*targets.values(), *([weights] if weights else [])]
     problems += [f"graphs[] names the file {str(f)[:60]!r}, which files does not list" for f in named if f not in files]
-    if "default" not in targets:
-        problems.append("graphs[].files has no default")
     graph = Graph(
         name=fields.text("name"),
         inputs=tuple(tensor_from_json(v, axes, problems) for v in fields.sequence("inputs")),
@@ -209,6 +210,10 @@ def tensor_from_json(value: Any, axes: Mapping[str, Axis], problems: list[str]) 
 
 def _strings(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, dict) and "default" in value and all(isinstance(name, str) for name in value.values())
 
 
 def _is_sha256(value: Any) -> bool:

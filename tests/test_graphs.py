@@ -195,7 +195,7 @@ def test_scores_inside_attention_are_measured_too(exported: Any) -> None:
 def test_an_overflow_in_the_middle_of_a_model_is_named(make_checkpoint: MakeCheckpoint) -> None:
     loaded = load(make_checkpoint("ViTForImageClassification"))
     with torch.no_grad():  # the residual stream grows, the last LayerNorm hides it
-        loaded.module.encoder["layer"][1].output.dense.weight.mul_(1e5)
+        loaded.module.encoder.layer[1].output.dense.weight.mul_(1e5)
     largest = largest_values(canonical(loaded), [feeds_for(loaded, 1, 1)])
     with pytest.raises(PrecisionError, match=r"encoder\.layer\.1"):
         require_fp16_range(largest)
