@@ -22,6 +22,7 @@ def largest_values(model: ir.Model, feeds: Iterable[Mapping[str, Array]]) -> dic
     library = onnxruntime()
     options = library.SessionOptions()
     options.log_severity_level = 4
+    options.enable_cpu_mem_arena = False  # give memory back between shapes
     session = library.InferenceSession(
         ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

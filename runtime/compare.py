@@ -48,19 +48,32 @@ def compare(
         return Comparison(tensor, theirs.shape, math.inf, (), math.nan, math.nan)
     if theirs.size == 0:
         return Comparison(tensor, theirs.shape, 0.0, (), 0.0, 0.0)
+    worst, index, scale = -1.0, (0,) * theirs.ndim, 0.0
+    for row in range(len(theirs)):  # one at a time: logits over a vocabulary take gigabytes
+        difference, largest = compare_row(ours[row], theirs[row], None if real is None else real[row])
+        place = int(difference.argmax())
+        if difference.flat[place] > worst:
+            worst = float(difference.flat[place])
+            index = (row, *(int(i) for i in np.unravel_index(place, difference.shape)))
+        scale = max(scale, largest)
+    return Comparison(
+        tensor, theirs.shape, worst / (scale or 1.0), index, float(ours[index]), float(theirs[index])
+    )
+
+
+def compare_row(
+    ours: NDArray[np.float32], theirs: NDArray[np.float32], real: NDArray[np.bool_] | None
+) -> tuple[NDArray[np.float32], float]:
+    """|ours - theirs| of one row, infinite where either is not finite, and the largest |theirs| that counts."""
     finite = np.isfinite(ours) & np.isfinite(theirs)
     with np.errstate(invalid="ignore"):
-        difference = np.where(finite, np.abs(ours - theirs), np.inf)
-    size = np.abs(theirs, where=finite, out=np.zeros_like(theirs))
+        difference = np.where(finite, np.abs(ours - theirs), np.float32(np.inf))
+    size = np.where(finite, np.abs(theirs), np.float32(0))
     if real is not None:
-        padding = ~real.reshape(real.shape + (1,) * (theirs.ndim - real.ndim))
+        padding = np.broadcast_to(~real.reshape(real.shape + (1,) * (theirs.ndim - real.ndim)), theirs.shape)
         difference[padding & finite] = 0
-        size[np.broadcast_to(padding, size.shape)] = 0
-    index = tuple(int(i) for i in np.unravel_index(int(difference.argmax()), difference.shape))
-    scale = float(size.max()) or 1.0
-    return Comparison(
-        tensor, theirs.shape, float(difference[index]) / scale, index, float(ours[index]), float(theirs[index])
-    )
+        size[padding] = 0
+    return difference, float(size.max())
 
 
 def compare_outputs(
