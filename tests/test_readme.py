@@ -1,0 +1,65 @@
+"""What the README and the documents promise: their commands run, their code runs, their links lead somewhere."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+REPO = Path(os.environ.get("TRANSOM_REPO", Path(__file__).parent.parent))
+PAGES = sorted([REPO / "README.md", *REPO.glob("docs/*.md"), *REPO.glob("export/data/*.md")])
+
+pytestmark = pytest.mark.skipif(not (REPO / "README.md").is_file(), reason="the repository is not at hand")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (REPO / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory, vit_bundle: Path) -> Path:
+    """A folder in which somebody ran `make export` for vit, then every `transom` command of the README."""
+    folder = tmp_path_factory.mktemp("desk")
+    (folder / "bundles").mkdir()
+    (folder / "bundles" / "vit").symlink_to(vit_bundle)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 30, 3), np.uint8)).save(folder / "digit.png")
+    lines = [line.split("#")[0] for block in blocks("sh") for line in block.splitlines()]
+    commands = [shlex.split(line) for line in lines if line.startswith("transom ")]
+    assert [command[1] for command in commands] == ["export", "selftest", "run", "bench"]
+    for command in commands:
+        run = [sys.executable, "-m", "transom.cli.main", *command[1:]]
+        done = subprocess.run(run, cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, f"{shlex.join(command)}: {done.stderr}"
+    return folder
+
+
+def test_the_make_targets_of_the_readme_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (REPO / "Makefile").read_text(), re.MULTILINE))
+    named = re.findall(r"^make ([a-z-]+)", "\n".join(blocks("sh")), re.MULTILINE)
+    assert {"export", "test"} <= set(named) <= targets
+
+
+def test_the_commands_and_the_code_of_the_readme_run(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(desk)
+    names: dict[str, object] = {"pixels": np.zeros((1, 3, 8, 8), np.float32)}
+    (code,) = blocks("python")
+    exec(code, names)
+    vectors, logits = names["vectors"], names["logits"]
+    assert isinstance(vectors, np.ndarray)
+    assert isinstance(logits, np.ndarray)
+    assert (vectors.dtype, vectors.shape, logits.shape) == (np.float32, (2, 384), (1, 10))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_files_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))
+    assert all((page.parent / link).exists() for link in links), [x for x in links if not (page.parent / x).exists()]
+    code = re.findall(r"`((?:models|export|runtime|cli|tests|examples|docs)/[\w/.]+\.\w+)`", page.read_text("utf-8"))
+    assert all((REPO / path).exists() for path in code), [path for path in code if not (REPO / path).exists()]
