@@ -22,7 +22,7 @@ STAMP := $(VENV)/.transom-dev
 SOUND := $(shell [ "$$(cat $(STAMP) 2>/dev/null)" = "$$(pwd -P)" ] && $(VENV)/bin/python -c '' 2>/dev/null && echo yes)
 
 # One thread per worker: torch would start one per core in each of them. More than 4 workers would
-# spend their time and memory on importing torch. loadfile keeps a module's exports in one worker.
+# spend their time and memory on importing torch. loadfile keeps a file's own fixtures in one worker.
 PYTEST := OMP_NUM_THREADS=1 TRANSOM_REPO="$$PWD"
 PYTEST_PARALLEL := -n $(WORKERS) --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transom.cli.show import bytes_text, folder_bytes
+from transom.cli.show import folder_bytes
 
 if TYPE_CHECKING:
     from transom.runtime.bundle import Manifest
@@ -90,10 +90,6 @@ def score_line(score: Mapping[str, Any]) -> str:
     """What was scored, and both sides with how many they had right."""
     sides = (f"{score_value(score, side)} ({score[side]['correct']})" for side in ("bundle", "pytorch"))
     return f"{score_data(score)}: {', in PyTorch '.join(sides)}"
-
-
-def size_line(path: Path) -> str:
-    return bytes_text(folder_bytes(path))
 
 
 EXAMPLE_INPUTS = {  # (family, task) -> what to type after `transom run BUNDLE`

@@ -11,6 +11,7 @@ from typing import Any
 
 import typer
 
+from transom.cli.extras import EXPORT_EXTRA
 from transom.cli.failures import FAILED
 from transom.cli.options import Json
 from transom.cli.show import print_fields, print_json
@@ -18,7 +19,6 @@ from transom.runtime.errors import BackendError
 
 RUNTIME = ("numpy", "tokenizers", "pillow", "safetensors")  # onnxruntime has several distributions
 ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu")
-EXPORT = ("torch", "onnx", "onnx-ir", "onnxscript", "ml-dtypes", "huggingface-hub")
 OTHERS = ("transformers",)  # needed by nothing, useful in a report
 FLAGS = (  # of instructions that decide how fast INT8 and half precision are, x86 first
     *("avx2", "f16c", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16"),
@@ -45,7 +45,7 @@ def doctor(as_json: Json = False) -> None:
 
 def examine() -> dict[str, Any]:
     """Everything doctor knows, as plain data. Libraries are asked for their version, not imported."""
-    versions = {name: version(name) for name in (*RUNTIME, *ONNXRUNTIMES, *EXPORT, *OTHERS)}
+    versions = {name: version(name) for name in (*RUNTIME, *ONNXRUNTIMES, *EXPORT_EXTRA, *OTHERS)}
     providers, problems = examine_onnxruntime()
     problems += [f"{name} is not installed. Run `pip install {name}`." for name in RUNTIME if not versions[name]]
     gpus = find_gpus()
@@ -56,7 +56,7 @@ def examine() -> dict[str, Any]:
         "system": platform.platform(),
         "libraries": versions,
         "onnxruntime_providers": providers,
-        "export": all(versions[name] for name in EXPORT),
+        "export": all(versions[name] for name in EXPORT_EXTRA),
         "cpu": examine_cpu(),
         "gpus": gpus,
         "auto": {"device": device, "reason": reason},

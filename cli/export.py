@@ -17,12 +17,11 @@ from transom.cli.describe import (
     next_commands,
     parity_text,
     score_line,
-    size_line,
 )
 from transom.cli.extras import export_extra
-from transom.cli.options import Json, image_size, sizes
+from transom.cli.options import Json, sizes
 from transom.cli.progress import progress
-from transom.cli.show import print_json, printable
+from transom.cli.show import bytes_text, folder_bytes, print_json, printable
 
 if TYPE_CHECKING:
     from transom.runtime.bundle import Manifest
@@ -100,9 +99,20 @@ def export(
         print_summary(out, manifest)
 
 
+def image_size(text: str | None) -> tuple[int, int] | None:
+    """``384`` or ``384x512`` -> (height, width) in pixels; a wrong call where it is anything else."""
+    if text is None:
+        return None
+    words = text.lower().split("x")
+    if len(words) > 2 or not all(word.isascii() and word.isdigit() and int(word) > 0 for word in words):
+        raise typer.BadParameter(f"--image-size is {text!r}; expected PIXELS or HEIGHTxWIDTH: 384 or 384x512.")
+    return int(words[0]), int(words[-1])
+
+
 def print_summary(out: Path, manifest: Manifest) -> None:
     """What was made, how well it agrees, what to do with it."""
-    print(printable(f"{out}: {manifest.family}, {manifest.task}, {manifest.precision}, {size_line(out)}"))
+    size = bytes_text(folder_bytes(out))
+    print(printable(f"{out}: {manifest.family}, {manifest.task}, {manifest.precision}, {size}"))
     if manifest.precision in GPU_FORMATS:
         print(f"{manifest.precision} is a {GPU_NOTE}")
     print(f"worst error against PyTorch: {parity_text(manifest.parity)}")

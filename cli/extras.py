@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 from transom.runtime.errors import BackendError
 
-EXPORT_EXTRA = ("torch", "onnx", "onnx_ir", "onnxscript", "ml_dtypes", "huggingface_hub")
+# Distributions, as the extra `export` in pyproject.toml names them; their modules have "_" for "-".
+EXPORT_EXTRA = ("torch", "onnx", "onnx-ir", "onnxscript", "ml-dtypes", "huggingface-hub")
 
 
 @contextmanager
@@ -17,7 +18,7 @@ def export_extra() -> Iterator[None]:
         yield
     except ImportError as error:
         missing = (error.name or str(error)).partition(".")[0]
-        if missing not in EXPORT_EXTRA:
+        if missing.replace("_", "-") not in EXPORT_EXTRA:
             raise
         raise BackendError(
             f"{missing} cannot be imported ({error}); export and verify need it, the other commands do not. "

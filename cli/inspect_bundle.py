@@ -12,11 +12,10 @@ from transom.cli.describe import (
     manifest_json,
     parity_text,
     score_line,
-    size_line,
     tensor_text,
 )
 from transom.cli.options import BundlePath, Json
-from transom.cli.show import bytes_text, print_fields, print_json, print_table
+from transom.cli.show import bytes_text, folder_bytes, print_fields, print_json, print_table
 
 if TYPE_CHECKING:
     from transom.runtime.bundle import Manifest
@@ -47,7 +46,7 @@ def summary(path: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "family", manifest.family
     yield "task", manifest.task
     yield "precision", manifest.precision + note
-    yield "size", size_line(path)
+    yield "size", bytes_text(folder_bytes(path))
     for name, axis in manifest.axes.items():
         yield f"axis {name}", f"{axis.min}..{axis.max}, tuned for {axis.opt}"
     for file in manifest.graphs:

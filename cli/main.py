@@ -20,7 +20,6 @@ from transom.cli.doctor import doctor
 from transom.cli.export import export
 from transom.cli.failures import Terminated, debug_from_environment, given, reported, without
 from transom.cli.inspect_bundle import inspect
-from transom.cli.options import examples
 from transom.cli.run import run
 from transom.cli.selftest import selftest
 from transom.cli.table import table
@@ -30,12 +29,14 @@ ARGUMENTS = "transom.arguments"  # where the raw ones are kept between parsing a
 EXIT_STATUS = """\b
 Exit status:
   0    done
-  1    a Transom error, such as a failed parity check; one line on stderr says which
+  1    a Transom error, such as a failed parity check; stderr says which
   2    wrong usage
   70   a bug of ours; run again with --debug
   130  Ctrl-C
 
-Every command explains itself: transom COMMAND --help. Tab completion: transom --install-completion
+\b
+More on a command:  transom COMMAND --help
+Tab completion:     transom --install-completion
 """
 
 
@@ -81,28 +82,33 @@ def transom(
 
     \b
     Examples:
-      transom export minilm --out bundles/minilm           PyTorch -> a bundle, held against PyTorch
-      transom run bundles/minilm 'A sentence.'             use it, without torch
-      transom bench bundles/minilm --shape B=8,S=128       measure it here
-      transom doctor                                       what is installed, what `auto` would choose
+      transom export minilm --out bundles/minilm      held against PyTorch
+      transom run bundles/minilm 'A sentence.'        use it, without torch
+      transom bench bundles/minilm --shape B=8,S=128  measure it here
+      transom doctor                                  what is installed here
     """
+
+
+def examples(*commands: str) -> Any:
+    """An epilogue of ``--help``: the commands as they would be typed, one a line, not re-wrapped."""
+    return "\b\n" + "\n".join(["Examples:" if len(commands) > 1 else "Example:", *(f"  {c}" for c in commands)])
 
 
 app.command(
     epilog=examples(
         "transom export minilm --out bundles/minilm",
-        "transom export ./my-checkpoint --out bundles/mine --precision fp16 --max S=256",
-        "transom export google/vit-base-patch16-224 --out bundles/vit --image-size 384",
+        "transom export ./checkpoint --out bundles/mine --precision fp16 --max S=256",
+        "transom export google/vit-base-patch16-224 --out vit-384 --image-size 384",
     )
 )(export)
-app.command(epilog=examples("transom verify bundles/minilm", "transom verify bundles/mine --source ./my-checkpoint"))(
+app.command(epilog=examples("transom verify bundles/minilm", "transom verify bundles/mine --source ./checkpoint"))(
     verify
 )
 app.command(epilog=examples("transom selftest bundles/minilm --threads 2"))(selftest)
 app.command(
     epilog=examples(
         "transom run bundles/minilm 'A sentence.' 'Another one.'",
-        "transom run bundles/bert-squad 'Who wrote it?' 'Ada Lovelace wrote it in 1843.' --json",
+        "transom run bundles/squad 'Who wrote it?' 'Ada wrote it in 1843.' --json",
         "transom run bundles/vit photo.png --top-k 3",
         "transom run bundles/minilm - --out embeddings.npz <lines.txt",
         "transom run bundles/minilm inputs.npz --out outputs.npz",

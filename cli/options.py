@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -25,11 +25,6 @@ Threads = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, everything else on stderr.")]
 
 
-def examples(*commands: str) -> Any:
-    """An epilogue of ``--help``: the commands as they would be typed, one a line, not re-wrapped."""
-    return "\b\n" + "\n".join(["Examples:" if len(commands) > 1 else "Example:", *(f"  {c}" for c in commands)])
-
-
 def sizes(text: str, option: str) -> dict[str, int]:
     """``B=1,S=128`` -> {"B": 1, "S": 128}; a wrong call where it is anything else."""
     found: dict[str, int] = {}
@@ -41,13 +36,3 @@ def sizes(text: str, option: str) -> dict[str, int]:
             raise typer.BadParameter(f"{option} is {text!r}; axis {name} is given twice.")
         found[name] = int(size)
     return found
-
-
-def image_size(text: str | None) -> tuple[int, int] | None:
-    """``384`` or ``384x512`` -> (height, width) in pixels; a wrong call where it is anything else."""
-    if text is None:
-        return None
-    words = text.lower().split("x")
-    if len(words) > 2 or not all(word.isascii() and word.isdigit() and int(word) > 0 for word in words):
-        raise typer.BadParameter(f"--image-size is {text!r}; expected PIXELS or HEIGHTxWIDTH: 384 or 384x512.")
-    return int(words[0]), int(words[-1])

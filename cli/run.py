@@ -24,7 +24,7 @@ def run(
         list[str],
         typer.Argument(
             metavar="INPUT",
-            help="What the bundle's task takes (below), FILE.npz, or - for the lines of stdin.",
+            help="What the bundle's task takes (above), FILE.npz, or - for the lines of stdin.",
             show_default=False,
         ),
     ],

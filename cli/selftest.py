@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from transom.cli.options import BundlePath, Device, Json, Threads
-from transom.cli.show import comparison_cells, comparison_json, print_json, print_table
+from transom.cli.show import comparison_cells, print_json, print_table
 
 
 def selftest(bundle: BundlePath, device: Device = "cpu", threads: Threads = None, as_json: Json = False) -> None:
@@ -22,12 +22,12 @@ def selftest(bundle: BundlePath, device: Device = "cpu", threads: Threads = None
                 "bundle": bundle,
                 "device": device,
                 "tolerance": report.tolerance,
-                "worst": comparison_json(report.worst),
+                "worst": vars(report.worst),
                 "cases": [
                     {
                         "name": case.name,
-                        "against_pytorch": [comparison_json(each) for each in case.against_pytorch],
-                        "against_build": [comparison_json(each) for each in case.against_build],
+                        "against_pytorch": [vars(each) for each in case.against_pytorch],
+                        "against_build": [vars(each) for each in case.against_build],
                     }
                     for case in report.cases
                 ],

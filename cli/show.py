@@ -98,17 +98,6 @@ def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def comparison_json(comparison: Comparison) -> dict[str, Any]:
-    return {
-        "tensor": comparison.tensor,
-        "shape": comparison.shape,
-        "error": comparison.error,
-        "index": comparison.index,
-        "ours": comparison.ours,
-        "theirs": comparison.theirs,
-    }
-
-
 def comparison_cells(comparison: Comparison) -> list[str]:
     """Tensor, error, where the worst element is, and both its values."""
     return [

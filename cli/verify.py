@@ -11,7 +11,7 @@ import typer
 from transom.cli.extras import export_extra
 from transom.cli.options import BundlePath, Device, Json, Threads
 from transom.cli.progress import progress
-from transom.cli.show import comparison_cells, comparison_json, print_json, print_table, sizes_text
+from transom.cli.show import comparison_cells, print_json, print_table, sizes_text
 
 
 def verify(
@@ -41,8 +41,7 @@ def verify(
             {
                 "bundle": bundle,
                 "cases": [
-                    {"shape": case.shape, "comparisons": [comparison_json(each) for each in case.comparisons]}
-                    for case in cases
+                    {"shape": case.shape, "comparisons": [vars(each) for each in case.comparisons]} for case in cases
                 ],
             }
         )

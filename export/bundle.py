@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -56,30 +57,35 @@ def new_bundle(out: Path, *, force: bool) -> Iterator[BundleWriter]:
     Raises ExportError for that, and for a disk that is full or not writable.
     """
     check_out(out, force=force)
+    created: list[Path] = []
+    partial = None
     try:
         created = make_parents(out.parent)
-        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+        partial = Path(tempfile.mkdtemp(prefix=".transom-", suffix=".partial", dir=out.parent))
         partial.chmod(0o755)
-    except OSError as error:
-        raise cannot_write(out, error) from None
-    try:
         yield BundleWriter(partial)
+        check_out(out, force=force)  # somebody may have put something there in the meantime
         put_in_place(partial, out)
         created = []
     except OSError as error:
         raise cannot_write(out, error) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        for parent in created:
-            parent.rmdir()
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not empty: somebody else uses it by now
+            for parent in created:
+                parent.rmdir()
 
 
 def check_out(out: Path, *, force: bool) -> None:
     """Refuse an ``--out`` that exists, before any work is done."""
     if not out.name or out.name in (".", ".."):
         raise ExportError(f"--out is {str(out)!r}; expected the path of a new folder, such as bundles/model.")
-    if not out.exists() and not out.is_symlink():
-        return
+    try:
+        if not out.exists() and not out.is_symlink():
+            return
+    except OSError as error:  # a name too long, a folder that may not be searched
+        raise cannot_write(out, error) from None
     if not force:
         raise ExportError(f"--out {out} exists; give another folder, or --force to replace it.")
     if not out.is_dir() or out.is_symlink() or (any(out.iterdir()) and not (out / MANIFEST).is_file()):
@@ -98,12 +104,13 @@ def put_in_place(partial: Path, out: Path) -> None:
     if not out.exists():
         partial.rename(out)
         return
-    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
-    out.rename(aside / out.name)
+    aside = Path(tempfile.mkdtemp(prefix=".transom-", suffix=".old", dir=out.parent))
     try:
+        out.rename(aside / out.name)
         partial.rename(out)
-    except OSError:
-        (aside / out.name).rename(out)
+    except BaseException:  # Ctrl-C between the two as well
+        if not out.exists() and (aside / out.name).exists():
+            (aside / out.name).rename(out)
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transom.models.pooling import read_object
+from transom.models.json_files import read_optional
 from transom.runtime.errors import CheckpointError
 from transom.runtime.preprocess import FILTERS, ExactSize, ImagePreprocess, ShortestEdge
 
@@ -81,12 +81,12 @@ def image_preprocess_from_checkpoint(folder: Path, height: int, width: int, chan
 def _read(folder: Path) -> tuple[dict[str, Any], Path]:
     """The processor's settings and the file they stand in; empty settings without a file."""
     nested, own = folder / "processor_config.json", folder / "preprocessor_config.json"
-    words = read_object(nested).get("image_processor") if nested.is_file() else None
+    words = read_optional(nested).get("image_processor")
     if words is not None:
         if not isinstance(words, dict):
             raise _refusal(nested, f"image_processor is a {type(words).__name__}, expected an object")
         return words, nested
-    return (read_object(own), own) if own.is_file() else ({}, own)
+    return read_optional(own), own
 
 
 def _defaults(words: Mapping[str, Any], path: Path) -> Defaults:

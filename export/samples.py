@@ -68,6 +68,8 @@ class Samples:
             left, top = rng.integers(0, picture.width - width + 1), rng.integers(0, picture.height - height + 1)
             crops.append(picture.crop((int(left), int(top), int(left) + width, int(top) + height)))
         if self._preprocess is not None:
+            if self._preprocess.resize is None and self._preprocess.crop is None:  # it takes the exact size only
+                crops = [crop.resize((shape[3], shape[2])) for crop in crops]
             return self._preprocess(crops)
         return np.stack([plain_pixels(crop, shape[1:]) for crop in crops])
 

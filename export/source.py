@@ -12,10 +12,10 @@ from transom.models.checkpoint import Checkpoint, open_checkpoint
 from transom.models.family import Family, Source, label_names
 from transom.models.registry import find_family, find_task
 from transom.models.weights import build_module, stored_names
-from transom.runtime.errors import ExportError
+from transom.runtime.errors import CheckpointError, ExportError
 from transom.runtime.preprocess import ImagePreprocess
 from transom.runtime.spec import Axis, Graph
-from transom.runtime.text import TextEncoder, TextSpec
+from transom.runtime.text import MAX_LENGTH, TextEncoder, TextSpec
 
 LABELLED = ("text-classification", "token-classification", "image-classification")
 
@@ -38,10 +38,11 @@ class Loaded:
     options: Mapping[str, Any]
 
     def text_encoder(self) -> TextEncoder | None:
+        """The checkpoint's tokenizer without a limit: samples are cut to the shapes of the grid."""
         if self.tokenizer is None:
             return None
         data, spec = self.tokenizer
-        return TextEncoder(data, spec, max_tokens=self.axes["S"].max)
+        return TextEncoder(data, replace(spec, max_length=MAX_LENGTH), max_tokens=MAX_LENGTH)
 
 
 def load_source(
@@ -69,7 +70,7 @@ def load_source(
         raise ExportError(f"--image-size is given, but a {family.name} takes {', '.join(inputs)}; leave it out.")
     tokenizer = preprocess = None
     if "input_ids" in inputs:
-        tokenizer = tokenizer_from_checkpoint(checkpoint.folder, axes["S"].max)
+        tokenizer = tokenizer_for(checkpoint, chosen, axes["S"].max, inputs["input_ids"].below or 0)
     if "pixel_values" in inputs:
         preprocess = preprocess_for(checkpoint, inputs["pixel_values"].shape)
     labels = label_names(checkpoint.raw) if chosen in LABELLED else ()
@@ -93,6 +94,25 @@ def with_bounds(axes: Mapping[str, Axis], max_sizes: Mapping[str, int]) -> dict[
     return bounded
 
 
+def tokenizer_for(checkpoint: Checkpoint, task: str, longest: int, rows: int) -> tuple[bytes, TextSpec] | None:
+    """The checkpoint's tokenizer; None where it has none. ``rows`` is the length of the embedding table.
+
+    A vocabulary without a padding token is padded with id 0 instead of an id past the table.
+    """
+    found = tokenizer_from_checkpoint(checkpoint.folder, longest)
+    if found is None:
+        return None
+    data, spec = found
+    if task == "fill-mask" and spec.mask_id is not None and spec.mask_id >= rows:
+        raise CheckpointError(
+            f"{checkpoint.folder}: the tokenizer's {spec.mask_token} has id {spec.mask_id}, the model has {rows} "
+            "tokens; this is not the tokenizer of this model, or it has no mask token. Export with another --task."
+        )
+    if spec.pad_id >= rows:
+        spec = replace(spec, pad_token=None, pad_id=0)
+    return data, spec
+
+
 def preprocess_for(checkpoint: Checkpoint, shape: tuple[str | int, ...]) -> ImagePreprocess | None:
     """How images become ``pixel_values`` (B, C, height, width); None for other than three channels."""
     _, channels, height, width = shape
@@ -104,7 +124,7 @@ def preprocess_for(checkpoint: Checkpoint, shape: tuple[str | int, ...]) -> Imag
 def task_options(checkpoint: Checkpoint, task: str) -> dict[str, Any]:
     """What the runtime's tasks need to know beside the graph."""
     options: dict[str, Any] = {}
-    if task == "text-classification" and checkpoint.raw.get("problem_type"):
+    if task in ("text-classification", "image-classification") and checkpoint.raw.get("problem_type"):
         options["problem_type"] = str(checkpoint.raw["problem_type"])
     if checkpoint.pooling.get("prompt"):
         options["prompt"] = checkpoint.pooling["prompt"]

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transom.models.pooling import read_object, sentence_modules, sentence_pooling
+from transom.models.json_files import read_object
+from transom.models.pooling import sentence_modules, sentence_pooling
 from transom.models.references import REFERENCES, reference_folder
 from transom.runtime.errors import CheckpointError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
-HUB_FILES = ["*.json", "vocab.txt", "*.safetensors", "*/config.json"]  # never the pickles
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
+HUB_FILES = ["*.json", "*vocab.txt", "*.safetensors"]  # never the pickles
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,14 @@ def locate(source: str) -> tuple[Path, str, str]:
     """The folder of SOURCE, the name its bundle gets, and SOURCE as recorded in the bundle."""
     if source in REFERENCES:
         return reference_folder(source), source, source
-    folder = Path(source).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(source).expanduser()
+        is_folder, exists = folder.is_dir(), folder.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, an unknown ~user, a NUL
+        raise CheckpointError(f"{source[:200]!r} cannot be a path: {error}. Check it.") from None
+    if is_folder:
         return folder, folder.resolve().name, str(folder.resolve())
-    if folder.exists():
+    if exists:
         raise CheckpointError(f"{source} is a file; SOURCE must be the checkpoint's folder, the one with config.json.")
     if not HUB_ID.fullmatch(source) or source.startswith((".", "/", "~")):
         raise CheckpointError(
@@ -85,11 +90,17 @@ def locate(source: str) -> tuple[Path, str, str]:
 
 def download(source: str) -> Path:
     """Fetch a hub id through huggingface_hub, which honours HF_HUB_OFFLINE, HF_ENDPOINT and its cache."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.constants import HF_HUB_OFFLINE
 
     repository, _, revision = source.partition("@")
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=HUB_FILES))
+        folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=HUB_FILES))
+        if not any(folder.rglob("*.safetensors")) and not HF_HUB_OFFLINE:
+            refuse_pickles(source, HfApi().list_repo_files(repository, revision=revision or None))
+        return folder
+    except CheckpointError:
+        raise
     except Exception as error:  # the hub client raises a dozen unrelated types for "not there"
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
@@ -121,12 +132,17 @@ def find_weights(folder: Path) -> tuple[Path, ...]:
 
 
 def missing_weights(folder: Path) -> str:
-    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
-    if not pickles:
-        return f"{folder} has no model.safetensors and no model.safetensors.index.json; download the weights."
-    return (
-        f"{folder} has its weights only as {', '.join(pickles[:3])}, a format that can run code when it is opened, "
-        'so Transom never opens it. Convert it where you trust it: python -c "from transformers import AutoModel; '
-        f"AutoModel.from_pretrained('{folder}').save_pretrained('{folder}-safe')\" "
-        "(with the class that config.json's architectures names), then export that folder."
-    )
+    refuse_pickles(str(folder), [path.name for path in folder.iterdir()])
+    return f"{folder} has no model.safetensors and no model.safetensors.index.json; download the weights."
+
+
+def refuse_pickles(source: str, names: Iterable[str]) -> None:
+    """Raise CheckpointError if there are pickled weights among the files ``names``; called where there are no others."""
+    pickles = sorted(name for name in names if name.endswith(PICKLES))
+    if pickles:
+        raise CheckpointError(
+            f"{source} has its weights only as {', '.join(pickles[:3])}, a format that can run code when it is opened, "
+            'so Transom never opens it. Convert it where you trust it: python -c "from transformers import AutoModel; '
+            f"AutoModel.from_pretrained('{source}').save_pretrained('{Path(source).name}-safe')\" "
+            "(with the class that config.json's architectures names), then export that folder."
+        )

@@ -76,7 +76,7 @@ def config_fields(
             if type(value) is not int or not 1 <= value <= limit:
                 problems.append(f"{name} is {value!r}, expected an integer in 1..{limit}")
         elif name.endswith("_act"):
-            if value not in activations:
+            if not isinstance(value, str) or value not in activations:
                 problems.append(f"{name} is {value!r}, expected one of {', '.join(activations)}")
         elif isinstance(others[name], bool):
             if type(value) is not bool:

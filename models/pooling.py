@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transom.models.json_files import read_json, read_object, read_optional
 from transom.runtime.errors import CheckpointError
-
-
-def read_json(path: Path) -> Any:
-    """Parse a JSON file of a checkpoint; CheckpointError names the file and what is wrong."""
-    try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}). Download the checkpoint again.") from None
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Like ``read_json`` for a file that must hold one JSON object."""
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, expected an object.")
-    return value
 
 
 def sentence_modules(folder: Path) -> list[tuple[str, Path]]:
@@ -60,10 +45,21 @@ def sentence_pooling(folder: Path) -> dict[str, Any]:
                 f"{folder / 'modules.json'} has a {kind!r} module; Transformer, Pooling and Normalize are defined. "
                 "Export the Transformer's folder alone (move modules.json away) and apply the rest in your app."
             )
-    modes = [pooling_mode(where / "config.json") for kind, where in modules if kind == "pooling"]
-    prompts = folder / "config_sentence_transformers.json"
-    words = read_object(prompts) if prompts.is_file() else {}
-    prompt = (words.get("prompts") or {}).get(words.get("default_prompt_name"), "")
+    poolings = [read_object(where / "config.json") for kind, where in modules if kind == "pooling"]
+    modes = [pooling_mode(pooling, folder) for pooling in poolings]
+    words = read_optional(folder / "config_sentence_transformers.json")
+    prompts = words.get("prompts")
+    prompt = prompts.get(str(words.get("default_prompt_name")), "") if isinstance(prompts, dict) else ""
+    if prompt and any(pooling.get("include_prompt") is False for pooling in poolings):
+        raise CheckpointError(
+            f"{folder}: the pooling leaves out the prompt {prompt!r} (include_prompt is false), which is not defined "
+            "here. Use a checkpoint without a default prompt."
+        )
+    if words.get("truncate_dim") is not None:
+        raise CheckpointError(
+            f"{folder}: truncate_dim is {words['truncate_dim']!r}; bundles give whole vectors. Remove it from "
+            "config_sentence_transformers.json and cut the vectors in your app."
+        )
     return {
         "mode": modes[0] if modes else "mean",
         "normalize": any(kind == "normalize" for kind, _ in modules),
@@ -71,12 +67,12 @@ def sentence_pooling(folder: Path) -> dict[str, Any]:
     }
 
 
-def pooling_mode(path: Path) -> str:
-    """mean or cls, from either spelling of the file: ``pooling_mode`` or one flag per mode."""
-    words = read_object(path)
-    flags = [name for name, value in words.items() if name.startswith("pooling_mode_") and value is True]
-    mode = words.get("pooling_mode") or "+".join(flags).replace("pooling_mode_", "")
+def pooling_mode(words: Mapping[str, Any], folder: Path) -> str:
+    """mean or cls, from any spelling: ``pooling_mode``, a list of modes, or one flag per mode."""
+    flags = [name.removeprefix("pooling_mode_") for name in words if name.startswith("pooling_mode_") and words[name]]
+    given = words.get("pooling_mode") or flags
+    mode = "+".join(map(str, given)) if isinstance(given, list) else str(given)
     known = {"mean": "mean", "mean_tokens": "mean", "cls": "cls", "cls_token": "cls"}
     if mode not in known:
-        raise CheckpointError(f"{path}: the pooling is {mode!r}; defined are mean and cls. Use such a checkpoint.")
+        raise CheckpointError(f"{folder}: the pooling is {mode!r}; defined are mean and cls. Use such a checkpoint.")
     return known[mode]

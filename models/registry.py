@@ -32,7 +32,7 @@ def find_family(raw: Mapping[str, Any]) -> Family:
         named = [name for name in architectures(raw) for f in FAMILIES.values() if name in f.architectures]
         owners = {f.name for f in FAMILIES.values() for name in named if name in f.architectures}
         model_type = owners.pop() if len(owners) == 1 else None
-    if model_type in FAMILIES:
+    if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
     ours = "; ".join(f"{f.name} ({', '.join(f.architectures)})" for f in FAMILIES.values())
     relative = RELATIVES.get(str(model_type))

@@ -189,7 +189,7 @@ def config_from_source(source: Source) -> ViTConfig:
         patch_size=pair(raw, "patch_size", 16),
         num_labels=label_count(raw),
         pooler=source.task == "feature-extraction" and any("pooler." in name for name in source.names),
-        pooler_output_size=raw.get("pooler_output_size") or fields["hidden_size"],
+        pooler_output_size=pair(raw, "pooler_output_size", fields["hidden_size"])[0],
     )
     for name, size in (("image_size", trained), ("image size asked for", config.image_size)):
         if size[0] < config.patch_size[0] or size[1] < config.patch_size[1]:
@@ -198,12 +198,12 @@ def config_from_source(source: Source) -> ViTConfig:
 
 
 def pair(raw: Mapping[str, Any], name: str, default: int) -> tuple[int, int]:
-    """A size that transformers writes as one integer or as [height, width]."""
-    value = raw.get(name, default)
+    """A size that transformers writes as one integer, as [height, width], or as null for the default."""
+    value = default if raw.get(name) is None else raw[name]
     sides = (value, value) if type(value) is int else value
     valid = isinstance(sides, list | tuple) and len(sides) == 2
     if not valid or not all(type(side) is int and 1 <= side <= 16_384 for side in sides):
-        raise CheckpointError(f"config.json: {name} is {value!r}, expected one or two integers in 1..16384 pixels.")
+        raise CheckpointError(f"config.json: {name} is {value!r}, expected one or two integers in 1..16384.")
     return sides[0], sides[1]
 
 

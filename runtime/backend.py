@@ -12,6 +12,7 @@ from transom.runtime.errors import BackendError
 
 Array = NDArray[Any]
 Read = Callable[[str], bytes]  # the checked bytes of a bundle's file
+MAX_THREADS = 1024  # more than any machine has cores; ONNX Runtime would try to start a million
 DEVICES = ("cpu", "cuda", "auto")
 
 
@@ -37,7 +38,7 @@ def open_backend(graph: GraphFile, read: Read, device: str, threads: int | None)
 
     if device not in DEVICES:
         raise BackendError(f"device is {device!r}; this version runs on {', '.join(DEVICES)}.")
-    if threads is not None and (type(threads) is not int or threads < 1):
-        raise BackendError(f"threads is {threads!r}; expected a positive integer, or None for one per core.")
+    if threads is not None and (type(threads) is not int or not 1 <= threads <= MAX_THREADS):
+        raise BackendError(f"threads is {threads!r}; expected 1..{MAX_THREADS}, or None for one per core.")
     chosen = ort.best_device() if device == "auto" else device
     return ort.OrtBackend(graph, read, chosen, threads)

@@ -106,13 +106,13 @@ def sizes_of(graph: Graph, axes: Mapping[str, Axis], asked: Mapping[str, int]) -
 
     Raises InputError for an axis that the bundle does not have, ShapeError for a size out of bounds.
     """
+    from transom.runtime.inputs import allowed_sizes
+
     for name, size in asked.items():
         if name not in axes:
             raise InputError(f"unknown axis {name!r}; this bundle has {', '.join(axes)}.")
-        bounds = axes[name]
-        if not bounds.min <= size <= bounds.max:
-            hint = f" Export again with --max {name}={size}." if size > bounds.max else ""
-            raise ShapeError(f"axis {name} is {size}; this bundle allows {bounds.min}..{bounds.max}.{hint}")
+        if not axes[name].min <= size <= axes[name].max:
+            raise ShapeError(f"axis {name} is {size}; this bundle allows {allowed_sizes(name, axes[name], size)}")
     named = [size for tensor in graph.inputs for size in tensor.shape if isinstance(size, str)]
     return {name: asked.get(name, axes[name].opt) for name in dict.fromkeys(named)}
 
@@ -162,12 +162,14 @@ def example_feeds(graph: Graph, sizes: Mapping[str, int]) -> dict[str, Any]:
     """
     import numpy as np
 
+    from transom.runtime.inputs import filled, shape_of
+
     source = np.random.default_rng(SEED)
 
     def values(tensor: Tensor) -> Any:
-        shape = tuple(sizes[size] if isinstance(size, str) else size for size in tensor.shape)
         if tensor.default is not None:
-            return np.full(shape, tensor.default, np.dtype(tensor.dtype))
+            return filled(tensor, sizes)
+        shape = shape_of(tensor, sizes)
         if tensor.dtype == "int64":
             return source.integers(0, tensor.below or 1, shape, np.int64)
         return source.standard_normal(shape, np.float32)

@@ -224,7 +224,8 @@ def regular_file(folder: Path, name: str) -> Path:
     """The path of a file that exists, is a regular file, and lies in the folder when links are followed."""
     path = folder / name
     if not path.exists():
-        raise BundleError(f"{folder} has no {name}; the bundle is incomplete, copy it again.")
+        reason = "it is no bundle, or an incomplete one" if name == MANIFEST else "the bundle is incomplete"
+        raise BundleError(f"{folder} has no {name}; {reason}. Copy or export it again.")
     if not path.resolve().is_relative_to(folder.resolve()):
         raise BundleError(f"{path} is a link that leaves the bundle; a bundle must hold its own files.")
     if not stat.S_ISREG(path.stat().st_mode):

@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from transom.runtime.backend import Array
 from transom.runtime.spec import Graph
-
-Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -56,9 +54,7 @@ def compare(
             worst = float(difference.flat[place])
             index = (row, *(int(i) for i in np.unravel_index(place, difference.shape)))
         scale = max(scale, largest)
-    return Comparison(
-        tensor, theirs.shape, worst / (scale or 1.0), index, float(ours[index]), float(theirs[index])
-    )
+    return Comparison(tensor, theirs.shape, worst / (scale or 1.0), index, float(ours[index]), float(theirs[index]))
 
 
 def compare_row(

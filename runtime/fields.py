@@ -76,6 +76,9 @@ class Fields:
     def integer(self, key: str, least: int, most: int, default: Any = ...) -> Any:
         return self.take(key, lambda v: type(v) is int and least <= v <= most, f"{least}..{most}", default)
 
+    def boolean(self, key: str, default: Any = ...) -> Any:
+        return self.take(key, lambda v: isinstance(v, bool), "true or false", default)
+
     def mapping(self, key: str, default: Any = ...) -> Any:
         found = self.take(key, lambda v: isinstance(v, dict), "an object", default)
         return {} if found is None and default is ... else found

@@ -53,10 +53,9 @@ def check_type(tensor: Tensor, value: Any) -> None:
 def check_shape(tensor: Tensor, value: Array, axes: Mapping[str, Axis], sizes: dict[str, int]) -> None:
     """Check the rank and each size; named sizes are noted in ``sizes``."""
     if value.ndim != len(tensor.shape):
-        expected = ", ".join(map(str, tensor.shape))
         raise ShapeError(
-            f"input {tensor.name!r} has shape {value.shape}; expected {len(tensor.shape)} axes ({expected}). "
-            "Add or drop an axis."
+            f"input {tensor.name!r} has shape {value.shape}; expected {len(tensor.shape)} axes "
+            f"{expected_shape(tensor)}. Add or drop an axis."
         )
     for name, size in zip(tensor.shape, value.shape, strict=True):
         if isinstance(name, int):
@@ -66,17 +65,20 @@ def check_shape(tensor: Tensor, value: Array, axes: Mapping[str, Axis], sizes: d
                     f"this axis is fixed at {name}."
                 )
             continue
-        bounds = axes[name]
-        if not bounds.min <= size <= bounds.max:
-            hint = f" Export again with --max {name}={size}." if size > bounds.max else ""
-            raise ShapeError(
-                f"input {tensor.name!r} has shape {value.shape}; axis {name} allows {bounds.min}..{bounds.max}.{hint}"
-            )
+        if not axes[name].min <= size <= axes[name].max:
+            allowed = allowed_sizes(name, axes[name], size)
+            raise ShapeError(f"input {tensor.name!r} has shape {value.shape}; axis {name} allows {allowed}")
         if sizes.setdefault(name, size) != size:
             raise ShapeError(
                 f"input {tensor.name!r} has shape {value.shape}; another input has {name}={sizes[name]}. "
                 f"Give all inputs the same {name}."
             )
+
+
+def allowed_sizes(name: str, axis: Axis, size: int) -> str:
+    """``1..67. Export again with --max S=68.``: the bounds, and how to have a ``size`` beyond them."""
+    hint = f" Export again with --max {name}={size}." if size > axis.max else ""
+    return f"{axis.min}..{axis.max}.{hint}"
 
 
 def check_range(tensor: Tensor, value: Array) -> None:

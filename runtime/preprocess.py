@@ -6,54 +6,26 @@ and ``image_transforms``, 5.23) after ``image_utils.load_image``, bit for bit.
 
 from __future__ import annotations
 
-import io
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from transom.runtime.errors import InputError
 from transom.runtime.fields import Fields
+from transom.runtime.images import MAX_IMAGE_PIXELS, open_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    ImageSource = str | os.PathLike[str] | bytes | Image | NDArray[np.uint8]
+    from transom.runtime.images import ImageSource
 
-# Pixels of the largest image that is decoded or resized to: a 64 MP camera's. With four bytes a pixel and
-# PIL's copies that is about 1 GB at worst; a header that claims more is taken for a decompression bomb.
-MAX_IMAGE_PIXELS = 64_000_000
 MAX_SIDE = 8192  # pixels of a model's input or of a resize target; far past any ViT
 
 FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # index: PIL's Resampling number
-
-# What is opened, by its first bytes: raster formats only, so that no file starts an interpreter (EPS, PDF).
-# The classes are used directly because PIL.Image.open warns or raises by a limit that is global and not ours.
-SIGNATURES = (
-    (b"\x89PNG\r\n\x1a\n", "PngImagePlugin", "PngImageFile"),
-    (b"\xff\xd8\xff", "JpegImagePlugin", "JpegImageFile"),
-    (b"GIF8", "GifImagePlugin", "GifImageFile"),
-    (b"II*\0", "TiffImagePlugin", "TiffImageFile"),
-    (b"MM\0*", "TiffImagePlugin", "TiffImageFile"),
-    (b"RIFF", "WebPImagePlugin", "WebPImageFile"),
-    (b"BM", "BmpImagePlugin", "BmpImageFile"),
-)
-
-EXIF_ORIENTATION = 0x0112
-UPRIGHT = {  # EXIF orientation -> name of PIL's transposition that turns the image upright
-    2: "FLIP_LEFT_RIGHT",
-    3: "ROTATE_180",
-    4: "FLIP_TOP_BOTTOM",
-    5: "TRANSPOSE",
-    6: "ROTATE_270",
-    7: "TRANSVERSE",
-    8: "ROTATE_90",
-}
 
 
 @dataclass(frozen=True)
@@ -142,9 +114,7 @@ class ImagePreprocess:
             ),
             height=fields.integer("height", 1, MAX_SIDE),
             width=fields.integer("width", 1, MAX_SIDE),
-            transparent_to_white=fields.take(
-                "transparent_to_white", lambda value: type(value) is bool, "true or false"
-            ),
+            transparent_to_white=fields.boolean("transparent_to_white"),
         )
         if not fields.problems:
             fields.problems += made._contradictions()
@@ -253,107 +223,11 @@ def centre_crop(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray[n
     return np.pad(pixels[top : top + height, left : left + width], [*margins, (0, 0)])
 
 
-def open_image(source: ImageSource) -> Image:
-    """An upright RGB image, alpha dropped, as ``transformers.image_utils.load_image`` gives it.
-
-    A transparent colour stays in ``info["transparency"]`` and 16-bit grey is clipped at 255, as there.
-
-    ``source`` is a path, the bytes of a PNG, JPEG, WebP, BMP, GIF or TIFF file (its first frame), a PIL
-    image, or a uint8 array (H, W), (H, W, 3) or (H, W, 4). Raises InputError for anything else, for a
-    file that is missing, damaged or no image, and for more than MAX_IMAGE_PIXELS by the header.
-    """
-    from PIL.Image import Image
-
-    if isinstance(source, Image):
-        return _upright_rgb(source, "the PIL image")
-    if isinstance(source, np.ndarray):
-        return _upright_rgb(_image_from_array(source), "the array")
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return _decode(io.BytesIO(source), f"the image of {len(source)} bytes")
-    if not isinstance(source, (str, os.PathLike)):
-        raise InputError(
-            f"an image is a {type(source).__name__}, expected a path, the bytes of an image file, a PIL "
-            "image or a uint8 array."
-        )
-    path = os.fspath(source)
-    shown = repr(path if len(path) <= 200 else f"{path[:200]}...")
-    if not os.path.isfile(path):  # a pipe or a device would block, or never end
-        hint = "Download it first." if str(path).startswith(("http://", "https://")) else "Check the path."
-        raise InputError(f"{shown} is not a file that is there. {hint}")
-    try:
-        with open(path, "rb") as file:
-            return _decode(file, shown)
-    except OSError as error:
-        raise InputError(f"{shown} cannot be read ({error.strerror}). Check its permissions.") from None
-
-
-def _decode(file: BinaryIO, shown: str) -> Image:
-    """Open a file of one of SIGNATURES; the size is checked before any pixel is decoded."""
-    head = file.read(16)
-    found = next(((module, name) for magic, module, name in SIGNATURES if head.startswith(magic)), None)
-    if found is None:
-        raise InputError(
-            f"{shown} starts with {head[:8]!r}, which is none of PNG, JPEG, WebP, BMP, GIF and TIFF. "
-            "Convert it to one of these."
-        )
-    module, name = found
-    plugin = getattr(import_module(f"PIL.{module}"), name)
-    file.seek(0)
-    try:
-        with plugin(file) as image:
-            return _upright_rgb(image, shown)
-    except InputError:
-        raise
-    except Exception as error:  # PIL's decoders raise nearly any type for bytes they do not expect
-        raise _damaged(shown, error) from None
-
-
-def _upright_rgb(image: Image, shown: str) -> Image:
-    """Decode, turn by the EXIF orientation, convert to RGB: ``load_image`` without its global checks."""
-    from PIL.Image import Transpose
-
-    if not 0 < image.width * image.height <= MAX_IMAGE_PIXELS:
-        size = f"{image.width}x{image.height}"
-        raise InputError(f"{shown} is {size} pixels, expected 1 to {MAX_IMAGE_PIXELS} in all. Scale it down.")
-    try:
-        image.load()
-        turn = UPRIGHT.get(image.getexif().get(EXIF_ORIENTATION, 1))
-        upright = image.copy() if turn is None else image.transpose(Transpose[turn])
-        colour = upright.info.get("transparency")  # per palette entry in bytes: convert would warn and drop it
-        kept = colour is not None and not isinstance(colour, bytes)
-        upright.info = {"transparency": colour} if kept else {}  # no EXIF, so that nothing is turned twice
-        return upright.convert("RGB")
-    except Exception as error:  # as in _decode: this is where pixels are decoded
-        raise _damaged(shown, error) from None
-
-
 def _on_white(image: Image) -> Image:
     """As ``transformers.image_transforms.convert_to_rgb``: the transparent colour of RGB becomes white."""
     from PIL.Image import alpha_composite, new
 
     return alpha_composite(new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
-
-
-def _damaged(shown: str, error: Exception) -> InputError:
-    from PIL.Image import DecompressionBombError
-
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    if isinstance(error, DecompressionBombError):  # WebP and GIF: PIL checks by its limit as it opens
-        return InputError(f"{shown} is refused by PIL ({reason}). Scale it down.")
-    return InputError(f"{shown} cannot be decoded: it is damaged or cut short ({reason}). Replace it.")
-
-
-def _image_from_array(array: NDArray[Any]) -> Image:
-    from PIL.Image import fromarray
-
-    shaped = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
-    if array.dtype != np.uint8 or not shaped or 0 in array.shape:
-        raise InputError(
-            f"an image is an array of {array.dtype} {array.shape}, expected uint8 (height, width), "
-            "(height, width, 3) or (height, width, 4). Convert floats in 0..1 with "
-            "(x * 255).round().astype('uint8') and channels-first with x.transpose(1, 2, 0)."
-        )
-    return fromarray(np.ascontiguousarray(array))
 
 
 EXACT, EDGE, EDGES = {"height", "width"}, {"shortest_edge"}, {"shortest_edge", "longest_edge"}

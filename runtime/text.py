@@ -60,8 +60,8 @@ class TextSpec:
             mask_token=fields.take("mask_token", _is_token, "a str, or null"),
             mask_id=fields.take("mask_id", _is_id, f"0..{MAX_ID}, or null"),
             truncation_side=fields.text("truncation_side", among=("right", "left")),
-            split_special_tokens=fields.take("split_special_tokens", _is_bool, "true or false"),
-            token_types=fields.take("token_types", _is_bool, "true or false"),
+            split_special_tokens=fields.boolean("split_special_tokens"),
+            token_types=fields.boolean("token_types"),
         )
         if not fields.problems and (made.mask_token is None) != (made.mask_id is None):
             fields.problems.append(
@@ -208,7 +208,11 @@ class TextEncoder:
                     f"{where} has a lone surrogate, {text[error.start]!r}, at character {error.start}, which is no "
                     "Unicode text. Decode the bytes it came from with errors='replace'."
                 ) from None
-            encoding = self._tokenizer.encode(text)  # one by one: encode_batch starts threads of its own
+            try:
+                encoding = self._tokenizer.encode(text)  # one by one: encode_batch starts threads of its own
+            except BaseException as error:
+                raise_unless_tokenizers(error)
+                raise InputError(f"{where} cannot be tokenized ({_one_line(error)}). Shorten it.") from None
             if len(encoding) == 0:
                 raise InputError(
                     f"{where}, {text[:40]!r}, has no tokens: it is empty, or all blank or control characters. "
@@ -254,12 +258,21 @@ def parse_tokenizer(tokenizer_json: bytes) -> Tokenizer:
         tokenizer.encode(PROBE, PROBE)
         tokenizer.decode(tokenizer.encode(PROBE).ids)
     except BaseException as error:
-        # The library raises plain Exception, and its Rust panics are BaseException
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        reason = " ".join(str(error).split())[:200]
-        raise BundleError(f"the tokenizer cannot be used ({reason}). Copy or export the bundle again.") from None
+        raise_unless_tokenizers(error)
+        raise BundleError(
+            f"the tokenizer cannot be used ({_one_line(error)}). Copy or export the bundle again."
+        ) from None
     return tokenizer
+
+
+def raise_unless_tokenizers(error: BaseException) -> None:
+    """Let Ctrl-C through: the library raises plain Exception, and its Rust panics are BaseException."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
@@ -284,10 +297,6 @@ def _is_file_name(value: object) -> bool:
 
 def _is_id(value: object) -> bool:
     return value is None or (type(value) is int and 0 <= value <= MAX_ID)
-
-
-def _is_bool(value: object) -> bool:
-    return isinstance(value, bool)
 
 
 def _is_token(value: object) -> bool:

@@ -1,19 +1,25 @@
-"""Checkpoints with random weights, made by transformers, and bundles exported from them once per run."""
+"""Checkpoints with random weights, made by transformers, and bundles exported from them once per run.
+
+torch and transformers are imported where they are needed: xdist's controller and small selections of tests are not.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import json
 import os
+import shutil
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network; those of the hub set it themselves
-
-import transformers
+# Before anything imports huggingface_hub: no test reaches for the network; those of the hub set it themselves.
+os.environ["HF_HUB_OFFLINE"] = "1"
+pytest.register_assert_rewrite("command_line")
 
 WORDS = """
 the a of and to in is it that was for on are as with his they at be this have from or one had by word but
@@ -45,61 +51,148 @@ VIT = {
     "image_size": 20,
     "patch_size": 4,
 }
+CITIES = {0: "O", 1: "B-CITY", 2: "I-CITY", 3: "B-DAY"}
+LABELLED: dict[str, dict[str, Any]] = {  # what a head has in ``exported`` unless the test says otherwise
+    "BertForSequenceClassification": {"num_labels": 5},
+    "BertForTokenClassification": {"id2label": CITIES, "label2id": {name: number for number, name in CITIES.items()}},
+}
 
 MakeCheckpoint = Callable[..., Path]
+Exported = Callable[..., tuple[Path, Path]]
+Once = Callable[[str, Callable[[Path], object]], Path]
 
 
-@pytest.fixture(scope="session")
-def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
-    """``make_checkpoint("BertForMaskedLM", num_labels=5)`` -> a new folder as ``save_pretrained`` writes it.
+def save_checkpoint(
+    folder: Path, architecture: str, *, seed: int = 0, tokenizer: bool = True, shard: str = "5GB", **config: Any
+) -> Path:
+    """Write what ``save_pretrained`` writes.
 
     Weights are normal with deviation 0.2, larger than at initialisation, so that every layer matters. BERT
     folders get ``vocab.txt``; ``tokenizer=False`` leaves it out.
     """
+    import torch
+    import transformers
 
-    def make(architecture: str, *, seed: int = 0, tokenizer: bool = True, shard: str = "5GB", **config: Any) -> Path:
-        family = transformers.BertConfig if architecture.startswith("Bert") else transformers.ViTConfig
-        defaults = BERT if architecture.startswith("Bert") else VIT
-        model = random_model(architecture, family(**{**defaults, **config}), seed)
-        folder = tmp_path_factory.mktemp(architecture)
-        model.save_pretrained(folder, max_shard_size=shard)
-        if architecture.startswith("Bert") and tokenizer:
-            (folder / "vocab.txt").write_text("\n".join(vocabulary()) + "\n", encoding="utf-8")
-            (folder / "tokenizer_config.json").write_text('{"do_lower_case": true}')
-        return folder
+    bert = architecture.startswith("Bert")
+    kind, defaults = (transformers.BertConfig, BERT) if bert else (transformers.ViTConfig, VIT)
+    torch.manual_seed(seed)
+    model = getattr(transformers, architecture)(kind(**{**defaults, **config})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    model.save_pretrained(folder, max_shard_size=shard)
+    if bert and tokenizer:
+        (folder / "vocab.txt").write_text("\n".join(vocabulary()) + "\n", encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text('{"do_lower_case": true}')
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
+    """``make_checkpoint("BertForMaskedLM", num_labels=5)`` -> a new folder, which the test may change."""
+
+    def make(architecture: str, **options: Any) -> Path:
+        return save_checkpoint(tmp_path_factory.mktemp(architecture), architecture, **options)
 
     return make
 
 
-def random_model(architecture: str, config: Any, seed: int) -> Any:
-    torch.manual_seed(seed)
-    model = getattr(transformers, architecture)(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.2)
-    return model
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Once]:
+    """``once(name, make)`` -> a folder that ``make(folder)`` filled, once per run, whichever worker came first.
+
+    Nobody may change what is in it: tests that damage something damage a copy. This is checked at the end.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    shared.mkdir(exist_ok=True)
+    used: set[str] = set()
+
+    def get(name: str, make: Callable[[Path], object]) -> Path:
+        folder, finished = shared / name, shared / f"{name}.finished"
+        with (shared / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+            if not finished.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed half-way
+                folder.mkdir()
+                make(folder)
+                finished.write_text(listing(folder))
+        used.add(name)
+        return folder
+
+    yield get
+    changed = [name for name in sorted(used) if listing(shared / name) != (shared / f"{name}.finished").read_text()]
+    assert not changed, f"tests changed what they share: {', '.join(changed)}"
 
 
-def export_to(folder: Path, source: Path | str, **options: Any) -> Path:
+def listing(folder: Path) -> str:
+    """Every file below the folder with its size and the time of its last change."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return "\n".join(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files)
+
+
+@pytest.fixture(scope="session")
+def exported(once: Once) -> Exported:
+    """``exported("BertForTokenClassification")`` -> (checkpoint, bundle) in FP32, of at most 3 rows a call (B)."""
+
+    def get(architecture: str, **config: Any) -> tuple[Path, Path]:
+        config = LABELLED.get(architecture, {}) | config
+
+        def make(folder: Path) -> None:
+            export_to(folder, save_checkpoint(folder / "checkpoint", architecture, **config), max_sizes={"B": 3})
+
+        key = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
+        folder = once(f"{architecture}-{key}", make)
+        return folder / "checkpoint", folder / "bundle"
+
+    return get
+
+
+def export_to(folder: Path, source: Path | str, **options: Any) -> None:
     from transom.export.pipeline import export
 
-    out = folder / "bundle"
-    export(str(source), out, **options)
-    return out
+    with pytest.MonkeyPatch.context() as patch:
+        trace_once(patch)
+        export(str(source), folder / "bundle", **options)
+
+
+TRACES: dict[str, Any] = {}  # of this process, by the hash of what was traced
+
+
+def trace_once(patch: pytest.MonkeyPatch) -> None:
+    """Let exports of equal weights share one trace: of a tiny model, tracing is nearly the whole export."""
+    from transom.export import pipeline
+
+    trace = pipeline.onnx_from_module
+
+    def copy_of_trace(module: Any, graph: Any, axes: Mapping[str, Any]) -> Any:
+        weights = b"".join(tensor.numpy().tobytes() for tensor in module.state_dict().values())
+        key = hashlib.sha256(weights + repr((graph, sorted(axes.items()))).encode()).hexdigest()
+        if key not in TRACES:
+            TRACES[key] = trace(module, graph, axes)
+        return TRACES[key].clone()
+
+    patch.setattr(pipeline, "onnx_from_module", copy_of_trace)
+
+
+@pytest.fixture
+def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that export, but whose subject is not the tracing."""
+    trace_once(monkeypatch)
 
 
 @pytest.fixture(scope="session")
-def bert_checkpoint(make_checkpoint: MakeCheckpoint) -> Path:
-    return make_checkpoint("BertModel")
+def bert_checkpoint(once: Once) -> Path:
+    return once("bert-checkpoint", lambda folder: save_checkpoint(folder, "BertModel"))
 
 
 @pytest.fixture(scope="session")
-def bert_bundle(bert_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bert_bundle(bert_checkpoint: Path, once: Once) -> Path:
     """A tiny random BERT, feature-extraction, FP32, with a tokenizer."""
-    return export_to(tmp_path_factory.mktemp("bert"), bert_checkpoint)
+    return once("bert", lambda folder: export_to(folder, bert_checkpoint)) / "bundle"
 
 
 @pytest.fixture(scope="session")
-def vit_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def vit_bundle(once: Once) -> Path:
     """The reference ViT, image-classification, FP32."""
-    return export_to(tmp_path_factory.mktemp("vit"), "vit")
+    return once("vit", lambda folder: export_to(folder, "vit")) / "bundle"

@@ -48,7 +48,10 @@ def test_force_replaces_bundles_only(bert_checkpoint: Path, tmp_path: Path, kind
 
 
 def test_missing_parents_are_made_and_removed_again_on_failure(tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="No such file"), new_bundle(tmp_path / "a" / "b" / "out", force=False) as writer:
+    with (
+        pytest.raises(ExportError, match="No such file"),
+        new_bundle(tmp_path / "a" / "b" / "out", force=False) as writer,
+    ):
         writer.add("no such folder/x", b"x")
     assert list(tmp_path.iterdir()) == []
     with new_bundle(tmp_path / "a" / "b" / "out", force=False) as writer:

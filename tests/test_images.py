@@ -33,14 +33,8 @@ from transformers.image_utils import load_image
 
 from transom.export.image import image_preprocess_from_checkpoint
 from transom.runtime.errors import BundleError, CheckpointError, InputError
-from transom.runtime.preprocess import (
-    FILTERS,
-    MAX_IMAGE_PIXELS,
-    ExactSize,
-    ImagePreprocess,
-    ShortestEdge,
-    open_image,
-)
+from transom.runtime.images import MAX_IMAGE_PIXELS, open_image
+from transom.runtime.preprocess import FILTERS, ExactSize, ImagePreprocess, ShortestEdge
 
 PHOTOS = Path(sklearn.datasets.__file__).parent / "images"  # china.jpg and flower.jpg, 640x427
 FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

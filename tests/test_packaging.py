@@ -107,6 +107,13 @@ def test_the_wheel_carries_licence_command_and_what_it_needs(wheel: Path) -> Non
     assert plain == {"numpy", "onnxruntime", "tokenizers", "pillow", "safetensors", "typer", "rich"}
 
 
+def test_the_command_line_knows_the_export_extra() -> None:
+    from transom.cli.extras import EXPORT_EXTRA
+
+    extra = tomllib.loads((REPO / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]["export"]
+    assert [need.split(">")[0] for need in extra] == list(EXPORT_EXTRA)
+
+
 def test_the_version_is_the_installed_one() -> None:
     declared = tomllib.loads((REPO / "pyproject.toml").read_text("utf-8"))["project"]["version"]
     assert importlib.metadata.version("transom") == declared

@@ -134,6 +134,25 @@ def test_both_sides_are_scored_alike() -> None:
     assert found["pytorch"]["value"] == 535 / 540
 
 
+def test_a_text_model_is_scored_by_its_embeddings() -> None:
+    """Each text becomes a direction of its own, a word that of its definition, but for the first ``wrong``."""
+    definitions, words = wordnet_pairs()
+    row = {text: number for texts in (words, definitions) for number, text in enumerate(texts)}
+
+    def side(wrong: int) -> Any:
+        def embed(texts: list[str]) -> Any:
+            shift = wrong if texts == words else 0
+            angles = 2 * np.pi * np.array([row[text] - (row[text] < shift) for text in texts]) / 1000
+            return np.stack([np.cos(angles), np.sin(angles)], 1)
+
+        return SimpleNamespace(embed=embed, manifest=SimpleNamespace(task="feature-extraction"))
+
+    found = score_both("minilm", side(0), side(3))
+    assert found is not None
+    assert (found["name"], found["n"]) == ("top-1 retrieval", 1000)
+    assert [found[name]["correct"] for name in ("pytorch", "bundle")] == [1000, 997]
+
+
 def test_other_sources_and_tasks_have_no_score() -> None:
     assert score_both("bundles/vit", Answers(0), Answers(0)) is None  # type: ignore[arg-type]
     features = Answers(0, "feature-extraction")

@@ -14,7 +14,7 @@ from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks.answers import Ranked, many, ranked, softmax
 
 if TYPE_CHECKING:
-    from transom.runtime.preprocess import ImageSource
+    from transom.runtime.images import ImageSource
 
 
 class ViT(LoadedBundle):

@@ -1,0 +1,155 @@
+"""`transom bench` and `table`: what is measured, how it is shown, and the progress beside it."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from command_line import ANSI, changed_bundle, command, document, error_line, transom
+from transom.runtime.bench import example_feeds, percentile, sizes_of
+from transom.runtime.errors import InputError, ShapeError
+from transom.runtime.spec import Axis, Graph, Tensor
+
+SHORT = ("--runs", "3", "--warmup", "1")
+
+
+def test_bench_measures_each_shape(bert_bundle: Path) -> None:
+    told = document(transom("bench", bert_bundle, "--shape", "B=2,S=5", "--shape", "S=3", *SHORT, "--json"))
+    first, second = told["timings"]
+    assert first["sizes"] == {"B": 2, "S": 5}
+    assert second["sizes"]["S"] == 3
+    for timing in (first, second):
+        assert timing["runs"] == 3
+        assert 0 < timing["p50_ms"] <= timing["p95_ms"] <= timing["p99_ms"]
+    assert 1e3 * 2 / first["p99_ms"] <= first["items_per_s"] * 1.000001
+    assert 0 < told["memory_before_mib"] <= told["memory_peak_mib"]
+    assert told["load_s"] > 0
+    assert told["cpu"]
+    text = transom("bench", bert_bundle, *SHORT).stdout
+    assert re.search(r"^peak memory +\d+ MiB, before loading \d+ MiB$", text, re.MULTILINE)
+    assert ANSI not in text
+
+
+def test_bench_stops_when_its_time_is_over(bert_bundle: Path) -> None:
+    told = document(transom("bench", bert_bundle, "--runs", "1000", "--seconds", "0", "--json"))
+    assert told["timings"][0]["runs"] == 1
+
+
+def test_bench_refuses_axes_that_the_bundle_does_not_have(bert_bundle: Path) -> None:
+    assert "InputError: unknown axis 'Q'; this bundle has B, S." in error_line(
+        transom("bench", bert_bundle, "--shape", "Q=1")
+    )
+    line = error_line(transom("bench", bert_bundle, "--shape", "S=68"))
+    assert "ShapeError: axis S is 68; this bundle allows 1..67. Export again with --max S=68." in line
+
+
+IDS = Graph("g", (Tensor("ids", "int64", ("B", 4), below=7), Tensor("mask", "int64", ("B", 4), default=1)), ())
+AXES = {"B": Axis(1, 3, 8)}
+
+
+def test_example_feeds_are_what_the_graph_declares() -> None:
+    feeds = example_feeds(IDS, {"B": 500})
+    assert (feeds["ids"].min(), feeds["ids"].max(), feeds["ids"].dtype) == (0, 6, np.int64)
+    assert feeds["mask"].tolist() == [[1] * 4] * 500
+    np.testing.assert_array_equal(feeds["ids"], example_feeds(IDS, {"B": 500})["ids"])
+
+
+def test_sizes_default_to_opt() -> None:
+    assert sizes_of(IDS, AXES, {}) == {"B": 3}
+    assert sizes_of(IDS, AXES, {"B": 8}) == {"B": 8}
+    with pytest.raises(ShapeError, match=r"axis B is 9; this bundle allows 1\.\.8"):
+        sizes_of(IDS, AXES, {"B": 9})
+    with pytest.raises(InputError, match="unknown axis 'S'"):
+        sizes_of(IDS, AXES, {"S": 1})
+
+
+@pytest.mark.parametrize("values", [[3.0], [4.0, 1.0], [5.0, 1.0, 4.0, 2.0, 3.0]])
+def test_percentile_is_numpys(values: list[float]) -> None:
+    for percent in (0, 50, 95, 99, 100):
+        assert percentile(values, percent) == pytest.approx(float(np.percentile(values, percent)), rel=1e-12)
+
+
+def test_a_terminal_gets_a_bar_and_a_pipe_does_not(vit_bundle: Path, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        command("bench", vit_bundle, "--runs", "50"),
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        env={**os.environ, "TERM": "xterm"},
+    ) as running:
+        os.close(theirs)
+        shown = b"".join(read_terminal(ours))
+        assert running.stdout is not None
+        piped = running.stdout.read().decode()
+    os.close(ours)
+    assert running.returncode == 0
+    assert b"\x1b[" in shown
+    assert b"50/50" in shown or b"/50" in shown
+    assert ANSI not in piped
+    assert "p50 ms" in piped
+
+
+def read_terminal(descriptor: int) -> Iterator[bytes]:
+    """What arrives at a terminal until the other side closes it."""
+    while select.select([descriptor], [], [], 60)[0]:
+        try:
+            data = os.read(descriptor, 4096)
+        except OSError:  # Linux says EIO there
+            return
+        if not data:
+            return
+        yield data
+
+
+def test_table_has_a_row_per_bundle(vit_bundle: Path, bert_bundle: Path) -> None:
+    told = document(transom("table", vit_bundle, bert_bundle, "--json"))["bundles"]
+    assert [row["family"] for row in told] == ["vit", "bert"]
+    for row in told:
+        assert row["worst_error"] <= row["tolerance"]
+        assert row["p50_ms"] > 0
+    score = told[0]["score"]
+    assert score["pytorch"] == score["bundle"]
+
+    lines = transom("table", vit_bundle, bert_bundle).stdout.splitlines()
+    row = next(line for line in lines if line.startswith(str(vit_bundle)))
+    assert row.count(f" {score['pytorch']['value']:.4f} ") == 2
+    assert f"score: {score['name']} on {score['data']}, n = {score['n']}" in lines
+    assert "fp32" in row
+    assert not any("GPU format" in line for line in lines)
+
+
+def test_a_table_shows_names_as_they_are(vit_bundle: Path, tmp_path: Path) -> None:
+    """No markup, no emoji, nothing cut off."""
+    path = tmp_path / f"[bold]x[{'y' * 100}] :smile: [MASK]"
+    path.symlink_to(vit_bundle)
+    assert f"\n{path}  vit " in transom("table", path).stdout
+
+
+def test_table_marks_gpu_formats(vit_bundle: Path, tmp_path: Path) -> None:
+    def pretend(manifest: dict[str, Any]) -> None:
+        manifest["precision"] = "fp16"
+
+    text = transom("table", changed_bundle(vit_bundle, tmp_path, pretend)).stdout
+    assert "fp16 (GPU format)" in text
+    assert "on a CPU it proves the graph, not the speed" in text
+
+
+def test_table_with_a_bad_bundle_still_shows_the_good_one_and_exits_1(vit_bundle: Path, tmp_path: Path) -> None:
+    result = transom("table", tmp_path, vit_bundle)
+    assert result.exit_code == 1
+    assert re.search(rf"^{re.escape(str(tmp_path))} +cannot be loaded", result.stdout, re.MULTILINE)
+    assert re.search(rf"^{re.escape(str(vit_bundle))} +vit +fp32", result.stdout, re.MULTILINE)
+    assert f"transom.runtime.errors.BundleError: {tmp_path} has no bundle.json" in result.stderr
+    told = transom("table", tmp_path, vit_bundle, "--json")
+    assert told.exit_code == 1
+    assert [row.get("error", {}).get("type") for row in document(told)["bundles"]] == ["BundleError", None]

@@ -1,0 +1,83 @@
+"""`transom inspect`, `selftest` and `verify`: what a bundle holds, and whether it still gives what PyTorch gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from command_line import ANSI, changed_bundle, document, error_line, transom
+from transom.runtime.bundle import MANIFEST
+from transom.runtime.compare import Comparison
+from transom.runtime.errors import ParityError
+
+
+def test_inspect_shows_what_the_manifest_says(vit_bundle: Path) -> None:
+    told = document(transom("inspect", vit_bundle, "--json"))
+    manifest = json.loads((vit_bundle / MANIFEST).read_text())
+    for name in ("family", "task", "precision", "axes", "files", "labels", "source", "tools", "parity"):
+        assert told[name] == manifest[name], name
+    assert told["graphs"][0]["inputs"][0]["name"] == "pixel_values"
+    assert told["size_bytes"] == sum(file.stat().st_size for file in vit_bundle.iterdir())
+
+    text = transom("inspect", vit_bundle).stdout
+    for word in ("image-classification", "fp32", "pixel_values float32 (B, ", "allowed", "golden.safetensors"):
+        assert word in text
+    assert all(file["sha256"] in text for file in manifest["files"].values())  # in a pipe nothing is cut off
+    assert ANSI not in text
+
+
+def test_inspect_refuses_a_changed_byte(vit_bundle: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(vit_bundle, copy)
+    with (copy / "golden.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    assert "golden.safetensors does not have the SHA-256" in error_line(transom("inspect", copy))
+
+
+def test_selftest_agrees_with_pytorch(vit_bundle: Path) -> None:
+    told = document(transom("selftest", vit_bundle, "--threads", "1", "--json"))
+    assert 0 <= told["worst"]["error"] <= told["tolerance"]
+    for case in told["cases"]:
+        tensors = {each["tensor"] for each in case["against_pytorch"]}
+        assert tensors == {each["tensor"] for each in case["against_build"]} == {"logits", "last_hidden_state"}
+    text = transom("selftest", vit_bundle).stdout
+    assert "agrees with PyTorch: worst error" in text
+    assert ANSI not in text
+
+
+def test_selftest_beyond_tolerance_exits_1_with_the_worst_element(vit_bundle: Path, tmp_path: Path) -> None:
+    def tighten(manifest: dict[str, Any]) -> None:
+        manifest["parity"]["tolerance"] = 1e-12
+
+    line = error_line(transom("selftest", changed_bundle(vit_bundle, tmp_path, tighten)))
+    assert re.search(r"ParityError: .* logits\[\d+, \d+\] is \S+, expected \S+ \(error .*allows 1e-12", line)
+
+
+def test_verify_compares_with_the_checkpoint(bert_bundle: Path, bert_checkpoint: Path) -> None:
+    told = document(transom("verify", bert_bundle, "--source", bert_checkpoint, "--json"))
+    shapes = [case["shape"] for case in told["cases"]]
+    assert {"B": 1, "S": 1} in shapes
+    assert max(c["error"] for case in told["cases"] for c in case["comparisons"]) < 2e-5
+    text = transom("verify", bert_bundle).stdout
+    assert re.search(r"^B=1,S=1 +sentence_embedding +\d\.\d\de-\d\d +\[0, \d+\]", text, re.MULTILINE)
+    assert "agrees with PyTorch" in text
+
+
+def test_verify_beyond_tolerance_exits_1(bert_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worst = Comparison("logits", (1, 2), 0.5, (0, 1), 1.5, 1.0)
+
+    def differ(*arguments: Any, **options: Any) -> None:
+        raise ParityError(f"it differs: {worst}")
+
+    monkeypatch.setattr("transom.export.pipeline.verify", differ)
+    line = error_line(transom("verify", bert_bundle))
+    assert line == "transom.runtime.errors.ParityError: it differs: logits[0, 1] is 1.5, expected 1 (error 5.00e-01)"

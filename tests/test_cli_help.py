@@ -1,0 +1,115 @@
+"""What the command line says of itself: help, usage, version, completion; and how values are printed."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from command_line import ANSI, document, process, transom
+from transom.cli.show import bytes_text, plain, printable
+
+COMMANDS = ("export", "verify", "selftest", "run", "bench", "inspect", "doctor", "table")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_every_command_explains_itself_by_example(name: str, flag: str) -> None:
+    result = transom(name, flag)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert re.search(rf"^  Examples?:\n    transom {name} ?", result.stdout, re.MULTILINE)
+    assert [line for line in result.stdout.splitlines() if len(line) > 80] == []
+
+
+def test_help_names_the_commands_the_statuses_and_completion() -> None:
+    text = transom("--help").stdout
+    assert set(COMMANDS) <= set(text.split())
+    for line in ("0    done", "1    a Transom error", "2    wrong usage", "130  Ctrl-C", "--install-completion"):
+        assert line in text
+    assert ANSI not in text
+    assert [line for line in text.splitlines() if len(line) > 80] == []
+
+
+def test_help_is_what_one_gets_without_arguments() -> None:
+    result = transom()
+    assert result.exit_code == 2
+    assert "Usage: transom [OPTIONS] COMMAND" in result.output
+
+
+def test_version() -> None:
+    assert re.fullmatch(r"transom \d+\.\d+\.\d+\n", transom("--version").stdout)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["frobnicate"], "No such command 'frobnicate'"),
+        (["inspect"], "Missing argument 'BUNDLE'"),
+        (["inspect", "b", "--frobnicate"], "No such option: --frobnicate"),
+        (["selftest", "b", "--threads", "0"], "'--threads'"),
+        (["bench", "b", "--shape", "S"], "--shape is 'S'; expected AXIS=SIZE"),
+        (["bench", "b", "--shape", "S=0"], "--shape is 'S=0'"),
+        (["bench", "b", "--shape", "S=²"], "--shape is 'S=²'"),
+        (["bench", "b", "--shape", "S=1,S=2"], "axis S is given twice"),
+        (["export", "s"], "Missing option '--out'"),
+        (["export", "s", "--out", "o", "--precision", "fp8"], "'--precision'"),
+        (["export", "s", "--out", "o", "--max", "512"], "--max is '512'"),
+        (["export", "s", "--out", "o", "--image-size", "3x4x5"], "--image-size is '3x4x5'"),
+        (["export", "s", "--out", "o", "--image-size", "0"], "--image-size is '0'"),
+    ],
+)
+def test_a_wrong_call_exits_2_and_says_what_is_wrong(arguments: list[str], said: str) -> None:
+    result = transom(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_wrong_call_with_json_is_json() -> None:
+    result = transom("bench", "b", "--shape", "S", "--json")
+    assert result.exit_code == 2
+    assert document(result)["error"]["type"] == "UsageError"
+    assert "--shape is 'S'" in document(result)["error"]["message"]
+
+
+def test_completion_knows_the_commands_and_the_precisions(tmp_path: Path) -> None:
+    for words, expected in (("transom exp", "export"), ("transom export s --precision fp1", "fp16")):
+        asked = {"_TRANSOM_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        assert process(tmp_path, env={**os.environ, **asked}).stdout.split() == [expected]
+
+
+def test_the_command_line_starts_in_a_third_of_a_second(tmp_path: Path) -> None:
+    """The best of five, a busy machine slows some; rich and numpy wait until a command needs them."""
+    code = "import sys, transom.cli.main; sys.exit(bool({'rich', 'numpy', 'torch'} & set(sys.modules)))"
+    best_us = math.inf
+    for _ in range(5):
+        done = subprocess.run(
+            [sys.executable, "-X", "importtime", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0
+        (cumulative,) = re.findall(r"\|\s*(\d+) \| +transom\.cli\.main$", done.stderr, re.MULTILINE)
+        best_us = min(best_us, int(cumulative))
+    assert best_us < 300_000
+
+
+def test_json_has_no_nan() -> None:
+    values = {"a": math.nan, "b": [np.float32(math.inf), np.array([1.5, -math.inf])], "c": Path("/x"), "d": np.int64(3)}
+    assert plain(values) == {"a": None, "b": [None, [1.5, None]], "c": "/x", "d": 3}
+
+
+def test_printable_keeps_text_and_escapes_control() -> None:
+    assert printable("Zürich 東京 [MASK]") == "Zürich 東京 [MASK]"
+    assert printable("a\tb\x1b[2J\x07") == "a\\tb\\x1b[2J\\x07"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (90 << 20, "90.0 MiB"), (5 << 30, "5.0 GiB")]
+)
+def test_bytes_are_readable(count: int, text: str) -> None:
+    assert bytes_text(count) == text
