@@ -137,7 +137,7 @@ def missing_weights(folder: Path) -> str:
 
 
 def refuse_pickles(source: str, names: Iterable[str]) -> None:
-    """Raise CheckpointError if there are pickled weights among the files ``names``; called where there are no others."""
+    """CheckpointError if there are pickled weights among the files ``names``; called where there are no others."""
     pickles = sorted(name for name in names if name.endswith(PICKLES))
     if pickles:
         raise CheckpointError(

@@ -199,7 +199,7 @@ def config_from_source(source: Source) -> ViTConfig:
 
 def pair(raw: Mapping[str, Any], name: str, default: int) -> tuple[int, int]:
     """A size that transformers writes as one integer, as [height, width], or as null for the default."""
-    value = default if raw.get(name) is None else raw[name]
+    value: Any = default if raw.get(name) is None else raw[name]
     sides = (value, value) if type(value) is int else value
     valid = isinstance(sides, list | tuple) and len(sides) == 2
     if not valid or not all(type(side) is int and 1 <= side <= 16_384 for side in sides):

@@ -87,7 +87,9 @@ class Bundle:
 
     def read(self, name: str) -> bytes:
         """The bytes of a file, hashed as they were read: what is returned is what was checked."""
-        file = self.manifest.files[name]
+        file = self.manifest.files.get(name)
+        if file is None:
+            raise BundleError(f"{self.folder / MANIFEST} does not list {name!r} under files; export the bundle again.")
         data = regular_file(self.folder, name).read_bytes()
         if hashlib.sha256(data).hexdigest() != file.sha256:
             raise changed(self.folder, name)
@@ -141,7 +143,7 @@ def manifest_from_json(value: dict[str, Any]) -> Manifest:
         files=files,
         source=top.mapping("source"),
         tools=top.mapping("tools"),
-        parity=top.mapping("parity"),
+        parity=parity_from_json(top.mapping("parity"), top.problems),
         score=top.mapping("score", None),
     )
     top.done()
@@ -154,6 +156,16 @@ def manifest_sha256(value: Mapping[str, Any]) -> str:
     """SHA-256 of bundle.json without that field: keys sorted, no white space, ASCII only."""
     rest = {key: item for key, item in value.items() if key != "manifest_sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def parity_from_json(value: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    """The figures are for people, but for the two that ``transom selftest`` judges by."""
+    scales = value.get("scales", {})
+    if not isinstance(scales, dict) or not all(type(scale) is float for scale in scales.values()):
+        problems.append("parity.scales is no object of numbers")
+    if type(value.get("tolerance")) is not float:
+        problems.append(f"parity.tolerance is {repr(value.get('tolerance'))[:60]}, expected a number")
+    return value
 
 
 def axis_from_json(name: str, value: Any, problems: list[str]) -> Axis:
@@ -188,6 +200,10 @@ def graph_from_json(value: Any, axes: Mapping[str, Axis], files: Mapping[str, Fi
         outputs=tuple(tensor_from_json(v, axes, problems) for v in fields.sequence("outputs")),
     )
     fields.done()
+    given = {size for tensor in graph.inputs for size in tensor.shape if isinstance(size, str)}
+    asked = {size for tensor in graph.outputs for size in tensor.shape if isinstance(size, str)}
+    if not asked <= given:
+        problems.append(f"graphs[] has outputs with the axes {sorted(asked - given)}, which no input has")
     return GraphFile(graph, targets, weights)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,14 +15,23 @@ from transom.runtime.spec import Graph
 
 @dataclass(frozen=True)
 class Comparison:
-    """``error`` is max|ours - theirs| / max|theirs|: infinite where a shape differs or a value is not finite."""
+    """The worst element of a tensor: ``difference`` is max|ours - theirs|, ``scale`` is max|theirs|.
+
+    The difference is infinite where a shape differs or a value is not finite.
+    """
 
     tensor: str
     shape: tuple[int, ...]
-    error: float
+    difference: float
+    scale: float
     index: tuple[int, ...]  # of the worst element
     ours: float
     theirs: float
+
+    @property
+    def error(self) -> float:
+        """The difference on the tensor's own scale; as it is where that is zero."""
+        return self.difference / (self.scale or 1.0)
 
     def __str__(self) -> str:
         where = ", ".join(map(str, self.index))
@@ -43,9 +52,9 @@ def compare(
     axes, says which positions count.
     """
     if ours.shape != theirs.shape:
-        return Comparison(tensor, theirs.shape, math.inf, (), math.nan, math.nan)
+        return Comparison(tensor, theirs.shape, math.inf, 1.0, (), math.nan, math.nan)
     if theirs.size == 0:
-        return Comparison(tensor, theirs.shape, 0.0, (), 0.0, 0.0)
+        return Comparison(tensor, theirs.shape, 0.0, 1.0, (), 0.0, 0.0)
     worst, index, scale = -1.0, (0,) * theirs.ndim, 0.0
     for row in range(len(theirs)):  # one at a time: logits over a vocabulary take gigabytes
         difference, largest = compare_row(ours[row], theirs[row], None if real is None else real[row])
@@ -54,7 +63,7 @@ def compare(
             worst = float(difference.flat[place])
             index = (row, *(int(i) for i in np.unravel_index(place, difference.shape)))
         scale = max(scale, largest)
-    return Comparison(tensor, theirs.shape, worst / (scale or 1.0), index, float(ours[index]), float(theirs[index]))
+    return Comparison(tensor, theirs.shape, worst, scale, index, float(ours[index]), float(theirs[index]))
 
 
 def compare_row(
@@ -85,4 +94,23 @@ def compare_outputs(
     return tuple(
         compare(name, ours[name], expected, real if axes[name] == ("B", "S") else None)
         for name, expected in theirs.items()
+    )
+
+
+def largest_scales(comparisons: Iterable[Comparison]) -> dict[str, float]:
+    """Each tensor's largest scale over many runs."""
+    scales: dict[str, float] = {}
+    for comparison in comparisons:
+        scales[comparison.tensor] = max(comparison.scale, scales.get(comparison.tensor, 0.0))
+    return scales
+
+
+def on_scales(comparisons: Iterable[Comparison], scales: Mapping[str, float]) -> tuple[Comparison, ...]:
+    """The comparisons on the scales given, where those are larger.
+
+    One run may be too little to tell a tensor's scale: a single logit near zero has none.
+    """
+    return tuple(
+        replace(comparison, scale=max(comparison.scale, scales.get(comparison.tensor, 0.0)))
+        for comparison in comparisons
     )

@@ -9,14 +9,28 @@ from typing import Any, NoReturn
 
 from transom.runtime.errors import BundleError
 
+MAX_DEPTH = 32  # our own files have 6
+
 
 def parse_json(data: bytes, what: str) -> Any:
     """Parse UTF-8 JSON; BundleError on NaN, Infinity, a key given twice, or nesting without end."""
     try:
-        return json.loads(data, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_object)
+        value = json.loads(data, parse_constant=_refuse, parse_float=_finite, object_pairs_hook=_object)
+        _check_depth(value)
+        return value
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise BundleError(f"{what} is not usable JSON ({reason[:200]}); copy the bundle again.") from None
+
+
+def _check_depth(value: Any) -> None:
+    """Refuse what is nested so deeply that whoever walks through it later would run out of stack."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        inner = [list(item.values()) if isinstance(item, dict) else item for item in level]
+        level = [part for item in inner if isinstance(item, list) for part in item]
+    if level:
+        raise ValueError(f"nested more than {MAX_DEPTH} deep")
 
 
 def _refuse(word: str) -> NoReturn:

@@ -75,13 +75,13 @@ class OrtBackend:
 
     def run(self, feeds: Mapping[str, Array], shapes: Mapping[str, Sequence[int]]) -> dict[str, Array]:
         binding = self._binding()
-        outputs = {name: np.empty(tuple(shape), np.float32) for name, shape in shapes.items()}
         feeds = {name: np.ascontiguousarray(value) for name, value in feeds.items()}
-        for name, value in feeds.items():
-            binding.bind_cpu_input(name, value)
-        for name, value in outputs.items():
-            binding.bind_output(name, "cpu", 0, np.float32, value.shape, value.ctypes.data)
         try:
+            outputs = {name: np.empty(tuple(shape), np.float32) for name, shape in shapes.items()}
+            for name, value in feeds.items():
+                binding.bind_cpu_input(name, value)
+            for name, value in outputs.items():
+                binding.bind_output(name, "cpu", 0, np.float32, value.shape, value.ctypes.data)
             self._session.run_with_iobinding(binding)
         except Exception as error:  # the library raises bare RuntimeError and its own types alike
             raise BackendError(f"ONNX Runtime failed on {self.device}: {_one_line(error)}") from None

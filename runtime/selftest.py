@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
 
 from transom.runtime.backend import Array
 from transom.runtime.bundle import Bundle
-from transom.runtime.compare import Comparison, compare_outputs
+from transom.runtime.compare import Comparison, compare_outputs, on_scales
 from transom.runtime.errors import BundleError, ParityError
-from transom.runtime.session import load
+from transom.runtime.session import LoadedBundle, load
 
 GOLDEN = "golden.safetensors"
 
@@ -49,8 +48,9 @@ def selftest(path: str | PathLike[str], device: str = "cpu", threads: int | None
         tolerance = loaded.manifest.parity.get("tolerance")
         if not isinstance(tolerance, float) or not golden:
             raise BundleError(f"{path} holds no golden values or no tolerance; export it again.")
+        scales = loaded.manifest.parity.get("scales", {})
         report = SelftestReport(
-            tolerance, tuple(run_case(loaded, name, arrays) for name, arrays in sorted(golden.items()))
+            tolerance, tuple(run_case(loaded, name, arrays, scales) for name, arrays in sorted(golden.items()))
         )
     if not report.worst.error <= tolerance:
         raise ParityError(
@@ -60,13 +60,18 @@ def selftest(path: str | PathLike[str], device: str = "cpu", threads: int | None
     return report
 
 
-def run_case(loaded: Any, name: str, arrays: Mapping[str, Mapping[str, Array]]) -> SelftestCase:
+def run_case(
+    loaded: LoadedBundle, name: str, arrays: Mapping[str, Mapping[str, Array]], scales: Mapping[str, float]
+) -> SelftestCase:
+    """One case; ``scales`` are those of the outputs over the whole parity grid."""
+    if not arrays["pytorch"] or arrays["bundle"].keys() != arrays["pytorch"].keys():
+        raise BundleError(f"{GOLDEN}: case {name!r} has not the same outputs on both sides; export the bundle again.")
     graph, inputs = loaded.graph_for(arrays["input"]), arrays["input"]
     ours = loaded.run(inputs, list(arrays["pytorch"]))
     return SelftestCase(
         name,
-        compare_outputs(graph, inputs, ours, arrays["pytorch"]),
-        compare_outputs(graph, inputs, ours, arrays["bundle"]),
+        on_scales(compare_outputs(graph, inputs, ours, arrays["pytorch"]), scales),
+        on_scales(compare_outputs(graph, inputs, ours, arrays["bundle"]), scales),
     )
 
 

@@ -109,8 +109,15 @@ class LoadedBundle:
                 f"Export again with --task {tasks[0]}."
             )
 
-    def max_batch(self) -> int:
-        axis = self.manifest.axes.get("B")
-        if axis is None:
-            raise BundleError("bundle.json has no axis B; export the bundle again.")
-        return axis.max
+    def max_size(self, axis: str) -> int:
+        """The maximum of a named axis; BundleError where the bundle has no such axis."""
+        if axis not in self.manifest.axes:
+            raise BundleError(f"bundle.json has no axis {axis}; export the bundle again.")
+        return self.manifest.axes[axis].max
+
+    def labels(self, count: int) -> tuple[str, ...]:
+        """The names of ``count`` classes; BundleError where the bundle names another number of them."""
+        found = self.manifest.labels
+        if len(found) != count:
+            raise BundleError(f"bundle.json has {len(found)} labels, the graph gives {count}; export the bundle again.")
+        return found

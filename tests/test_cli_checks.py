@@ -73,7 +73,7 @@ def test_verify_compares_with_the_checkpoint(bert_bundle: Path, bert_checkpoint:
 
 
 def test_verify_beyond_tolerance_exits_1(bert_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    worst = Comparison("logits", (1, 2), 0.5, (0, 1), 1.5, 1.0)
+    worst = Comparison("logits", (1, 2), 0.5, 1.0, (0, 1), 1.5, 1.0)
 
     def differ(*arguments: Any, **options: Any) -> None:
         raise ParityError(f"it differs: {worst}")

@@ -171,7 +171,7 @@ def test_emulation_rounds_to_nearest_even_after_every_node() -> None:
 
 def test_a_weight_past_the_end_of_fp16_is_named() -> None:
     with pytest.raises(
-        PrecisionError, match=r"weight w reaches 70000, fp16 ends at 65504; export with --precision bf16"
+        PrecisionError, match=r"weight w \(module top\) reaches 70000, fp16 ends at 65504; export with --precision bf16"
     ):
         convert_precision(small_model(weight=70_000.0), "fp16")
     assert convert_precision(small_model(weight=70_000.0), "bf16")

@@ -57,8 +57,10 @@ def convert_weight(value: ir.Value, half: ir.DataType) -> None:
     stored = value.const_value.numpy()
     largest = float(np.abs(stored).max(initial=0.0))
     if half == ir.DataType.FLOAT16 and largest > FP16_MAX:
+        module = next(iter(value.consumers())).metadata_props.get(MODULE, "top")
         raise PrecisionError(
-            f"the weight {value.name} reaches {largest:.6g}, fp16 ends at {FP16_MAX:g}; export with --precision bf16."
+            f"the weight {value.name} (module {module}) reaches {largest:.6g}, fp16 ends at {FP16_MAX:g}; "
+            "export with --precision bf16."
         )
     value.const_value = ir.Tensor(stored.astype(NUMPY[half]), dtype=half, name=value.name)
     value.type = ir.TensorType(half)

@@ -50,6 +50,18 @@ def sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     return 0.5 * (1 + np.tanh(0.5 * logits))  # type: ignore[no-any-return]
 
 
+def label_scores(logits: NDArray[np.float32], problem_type: Any) -> NDArray[np.float32]:
+    """Scores of (N, L) logits as transformers' pipelines give them.
+
+    Softmax, or sigmoid for a multi-label checkpoint or a single label, or the plain number for a regression.
+    """
+    if problem_type == "regression":
+        return logits
+    if problem_type == "multi_label_classification" or (problem_type is None and logits.shape[1] == 1):
+        return sigmoid(logits)
+    return softmax(logits)
+
+
 def best(scores: NDArray[np.float32], top_k: int) -> list[int]:
     """Indices of the ``top_k`` largest, largest first; the lower index first where two are equal."""
     if type(top_k) is not int or top_k < 1:

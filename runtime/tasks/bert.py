@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from transom.runtime.errors import InputError
 from transom.runtime.session import LoadedBundle
-from transom.runtime.tasks.answers import Answer, Entity, Ranked, best, many, ranked, sigmoid, softmax
+from transom.runtime.tasks.answers import Answer, Entity, Ranked, best, label_scores, many, ranked, softmax
 from transom.runtime.tasks.spans import best_spans
 from transom.runtime.text import EncodedBatch, TextEncoder, TextSpec
 
@@ -34,12 +34,12 @@ class Bert(LoadedBundle):
         self._text = None
         if self.manifest.tokenizer is not None:
             spec = TextSpec.from_json(self.manifest.tokenizer)
-            self._text = TextEncoder(self._bundle.read(spec.file), spec, max_tokens=self.manifest.axes["S"].max)
+            self._text = TextEncoder(self._bundle.read(spec.file), spec, max_tokens=self.max_size("S"))
 
     def embed(self, texts: str | Sequence[str]) -> Floats:
         """One vector per text, pooled as the checkpoint says: float32 (E,) for one text, (N, E) for a list."""
         single, batch = many(texts)
-        prompt = self.manifest.options.get("prompt", "")
+        prompt = str(self.manifest.options.get("prompt", ""))
         prompted = [prompt + text if isinstance(text, str) else text for text in batch]
         vectors = self._rows(prompted, None, "sentence_embedding", truncate=True)
         return vectors[0] if single else vectors
@@ -61,12 +61,8 @@ class Bert(LoadedBundle):
         single, batch = many(texts)
         seconds = None if pairs is None else many(pairs)[1]
         logits = self._rows(batch, seconds, "logits", truncate=truncate)
-        problem = self.manifest.options.get("problem_type")
-        if problem == "multi_label_classification" or (problem is None and logits.shape[1] == 1):
-            scores = sigmoid(logits)
-        else:
-            scores = logits if problem == "regression" else softmax(logits)
-        labels = self.manifest.labels
+        scores = label_scores(logits, self.manifest.options.get("problem_type"))
+        labels = self.labels(scores.shape[1])
         answers: list[Ranked] = [ranked(row, labels, len(labels) if top_k is None else top_k) for row in scores]
         return answers[0] if single else answers
 
@@ -100,7 +96,7 @@ class Bert(LoadedBundle):
         for text in batch:
             encoded = self._encoder().encode([text], truncate=truncate)
             probabilities = softmax(self._run(encoded, "logits")[0])
-            found = entities(text, encoded.rows[0], probabilities, self.manifest.labels)
+            found = entities(text, encoded.rows[0], probabilities, self.labels(probabilities.shape[1]))
             answers.append([entity for entity in found if entity.label not in ignore])
         return answers[0] if single else answers
 
@@ -126,8 +122,8 @@ class Bert(LoadedBundle):
         encoded = self._encoder().encode(texts, pairs, truncate=truncate)
         order = np.argsort(encoded.attention_mask.sum(1), kind="stable")
         rows: list[Floats] = [np.empty(0, np.float32)] * len(texts)
-        for start in range(0, len(order), self.max_batch()):
-            chosen = order[start : start + self.max_batch()]
+        for start in range(0, len(order), self.max_size("B")):
+            chosen = order[start : start + self.max_size("B")]
             for index, row in zip(chosen, self._run(take(encoded, chosen), output), strict=True):
                 rows[index] = row
         return np.stack(rows)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from transom.runtime.errors import InputError
 from transom.runtime.preprocess import ImagePreprocess
 from transom.runtime.session import LoadedBundle
-from transom.runtime.tasks.answers import Ranked, many, ranked, softmax
+from transom.runtime.tasks.answers import Ranked, label_scores, many, ranked
 
 if TYPE_CHECKING:
     from transom.runtime.images import ImageSource
@@ -32,8 +32,9 @@ class ViT(LoadedBundle):
         """The ``top_k`` most probable labels: ``[(label, probability), ...]`` per image, best first."""
         self.need_task("image-classification")
         single, batch = many(images)
-        logits = self._outputs(batch, "logits")
-        answers: list[Ranked] = [ranked(row, self.manifest.labels, top_k) for row in softmax(logits)]
+        scores = label_scores(self._outputs(batch, "logits"), self.manifest.options.get("problem_type"))
+        labels = self.labels(scores.shape[1])
+        answers: list[Ranked] = [ranked(row, labels, top_k) for row in scores]
         return answers[0] if single else answers
 
     def features(self, images: ImageSource | Sequence[ImageSource]) -> NDArray[np.float32]:
@@ -48,7 +49,7 @@ class ViT(LoadedBundle):
             raise InputError("this bundle's channels are not red, green, blue; call run() with pixel_values instead.")
         if not images:
             raise InputError("the list of images is empty; give at least one.")
-        size = self.max_batch()
+        size = self.max_size("B")
         parts = [
             self.run({"pixel_values": self._preprocess(images[start : start + size])}, [output])[output]
             for start in range(0, len(images), size)
