@@ -22,12 +22,12 @@ def selftest(bundle: BundlePath, device: Device = "cpu", threads: Threads = None
                 "bundle": bundle,
                 "device": device,
                 "tolerance": report.tolerance,
-                "worst": vars(report.worst),
+                "worst": report.worst.to_json(),
                 "cases": [
                     {
                         "name": case.name,
-                        "against_pytorch": [vars(each) for each in case.against_pytorch],
-                        "against_build": [vars(each) for each in case.against_build],
+                        "against_pytorch": [each.to_json() for each in case.against_pytorch],
+                        "against_build": [each.to_json() for each in case.against_build],
                     }
                     for case in report.cases
                 ],

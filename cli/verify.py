@@ -41,7 +41,8 @@ def verify(
             {
                 "bundle": bundle,
                 "cases": [
-                    {"shape": case.shape, "comparisons": [vars(each) for each in case.comparisons]} for case in cases
+                    {"shape": case.shape, "comparisons": [each.to_json() for each in case.comparisons]}
+                    for case in cases
                 ],
             }
         )

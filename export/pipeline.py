@@ -247,10 +247,10 @@ def parity_to_json(cases: list[Case], precision: str, largest: Mapping[str, tupl
     """The figures of the parity run; ``fp16_largest`` is the tensor nearest to the end of FP16."""
     worst = max(cases, key=lambda case: case.worst.error)
     figures: dict[str, Any] = {
-        "metric": "max|ours - pytorch| at a shape / max|pytorch| over all shapes, per output",
+        "metric": "max|ours - pytorch| at a shape / max|pytorch| over all shapes (logits: at least 1), per output",
         "tolerance": TOLERANCES[precision],
         "scales": largest_scales(worst.comparisons),
-        "worst": {"sizes": dict(worst.shape), "error": worst.worst.error, **asdict(worst.worst)},
+        "worst": {"sizes": dict(worst.shape), **worst.worst.to_json()},
         "cases": [{"sizes": dict(c.shape), "errors": {e.tensor: e.error for e in c.comparisons}} for c in cases],
     }
     if largest:

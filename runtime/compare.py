@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from transom.runtime.backend import Array
 from transom.runtime.spec import Graph
+
+
+LOGIT = 1.0  # the least scale of logits: a difference of d multiplies odds by exp(d), however small the logits are
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,10 @@ class Comparison:
     def error(self) -> float:
         """The difference on the tensor's own scale; as it is where that is zero."""
         return self.difference / (self.scale or 1.0)
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field, and the error that follows from them."""
+        return {**asdict(self), "error": self.error}
 
     def __str__(self) -> str:
         where = ", ".join(map(str, self.index))
@@ -89,12 +97,14 @@ def compare_outputs(
     What a model computes for padding is never read and is not kept within any bounds by training:
     counted, it would ask for tolerances ten times as wide for everything else. It must be finite.
     """
+    floors = {name: LOGIT if name.endswith("logits") else 0.0 for name in theirs}
     axes = {tensor.name: tensor.shape[:2] for tensor in graph.outputs}
     real = inputs["attention_mask"] != 0 if "attention_mask" in inputs else None
-    return tuple(
+    compared = (
         compare(name, ours[name], expected, real if axes[name] == ("B", "S") else None)
         for name, expected in theirs.items()
     )
+    return on_scales(compared, floors)
 
 
 def largest_scales(comparisons: Iterable[Comparison]) -> dict[str, float]:

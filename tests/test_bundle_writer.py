@@ -128,7 +128,7 @@ def test_an_interrupted_export_leaves_nothing(
 def test_killed_at_any_moment_there_is_no_half_bundle(bert_checkpoint: Path, tmp_path: Path) -> None:
     """SIGKILL cannot be cleaned up after, but what is at --out is whole or not there."""
     out = tmp_path / "out"
-    for delay in (0.0, 0.05, 0.2):
+    for delay in (0.0, 0.1):
         command = [
             sys.executable,
             "-m",
@@ -153,3 +153,30 @@ def test_the_writer_replaces_whole_files(tmp_path: Path) -> None:
     writer.add("a", b"three")
     assert sorted(os.listdir(tmp_path)) == ["a"]
     assert (tmp_path / "a").read_bytes() == b"three"
+
+
+def test_what_appears_at_out_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(ExportError, match="exists"), new_bundle(out, force=False):  # noqa: PT012
+        out.mkdir()
+        (out / "precious.txt").write_text("mine")
+    assert (out / "precious.txt").read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_ctrl_c_between_the_two_renames_keeps_the_old_bundle(
+    bert_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Path(shutil.copytree(bert_bundle, tmp_path / "out"))
+    rename = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        if self.name.endswith(".partial"):
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with pytest.raises(KeyboardInterrupt), new_bundle(out, force=True):  # noqa: PT012
+        monkeypatch.setattr(Path, "rename", interrupted)
+        monkeypatch.setattr(Path, "replace", interrupted)
+    assert Bundle(out).manifest.family == "bert"
+    assert list(tmp_path.iterdir()) == [out]

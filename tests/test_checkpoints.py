@@ -242,3 +242,51 @@ def test_sentence_transformers_folders(bert: Path, pooling: dict[str, Any], expe
     (bert / "modules.json").write_text(json.dumps(listed))
     with pytest.raises(CheckpointError, match="'dense' module"):
         read(bert)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_act": ["gelu"]}, r"hidden_act is \['gelu'\]"),
+        ({"model_type": ["bert"]}, r"model_type \['bert'\]"),
+    ],
+)
+def test_fields_of_another_type(bert: Path, change: dict[str, Any], message: str) -> None:
+    edit(bert, lambda words: words.update(change))
+    with pytest.raises(CheckpointError, match=message):
+        read(bert)
+
+
+@pytest.mark.parametrize("size", ["x", -3, 2.5])
+def test_pooler_sizes_that_are_none(make_checkpoint: MakeCheckpoint, size: Any) -> None:
+    folder = make_checkpoint("ViTModel")
+    edit(folder, lambda words: words.update(pooler_output_size=size))
+    with pytest.raises(CheckpointError, match="pooler_output_size is"):
+        read(folder)
+
+
+@pytest.mark.parametrize("source", ["~nosuchuser/model", "a" * 5_000, "nul\0"])
+def test_sources_that_cannot_be_paths(source: str) -> None:
+    with pytest.raises(CheckpointError):
+        load_source(source, task=None, max_sizes={}, image_size=None, ignore_unused=False)
+
+
+def test_what_sentence_transformers_settings_would_change_is_refused(bert: Path) -> None:
+    modules = [{"path": "", "type": "a.Transformer"}, {"path": "1_Pooling", "type": "a.Pooling"}]
+    (bert / "modules.json").write_text(json.dumps(modules))
+    (bert / "1_Pooling").mkdir()
+    pooling, settings = bert / "1_Pooling" / "config.json", bert / "config_sentence_transformers.json"
+    pooling.write_text(json.dumps({"pooling_mode": ["mean"], "include_prompt": False}))
+    prompts = {"prompts": {"query": "query: "}, "default_prompt_name": "query"}
+    settings.write_text(json.dumps(prompts))
+    with pytest.raises(CheckpointError, match="leaves out the prompt 'query: '"):
+        read(bert, task="feature-extraction")
+    pooling.write_text(json.dumps({"pooling_mode": ["mean"]}))
+    assert read(bert, task="feature-extraction").options == {"prompt": "query: "}
+    settings.write_text(json.dumps({**prompts, "truncate_dim": 8}))
+    with pytest.raises(CheckpointError, match="truncate_dim is 8"):
+        read(bert, task="feature-extraction")
+    settings.write_text(json.dumps(prompts))
+    pooling.write_text(json.dumps({"pooling_mode": ["cls", "mean"]}))
+    with pytest.raises(CheckpointError, match=r"'cls\+mean'; defined are mean and cls"):
+        read(bert, task="feature-extraction")

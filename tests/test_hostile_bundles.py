@@ -219,3 +219,49 @@ def test_what_is_read_is_what_was_hashed(bundle: Path) -> None:
     (bundle / "tokenizer.json").write_bytes(bytes(opened.manifest.files["tokenizer.json"].size))
     with pytest.raises(BundleError, match="SHA-256"):
         opened.read("tokenizer.json")
+
+
+def replace_tensor(words: dict[str, Any], side: str, index: int, **change: Any) -> None:
+    words["graphs"][0][side][index].update(change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w["axes"].pop("S"), "'S', expected an axis name"),
+        (lambda w: w["tokenizer"].update(file="absent.json"), r"does not list 'absent\.json'"),
+        (lambda w: replace_tensor(w, "outputs", 0, shape=["T", 3]), "'T', expected an axis name"),
+        (lambda w: w["parity"].update(tolerance="wide"), "tolerance is 'wide', expected a number"),
+        (lambda w: w["parity"].update(scales=[1]), "scales is no object of numbers"),
+        (lambda w: w.update(config=nested(40)), "nested more than 32 deep"),
+    ],
+)
+def test_claims_that_contradict_each_other(bundle: Path, change: Change, message: str) -> None:
+    rewrite(bundle, change)
+    with pytest.raises(BundleError, match=message):
+        load(bundle)
+
+
+def nested(depth: int) -> dict[str, Any]:
+    return {"a": nested(depth - 1)} if depth else {}
+
+
+def test_an_output_larger_than_memory_is_an_error(bundle: Path) -> None:
+    import numpy as np
+
+    rewrite(bundle, lambda words: replace_tensor(words, "outputs", 1, shape=[2**31 - 1, 2**31 - 1]))
+    with load(bundle) as bert, pytest.raises(TransomError, match="failed on cpu"):
+        bert.run({"input_ids": np.ones((1, 1), np.int64)})
+
+
+def test_a_tokenizer_that_never_ends_is_an_error(bundle: Path) -> None:
+    from hashlib import sha256
+
+    words = json.loads((bundle / "tokenizer.json").read_text())
+    words["pre_tokenizer"] = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    data = json.dumps(words).encode()
+    (bundle / "tokenizer.json").write_bytes(data)
+    entry = {"size": len(data), "sha256": sha256(data).hexdigest()}
+    rewrite(bundle, lambda words: words["files"].update({"tokenizer.json": entry}))
+    with load(bundle) as bert, pytest.raises(TransomError, match="cannot be tokenized"):
+        bert.embed("a" * 60 + "!")
