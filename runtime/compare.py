@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from transom.runtime.backend import Array
 from transom.runtime.spec import Graph
 
-
 LOGIT = 1.0  # the least scale of logits: a difference of d multiplies odds by exp(d), however small the logits are
 
 
