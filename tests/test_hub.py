@@ -39,8 +39,15 @@ def open_by_id(source: str, **environment: str) -> str:
 
 @pytest.fixture
 def hub(bert_checkpoint: Path) -> Iterator[str]:
-    """The address of a server that answers as the hub does, for one repository, ``someone/tiny``."""
-    files = {p.name: p.read_bytes() for p in bert_checkpoint.iterdir()} | {"pytorch_model.bin": b"a pickle"}
+    """The address of a server that answers as the hub does, for ``someone/tiny`` and ``someone/pickled``.
+
+    The first has its weights in both formats, the second as a pickle only; no pickle may be asked for.
+    """
+    tiny = {path.name: path.read_bytes() for path in bert_checkpoint.iterdir()} | {"pytorch_model.bin": b"a pickle"}
+    repositories = {
+        "someone/tiny": tiny,
+        "someone/pickled": {name: data for name, data in tiny.items() if not name.endswith(".safetensors")},
+    }
 
     class Hub(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -52,20 +59,22 @@ def hub(bert_checkpoint: Path) -> Iterator[str]:
             self.answer(send=False)
 
         def answer(self, send: bool) -> None:
-            if self.path.startswith("/api/models/someone/tiny/tree/"):
+            api = self.path.startswith("/api/models/")
+            owner, name, *rest = self.path.removeprefix("/api/models" if api else "").strip("/").split("/")
+            files = repositories.get(f"{owner}/{name}")
+            if files is None:
+                return self.reply(404, b"{}", {"X-Error-Code": "RepoNotFound"}, send)
+            if api:
                 tree = [{"type": "file", "path": n, "size": len(d), "oid": COMMIT} for n, d in files.items()]
-                return self.reply(200, json.dumps(tree).encode(), {"Content-Type": "application/json"}, send)
-            if self.path.startswith("/api/models/someone/tiny"):
-                siblings = [{"rfilename": name} for name in files]
-                body = json.dumps({"id": "someone/tiny", "sha": COMMIT, "siblings": siblings}).encode()
+                info = {"id": f"{owner}/{name}", "sha": COMMIT, "siblings": [{"rfilename": n} for n in files]}
+                body = json.dumps(tree if rest[:1] == ["tree"] else info).encode()
                 return self.reply(200, body, {"Content-Type": "application/json"}, send)
-            name = self.path.rsplit("/", 1)[-1]
-            if not self.path.startswith("/someone/tiny/resolve/") or name not in files:
-                headers = {"X-Error-Code": "RepoNotFound"} if "/someone/tiny/" not in self.path else {}
-                return self.reply(404, b"{}", headers, send)
-            assert name != "pytorch_model.bin", "a pickle was downloaded"
-            headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha256(files[name]).hexdigest()}"'}
-            return self.reply(200, files[name], headers, send)
+            wanted = rest[-1]
+            if wanted not in files:
+                return self.reply(404, b"{}", {}, send)
+            assert wanted != "pytorch_model.bin", "a pickle was downloaded"
+            headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{hashlib.sha256(files[wanted]).hexdigest()}"'}
+            return self.reply(200, files[wanted], headers, send)
 
         def reply(self, status: int, body: bytes, headers: dict[str, str], send: bool) -> None:
             self.send_response(status)
@@ -101,3 +110,9 @@ def test_what_the_hub_does_not_have(hub: str, tmp_path: Path) -> None:
     assert "did not give it" in offline
     assert "Check the name and the connection" in offline
     assert "\n" not in offline
+
+
+def test_a_repository_with_pickled_weights_only(hub: str, tmp_path: Path) -> None:
+    said = open_by_id("someone/pickled", HF_ENDPOINT=hub, HF_HOME=str(tmp_path), NO_PROXY="127.0.0.1")
+    assert said.startswith("CheckpointError: someone/pickled has its weights only as pytorch_model.bin")
+    assert "save_pretrained('pickled-safe')" in said
