@@ -87,7 +87,7 @@ def unit_rows(vectors: NDArray[Any], n: int) -> NDArray[np.float64]:
         raise ExportError(
             f"embed(texts)[{int(lengths.argmin())}] is a vector of zeros; expected a direction. Check the pooling."
         )
-    return cast(NDArray[np.float64], rows / lengths)
+    return np.asarray(rows / lengths, np.float64)
 
 
 def finite(answers: NDArray[Any], shape: tuple[int, int | None], call: str) -> NDArray[np.float64]:

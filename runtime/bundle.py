@@ -161,9 +161,9 @@ def manifest_sha256(value: Mapping[str, Any]) -> str:
 def parity_from_json(value: dict[str, Any], problems: list[str]) -> dict[str, Any]:
     """The figures are for people, but for the two that ``transom selftest`` judges by."""
     scales = value.get("scales", {})
-    if not isinstance(scales, dict) or not all(type(scale) is float for scale in scales.values()):
+    if not isinstance(scales, dict) or not all(type(scale) in (int, float) for scale in scales.values()):
         problems.append("parity.scales is no object of numbers")
-    if type(value.get("tolerance")) is not float:
+    if type(value.get("tolerance")) not in (int, float):
         problems.append(f"parity.tolerance is {repr(value.get('tolerance'))[:60]}, expected a number")
     return value
 

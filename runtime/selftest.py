@@ -45,9 +45,9 @@ def selftest(path: str | PathLike[str], device: str = "cpu", threads: int | None
     """
     with load(path, device, threads) as loaded:
         golden = read_golden(Bundle(str(path)))
-        tolerance = loaded.manifest.parity.get("tolerance")
-        if not isinstance(tolerance, float) or not golden:
-            raise BundleError(f"{path} holds no golden values or no tolerance; export it again.")
+        tolerance = float(loaded.manifest.parity["tolerance"])
+        if not golden:
+            raise BundleError(f"{path} holds no golden values; export it again.")
         scales = loaded.manifest.parity.get("scales", {})
         report = SelftestReport(
             tolerance, tuple(run_case(loaded, name, arrays, scales) for name, arrays in sorted(golden.items()))

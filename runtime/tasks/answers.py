@@ -42,12 +42,12 @@ def many(value: Any) -> tuple[bool, list[Any]]:
 def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     """Over the last axis, in FP32, shifted by the maximum so that nothing overflows."""
     powers = np.exp(logits - logits.max(-1, keepdims=True))
-    return powers / powers.sum(-1, keepdims=True)  # type: ignore[no-any-return]
+    return np.asarray(powers / powers.sum(-1, keepdims=True), np.float32)
 
 
 def sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     """Elementwise, without overflow on either side."""
-    return 0.5 * (1 + np.tanh(0.5 * logits))  # type: ignore[no-any-return]
+    return np.asarray(0.5 * (1 + np.tanh(0.5 * logits)), np.float32)
 
 
 def label_scores(logits: NDArray[np.float32], problem_type: Any) -> NDArray[np.float32]:
