@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
-from transom.runtime.errors import ExportError
+from transom.runtime.errors import ExportError, one_line
 from transom.runtime.inputs import shape_of
 from transom.runtime.spec import Axis, Graph
 
@@ -45,8 +45,9 @@ def onnx_from_module(module: nn.Module, graph: Graph, axes: Mapping[str, Axis]) 
                 verbose=False,
             )
     except Exception as error:  # the exporter wraps failures in many types
-        reason = " ".join(str(error).split())[:400]
-        raise ExportError(f"torch.onnx.export failed: {reason}. Run again with --debug for the whole story.") from error
+        raise ExportError(
+            f"torch.onnx.export failed: {one_line(error)}. Run again with --debug for the whole story."
+        ) from error
     assert program is not None
     model = program.model
     model.producer_name, model.producer_version, model.doc_string = "transom", None, None

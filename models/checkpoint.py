@@ -12,7 +12,7 @@ from typing import Any
 from transom.models.json_files import read_object
 from transom.models.pooling import sentence_modules, sentence_pooling
 from transom.models.references import REFERENCES, reference_folder
-from transom.runtime.errors import CheckpointError
+from transom.runtime.errors import CheckpointError, one_line
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
 HUB_FILES = ["*.json", "*vocab.txt", "*.safetensors"]  # never the pickles
@@ -102,9 +102,8 @@ def download(source: str) -> Path:
     except CheckpointError:
         raise
     except Exception as error:  # the hub client raises a dozen unrelated types for "not there"
-        reason = " ".join(str(error).split())[:300]
         raise CheckpointError(
-            f"{source!r} is no folder here and the hub did not give it ({type(error).__name__}: {reason}). "
+            f"{source!r} is no folder here and the hub did not give it ({type(error).__name__}: {one_line(error)}). "
             "Check the name and the connection, or download it and pass the folder."
         ) from None
 

@@ -50,3 +50,8 @@ class ShapeError(InputError):
 
 class BackendError(TransomError):
     """The device or library that was asked for is not there."""
+
+
+def one_line(error: BaseException, limit: int = 400) -> str:
+    """What another library says, fit for a message of ours: one line of at most ``limit`` characters."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__

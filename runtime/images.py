@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.runtime.errors import InputError
+from transom.runtime.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -125,7 +125,7 @@ def _upright_rgb(image: Image, shown: str) -> Image:
 def _damaged(shown: str, error: Exception) -> InputError:
     from PIL.Image import DecompressionBombError
 
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    reason = one_line(error)
     if isinstance(error, DecompressionBombError):  # WebP and GIF: PIL checks by its limit as it opens
         return InputError(f"{shown} is refused by PIL ({reason}). Scale it down.")
     return InputError(f"{shown} cannot be decoded: it is damaged or cut short ({reason}). Replace it.")

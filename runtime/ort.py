@@ -14,7 +14,7 @@ import numpy as np
 
 from transom.runtime.backend import Array, Read
 from transom.runtime.bundle import GraphFile
-from transom.runtime.errors import BackendError, BundleError
+from transom.runtime.errors import BackendError, BundleError, one_line
 
 OLDEST = (1, 28)  # 1.26 and 1.27 align causal attention top-left when the cache is longer than the query
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -84,7 +84,7 @@ class OrtBackend:
                 binding.bind_output(name, "cpu", 0, np.float32, value.shape, value.ctypes.data)
             self._session.run_with_iobinding(binding)
         except Exception as error:  # the library raises bare RuntimeError and its own types alike
-            raise BackendError(f"ONNX Runtime failed on {self.device}: {_one_line(error)}") from None
+            raise BackendError(f"ONNX Runtime failed on {self.device}: {one_line(error)}") from None
         finally:
             binding.clear_binding_inputs()
             binding.clear_binding_outputs()
@@ -119,12 +119,8 @@ def open_session(graph: GraphFile, read: Read, device: str, threads: int | None)
         session = library.InferenceSession(model, options, providers=[PROVIDERS[device]])
     except Exception as error:  # as above
         raise BackendError(
-            f"ONNX Runtime cannot load {graph.file_for(device)} on {device}: {_one_line(error)}"
+            f"ONNX Runtime cannot load {graph.file_for(device)} on {device}: {one_line(error)}"
         ) from None
     if PROVIDERS[device] not in session.get_providers():
         raise BackendError(f"device {device!r} was asked for; ONNX Runtime chose {session.get_providers()} instead.")
     return session
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:500]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.runtime.errors import BundleError, InputError, ShapeError
+from transom.runtime.errors import BundleError, InputError, ShapeError, one_line
 from transom.runtime.fields import Fields
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ class TextEncoder:
                 encoding = self._tokenizer.encode(text)  # one by one: encode_batch starts threads of its own
             except BaseException as error:
                 raise_unless_tokenizers(error)
-                raise InputError(f"{where} cannot be tokenized ({_one_line(error)}). Shorten it.") from None
+                raise InputError(f"{where} cannot be tokenized ({one_line(error)}). Shorten it.") from None
             if len(encoding) == 0:
                 raise InputError(
                     f"{where}, {text[:40]!r}, has no tokens: it is empty, or all blank or control characters. "
@@ -260,7 +260,7 @@ def parse_tokenizer(tokenizer_json: bytes) -> Tokenizer:
     except BaseException as error:
         raise_unless_tokenizers(error)
         raise BundleError(
-            f"the tokenizer cannot be used ({_one_line(error)}). Copy or export the bundle again."
+            f"the tokenizer cannot be used ({one_line(error)}). Copy or export the bundle again."
         ) from None
     return tokenizer
 
@@ -269,10 +269,6 @@ def raise_unless_tokenizers(error: BaseException) -> None:
     """Let Ctrl-C through: the library raises plain Exception, and its Rust panics are BaseException."""
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         raise error
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
