@@ -82,14 +82,22 @@ def score_value(score: Mapping[str, Any] | None, side: str) -> str:
 
 
 def score_data(score: Mapping[str, Any]) -> str:
-    """``top-1 accuracy on the held-out digits, n = 360``."""
-    return f"{score['name']} on {score['data']}, n = {score['n']}"
+    """``top-1 accuracy on the held-out digits, n = 360``; says so where lower is better."""
+    name = f"{score['name']} (lower is better)" if score.get("lower_is_better") else score["name"]
+    return f"{name} on {score['data']}, n = {score['n']}"
 
 
 def score_line(score: Mapping[str, Any]) -> str:
-    """What was scored, and both sides with how many they had right."""
-    sides = (f"{score_value(score, side)} ({score[side]['correct']})" for side in ("bundle", "pytorch"))
+    """What was scored, and both sides: with how many they had right, or with the interval where none are counted."""
+    sides = (f"{score_value(score, side)} ({score_detail(score[side])})" for side in ("bundle", "pytorch"))
     return f"{score_data(score)}: {', in PyTorch '.join(sides)}"
+
+
+def score_detail(figures: Mapping[str, Any]) -> str:
+    """``535`` right answers, or ``1.5012 to 1.5833`` for a rate."""
+    if "correct" in figures:
+        return str(figures["correct"])
+    return " to ".join(f"{end:.4f}" for end in figures["interval"])
 
 
 EXAMPLE_INPUTS = {  # (family, task) -> what to type after `transom run BUNDLE`

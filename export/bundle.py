@@ -134,8 +134,8 @@ def graph_to_json(graph: GraphFile) -> dict[str, Any]:
 
 
 def tensor_to_json(tensor: Tensor) -> dict[str, Any]:
-    return {key: value for key, value in asdict(tensor).items() if value is not None}
+    return {key: value for key, value in asdict(tensor).items() if value is not None and value is not False}
 
 
 def axes_to_json(axes: Mapping[str, Axis]) -> dict[str, Any]:
-    return {name: asdict(axis) for name, axis in axes.items()}
+    return {name: {k: v for k, v in asdict(axis).items() if v is not None} for name, axis in axes.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 from safetensors.numpy import save
 
 from transom.runtime.backend import Array
@@ -24,7 +25,7 @@ class Golden:
     ) -> None:
         """Keep a case as ``<case>/input|pytorch|bundle/<tensor>`` if it fits."""
         tensors = {
-            f"{case}/{side}/{name}": array
+            f"{case}/{side}/{name}": np.ascontiguousarray(array)  # safetensors writes the memory as it lies
             for side, arrays in (("input", inputs), ("pytorch", theirs), ("bundle", ours))
             for name, array in arrays.items()
         }
@@ -33,6 +34,10 @@ class Golden:
             return
         self._tensors |= tensors
         self._bytes += size
+
+    def steps(self, step_bytes: int) -> int:
+        """How many steps of ``step_bytes`` on each side fit into one case; at least one."""
+        return max(1, CASE_BYTES // (2 * step_bytes + 1))
 
     def to_bytes(self) -> bytes:
         return save(self._tensors)

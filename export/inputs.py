@@ -34,3 +34,22 @@ def wordnet_pairs() -> tuple[list[str], list[str]]:
     lines = DATA.joinpath("wordnet_pairs.tsv").read_text(encoding="utf-8").splitlines()
     definitions, words = zip(*(line.split("\t") for line in lines), strict=True)
     return list(definitions), list(words)
+
+
+def heldout_text() -> str:
+    """Six chapters of Jane Austen, one of each novel, that no reference model trained on; paragraphs are lines."""
+    return DATA.joinpath("austen_heldout.txt").read_text(encoding="utf-8")
+
+
+def masked_text() -> list[tuple[str, list[str]]]:
+    """The same chapters in passages with a [MASK] for every seventh word or so, and the words that were there."""
+    lines = DATA.joinpath("austen_masked.tsv").read_text(encoding="utf-8").splitlines()
+    passages = (line.split("\t") for line in lines)
+    return [(text, words.split(" ")) for text, words in passages]
+
+
+def heldout_dates() -> tuple[list[str], list[str]]:
+    """1,000 dates as people write them, of days that the reference Transformer never saw, and each in ISO 8601."""
+    lines = DATA.joinpath("dates_heldout.tsv").read_text(encoding="utf-8").splitlines()
+    texts, expected = zip(*(line.split("\t") for line in lines), strict=True)
+    return list(texts), list(expected)

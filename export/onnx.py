@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -15,7 +17,8 @@ from transom.runtime.errors import ExportError, one_line
 from transom.runtime.inputs import shape_of
 from transom.runtime.spec import Axis, Graph
 
-OPSET = 23  # the first with Attention; 24 adds the KV cache, which encoders do not need
+OPSET = 23  # the first with Attention
+CACHE_OPSET = 24  # the first with TensorScatter, which writes the KV cache
 MODULE = "module"  # node metadata: the path of the PyTorch module a node comes from
 
 
@@ -31,15 +34,16 @@ def onnx_from_module(module: nn.Module, graph: Graph, axes: Mapping[str, Axis]) 
         torch.zeros(shape_of(tensor, sizes), dtype=getattr(torch, tensor.dtype)) for tensor in graph.inputs
     )
     dims = {name: torch.export.Dim(name, min=axis.min, max=axis.max) for name, axis in axes.items() if axis.max > 1}
-    dynamic = tuple({i: dims[size] for i, size in enumerate(tensor.shape) if size in dims} for tensor in graph.inputs)
+    dynamic = [{i: dims[size] for i, size in enumerate(tensor.shape) if size in dims} for tensor in graph.inputs]
+    cached = any(tensor.writes for tensor in graph.outputs)
     try:
         with quiet_exporter():
             program = torch.onnx.export(
                 module,
                 examples,
                 dynamo=True,
-                opset_version=OPSET,
-                dynamic_shapes=dynamic,
+                opset_version=CACHE_OPSET if cached else OPSET,
+                dynamic_shapes=grouped(module, dynamic),
                 input_names=[tensor.name for tensor in graph.inputs],
                 output_names=[tensor.name for tensor in graph.outputs],
                 verbose=False,
@@ -55,6 +59,14 @@ def onnx_from_module(module: nn.Module, graph: Graph, axes: Mapping[str, Axis]) 
     keep_module_paths(model)
     check_axes(model, graph, axes)
     return model
+
+
+def grouped(module: nn.Module, shapes: list[dict[int, Any]]) -> tuple[Any, ...]:
+    """The shapes as torch.export wants them: those of ``*state`` in a tuple of their own."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    named = sum(parameter.kind is not parameter.VAR_POSITIONAL for parameter in parameters)
+    rest = tuple(shapes[named:])
+    return (*shapes[:named], rest) if rest else tuple(shapes)
 
 
 def example_sizes(axes: Mapping[str, Axis]) -> dict[str, int]:

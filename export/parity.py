@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from transom.export.flavours import with_state
 from transom.runtime.backend import Array
 from transom.runtime.compare import Comparison
 from transom.runtime.errors import ParityError
@@ -63,12 +64,13 @@ class PyTorchBackend:
     device = "pytorch"
 
     def __init__(self, module: nn.Module, graph: Graph) -> None:
-        self._module, self._graph = module, graph
+        self._module, self.graph = module, with_state(graph, "float32")
 
     def run(self, feeds: Mapping[str, Array], shapes: Mapping[str, Sequence[int]]) -> dict[str, Array]:
+        """As a backend does; the definition itself writes its caches in place."""
         with torch.inference_mode():
-            outputs = self._module(*(torch.from_numpy(feeds[tensor.name]) for tensor in self._graph.inputs))
-        named = {tensor.name: value.numpy() for tensor, value in zip(self._graph.outputs, outputs, strict=True)}
+            outputs = self._module(*(torch.from_numpy(feeds[tensor.name]) for tensor in self.graph.inputs))
+        named = {tensor.name: value.numpy() for tensor, value in zip(self.graph.outputs, outputs, strict=True)}
         return {name: named[name] for name in shapes}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -11,26 +11,44 @@ from transom.export.passes.probe import PREFIX, probe_ranges
 from transom.runtime.backend import Array
 from transom.runtime.errors import PrecisionError
 from transom.runtime.ort import onnxruntime
+from transom.runtime.spec import Graph
 
 
-def largest_values(model: ir.Model, feeds: Iterable[Mapping[str, Array]]) -> dict[str, tuple[float, str]]:
-    """The largest absolute value of every intermediate over ``feeds``: tensor -> (value, module path).
+class RangeBackend:
+    """An FP32 graph as a backend that notes the largest absolute value of every intermediate it computes.
 
-    ``model`` is an FP32 graph and is consumed: its outputs become probes.
+    ``model`` is consumed: it gets probes as outputs. ``largest`` is tensor -> (value, module path).
     """
-    modules = probe_ranges(model)
-    library = onnxruntime()
-    options = library.SessionOptions()
-    options.log_severity_level = 4
-    options.enable_cpu_mem_arena = False  # give memory back between shapes
-    session = library.InferenceSession(
-        ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    largest = dict.fromkeys(modules, 0.0)
-    for feed in feeds:
-        for name, value in zip(modules, session.run(list(modules), dict(feed)), strict=True):
-            largest[name] = max(largest[name], float(value))
-    return {name.removeprefix(PREFIX): (value, modules[name]) for name, value in largest.items()}
+
+    device = "cpu"
+
+    def __init__(self, model: ir.Model, graph: Graph) -> None:
+        self.graph = graph
+        self._modules = probe_ranges(model)
+        self._values = dict.fromkeys(self._modules, 0.0)
+        library = onnxruntime()
+        options = library.SessionOptions()
+        options.log_severity_level = 4
+        options.enable_cpu_mem_arena = False  # give memory back between shapes
+        options.enable_mem_reuse = False  # ONNX Runtime infers a wrong shape for the scores of cross-attention
+        self._session = library.InferenceSession(
+            ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+
+    def run(self, feeds: Mapping[str, Array], shapes: Mapping[str, Sequence[int]]) -> dict[str, Array]:
+        """As a backend does."""
+        written = {tensor.name: tensor.writes for tensor in self.graph.outputs if tensor.writes is not None}
+        names = [*self._modules, *shapes, *written]
+        found = dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
+        for name in self._modules:
+            self._values[name] = max(self._values[name], float(found[name]))
+        for name, buffer in written.items():
+            feeds[buffer][...] = found[name]
+        return {name: found[name] for name in shapes}
+
+    @property
+    def largest(self) -> dict[str, tuple[float, str]]:
+        return {name.removeprefix(PREFIX): (value, self._modules[name]) for name, value in self._values.items()}
 
 
 def require_fp16_range(largest: Mapping[str, tuple[float, str]]) -> None:

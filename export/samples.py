@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 from PIL import Image as PillowImage
@@ -31,6 +31,11 @@ class Samples:
         self._ids = None if text is None else passage_ids(text)
         self._pad_id = 0 if text is None else text.spec.pad_id
         self._pictures = [open_image(photo) for photo in photos()]
+
+    def ids(self, shape: tuple[int, int], below: int) -> Array:
+        """Token ids 0..below-1 of any shape, int64 (R, n): rows of prose that begin anywhere."""
+        rng = np.random.default_rng(zlib.crc32(repr((shape, below)).encode()))
+        return self._tokens(Tensor("ids", "int64", (), below=below), shape, rng)
 
     def feeds(self, sizes: Mapping[str, int]) -> dict[str, Array]:
         """One array per input of the graph, named axes at ``sizes``."""
@@ -72,6 +77,13 @@ class Samples:
                 crops = [crop.resize((shape[3], shape[2])) for crop in crops]
             return self._preprocess(crops)
         return np.stack([plain_pixels(crop, shape[1:]) for crop in crops])
+
+
+def samples_for(
+    graphs: Iterable[Graph], text: TextEncoder | None, preprocess: ImagePreprocess | None
+) -> dict[str, Samples]:
+    """Samples for each graph, by its name."""
+    return {graph.name: Samples(graph, text, preprocess) for graph in graphs}
 
 
 def single_rows(feeds: Mapping[str, Array]) -> Iterator[dict[str, Array]]:

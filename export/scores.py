@@ -8,49 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import sqrt
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.export.inputs import heldout_digits, wordnet_pairs
+from transom.export.inputs import heldout_dates, heldout_digits, heldout_text, masked_text, wordnet_pairs
+from transom.export.measures import Rate, Score
 from transom.runtime.errors import ExportError
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks.bert import Bert
+from transom.runtime.tasks.gpt import GPT
+from transom.runtime.tasks.transformer import Transformer
 from transom.runtime.tasks.vit import ViT
 
 DIGITS = 10
-Z = 1.959963984540054  # standard normal quantile of 0.975: a 95 % interval leaves 2.5 % on either side
-
-
-@dataclass(frozen=True)
-class Score:
-    """``correct`` of ``n`` cases of the data set ``data`` answered right."""
-
-    name: str
-    data: str
-    n: int
-    correct: int
-
-    @property
-    def value(self) -> float:
-        return self.correct / self.n
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval of the true fraction: what other cases of this kind would give. Wilson (1927)."""
-        n, p = self.n, self.value
-        middle = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
-        half = Z * sqrt(p * (1 - p) / n + Z**2 / (4 * n**2)) / (1 + Z**2 / n)
-        return middle - half, middle + half
-
-    def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "data": self.data, "n": self.n, **self.figures()}
-
-    def figures(self) -> dict[str, Any]:
-        """What differs between two sides that are scored alike."""
-        return {"correct": self.correct, "value": self.value, "interval": list(self.interval)}
+MASK = "[MASK]"
+BLOCK_BYTES = 1500  # of a block of text, at least: some 500 tokens, two contexts
 
 
 def digits_score(predict: Callable[[list[NDArray[np.uint8]]], NDArray[Any]]) -> Score:
@@ -77,6 +51,69 @@ def retrieval_score(embed: Callable[[list[str]], NDArray[Any]]) -> Score:
     targets = unit_rows(embed(words), len(words))
     correct = int(((queries @ targets.T).argmax(1) == np.arange(len(definitions))).sum())
     return Score("top-1 retrieval", "definitions and words of WordNet 3.0", len(definitions), correct)
+
+
+def bits_per_byte(log_probabilities: Callable[[str], NDArray[Any]], text: str) -> Rate:
+    """Mean number of bits that the model needs to write a byte of ``text``, whose paragraphs are lines.
+
+    ``log_probabilities`` takes a text and gives, in nats, the log-probability of each of its tokens but the first,
+    given those before it. It is called once per block of whole paragraphs and the newline before them, which is the
+    first token and is not counted. Raises ExportError for values that are not finite.
+    """
+    bits, sizes = [], []
+    for block in blocks(text):
+        answers = np.asarray(log_probabilities("\n" + block), np.float64)
+        if answers.ndim != 1 or not np.isfinite(answers).all():
+            raise ExportError(
+                f"log_probabilities of block {len(bits)} has shape {answers.shape} and is "
+                f"{'finite' if np.isfinite(answers).all() else 'not finite'}; expected one number per token but the "
+                "first. Try a wider precision."
+            )
+        bits.append(float(-answers.sum() / np.log(2)))
+        sizes.append(len(block.encode()))
+    return Rate("bits per byte", "held-out chapters of Jane Austen", tuple(bits), tuple(sizes))
+
+
+def blocks(text: str) -> list[str]:
+    """The text in runs of whole lines, each of at least BLOCK_BYTES; a shorter rest joins the last."""
+    found = [""]
+    for line in text.splitlines(keepends=True):
+        if len(found[-1].encode()) >= BLOCK_BYTES:
+            found.append("")
+        found[-1] += line
+    if len(found) > 1 and len(found[-1].encode()) < BLOCK_BYTES:
+        found[-2:] = [found[-2] + found[-1]]
+    return found
+
+
+def masked_score(fill: Callable[[str], list[str]]) -> Score:
+    """Fraction of the masked words of held-out text that the model thinks most probable in their gaps.
+
+    ``fill`` takes a text with one or more [MASK] and gives one word for each. Raises ExportError for another number.
+    """
+    correct, n = 0, 0
+    for text, words in masked_text():
+        found = fill(text)
+        if len(found) != len(words):
+            raise ExportError(
+                f"fill gave {len(found)} words for {len(words)} gaps of {text[:40]!r}; expected one each."
+            )
+        correct += sum(guess == word for guess, word in zip(found, words, strict=True))
+        n += len(words)
+    return Score("masked-word accuracy", "held-out chapters of Jane Austen", n, correct)
+
+
+def dates_score(translate: Callable[[list[str]], list[str]]) -> Score:
+    """Fraction of the held-out dates that are turned into their ISO form, letter by letter.
+
+    ``translate`` takes N texts and gives N. Raises ExportError for another number.
+    """
+    texts, expected = heldout_dates()
+    found = translate(texts)
+    if len(found) != len(texts):
+        raise ExportError(f"translate gave {len(found)} texts for {len(texts)}; expected one each.")
+    correct = sum(answer == right for answer, right in zip(found, expected, strict=True))
+    return Score("exact match", "dates that training never saw", len(texts), correct)
 
 
 def unit_rows(vectors: NDArray[Any], n: int) -> NDArray[np.float64]:
@@ -109,7 +146,7 @@ class TaskScore:
     """How a loaded bundle is scored, if it was exported for ``task``."""
 
     task: str
-    of: Callable[[LoadedBundle], Score]
+    of: Callable[[LoadedBundle], Score | Rate]
 
 
 def digits_score_of(bundle: LoadedBundle) -> Score:
@@ -124,9 +161,29 @@ def retrieval_score_of(bundle: LoadedBundle) -> Score:
     return retrieval_score(cast(Bert, bundle).embed)
 
 
+def bits_per_byte_of(bundle: LoadedBundle) -> Rate:
+    return bits_per_byte(cast(GPT, bundle).log_probabilities, heldout_text())
+
+
+def masked_score_of(bundle: LoadedBundle) -> Score:
+    def fill(text: str) -> list[str]:
+        ranked = cast(Bert, bundle).fill_mask(text, top_k=1)
+        gaps = [ranked] if text.count(MASK) == 1 else ranked  # one gap's answer comes without a list around it
+        return [gap[0][0] for gap in gaps]
+
+    return masked_score(fill)
+
+
+def dates_score_of(bundle: LoadedBundle) -> Score:
+    return dates_score(lambda texts: cast(Transformer, bundle).translate(texts, num_beams=1))
+
+
 SCORES = {  # by the reference model's name
     "vit": TaskScore("image-classification", digits_score_of),
     "minilm": TaskScore("feature-extraction", retrieval_score_of),
+    "gpt": TaskScore("text-generation", bits_per_byte_of),
+    "bert": TaskScore("fill-mask", masked_score_of),
+    "transformer": TaskScore("translation", dates_score_of),
 }
 
 
@@ -141,5 +198,4 @@ def score_both(source: str, theirs: LoadedBundle, ours: LoadedBundle) -> dict[st
     if scored is None or ours.manifest.task != scored.task:
         return None
     pytorch, bundle = scored.of(theirs), scored.of(ours)
-    shared = {"name": bundle.name, "data": bundle.data, "n": bundle.n}
-    return {**shared, "pytorch": pytorch.figures(), "bundle": bundle.figures()}
+    return {**bundle.shared(), "pytorch": pytorch.figures(), "bundle": bundle.figures()}

@@ -6,13 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from transom.export.generation import generation_from_checkpoint
 from transom.export.image import image_preprocess_from_checkpoint
-from transom.export.text import tokenizer_from_checkpoint
+from transom.export.tokenizers.checkpoint import target_tokenizer_from_checkpoint, tokenizer_from_checkpoint
 from transom.models.checkpoint import Checkpoint, open_checkpoint
 from transom.models.family import Family, Source, label_names
 from transom.models.registry import find_family, find_task
 from transom.models.weights import build_module, stored_names
 from transom.runtime.errors import CheckpointError, ExportError
+from transom.runtime.generate import GenerationSettings
+from transom.runtime.inputs import is_decoder
 from transom.runtime.preprocess import ImagePreprocess
 from transom.runtime.spec import Axis, Graph
 from transom.runtime.text import MAX_LENGTH, TextEncoder, TextSpec
@@ -30,12 +33,19 @@ class Loaded:
     config: Any  # the family's frozen dataclass
     module: Any  # torch.nn.Module in FP32; this file leaves torch to models/
     left_out: list[str]  # stored weights that the task does not use
-    graph: Graph
+    graphs: tuple[Graph, ...]
     axes: Mapping[str, Axis]
     tokenizer: tuple[bytes, TextSpec] | None
+    target_tokenizer: tuple[bytes, TextSpec] | None
     preprocess: ImagePreprocess | None
     labels: tuple[str, ...]
     options: Mapping[str, Any]
+    generation: GenerationSettings | None  # of families with a decoder
+
+    def parts(self) -> dict[str, Any]:
+        """The torch.nn.Module behind each graph, by the graph's name."""
+        parts = self.family.parts(self.module)
+        return {graph.name: parts[graph.name] for graph in self.graphs}
 
     def text_encoder(self) -> TextEncoder | None:
         """The checkpoint's tokenizer without a limit: samples are cut to the shapes of the grid."""
@@ -63,22 +73,41 @@ def load_source(
     chosen = find_task(family, checkpoint.raw, task)
     names = stored_names(checkpoint.weight_files)
     config = family.config(Source(checkpoint.raw, names, chosen, checkpoint.pooling, image_size))
-    graph = family.graph(config, chosen)
+    graphs = family.graphs(config, chosen)
     axes = with_bounds(family.axes(config), max_sizes)
-    inputs = {tensor.name: tensor for tensor in graph.inputs}
+    inputs = {tensor.name: tensor for graph in graphs for tensor in graph.inputs}
     if image_size is not None and "pixel_values" not in inputs:
         raise ExportError(f"--image-size is given, but a {family.name} takes {', '.join(inputs)}; leave it out.")
-    tokenizer = preprocess = None
+    tokenizer = target_tokenizer = preprocess = None
     if "input_ids" in inputs:
         tokenizer = tokenizer_for(checkpoint, chosen, axes["S"].max, inputs["input_ids"].below or 0)
     if "pixel_values" in inputs:
         preprocess = preprocess_for(checkpoint, inputs["pixel_values"].shape)
     labels = label_names(checkpoint.raw) if chosen in LABELLED else ()
+    if "decoder_input_ids" in inputs:
+        target = inputs["decoder_input_ids"]
+        target_tokenizer = target_tokenizer_from_checkpoint(checkpoint.folder, axes["T"].max, target.below)
+    decoders = [graph for graph in graphs if is_decoder(graph)]
+    generation = None
+    if decoders:
+        generation = generation_from_checkpoint(checkpoint.folder, int(decoders[0].outputs[0].shape[2]))
     module, left_out = build_module(family, config, chosen, checkpoint.weight_files, ignore_unused=ignore_unused)
     return Loaded(
-        checkpoint, family, chosen, config, module, left_out, graph, axes, tokenizer, preprocess, labels,
-        task_options(checkpoint, chosen),
-    )  # fmt: skip
+        checkpoint=checkpoint,
+        family=family,
+        task=chosen,
+        config=config,
+        module=module,
+        left_out=left_out,
+        graphs=graphs,
+        axes=axes,
+        tokenizer=tokenizer,
+        target_tokenizer=target_tokenizer,
+        preprocess=preprocess,
+        labels=labels,
+        options=task_options(checkpoint, chosen),
+        generation=generation,
+    )
 
 
 def with_bounds(axes: Mapping[str, Axis], max_sizes: Mapping[str, int]) -> dict[str, Axis]:
@@ -99,7 +128,7 @@ def tokenizer_for(checkpoint: Checkpoint, task: str, longest: int, rows: int) ->
 
     A vocabulary without a padding token is padded with id 0 instead of an id past the table.
     """
-    found = tokenizer_from_checkpoint(checkpoint.folder, longest)
+    found = tokenizer_from_checkpoint(checkpoint.folder, longest, rows)
     if found is None:
         return None
     data, spec = found

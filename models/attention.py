@@ -27,19 +27,31 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attend over ``x`` (B, S, E); ``mask`` is bool (B, 1, S, S), true where a key may be seen."""
-        q, k, v = (self._heads(project(x)) for project in (self.query, self.key, self.value))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, S, D)
-        return y.transpose(1, 2).flatten(2)  # (B, S, E)
-
-    def _heads(self, x: Tensor) -> Tensor:
-        B, S, E = x.shape
-        return x.view(B, S, self.num_heads, E // self.num_heads).transpose(1, 2)  # (B, H, S, D)
+        q, k, v = (split_heads(project(x), self.num_heads) for project in (self.query, self.key, self.value))
+        return attend(q, k, v, mask)
 
 
-def key_mask(attention_mask: Tensor) -> Tensor:
-    """Turn ``attention_mask`` (B, S), non-zero where a token is real, into bool (B, 1, S, S).
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """softmax(q k^T * scale) v with the heads joined again: (B, S, E).
 
-    Expanded over the queries: ONNX Runtime's CPU kernel refuses a mask of (B, 1, 1, S) at run time.
+    ``q`` is (B, H, S, D), ``k`` and ``v`` are (B, H, C, D), ``mask`` bool (B, 1, S, C), true where a key
+    may be seen. ``scale`` is 1/sqrt(D) unless given.
+    """
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)  # (B, H, S, D)
+    return y.transpose(1, 2).flatten(2)  # (B, S, E)
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, S, E) -> (B, H, S, D)."""
+    B, S, E = x.shape
+    return x.view(B, S, num_heads, E // num_heads).transpose(1, 2)
+
+
+def key_mask(attention_mask: Tensor, queries: int | None = None) -> Tensor:
+    """Turn ``attention_mask`` (B, S), non-zero where a token is real, into bool (B, 1, queries, S).
+
+    ``queries`` is S unless given. Expanded over them: ONNX Runtime's CPU kernel refuses a mask of
+    (B, 1, 1, S) at run time.
     """
     B, S = attention_mask.shape
-    return attention_mask.to(torch.bool)[:, None, None, :].expand(B, 1, S, S)
+    return attention_mask.to(torch.bool)[:, None, None, :].expand(B, 1, S if queries is None else queries, S)

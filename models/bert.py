@@ -230,19 +230,16 @@ def config_from_source(source: Source) -> BertConfig:
     )
 
 
-def graph(config: BertConfig, task: str) -> Graph:
+def graphs(config: BertConfig, task: str) -> tuple[Graph, ...]:
     """transformers' tensor names; token types and mask may be left out by the caller."""
     hidden = TensorSpec("last_hidden_state", "float32", ("B", "S", config.hidden_size))
     embedding = TensorSpec("sentence_embedding", "float32", ("B", config.hidden_size))
-    return Graph(
-        name="model",
-        inputs=(
-            TensorSpec("input_ids", "int64", ("B", "S"), below=config.vocab_size),
-            TensorSpec("attention_mask", "int64", ("B", "S"), default=1),
-            TensorSpec("token_type_ids", "int64", ("B", "S"), default=0, below=config.type_vocab_size),
-        ),
-        outputs=(*head_outputs(config, task), hidden, embedding),
+    inputs = (
+        TensorSpec("input_ids", "int64", ("B", "S"), below=config.vocab_size),
+        TensorSpec("attention_mask", "int64", ("B", "S"), default=1),
+        TensorSpec("token_type_ids", "int64", ("B", "S"), default=0, below=config.type_vocab_size),
     )
+    return (Graph("model", inputs, (*head_outputs(config, task), hidden, embedding)),)
 
 
 def head_outputs(config: BertConfig, task: str) -> tuple[TensorSpec, ...]:
@@ -267,6 +264,7 @@ def axes(config: BertConfig) -> dict[str, Axis]:
 
 FAMILY = Family(
     name="bert",
+    model_types=("bert",),
     prefix="bert.",
     architectures={
         "BertModel": "feature-extraction",
@@ -282,6 +280,6 @@ FAMILY = Family(
     build=Bert,
     rename=rename,
     convert=lambda name, stored, config: stored,
-    graph=graph,
+    graphs=graphs,
     axes=axes,
 )

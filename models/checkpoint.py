@@ -15,7 +15,7 @@ from transom.models.references import REFERENCES, reference_folder
 from transom.runtime.errors import CheckpointError, one_line
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
-HUB_FILES = ["*.json", "*vocab.txt", "*.safetensors"]  # never the pickles
+HUB_FILES = ["*.json", "*vocab.txt", "*merges.txt", "*.spm", "*.safetensors"]  # never the pickles
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 
 

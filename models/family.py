@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,20 +27,24 @@ class Source:
 class Family:
     """A model family, from the words of its checkpoints to the graph that is exported.
 
-    name           the family's name in bundle.json, also the ``model_type`` of its checkpoints
-    prefix         what checkpoints with a head put before the encoder's weights
+    name           the family's name in bundle.json
+    model_types    what config.json calls it
+    prefix         what checkpoints with a head put before the other weights
     architectures  transformers' class name -> the task it is exported for
     tasks          every task a checkpoint of the family can be exported for
     config         Source -> the family's frozen config
-    build          config, task -> a module whose ``forward`` takes the graph's inputs in order and
-                   returns the graph's outputs in order
+    build          config, task -> the module that holds the weights; the part of it behind a graph takes
+                   the graph's inputs in order and returns its outputs in order
     rename         stored name, config, task -> our name; None: the weight of another task's head
     convert        our name, stored tensor, config -> the tensor in the shape the module wants
-    graph          config, task -> the graph's named tensors
-    axes           config -> the bounds of the graph's named axes
+    graphs         config, task -> the named tensors of each graph
+    axes           config -> the bounds of the graphs' named axes
+    computed       config -> weights that a checkpoint need not store; a stored one wins
+    parts          module -> the module behind each graph, by the graph's name
     """
 
     name: str
+    model_types: tuple[str, ...]
     prefix: str
     architectures: Mapping[str, str]
     tasks: tuple[str, ...]
@@ -48,11 +52,15 @@ class Family:
     build: Callable[[Any, str], nn.Module]
     rename: Callable[[str, Any, str], str | None]
     convert: Callable[[str, Tensor, Any], Tensor]
-    graph: Callable[[Any, str], Graph]
+    graphs: Callable[[Any, str], tuple[Graph, ...]]
     axes: Callable[[Any], dict[str, Axis]]
+    computed: Callable[[Any], dict[str, Tensor]] = lambda config: {}
+    parts: Callable[[nn.Module], dict[str, nn.Module]] = lambda module: {"model": module}
 
 
-MAX_LAYERS = 1_000  # far past any encoder; keeps a hostile config from building modules for ever
+MAX_LAYERS = 1_000  # far past any model of ours; keeps a hostile config from building modules for ever
+LAYERS = ("num_hidden_layers", "n_layer", "encoder_layers", "decoder_layers")
+HEADS = (("hidden_size", "num_attention_heads"),)
 MAX_SIZE = 2**31 - 1  # of any one dimension
 
 
@@ -61,21 +69,22 @@ def config_fields(
     sizes: Mapping[str, int],
     others: Mapping[str, Any],
     activations: Mapping[str, Any],
+    heads: Iterable[tuple[str, str]] = HEADS,
 ) -> dict[str, Any]:
     """Take the named fields from config.json, with their defaults, and check them all.
 
     ``sizes`` are positive integers; ``others`` have the type of their default (``layer_norm_eps``
-    positive, names ending in ``_act`` among ``activations``). Raises CheckpointError naming every
-    field that is wrong.
+    between 0 and 1, activations by name); ``heads`` are pairs of a width and the number of heads that
+    must divide it. Raises CheckpointError naming every field that is wrong.
     """
     found = {name: raw.get(name, default) for name, default in {**sizes, **others}.items()}
     problems = []
     for name, value in found.items():
         if name in sizes:
-            limit = MAX_LAYERS if name == "num_hidden_layers" else MAX_SIZE
+            limit = MAX_LAYERS if name in LAYERS else MAX_SIZE
             if type(value) is not int or not 1 <= value <= limit:
                 problems.append(f"{name} is {value!r}, expected an integer in 1..{limit}")
-        elif name.endswith("_act"):
+        elif name.endswith(("_act", "activation_function")):
             if not isinstance(value, str) or value not in activations:
                 problems.append(f"{name} is {value!r}, expected one of {', '.join(activations)}")
         elif isinstance(others[name], bool):
@@ -83,10 +92,12 @@ def config_fields(
                 problems.append(f"{name} is {value!r}, expected true or false")
         elif type(value) not in (int, float) or not 0 < value < 1:
             problems.append(f"{name} is {value!r}, expected a number between 0 and 1")
-    if not problems and found["hidden_size"] % found["num_attention_heads"]:
-        problems.append(
-            f"hidden_size {found['hidden_size']} is no multiple of num_attention_heads {found['num_attention_heads']}"
-        )
+    if not problems:
+        problems = [
+            f"{width} {found[width]} is no multiple of {count} {found[count]}"
+            for width, count in heads
+            if found[width] % found[count]
+        ]
     if problems:
         raise CheckpointError(f"config.json cannot be used: {'; '.join(problems)}. Correct these fields.")
     return found

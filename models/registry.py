@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transom.models import bert, vit
+from transom.models import bert, gpt, transformer, vit
 from transom.models.family import Family
 from transom.runtime.errors import CheckpointError
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (bert.FAMILY, vit.FAMILY)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (bert.FAMILY, vit.FAMILY, gpt.FAMILY, transformer.FAMILY)
+}
 
 # Relatives that people will try: what differs, so that nobody has to find out by a wrong result.
 RELATIVES = {
@@ -20,6 +22,16 @@ RELATIVES = {
     "distilbert": "DistilBERT has no token types and no pooler, and names its weights differently",
     "albert": "ALBERT shares one layer's weights among all layers and factorises its embeddings",
     "electra": "ELECTRA may project its embeddings and has a discriminator head",
+    "gpt_neo": "GPT-Neo attends locally in every second layer and does not scale its scores",
+    "gptj": "GPT-J rotates its positions and runs attention and MLP side by side",
+    "gpt_neox": "GPT-NeoX rotates its positions and runs attention and MLP side by side",
+    "opt": "OPT counts positions from 2 and has ReLU",
+    "llama": "Llama rotates its positions and has RMSNorm and gated MLPs",
+    "bart": "BART learns its positions, counts them from 2 and normalises its embeddings",
+    "mbart": "mBART is pre-norm, learns its positions, counts them from 2 and normalises its embeddings",
+    "t5": "T5 has relative position biases, RMSNorm and no biases",
+    "fsmt": "FSMT counts positions from the padding id and has a vocabulary per language",
+    "m2m_100": "M2M100 is pre-norm and counts positions from the padding id",
     "deit": "DeiT has a distillation token beside the class token",
     "dinov2": "DINOv2 scales each residual branch and orders its patches' positions differently",
 }
@@ -28,12 +40,14 @@ RELATIVES = {
 def find_family(raw: Mapping[str, Any]) -> Family:
     """The family of a config.json; CheckpointError names what we define otherwise."""
     model_type = raw.get("model_type")
+    known = {name: family for family in FAMILIES.values() for name in family.model_types}
     if model_type is None:  # configs older than the field say it in the class name
         named = [name for name in architectures(raw) for f in FAMILIES.values() if name in f.architectures]
         owners = {f.name for f in FAMILIES.values() for name in named if name in f.architectures}
-        model_type = owners.pop() if len(owners) == 1 else None
-    if isinstance(model_type, str) and model_type in FAMILIES:
-        return FAMILIES[model_type]
+        if len(owners) == 1:
+            return FAMILIES[owners.pop()]
+    if isinstance(model_type, str) and model_type in known:
+        return known[model_type]
     ours = "; ".join(f"{f.name} ({', '.join(f.architectures)})" for f in FAMILIES.values())
     relative = RELATIVES.get(str(model_type))
     reason = f" {relative}, so its weights would compute something else in our definitions." if relative else ""

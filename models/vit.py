@@ -207,7 +207,7 @@ def pair(raw: Mapping[str, Any], name: str, default: int) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
-def graph(config: ViTConfig, task: str) -> Graph:
+def graphs(config: ViTConfig, task: str) -> tuple[Graph, ...]:
     """transformers' tensor names; the image size is fixed at export."""
     rows, columns = grid(config.image_size, config.patch_size)
     pixels = TensorSpec("pixel_values", "float32", ("B", config.num_channels, *config.image_size))
@@ -216,7 +216,7 @@ def graph(config: ViTConfig, task: str) -> Graph:
         outputs.insert(0, TensorSpec("logits", "float32", ("B", config.num_labels)))
     elif config.pooler:
         outputs.insert(0, TensorSpec("pooler_output", "float32", ("B", config.pooler_output_size)))
-    return Graph(name="model", inputs=(pixels,), outputs=tuple(outputs))
+    return (Graph("model", (pixels,), tuple(outputs)),)
 
 
 def axes(config: ViTConfig) -> dict[str, Axis]:
@@ -225,6 +225,7 @@ def axes(config: ViTConfig) -> dict[str, Axis]:
 
 FAMILY = Family(
     name="vit",
+    model_types=("vit",),
     prefix="vit.",
     architectures={"ViTModel": "feature-extraction", "ViTForImageClassification": "image-classification"},
     tasks=("image-classification", "feature-extraction"),
@@ -232,6 +233,6 @@ FAMILY = Family(
     build=ViT,
     rename=rename,
     convert=convert,
-    graph=graph,
+    graphs=graphs,
     axes=axes,
 )

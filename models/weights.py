@@ -63,6 +63,7 @@ def build_module(
                 else:
                     tensors[name] = converted(family, config, name, stored, file.get_tensor(stored), problems)
                     sources[name] = stored
+    tensors = {name: tensor for name, tensor in family.computed(config).items() if name not in tensors} | tensors
     prefixed = any(stored.startswith(family.prefix) for stored in sources.values())
     bare = ("classifier.", "qa_outputs.", "cls.")  # heads carry no prefix
     missing = [
@@ -71,7 +72,7 @@ def build_module(
         if name not in tensors
     ]
     problems += [
-        f"{sources[name]} has shape {tuple(tensor.shape)}, config.json asks for {tuple(expected[name])}"
+        f"{sources.get(name, name)} has shape {tuple(tensor.shape)}, config.json asks for {tuple(expected[name])}"
         for name, tensor in tensors.items()
         if tensor.shape != expected[name]
     ]

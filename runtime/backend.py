@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from transom.runtime.bundle import GraphFile
 from transom.runtime.errors import BackendError
+from transom.runtime.spec import Graph
 
 Array = NDArray[Any]
 Read = Callable[[str], bytes]  # the checked bytes of a bundle's file
@@ -17,14 +18,20 @@ DEVICES = ("cpu", "cuda", "auto")
 
 
 class Backend(Protocol):
-    """One graph, loaded on one device; callable from many threads at once."""
+    """One graph, loaded on one device; callable from many threads at once.
+
+    ``graph`` is what was loaded: a flavour for one device may hold its state tensors in another dtype
+    than bundle.json says.
+    """
 
     device: str
+    graph: Graph
 
     def run(self, feeds: Mapping[str, Array], shapes: Mapping[str, Sequence[int]]) -> dict[str, Array]:
         """Execute on checked inputs; ``shapes`` names the outputs that are wanted and their sizes.
 
-        Returns fresh float32 arrays that no later call touches.
+        Returns fresh arrays that no later call touches. An output that ``writes`` an input changes the
+        array that was fed there, and is not returned.
         """
         ...
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from transom.runtime.errors import BundleError
 from transom.runtime.fields import Fields, parse_json
-from transom.runtime.spec import Axis, Graph, Tensor
+from transom.runtime.spec import COUNT, Axis, Graph, Tensor
 
 FORMAT = "transom-bundle"
 FORMAT_VERSION = 1
@@ -25,6 +25,7 @@ MANIFEST = "bundle.json"
 MAX_MANIFEST_BYTES = 16 << 20  # labels of a 100,000-way classifier are 3 MB
 MAX_AXIS = 2**31 - 1
 DTYPES = ("int64", "float32")  # half precision stays inside the graph: the edges are the same in every bundle
+STATE_DTYPES = ("float32", "float16", "bfloat16")  # but for state, which is the graph's own
 PRECISIONS = ("fp32", "fp16", "bf16")
 
 
@@ -62,7 +63,9 @@ class Manifest:
     labels: tuple[str, ...]
     options: Mapping[str, Any]  # what the family's tasks need beside the graph
     tokenizer: Mapping[str, Any] | None
+    target_tokenizer: Mapping[str, Any] | None  # of what is generated, where it is another
     preprocess: Mapping[str, Any] | None
+    generation: Mapping[str, Any] | None  # what generation_config.json says
     files: Mapping[str, File]
     source: Mapping[str, Any]
     tools: Mapping[str, Any]
@@ -128,6 +131,11 @@ def manifest_from_json(value: dict[str, Any]) -> Manifest:
     graphs = tuple(graph_from_json(v, axes, files, top.problems) for v in top.sequence("graphs"))
     if not graphs:
         top.problems.append("graphs is empty")
+    top.problems += [
+        f"axes.{name} is like {repr(axis.like)[:60]}, which is no axis"
+        for name, axis in axes.items()
+        if axis.like is not None and axis.like not in axes
+    ]
     manifest = Manifest(
         name=top.text("name"),
         family=top.text("family"),
@@ -139,7 +147,9 @@ def manifest_from_json(value: dict[str, Any]) -> Manifest:
         labels=tuple(top.take("labels", _strings, "an array of strings", [])),
         options=top.mapping("options", {}),
         tokenizer=top.mapping("tokenizer", None),
+        target_tokenizer=top.mapping("target_tokenizer", None),
         preprocess=top.mapping("preprocess", None),
+        generation=top.mapping("generation", None),
         files=files,
         source=top.mapping("source"),
         tools=top.mapping("tools"),
@@ -170,11 +180,12 @@ def parity_from_json(value: dict[str, Any], problems: list[str]) -> dict[str, An
 
 def axis_from_json(name: str, value: Any, problems: list[str]) -> Axis:
     fields = Fields(value, f"axes.{name}", problems)
+    like = fields.text("like", None)
     low, opt, high = (fields.integer(key, 1, MAX_AXIS) or 1 for key in ("min", "opt", "max"))
     if not low <= opt <= high:
         problems.append(f"axes.{name} has min {low}, opt {opt}, max {high}, expected them in this order")
     fields.done()
-    return Axis(low, opt, high)
+    return Axis(low, opt, high, like)
 
 
 def file_from_json(name: str, value: Any, problems: list[str]) -> File:
@@ -202,19 +213,45 @@ def graph_from_json(value: Any, axes: Mapping[str, Axis], files: Mapping[str, Fi
     fields.done()
     given = {size for tensor in graph.inputs for size in tensor.shape if isinstance(size, str)}
     asked = {size for tensor in graph.outputs for size in tensor.shape if isinstance(size, str)}
+    problems += decoder_problems(graph)
     if not asked <= given:
         problems.append(f"graphs[] has outputs with the axes {sorted(asked - given)}, which no input has")
     return GraphFile(graph, targets, weights)
 
 
+def decoder_problems(graph: Graph) -> list[str]:
+    """What is wrong with a graph that writes caches: the runtime relies on its inputs' names and shapes."""
+    written = [output for output in graph.outputs if output.writes is not None]
+    inputs = {tensor.name: tensor.shape for tensor in graph.inputs}
+    problems = [
+        f"{str(output.name)[:60]!r} writes {str(output.writes)[:60]!r}, which is no input of its shape (B, H, C, D)"
+        for output in written
+        if inputs.get(str(output.writes)) != output.shape or len(output.shape) != 4 or output.shape[2] != "C"
+    ]
+    if written and (
+        inputs.get("write_indices") != ("B",)
+        or inputs.get("logits_positions") != ("B", "P")
+        or len(graph.inputs[0].shape) != 2
+        or not isinstance(graph.inputs[0].shape[1], str)
+        or graph.inputs[0].dtype != "int64"
+    ):
+        problems.append(
+            "a graph that writes caches takes tokens (B, S) first, write_indices (B) and logits_positions (B, P)"
+        )
+    return problems
+
+
 def tensor_from_json(value: Any, axes: Mapping[str, Axis], problems: list[str]) -> Tensor:
     fields = Fields(value, "graphs[].tensor", problems)
+    state = fields.boolean("state", False)
     tensor = Tensor(
         name=fields.text("name"),
-        dtype=fields.text("dtype", among=DTYPES),
+        dtype=fields.text("dtype", among=STATE_DTYPES if state else DTYPES),
         shape=tuple(fields.sequence("shape")),
-        default=fields.integer("default", -(2**31), 2**31, None),
+        default=fields.take("default", _is_default, f"an integer of 32 bits or {COUNT!r}", None),
         below=fields.integer("below", 1, 2**63 - 1, None),
+        state=state,
+        writes=fields.text("writes", None),
     )
     fields.done()
     for size in tensor.shape:
@@ -222,6 +259,10 @@ def tensor_from_json(value: Any, axes: Mapping[str, Axis], problems: list[str]) 
         if not known:
             problems.append(f"the shape of {tensor.name!r} has {repr(size)[:60]}, expected an axis name or a size")
     return tensor
+
+
+def _is_default(value: Any) -> bool:
+    return value == COUNT or (type(value) is int and abs(value) <= 2**31)
 
 
 def _strings(value: Any) -> bool:

@@ -55,8 +55,8 @@ def compare(
 
     The scale is the tensor's largest absolute value, since that is what the next layer's sums are
     made of; a tensor of zeros is compared absolutely. A NaN or infinity on either side is an
-    infinite error even where both have it: nothing is proven there. ``real``, of the tensor's leading
-    axes, says which positions count.
+    infinite error even where both have it: nothing is proven there. ``real``, which broadcasts to the
+    tensor, says which positions count.
     """
     if ours.shape != theirs.shape:
         return Comparison(tensor, theirs.shape, math.inf, 1.0, (), math.nan, math.nan)
@@ -82,7 +82,7 @@ def compare_row(
         difference = np.where(finite, np.abs(ours - theirs), np.float32(np.inf))
     size = np.where(finite, np.abs(theirs), np.float32(0))
     if real is not None:
-        padding = np.broadcast_to(~real.reshape(real.shape + (1,) * (theirs.ndim - real.ndim)), theirs.shape)
+        padding = np.broadcast_to(~real, theirs.shape)
         difference[padding & finite] = 0
         size[padding] = 0
     return difference, float(size.max())
@@ -97,13 +97,22 @@ def compare_outputs(
     counted, it would ask for tolerances ten times as wide for everything else. It must be finite.
     """
     floors = {name: LOGIT if name.endswith("logits") else 0.0 for name in theirs}
-    axes = {tensor.name: tensor.shape[:2] for tensor in graph.outputs}
-    real = inputs["attention_mask"] != 0 if "attention_mask" in inputs else None
+    axes = {tensor.name: tensor.shape for tensor in graph.outputs}
+    mask = inputs.get("attention_mask")
     compared = (
-        compare(name, ours[name], expected, real if axes[name] == ("B", "S") else None)
+        compare(name, ours[name], expected, None if mask is None else real_positions(mask, axes[name]))
         for name, expected in theirs.items()
     )
     return on_scales(compared, floors)
+
+
+def real_positions(attention_mask: Array, axes: tuple[str | int, ...]) -> NDArray[np.bool_] | None:
+    """``attention_mask`` (B, S) as bool that broadcasts to a tensor of ``axes``; None where it has not both."""
+    if axes[0] != "B" or "S" not in axes:
+        return None
+    shape = [1] * len(axes)
+    shape[0], shape[axes.index("S")] = attention_mask.shape
+    return np.not_equal(attention_mask, 0).reshape(shape)
 
 
 def largest_scales(comparisons: Iterable[Comparison]) -> dict[str, float]:

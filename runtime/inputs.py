@@ -9,7 +9,10 @@ import numpy as np
 
 from transom.runtime.backend import Array
 from transom.runtime.errors import InputError, ShapeError
-from transom.runtime.spec import Axis, Graph, Tensor
+from transom.runtime.spec import COUNT, Axis, Graph, Tensor
+
+WRITE_INDICES = "write_indices"  # int64 (B,): where each row's new tokens go in its caches
+LOGITS_POSITIONS = "logits_positions"  # int64 (B, P): which of the new tokens get logits
 
 
 def checked_feeds(
@@ -17,9 +20,9 @@ def checked_feeds(
 ) -> tuple[dict[str, Array], dict[str, int]]:
     """Every input of the graph as an array, defaults filled in, and the size of each named axis.
 
-    Raises InputError for an unknown or missing name, a wrong type or dtype, or an index out of its
-    range; ShapeError for a wrong rank, a wrong fixed size, an axis out of bounds, or two inputs that
-    disagree about one.
+    Raises InputError for an unknown or missing name, a wrong type or dtype, an index out of its
+    range, or a buffer that cannot be written in place; ShapeError for a wrong rank, a wrong fixed
+    size, an axis out of bounds, two inputs that disagree about one, or a cache that is too short.
     """
     known = {tensor.name: tensor for tensor in graph.inputs}
     strangers = [name for name in inputs if name not in known]
@@ -30,11 +33,25 @@ def checked_feeds(
         check_type(known[name], value)
         check_shape(known[name], value, axes, sizes)
         check_range(known[name], value)
+    for output in graph.outputs:
+        if output.writes is not None and output.writes in inputs:
+            check_buffer(output.writes, inputs[output.writes])
     feeds = {name: np.asarray(value) for name, value in inputs.items()}
+    complete_sizes(graph, axes, sizes)
     for tensor in graph.inputs:
         if tensor.name not in feeds:
             feeds[tensor.name] = filled(tensor, sizes)
+    if is_decoder(graph):
+        check_positions(graph, feeds, sizes)
     return feeds, sizes
+
+
+def complete_sizes(graph: Graph, axes: Mapping[str, Axis], sizes: dict[str, int]) -> None:
+    """Axes that no given input has are as long as those they are said to be like."""
+    for name in {size for tensor in graph.inputs for size in tensor.shape if isinstance(size, str)} - sizes.keys():
+        like = axes[name].like
+        if like in sizes:
+            sizes[name] = sizes[like]
 
 
 def check_type(tensor: Tensor, value: Any) -> None:
@@ -43,11 +60,16 @@ def check_type(tensor: Tensor, value: Any) -> None:
             f"input {tensor.name!r} is a {type(value).__name__}; expected a numpy array of {tensor.dtype}. "
             f"Convert it with np.asarray(value, np.{tensor.dtype})."
         )
-    if value.dtype != np.dtype(tensor.dtype):  # a byte-swapped dtype differs as well
+    if value.dtype != storage(tensor):  # a byte-swapped dtype differs as well
         raise InputError(
-            f"input {tensor.name!r} has dtype {value.dtype}; expected {tensor.dtype}. "
-            f"Convert it with .astype(np.{tensor.dtype})."
+            f"input {tensor.name!r} has dtype {value.dtype}; expected {storage(tensor)}. "
+            f"Convert it with .astype(np.{storage(tensor)})."
         )
+
+
+def storage(tensor: Tensor) -> np.dtype[Any]:
+    """numpy's dtype of a tensor; the bits of bfloat16, which numpy does not know, as uint16."""
+    return np.dtype("uint16" if tensor.dtype == "bfloat16" else tensor.dtype)
 
 
 def check_shape(tensor: Tensor, value: Array, axes: Mapping[str, Axis], sizes: dict[str, int]) -> None:
@@ -93,11 +115,53 @@ def check_range(tensor: Tensor, value: Array) -> None:
         )
 
 
+def check_buffer(name: str, value: Array) -> None:
+    """A cache is written in place: a copy that made it contiguous would get the new tokens instead."""
+    if not (value.flags.c_contiguous and value.flags.writeable and value.flags.aligned):
+        raise InputError(
+            f"input {name!r} is read-only or no contiguous block of memory; it is written in place. "
+            "Make one with np.zeros(shape, dtype) and keep it between calls."
+        )
+
+
+def check_positions(graph: Graph, feeds: Mapping[str, Array], sizes: Mapping[str, int]) -> None:
+    """New tokens must fit into the caches behind what is there, and wanted positions be among the new ones.
+
+    Graphs check neither: TensorRT drops what is written past the end without a word.
+    """
+    new, capacity = sizes[str(token_input(graph).shape[1])], sizes["C"]
+    reached = int(feeds[WRITE_INDICES].max(initial=0)) + new
+    if reached > capacity:
+        raise ShapeError(
+            f"{WRITE_INDICES} reaches {reached - new} and {new} tokens follow, {reached} in all; the caches hold "
+            f"C={capacity}. Give larger ones."
+        )
+    wanted = feeds[LOGITS_POSITIONS]
+    if wanted.size and not 0 <= int(wanted.min()) <= int(wanted.max()) < new:
+        raise InputError(
+            f"input {LOGITS_POSITIONS!r} holds {int(wanted.min())}..{int(wanted.max())}; expected positions among the "
+            f"{new} tokens of this call, 0..{new - 1}."
+        )
+
+
+def is_decoder(graph: Graph) -> bool:
+    """Whether the graph writes caches."""
+    return any(tensor.writes is not None for tensor in graph.outputs)
+
+
+def token_input(graph: Graph) -> Tensor:
+    """The input of a decoder graph that takes the new tokens, int64 (B, S): its first."""
+    return graph.inputs[0]
+
+
 def filled(tensor: Tensor, sizes: Mapping[str, int]) -> Array:
     """The default of an input that was left out."""
     if tensor.default is None or any(isinstance(name, str) and name not in sizes for name in tensor.shape):
         raise InputError(f"input {tensor.name!r} is missing; expected {tensor.dtype} {expected_shape(tensor)}.")
-    return np.full(shape_of(tensor, sizes), tensor.default, np.dtype(tensor.dtype))
+    shape = shape_of(tensor, sizes)
+    if tensor.default == COUNT:
+        return np.broadcast_to(np.arange(shape[-1], dtype=tensor.dtype), shape).copy()
+    return np.full(shape, tensor.default, storage(tensor))
 
 
 def shape_of(tensor: Tensor, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -110,8 +174,11 @@ def expected_shape(tensor: Tensor) -> str:
 
 
 def wanted_outputs(graph: Graph, names: Sequence[str] | None, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the outputs asked for (all of them for None); InputError for an unknown one."""
-    known = {tensor.name: tensor for tensor in graph.outputs}
+    """Name -> shape of the outputs asked for (all of them for None); InputError for an unknown one.
+
+    A buffer that is written in place goes by the name of its input.
+    """
+    known = {tensor.writes or tensor.name: tensor for tensor in graph.outputs}
     wanted = list(known) if names is None else list(names)
     strangers = [name for name in wanted if name not in known]
     if strangers:

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from types import ModuleType
 from typing import Any, cast
@@ -15,6 +16,8 @@ import numpy as np
 from transom.runtime.backend import Array, Read
 from transom.runtime.bundle import GraphFile
 from transom.runtime.errors import BackendError, BundleError, one_line
+from transom.runtime.inputs import storage
+from transom.runtime.spec import Graph, Tensor
 
 OLDEST = (1, 28)  # 1.26 and 1.27 align causal attention top-left when the cache is longer than the query
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -58,6 +61,12 @@ def best_device() -> str:
     return "cuda" if PROVIDERS["cuda"] in onnxruntime().get_available_providers() else "cpu"
 
 
+# ONNX Runtime's names of the dtypes that cross a graph's edge.
+DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16"}
+DTYPES |= {"tensor(int64)": "int64"}
+BFLOAT16 = 16  # TensorProto.DataType: numpy has no word for it
+
+
 class OrtBackend:
     """A graph in an ONNX Runtime session."""
 
@@ -65,23 +74,21 @@ class OrtBackend:
         self.device = device
         self._local = threading.local()
         self._session = open_session(graph, read, device, threads)
-        declared = {t.name for t in graph.graph.inputs}, {t.name for t in graph.graph.outputs}
-        found = {i.name for i in self._session.get_inputs()}, {o.name for o in self._session.get_outputs()}
-        if declared != found:
-            raise BundleError(
-                f"{graph.file_for(device)} has inputs and outputs {found}, bundle.json declares {declared}. "
-                "Export the bundle again."
-            )
+        self.graph = as_loaded(graph, device, self._session)
+        self._outputs = {tensor.name: tensor for tensor in self.graph.outputs}
 
     def run(self, feeds: Mapping[str, Array], shapes: Mapping[str, Sequence[int]]) -> dict[str, Array]:
         binding = self._binding()
         feeds = {name: np.ascontiguousarray(value) for name, value in feeds.items()}
         try:
-            outputs = {name: np.empty(tuple(shape), np.float32) for name, shape in shapes.items()}
-            for name, value in feeds.items():
-                binding.bind_cpu_input(name, value)
-            for name, value in outputs.items():
-                binding.bind_output(name, "cpu", 0, np.float32, value.shape, value.ctypes.data)
+            outputs = {name: np.empty(tuple(shape), storage(self._outputs[name])) for name, shape in shapes.items()}
+            for tensor in self.graph.inputs:
+                bind(binding.bind_input, tensor, feeds[tensor.name])
+            for tensor in self.graph.outputs:
+                if tensor.writes is not None:  # one buffer, input and output: written in place
+                    bind(binding.bind_output, tensor, feeds[tensor.writes])
+                elif tensor.name in outputs:
+                    bind(binding.bind_output, tensor, outputs[tensor.name])
             self._session.run_with_iobinding(binding)
         except Exception as error:  # the library raises bare RuntimeError and its own types alike
             raise BackendError(f"ONNX Runtime failed on {self.device}: {one_line(error)}") from None
@@ -94,6 +101,37 @@ class OrtBackend:
         if not hasattr(self._local, "binding"):
             self._local.binding = self._session.io_binding()
         return self._local.binding
+
+
+def bind(to: Any, tensor: Tensor, array: Array) -> None:
+    """Hand the array's own memory to ONNX Runtime."""
+    kind = BFLOAT16 if tensor.dtype == "bfloat16" else array.dtype
+    to(tensor.name, "cpu", 0, kind, array.shape, array.ctypes.data)
+
+
+def as_loaded(graph: GraphFile, device: str, session: Any) -> Graph:
+    """The graph with the dtypes of its state as the session has them.
+
+    Raises BundleError where names or other dtypes are not those of bundle.json.
+    """
+    found = {value.name: DTYPES.get(value.type) for value in (*session.get_inputs(), *session.get_outputs())}
+    declared = {tensor.name: tensor for tensor in (*graph.graph.inputs, *graph.graph.outputs)}
+    wrong = found.keys() ^ declared.keys()
+    wrong |= {
+        name
+        for name in found.keys() & declared.keys()
+        if not (declared[name].state or found[name] == declared[name].dtype)
+    }
+    if wrong:
+        raise BundleError(
+            f"{graph.file_for(device)} and bundle.json disagree about {', '.join(sorted(wrong))}. "
+            "Export the bundle again."
+        )
+
+    def loaded(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(replace(tensor, dtype=str(found[tensor.name])) for tensor in tensors)
+
+    return replace(graph.graph, inputs=loaded(graph.graph.inputs), outputs=loaded(graph.graph.outputs))
 
 
 def open_session(graph: GraphFile, read: Read, device: str, threads: int | None) -> Any:

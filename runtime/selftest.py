@@ -13,6 +13,7 @@ from transom.runtime.errors import BundleError, ParityError
 from transom.runtime.session import LoadedBundle, load
 
 GOLDEN = "golden.safetensors"
+GENERATION = "generation"  # the case that holds whole greedy generations
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ def run_case(
     loaded: LoadedBundle, name: str, arrays: Mapping[str, Mapping[str, Array]], scales: Mapping[str, float]
 ) -> SelftestCase:
     """One case; ``scales`` are those of the outputs over the whole parity grid."""
+    if name == GENERATION:
+        return run_generation(loaded, arrays, scales)
     if not arrays["pytorch"] or arrays["bundle"].keys() != arrays["pytorch"].keys():
         raise BundleError(f"{GOLDEN}: case {name!r} has not the same outputs on both sides; export the bundle again.")
     graph, inputs = loaded.graph_for(arrays["input"]), arrays["input"]
@@ -72,6 +75,35 @@ def run_case(
         name,
         on_scales(compare_outputs(graph, inputs, ours, arrays["pytorch"]), scales),
         on_scales(compare_outputs(graph, inputs, ours, arrays["bundle"]), scales),
+    )
+
+
+def run_generation(
+    loaded: LoadedBundle, arrays: Mapping[str, Mapping[str, Array]], scales: Mapping[str, float]
+) -> SelftestCase:
+    """The golden generation: PyTorch's tokens again, and the logits along them."""
+    from transom.runtime.replay import from_arrays, greedy, logits_along, require_same_tokens
+    from transom.runtime.tasks.generator import Generator
+
+    given, theirs, built = arrays["input"], arrays["pytorch"], arrays["bundle"]
+    needed = (
+        {"prompts", "lengths"} - given.keys()
+        | {"tokens", "margins", "logits"} - theirs.keys()
+        | {"logits"} - built.keys()
+    )
+    if needed or not isinstance(loaded, Generator):
+        raise BundleError(f"{GOLDEN}: case {GENERATION!r} is not complete; export the bundle again.")
+    prompts = from_arrays(given)
+    tokens = theirs["tokens"]
+    ours = greedy(loaded, prompts, tokens.shape[1])
+    tolerance = float(loaded.manifest.parity["tolerance"])
+    require_same_tokens(ours.tokens, tokens, theirs["margins"], tolerance * scales.get("logits", 1.0))
+    logits = {"logits": logits_along(loaded, prompts, tokens)[:, : theirs["logits"].shape[1]]}
+    graph = loaded.backend("decoder").graph
+    return SelftestCase(
+        GENERATION,
+        on_scales(compare_outputs(graph, {}, logits, {"logits": theirs["logits"]}), scales),
+        on_scales(compare_outputs(graph, {}, logits, {"logits": built["logits"]}), scales),
     )
 
 

@@ -46,23 +46,30 @@ class LoadedBundle:
     ) -> None:
         self.manifest: Manifest = bundle.manifest
         self._bundle = bundle
-        self._backends = [(graph, opener(graph, bundle.read, device, threads)) for graph in bundle.manifest.graphs]
+        self._backends = [opener(graph, bundle.read, device, threads) for graph in bundle.manifest.graphs]
         self._workers: ThreadPoolExecutor | None = None
         self._lock = Lock()
         self._open = True
-        self.device: str = self._backends[0][1].device  # "cpu" or "cuda", never "auto"
+        self.device: str = self._backends[0].device  # "cpu" or "cuda", never "auto"
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
-        """Execute the graph that has these inputs: numpy arrays in, float32 arrays out, by name.
+        """Execute the graph that has these inputs: numpy arrays in, numpy arrays out, by name.
 
-        Names, dtypes and axes are those of ``manifest.graphs``; an input with a default may be left
-        out. ``outputs`` names the ones wanted, all by default. Raises InputError or ShapeError.
+        Names, dtypes and axes are those of ``graph_for(inputs)``; an input with a default may be left
+        out. ``outputs`` names the ones wanted, all by default. Outputs are fresh, but for the buffers of
+        a decoder's cache: those are written in place and returned under their own names.
+
+        Raises InputError or ShapeError.
         """
         if not isinstance(inputs, Mapping):
             raise InputError(f"inputs is a {type(inputs).__name__}; expected a dict of numpy arrays by name.")
-        graph, backend = self._pick(inputs)
-        feeds, sizes = checked_feeds(graph.graph, self.manifest.axes, inputs)
-        return backend.run(feeds, wanted_outputs(graph.graph, outputs, sizes))
+        backend = self._pick(inputs)
+        graph = backend.graph
+        feeds, sizes = checked_feeds(graph, self.manifest.axes, inputs)
+        wanted = wanted_outputs(graph, outputs, sizes)
+        written = {name: feeds[name] for name in wanted if name in feeds}
+        fresh = {name: shape for name, shape in wanted.items() if name not in written}
+        return backend.run(feeds, fresh) | written
 
     def submit(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> Future[dict[str, Array]]:
         """``run`` in a worker thread; errors come out of the future's ``result``."""
@@ -75,14 +82,22 @@ class LoadedBundle:
 
     def graph_for(self, inputs: Mapping[str, Array]) -> Graph:
         """The graph that ``run`` would execute for these inputs."""
-        return self._pick(inputs)[0].graph
+        return self._pick(inputs).graph
 
-    def _pick(self, inputs: Mapping[str, Array]) -> tuple[GraphFile, Backend]:
-        """The graph whose inputs these are: the only one, or the one that knows the most of the names."""
-        backends = self._backends
-        if not backends:
+    def backend(self, name: str) -> Backend:
+        """The backend of the graph called ``name``; BundleError where the bundle has none."""
+        if not self._backends:
             raise BackendError(CLOSED)
-        return max(backends, key=lambda pair: sum(t.name in inputs for t in pair[0].graph.inputs))
+        for backend in self._backends:
+            if backend.graph.name == name:
+                return backend
+        raise BundleError(f"bundle.json has no graph {name!r}; export the bundle again.")
+
+    def _pick(self, inputs: Mapping[str, Array]) -> Backend:
+        """The backend whose inputs these are: the only one, or the one that knows the most of the names."""
+        if not self._backends:
+            raise BackendError(CLOSED)
+        return max(self._backends, key=lambda backend: sum(t.name in inputs for t in backend.graph.inputs))
 
     def close(self) -> None:
         """Free the sessions; waits for what was submitted. Closing twice is fine."""

@@ -7,29 +7,41 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+COUNT = "count"  # a Tensor.default: 0, 1, 2, ... along the last axis
+
 
 @dataclass(frozen=True)
 class Axis:
-    """Bounds of a named dynamic axis, in elements; ``opt`` is the size to tune for."""
+    """Bounds of a named dynamic axis, in elements; ``opt`` is the size to tune for.
+
+    ``like`` names the axis whose size this one takes where no input that was given has it.
+    """
 
     min: int
     opt: int
     max: int
+    like: str | None = None
 
 
 @dataclass(frozen=True)
 class Tensor:
     """A graph's input or output: numpy dtype name and a shape of axis names and fixed sizes.
 
-    ``default`` fills an input that the caller leaves out (an attention mask of ones, say);
-    ``below`` bounds the values of an index: 0 <= value < below.
+    default   fills an input that the caller leaves out: a number (an attention mask of ones, say), or
+              COUNT
+    below     bounds the values of an index: 0 <= value < below
+    state     passed from call to call, or from graph to graph, and read by nobody on the way: kept in
+              the graph's own precision, where all other tensors are float32 or int64
+    writes    of an output: the input in whose buffer it is written
     """
 
     name: str
     dtype: str
     shape: tuple[str | int, ...]
-    default: int | None = None
+    default: int | str | None = None
     below: int | None = None
+    state: bool = False
+    writes: str | None = None
 
 
 @dataclass(frozen=True)

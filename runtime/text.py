@@ -1,6 +1,6 @@
-"""From text to ``input_ids``: a tokenizer.json, run by the tokenizers library, padded and cut here.
+"""From text to ``input_ids`` and back: a tokenizer of either kind, padded and cut here.
 
-The Rust tokenizer carries truncation and padding as settings of its own; they are switched off once
+The tokenizers library carries truncation and padding as settings of its own; they are switched off once
 and never touched again, so that threads can share one encoder.
 """
 
@@ -15,20 +15,23 @@ from numpy.typing import NDArray
 
 from transom.runtime.errors import BundleError, InputError, ShapeError, one_line
 from transom.runtime.fields import Fields
+from transom.runtime.marian_text import MarianDecoder, MarianSpec, MarianText
+from transom.runtime.text_stream import CleanStream, TextStream, clean_up, stream_of
+from transom.runtime.tokenizer_json import parse_tokenizer, raise_unless_tokenizers
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding, Tokenizer
+    from tokenizers import Encoding
 
 MAX_ID = 2**31 - 1  # ids are int64 in the graph, but no embedding table is longer than this
 MAX_LENGTH = 1_000_000  # tokens; far past any position table
-PROBE = "A 1 \u00e9 \u4e2d \u2603 \ufffd"  # letters, digits, accents, CJK and what no vocabulary has
+KINDS = ("tokenizers", "marian")
 
 
 @dataclass(frozen=True)
 class TextSpec:
     """The object ``tokenizer`` of bundle.json: what the file itself does not say.
 
-    file         name of the tokenizers library's JSON file, beside bundle.json
+    file         name of the tokenizer's JSON file, beside bundle.json
     max_length   tokens of the longest row the checkpoint was made for, special ones included
     pad_token    fills a shorter row, on the right, under an attention mask of zeros; None: id 0 does
     mask_token   what ``fill_mask`` replaces, or None
@@ -36,6 +39,10 @@ class TextSpec:
     split_special_tokens  True: "[MASK]" within a text is ordinary text
     token_types           False: token_type_ids are 0 in a pair's second text too, because the
                           checkpoint's own tokenizer hands none to the model
+    kind                  what ``file`` is: "tokenizers" (that library's own format) or "marian"
+                          (``runtime.marian_text.MarianSpec``)
+    clean_up_spaces       decoded text loses the spaces before punctuation, as in transformers'
+                          clean_up_tokenization_spaces
     """
 
     file: str
@@ -47,6 +54,8 @@ class TextSpec:
     truncation_side: str = "right"
     split_special_tokens: bool = False
     token_types: bool = True
+    kind: str = "tokenizers"
+    clean_up_spaces: bool = False
 
     @classmethod
     def from_json(cls, obj: object) -> TextSpec:
@@ -62,6 +71,8 @@ class TextSpec:
             truncation_side=fields.text("truncation_side", among=("right", "left")),
             split_special_tokens=fields.boolean("split_special_tokens"),
             token_types=fields.boolean("token_types"),
+            kind=fields.text("kind", "tokenizers", among=KINDS),
+            clean_up_spaces=fields.boolean("clean_up_spaces", False),
         )
         if not fields.problems and (made.mask_token is None) != (made.mask_id is None):
             fields.problems.append(
@@ -80,7 +91,8 @@ class EncodedBatch:
     """B rows of S tokens: int64 (B, S) arrays named as the graph's inputs.
 
     ``rows`` are the tokenizers library's encodings without padding: ``offsets`` into the text in
-    characters, ``special_tokens_mask``, ``sequence_ids``, ``word_ids``, ``tokens``.
+    characters, ``special_tokens_mask``, ``sequence_ids``, ``word_ids``, ``tokens``. Those of a Marian
+    tokenizer have ``ids`` alone.
     """
 
     input_ids: NDArray[np.int64]
@@ -92,15 +104,19 @@ class EncodedBatch:
 class TextEncoder:
     """A tokenizer and its limits; may be shared by threads.
 
-    ``tokenizer_json`` are the bytes of the file, ``max_tokens`` is the maximum of the bundle's axis S.
+    ``data`` are the bytes of the file, ``max_tokens`` is the maximum of the bundle's axis S.
     Raises BundleError when the file is damaged or hostile, or disagrees with ``spec``.
     """
 
-    def __init__(self, tokenizer_json: bytes, spec: TextSpec, max_tokens: int) -> None:
+    def __init__(self, data: bytes, spec: TextSpec, max_tokens: int) -> None:
         self.spec = spec
         self.max_tokens = min(max_tokens, spec.max_length)
         self._axis = max_tokens
-        self._tokenizer = parse_tokenizer(tokenizer_json)
+        self._tokenizer: Any  # MarianText has those of Tokenizer's methods that are called here
+        if spec.kind == "marian":
+            self._tokenizer = MarianText(MarianSpec.from_bytes(data, spec.file))
+        else:
+            self._tokenizer = parse_tokenizer(data)
         self._tokenizer.encode_special_tokens = spec.split_special_tokens
         self._processor = self._tokenizer.post_processor
         self._tokenizer.post_processor = None  # applied by hand, after the cut
@@ -117,19 +133,29 @@ class TextEncoder:
     @property
     def vocab_size(self) -> int:
         """Number of tokens, added ones included."""
-        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     def token_id(self, token: str) -> int | None:
         """The id of a token as it stands in the vocabulary, or None."""
-        return self._tokenizer.token_to_id(token)
+        number: int | None = self._tokenizer.token_to_id(token)
+        return number
 
     def token(self, number: int) -> str | None:
         """The token of an id as it stands in the vocabulary, or None."""
-        return self._tokenizer.id_to_token(number) if 0 <= number <= MAX_ID else None
+        token: str | None = self._tokenizer.id_to_token(number) if 0 <= number <= MAX_ID else None
+        return token
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of token ids, as transformers' ``decode`` gives it."""
-        return self._tokenizer.decode([int(number) for number in ids], skip_special_tokens=skip_special_tokens)
+        """Text of token ids, as transformers' ``decode`` gives it; ids that no token has are left out."""
+        known = [int(number) for number in ids if 0 <= number <= MAX_ID]
+        text: str = self._tokenizer.decode(known, skip_special_tokens=skip_special_tokens)
+        return clean_up(text) if self.spec.clean_up_spaces else text
+
+    def stream(self) -> TextStream:
+        """The text of tokens that come one by one; its pieces together are what ``decode`` gives for all."""
+        marian = isinstance(self._tokenizer, MarianText)
+        stream: TextStream = MarianDecoder(self._tokenizer) if marian else stream_of(self._tokenizer)
+        return CleanStream(stream) if self.spec.clean_up_spaces else stream
 
     def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, truncate: bool) -> EncodedBatch:
         """Encode texts, or texts with their pairs, each to one row padded to the longest.
@@ -239,36 +265,6 @@ class TextEncoder:
             if self.spec.token_types:
                 types[index, : len(row)] = row.type_ids
         return EncodedBatch(ids, mask, types, tuple(rows))
-
-
-def parse_tokenizer(tokenizer_json: bytes) -> Tokenizer:
-    """A tokenizer.json without its stored truncation and padding, tried out on a line of text.
-
-    Raises BundleError when the file is damaged, or its parts do not fit together.
-    """
-    from tokenizers import Tokenizer
-    from tokenizers.processors import TemplateProcessing
-
-    try:
-        tokenizer = Tokenizer.from_str(tokenizer_json.decode())
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        if tokenizer.post_processor is None:
-            tokenizer.post_processor = TemplateProcessing(single="$A:0", pair="$A:0 $B:1", special_tokens=[])
-        tokenizer.encode(PROBE, PROBE)
-        tokenizer.decode(tokenizer.encode(PROBE).ids)
-    except BaseException as error:
-        raise_unless_tokenizers(error)
-        raise BundleError(
-            f"the tokenizer cannot be used ({one_line(error)}). Copy or export the bundle again."
-        ) from None
-    return tokenizer
-
-
-def raise_unless_tokenizers(error: BaseException) -> None:
-    """Let Ctrl-C through: the library raises plain Exception, and its Rust panics are BaseException."""
-    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-        raise error
 
 
 def longest_first(first: int, second: int, room: int) -> tuple[int, int]:

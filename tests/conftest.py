@@ -62,6 +62,37 @@ Exported = Callable[..., tuple[Path, Path]]
 Once = Callable[[str, Callable[[Path], object]], Path]
 
 
+GPT2 = {
+    "vocab_size": 101,
+    "n_positions": 67,
+    "n_embd": 160,
+    "n_layer": 3,
+    "n_head": 2,
+    "n_inner": 203,
+    "bos_token_id": 1,
+    "eos_token_id": 100,
+}
+MARIAN = {
+    "vocab_size": 101,
+    "max_position_embeddings": 67,
+    "d_model": 160,
+    "encoder_layers": 3,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 203,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 77,
+    "activation_function": "swish",
+    "scale_embedding": True,
+    "pad_token_id": 100,
+    "eos_token_id": 0,
+    "decoder_start_token_id": 100,
+    "forced_eos_token_id": 0,
+}
+KINDS = {"Bert": ("BertConfig", BERT), "ViT": ("ViTConfig", VIT), "GPT2": ("GPT2Config", GPT2)}
+KINDS |= {"Marian": ("MarianConfig", MARIAN)}
+
+
 def save_checkpoint(
     folder: Path, architecture: str, *, seed: int = 0, tokenizer: bool = True, shard: str = "5GB", **config: Any
 ) -> Path:
@@ -74,12 +105,15 @@ def save_checkpoint(
     import transformers
 
     bert = architecture.startswith("Bert")
-    kind, defaults = (transformers.BertConfig, BERT) if bert else (transformers.ViTConfig, VIT)
+    kind, defaults = next(found for prefix, found in KINDS.items() if architecture.startswith(prefix))
     torch.manual_seed(seed)
-    model = getattr(transformers, architecture)(kind(**{**defaults, **config})).eval()
+    model = getattr(transformers, architecture)(getattr(transformers, kind)(**{**defaults, **config})).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.2)
+        for name, parameter in model.named_parameters():
+            if "embed_positions" not in name:  # Marian's are no parameters but sinusoids
+                parameter.normal_(std=0.2)
+        if hasattr(model, "final_logits_bias"):
+            model.final_logits_bias.normal_()
     model.save_pretrained(folder, max_shard_size=shard)
     if bert and tokenizer:
         (folder / "vocab.txt").write_text("\n".join(vocabulary()) + "\n", encoding="utf-8")

@@ -31,7 +31,7 @@ def ours_of(folder: Path, **options: Any) -> Any:
 
 
 def worst_error(loaded: Any, ours: tuple[torch.Tensor, ...], theirs: Any, names: tuple[str, ...]) -> float:
-    by_name = dict(zip((tensor.name for tensor in loaded.graph.outputs), ours, strict=True))
+    by_name = dict(zip((tensor.name for tensor in loaded.graphs[0].outputs), ours, strict=True))
     errors = []
     for name in names:
         expected = theirs["prediction_logits"] if name == "logits" and "prediction_logits" in theirs else theirs[name]
@@ -97,7 +97,7 @@ def test_vit_equals_transformers(
 def test_a_task_may_differ_from_the_architecture(make_checkpoint: MakeCheckpoint) -> None:
     folder = make_checkpoint("BertForSequenceClassification", num_labels=5)
     loaded = ours_of(folder, task="feature-extraction")
-    assert [tensor.name for tensor in loaded.graph.outputs] == [
+    assert [tensor.name for tensor in loaded.graphs[0].outputs] == [
         "pooler_output",
         "last_hidden_state",
         "sentence_embedding",

@@ -20,10 +20,11 @@ from transom.export.flavours import make_flavours
 from transom.export.onnx import onnx_from_module
 from transom.export.passes.emulate import emulate_half
 from transom.export.passes.precision import convert_precision
-from transom.export.ranges import largest_values, require_fp16_range
+from transom.export.ranges import RangeBackend, require_fp16_range
 from transom.export.source import load_source
 from transom.runtime.errors import PrecisionError
 from transom.runtime.ort import OrtBackend
+from transom.runtime.spec import Graph
 
 MakeCheckpoint = Callable[..., Path]
 # Per encoder layer: one fused attention, one GELU; two norms per layer, and one more for embeddings or the end.
@@ -41,7 +42,7 @@ def load(folder: Path) -> Any:
 
 
 def canonical(loaded: Any) -> ir.Model:
-    return onnx_from_module(loaded.module, loaded.graph, loaded.axes)
+    return onnx_from_module(loaded.module, loaded.graphs[0], loaded.axes)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def test_operator_counts(traced: Any, architecture: str) -> None:
 @pytest.mark.parametrize("architecture", PINNED)
 def test_axes_names_and_no_trace_of_the_machine(traced: Any, architecture: str) -> None:
     loaded, model = traced(architecture)
-    for tensor, value in zip(loaded.graph.inputs, model.graph.inputs, strict=True):
+    for tensor, value in zip(loaded.graphs[0].inputs, model.graph.inputs, strict=True):
         assert value.name == tensor.name
         assert tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape) == tensor.shape
     data = ir.to_proto(model).SerializeToString()
@@ -102,7 +103,7 @@ def feeds_for(loaded: Any, B: int, S: int) -> dict[str, Any]:
     rng = np.random.default_rng(S)
     sizes = {"B": B, "S": S}
     feeds: dict[str, Any] = {}
-    for tensor in loaded.graph.inputs:
+    for tensor in loaded.graphs[0].inputs:
         shape = tuple(sizes.get(size, size) for size in tensor.shape)
         random = rng.standard_normal(shape).astype(np.float32)
         feeds[tensor.name] = random if tensor.dtype == "float32" else rng.integers(0, tensor.below or 2, shape)
@@ -117,7 +118,7 @@ def test_half_precision(traced: Any, architecture: str, precision: str, toleranc
     loaded, model = traced(architecture)
     feeds = feeds_for(loaded, 3, 13)
     with torch.inference_mode():
-        outputs = loaded.module(*(torch.from_numpy(feeds[tensor.name]) for tensor in loaded.graph.inputs))
+        outputs = loaded.module(*(torch.from_numpy(feeds[tensor.name]) for tensor in loaded.graphs[0].inputs))
     assert convert_precision(model, precision)
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
     assert {value.dtype for value in model.graph.outputs} == {ir.DataType.FLOAT}
@@ -125,7 +126,7 @@ def test_half_precision(traced: Any, architecture: str, precision: str, toleranc
     assert emulate_half(rounded)
     onnx.checker.check_model(ir.to_proto(rounded), full_check=True)
     found = run(rounded, feeds)
-    for tensor, theirs in zip(loaded.graph.outputs, outputs, strict=True):
+    for tensor, theirs in zip(loaded.graphs[0].outputs, outputs, strict=True):
         error = np.abs(found[tensor.name] - theirs.numpy()).max() / np.abs(theirs.numpy()).max()
         assert 1e-6 < error <= tolerance  # it does round, and not by more than it must
 
@@ -169,6 +170,13 @@ def test_emulation_rounds_to_nearest_even_after_every_node() -> None:
     assert run(model, {"x": np.array([100.3, 1.0], np.float32)})["y"].tolist()[0] == 302.0
 
 
+def largest_values(model: ir.Model, feeds: list[dict[str, Any]]) -> dict[str, tuple[float, str]]:
+    backend = RangeBackend(model, Graph("model", (), ()))
+    for feed in feeds:
+        backend.run(feed, {})
+    return backend.largest
+
+
 def test_a_weight_past_the_end_of_fp16_is_named() -> None:
     with pytest.raises(
         PrecisionError, match=r"weight w \(module top\) reaches 70000, fp16 ends at 65504; export with --precision bf16"
@@ -203,8 +211,8 @@ def test_an_overflow_in_the_middle_of_a_model_is_named(traced: Any) -> None:
 
 def test_bf16_ships_a_flavour_that_the_cpu_runs_and_shares_its_weights(traced: Any) -> None:
     loaded, model = traced("ViTForImageClassification")
-    flavours = make_flavours(model, loaded.graph, "bf16")
-    assert dict(flavours.graph.files) == {"default": "model.onnx", "cpu": "model.cpu.onnx"}
+    flavours = make_flavours({"model": model}, loaded.graphs, "bf16")
+    assert dict(flavours.graphs[0].files) == {"default": "model.onnx", "cpu": "model.cpu.onnx"}
     sizes = {name: len(data) for name, data in flavours.files.items()}
     assert sizes["model.onnx"] + sizes["model.cpu.onnx"] < 0.2 * sizes["model.weights"]
     stored = onnx.load_from_string(flavours.files["model.onnx"])
@@ -218,9 +226,9 @@ def test_large_weights_lie_outside_and_compute_the_same(traced: Any, precision: 
     shapes = {"logits": (2, 7, loaded.config.vocab_size)}
     answers = []
     for above in (0, 1 << 30):
-        flavours = make_flavours(model, loaded.graph, precision, external_above=above)
-        assert (flavours.graph.weights is None) == (above > 0)
-        backend = OrtBackend(flavours.graph, flavours.files.__getitem__, "cpu", 1)
+        flavours = make_flavours({"model": model}, loaded.graphs, precision, external_above=above)
+        assert (flavours.graphs[0].weights is None) == (above > 0)
+        backend = OrtBackend(flavours.graphs[0], flavours.files.__getitem__, "cpu", 1)
         answers.append(backend.run(feeds, shapes)["logits"])
     np.testing.assert_array_equal(*answers)
 

@@ -34,7 +34,7 @@ THEIRS = {
     "runtime": {"numpy", "onnxruntime", "tokenizers", "PIL", "safetensors"},
     "calib": {"numpy", "onnx", "onnxruntime"},
     "export": {"numpy", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "ml_dtypes"}
-    | {"safetensors", "tokenizers", "PIL", "huggingface_hub"},
+    | {"safetensors", "tokenizers", "sentencepiece", "PIL", "huggingface_hub"},
     "cli": {"typer", "rich", "numpy", "PIL"},
 }
 TORCH_TOO = {"export/onnx.py", "export/parity.py"}

@@ -55,10 +55,10 @@ def test_padding_does_not_count_but_must_be_finite() -> None:
     theirs = np.array([[[1.0], [90.0]], [[2.0], [4.0]]], np.float32)  # (B, S, 1)
     ours = np.array([[[1.0], [50.0]], [[2.5], [4.0]]], np.float32)
     real = np.array([[True, False], [True, True]])
-    worst = compare("hidden", ours, theirs, real)
+    worst = compare("hidden", ours, theirs, real[:, :, None])
     assert (worst.error, worst.index) == (0.5 / 4.0, (1, 0, 0))
     ours[0, 1] = np.nan
-    assert compare("hidden", ours, theirs, real).error == math.inf
+    assert compare("hidden", ours, theirs, real[:, :, None]).error == math.inf
 
 
 def test_the_grid_has_every_corner() -> None:

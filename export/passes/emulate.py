@@ -9,7 +9,8 @@ Cases:
 1. A half-precision weight is cast to FP32 where it is read.
 2. A node's half-precision result is computed in FP32 and rounded: Cast to half, Cast to FP32.
 3. A node that only moves values (MOVES) needs no rounding: its inputs were rounded.
-4. A Cast to half keeps rounding and is cast back; a Cast from half reads the rounded FP32.
+4. An input in half precision (state) is read in FP32; whoever made its values rounded them.
+5. A Cast to half keeps rounding and is cast back; a Cast from half reads the rounded FP32.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import onnx_ir as ir
 from transom.export.passes.casts import cast_of
 
 MOVES = {"Reshape", "Transpose", "Gather", "Slice", "Concat", "Expand", "Squeeze", "Unsqueeze", "Split", "Flatten"}
-MOVES |= {"Identity", "ConstantOfShape"}
+MOVES |= {"Identity", "ConstantOfShape", "TensorScatter", "GatherND"}
 HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
@@ -35,17 +36,20 @@ def emulate_half(model: ir.Model) -> bool:
         graph.insert_before(nodes[0], wide)
         for reader, index in readers:
             reader.replace_input_with(index, wide.outputs[0])
+    for entering in graph.inputs:
+        if entering.dtype in HALVES:  # case 4
+            entering.type = ir.TensorType(ir.DataType.FLOAT)
     for node, output in results:
         round_output(graph, node, output)
     return bool(weights or results)
 
 
 def round_output(graph: ir.Graph, node: ir.Node, output: ir.Value) -> None:
-    """Cases 2 to 4 for one result."""
+    """Cases 2, 3 and 5 for one result."""
     half = output.dtype
     assert half is not None
     readers = list(output.uses())
-    if node.op_type == "Cast":  # case 4: the node itself rounds
+    if node.op_type == "Cast":  # case 5: the node itself rounds
         back = cast_of(output, ir.DataType.FLOAT, f"{output.name}_float")
         graph.insert_after(node, back)
     else:

@@ -6,9 +6,13 @@ Cases:
 3. A node of a module in KEEP_FP32 stays in FP32; casts are put where values enter and leave it.
 4. A float32 input of the graph is cast on entry, an output on leaving, so that an app sees the same
    types whatever the precision of the bundle.
+5. State (a KV cache, the encoder's keys and values) enters and leaves in half precision: it is large,
+   goes from call to call, and nobody reads it on the way.
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 import ml_dtypes
 import numpy as np
@@ -24,8 +28,8 @@ FP16_MAX = 65504.0  # IEEE 754 binary16
 KEEP_FP32 = ("sentence_pooling",)  # a sum over hundreds of tokens
 
 
-def convert_precision(model: ir.Model, precision: str) -> bool:
-    """Rewrite ``model`` in place for "fp16" or "bf16"; True if anything changed.
+def convert_precision(model: ir.Model, precision: str, state: Collection[str] = ()) -> bool:
+    """Rewrite ``model`` in place for "fp16" or "bf16"; True if anything changed. ``state`` are names of case 5.
 
     Raises PrecisionError naming a weight that FP16 cannot hold.
     """
@@ -35,13 +39,16 @@ def convert_precision(model: ir.Model, precision: str) -> bool:
     for value in list(model.graph.initializers.values()):
         if value.dtype == ir.DataType.FLOAT and not all(keeps_fp32(node) for node in value.consumers()):
             convert_weight(value, half)
+    for entering in model.graph.inputs:
+        if entering.name in state:  # case 5
+            entering.type = ir.TensorType(half)
     casts: dict[tuple[str | None, ir.DataType], ir.Value] = {}
     for node in list(model.graph):
         wanted = ir.DataType.FLOAT if keeps_fp32(node) else half
         convert_inputs(model.graph, node, wanted, casts)
         convert_node(node, half, wanted)
     for index, output in enumerate(list(model.graph.outputs)):
-        if output.dtype == half:
+        if output.dtype == half and output.name not in state:
             model.graph.outputs[index] = cast_output(model.graph, output)
     return True
 

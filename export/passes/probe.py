@@ -16,7 +16,7 @@ PREFIX = "max:"
 
 
 def probe_ranges(model: ir.Model) -> dict[str, str]:
-    """Rewrite ``model`` in place to output only the probes; probe's name -> path of the module it measures."""
+    """Add the probes to the outputs of ``model``, in place; probe's name -> path of the module it measures."""
     modules: dict[str, str] = {}
     probes = []
     for node in list(model.graph):
@@ -26,7 +26,6 @@ def probe_ranges(model: ir.Model) -> dict[str, str]:
         for value in measured:
             probes.append(probe(model.graph, node, value))
             modules[str(probes[-1].name)] = node.metadata_props.get(MODULE, "")
-    model.graph.outputs.clear()
     model.graph.outputs.extend(probes)
     return modules
 

@@ -10,7 +10,12 @@ from transom.runtime.errors import BundleError
 if TYPE_CHECKING:
     from transom.runtime.session import LoadedBundle
 
-FAMILIES = {"bert": ("bert", "Bert"), "vit": ("vit", "ViT")}  # family -> module here, class
+FAMILIES = {  # family -> module here, class
+    "bert": ("bert", "Bert"),
+    "gpt": ("gpt", "GPT"),
+    "transformer": ("transformer", "Transformer"),
+    "vit": ("vit", "ViT"),
+}
 
 
 def task_class(family: str) -> type[LoadedBundle]:

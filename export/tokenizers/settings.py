@@ -17,14 +17,19 @@ if TYPE_CHECKING:
     from tokenizers import AddedToken
 
 FILE = "tokenizer.json"
+# Every file whose presence means that the checkpoint has a tokenizer
+VOCABULARIES = ("vocab.txt", "vocab.json", "merges.txt", "source.spm", "target.spm")
+FOREIGN = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "bpe.codes")  # of classes that we do not build
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 # Model types whose tokenizer is transformers' BertTokenizer, and the class names that mean it
 BERT_TYPES = ("bert", "convbert", "distilbert", "electra", "layoutlm", "lxmert", "mobilebert", "squeezebert")
 BERT_CLASSES = ("Bert", "ConvBert", "DistilBert", "Electra", "LayoutLM", "Lxmert", "MobileBert", "SqueezeBert")
+OTHER_TYPES = {"gpt2": "GPT2Tokenizer", "marian": "MarianTokenizer"}
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
-def read_settings(folder: Path, sentence: Mapping[str, Any]) -> tuple[dict[str, Any], list[AddedToken]]:
-    """What the tokenizer's class would be constructed with, and tokens to add in the order of their ids.
+def read_settings(folder: Path, sentence: Mapping[str, Any]) -> tuple[dict[str, Any], dict[int, AddedToken]]:
+    """What the tokenizer's class would be constructed with, and tokens to add by id, in order.
 
     tokenizer_config.json and the older files beside it, merged as ``_from_pretrained`` does.
     """
@@ -56,7 +61,7 @@ def read_settings(folder: Path, sentence: Mapping[str, Any]) -> tuple[dict[str, 
             added[token["id"]] = AddedToken(**{k: v for k, v in token.items() if k != "id"})
     if "additional_special_tokens" in given and "extra_special_tokens" not in given:
         given["extra_special_tokens"] = given.pop("additional_special_tokens")
-    return revived(given), [added[number] for number in sorted(added)]
+    return revived(given), {number: added[number] for number in sorted(added)}
 
 
 def is_own_name(name: str) -> bool:
@@ -111,7 +116,8 @@ def names(given: Mapping[str, Any]) -> dict[str, Any]:
 def class_name(folder: Path, given: Mapping[str, Any]) -> str:
     """The tokenizer's class as transformers finds it, without "Fast"."""
     config = read_optional(folder / "config.json")
-    by_type = "BertTokenizer" if config.get("model_type", "bert") in BERT_TYPES else "PreTrainedTokenizer"
+    model_type = str(config.get("model_type", "bert"))
+    by_type = "BertTokenizer" if model_type in BERT_TYPES else OTHER_TYPES.get(model_type, "PreTrainedTokenizer")
     return str(given.get("tokenizer_class") or config.get("tokenizer_class") or by_type).removesuffix("Fast")
 
 
@@ -120,12 +126,24 @@ def is_bert(folder: Path, given: Mapping[str, Any]) -> bool:
     return class_name(folder, given).removesuffix("Tokenizer") in BERT_CLASSES
 
 
+def cleans_up(given: Mapping[str, Any], model: str) -> bool:
+    """Whether ``decode`` takes out spaces before punctuation; for a BPE model one setting is not enough."""
+    anyway = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
+    return bool(given.get("clean_up_tokenization_spaces")) and (model != "BPE" or bool(given.get(anyway)))
+
+
 def has_token_types(folder: Path, given: Mapping[str, Any]) -> bool:
     """Whether transformers' tokenizer returns token_type_ids; BERT takes zeros where it does not."""
     inputs = given.get("model_input_names")
     if inputs is not None:
         return "token_type_ids" in inputs
     return is_bert(folder, given) and class_name(folder, given) != "DistilBertTokenizer"
+
+
+def no_stand_in(folder: Path, name: str) -> CheckpointError:
+    """Without tokenizer.json, and without the vocabulary that the class ``name`` is built from."""
+    found = next(other for other in (*VOCABULARIES, *FOREIGN, *SETTINGS) if (folder / other).is_file())
+    return refusal(folder, f"no tokenizer.json, and {found} cannot stand in for it ({name})")
 
 
 def refusal(folder: Path, problem: str) -> CheckpointError:

@@ -1,9 +1,8 @@
-"""From a checkpoint's tokenizer files to one tokenizer.json and the ``tokenizer`` object of a bundle.
+"""From a checkpoint's tokenizer files to one JSON file and the ``tokenizer`` object of a bundle.
 
 The ids are those of ``transformers.AutoTokenizer.from_pretrained(folder)``, 5.23, which does not simply
-run tokenizer.json: for BERT's classes it takes the vocabulary from it (or from vocab.txt) and rebuilds
-the rest from tokenizer_config.json. The source followed is ``models.bert.tokenization_bert``; those of the
-settings are named in tokenizer_settings.py.
+run tokenizer.json: for BERT's and GPT-2's classes it takes the vocabulary from it (or from the older files)
+and rebuilds the rest from tokenizer_config.json; Marian's it cuts with SentencePiece itself.
 """
 
 from __future__ import annotations
@@ -14,39 +13,58 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transom.export.tokenizer_settings import FILE, class_name, has_token_types, is_bert, names, read_settings, refusal
+from transom.export.tokenizers.bert import bert_tokenizer, frame_as_bert
+from transom.export.tokenizers.gpt2 import frame_as_gpt2, gpt2_tokenizer
+from transom.export.tokenizers.marian import SOURCE, TARGET, Side, marian_bytes, marian_special_tokens
+from transom.export.tokenizers.settings import (
+    FILE,
+    FOREIGN,
+    SETTINGS,
+    VOCABULARIES,
+    class_name,
+    cleans_up,
+    has_token_types,
+    is_bert,
+    names,
+    no_stand_in,
+    read_settings,
+    refusal,
+)
 from transom.models.json_files import read_object
 from transom.runtime.errors import BundleError, CheckpointError
-from transom.runtime.text import MAX_LENGTH, TextEncoder, TextSpec, parse_tokenizer
+from transom.runtime.text import MAX_LENGTH, TextEncoder, TextSpec
+from transom.runtime.tokenizer_json import parse_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
 
-BERT_TOKENS = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "pad", "cls", "mask")}
-# Vocabularies that only their own libraries can turn into a tokenizer.json
-FOREIGN = ("vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "bpe.codes")
-SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 SENTENCE_FILES = tuple(
     f"sentence_{family}_config.json"
     for family in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
+Found = tuple[bytes, TextSpec]
 
 
-def tokenizer_from_checkpoint(folder: Path, max_positions: int) -> tuple[bytes, TextSpec] | None:
-    """The bytes of a tokenizer.json and what goes with it; None where the folder has no tokenizer.
+def tokenizer_from_checkpoint(folder: Path, max_positions: int, rows: int | None = None) -> Found | None:
+    """The bytes of a tokenizer's file and what goes with it; None where the folder has no tokenizer.
 
-    ``max_positions`` is the model's own limit in tokens. Raises CheckpointError when the files are
-    damaged, contradict each other, or hold a vocabulary that is neither tokenizer.json nor vocab.txt.
+    ``max_positions`` is the model's own limit in tokens, ``rows`` the length of its embedding table. Raises
+    CheckpointError when the files are damaged, contradict each other or the table, or hold a vocabulary
+    that only another library can turn into a tokenizer.
     """
-    if not any((folder / name).is_file() for name in (FILE, "vocab.txt", *FOREIGN, *SETTINGS)):
+    if not any((folder / name).is_file() for name in (FILE, *VOCABULARIES, *FOREIGN, *SETTINGS)):
         return None
     sentence = next((read_object(folder / name) for name in SENTENCE_FILES if (folder / name).is_file()), {})
     with damaged(folder):
         given, added = read_settings(folder, sentence)
-        tokenizer, named = build(folder, given)
-        add_tokens(tokenizer, added, named, given.get("extra_special_tokens") or [])
+        if class_name(folder, given) == "MarianTokenizer":
+            return marian(folder, SOURCE, given, added, max_positions, rows)
+        tokenizer, named = build(folder, given, rows)
+        add_tokens(tokenizer, list(added.values()), named, given.get("extra_special_tokens") or [])
         if is_bert(folder, given):
             frame_as_bert(tokenizer, named)
+        if class_name(folder, given) == "GPT2Tokenizer" and not (folder / FILE).is_file():
+            frame_as_gpt2(tokenizer, named, given)
         if sentence.get("do_lower_case"):
             lower_case_first(tokenizer)
         pad, mask = (str(named[name]) if name in named else None for name in ("pad_token", "mask_token"))
@@ -60,11 +78,30 @@ def tokenizer_from_checkpoint(folder: Path, max_positions: int) -> tuple[bytes, 
             truncation_side=given["truncation_side"],
             split_special_tokens=given.get("split_special_tokens", False),
             token_types=has_token_types(folder, given),
+            clean_up_spaces=cleans_up(given, type(tokenizer.model).__name__),
         )
-        spec = TextSpec.from_json(spec.to_json())  # the reader's checks, before anything is written
-        written = tokenizer.to_str().encode()
-        TextEncoder(written, spec, max_positions)
-    return written, spec
+        return checked(tokenizer.to_str().encode(), spec, max_positions)
+
+
+def target_tokenizer_from_checkpoint(folder: Path, max_positions: int, rows: int | None = None) -> Found | None:
+    """The tokenizer of what a Marian model writes, where its vocabulary is another than that of what it reads.
+
+    None where the two are one; else as ``tokenizer_from_checkpoint``.
+    """
+    if not (folder / SOURCE.vocabulary).is_file():
+        return None
+    with damaged(folder):
+        given, added = read_settings(folder, {})
+        if class_name(folder, given) != "MarianTokenizer" or not given.get("separate_vocabs"):
+            return None
+        return marian(folder, TARGET, given, added, max_positions, rows)
+
+
+def checked(data: bytes, spec: TextSpec, max_positions: int) -> Found:
+    """The reader's checks, before anything is written."""
+    spec = TextSpec.from_json(json.loads(json.dumps(spec.to_json())))
+    TextEncoder(data, spec, max_positions)
+    return data, spec
 
 
 @contextmanager
@@ -80,51 +117,47 @@ def damaged(folder: Path) -> Iterator[None]:
         raise refusal(folder, f"{type(error).__name__}: {error}") from None
 
 
-def build(folder: Path, given: dict[str, Any]) -> tuple[Tokenizer, dict[str, Any]]:
+def build(folder: Path, given: dict[str, Any], rows: int | None) -> tuple[Tokenizer, dict[str, Any]]:
     """The tokenizer before tokens are added, and its named special tokens."""
-    path, bert, name = folder / FILE, is_bert(folder, given), class_name(folder, given)
-    if path.is_file():
-        stored = read_object(path)
+    path, name = folder / FILE, class_name(folder, given)
+    stored = read_object(path) if path.is_file() else None
+    if stored is None:
+        given.setdefault("truncation_side", "right")
+    else:
         truncation, padding = stored.get("truncation") or {}, stored.get("padding") or {}
         given.setdefault("truncation_side", truncation.get("direction", "Right").lower())
-        if not bert:
+        if name != "GPT2Tokenizer":
             given.setdefault("pad_token", padding.get("pad_token"))
-            return parse_tokenizer(path.read_bytes()), names(given)
-        parse_tokenizer(path.read_bytes())
-        if stored["model"].get("type", "WordPiece") != "WordPiece":
-            kind = stored["model"]["type"]
-            raise refusal(folder, f"tokenizer.json holds a {kind} model and {name} takes WordPiece")
-        vocabulary = stored["model"]["vocab"]
-    else:
-        if not bert or not (folder / "vocab.txt").is_file():
-            found = next(other for other in ("vocab.txt", *FOREIGN, *SETTINGS) if (folder / other).is_file())
-            raise refusal(folder, f"no tokenizer.json, and {found} cannot stand in for it ({name})")
-        from tokenizers.models import WordPiece
-
-        vocabulary = WordPiece.read_file(str(folder / "vocab.txt"))
-        given.setdefault("truncation_side", "right")
-    named = names({**BERT_TOKENS, **given})
-    for needed in ("unk_token", "sep_token", "cls_token"):
-        if needed not in named:
-            raise refusal(folder, f"{needed} is null, which BERT's tokenizer cannot do without")
-    return bert_tokenizer(vocabulary, str(named["unk_token"]), given), named
+    if is_bert(folder, given):
+        return bert_tokenizer(folder, stored, given)
+    if name == "GPT2Tokenizer":
+        return gpt2_tokenizer(folder, stored, given, rows)
+    if stored is None:
+        raise no_stand_in(folder, name)
+    return parse_tokenizer(path.read_bytes()), names(given)
 
 
-def bert_tokenizer(vocabulary: dict[str, int], unknown: str, given: Mapping[str, Any]) -> Tokenizer:
-    """BertTokenizer's normaliser, pre-tokenizer and model; its template needs the added tokens first."""
-    from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
-    from tokenizers.models import WordPiece
-
-    tokenizer = Tokenizer(WordPiece(vocabulary, unk_token=unknown))
-    tokenizer.normalizer = normalizers.BertNormalizer(
-        clean_text=True,
-        handle_chinese_chars=given.get("tokenize_chinese_chars", True),
-        strip_accents=given.get("strip_accents"),
-        lowercase=given.get("do_lower_case", True),
+def marian(
+    folder: Path, side: Side, given: dict[str, Any], added: dict[int, AddedToken], max_positions: int, rows: int | None
+) -> Found:
+    """One side of a Marian tokenizer."""
+    named = marian_special_tokens(given)
+    data, ids = marian_bytes(folder, side, given, added, named, rows)
+    pad, mask = (str(named[name]) if name in named else None for name in ("pad_token", "mask_token"))
+    spec = TextSpec(
+        file=side.file,
+        max_length=longest({"model_max_length": 512, **given}, {}, max_positions),
+        pad_token=pad,
+        pad_id=0 if pad is None else ids[pad],
+        mask_token=mask,
+        mask_id=None if mask is None else ids[mask],
+        truncation_side=given.get("truncation_side", "right"),
+        split_special_tokens=given.get("split_special_tokens", False),
+        token_types=False,
+        kind="marian",
+        clean_up_spaces=cleans_up(given, "Unigram"),
     )
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece(prefix="##")
-    return tokenizer
+    return checked(data, spec, max_positions)
 
 
 def add_tokens(tokenizer: Tokenizer, added: list[AddedToken], named: Mapping[str, Any], extra: list[Any]) -> None:
@@ -142,18 +175,6 @@ def add_tokens(tokenizer: Tokenizer, added: list[AddedToken], named: Mapping[str
     for token in tokens:
         token.special = token.special or str(token) in special
     tokenizer.add_tokens(tokens)
-
-
-def frame_as_bert(tokenizer: Tokenizer, named: Mapping[str, Any]) -> None:
-    """[CLS] A [SEP], and [CLS] A [SEP] B [SEP] with token types 0 and 1."""
-    from tokenizers.processors import TemplateProcessing
-
-    cls, sep = str(named["cls_token"]), str(named["sep_token"])
-    tokenizer.post_processor = TemplateProcessing(
-        single=f"{cls}:0 $A:0 {sep}:0",
-        pair=f"{cls}:0 $A:0 {sep}:0 $B:1 {sep}:1",
-        special_tokens=[(token, tokenizer.token_to_id(token)) for token in (cls, sep)],
-    )
 
 
 def lower_case_first(tokenizer: Tokenizer) -> None:

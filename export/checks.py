@@ -1,0 +1,119 @@
+"""The artefact against PyTorch: both loaded by the same runtime, put through the same exercises, compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import onnx_ir as ir
+
+from transom.export.exercises import Exercises
+from transom.export.flavours import Flavours
+from transom.export.golden import Golden
+from transom.export.parity import TOLERANCES, Case, PyTorchBackend, require_parity
+from transom.export.ranges import RangeBackend
+from transom.export.source import Loaded
+from transom.runtime.bundle import Bundle
+from transom.runtime.compare import compare_outputs, largest_scales, on_scales
+from transom.runtime.ort import OrtBackend
+from transom.runtime.replay import Divergence, as_arrays, greedy, logits_along, require_same_tokens
+from transom.runtime.selftest import GENERATION
+from transom.runtime.session import LoadedBundle
+from transom.runtime.tasks import task_class
+from transom.runtime.tasks.generator import Generator
+
+
+def check_parity(
+    ours: LoadedBundle,
+    theirs: LoadedBundle,
+    rounded: LoadedBundle | None,
+    exercises: Exercises,
+    golden: Golden,
+    tell: Callable[[str], None],
+) -> list[Case]:
+    """Put both sides through the exercises; ParityError if any is beyond tolerance.
+
+    ``rounded`` is a third side, where there is one: our half-precision graphs as a GPU would round them.
+    Errors are taken on each output's scale over all exercises.
+    """
+    cases = []
+    third = iter(()) if rounded is None else exercises.runs(rounded, by_row=True)
+    for expected, found in zip(exercises.runs(theirs), exercises.runs(ours), strict=True):
+        shown = " ".join(f"{axis}={size}" for axis, size in expected.sizes.items())
+        tell(f"parity at {shown}")
+        if expected.feeds:
+            golden.offer(shown, expected.feeds, expected.outputs, found.outputs)
+        cases.append(Case(expected.sizes, compare_outputs(found.graph, found.feeds, found.outputs, expected.outputs)))
+        del found  # outputs at the maximum can be gigabytes
+        for run in third:
+            cases.append(Case(run.sizes, compare_outputs(run.graph, run.feeds, run.outputs, expected.outputs)))
+            break
+    scales = largest_scales(comparison for case in cases for comparison in case.comparisons)
+    cases = [Case(case.shape, on_scales(case.comparisons, scales)) for case in cases]
+    require_parity(cases, ours.manifest.precision, f"{ours.manifest.name} in {ours.manifest.precision}")
+    return cases
+
+
+def check_greedy(
+    ours: LoadedBundle, theirs: LoadedBundle, exercises: Exercises, cases: list[Case], golden: Golden
+) -> list[Divergence]:
+    """Greedy generations of both sides, equal token by token; the rows that part where PyTorch was unsure itself.
+
+    Nothing where the family does not generate. Raises ParityError for any other difference.
+    """
+    if not (isinstance(ours, Generator) and isinstance(theirs, Generator)):
+        return []
+    prompts, new_tokens = exercises.greedy_prompts, exercises.greedy_tokens
+    expected, found = greedy(theirs, prompts, new_tokens), greedy(ours, prompts, new_tokens)
+    logits = largest_scales(comparison for case in cases for comparison in case.comparisons)["logits"]
+    near_ties = require_same_tokens(
+        found.tokens, expected.tokens, expected.margins, TOLERANCES[ours.manifest.precision] * logits
+    )
+    steps = golden.steps(expected.logits[:, :1].nbytes)
+    golden.offer(
+        GENERATION,
+        as_arrays(prompts),
+        {"tokens": expected.tokens, "margins": expected.margins, "logits": expected.logits[:, :steps]},
+        {"tokens": found.tokens, "logits": logits_along(ours, prompts, expected.tokens)[:, :steps]},
+    )
+    return near_ties
+
+
+def open_bundle(bundle: Bundle, device: str = "cpu", threads: int | None = None) -> LoadedBundle:
+    """The bundle as a device would load it."""
+    return task_class(bundle.manifest.family)(bundle, device, threads)
+
+
+def open_pytorch(bundle: Bundle, loaded: Loaded) -> LoadedBundle:
+    """The same runtime around the PyTorch module: whatever differs comes from the graphs alone."""
+    parts = loaded.parts()
+    return task_class(bundle.manifest.family)(
+        bundle,
+        opener=lambda graph, read, device, threads: PyTorchBackend(parts[graph.graph.name], graph.graph),
+    )
+
+
+def open_emulated(bundle: Bundle, flavours: Flavours) -> LoadedBundle:
+    """The same runtime around the half-precision graphs as a GPU would round them."""
+    emulated = {graph.graph.name: graph for graph in flavours.emulated}
+    return task_class(bundle.manifest.family)(
+        bundle,
+        opener=lambda graph, read, device, threads: OrtBackend(
+            emulated[graph.graph.name], flavours.emulated_files.__getitem__, "cpu", None
+        ),
+    )
+
+
+def measure_ranges(
+    bundle: Bundle, canonical: Mapping[str, ir.Model], loaded: Loaded, exercises: Exercises
+) -> dict[str, tuple[float, str]]:
+    """The largest absolute value of every intermediate of the FP32 graphs over the exercises: (value, module path).
+
+    ``canonical`` is consumed.
+    """
+    backends = {graph.name: RangeBackend(canonical[graph.name], graph) for graph in loaded.graphs}
+    with task_class(bundle.manifest.family)(
+        bundle, opener=lambda graph, read, device, threads: backends[graph.graph.name]
+    ) as measured:
+        for _ in exercises.runs(measured, by_row=True):
+            pass
+    return {name: found for backend in backends.values() for name, found in backend.largest.items()}

@@ -1,0 +1,77 @@
+"""What a score is: a fraction of cases answered right, or a rate per unit; each with its 95 % interval."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any
+
+Z = 1.959963984540054  # standard normal quantile of 0.975: a 95 % interval leaves 2.5 % on either side
+
+
+@dataclass(frozen=True)
+class Score:
+    """``correct`` of ``n`` cases of the data set ``data`` answered right."""
+
+    name: str
+    data: str
+    n: int
+    correct: int
+
+    @property
+    def value(self) -> float:
+        return self.correct / self.n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the true fraction: what other cases of this kind would give. Wilson (1927)."""
+        n, p = self.n, self.value
+        middle = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
+        half = Z * sqrt(p * (1 - p) / n + Z**2 / (4 * n**2)) / (1 + Z**2 / n)
+        return middle - half, middle + half
+
+    def shared(self) -> dict[str, Any]:
+        """What is the same for two sides that are scored alike."""
+        return {"name": self.name, "data": self.data, "n": self.n}
+
+    def figures(self) -> dict[str, Any]:
+        """What differs between the sides."""
+        return {"correct": self.correct, "value": self.value, "interval": list(self.interval)}
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Sum of ``amounts`` over sum of ``units``, one of each per block of the data: bits and bytes. Less is better."""
+
+    name: str
+    data: str
+    amounts: tuple[float, ...]
+    units: tuple[int, ...]
+
+    @property
+    def n(self) -> int:
+        return len(self.amounts)
+
+    @property
+    def value(self) -> float:
+        return sum(self.amounts) / sum(self.units)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the rate on other blocks of this kind: that of a ratio estimator, the blocks independent.
+
+        Cochran, "Sampling Techniques" (1977), section 6.4.
+        """
+        n, rate = self.n, self.value
+        residuals = (amount - rate * unit for amount, unit in zip(self.amounts, self.units, strict=True))
+        variance = sum(residual**2 for residual in residuals) / (n - 1)
+        half = Z * sqrt(variance / n) / (sum(self.units) / n)
+        return rate - half, rate + half
+
+    def shared(self) -> dict[str, Any]:
+        """What is the same for two sides that are scored alike."""
+        return {"name": self.name, "data": self.data, "n": self.n, "lower_is_better": True}
+
+    def figures(self) -> dict[str, Any]:
+        """What differs between the sides."""
+        return {"value": self.value, "interval": list(self.interval)}

@@ -1,0 +1,1 @@
+"""From a checkpoint's tokenizer files to what the runtime reads: ``checkpoint`` is the way in."""

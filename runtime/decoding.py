@@ -1,0 +1,107 @@
+"""Rows of tokens that a decoder reads, one chunk or one token at a time, over a KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transom.runtime.backend import Array, Backend
+from transom.runtime.cache import KVCache
+from transom.runtime.errors import InputError
+from transom.runtime.inputs import LOGITS_POSITIONS, WRITE_INDICES, token_input
+
+CHUNK = 256  # tokens of a prompt read at once: the scores inside attention grow with chunk times capacity
+
+Ids = NDArray[np.int64]
+Floats = NDArray[np.float32]
+
+
+class Decoding:
+    """R rows in one decoder graph; every row stands at its own position.
+
+    ``limit`` is the most tokens a row may have. ``source`` is what the graph reads beside tokens and
+    caches, one row of each array per row: the encoder's keys and values, and its mask.
+
+    The buffers belong to this object alone and go with it. Not to be shared by threads.
+    """
+
+    def __init__(self, backend: Backend, rows: int, limit: int, source: Mapping[str, Array] | None = None) -> None:
+        graph = backend.graph
+        written = {tensor.writes for tensor in graph.outputs}
+        self._backend = backend
+        self._tokens = token_input(graph).name
+        self._vocabulary = int(graph.outputs[0].shape[2])
+        self._logits = graph.outputs[0].name
+        self._cache = KVCache([tensor for tensor in graph.inputs if tensor.name in written], rows, limit)
+        self._source = dict(source or {})
+        self._origin = np.arange(rows)  # the row of the original source that each row reads
+        self._limit = limit
+        self._ends: Ids = np.zeros(rows, np.int64)  # tokens read, per row
+
+    @property
+    def rows(self) -> int:
+        return len(self._ends)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the buffers hold per row now."""
+        return self._cache.capacity
+
+    def read(self, tokens: Ids, lengths: Ids | None = None) -> Floats:
+        """Read prompts, (R, S) padded on the right to ``lengths`` (R,); logits (R, V) behind each row's last.
+
+        In chunks of CHUNK. What is written for padding lies past its row's end and is overwritten before
+        anybody sees it.
+        """
+        R, S = tokens.shape
+        lengths = np.full(R, S) if lengths is None else lengths
+        last = np.empty((R, self._vocabulary), np.float32)
+        start = self._ends
+        for first in range(0, S, CHUNK):
+            chunk = tokens[:, first : first + CHUNK]
+            place = np.clip(lengths - 1 - first, 0, chunk.shape[1] - 1)
+            logits = self._step(chunk, start + first, place[:, None])[:, 0]
+            here = (lengths - 1) // CHUNK == first // CHUNK
+            last[here] = logits[here]
+        self._ends = start + lengths
+        return last
+
+    def read_all(self, tokens: Ids) -> Floats:
+        """Read (R, S) and give the logits behind every token: (R, S, V)."""
+        R, S = tokens.shape
+        logits = self._step(tokens, self._ends, np.broadcast_to(np.arange(S), (R, S)))
+        self._ends = self._ends + S
+        return logits
+
+    def feed(self, tokens: Ids) -> Floats:
+        """Append one token to each row: (R,) -> logits (R, V) of what comes next."""
+        return self.read(tokens[:, None])
+
+    def select(self, rows: NDArray[np.intp]) -> None:
+        """Row i goes on from what row ``rows[i]`` was; there are ``len(rows)`` from now on."""
+        self._cache.select(rows)
+        self._ends = self._ends[rows]
+        origin = self._origin[rows]
+        if not np.array_equal(origin, self._origin):  # beams of one source read the same
+            self._source = {name: array[rows] for name, array in self._source.items()}
+        self._origin = origin
+
+    def _step(self, tokens: Ids, write_indices: Ids, positions: NDArray[np.intp]) -> Floats:
+        """One run of the graph: (R, S) tokens at ``write_indices`` (R,), logits at ``positions`` (R, P)."""
+        R, S = tokens.shape
+        reached = int(write_indices.max(initial=0)) + S
+        if reached > self._limit:
+            raise InputError(
+                f"row {int(write_indices.argmax())} reaches {reached} tokens; the context holds {self._limit}."
+            )
+        self._cache.reserve(reached)
+        feeds = {
+            self._tokens: np.ascontiguousarray(tokens, np.int64),
+            WRITE_INDICES: np.ascontiguousarray(write_indices, np.int64),
+            LOGITS_POSITIONS: np.ascontiguousarray(positions, np.int64),
+            **self._source,
+            **self._cache.buffers,
+        }
+        return self._backend.run(feeds, {self._logits: (R, positions.shape[1], self._vocabulary)})[self._logits]

@@ -1,0 +1,66 @@
+"""The token sequences that are being continued, and the model that continues them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Continuation(Protocol):
+    """R rows of tokens that a decoder has read, with their KV cache."""
+
+    def feed(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Append one token to each row: (R,) -> logits (R, V) of what comes next."""
+
+    def select(self, rows: NDArray[np.intp]) -> None:
+        """Row i goes on from what row rows[i] was; R becomes len(rows)."""
+
+
+class Rows:
+    """R sequences: prompts, and what was chosen after each.
+
+    tokens   (R, L) int64; row r is ``tokens[r, : lengths[r]]``, the rest is unused
+    prompts  (R,) lengths of the prompts; ``lengths`` counts the new tokens, too
+    limits   (R,) lengths at which a row ends
+    shortest (R,) lengths before which no end-of-sequence token is chosen
+    """
+
+    def __init__(self, prompts: Sequence[Sequence[int]], limits: Sequence[int], shortest: Sequence[int]) -> None:
+        self.lengths: NDArray[np.int64] = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
+        self.prompts = self.lengths.copy()
+        self.limits: NDArray[np.int64] = np.array(limits, dtype=np.int64)
+        self.shortest: NDArray[np.int64] = np.array(shortest, dtype=np.int64)
+        self.tokens: NDArray[np.int64] = np.zeros((len(prompts), max(limits)), dtype=np.int64)
+        for row, prompt in enumerate(prompts):
+            self.tokens[row, : len(prompt)] = prompt
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def sequence(self, row: int) -> NDArray[np.int64]:
+        """A view of the row's tokens, prompt included."""
+        return self.tokens[row, : self.lengths[row]]
+
+    def new(self, row: int) -> list[int]:
+        """What was chosen after the row's prompt."""
+        found: list[int] = self.tokens[row, self.prompts[row] : self.lengths[row]].tolist()
+        return found
+
+    def append(self, tokens: NDArray[np.int64]) -> None:
+        """One token to each row: (R,)."""
+        self.tokens[np.arange(len(self)), self.lengths] = tokens
+        self.lengths += 1
+
+    def select(self, rows: NDArray[np.intp]) -> None:
+        """Row i becomes what row rows[i] was, as in ``Continuation.select``."""
+        for name in ("tokens", "lengths", "prompts", "limits", "shortest"):
+            setattr(self, name, getattr(self, name)[rows])
+
+
+def reorder(continuation: Continuation, rows: NDArray[np.intp], held: int) -> None:
+    """Make a continuation of ``held`` rows go on as ``rows``, sparing it a call that would change nothing."""
+    if len(rows) != held or bool((rows != np.arange(held)).any()):
+        continuation.select(rows)

@@ -1,0 +1,106 @@
+"""One token after the other: the most likely one, or one that is drawn.
+
+As ``GenerationMixin._sample`` of transformers 5.23, with the rows that are finished taken out of the
+batch instead of being fed with padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transom.runtime.errors import InputError
+from transom.runtime.generate.processors import alive, processed, processors
+from transom.runtime.generate.rows import Continuation, Rows, reorder
+from transom.runtime.generate.settings import GenerationSettings
+from transom.runtime.generate.stopping import Stopping
+
+
+def tokens_of_rows(
+    rows: Rows,
+    logits: NDArray[np.float32],
+    continuation: Continuation,
+    settings: GenerationSettings,
+    stopping: Stopping,
+) -> Iterator[tuple[NDArray[np.intp], NDArray[np.int64]]]:
+    """Yield, step by step, which rows go on and the token of each: (N,) positions in ``rows``, (N,) ids.
+
+    ``rows`` and ``continuation`` lose the rows that are finished. Sampled rows draw from streams of
+    their own, so that no row's text depends on how many others there are or when they finish.
+    """
+    chain = processors(settings)
+    live = np.arange(len(rows))
+    streams = streams_of(settings, len(rows)) if settings.do_sample else []
+    step = 1
+    while True:
+        check_finite(logits, live // settings.num_return_sequences, step)
+        scores = processed(logits, rows, chain)
+        tokens = draw(scores, [streams[row] for row in live]) if settings.do_sample else scores.argmax(axis=1)
+        if chain:
+            check_choice(scores[np.arange(len(tokens)), tokens], live // settings.num_return_sequences, step)
+        yield live, tokens
+        done = stopping.ends(tokens) | (rows.lengths + 1 >= rows.limits)
+        for row in np.flatnonzero(~done).tolist() if stopping.strings else ():
+            done[row] = stopping.completes(rows.sequence(row), int(tokens[row]))
+        if done.all():
+            return
+        rows.append(tokens)
+        if done.any():
+            stay = np.flatnonzero(~done)
+            rows.select(stay)
+            reorder(continuation, stay, len(live))
+            live, tokens = live[stay], tokens[stay]
+        logits = continuation.feed(tokens)
+        step += 1
+
+
+def streams_of(settings: GenerationSettings, rows: int) -> list[np.random.Generator]:
+    """A random stream for each row: PCG64, seeded with the seed, the prompt's number and the copy's."""
+    root = np.random.SeedSequence(settings.seed)
+    copies = settings.num_return_sequences
+    return [
+        np.random.Generator(
+            np.random.PCG64(np.random.SeedSequence(root.entropy, spawn_key=(row // copies, row % copies)))
+        )
+        for row in range(rows)
+    ]
+
+
+def draw(scores: NDArray[np.float32], streams: Sequence[np.random.Generator]) -> NDArray[np.int64]:
+    """One token per row (R,) with the probabilities softmax(scores), by one uniform number each.
+
+    A row whose scores are all -inf gets token 0, for the caller to see.
+    """
+    tokens = np.zeros(len(scores), dtype=np.int64)
+    for row, stream in enumerate(streams):
+        may, values = alive(scores[row])
+        if len(may):
+            weights = np.exp(values - values.max())
+            reached = np.cumsum(weights, dtype=np.float64)
+            at = int(np.searchsorted(reached, stream.random() * reached[-1], side="right"))
+            tokens[row] = may[min(at, int(np.flatnonzero(weights)[-1]))]
+    return tokens
+
+
+def check_finite(logits: NDArray[np.float32], prompts: NDArray[np.intp], step: int) -> None:
+    """InputError if a row of the logits (R, V) has NaN or +inf, or nothing but -inf; -inf among others may be."""
+    highest = logits.max(axis=1)  # NaN if there is one
+    if not np.isfinite(highest).all():
+        row = int(np.flatnonzero(~np.isfinite(highest))[0])
+        kind = "NaN" if np.isnan(highest[row]) else "infinite"
+        raise InputError(
+            f"the model's logits for prompt {prompts[row]} are {kind} at new token {step}, expected finite numbers. "
+            "Run `transom verify` on the bundle; a half-precision one may need --precision fp32."
+        )
+
+
+def check_choice(scores: NDArray[np.float32], prompts: NDArray[np.intp], step: int) -> None:
+    """InputError if the score (R,) of a chosen token is -inf: the settings rule out every token."""
+    if (scores == -np.inf).any():
+        row = int(np.flatnonzero(scores == -np.inf)[0])
+        raise InputError(
+            f"the settings rule out every token for prompt {prompts[row]} at new token {step}, expected one that may "
+            "follow. Loosen no_repeat_ngram_size, bad_words_ids, suppress_tokens or min_new_tokens."
+        )

@@ -1,0 +1,121 @@
+"""What a decoder is held to: logits behind given tokens, step by step, and a whole greedy generation.
+
+The export compares PyTorch and the artefact by these, ``transom selftest`` the golden values and the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transom.runtime.backend import Array
+from transom.runtime.errors import ParityError
+from transom.runtime.tasks.generator import Generator, Row, padded
+
+NOTHING = -1  # fills rows of tokens that ended early
+
+
+def forced_logits(bundle: Generator, prompts: Sequence[Row], chunks: Sequence[NDArray[np.int64]]) -> Iterator[Array]:
+    """Teacher forcing: the logits behind the prompts, (R, 1, V), then those of each chunk (R, n): (R, n, V)."""
+    begun = bundle.begin(prompts)
+    yield begun.logits[:, None]
+    for chunk in chunks:
+        yield begun.decoding.read_all(chunk)
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """A greedy generation per prompt.
+
+    tokens    int64 (R, n), NOTHING behind a row's end
+    margins   float32 (R, n): by how much each token's logit was above the best of the others
+    logits    float32 (R, n, V): of each step
+    """
+
+    tokens: NDArray[np.int64]
+    margins: NDArray[np.float32]
+    logits: NDArray[np.float32]
+
+
+def greedy(bundle: Generator, prompts: Sequence[Row], new_tokens: int) -> Greedy:
+    """Up to ``new_tokens`` for each prompt, all prompts in one batch."""
+    rows = bundle.generate(
+        [list(prompt) for prompt in prompts], max_new_tokens=new_tokens, do_sample=False, num_beams=1
+    )
+    tokens = np.full((len(rows), new_tokens), NOTHING, np.int64)
+    for index, row in enumerate(rows):
+        tokens[index, : len(row)] = row
+    logits = logits_along(bundle, prompts, tokens)
+    chosen = np.maximum(tokens, 0)[:, :, None]
+    others = logits.copy()
+    np.put_along_axis(others, chosen, -np.inf, axis=2)
+    margins = np.take_along_axis(logits, chosen, axis=2)[:, :, 0] - others.max(2)
+    return Greedy(tokens, np.where(tokens == NOTHING, np.float32(0), margins), logits)
+
+
+def logits_along(bundle: Generator, prompts: Sequence[Row], tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+    """The logits that each of ``tokens`` (R, n) was chosen from, fed one by one: (R, n, V)."""
+    fed = np.maximum(tokens, 0)  # behind a row's end anything will do
+    chunks = [fed[:, step : step + 1] for step in range(tokens.shape[1] - 1)]
+    return np.concatenate(list(forced_logits(bundle, prompts, chunks)), axis=1)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Where two greedy generations part: ``margin`` is how sure PyTorch was there."""
+
+    row: int
+    step: int
+    ours: int
+    theirs: int
+    margin: float
+
+    def __str__(self) -> str:
+        return (
+            f"greedy token {self.step} of row {self.row} is {self.ours}, PyTorch's is {self.theirs} "
+            f"(its margin {self.margin:.2e})"
+        )
+
+
+def divergences(ours: NDArray[np.int64], theirs: NDArray[np.int64], margins: NDArray[np.float32]) -> list[Divergence]:
+    """The first step at which each row of ``ours`` leaves ``theirs``."""
+    found = []
+    for row in range(len(theirs)):
+        steps = np.flatnonzero(ours[row] != theirs[row])
+        if len(steps):
+            step = int(steps[0])
+            found.append(
+                Divergence(row, step, int(ours[row, step]), int(theirs[row, step]), float(abs(margins[row, step])))
+            )
+    return found
+
+
+def require_same_tokens(
+    ours: NDArray[np.int64], theirs: NDArray[np.int64], margins: NDArray[np.float32], tolerance: float
+) -> list[Divergence]:
+    """The rows that part where PyTorch itself was unsure, by less than both sides' ``tolerance`` of a logit.
+
+    Raises ParityError for a row that parts elsewhere.
+    """
+    found = divergences(ours, theirs, margins)
+    wrong = [divergence for divergence in found if divergence.margin > 2 * tolerance]
+    if wrong:
+        raise ParityError(
+            f"{wrong[0]}; only a margin below {2 * tolerance:.2e} would explain that. The decoder's cache is not what "
+            "PyTorch's is: export again, or report it."
+        )
+    return found
+
+
+def as_arrays(prompts: Sequence[Row]) -> dict[str, Array]:
+    """Prompts as golden values hold them: ``prompts`` (R, S) and their ``lengths`` (R,)."""
+    ids, lengths = padded(prompts, 0)
+    return {"prompts": ids, "lengths": lengths}
+
+
+def from_arrays(arrays: Mapping[str, Array]) -> list[Row]:
+    """The prompts again."""
+    return [row[:length].tolist() for row, length in zip(arrays["prompts"], arrays["lengths"], strict=True)]

@@ -1,0 +1,226 @@
+"""What every bundle that generates shares: prompts in, batches of rows, tokens or text out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transom.runtime.decoding import Decoding
+from transom.runtime.errors import InputError
+from transom.runtime.generate import GenerationSettings, generate, stream
+from transom.runtime.session import LoadedBundle
+from transom.runtime.text import TextEncoder, TextSpec
+
+if TYPE_CHECKING:
+    from transom.runtime.spec import Tensor
+
+Row = list[int]
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A batch whose prompts are read: what goes on, each row's first ids, and the logits (R, V) behind them."""
+
+    decoding: Decoding
+    starts: list[Row]
+    logits: Floats
+
+
+class Generator(LoadedBundle, ABC):
+    """A loaded bundle with a decoder. Families say how a batch of prompts is begun.
+
+    Prompts are texts, or token ids: one (``"..."``, ``[1, 2, 3]``) or a list of them. Answers come in
+    kind, and hold what is new alone.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._defaults = GenerationSettings.from_json(self.manifest.generation or {})
+        self._text = self.text_encoder(self.manifest.tokenizer)
+        self.context = min(self.max_size("C"), self.max_size(str(self._decoder_tokens().shape[1])))
+
+    def generate(self, prompts: Any, **keywords: Any) -> Any:
+        """What comes after the prompts: text for text, ids for ids, a list for a list.
+
+        Keywords have the names and the meaning of transformers' GenerationConfig: ``max_new_tokens``,
+        ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``repetition_penalty``, ``num_beams``,
+        ``length_penalty``, ``early_stopping``, ``stop_strings``, ``num_return_sequences`` and more
+        (``transom.runtime.generate.GenerationSettings``); ``seed`` makes sampling repeatable. What is left
+        out is as the checkpoint's generation_config.json says. With ``num_return_sequences`` above 1 each
+        prompt gets a list.
+
+        Prompts of different lengths may be in one call; each gets the tokens it would get alone. Raises
+        InputError, before the first step, for keywords that contradict each other, ids outside the
+        vocabulary, an empty prompt, and a prompt that with the new tokens is longer than the context.
+        """
+        single, text, rows = self._rows(prompts)
+        settings = self._settings(keywords, rows, text=text)
+        each = settings.rows(1)
+        if each > self.max_size("B"):
+            raise InputError(
+                f"num_beams or num_return_sequences asks for {each} rows; this bundle allows {self.max_size('B')}. "
+                f"Export again with --max B={each}."
+            )
+        size = self.max_size("B") // each
+        found: list[Row] = []
+        for first in range(0, len(rows), size):
+            begun = self.begin(rows[first : first + size])
+            found += generate(
+                begun.starts,
+                begun.logits,
+                begun.decoding,
+                settings,
+                decode=self._decode_all if self._text else None,
+                positions=self.context,
+            )
+        answers = [self.target_encoder().decode(row) for row in found] if text else found
+        return in_kind(answers, single=single, each=settings.num_return_sequences)
+
+    def stream(self, prompt: Any, **keywords: Any) -> Iterator[Any]:
+        """``generate`` for one prompt, piece by piece as it is made: whole characters, or ids where ids were given.
+
+        The pieces joined are what ``generate`` returns. The call itself checks everything; leaving the
+        loop early frees the cache.
+        """
+        single, text, rows = self._rows(prompt)
+        if not single:
+            raise InputError(f"stream takes one prompt, received a list of {len(rows)}; call it once for each.")
+        settings = self._settings(keywords, rows, text=text, streaming=True)
+        tokens = self._tokens(rows, settings)
+        return self._pieces(tokens) if text else tokens
+
+    def _tokens(self, rows: list[Row], settings: GenerationSettings) -> Iterator[int]:
+        begun = self.begin(rows)
+        yield from stream(
+            begun.starts[0],
+            begun.logits,
+            begun.decoding,
+            settings,
+            decode=self._decode_all if self._text else None,
+            positions=self.context,
+        )
+
+    def _pieces(self, tokens: Iterator[int]) -> Iterator[str]:
+        text = self.target_encoder().stream()
+        for token in tokens:
+            piece = text.add(token)
+            if piece:
+                yield piece
+        rest = text.end()
+        if rest:
+            yield rest
+
+    @abstractmethod
+    def begin(self, rows: Sequence[Row]) -> Begun:
+        """Read a batch of prompts, ids of different lengths."""
+
+    @abstractmethod
+    def decoder_length(self, row: Row) -> int:
+        """Tokens that a prompt takes of the decoder's context."""
+
+    def encoder(self) -> TextEncoder:
+        """The tokenizer of prompts; InputError where the checkpoint had none."""
+        if self._text is None:
+            raise InputError("this bundle has no tokenizer, since its checkpoint had none; give and take token ids.")
+        return self._text
+
+    def target_encoder(self) -> TextEncoder:
+        """The tokenizer of what is generated."""
+        return self.encoder()
+
+    def text_encoder(self, words: Any) -> TextEncoder | None:
+        """The tokenizer that an object of bundle.json describes."""
+        if words is None:
+            return None
+        spec = TextSpec.from_json(words)
+        longest = self.longest_text(spec)
+        return TextEncoder(self._bundle.read(spec.file), replace(spec, max_length=longest), max_tokens=longest)
+
+    def longest_text(self, spec: TextSpec) -> int:
+        """Tokens of the longest text that is turned into ids."""
+        return min(self.max_size("S"), spec.max_length)
+
+    def _rows(self, prompts: Any) -> tuple[bool, bool, list[Row]]:
+        """(was it a single one, was it text, the prompts as ids); InputError for anything else."""
+        given = prompts.tolist() if isinstance(prompts, np.ndarray) else prompts
+        if not isinstance(given, str | list | tuple):
+            raise InputError(f"prompts is a {type(given).__name__}; expected a str, a list of ids, or a list of those.")
+        single = isinstance(given, str) or not any(isinstance(part, str | list | tuple | np.ndarray) for part in given)
+        batch = [given] if single else list(given)
+        if not batch or not all(len(prompt) if isinstance(prompt, str | list | tuple) else 1 for prompt in batch):
+            raise InputError("a prompt is empty; expected at least one token. Begin with the token a text begins with.")
+        kinds = {isinstance(prompt, str) for prompt in batch}
+        if len(kinds) == 2:
+            raise InputError("prompts holds both texts and ids; give one kind in one call.")
+        if kinds == {True}:
+            texts = [str(prompt) for prompt in batch]
+            return single, True, [row.ids for row in self.encoder().encode(texts, truncate=False).rows]
+        return single, False, [self._checked(prompt) for prompt in batch]
+
+    def _checked(self, prompt: Any) -> Row:
+        """One prompt of ids."""
+        ids = prompt.tolist() if isinstance(prompt, np.ndarray) else prompt
+        below = self.prompt_tokens().below
+        assert below is not None
+        if not isinstance(ids, list | tuple):
+            raise InputError(f"a prompt is a {type(ids).__name__}; expected a str or a list of ids.")
+        wrong = [token for token in ids if isinstance(token, bool) or not isinstance(token, int | np.integer)]
+        if wrong:
+            raise InputError(f"a prompt of ids holds {str(wrong[0])[:40]!r}; expected integers.")
+        outside = [token for token in ids if not 0 <= token < below]
+        if outside:
+            raise InputError(
+                f"a prompt holds the id {outside[0]}; expected 0..{below - 1}. Is this the tokenizer of this model?"
+            )
+        return [int(token) for token in ids]
+
+    def _settings(
+        self, keywords: dict[str, Any], rows: list[Row], *, text: bool, streaming: bool = False
+    ) -> GenerationSettings:
+        """Keywords over the checkpoint's own settings, checked against this bundle and these prompts."""
+        settings = self._defaults.with_keywords(**keywords)
+        settings.check(
+            int(self.backend("decoder").graph.outputs[0].shape[2]), text=self._text is not None, streaming=streaming
+        )
+        for row in rows:
+            length = self.decoder_length(row)
+            new = settings.new_tokens(length, self.context)
+            if length + new > self.context:
+                room = f" Ask for max_new_tokens={self.context - length} at most," if length < self.context else ""
+                raise InputError(
+                    f"a prompt of {length} tokens and {new} new ones make {length + new}; the context holds "
+                    f"{self.context}.{room or ' Shorten the prompt,'} or export a model with a longer one."
+                )
+        return settings
+
+    def _decoder_tokens(self) -> Tensor:
+        return self.backend("decoder").graph.inputs[0]
+
+    def prompt_tokens(self) -> Tensor:
+        """The graph input that prompts go to."""
+        return self._decoder_tokens()
+
+    def _decode_all(self, ids: Sequence[int]) -> str:
+        """With special tokens: a stop string may be one."""
+        return self.target_encoder().decode(ids, skip_special_tokens=False)
+
+
+def in_kind(answers: list[Any], *, single: bool, each: int) -> Any:
+    """``each`` answers per prompt: lists of them where there are several, the first where the prompt was single."""
+    grouped = answers if each == 1 else [answers[i : i + each] for i in range(0, len(answers), each)]
+    return grouped[0] if single else grouped
+
+
+def padded(rows: Sequence[Row], pad: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows filled up on the right: int64 (R, S), and their lengths (R,)."""
+    lengths = np.array([len(row) for row in rows])
+    ids = np.full((len(rows), int(lengths.max())), pad, np.int64)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = row
+    return ids, lengths

@@ -1,0 +1,82 @@
+"""Prompts to text that goes on from them, and texts to how probable they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transom.runtime.decoding import CHUNK, Decoding
+from transom.runtime.errors import InputError
+from transom.runtime.tasks.generator import Begun, Generator, Row, padded
+from transom.runtime.text import MAX_LENGTH, TextSpec
+
+PAD = 0  # any id: what is computed for padding is overwritten before anybody sees it
+
+
+class GPT(Generator):
+    """A loaded decoder-only model: ``generate``, ``stream``, ``score``, ``log_probabilities``."""
+
+    def begin(self, rows: Sequence[Row]) -> Begun:
+        decoding = Decoding(self.backend("decoder"), len(rows), self.context)
+        logits = decoding.read(*padded(rows, PAD))
+        return Begun(decoding, [list(row) for row in rows], logits)
+
+    def decoder_length(self, row: Row) -> int:
+        return len(row)
+
+    def longest_text(self, spec: TextSpec) -> int:
+        return MAX_LENGTH  # scores read windows, and what is generated is checked against the context
+
+    def score(self, text: Any) -> Any:
+        """The perplexity of a text, or of a list of ids: exp of the mean negative log-probability per token.
+
+        As transformers' loss, over every token but the first. A list of texts gets a list.
+        """
+        single, _, rows = self._rows(text)
+        found = [math.exp(-float(self._log_probabilities(row).mean())) for row in rows]
+        return found[0] if single else found
+
+    def log_probabilities(self, text: Any) -> NDArray[np.float64]:
+        """Natural logarithms of the probability of each token but the first, given those before it: (tokens - 1,).
+
+        A text longer than the context is read in windows that share half of it; each token is then
+        given at least half a context.
+        """
+        single, _, rows = self._rows(text)
+        if not single:
+            raise InputError(f"log_probabilities takes one text, received {len(rows)}; call it once for each.")
+        return self._log_probabilities(rows[0])
+
+    def _log_probabilities(self, row: Row) -> NDArray[np.float64]:
+        if len(row) < 2:
+            raise InputError("a text of one token has no token that could be predicted; give a longer one.")
+        ids = np.array(row)
+        found = np.empty(len(ids) - 1)
+        known = 0  # tokens whose successor is scored
+        stride = max(self.context // 2, 1)
+        for first in range(0, len(ids), stride):
+            window = ids[first : first + self.context]
+            following = ids[first + 1 : first + len(window) + 1]
+            scored = self._window(window, following, skip=known - first)
+            found[known : known + len(scored)] = scored
+            known += len(scored)
+            if known == len(found):
+                break
+        return found
+
+    def _window(self, window: NDArray[np.int64], following: NDArray[np.int64], skip: int) -> NDArray[np.float64]:
+        """The log-probability of each of ``following`` behind its token of ``window``, but for the first ``skip``."""
+        decoding = Decoding(self.backend("decoder"), 1, self.context)
+        parts = []
+        for first in range(0, len(following), CHUNK):
+            logits = decoding.read_all(window[None, first : first + CHUNK])[0].astype(np.float64)
+            targets = following[first : first + CHUNK]
+            logits = logits[: len(targets)]
+            top = logits.max(-1, keepdims=True)
+            normaliser = np.log(np.exp(logits - top).sum(-1)) + top[:, 0]
+            parts.append(logits[np.arange(len(targets)), targets] - normaliser)
+        return np.concatenate(parts)[skip:]

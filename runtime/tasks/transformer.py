@@ -1,0 +1,67 @@
+"""Source sequences to target sequences: the encoder once, then the decoder token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from transom.runtime.decoding import Decoding
+from transom.runtime.errors import BundleError
+from transom.runtime.inputs import shape_of
+from transom.runtime.tasks.generator import Begun, Generator, Row, padded
+
+if TYPE_CHECKING:
+    from transom.runtime.spec import Tensor
+    from transom.runtime.text import TextEncoder
+
+
+class Transformer(Generator):
+    """A loaded encoder-decoder: ``translate``; ``generate`` and ``stream`` take source ids as well."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._target_text = self.text_encoder(self.manifest.target_tokenizer)
+        start = self._defaults.start_token
+        if start is None:
+            raise BundleError("bundle.json: generation has no decoder_start_token_id; export the bundle again.")
+        self._start = start
+
+    def translate(self, texts: str | Sequence[str], **keywords: Any) -> Any:
+        """The target text of each source text; a str for a str, a list for a list.
+
+        Keywords are those of ``generate``: ``num_beams``, ``max_new_tokens``, ...
+        """
+        self.encoder()  # texts need one
+        return self.generate(texts, **keywords)
+
+    def begin(self, rows: Sequence[Row]) -> Begun:
+        pad = self.encoder().spec.pad_id if self._text is not None else 0
+        ids, lengths = padded(rows, pad)
+        mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
+        return self.begin_masked(ids, mask)
+
+    def begin_masked(self, ids: Any, mask: Any) -> Begun:
+        """Encode ``ids`` and ``mask``, int64 (R, S), and read the start token."""
+        encoder, decoder = self.backend("encoder"), self.backend("decoder")
+        R, S = ids.shape
+        read_by_decoder = {tensor.name for tensor in decoder.graph.inputs}
+        shapes = {
+            tensor.name: shape_of(tensor, {"B": R, "S": S})
+            for tensor in encoder.graph.outputs
+            if tensor.name in read_by_decoder
+        }
+        source = encoder.run({"input_ids": ids, "attention_mask": mask}, shapes)
+        decoding = Decoding(decoder, R, self.context, {**source, "attention_mask": mask})
+        starts = [[self._start] for _ in range(R)]
+        return Begun(decoding, starts, decoding.read(np.array(starts, np.int64)))
+
+    def decoder_length(self, row: Row) -> int:
+        return 1  # the start token
+
+    def target_encoder(self) -> TextEncoder:
+        return self._target_text or self.encoder()
+
+    def prompt_tokens(self) -> Tensor:
+        return self.backend("encoder").graph.inputs[0]

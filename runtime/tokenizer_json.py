@@ -1,0 +1,55 @@
+"""A tokenizer.json of the tokenizers library: opened without trusting it, and what it does at decoding."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from transom.runtime.errors import BundleError, one_line
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+PROBE = "A 1 \u00e9 \u4e2d \u2603 \ufffd"  # letters, digits, accents, CJK and what no vocabulary has
+
+
+def parse_tokenizer(tokenizer_json: bytes) -> Tokenizer:
+    """A tokenizer.json without its stored truncation and padding, tried out on a line of text.
+
+    Raises BundleError when the file is damaged, or its parts do not fit together.
+    """
+    from tokenizers import Tokenizer
+    from tokenizers.processors import TemplateProcessing
+
+    try:
+        tokenizer = Tokenizer.from_str(tokenizer_json.decode())
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        if tokenizer.post_processor is None:
+            tokenizer.post_processor = TemplateProcessing(single="$A:0", pair="$A:0 $B:1", special_tokens=[])
+        tokenizer.encode(PROBE, PROBE)
+        tokenizer.decode(tokenizer.encode(PROBE).ids)
+    except BaseException as error:
+        raise_unless_tokenizers(error)
+        raise BundleError(
+            f"the tokenizer cannot be used ({one_line(error)}). Copy or export the bundle again."
+        ) from None
+    return tokenizer
+
+
+def raise_unless_tokenizers(error: BaseException) -> None:
+    """Let Ctrl-C through: the library raises plain Exception, and its Rust panics are BaseException."""
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        raise error
+
+
+def decoder_steps(tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """The decoder as tokenizer.json has it, {"type": "ByteLevel", ...}; several of a sequence, {} without one."""
+    stored = {} if tokenizer.decoder is None else json.loads(tokenizer.decoder.__getstate__())
+    steps: list[dict[str, Any]] = stored["decoders"] if stored.get("type") == "Sequence" else [stored]
+    return steps
+
+
+def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """Ids of the tokens that decoded text leaves out."""
+    return frozenset(number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special)
