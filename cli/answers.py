@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import typer
 
 from transom.cli.arrays import first_numbers
+from transom.cli.generate import generate, generated_lines
 
 Result = Mapping[str, Any]
 TOP_K = 5  # answers shown where several are usual
@@ -20,24 +21,35 @@ class Wishes:
 
     top_k: int | None
     truncate: bool
+    keywords: Mapping[str, Any] = field(default_factory=dict)  # of generation
+    score: bool = False
 
 
 @dataclass(frozen=True)
 class Task:
     """One row of TASKS.
 
-    ask     bundle, INPUTs, options -> one result per INPUT, or one for the pair of them
-    lines   a result -> what a person reads
-    ranks   whether ``--top-k`` means something
-    array   the result's key that holds a vector, for ``--out``
-    pair    what the two INPUTs are, where the task takes exactly two
+    ask        bundle, INPUTs, options -> one result per INPUT, or one for the pair of them
+    lines      results -> what a person reads
+    ranks      whether ``--top-k`` means something
+    generates  whether it takes the options of generation
+    scores     whether it takes ``--score``
+    array      the result's key that holds a vector, for ``--out``
+    pair       what the two INPUTs are, where the task takes exactly two
     """
 
     ask: Callable[[Any, Sequence[str], Wishes], list[Result]]
-    lines: Callable[[Result], Iterator[str]]
+    lines: Callable[[Sequence[Result]], Iterator[str]]
     ranks: bool = False
+    generates: bool = False
+    scores: bool = False
     array: str | None = None
     pair: str | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether stdin is one text: a half of a pair, or a prompt, both of which may have many lines."""
+        return self.pair is not None or self.scores
 
 
 def embed(bundle: Any, texts: Sequence[str], wishes: Wishes) -> list[Result]:
@@ -131,6 +143,11 @@ def pair_lines(result: Result) -> Iterator[str]:
     yield f"{result['probability']:.4f} that the second text follows the first"
 
 
+def each(lines: Callable[[Result], Iterator[str]]) -> Callable[[Sequence[Result]], Iterator[str]]:
+    """The lines of results that are shown one by one."""
+    return lambda results: (line for result in results for line in lines(result))
+
+
 def subject(result: Result) -> str:
     """The INPUT that a result belongs to."""
     return str(next(iter(result.values())))
@@ -142,14 +159,16 @@ def ranked_lines(name: str, ranked: Sequence[Mapping[str, Any]]) -> Iterator[str
 
 
 TASKS = {  # (family, task) -> how it is asked
-    ("bert", "feature-extraction"): Task(embed, vector_lines, array="embedding"),
-    ("bert", "fill-mask"): Task(fill_mask, mask_lines, ranks=True),
-    ("bert", "text-classification"): Task(classify_texts, label_lines, ranks=True),
-    ("bert", "token-classification"): Task(tag, entity_lines),
-    ("bert", "question-answering"): Task(answer, answer_lines, ranks=True, pair="QUESTION and CONTEXT"),
-    ("bert", "next-sentence-prediction"): Task(next_sentence, pair_lines, pair="two texts, A and B"),
-    ("vit", "image-classification"): Task(classify_images, label_lines, ranks=True),
-    ("vit", "feature-extraction"): Task(features, vector_lines, array="features"),
+    ("bert", "feature-extraction"): Task(embed, each(vector_lines), array="embedding"),
+    ("bert", "fill-mask"): Task(fill_mask, each(mask_lines), ranks=True),
+    ("bert", "text-classification"): Task(classify_texts, each(label_lines), ranks=True),
+    ("bert", "token-classification"): Task(tag, each(entity_lines)),
+    ("bert", "question-answering"): Task(answer, each(answer_lines), ranks=True, pair="QUESTION and CONTEXT"),
+    ("bert", "next-sentence-prediction"): Task(next_sentence, each(pair_lines), pair="two texts, A and B"),
+    ("vit", "image-classification"): Task(classify_images, each(label_lines), ranks=True),
+    ("vit", "feature-extraction"): Task(features, each(vector_lines), array="features"),
+    ("gpt", "text-generation"): Task(generate, generated_lines, generates=True, scores=True),
+    ("transformer", "translation"): Task(generate, generated_lines, generates=True),
 }
 
 

@@ -28,6 +28,10 @@ def bench(
     seconds: Annotated[
         float, typer.Option(metavar="SECONDS", min=0, help="Time per shape after which no further call is made.")
     ] = 10.0,
+    new_tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Of a bundle that generates: tokens.", show_default="64, if they fit"),
+    ] = None,
     device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,
@@ -35,8 +39,9 @@ def bench(
     """Measure latency, throughput and memory.
 
     Latency as p50, p95 and p99, throughput, load time, and peak memory. Inputs are generated from the
-    tensors that the bundle declares, the same ones every time; checking
-    and copying them is part of what is timed.
+    tensors that the bundle declares, the same ones every time; checking and copying them is part of
+    what is timed. Of a bundle that generates text it is whole generations: prefill reads B prompts
+    of S tokens (in a translation: sources), decode makes one token for each of the B rows.
     """
     shapes = [sizes(text, "--shape") for text in shape or ()]
     with progress(quiet=as_json) as report:
@@ -51,13 +56,14 @@ def bench(
             device=device,
             threads=threads,
             progress=report,
+            new_tokens=new_tokens,
         )
     if as_json:
         print_json({"bundle": bundle, **vars(measured), "timings": [vars(timing) for timing in measured.timings]})
         return
     rows = [
         [
-            timing.graph,
+            timing.name,
             sizes_text(timing.sizes),
             str(timing.runs),
             *(f"{ms:.3f}" for ms in (timing.p50_ms, timing.p95_ms, timing.p99_ms)),
@@ -65,7 +71,9 @@ def bench(
         ]
         for timing in measured.timings
     ]
-    columns = ("graph", "shape", "runs", "p50 ms", "p95 ms", "p99 ms", "items/s")
+    (rate,) = {timing.items for timing in measured.timings}
+    what = "graph" if rate == "items" else "step"
+    columns = (what, "shape", "runs", "p50 ms", "p95 ms", "p99 ms", f"{rate}/s")
     print_table(columns, rows, right=columns[2:])
     print()
     print_fields(circumstances(measured))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +28,10 @@ def manifest_json(path: Path, manifest: Manifest) -> dict[str, Any]:
         "task": manifest.task,
         "precision": manifest.precision,
         "size_bytes": folder_bytes(path),
-        "axes": {name: vars(axis) for name, axis in manifest.axes.items()},
+        "axes": {
+            name: {field: value for field, value in vars(axis).items() if value is not None}
+            for name, axis in manifest.axes.items()
+        },
         "graphs": [
             {
                 "name": file.graph.name,
@@ -40,7 +45,10 @@ def manifest_json(path: Path, manifest: Manifest) -> dict[str, Any]:
         "labels": manifest.labels,
         "config": manifest.config,
         "options": manifest.options,
+        "tokenizer": manifest.tokenizer,
+        "target_tokenizer": manifest.target_tokenizer,
         "preprocess": manifest.preprocess,
+        "generation": manifest.generation,
         "files": {name: vars(file) for name, file in manifest.files.items()},
         "parity": manifest.parity,
         "score": manifest.score,
@@ -53,14 +61,56 @@ def precision_text(precision: str) -> str:
     return f"{precision} (GPU format)" if precision in GPU_FORMATS else precision
 
 
-def tensor_text(tensor: Tensor) -> str:
+def tensor_texts(tensors: Sequence[Tensor]) -> list[str]:
+    """A line for each tensor; state, of which each layer has the same, is one line for all layers."""
+    layers: dict[tuple[str, str], list[str]] = {}  # what stands around the layer's number -> all the numbers
+    for tensor in tensors:
+        if tensor.state:
+            name, number, rest = layer_of(tensor)
+            layers.setdefault((name, rest), []).append(number)
+    texts = {}
+    for tensor in tensors:
+        name, number, rest = layer_of(tensor)
+        numbers = layers.get((name, rest), []) if tensor.state else []
+        if len(numbers) > 1:
+            name, number = f"{name}{numbers[0]}..{numbers[-1]}", ""
+        texts[f"{name}{number}{rest}"] = tensor_text(tensor, f"{name}{number}{rest}")
+    return list(texts.values())
+
+
+def layer_of(tensor: Tensor) -> tuple[str, str, str]:
+    """``key_cache.3.written`` -> ("key_cache.", "3", ".written"); a name without a number is all name."""
+    found = re.fullmatch(r"(.*?\.)(\d+)(.*)", tensor.name)
+    return (found[1], found[2], found[3]) if found else (tensor.name, "", "")
+
+
+def tensor_text(tensor: Tensor, name: str) -> str:
     """``input_ids int64 (B, S), values below 30522``."""
-    text = f"{tensor.name} {tensor.dtype} ({', '.join(map(str, tensor.shape))})"
+    from transom.runtime.spec import COUNT
+
+    text = f"{name} {tensor.dtype} ({', '.join(map(str, tensor.shape))})"
     if tensor.below is not None:
         text += f", values below {tensor.below}"
     if tensor.default is not None:
-        text += f", {tensor.default} if left out"
-    return text
+        text += f", {'0, 1, 2, ...' if tensor.default == COUNT else tensor.default} if left out"
+    return text + (", in place" if tensor.writes else "")
+
+
+def generation_text(manifest: Manifest) -> str | None:
+    """``num_beams 4, eos_token_id [0]``, the settings that a call may change; None for what generates nothing."""
+    if manifest.generation is None:
+        return None
+    said = ", ".join(f"{name} {json.dumps(value):.80}" for name, value in manifest.generation.items())
+    return said or "as transformers' defaults"
+
+
+def near_ties(parity: Mapping[str, Any]) -> list[str]:
+    """Where the export's greedy generation left PyTorch's, both sides being nearly undecided."""
+    return [
+        f"greedy token {tie['step']} of row {tie['row']} is {tie['ours']}, PyTorch's is {tie['theirs']}: "
+        f"its margin is {tie['margin']:.2e}, a near tie"
+        for tie in parity.get("greedy_near_ties", ())
+    ]
 
 
 def parity_text(parity: Mapping[str, Any]) -> str:
@@ -109,11 +159,16 @@ EXAMPLE_INPUTS = {  # (family, task) -> what to type after `transom run BUNDLE`
     ("bert", "next-sentence-prediction"): "'It began to rain.' 'She opened her umbrella.'",
     ("vit", "image-classification"): "photo.png",
     ("vit", "feature-extraction"): "photo.png",
+    ("gpt", "text-generation"): "'It is a truth universally acknowledged'",
+    ("transformer", "translation"): "'3 May 1921'",
 }
+EXAMPLE_IDS = "'1 2 3'"  # for a bundle that generates without a tokenizer
 
 
 def next_commands(path: Path, manifest: Manifest) -> list[str]:
     """What to try with a bundle, ready to be pasted into a shell."""
     bundle = shlex.quote(str(path))
-    inputs = EXAMPLE_INPUTS.get((manifest.family, manifest.task), "inputs.npz")
-    return [f"transom run {bundle} {inputs}", f"transom selftest {bundle}", f"transom bench {bundle}"]
+    inputs = EXAMPLE_INPUTS.get((manifest.family, manifest.task))
+    if manifest.tokenizer is None and manifest.preprocess is None:  # neither texts nor images
+        inputs = None if manifest.generation is None else EXAMPLE_IDS
+    return [f"transom run {bundle} {inputs or 'inputs.npz'}", f"transom selftest {bundle}", f"transom bench {bundle}"]

@@ -99,7 +99,7 @@ def choose(providers: Sequence[str], gpus: Sequence[Mapping[str, str]]) -> tuple
 
 
 def examine_cpu() -> dict[str, Any]:
-    from transom.runtime.bench import cpu_info, cpu_name, usable_cores
+    from transom.runtime.machine import cpu_info, cpu_name, usable_cores
 
     info = cpu_info()
     found = set(info.get("flags", info.get("Features", "")).split())  # x86, ARM

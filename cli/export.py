@@ -14,11 +14,13 @@ from transom.cli.describe import (
     GPU_FORMATS,
     GPU_NOTE,
     manifest_json,
+    near_ties,
     next_commands,
     parity_text,
     score_line,
 )
 from transom.cli.extras import export_extra
+from transom.cli.help import REFERENCES
 from transom.cli.options import Json, sizes
 from transom.cli.progress import progress
 from transom.cli.show import bytes_text, folder_bytes, print_json, printable
@@ -40,7 +42,7 @@ def export(
         str,
         typer.Argument(
             metavar="SOURCE",
-            help="A Hugging Face checkpoint folder, a hub id, or the name of a reference model (vit, minilm).",
+            help=f"A Hugging Face checkpoint folder, a hub id, or the name of a reference model ({REFERENCES}).",
             show_default=False,
         ),
     ],
@@ -116,6 +118,8 @@ def print_summary(out: Path, manifest: Manifest) -> None:
     if manifest.precision in GPU_FORMATS:
         print(f"{manifest.precision} is a {GPU_NOTE}")
     print(f"worst error against PyTorch: {parity_text(manifest.parity)}")
+    for tie in near_ties(manifest.parity):
+        print(tie)
     if manifest.score:
         print(printable(score_line(manifest.score)))
     print("try:")

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 from transom.cli.describe import (
     GPU_FORMATS,
     GPU_NOTE,
+    generation_text,
     manifest_json,
+    near_ties,
     parity_text,
     score_line,
-    tensor_text,
+    tensor_texts,
 )
 from transom.cli.options import BundlePath, Json
 from transom.cli.show import bytes_text, folder_bytes, print_fields, print_json, print_table
@@ -24,8 +26,8 @@ if TYPE_CHECKING:
 def inspect(bundle: BundlePath, as_json: Json = False) -> None:
     """Show what a bundle holds.
 
-    Tensors, axes, files, parity, score, source and tools. Every file's size and SHA-256 are checked;
-    a damaged bundle is an error.
+    Tensors, axes, files, settings of generation, parity, score, source and tools. Every file's size and
+    SHA-256 are checked; a damaged bundle is an error.
     """
     from transom.runtime.bundle import Bundle
 
@@ -50,14 +52,20 @@ def summary(path: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
     for name, axis in manifest.axes.items():
         yield f"axis {name}", f"{axis.min}..{axis.max}, tuned for {axis.opt}"
     for file in manifest.graphs:
-        for tensor in file.graph.inputs:
-            yield f"{file.graph.name} input", tensor_text(tensor)
-        for tensor in file.graph.outputs:
-            yield f"{file.graph.name} output", tensor_text(tensor)
+        for text in tensor_texts(file.graph.inputs):
+            yield f"{file.graph.name} input", text
+        for text in tensor_texts(file.graph.outputs):
+            yield f"{file.graph.name} output", text
     if manifest.labels:
         more = ", ..." if len(manifest.labels) > 8 else ""
         yield "labels", f"{len(manifest.labels)}: {', '.join(manifest.labels[:8])}{more}"
+    generation = generation_text(manifest)
+    if generation is not None:
+        yield "prompts", "texts" if manifest.tokenizer else "token ids: the checkpoint had no tokenizer"
+        yield "generation", generation
     yield "parity", f"worst error {parity_text(manifest.parity)}"
+    for tie in near_ties(manifest.parity):
+        yield "near tie", tie
     if manifest.score:
         yield "score", score_line(manifest.score)
     for name, value in manifest.source.items():

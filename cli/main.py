@@ -19,7 +19,9 @@ from transom.cli.bench import bench
 from transom.cli.doctor import doctor
 from transom.cli.export import export
 from transom.cli.failures import Terminated, debug_from_environment, given, reported, without
+from transom.cli.help import GroupedCommand
 from transom.cli.inspect_bundle import inspect
+from transom.cli.report import report
 from transom.cli.run import run
 from transom.cli.selftest import selftest
 from transom.cli.table import table
@@ -84,6 +86,7 @@ def transom(
     Examples:
       transom export minilm --out bundles/minilm      held against PyTorch
       transom run bundles/minilm 'A sentence.'        use it, without torch
+      transom run bundles/gpt 'It is a truth'         a prompt, gone on from
       transom bench bundles/minilm --shape B=8,S=128  measure it here
       transom doctor                                  what is installed here
     """
@@ -95,27 +98,43 @@ def examples(*commands: str) -> Any:
 
 
 app.command(
+    cls=GroupedCommand,
     epilog=examples(
         "transom export minilm --out bundles/minilm",
         "transom export ./checkpoint --out bundles/mine --precision fp16 --max S=256",
         "transom export google/vit-base-patch16-224 --out vit-384 --image-size 384",
-    )
+        "transom export gpt --out bundles/gpt",
+    ),
 )(export)
 app.command(epilog=examples("transom verify bundles/minilm", "transom verify bundles/mine --source ./checkpoint"))(
     verify
 )
 app.command(epilog=examples("transom selftest bundles/minilm --threads 2"))(selftest)
 app.command(
+    cls=GroupedCommand,
     epilog=examples(
         "transom run bundles/minilm 'A sentence.' 'Another one.'",
         "transom run bundles/squad 'Who wrote it?' 'Ada wrote it in 1843.' --json",
         "transom run bundles/vit photo.png --top-k 3",
         "transom run bundles/minilm - --out embeddings.npz <lines.txt",
         "transom run bundles/minilm inputs.npz --out outputs.npz",
-    )
+        "transom run bundles/gpt 'It is a truth' --do-sample --top-p 0.9 --seed 1",
+        "transom run bundles/gpt --score 'It is a truth universally acknowledged'",
+        "transom run bundles/transformer '3 May 1921' --num-beams 4 --json",
+    ),
 )(run)
-app.command(epilog=examples("transom bench bundles/minilm --shape B=1,S=128 --shape B=8,S=128 --threads 2"))(bench)
+app.command(
+    epilog=examples(
+        "transom bench bundles/minilm --shape B=1,S=128 --shape B=8,S=128 --threads 2",
+        "transom bench bundles/gpt --shape S=64 --new-tokens 64",
+    )
+)(bench)
 app.command(epilog=examples("transom inspect bundles/minilm", "transom inspect bundles/minilm --json"))(inspect)
+app.command(
+    epilog=examples(
+        "transom report bundles/transformer", "transom report bundles/transformer '3 May 1979' --out dates.html"
+    )
+)(report)
 app.command(epilog=examples("transom doctor", "transom doctor --json"))(doctor)
 app.command(epilog=examples("transom table bundles/*"))(table)
 

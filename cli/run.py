@@ -9,8 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
-from transom.cli.answers import Wishes, task_of
+from transom.cli.answers import Task, Wishes, task_of
 from transom.cli.arrays import array_json, array_line, read_arrays, write_arrays
+from transom.cli.generate import print_stream, streams
+from transom.cli.generation_options import GenerationOptions, option_of, with_generation_options
 from transom.cli.options import BundlePath, Device, Json, Threads
 from transom.cli.show import print_json, printable
 from transom.runtime.errors import InputError
@@ -18,6 +20,7 @@ from transom.runtime.errors import InputError
 STDIN = "-"
 
 
+@with_generation_options
 def run(
     bundle: BundlePath,
     inputs: Annotated[
@@ -29,7 +32,10 @@ def run(
         ),
     ],
     top_k: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="How many answers.", show_default="as usual for the task")
+        int | None,
+        typer.Option(
+            metavar="N", min=0, help="How many answers; in sampling, of how many tokens.", show_default="task's own"
+        ),
     ] = None,
     truncate: Annotated[
         bool, typer.Option("--truncate", help="Cut texts that are too long; embeddings always do.")
@@ -40,6 +46,8 @@ def run(
     device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,
+    *,
+    generation: GenerationOptions,
 ) -> None:
     """Run a bundle on texts, images or arrays. Needs no torch.
 
@@ -52,9 +60,12 @@ def run(
       question-answering             QUESTION CONTEXT          -> answers
       next-sentence-prediction       A B                       -> does B follow A?
       image-classification           image files               -> labels
+      text-generation                prompts                   -> what follows
+      translation                    texts                     -> texts
 
     One INPUT that ends in .npz is a raw run: its arrays are the graph's inputs by name. A text that
-    begins with a dash goes after `--`. The whole of stdin is one text where a task takes two.
+    begins with a dash goes after `--`. The whole of stdin is one text for text-generation, and where a
+    task takes two. A bundle that generates without a tokenizer takes token ids ('1 2 3'), and prints ids.
     """
     from transom.runtime import load
 
@@ -62,6 +73,7 @@ def run(
         raise typer.BadParameter(f"--out is {str(out)!r}; expected the name of a .npz file.")
     with load(bundle, device, threads) as loaded:
         if len(inputs) == 1 and inputs[0].endswith(".npz"):
+            refuse_generation(generation, "a raw run")
             arrays = loaded.run(read_arrays(Path(inputs[0])))
             if out is not None:
                 write_arrays(out, arrays)
@@ -69,24 +81,52 @@ def run(
             return
         manifest = loaded.manifest
         task = task_of(manifest.family, manifest.task)
-        if out is not None and task.array is None:
-            raise typer.BadParameter(f"--out holds arrays; the answers of {manifest.task} are none. Use --json.")
-        if top_k is not None and not task.ranks:
-            raise typer.BadParameter(f"--top-k is {top_k}; {manifest.task} gives no ranking.")
-        given = expanded(inputs, whole=task.pair is not None)
+        wishes = checked_wishes(task, manifest.task, top_k, truncate, out, generation)
+        given = expanded(inputs, whole=task.whole)
         if task.pair is not None and len(given) != 2:
             raise typer.BadParameter(f"{manifest.task} takes {task.pair}; received {len(given)} INPUTs.")
-        results = task.ask(loaded, given, Wishes(top_k, truncate))
+        if task.generates and not as_json and streams(loaded, given, wishes):
+            print_stream(loaded, given[0], wishes)
+            return
+        results = task.ask(loaded, given, wishes)
     if out is not None and task.array is not None:
         write_vectors(out, task.array, results)
     if as_json:
         print_json({"bundle": bundle, "task": manifest.task, "results": results, **written(out)})
         return
-    for result in results:
-        for line in task.lines(result):
-            print(printable(line))
+    for line in task.lines(results):
+        print(printable(line))
     if out is not None:
         print(printable(f"written to {out}"))
+
+
+def checked_wishes(
+    task: Task, name: str, top_k: int | None, truncate: bool, out: Path | None, generation: GenerationOptions
+) -> Wishes:
+    """What was asked for beside the INPUTs; a wrong call where the task called ``name`` has no use for it."""
+    if out is not None and task.array is None:
+        raise typer.BadParameter(f"--out holds arrays; the answers of {name} are none. Use --json.")
+    if not task.generates:
+        refuse_generation(generation, name)
+        if top_k is not None and not task.ranks:
+            raise typer.BadParameter(f"--top-k is {top_k}; {name} gives no ranking.")
+        if top_k == 0:
+            raise typer.BadParameter(f"--top-k is 0; {name} gives at least one answer.")
+        return Wishes(top_k, truncate)
+    if generation.score and not task.scores:
+        raise typer.BadParameter(f"--score is for text-generation; this bundle is for {name}.")
+    if truncate and task.scores:
+        raise typer.BadParameter(f"--truncate is given; {name} cuts no prompt, since it goes on from its end.")
+    keywords = generation.keywords() | ({} if top_k is None else {"top_k": top_k})
+    if generation.score and keywords:
+        raise typer.BadParameter(f"{option_of(next(iter(keywords)))} is given, but --score generates nothing.")
+    return Wishes(top_k, truncate, keywords, generation.score)
+
+
+def refuse_generation(generation: GenerationOptions, what: str) -> None:
+    names = [*map(option_of, generation.keywords()), *(["--score"] if generation.score else [])]
+    if names:
+        raise typer.BadParameter(f"{names[0]} is given, but {what} generates nothing.")
 
 
 def expanded(inputs: Sequence[str], *, whole: bool) -> list[str]:
@@ -98,7 +138,7 @@ def expanded(inputs: Sequence[str], *, whole: bool) -> list[str]:
         if text != STDIN:
             found.append(text)
         elif whole:
-            found.append(read_stdin().strip())
+            found.append(read_stdin().removesuffix("\n").removesuffix("\r"))
         else:
             found += read_stdin().splitlines()
     if not found:

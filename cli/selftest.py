@@ -28,6 +28,7 @@ def selftest(bundle: BundlePath, device: Device = "cpu", threads: Threads = None
                         "name": case.name,
                         "against_pytorch": [each.to_json() for each in case.against_pytorch],
                         "against_build": [each.to_json() for each in case.against_build],
+                        "near_ties": case.near_ties,
                     }
                     for case in report.cases
                 ],
@@ -41,4 +42,6 @@ def selftest(bundle: BundlePath, device: Device = "cpu", threads: Threads = None
             rows.append([case.name, *comparison_cells(each), since_build.get(each.tensor, "–")])
     columns = ("case", "output", "error", "worst at", "here", "PyTorch", "since build")
     print_table(columns, rows, right=("error", "here", "PyTorch", "since build"))
+    for line in (line for case in report.cases for line in case.near_ties):
+        print(f"a near tie: {line}")
     print(f"agrees with PyTorch: worst error {report.worst.error:.2e} of {report.tolerance:g} allowed")

@@ -11,7 +11,7 @@ from transom.cli.describe import GPU_FORMATS, GPU_NOTE, precision_text, score_da
 from transom.cli.failures import FAILED
 from transom.cli.options import Json
 from transom.cli.progress import progress
-from transom.cli.show import bytes_text, folder_bytes, print_json, print_table, printable, say
+from transom.cli.show import bytes_text, folder_bytes, print_json, print_table, printable, say, sizes_text
 from transom.runtime.errors import TransomError
 
 RUNS, WARMUP, SECONDS = 30, 5, 10.0  # of the p50 column: enough for a median
@@ -27,7 +27,8 @@ def table(
     """Print one table over several bundles.
 
     Its columns are size, worst error, score in PyTorch and in the bundle, and p50. That median latency is
-    measured here and now, on the CPU, at the sizes that each bundle is tuned for.
+    measured here and now, on the CPU, at the sizes that each bundle is tuned for; of a bundle that
+    generates it is that of one token.
     Exit status 1 when a bundle cannot be loaded; its row says why.
     """
     with progress(quiet=as_json) as report:
@@ -46,14 +47,14 @@ def table(
 def row_of(path: Path) -> dict[str, Any]:
     """One bundle's row; an ``error`` in place of the figures where it cannot be loaded or run."""
     from transom.runtime import load
-    from transom.runtime.bench import measure, sizes_of
+    from transom.runtime.bench import Effort, measurements
 
     try:
         with load(path) as loaded:
             manifest = loaded.manifest
-            graph = manifest.graphs[0].graph
-            sizes = sizes_of(graph, manifest.axes, {})
-            timing = measure(loaded, graph, sizes, runs=RUNS, warmup=WARMUP, seconds=SECONDS)
+            effort = Effort(RUNS, WARMUP, SECONDS)
+            timings = [timing for measurement in measurements(loaded, {}) for timing in measurement(effort)]
+            timing = timings[-1]  # of a bundle that generates, its tokens; others have one graph
     except TransomError as error:
         return {"bundle": path, "error": {"type": type(error).__name__, "message": str(error)}}
     return {
@@ -68,6 +69,7 @@ def row_of(path: Path) -> dict[str, Any]:
         "tolerance": manifest.parity.get("tolerance"),
         "score": manifest.score,
         "p50_ms": timing.p50_ms,
+        "p50_of": timing.name,
         "sizes": timing.sizes,
     }
 
@@ -77,6 +79,9 @@ def show(rows: list[dict[str, Any]]) -> None:
     print_table(COLUMNS, map(cells, rows), right=COLUMNS[3:])
     for data in dict.fromkeys(score_data(row["score"]) for row in good if row["score"]):
         print(printable(f"score: {data}"))
+    for row in good:
+        if row["p50_of"] == "decode":
+            print(printable(f"p50 of {row['bundle']}: each new token, {sizes_text(row['sizes'])}"))
     if any(row["gpu_format"] for row in good):
         print(GPU_NOTE)
     for row in rows:

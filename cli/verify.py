@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
-from typing import Annotated
+from dataclasses import asdict
+from itertools import groupby
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from transom.cli.describe import near_ties
 from transom.cli.extras import export_extra
 from transom.cli.options import BundlePath, Device, Json, Threads
 from transom.cli.progress import progress
 from transom.cli.show import comparison_cells, print_json, print_table, sizes_text
+
+if TYPE_CHECKING:
+    from transom.export.parity import Case
+    from transom.runtime.compare import Comparison
 
 
 def verify(
@@ -28,14 +36,17 @@ def verify(
 ) -> None:
     """Hold a bundle against PyTorch again.
 
-    Over a grid of shapes, on real inputs. Needs torch and the checkpoint; on a device without
-    them there is `transom selftest`. Exit status 1
-    and the worst element where an output is beyond the tolerance of the bundle's precision.
+    Over a grid of shapes, on real inputs. A decoder reads prompts, then chunks and single tokens; the
+    table has the worst of the single ones. Needs torch and the checkpoint; on a device without them
+    there is `transom selftest`. Exit status 1 and the worst element where an output is beyond the
+    tolerance of the bundle's precision.
     """
     with progress(quiet=as_json) as report, redirect_stdout(sys.stderr), export_extra():
         from transom.export import pipeline
 
-        cases = pipeline.verify(bundle, source=source, device=device, threads=threads, progress=report)
+        verified = pipeline.verify(bundle, source=source, device=device, threads=threads, progress=report)
+    cases = verified.cases
+    ties = [asdict(tie) for tie in verified.near_ties]
     if as_json:
         print_json(
             {
@@ -44,10 +55,30 @@ def verify(
                     {"shape": case.shape, "comparisons": [each.to_json() for each in case.comparisons]}
                     for case in cases
                 ],
+                "greedy_near_ties": ties,
             }
         )
         return
-    rows = [[sizes_text(case.shape), *comparison_cells(each)] for case in cases for each in case.comparisons]
+    rows = [[shape, *comparison_cells(each)] for shape, found in shown(cases) for each in found]
     print_table(("shape", "output", "error", "worst at", "bundle", "PyTorch"), rows, ("error", "bundle", "PyTorch"))
     worst = max((each for case in cases for each in case.comparisons), key=lambda each: each.error)
+    for line in near_ties({"greedy_near_ties": ties}):
+        print(line)
     print(f"agrees with PyTorch; the worst element: {worst}")
+
+
+def shown(cases: Sequence[Case]) -> Iterator[tuple[str, Sequence[Comparison]]]:
+    """What each case is called, and its comparisons; tokens fed one by one are one line, of the worst of them.
+
+    The shape of a decoder's case is rows, tokens of the prompt, the number of a chunk and its tokens. Chunk 0 is the
+    prompt itself, so that steps of two prompts never meet.
+    """
+    for single, group in groupby(cases, key=lambda case: case.shape.get("chunk", 0) > 0 and case.shape["tokens"] == 1):
+        found = list(group)
+        if not single or len(found) == 1:
+            yield from ((sizes_text(case.shape), case.comparisons) for case in found)
+            continue
+        worst = max(found, key=lambda case: case.worst.error)
+        rows, prompt = worst.shape["B"], worst.shape["prompt"]
+        steps = f"chunk={found[0].shape['chunk']}..{found[-1].shape['chunk']}"
+        yield f"B={rows},prompt={prompt},{steps},tokens=1", worst.comparisons

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transom.models.transformer import Transformer, TransformerConfig, computed
 
 SEED = 20
-STEPS, BATCH = 2500, 96
+STEPS, BATCH = 2400, 64
 PEAK_LR, WARMUP, WEIGHT_DECAY = 2e-3, 200, 0.01
 AVERAGE = 0.99  # decay of the weight average that ships, per step
 

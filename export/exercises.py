@@ -68,8 +68,8 @@ class Exercises:
 
     @property
     def greedy_tokens(self) -> int:
-        """How many tokens of them."""
-        return len(self._scenarios[-1].chunks) or 1
+        """How many tokens of them; each is followed by one that is fed."""
+        return len(self._scenarios[-1].chunks)
 
     def __len__(self) -> int:
         return sum(map(len, self._grids.values())) + sum(scenario.steps for scenario in self._scenarios)

@@ -97,11 +97,11 @@ def keep_module_paths(model: ir.Model) -> None:
     model.graph.metadata_props.clear()
     for node in model.graph:
         scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]")
-        path = scopes.strip("[]").split(", ")[-2:-1]  # the last is the operation itself
+        path = "".join(scopes.strip("[]").split(", ")[-2:-1]).strip("'\"")  # the last is the operation itself
         node.metadata_props.clear()
         node.doc_string = None
-        if path and path[0].strip("'\""):
-            node.metadata_props[MODULE] = path[0].strip("'\"")
+        if path and not path.startswith("_"):  # torch's own word for "of no module"
+            node.metadata_props[MODULE] = path
     for value in values(model):
         value.metadata_props.clear()
         value.doc_string = None

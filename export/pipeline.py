@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,18 @@ from transom.runtime.replay import Divergence
 from transom.runtime.selftest import GOLDEN
 
 Progress = Callable[[str, int, int], None]
-TOOLS = ("transom", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "tokenizers", "pillow", "numpy")
+TOOLS = (
+    "transom",
+    "torch",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnxruntime",
+    "tokenizers",
+    "sentencepiece",
+    "pillow",
+    "numpy",
+)
 
 
 class Steps:
@@ -42,6 +53,14 @@ class Steps:
 
     def expect(self, more: int) -> None:
         self._total += more
+
+
+@dataclass(frozen=True)
+class Verified:
+    """The worst elements, case by case, and the rows whose greedy generation left PyTorch's at a near tie."""
+
+    cases: list[Case]
+    near_ties: list[Divergence]
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -125,8 +144,8 @@ def verify(
     device: str = "cpu",
     threads: int | None = None,
     progress: Progress = silent,
-) -> list[Case]:
-    """Hold a bundle against PyTorch again, over the grid of its axes; the worst elements, case by case.
+) -> Verified:
+    """Hold a bundle against PyTorch again, through everything that its export put it through.
 
     ``source`` says where the checkpoint lies now, if it moved. Raises ParityError beyond tolerance,
     CheckpointError when the checkpoint is gone or is not the one the bundle was made from.
@@ -152,9 +171,9 @@ def verify(
         exercises = Exercises(theirs, samples_for(loaded.graphs, loaded.text_encoder(), loaded.preprocess))
         steps.expect(len(exercises))
         cases = check_parity(ours, theirs, None, exercises, Golden(), steps.next)
-        check_greedy(ours, theirs, exercises, cases, Golden())
+        near_ties = check_greedy(ours, theirs, exercises, cases, Golden())
     steps.next("done")
-    return cases
+    return Verified(cases, near_ties)
 
 
 def write_files(writer: BundleWriter, loaded: Loaded, flavours: Flavours) -> None:

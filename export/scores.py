@@ -60,7 +60,8 @@ def bits_per_byte(log_probabilities: Callable[[str], NDArray[Any]], text: str) -
     given those before it. It is called once per block of whole paragraphs and the newline before them, which is the
     first token and is not counted. Raises ExportError for values that are not finite.
     """
-    bits, sizes = [], []
+    bits: list[float] = []
+    sizes: list[int] = []
     for block in blocks(text):
         answers = np.asarray(log_probabilities("\n" + block), np.float64)
         if answers.ndim != 1 or not np.isfinite(answers).all():

@@ -198,6 +198,15 @@ def rename(name: str, config: BertConfig, task: str) -> str | None:
     return None if name.startswith(others) else name
 
 
+def copy_of(name: str, config: BertConfig, task: str) -> str | None:
+    """A tied head's weight is the embedding again, its bias the one beside it."""
+    copies = {
+        "cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    }
+    return copies.get(name) if task == "fill-mask" and config.tie_word_embeddings else None
+
+
 SIZES = {
     "vocab_size": 30522,
     "hidden_size": 768,
@@ -279,6 +288,7 @@ FAMILY = Family(
     config=config_from_source,
     build=Bert,
     rename=rename,
+    copy_of=copy_of,
     convert=lambda name, stored, config: stored,
     graphs=graphs,
     axes=axes,

@@ -36,6 +36,8 @@ class Family:
     build          config, task -> the module that holds the weights; the part of it behind a graph takes
                    the graph's inputs in order and returns its outputs in order
     rename         stored name, config, task -> our name; None: the weight of another task's head
+    copy_of        stored name that ``rename`` leaves out, config, task -> the name, ours, of the weight that it is a
+                   copy of; None: of none
     convert        our name, stored tensor, config -> the tensor in the shape the module wants
     graphs         config, task -> the named tensors of each graph
     axes           config -> the bounds of the graphs' named axes
@@ -54,6 +56,7 @@ class Family:
     convert: Callable[[str, Tensor, Any], Tensor]
     graphs: Callable[[Any, str], tuple[Graph, ...]]
     axes: Callable[[Any], dict[str, Axis]]
+    copy_of: Callable[[str, Any, str], str | None] = lambda name, config, task: None
     computed: Callable[[Any], dict[str, Tensor]] = lambda config: {}
     parts: Callable[[nn.Module], dict[str, nn.Module]] = lambda module: {"model": module}
 

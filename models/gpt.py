@@ -143,6 +143,11 @@ def rename(name: str, config: GPTConfig, task: str) -> str | None:
     return name
 
 
+def copy_of(name: str, config: GPTConfig, task: str) -> str | None:
+    """A tied head is the embedding again."""
+    return "wte.weight" if name == "lm_head.weight" else None
+
+
 def convert(name: str, stored: Tensor, config: GPTConfig) -> Tensor:
     """As stored: Conv1D keeps the checkpoint's layout."""
     return stored
@@ -201,6 +206,7 @@ FAMILY = Family(
     config=config_from_source,
     build=GPT,
     rename=rename,
+    copy_of=copy_of,
     convert=convert,
     graphs=graphs,
     axes=axes,

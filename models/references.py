@@ -24,9 +24,9 @@ class Reference:
     sha256: str  # of model.safetensors
 
 
-def vit_folder() -> Path:
-    """Ships with the package."""
-    return Path(__file__).with_name("reference") / "vit"
+def shipped(name: str) -> Callable[[], Path]:
+    """The folder of a checkpoint that ships with the package."""
+    return lambda: Path(__file__).with_name("reference") / name
 
 
 def minilm_folder() -> Path:
@@ -46,7 +46,7 @@ REFERENCES = {
         Reference(
             "vit",
             "ViT of 0.1 M parameters for 8x8 scans of handwritten digits, trained by examples/train_vit_digits.py",
-            vit_folder,
+            shipped("vit"),
             "f3847275883c11993b5ec4e94d0c4086d0d0ad23ae784bf98d0ee5d3f0d1d197",
         ),
         Reference(
@@ -54,6 +54,24 @@ REFERENCES = {
             "all-MiniLM-L6-v2 of sentence-transformers: BERT of 22.7 M parameters for sentence embeddings",
             minilm_folder,
             "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        ),
+        Reference(
+            "gpt",
+            "GPT-2 of 1.0 M parameters for Jane Austen's prose and few-shot prompts, trained by examples/train_gpt.py",
+            shipped("gpt"),
+            "cce0f472e88c1bcb76860ebfee3baf87bf73ea64ffa257590bb5907ba8597394",
+        ),
+        Reference(
+            "bert",
+            "BERT of 1.1 M parameters that fills gaps in Jane Austen's prose, trained by examples/train_bert_mlm.py",
+            shipped("bert"),
+            "BERTHASH",
+        ),
+        Reference(
+            "transformer",
+            "Transformer of 0.2 M parameters that turns dates into ISO 8601, by examples/train_transformer_dates.py",
+            shipped("transformer"),
+            "5e2cd88f661030ae1fe95e744036a7497b77060c5d19ff7d6c9e450e621a6d77",
         ),
     )
 }

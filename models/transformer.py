@@ -277,6 +277,13 @@ def rename(name: str, config: TransformerConfig, task: str) -> str | None:
     return name
 
 
+def copy_of(name: str, config: TransformerConfig, task: str) -> str | None:
+    """Every stored name of a shared embedding holds the same."""
+    if name.removeprefix("model.") not in EMBEDDINGS:
+        return None
+    return "shared.weight" if config.share_encoder_decoder_embeddings else "decoder.embed_tokens.weight"
+
+
 def convert(name: str, stored: Tensor, config: TransformerConfig) -> Tensor:
     """As stored; a bias of (V,) becomes (1, V)."""
     return stored[None] if name == "final_logits_bias" and stored.ndim == 1 else stored
@@ -377,6 +384,7 @@ FAMILY = Family(
     config=config_from_source,
     build=Transformer,
     rename=rename,
+    copy_of=copy_of,
     convert=convert,
     graphs=graphs,
     axes=axes,

@@ -50,12 +50,16 @@ def build_module(
         module = family.build(config, task)
     expected = {name: parameter.shape for name, parameter in module.named_parameters()}
     tensors, sources, unused, left_out, problems = {}, {}, [], [], []  # type: ignore[var-annotated]
+    copies: list[tuple[str, str, Tensor]] = []  # stored name, the weight of ours that it repeats
     for path in files:
         with opened(path) as file:
             for stored in file.keys():  # noqa: SIM118 - safe_open is no dict
                 name = family.rename(stored, config, task)
                 if name is None:
                     left_out.append(stored)
+                    original = family.copy_of(stored, config, task)
+                    if original is not None:
+                        copies.append((stored, original, file.get_tensor(stored)))
                 elif name not in expected:
                     unused.append(stored)
                 elif name in tensors:
@@ -65,7 +69,7 @@ def build_module(
                     sources[name] = stored
     tensors = {name: tensor for name, tensor in family.computed(config).items() if name not in tensors} | tensors
     prefixed = any(stored.startswith(family.prefix) for stored in sources.values())
-    bare = ("classifier.", "qa_outputs.", "cls.")  # heads carry no prefix
+    bare = ("classifier.", "qa_outputs.", "cls.", "lm_head.")  # heads carry no prefix
     missing = [
         f"{family.prefix}{name}" if prefixed and not name.startswith(bare) else name
         for name in expected
@@ -75,6 +79,11 @@ def build_module(
         f"{sources.get(name, name)} has shape {tuple(tensor.shape)}, config.json asks for {tuple(expected[name])}"
         for name, tensor in tensors.items()
         if tensor.shape != expected[name]
+    ]
+    problems += [
+        f"{stored} differs from {sources.get(original, original)}, though by config.json they are one weight"
+        for stored, original, copy in copies
+        if original in tensors and not torch.equal(copy.float(), tensors[original])
     ]
     if missing:
         problems.append(f"missing: {listed(missing)}")

@@ -1,42 +1,56 @@
 """How fast a bundle runs on this machine: latency, throughput, memory, and how long loading takes.
 
-What is timed is ``LoadedBundle.run``, checks and copies included: what an application waits for.
+What is timed is ``LoadedBundle.run``, checks and copies included: what an application waits for. Of a bundle
+that generates it is the steps of a generation (``transom.runtime.bench_generation``).
 """
 
 from __future__ import annotations
 
-import os
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transom.runtime.errors import InputError, ShapeError
+from transom.runtime.machine import cpu_name, peak_memory_mib, usable_cores
 from transom.runtime.spec import Axis, Graph, Tensor
 
 if TYPE_CHECKING:
     from transom.runtime.session import LoadedBundle
 
 SEED = 0  # of the inputs: two benchmarks of one bundle compute the same
-MIB = 1 << 20
 
 Progress = Callable[[str, int, int], None]  # what is measured, runs done, runs in all
 
 
+def silent(what: str, done: int, total: int) -> None:
+    """A ``Progress`` that tells nobody."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure: ``warmup`` calls first, then ``runs`` or until ``seconds`` are over."""
+
+    runs: int = 100
+    warmup: int = 10
+    seconds: float = 10.0
+    progress: Progress = silent
+
+
 @dataclass(frozen=True)
 class Timing:
-    """One graph at one size: percentiles over ``runs`` calls, milliseconds each."""
+    """One thing timed at one size: percentiles over ``runs`` calls, milliseconds each."""
 
-    graph: str
-    sizes: Mapping[str, int]  # axis -> elements
+    name: str  # of the graph that was run, or of the step of a generation: "prefill", "decode"
+    sizes: Mapping[str, int]  # axis -> elements; "new" are the tokens generated
     runs: int
     p50_ms: float
     p95_ms: float
     p99_ms: float
-    items_per_s: float  # axis B counted; 1 item per call where a graph has none
+    items_per_s: float  # axis B counted, 1 item per call where a graph has none; in a generation tokens
+    items: str = "items"  # or "tokens"
 
 
 @dataclass(frozen=True)
@@ -63,12 +77,14 @@ def bench(
     seconds: float = 10.0,
     device: str = "cpu",
     threads: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress = silent,
+    new_tokens: int | None = None,
 ) -> BenchReport:
     """Load a bundle and time each of its graphs at each of ``shapes`` (axis -> size; the rest at opt).
 
     A shape is run ``warmup`` times, then ``runs`` times or until ``seconds`` are over, whichever comes
-    first. Raises what ``load`` raises, InputError for an unknown axis, ShapeError for a size out of
+    first. Of a bundle that generates, S is the length of the prompt or source and ``new_tokens`` how many
+    follow. Raises what ``load`` raises, InputError for an unknown axis, ShapeError for a size out of
     its bounds.
     """
     from transom.runtime.ort import onnxruntime
@@ -79,15 +95,9 @@ def bench(
     started = time.perf_counter()
     with load(path, device, threads) as loaded:
         load_s = time.perf_counter() - started
-        plan = [
-            (file.graph, sizes_of(file.graph, loaded.manifest.axes, shape))
-            for shape in shapes or [{}]
-            for file in loaded.manifest.graphs
-        ]
-        timings = tuple(
-            measure(loaded, graph, sizes, runs=runs, warmup=warmup, seconds=seconds, progress=progress)
-            for graph, sizes in plan
-        )
+        plan = [one for shape in shapes or [{}] for one in measurements(loaded, shape, new_tokens)]
+        effort = Effort(runs, warmup, seconds, progress)
+        timings = tuple(timing for measurement in plan for timing in measurement(effort))
         return BenchReport(
             device=loaded.device,
             threads=threads,
@@ -101,57 +111,73 @@ def bench(
         )
 
 
+def measurements(
+    loaded: LoadedBundle, asked: Mapping[str, int], new_tokens: int | None = None
+) -> list[Callable[[Effort], list[Timing]]]:
+    """What there is to time at the sizes asked for, which are checked before anything runs."""
+    from transom.runtime.bench_generation import generation_sizes, measure_generation
+    from transom.runtime.tasks.generator import Generator
+
+    if isinstance(loaded, Generator):
+        return [partial(measure_generation, loaded, generation_sizes(loaded, asked, new_tokens))]
+    if new_tokens is not None:
+        raise InputError(f"new_tokens is {new_tokens}, but a bundle for {loaded.manifest.task} generates nothing.")
+    axes = loaded.manifest.axes
+    return [partial(measure, loaded, file.graph, sizes_of(file.graph, axes, asked)) for file in loaded.manifest.graphs]
+
+
 def sizes_of(graph: Graph, axes: Mapping[str, Axis], asked: Mapping[str, int]) -> dict[str, int]:
     """The size of each named axis of the graph's inputs: the one asked for, else its opt.
 
     Raises InputError for an axis that the bundle does not have, ShapeError for a size out of bounds.
     """
-    from transom.runtime.inputs import allowed_sizes
-
     for name, size in asked.items():
         if name not in axes:
             raise InputError(f"unknown axis {name!r}; this bundle has {', '.join(axes)}.")
-        if not axes[name].min <= size <= axes[name].max:
-            raise ShapeError(f"axis {name} is {size}; this bundle allows {allowed_sizes(name, axes[name], size)}")
+        check_size(axes, name, size)
     named = [size for tensor in graph.inputs for size in tensor.shape if isinstance(size, str)]
     return {name: asked.get(name, axes[name].opt) for name in dict.fromkeys(named)}
 
 
-def measure(
-    loaded: LoadedBundle,
-    graph: Graph,
-    sizes: Mapping[str, int],
-    *,
-    runs: int,
-    warmup: int,
-    seconds: float,
-    progress: Progress | None = None,
-) -> Timing:
+def check_size(axes: Mapping[str, Axis], name: str, size: int) -> None:
+    """Raise ShapeError for a size out of the bounds of an axis."""
+    from transom.runtime.inputs import allowed_sizes
+
+    if not axes[name].min <= size <= axes[name].max:
+        raise ShapeError(f"axis {name} is {size}; this bundle allows {allowed_sizes(name, axes[name], size)}")
+
+
+def measure(loaded: LoadedBundle, graph: Graph, sizes: Mapping[str, int], effort: Effort) -> list[Timing]:
     """Time one graph of a loaded bundle at one size, on inputs of ``example_feeds``."""
     feeds = example_feeds(graph, sizes)
     label = " ".join([graph.name, *(f"{name}={size}" for name, size in sizes.items())])
-    report = progress or (lambda what, done, total: None)
-    report(label, 0, runs)
-    for _ in range(warmup):
+    effort.progress(label, 0, effort.runs)
+    for _ in range(effort.warmup):
         loaded.run(feeds)
     times_ms: list[float] = []
-    deadline = time.perf_counter() + seconds
-    while len(times_ms) < runs:
+    deadline = time.perf_counter() + effort.seconds
+    while len(times_ms) < effort.runs:
         started = time.perf_counter()
         loaded.run(feeds)
         ended = time.perf_counter()
         times_ms.append((ended - started) * 1e3)
-        report(label, len(times_ms), runs)
+        effort.progress(label, len(times_ms), effort.runs)
         if ended > deadline:
             break
+    return [timing_of(graph.name, sizes, times_ms, sizes.get("B", 1), "items")]
+
+
+def timing_of(name: str, sizes: Mapping[str, int], times_ms: Sequence[float], each: int, items: str) -> Timing:
+    """The percentiles of calls that took ``times_ms``, and the rate of items, ``each`` of them a call."""
     return Timing(
-        graph=graph.name,
+        name=name,
         sizes=dict(sizes),
         runs=len(times_ms),
         p50_ms=percentile(times_ms, 50),
         p95_ms=percentile(times_ms, 95),
         p99_ms=percentile(times_ms, 99),
-        items_per_s=sizes.get("B", 1) * len(times_ms) * 1e3 / sum(times_ms),
+        items_per_s=each * len(times_ms) * 1e3 / sum(times_ms),
+        items=items,
     )
 
 
@@ -184,49 +210,3 @@ def percentile(values: Sequence[float], percent: float) -> float:
     low = int(rank)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (ordered[high] - ordered[low]) * (rank - low)
-
-
-def peak_memory_mib() -> float | None:
-    """The most physical memory this process ever held, in MiB; None where the system does not say.
-
-    Linux's VmHWM comes first: getrusage there starts from the size of the process that started this one.
-    """
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:"))  # in kB
-    except (OSError, StopIteration):
-        pass
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / MIB if platform.system() == "Darwin" else peak / 1024  # bytes there, KiB elsewhere
-
-
-def usable_cores() -> int:
-    """Logical cores that this process may run on: a container or taskset may leave it fewer than there are."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def cpu_info() -> dict[str, str]:
-    """The fields of /proc/cpuinfo's first core; empty where there is none."""
-    try:
-        first = Path("/proc/cpuinfo").read_text(errors="replace").split("\n\n")[0]
-    except OSError:
-        return {}
-    pairs = (line.partition(":") for line in first.splitlines())
-    return {key.strip(): value.strip() for key, _, value in pairs}
-
-
-def cpu_name() -> str:
-    """The processor as the system calls it; on ARM boards that do not say, the board."""
-    name = cpu_info().get("model name")
-    if name:
-        return name
-    board = Path("/proc/device-tree/model")  # "NVIDIA Jetson Orin Nano Developer Kit", with a trailing NUL
-    if board.is_file():
-        return board.read_text(errors="replace").strip("\0 \n")
-    return platform.processor() or platform.machine() or "unknown"

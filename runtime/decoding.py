@@ -71,7 +71,7 @@ class Decoding:
     def read_all(self, tokens: Ids) -> Floats:
         """Read (R, S) and give the logits behind every token: (R, S, V)."""
         R, S = tokens.shape
-        logits = self._step(tokens, self._ends, np.broadcast_to(np.arange(S), (R, S)))
+        logits = self._step(tokens, self._ends, np.tile(np.arange(S), (R, 1)))
         self._ends = self._ends + S
         return logits
 

@@ -122,7 +122,6 @@ class MarianText:
     def __init__(self, spec: MarianSpec) -> None:
         self.spec = spec
         self.encode_special_tokens = False
-        self.post_processor: EndOfText | None = None
         self._unigram = Unigram(spec.unigram)
         self._added = {token.content: token for token in spec.added}
         self._ids = {**spec.vocabulary, **{token.content: token.id for token in spec.added}}
@@ -131,7 +130,7 @@ class MarianText:
         self.special_ids = frozenset(token.id for token in spec.added if token.special)
         longest_first = sorted(map(re.escape, self._added), key=len, reverse=True)
         self._search = re.compile(f"({'|'.join(longest_first)})") if longest_first else None
-        self.post_processor = EndOfText(self._ids[spec.eos_token])
+        self.post_processor: EndOfText | None = EndOfText(self._ids[spec.eos_token])
 
     def encode(self, text: str) -> Row:
         """Ids without the end-of-text token."""

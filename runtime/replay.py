@@ -5,6 +5,7 @@ The export compares PyTorch and the artefact by these, ``transom selftest`` the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -65,7 +66,7 @@ def logits_along(bundle: Generator, prompts: Sequence[Row], tokens: NDArray[np.i
 
 @dataclass(frozen=True)
 class Divergence:
-    """Where two greedy generations part: ``margin`` is how sure PyTorch was there."""
+    """Where two greedy generations part: ``margin`` is how sure PyTorch was there; infinite behind its end."""
 
     row: int
     step: int
@@ -87,9 +88,9 @@ def divergences(ours: NDArray[np.int64], theirs: NDArray[np.int64], margins: NDA
         steps = np.flatnonzero(ours[row] != theirs[row])
         if len(steps):
             step = int(steps[0])
-            found.append(
-                Divergence(row, step, int(ours[row, step]), int(theirs[row, step]), float(abs(margins[row, step])))
-            )
+            token = int(theirs[row, step])
+            margin = math.inf if token == NOTHING else float(abs(margins[row, step]))
+            found.append(Divergence(row, step, int(ours[row, step]), token, margin))
     return found
 
 
@@ -112,7 +113,7 @@ def require_same_tokens(
 
 def as_arrays(prompts: Sequence[Row]) -> dict[str, Array]:
     """Prompts as golden values hold them: ``prompts`` (R, S) and their ``lengths`` (R,)."""
-    ids, lengths = padded(prompts, 0)
+    ids, lengths = padded(prompts)
     return {"prompts": ids, "lengths": lengths}
 
 

@@ -230,3 +230,15 @@ def bert_bundle(bert_checkpoint: Path, once: Once) -> Path:
 def vit_bundle(once: Once) -> Path:
     """The reference ViT, image-classification, FP32."""
     return once("vit", lambda folder: export_to(folder, "vit")) / "bundle"
+
+
+@pytest.fixture(scope="session")
+def dates_bundle(once: Once) -> Path:
+    """The reference Transformer, which turns dates into ISO 8601, FP32."""
+    return once("dates", lambda folder: export_to(folder, "transformer")) / "bundle"
+
+
+@pytest.fixture(scope="session")
+def gpt_bundle(once: Once) -> Path:
+    """The reference GPT, which goes on from a prompt, FP32."""
+    return once("gpt", lambda folder: export_to(folder, "gpt")) / "bundle"

@@ -7,7 +7,7 @@ import pty
 import re
 import select
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import pytest
 
 from command_line import ANSI, changed_bundle, command, document, error_line, transom
 from transom.runtime.bench import example_feeds, percentile, sizes_of
+from transom.runtime.decoding import Decoding
 from transom.runtime.errors import InputError, ShapeError
 from transom.runtime.spec import Axis, Graph, Tensor
 
@@ -50,6 +51,68 @@ def test_bench_refuses_axes_that_the_bundle_does_not_have(bert_bundle: Path) -> 
     )
     line = error_line(transom("bench", bert_bundle, "--shape", "S=68"))
     assert "ShapeError: axis S is 68; this bundle allows 1..67. Export again with --max S=68." in line
+
+
+def test_bench_of_a_bundle_that_generates_measures_what_a_user_waits_for(
+    exported: Callable[..., tuple[Path, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, gpt = exported("GPT2LMHeadModel")
+    read: list[tuple[int, ...]] = []
+    step = Decoding.read
+
+    def count(self: Decoding, tokens: Any, lengths: Any = None) -> Any:
+        read.append(tokens.shape)
+        return step(self, tokens, lengths)
+
+    monkeypatch.setattr(Decoding, "read", count)
+    told = document(transom("bench", gpt, "--shape", "B=2,S=5", "--new-tokens", "4", *SHORT, "--json"))
+    assert read == [(2, 5), (2, 1)] + 3 * [(2, 5), (2, 1), (2, 1), (2, 1)]  # the warm-up, then three generations
+    prefill, decode = told["timings"]
+    for timing, name, runs, tokens in ((prefill, "prefill", 3, 10), (decode, "decode", 9, 2)):
+        assert (timing["name"], timing["sizes"], timing["runs"]) == (name, {"B": 2, "S": 5, "new": 4}, runs)
+        assert 0 < timing["p50_ms"] <= timing["p95_ms"] <= timing["p99_ms"]
+        assert 1e3 * tokens / timing["p99_ms"] <= timing["items_per_s"] * 1.5
+        assert timing["items"] == "tokens"
+    lines = transom("bench", gpt, *SHORT).stdout.splitlines()
+    assert lines[0].split() == ["step", "shape", "runs", "p50", "ms", "p95", "ms", "p99", "ms", "tokens/s"]
+    assert [line.split()[:3] for line in lines[2:4]] == [
+        ["prefill", "B=1,S=34,new=33", "3"],
+        ["decode", "B=1,S=34,new=33", "96"],
+    ]
+    (only,) = document(transom("bench", gpt, "--new-tokens", "1", *SHORT, "--json"))["timings"]
+    assert only["name"] == "prefill"
+
+
+def test_bench_of_a_translation_counts_its_source_apart(exported: Callable[..., tuple[Path, Path]]) -> None:
+    _, marian = exported("MarianMTModel")
+    told = document(transom("bench", marian, "--shape", "S=67", "--new-tokens", "66", "--runs", "1", "--json"))
+    assert [timing["sizes"] for timing in told["timings"]] == [{"B": 1, "S": 67, "new": 66}] * 2
+    assert "a prompt of 1 tokens and 67 new ones make 68; the context holds 67" in error_line(
+        transom("bench", marian, "--new-tokens", "67")
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ("--shape", "S=60", "--new-tokens", "8"),
+            "a prompt of 60 tokens and 8 new ones make 68; the context holds 67",
+        ),
+        (("--shape", "C=60"), "unknown axis 'C'; a generation has B and S"),
+        (("--shape", "S=68"), "axis S is 68; this bundle allows 1..67"),
+        (("--shape", "B=4"), "axis B is 4; this bundle allows 1..3"),
+    ],
+)
+def test_bench_refuses_what_a_generation_cannot_be(
+    arguments: tuple[str, ...], said: str, exported: Callable[..., tuple[Path, Path]]
+) -> None:
+    assert said in error_line(transom("bench", exported("GPT2LMHeadModel")[1], *arguments))
+
+
+def test_new_tokens_are_for_bundles_that_generate(vit_bundle: Path) -> None:
+    line = error_line(transom("bench", vit_bundle, "--new-tokens", "3"))
+    assert "new_tokens is 3, but a bundle for image-classification generates nothing" in line
 
 
 IDS = Graph("g", (Tensor("ids", "int64", ("B", 4), below=7), Tensor("mask", "int64", ("B", 4), default=1)), ())
@@ -133,6 +196,13 @@ def test_a_table_shows_names_as_they_are(vit_bundle: Path, tmp_path: Path) -> No
     path = tmp_path / f"[bold]x[{'y' * 100}] :smile: [MASK]"
     path.symlink_to(vit_bundle)
     assert f"\n{path}  vit " in transom("table", path).stdout
+
+
+def test_table_times_the_tokens_of_a_bundle_that_generates(exported: Callable[..., tuple[Path, Path]]) -> None:
+    _, gpt = exported("GPT2LMHeadModel")
+    (row,) = document(transom("table", gpt, "--json"))["bundles"]
+    assert (row["p50_of"], row["sizes"]) == ("decode", {"B": 1, "S": 34, "new": 33})
+    assert f"p50 of {gpt}: each new token, B=1,S=34,new=33" in transom("table", gpt).stdout.splitlines()
 
 
 def test_table_marks_gpu_formats(vit_bundle: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,29 @@ def test_inspect_shows_what_the_manifest_says(vit_bundle: Path) -> None:
         assert word in text
     assert all(file["sha256"] in text for file in manifest["files"].values())  # in a pipe nothing is cut off
     assert ANSI not in text
+
+
+def test_inspect_shows_how_a_bundle_generates(exported: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
+    _, gpt = exported("GPT2LMHeadModel")
+    told = document(transom("inspect", gpt, "--json"))
+    assert told["generation"] == {"eos_token_id": [100], "bos_token_id": 1}
+    assert told["tokenizer"] is None
+    lines = re.sub(" +", " ", transom("inspect", gpt).stdout).splitlines()
+    for line in (
+        "prompts token ids: the checkpoint had no tokenizer",
+        "generation eos_token_id [100], bos_token_id 1",
+        "decoder input logits_positions int64 (B, P), 0, 1, 2, ... if left out",
+        "decoder input key_cache.0..2 float32 (B, 2, C, 80), 0 if left out",  # one line for three layers
+        "decoder output value_cache.0..2.written float32 (B, 2, C, 80), in place",
+    ):
+        assert line in lines
+    assert sum("cache" in line for line in lines) == 4
+
+    def tie(manifest: dict[str, Any]) -> None:
+        manifest["parity"]["greedy_near_ties"] = [{"row": 1, "step": 3, "ours": 8, "theirs": 9, "margin": 2e-7}]
+
+    text = transom("inspect", changed_bundle(gpt, tmp_path, tie)).stdout
+    assert "greedy token 3 of row 1 is 8, PyTorch's is 9: its margin is 2.00e-07, a near tie" in text
 
 
 def test_inspect_refuses_a_changed_byte(vit_bundle: Path, tmp_path: Path) -> None:
@@ -70,6 +94,25 @@ def test_verify_compares_with_the_checkpoint(bert_bundle: Path, bert_checkpoint:
     text = transom("verify", bert_bundle).stdout
     assert re.search(r"^B=1,S=1 +sentence_embedding +\d\.\d\de-\d\d +\[0, \d+\]", text, re.MULTILINE)
     assert "agrees with PyTorch" in text
+
+
+def test_verify_shows_the_worst_of_the_tokens_fed_one_by_one(exported: Callable[..., tuple[Path, Path]]) -> None:
+    _, gpt = exported("GPT2LMHeadModel")
+    cases = document(transom("verify", gpt, "--json"))["cases"]
+    steps = [case for case in cases if case["shape"]["prompt"] == 3 and case["shape"]["chunk"] > 0]
+    assert len(steps) == 64
+    worst = max(case["comparisons"][0]["error"] for case in steps)
+    lines = transom("verify", gpt).stdout.splitlines()
+    assert len(lines) < 20
+    (line,) = (line for line in lines if line.startswith("B=2,prompt=3,chunk=1..64,tokens=1 "))
+    assert float(line.split()[2]) == pytest.approx(worst, rel=0.01)
+    assert any(line.startswith("B=2,prompt=5,chunk=1,tokens=5 ") for line in lines)
+
+
+def test_selftest_generates_again(exported: Callable[..., tuple[Path, Path]]) -> None:
+    told = document(transom("selftest", exported("GPT2LMHeadModel")[1], "--json"))
+    assert [case["name"] for case in told["cases"]] == ["generation"]
+    assert told["worst"]["error"] <= told["tolerance"]
 
 
 def test_verify_beyond_tolerance_exits_1(bert_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

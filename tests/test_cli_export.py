@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from typer.testing import Result
 
 from command_line import document, error_line, process, transom
+from transom.cli.describe import next_commands
 from transom.cli.failures import Terminated
 
 
@@ -75,6 +78,25 @@ def test_export_tells_its_stages_and_ends_in_a_summary(bert_checkpoint: Path, tm
     assert "tracing the module to ONNX ..." in result.stderr.splitlines()
     assert re.search(r"^worst error against PyTorch: \d\.\d\de-\d\d of 2e-05 allowed$", result.stdout, re.MULTILINE)
     assert result.stdout.splitlines()[-3].startswith(f"  transom run {tmp_path}/new 'A sentence.'")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "words"),
+    [
+        ("GPT2LMHeadModel", "'1 2 3'"),
+        ("MarianMTModel", "'1 2 3'"),
+        ("BertForTokenClassification", "'Ada Lovelace lived in London.'"),
+    ],
+)
+def test_the_first_command_to_try_works(
+    architecture: str, words: str, exported: Callable[..., tuple[Path, Path]]
+) -> None:
+    from transom.runtime.bundle import Bundle
+
+    _, bundle = exported(architecture)
+    commands = next_commands(bundle, Bundle(bundle).manifest)
+    assert commands[0] == f"transom run {bundle} {words}"
+    assert transom(*shlex.split(commands[0])[1:]).exit_code == 0
 
 
 def test_export_refuses_an_out_that_exists(bert_checkpoint: Path, tmp_path: Path) -> None:

@@ -36,6 +36,20 @@ def test_help_names_the_commands_the_statuses_and_completion() -> None:
     assert [line for line in text.splitlines() if len(line) > 80] == []
 
 
+def test_help_of_run_groups_the_options_of_generation() -> None:
+    text = transom("run", "--help").stdout
+    headings = re.findall(r"^(\w.*):$", text, re.MULTILINE)
+    assert headings[:2] == ["Arguments", "Options"]
+    assert [heading.split(" (")[0] for heading in headings[2:]] == ["Generation", "Sampling", "Beam search"]
+    assert text.index("--json") < text.index("Sampling") < text.index("--seed N") < text.index("--num-beams N")
+
+
+def test_help_of_export_names_every_reference_model() -> None:
+    from transom.models.references import REFERENCES
+
+    assert f"({', '.join(REFERENCES)})" in " ".join(transom("export", "--help").stdout.split())
+
+
 def test_help_is_what_one_gets_without_arguments() -> None:
     result = transom()
     assert result.exit_code == 2

@@ -96,6 +96,8 @@ def test_top_p_keeps_the_fewest_that_pass_the_mass() -> None:
         # of the two eighths the later one stays longer
         assert np.flatnonzero(found[0] > OUT).tolist() == [[0], [0, 1], [0, 1, 3], [0, 1, 2, 3]][kept - 1]
     assert np.isfinite(after("keep_top_p", halves, rows_of([0]), mass=0.01, least=2)).sum() == 2
+    # what adds up to exactly 1 - mass goes
+    assert after("keep_top_p", [[0.0] * 4], rows_of([0]), mass=0.5, least=1) == [[OUT, OUT, 0.0, 0.0]]
 
 
 def test_renormalised_scores_are_logarithms_of_probabilities() -> None:

@@ -100,10 +100,24 @@ def test_sequences_of_one_prompt_differ_and_the_first_is_that_of_one_alone() -> 
     assert [three[0], three[3]] == sampled([0, 1], 1)
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_call_split_into_batches_draws_as_one(beams: int) -> None:
+    table = np.random.default_rng(0).standard_normal((7, 7)).astype(np.float32)
+    settings = GenerationSettings().with_keywords(max_new_tokens=20, do_sample=True, seed=3, num_beams=beams)
+
+    def sampled(prompts: list[int], first: int) -> list[list[int]]:
+        model = Table(table, prompts)
+        return generate([[prompt] for prompt in prompts], model.logits(), model, settings, first=first)
+
+    whole = sampled([0, 0, 0], 0)
+    assert whole == sampled([0, 0], 0) + sampled([0], 2)
+    assert len({tuple(row) for row in whole}) == 3
+
+
 def test_a_drawn_token_is_never_one_that_is_ruled_out() -> None:
     scores = np.full((1, 5), -np.inf, dtype=np.float32)
     scores[0, 3] = -200.0
-    streams = streams_of(GenerationSettings(seed=0), 1)
+    streams = streams_of(GenerationSettings(seed=0), np.array([0]))
     assert {int(draw(scores, streams)[0]) for _ in range(50)} == {3}
 
 

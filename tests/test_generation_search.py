@@ -95,9 +95,9 @@ def test_greedy_tokens_are_those_of_transformers() -> None:
 @pytest.mark.parametrize("early_stopping", [False, True, "never"])
 @pytest.mark.parametrize("num_beams", [2, 4])
 def test_beams_are_those_of_transformers(num_beams: int, early_stopping: bool | str) -> None:
-    """Every length penalty with both kinds of ends, each with three of the seven ways in turn."""
+    """Every length penalty with both kinds of ends, each with two of the seven ways in turn."""
     compared, ended = 0, 0
-    grid = itertools.product((-1.0, 0.0, 0.6, 1.0, 2.0), ENDS, range(3))
+    grid = itertools.product((-1.0, 0.0, 0.6, 1.0, 2.0), ENDS, range(2))
     for case, (length_penalty, eos, _) in enumerate(grid):
         keywords = {
             "num_beams": num_beams, "early_stopping": early_stopping, "length_penalty": length_penalty,
@@ -114,7 +114,7 @@ def test_beams_are_those_of_transformers(num_beams: int, early_stopping: bool | 
         assert ours == theirs, keywords
         compared += len(ours)
         ended += sum(row[-1] in eos and len(row) < 8 for row in ours)
-    assert compared == 100
+    assert compared == 68
     assert ended > compared / 4
 
 

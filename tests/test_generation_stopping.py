@@ -53,6 +53,15 @@ def test_a_stop_string_twice_stops_both_times() -> None:
     assert completes("\n\n", "\n\n", "\n")
 
 
+def test_the_space_that_decoding_takes_from_the_first_token_is_not_missed() -> None:
+    """As SentencePiece's decoders do; text before the stop string is decoded along with it."""
+    words = ["a", " ", "t"]
+    asked = GenerationSettings().with_keywords(stop_strings=" t")
+    stopping = Stopping(asked, lambda ids: "".join(words[number] for number in ids).lstrip(" "))
+    assert stopping.completes(np.array([0, 0, 0, 1]), 2)
+    assert not stopping.completes(np.array([0, 0, 0, 0]), 2)
+
+
 def test_common_characters() -> None:
     assert common_prefix("abc", "abd") == 2
     assert common_prefix("ab\ufffd", "abé") == 2

@@ -139,7 +139,7 @@ def test_every_precision_exports_verifies_and_passes_its_selftest(
     manifest = pipeline.export(str(folder), tmp_path / "out", precision=precision)
     assert manifest.precision == precision
     assert 0 < manifest.parity["worst"]["error"] <= TOLERANCES[precision]
-    cases = pipeline.verify(tmp_path / "out")
+    cases = pipeline.verify(tmp_path / "out").cases
     assert len(cases) == len(grid(manifest.axes))
     report = selftest(tmp_path / "out")
     assert report.tolerance == TOLERANCES[precision]

@@ -58,7 +58,7 @@ def heldout_indices() -> Any:
 # ---- the pins
 
 
-@pytest.mark.parametrize("name", ["vit", "minilm"])
+@pytest.mark.parametrize("name", ["vit", "minilm", "gpt", "bert", "transformer"])
 def test_weights_are_the_pinned_ones(name: str) -> None:
     weights = reference_folder(name) / "model.safetensors"
     assert hashlib.sha256(weights.read_bytes()).hexdigest() == REFERENCES[name].sha256
@@ -85,8 +85,15 @@ def test_an_absent_package_is_named_with_its_install_line(monkeypatch: pytest.Mo
 
 
 def test_an_unknown_name_lists_ours() -> None:
-    with pytest.raises(CheckpointError, match="'gpt' is no reference model; expected one of vit, minilm"):
-        reference_folder("gpt")
+    names = "vit, minilm, gpt, bert, transformer"
+    with pytest.raises(CheckpointError, match=f"'clip' is no reference model; expected one of {names}"):
+        reference_folder("clip")
+
+
+def test_what_ships_is_small() -> None:
+    shipped = reference_folder("vit").parent
+    assert {folder.name for folder in shipped.iterdir()} == REFERENCES.keys() - {"minilm"}
+    assert sum(file.stat().st_size for file in shipped.rglob("*") if file.is_file()) < 6_000_000
 
 
 def test_finding_minilm_imports_neither_it_nor_torch() -> None:

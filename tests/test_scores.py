@@ -10,8 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from transom.export.inputs import heldout_digits, wordnet_pairs
-from transom.export.scores import SCORES, Score, digits_score, retrieval_score, score_both
+from transom.cli.describe import score_line, score_value
+from transom.export.inputs import heldout_dates, heldout_digits, heldout_text, masked_text, wordnet_pairs
+from transom.export.measures import Rate, Score
+from transom.export.scores import (
+    BLOCK_BYTES,
+    SCORES,
+    bits_per_byte,
+    blocks,
+    dates_score,
+    digits_score,
+    masked_score,
+    retrieval_score,
+    score_both,
+)
 from transom.models.references import REFERENCES, reference_folder
 from transom.runtime.errors import ExportError
 
@@ -32,9 +44,25 @@ def test_wilson_interval(correct: int, n: int, low: float, high: float) -> None:
 
 
 def test_score_as_json() -> None:
-    words = json.loads(json.dumps(Score("top-1 accuracy", "pencil", 10, 8).to_json()))
+    score = Score("top-1 accuracy", "pencil", 10, 8)
+    words = json.loads(json.dumps({**score.shared(), **score.figures()}))
     assert words.pop("interval") == pytest.approx([0.4902, 0.9433], abs=5e-5)
     assert words == {"name": "top-1 accuracy", "data": "pencil", "n": 10, "correct": 8, "value": 0.8}
+
+
+def test_rate_and_its_interval() -> None:
+    """8 + 16 bits for 4 + 4 bytes: 3 a byte; residuals -4 and 4, so s2 = 32, and 1.96 * sqrt(32 / 2) / 4 = 1.96."""
+    rate = Rate("bits per byte", "pencil", (8.0, 16.0), (4, 4))
+    assert (rate.n, rate.value) == (2, 3.0)
+    assert rate.interval == pytest.approx((1.04, 4.96), abs=5e-5)
+    assert rate.shared() == {"name": "bits per byte", "data": "pencil", "n": 2, "lower_is_better": True}
+
+
+def test_a_rate_weighs_blocks_by_their_size() -> None:
+    """One bit a byte throughout, so blocks of different size do not vary: the interval is a point."""
+    rate = Rate("bits per byte", "pencil", (1.0, 9.0, 90.0), (1, 9, 90))
+    assert rate.value == 1.0
+    assert rate.interval == pytest.approx((1.0, 1.0))
 
 
 # ---- digits
@@ -110,6 +138,64 @@ def test_minilm_gets_the_documented_score_in_sentence_transformers() -> None:
     assert (score.n, score.correct) == (1000, 521)
 
 
+# ---- text
+
+
+def test_blocks_are_the_text_in_whole_lines() -> None:
+    text = heldout_text()
+    found = blocks(text)
+    assert "".join(found) == text
+    assert all(block.endswith("\n") and len(block.encode()) >= BLOCK_BYTES for block in found)
+    assert blocks("a short one\n") == ["a short one\n"]
+    assert blocks("x" * BLOCK_BYTES + "\nrest\n") == ["x" * BLOCK_BYTES + "\nrest\n"]
+
+
+def test_bits_per_byte_counts_every_byte_but_the_newline_before() -> None:
+    """A model of letters that gives each one chance in two needs one bit a byte."""
+    text = heldout_text()
+    read = []
+
+    def half(block: str) -> Any:
+        read.append(block)
+        return np.full(len(block) - 1, np.log(0.5))
+
+    rate = bits_per_byte(half, text)
+    assert "".join(block.removeprefix("\n") for block in read) == text
+    assert all(block.startswith("\n") for block in read)
+    assert rate.value == pytest.approx(len(text) / len(text.encode()))
+    assert bits_per_byte(lambda block: half(block) * 3, text).value == pytest.approx(3 * rate.value)
+
+
+@pytest.mark.parametrize("wrong", [np.array([-1.0, np.nan]), np.array([[-1.0]]), np.array([-np.inf])])
+def test_log_probabilities_that_cannot_be_scored(wrong: Any) -> None:
+    with pytest.raises(ExportError, match="log_probabilities of block 0"):
+        bits_per_byte(lambda block: wrong, heldout_text())
+
+
+def test_masked_words_are_counted_gap_by_gap() -> None:
+    expected = dict(masked_text())
+    first = next(iter(expected))
+    n = sum(map(len, expected.values()))
+    score = masked_score(lambda text: ["?", *expected[text][1:]] if text == first else expected[text])
+    assert (score.n, score.correct) == (n, n - 1)
+    assert n >= 1000
+    with pytest.raises(ExportError, match="fill gave 0 words"):
+        masked_score(lambda text: [])
+
+
+def test_dates_must_match_letter_by_letter() -> None:
+    texts, expected = heldout_dates()
+    assert len(texts) == 1000
+
+    def translate(asked: list[str]) -> list[str]:
+        assert asked == texts
+        return [expected[0].replace("-", "/"), *expected[1:]]
+
+    assert dates_score(translate).correct == 999
+    with pytest.raises(ExportError, match="translate gave 1 texts for 1000"):
+        dates_score(lambda asked: expected[:1])
+
+
 # ---- both sides
 
 
@@ -151,6 +237,51 @@ def test_a_text_model_is_scored_by_its_embeddings() -> None:
     assert found is not None
     assert (found["name"], found["n"]) == ("top-1 retrieval", 1000)
     assert [found[name]["correct"] for name in ("pytorch", "bundle")] == [1000, 997]
+
+
+def test_a_language_model_is_scored_by_its_bits() -> None:
+    def side(chance: float) -> Any:
+        def log_probabilities(text: str) -> Any:
+            return np.full(len(text) - 1, np.log(chance))
+
+        return SimpleNamespace(log_probabilities=log_probabilities, manifest=SimpleNamespace(task="text-generation"))
+
+    found = score_both("gpt", side(1 / 2), side(1 / 4))
+    assert found is not None
+    assert (found["name"], found["lower_is_better"]) == ("bits per byte", True)
+    assert [score_value(found, name) for name in ("pytorch", "bundle")] == ["1.0000", "2.0000"]
+    assert score_line(found) == (
+        f"bits per byte (lower is better) on held-out chapters of Jane Austen, n = {found['n']}: "
+        "2.0000 (2.0000 to 2.0000), in PyTorch 1.0000 (1.0000 to 1.0000)"
+    )
+
+
+def test_gaps_are_filled_by_the_bundles_first_choice() -> None:
+    expected = dict(masked_text())
+
+    def fill_mask(text: str, top_k: int) -> Any:
+        ranked = [[(word, 0.5)][:top_k] for word in expected[text]]
+        return ranked[0] if len(ranked) == 1 else ranked
+
+    side: Any = SimpleNamespace(fill_mask=fill_mask, manifest=SimpleNamespace(task="fill-mask"))
+    found = score_both("bert", side, side)
+    assert found is not None
+    assert found["bundle"]["value"] == 1.0
+    assert score_line(found).endswith(f"1.0000 ({found['n']}), in PyTorch 1.0000 ({found['n']})")
+
+
+def test_dates_are_translated_greedily() -> None:
+    texts, expected = heldout_dates()
+    answers = dict(zip(texts, expected, strict=True))
+
+    def translate(asked: list[str], num_beams: int) -> list[str]:
+        assert num_beams == 1
+        return [answers[text] for text in asked]
+
+    side: Any = SimpleNamespace(translate=translate, manifest=SimpleNamespace(task="translation"))
+    found = score_both("transformer", side, side)
+    assert found is not None
+    assert (found["name"], found["pytorch"]["correct"]) == ("exact match", 1000)
 
 
 def test_other_sources_and_tasks_have_no_score() -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import io
 import json
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.resources import files
@@ -49,6 +51,11 @@ def train(lines: list[str], **options: Any) -> bytes:
 def pieces(model: bytes) -> list[str]:
     opened = sentencepiece.SentencePieceProcessor(model_proto=model)
     return [opened.id_to_piece(number) for number in range(opened.get_piece_size())]
+
+
+def changed(model: bytes, before: bytes, after: bytes) -> bytes:
+    assert before in model
+    return model.replace(before, after, 1)
 
 
 def numbered(*models: bytes, extra: tuple[str, ...] = ()) -> dict[str, int]:
@@ -240,6 +247,7 @@ def test_spm_files_that_cannot_be_used(english: bytes, tmp_path: Path) -> None:
             (b"nothing of the kind", "is no SentencePiece model"),
             (english[:-2000], "is no SentencePiece model"),
             (english[: len(english) // 2], "is no SentencePiece model"),
+            (changed(english, b"\n\x03\xe2\x96\x81\x15", b"\n\x03\xff\x96\x81\x15"), "has a piece that is no UTF-8"),
             (train(LINES, model_type="bpe"), "is a BPE model, expected a unigram model"),
             (train(LINES, model_type="char"), "is a character model, expected a unigram model"),
             (train(LINES, byte_fallback=True, vocab_size=700), "has bytes for unknown characters"),
@@ -284,6 +292,31 @@ def test_a_vocabulary_that_is_no_object(english: bytes, tmp_path: Path) -> None:
     (tmp_path / "vocab.json").write_text("[]")
     with pytest.raises(CheckpointError, match=r"vocab\.json holds a JSON list, expected an object"):
         tokenizer_from_checkpoint(tmp_path, 512)
+
+
+def test_without_the_library_the_files_are_not_to_blame(
+    english: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    with pytest.raises(ImportError, match="sentencepiece"):
+        tokenizer_from_checkpoint(save(tmp_path, english, english, numbered(english)), 512)
+
+
+def test_the_runtime_needs_no_sentencepiece(english: bytes, tmp_path: Path) -> None:
+    found = tokenizer_from_checkpoint(save(tmp_path, english, english, numbered(english)), 512)
+    assert found is not None
+    (tmp_path / "file").write_bytes(found[0])
+    code = f"""
+import json, sys
+sys.modules.update(sentencepiece=None, tokenizers=None)
+from transom.runtime.text import TextEncoder, TextSpec
+encoder = TextEncoder(open({str(tmp_path / "file")!r}, "rb").read(), TextSpec.from_json({found[1].to_json()!r}), 512)
+print(json.dumps(encoder.encode(["Ann met him"], truncate=False).input_ids.tolist()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert (
+        json.loads(done.stdout) == TextEncoder(*found, 512).encode(["Ann met him"], truncate=False).input_ids.tolist()
+    )
 
 
 # ---- bad bundles

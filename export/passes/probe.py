@@ -11,6 +11,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from transom.export.onnx import MODULE
+from transom.export.passes.attention import expose_scores
 
 PREFIX = "max:"
 
@@ -38,14 +39,3 @@ def probe(graph: ir.Graph, node: ir.Node, value: ir.Value) -> ir.Value:
     largest.outputs[0].type, largest.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([])
     graph.insert_after(node, [absolute, largest])
     return largest.outputs[0]
-
-
-def expose_scores(node: ir.Node) -> ir.Value:
-    """Case 2."""
-    node.resize_outputs(4)
-    for omitted in node.outputs[1:3]:  # the present key and value: an empty name leaves an output out
-        omitted.name = ""
-    scores = node.outputs[3]
-    scores.name, scores.type = f"{node.outputs[0].name}_scores", ir.TensorType(ir.DataType.FLOAT)
-    node.attributes["qk_matmul_output_mode"] = ir.AttrInt64("qk_matmul_output_mode", 0)
-    return scores

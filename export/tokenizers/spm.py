@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from transom.runtime.errors import one_line
-from transom.runtime.unigram import Unigram, UnigramSpec, float32
+from transom.runtime.unigram import MAX_SCORE, Unigram, UnigramSpec, float32
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -53,6 +53,8 @@ def read_spm(path: Path) -> SentencePieceModel:
         raise ValueError(f"{path.name} is no SentencePiece model ({one_line(error)})") from None
     if not model.pieces:
         raise ValueError(f"{path.name} is no SentencePiece model: it has no pieces")
+    if not all(isinstance(piece.piece, str) and abs(piece.score) <= MAX_SCORE for piece in model.pieces):
+        raise ValueError(f"{path.name} is damaged: it has a piece that is no UTF-8, or a score that is no number")
     of_type: dict[int, list[Any]] = {kind: [p for p in model.pieces if p.type == kind] for kind in range(1, 7)}
     kind = model.trainer_spec.model_type
     if KINDS.get(kind) != "unigram":

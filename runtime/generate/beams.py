@@ -2,7 +2,8 @@
 
 The source followed is ``GenerationMixin._beam_search`` of transformers 5.23 and its helpers, with its
 FP32 arithmetic and its numbers: -1e9 marks what must not be chosen. Each prompt is searched as if it
-were alone, and leaves the batch when it is done.
+were alone, and leaves the batch when it is done. Of equal scores the first candidate goes first;
+transformers leaves that to torch.topk.
 """
 
 from __future__ import annotations
@@ -37,7 +38,6 @@ class Search:
         self.scores = np.full(beams, OUT, dtype=np.float32)
         self.finished: list[list[int]] = [[] for _ in range(beams)]
         self.complete = np.zeros(beams, dtype=np.bool_)
-        self.may_improve = True
 
     def candidates(
         self, log_probabilities: NDArray[np.float32], stream: np.random.Generator | None
@@ -67,16 +67,12 @@ class Search:
         beams = self.settings.num_beams
         counts = ended & (np.arange(len(ended)) < beams)
         scores = per_length(scores, len(rows[0]), self.settings.length_penalty)
-        if self.complete.all() and self.settings.early_stopping is True:
-            scores = scores + OUT
-        if not self.may_improve:
-            scores = scores + OUT
         scores = scores + (~counts).astype(np.float32) * OUT
-        merged = np.concatenate([self.scores, scores])
-        best = largest(merged, beams)
+        merged, complete = np.concatenate([self.scores, scores]), np.concatenate([self.complete, counts])
+        best = np.lexsort((~complete, -merged))[:beams]  # of equal ones those that are rows at all
         self.finished = [self.finished[k] if k < beams else rows[k - beams] for k in best]
         self.scores = merged[best]
-        self.complete = np.concatenate([self.complete, counts])[best]
+        self.complete = complete[best]
 
     def is_over(self, ended: NDArray[np.bool_], length: int) -> bool:
         """Whether nothing better can come after ``length`` new tokens; ``ended`` says which candidates have."""
@@ -84,9 +80,8 @@ class Search:
         longest = self.limit if early == "never" and penalty > 0.0 else length
         hope = per_length(self.running[:1], longest, penalty)
         worst = np.where(self.complete, self.scores.min(), OUT)
-        self.may_improve = self.may_improve and bool((hope > worst).any())
         full = bool(self.complete.all()) and early is True
-        return not self.may_improve or full or bool(ended.all())
+        return full or not bool((hope > worst).any()) or bool(ended.all())
 
 
 def per_length(sums: NDArray[np.float32], length: int, penalty: float) -> NDArray[np.float32]:
@@ -101,42 +96,44 @@ def beam_search(
     continuation: Continuation,
     settings: GenerationSettings,
     stopping: Stopping,
+    first: int = 0,
 ) -> list[list[int]]:
     """New tokens of the ``num_return_sequences`` best rows of each prompt, in the prompts' order.
 
-    ``rows`` are the R prompts, ``logits`` (R, V) what follows each. The continuation's rows become
-    the beams of the prompts still searched, prompt after prompt.
+    ``rows`` are the R prompts, ``logits`` (R, V) what follows each, ``first`` the number of the first.
+    The continuation's rows become the beams of the prompts still searched, prompt after prompt.
     """
     beams, chain = settings.num_beams, processors(settings)
     searches = [Search(settings, int(limit)) for limit in rows.limits - rows.prompts]
-    streams = streams_of(settings, len(rows) * settings.num_return_sequences) if settings.do_sample else []
+    numbers = np.repeat(first + np.arange(len(rows)), settings.num_return_sequences)
+    streams = streams_of(settings, numbers) if settings.do_sample else []
     live = list(range(len(rows)))
     held = len(rows)  # rows of the continuation
     at = np.repeat(np.arange(held), beams)  # of each beam, its row there
     rows.select(at)
     step = 1
     while True:
-        check_finite(logits, np.repeat(live, len(logits) // len(live)), step)
+        check_finite(logits, first + np.repeat(live, len(logits) // len(live)), step)
         log_probabilities = log_softmax(logits)
         if len(logits) < len(rows):  # the beams of the first step are still one row
             log_probabilities = log_probabilities[at]
         log_probabilities = processed(log_probabilities, rows, chain)
         parents, tokens, stay = [], [], []
         for place, prompt in enumerate(live):
-            search, first = searches[prompt], place * beams
+            search, own = searches[prompt], slice(place * beams, (place + 1) * beams)
             stream = streams[prompt * settings.num_return_sequences] if settings.do_sample else None
-            scores, beam, token = search.candidates(log_probabilities[first : first + beams], stream)
-            check_choice(scores[:1], np.array([prompt]), step)
+            scores, beam, token = search.candidates(log_probabilities[own], stream)
+            check_choice(scores[:1], np.array([first + prompt]), step)
             ended = stopping.ends(token) | (step >= search.limit)
             for k in np.flatnonzero(~ended).tolist() if stopping.strings else ():
-                ended[k] = stopping.completes(rows.sequence(first + beam[k]), int(token[k]))
+                ended[k] = stopping.completes(rows.sequence(own.start + beam[k]), int(token[k]))
             chosen = search.go_on(scores, ended)
             if ended[:beams].any():
-                new = [[*rows.new(first + row), int(last)] for row, last in zip(beam, token, strict=True)]
+                new = [[*rows.new(own.start + row), int(last)] for row, last in zip(beam, token, strict=True)]
                 search.collect(scores, ended, new)
             if not search.is_over(ended, step):
                 stay.append(prompt)
-                parents.append(first + beam[chosen])
+                parents.append(own.start + beam[chosen])
                 tokens.append(token[chosen])
         if not stay:
             best = [search.finished[: settings.num_return_sequences] for search in searches]

@@ -22,6 +22,7 @@ def generate(
     *,
     decode: Decode | None = None,
     positions: int | None = None,
+    first: int = 0,
 ) -> list[list[int]]:
     """New token ids for each prompt, ``num_return_sequences`` rows of each, as transformers' ``generate`` adds them.
 
@@ -31,7 +32,9 @@ def generate(
     prompt alone: without padding, prompts of different lengths do not touch each other.
 
     ``decode`` gives the text of ids with special tokens kept, which stop strings may be part of;
-    ``positions`` is the checkpoint's max_position_embeddings, as for ``settings.new_tokens``.
+    ``positions`` is the checkpoint's max_position_embeddings, as for ``settings.new_tokens``;
+    ``first`` is the number of the first prompt, where one call is split into batches: it keeps the
+    random streams apart and names rows in errors.
 
     Sampling draws with numpy's PCG64 from ``settings.seed``, each row from a stream of its own: the
     same seed gives the same rows, and a row does not depend on its neighbours. Seed None is new
@@ -40,7 +43,7 @@ def generate(
     """
     rows, stopping = start(prompts, logits, settings, decode, positions, streaming=False)
     if settings.num_beams > 1:
-        return beam_search(rows, logits, continuation, settings, stopping)
+        return beam_search(rows, logits, continuation, settings, stopping, first)
     copies = settings.num_return_sequences
     if copies > 1:
         repeated = np.repeat(np.arange(len(rows)), copies)
@@ -48,7 +51,7 @@ def generate(
         continuation.select(repeated)
         logits = logits[repeated]
     found: list[list[int]] = [[] for _ in range(len(rows))]
-    for live, tokens in tokens_of_rows(rows, logits, continuation, settings, stopping):
+    for live, tokens in tokens_of_rows(rows, logits, continuation, settings, stopping, first):
         for row, token in zip(live.tolist(), tokens.tolist(), strict=True):
             found[row].append(token)
     return found

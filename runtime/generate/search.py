@@ -24,22 +24,25 @@ def tokens_of_rows(
     continuation: Continuation,
     settings: GenerationSettings,
     stopping: Stopping,
+    first: int = 0,
 ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.int64]]]:
     """Yield, step by step, which rows go on and the token of each: (N,) positions in ``rows``, (N,) ids.
 
     ``rows`` and ``continuation`` lose the rows that are finished. Sampled rows draw from streams of
-    their own, so that no row's text depends on how many others there are or when they finish.
+    their own, so that no row's text depends on how many others there are or when they finish;
+    ``first`` is the number of the first prompt.
     """
     chain = processors(settings)
     live = np.arange(len(rows))
-    streams = streams_of(settings, len(rows)) if settings.do_sample else []
+    prompts = first + live // settings.num_return_sequences
+    streams = streams_of(settings, prompts) if settings.do_sample else []
     step = 1
     while True:
-        check_finite(logits, live // settings.num_return_sequences, step)
+        check_finite(logits, prompts[live], step)
         scores = processed(logits, rows, chain)
         tokens = draw(scores, [streams[row] for row in live]) if settings.do_sample else scores.argmax(axis=1)
         if chain:
-            check_choice(scores[np.arange(len(tokens)), tokens], live // settings.num_return_sequences, step)
+            check_choice(scores[np.arange(len(tokens)), tokens], prompts[live], step)
         yield live, tokens
         done = stopping.ends(tokens) | (rows.lengths + 1 >= rows.limits)
         for row in np.flatnonzero(~done).tolist() if stopping.strings else ():
@@ -56,16 +59,18 @@ def tokens_of_rows(
         step += 1
 
 
-def streams_of(settings: GenerationSettings, rows: int) -> list[np.random.Generator]:
-    """A random stream for each row: PCG64, seeded with the seed, the prompt's number and the copy's."""
+def streams_of(settings: GenerationSettings, prompts: NDArray[np.intp]) -> list[np.random.Generator]:
+    """A random stream for each row, of the prompts with these numbers (R,), each prompt's copies together.
+
+    PCG64, seeded with the seed, the prompt's number and the copy's.
+    """
     root = np.random.SeedSequence(settings.seed)
     copies = settings.num_return_sequences
-    return [
-        np.random.Generator(
-            np.random.PCG64(np.random.SeedSequence(root.entropy, spawn_key=(row // copies, row % copies)))
-        )
-        for row in range(rows)
+    seeds = [
+        np.random.SeedSequence(root.entropy, spawn_key=(int(prompt), row % copies))
+        for row, prompt in enumerate(prompts)
     ]
+    return [np.random.Generator(np.random.PCG64(seed)) for seed in seeds]
 
 
 def draw(scores: NDArray[np.float32], streams: Sequence[np.random.Generator]) -> NDArray[np.int64]:

@@ -25,8 +25,8 @@ class Stopping:
         self.eos = np.array(settings.eos_token_id, dtype=np.int64)
         self.strings = settings.stop_strings
         self.decode = decode
-        # every token is at least a byte; one more on the left, which a tokenizer may strip of its space
-        self.window = 1 + max((len(string.encode()) for string in self.strings), default=0)
+        # tokens before the newest: each is at least a byte, and the leftmost may lose its space in decoding
+        self.window = max((len(string.encode()) for string in self.strings), default=0)
 
     def ends(self, tokens: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Which of the tokens (N,) are end-of-sequence tokens."""

@@ -78,6 +78,7 @@ class Generator(LoadedBundle, ABC):
                 settings,
                 decode=self._decode_all if self._text else None,
                 positions=self.context,
+                first=first,
             )
         answers = [self.target_encoder().decode(row) for row in found] if text else found
         return in_kind(answers, single=single, each=settings.num_return_sequences)
@@ -188,8 +189,14 @@ class Generator(LoadedBundle, ABC):
         settings.check(
             int(self.backend("decoder").graph.outputs[0].shape[2]), text=self._text is not None, streaming=streaming
         )
+        axis = str(self.prompt_tokens().shape[1])
         for row in rows:
             length = self.decoder_length(row)
+            if length < len(row) > self.max_size(axis):  # a source, which the context does not bound
+                raise InputError(
+                    f"a source is {len(row)} tokens; axis {axis} allows {self.max_size(axis)}. Shorten it, or export "
+                    f"again with --max {axis}={len(row)}."
+                )
             new = settings.new_tokens(length, self.context)
             if length + new > self.context:
                 room = f" Ask for max_new_tokens={self.context - length} at most," if length < self.context else ""
@@ -217,10 +224,12 @@ def in_kind(answers: list[Any], *, single: bool, each: int) -> Any:
     return grouped[0] if single else grouped
 
 
-def padded(rows: Sequence[Row], pad: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows filled up on the right: int64 (R, S), and their lengths (R,)."""
+def padded(rows: Sequence[Row]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows filled up on the right: int64 (R, S), and their lengths (R,).
+
+    With a row's own last token: what is computed for padding is masked, but NaN and infinity pass
+    through every mask, and a row must not get them from a token that it does not hold.
+    """
     lengths = np.array([len(row) for row in rows])
-    ids = np.full((len(rows), int(lengths.max())), pad, np.int64)
-    for index, row in enumerate(rows):
-        ids[index, : len(row)] = row
-    return ids, lengths
+    longest = int(lengths.max())
+    return np.array([[*row, *row[-1:] * (longest - len(row))] for row in rows], np.int64), lengths

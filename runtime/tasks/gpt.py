@@ -14,15 +14,13 @@ from transom.runtime.errors import InputError
 from transom.runtime.tasks.generator import Begun, Generator, Row, padded
 from transom.runtime.text import MAX_LENGTH, TextSpec
 
-PAD = 0  # any id: what is computed for padding is overwritten before anybody sees it
-
 
 class GPT(Generator):
     """A loaded decoder-only model: ``generate``, ``stream``, ``score``, ``log_probabilities``."""
 
     def begin(self, rows: Sequence[Row]) -> Begun:
         decoding = Decoding(self.backend("decoder"), len(rows), self.context)
-        logits = decoding.read(*padded(rows, PAD))
+        logits = decoding.read(*padded(rows))
         return Begun(decoding, [list(row) for row in rows], logits)
 
     def decoder_length(self, row: Row) -> int:

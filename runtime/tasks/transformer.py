@@ -26,7 +26,7 @@ class Transformer(Generator):
         start = self._defaults.start_token
         if start is None:
             raise BundleError("bundle.json: generation has no decoder_start_token_id; export the bundle again.")
-        self._start = start
+        self.start = [start]  # the decoder's first ids
 
     def translate(self, texts: str | Sequence[str], **keywords: Any) -> Any:
         """The target text of each source text; a str for a str, a list for a list.
@@ -37,8 +37,7 @@ class Transformer(Generator):
         return self.generate(texts, **keywords)
 
     def begin(self, rows: Sequence[Row]) -> Begun:
-        pad = self.encoder().spec.pad_id if self._text is not None else 0
-        ids, lengths = padded(rows, pad)
+        ids, lengths = padded(rows)
         mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
         return self.begin_masked(ids, mask)
 
@@ -54,7 +53,7 @@ class Transformer(Generator):
         }
         source = encoder.run({"input_ids": ids, "attention_mask": mask}, shapes)
         decoding = Decoding(decoder, R, self.context, {**source, "attention_mask": mask})
-        starts = [[self._start] for _ in range(R)]
+        starts = [list(self.start) for _ in range(R)]
         return Begun(decoding, starts, decoding.read(np.array(starts, np.int64)))
 
     def decoder_length(self, row: Row) -> int:

@@ -1,0 +1,35 @@
+"""``--help`` in groups. rich, which would draw panels, is off: help is plain text, in a pipe as on a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from typer.core import TyperCommand
+
+REFERENCES = "{reference models}"  # in a help text: their names, read when help is shown
+
+
+class GroupedCommand(TyperCommand):
+    """A command whose options with a ``rich_help_panel`` come under that heading, after the others."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                argument = parameter.param_type_name == "argument"
+                heading = getattr(parameter, "rich_help_panel", None) or ("Arguments" if argument else "Options")
+                groups.setdefault(heading, []).append((record[0], filled(record[1])))
+        for heading, records in groups.items():
+            if records:
+                with formatter.section(heading):
+                    formatter.write_dl(records)
+
+
+def filled(text: str) -> str:
+    """The help text with what only other rooms know."""
+    if REFERENCES not in text:
+        return text
+    from transom.models.references import REFERENCES as known
+
+    return text.replace(REFERENCES, ", ".join(known))

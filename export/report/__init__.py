@@ -1,0 +1,1 @@
+"""What a person looks at after an export: figures and pictures in one HTML file."""

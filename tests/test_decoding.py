@@ -1,0 +1,581 @@
+"""The KV cache and what reads it: buffers by pencil, written in place, rows that do not touch each other."""
+
+from __future__ import annotations
+
+import gc
+import json
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from numpy.typing import NDArray
+
+from transom.runtime import load
+from transom.runtime.cache import STEP, KVCache
+from transom.runtime.decoding import CHUNK, Decoding
+from transom.runtime.errors import InputError, ShapeError
+from transom.runtime.spec import Tensor
+
+Exported = Callable[..., tuple[Path, Path]]
+MakeCheckpoint = Callable[..., Path]
+WORST = 1e-5  # max|ours - theirs| / max|theirs|
+HEADS, SIZE = 2, 80  # of the tiny GPT-2
+
+
+def assert_close(found: NDArray[Any], expected: NDArray[Any]) -> None:
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() <= WORST * np.abs(expected).max()
+
+
+# ---------------------------------------------------------------------------------- buffers by pencil
+
+
+def pencil_cache(rows: int = 2, limit: int = 300) -> KVCache:
+    shape = ("B", 1, "C", 1)
+    return KVCache([Tensor("k", "float32", shape, state=True), Tensor("v", "float16", shape, state=True)], rows, limit)
+
+
+def write(cache: KVCache, first: int) -> None:
+    """Column c of row r gets ``first`` + 1000 r + c in ``k``, the negative in ``v``; unused ones stay zeros."""
+    for sign, name in ((1, "k"), (-1, "v")):
+        for row in range(cache.rows):
+            cache.buffers[name][row, 0, : cache.used, 0] = sign * (first + 1000 * row + np.arange(cache.used))
+
+
+def firsts(cache: KVCache, column: int = 0) -> list[float]:
+    return [float(value) for value in cache.buffers["k"][:, 0, column, 0]]
+
+
+def test_reserve_grows_in_steps_and_keeps_what_is_there() -> None:
+    cache = pencil_cache()
+    assert (cache.capacity, cache.used) == (0, 0)
+    cache.reserve(3)
+    assert (cache.capacity, cache.used) == (STEP, 3)
+    assert cache.buffers["k"].shape == (2, 1, STEP, 1)
+    assert (cache.buffers["k"].dtype, cache.buffers["v"].dtype) == (np.float32, np.float16)
+    write(cache, 5)
+    same = cache.buffers["k"]
+    cache.reserve(STEP)
+    assert cache.buffers["k"] is same  # room enough: nothing moved
+    cache.reserve(STEP + 1)
+    assert (cache.capacity, cache.used) == (2 * STEP, STEP + 1)
+    assert cache.buffers["k"][:, 0, :4, 0].tolist() == [[5, 6, 7, 0], [1005, 1006, 1007, 0]]
+    assert cache.buffers["v"][:, 0, :4, 0].tolist() == [[-5, -6, -7, 0], [-1005, -1006, -1007, 0]]
+    assert not cache.buffers["k"][:, :, 3:].any()
+    cache.reserve(299)
+    assert cache.capacity == 300  # the limit, not 3 * STEP
+    cache.reserve(7)
+    assert (cache.capacity, cache.used) == (300, 299)  # asking for less gives nothing back
+
+
+def test_buffers_are_what_a_graph_may_write_into() -> None:
+    cache = pencil_cache(rows=3)
+    cache.reserve(9)
+    cache.select(np.array([1, 2]))
+    cache.select(np.array([1, 1, 0, 0]))
+    for buffer in cache.buffers.values():
+        assert buffer.flags.c_contiguous
+        assert buffer.flags.writeable
+
+
+def test_select_touches_changed_rows_up_to_what_is_used_alone() -> None:
+    """Everything past ``used`` and every row that stays is poisoned with a value that a copy would carry along."""
+    cache = pencil_cache(rows=4)
+    cache.reserve(2)
+    write(cache, 1)
+    for buffer in cache.buffers.values():
+        for row in range(4):
+            buffer[row, :, 2:] = 7 * row  # a copy of whole rows would move these
+    kept = cache.buffers["k"]
+    cache.select(np.array([0, 2, 2, 1]))
+    assert cache.buffers["k"].base is kept or cache.buffers["k"] is kept  # the same memory
+    assert firsts(cache) == [1, 2001, 2001, 1001]
+    assert firsts(cache, 1) == [2, 2002, 2002, 1002]
+    assert firsts(cache, 2) == [0, 7, 14, 21]  # not copied
+    cache = pencil_cache(rows=2)
+    cache.reserve(2)
+    write(cache, 1)
+    cache.buffers["k"].flags.writeable = cache.buffers["v"].flags.writeable = False
+    with pytest.raises(ValueError, match="read-only"):
+        cache.select(np.array([1, 0]))
+
+
+def test_beams_that_cross_are_not_mixed_up() -> None:
+    """Each row takes another's place: whoever copies one by one overwrites what is still needed."""
+    cache = pencil_cache(rows=3)
+    cache.reserve(1)
+    write(cache, 0)
+    cache.select(np.array([2, 0, 1]))
+    assert firsts(cache) == [2000, 0, 1000]
+
+
+def test_finished_rows_go_and_rows_are_forked() -> None:
+    cache = pencil_cache(rows=3)
+    cache.reserve(2)
+    write(cache, 1)
+    cache.select(np.array([0, 2]))
+    assert (cache.rows, firsts(cache)) == (2, [1, 2001])
+    cache.reserve(STEP + 5)
+    assert (cache.rows, firsts(cache), firsts(cache, 2)) == (2, [1, 2001], [0, 0])
+    cache.select(np.array([1, 1, 0, 0, 1]))
+    assert (cache.rows, firsts(cache), cache.capacity) == (5, [2001, 2001, 1, 1, 2001], 2 * STEP)
+    assert not cache.buffers["k"][:, :, 2:].any()
+    cache.select(np.array([], dtype=np.intp))
+    assert cache.rows == 0
+
+
+# ------------------------------------------------------------------------------------------- raw runs
+
+
+@pytest.fixture(scope="module")
+def gpt(exported: Exported) -> Iterator[Any]:
+    with load(exported("GPT2LMHeadModel")[1], threads=1) as bundle:
+        yield bundle
+
+
+@pytest.fixture(scope="module")
+def gpt_theirs(exported: Exported) -> Any:
+    return transformers.GPT2LMHeadModel.from_pretrained(exported("GPT2LMHeadModel")[0])
+
+
+@pytest.fixture(scope="module")
+def marian(exported: Exported) -> Iterator[Any]:
+    with load(exported("MarianMTModel")[1], threads=1) as bundle:
+        yield bundle
+
+
+def logits_of(model: Any, ids: Any, **inputs: Any) -> NDArray[np.float32]:
+    with torch.no_grad():
+        return model(torch.as_tensor(np.array(ids)), **inputs).logits.numpy()  # type: ignore[no-any-return]
+
+
+def random_ids(shape: Any, seed: int = 0) -> NDArray[np.int64]:
+    return np.random.default_rng(seed).integers(0, 100, shape)
+
+
+def caches(bundle: Any, B: int, C: int) -> dict[str, NDArray[Any]]:
+    graph = bundle.backend("decoder").graph
+    return {
+        tensor.name: np.zeros((B, tensor.shape[1], C, tensor.shape[3]), tensor.dtype)
+        for tensor in graph.inputs
+        if "_cache." in tensor.name
+    }
+
+
+def test_a_run_without_caches_gives_every_logit(gpt: Any, gpt_theirs: Any) -> None:
+    ids = random_ids((3, 67))
+    found = gpt.run({"input_ids": ids}, ["logits"])
+    assert list(found) == ["logits"]
+    assert_close(found["logits"], logits_of(gpt_theirs, ids))
+
+
+def test_a_run_writes_into_the_callers_own_buffers(gpt: Any, gpt_theirs: Any) -> None:
+    """Five tokens, then two more: the second call sees the first through the buffers alone."""
+    ids, own = random_ids((2, 7)), caches(gpt, 2, 11)
+    before = {name: array.ctypes.data for name, array in own.items()}
+    first = gpt.run({"input_ids": ids[:, :5], **own})
+    assert set(first) == {"logits", *own}
+    for name, array in own.items():
+        assert first[name] is array
+        assert array.ctypes.data == before[name]
+        assert np.abs(array[:, :, :5]).min(axis=(1, 3)).all()  # written
+        assert not array[:, :, 5:].any()  # and nothing else
+    kept = {name: array[:, :, :5].copy() for name, array in own.items()}
+    second = gpt.run({"input_ids": ids[:, 5:], "write_indices": np.array([5, 5]), **own}, ["logits"])
+    expected = logits_of(gpt_theirs, ids)
+    assert_close(first["logits"], expected[:, :5])
+    assert_close(second["logits"], expected[:, 5:])
+    for name, array in own.items():
+        np.testing.assert_array_equal(array[:, :, :5], kept[name])
+        assert not array[:, :, 7:].any()
+
+
+def test_a_run_chooses_the_positions_of_its_logits(gpt: Any, gpt_theirs: Any) -> None:
+    ids, wanted = random_ids((2, 9)), np.array([[8, 0], [3, 3]])
+    found = gpt.run({"input_ids": ids, "logits_positions": wanted}, ["logits"])["logits"]
+    expected = logits_of(gpt_theirs, ids)
+    assert_close(found, np.stack([expected[row, wanted[row]] for row in range(2)]))
+
+
+def test_rows_at_positions_of_their_own(gpt: Any, gpt_theirs: Any) -> None:
+    """One row at 6, the other at 2 in front of what padding left there: it is overwritten before it is seen."""
+    ids, own = random_ids((2, 10)), caches(gpt, 2, 10)
+    gpt.run({"input_ids": ids[:, :6], **own}, [])
+    new = np.stack([ids[0, 6:9], ids[1, 2:5]])
+    found = gpt.run({"input_ids": new, "write_indices": np.array([6, 2]), **own}, ["logits"])["logits"]
+    assert_close(found[0], logits_of(gpt_theirs, ids[:1, :9])[0, 6:])
+    assert_close(found[1], logits_of(gpt_theirs, ids[1:, :5])[0, 2:])
+
+
+def test_garbage_past_a_rows_end_is_never_seen(gpt: Any, gpt_theirs: Any) -> None:
+    ids, own = random_ids((1, 6)), caches(gpt, 1, 20)
+    for number, array in enumerate(own.values()):
+        array[...] = np.random.default_rng(number).normal(0, 1e4, array.shape)
+    found = gpt.run({"input_ids": ids[:, :4], **own}, ["logits"])["logits"]
+    last = gpt.run({"input_ids": ids[:, 4:], "write_indices": np.array([4]), **own}, ["logits"])["logits"]
+    assert_close(np.concatenate([found, last], axis=1), logits_of(gpt_theirs, ids))
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_nan_in_one_row_stays_there(gpt: Any, gpt_theirs: Any, poison: float) -> None:
+    ids, own = random_ids((3, 6)), caches(gpt, 3, 9)
+    gpt.run({"input_ids": ids[:, :5], **own}, [])
+    for array in own.values():
+        array[1, :, 2] = poison
+    found = gpt.run({"input_ids": ids[:, 5:], "write_indices": np.full(3, 5), **own}, ["logits"])["logits"]
+    assert not np.isfinite(found[1]).any()
+    assert_close(found[[0, 2]], logits_of(gpt_theirs, ids[[0, 2]])[:, 5:])
+    for array in own.values():
+        assert np.isfinite(array[[0, 2]]).all()
+    again = gpt.run({"input_ids": ids}, ["logits"])["logits"]  # a later request
+    assert_close(again, logits_of(gpt_theirs, ids))
+
+
+def of_buffer(change: Callable[[NDArray[Any]], Any]) -> Callable[[dict[str, Any]], object]:
+    return lambda feeds: feeds.update({"value_cache.1": change(feeds["value_cache.1"])})
+
+
+def read_only(array: NDArray[Any]) -> NDArray[Any]:
+    array.flags.writeable = False
+    return array
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (of_buffer(read_only), InputError, r"'value_cache\.1' is read-only or no contiguous.*written in place"),
+        (of_buffer(lambda a: np.asfortranarray(a)), InputError, "no contiguous block of memory"),
+        (of_buffer(lambda a: np.repeat(a, 2, axis=2)[:, :, ::2]), InputError, "no contiguous block of memory"),
+        (of_buffer(lambda a: a.astype(np.float64)), InputError, r"dtype float64; expected float32"),
+        (of_buffer(lambda a: a.astype(np.float16)), InputError, r"dtype float16; expected float32"),
+        (of_buffer(lambda a: a.tolist()), InputError, "is a list; expected a numpy array of float32"),
+        (of_buffer(lambda a: a[:, :, :5].copy()), ShapeError, r"C=\d+\. Give all inputs the same C"),
+        (of_buffer(lambda a: a[:1].copy()), ShapeError, "another input has B=2"),
+        (of_buffer(lambda a: a[:, :1].copy()), ShapeError, "this axis is fixed at 2"),
+        (of_buffer(lambda a: np.zeros((2, 2, 68, 80), np.float32)), ShapeError, r"axis C allows 1\.\.67"),
+        (lambda f: f.update(write_indices=np.array([3, 4])), ShapeError, r"reaches 4 and 5 tokens follow, 9.*C=8"),
+        (lambda f: f.update(write_indices=np.array([0, -1])), InputError, "'write_indices' holds -1"),
+        (lambda f: f.update(write_indices=np.array([0, 67])), InputError, r"holds 67; expected values in 0\.\.66"),
+        (lambda f: f.update(write_indices=np.array([0])), ShapeError, "another input has B=2"),
+        (lambda f: f.update(logits_positions=np.array([[0], [5]])), InputError, r"expected positions.*0\.\.4"),
+        (lambda f: f.update(logits_positions=np.array([[0], [-1]])), InputError, r"holds -1\.\.0"),
+        (lambda f: f.update(input_ids=np.full((2, 5), 101)), InputError, r"holds 101; expected values in 0\.\.100"),
+        (lambda f: f.update(input_ids=random_ids((2, 9))), ShapeError, "9 in all; the caches hold C=8"),
+    ],
+)  # fmt: skip
+def test_buffers_and_positions_that_cannot_be(gpt: Any, change: Any, error: type[Exception], message: str) -> None:
+    feeds = {"input_ids": random_ids((2, 5)), **caches(gpt, 2, 8)}
+    kept = {name: array.copy() for name, array in feeds.items()}
+    given = dict(feeds)
+    change(given)
+    with pytest.raises(error, match=message):
+        gpt.run(given)
+    for name, array in feeds.items():
+        np.testing.assert_array_equal(array, kept[name])  # nothing ran
+
+
+def test_some_caches_but_not_all(gpt: Any) -> None:
+    """Those left out begin as zeros, as long as those that are given."""
+    ids, own = random_ids((1, 5)), caches(gpt, 1, 9)
+    expected = gpt.run({"input_ids": ids}, ["logits"])["logits"]
+    some = {name: array for name, array in own.items() if name.startswith("key")}
+    found = gpt.run({"input_ids": ids, **some})
+    assert found["value_cache.0"].shape == (1, HEADS, 9, SIZE)
+    assert_close(found["logits"], expected)
+
+
+def test_the_decoder_of_an_encoder_decoder_runs_raw(marian: Any, exported: Exported) -> None:
+    theirs = transformers.MarianMTModel.from_pretrained(exported("MarianMTModel")[0])
+    ids, target = random_ids((2, 7)), random_ids((2, 5), seed=1)
+    mask = np.ones((2, 7), np.int64)
+    mask[1, 4:] = 0
+    encoded = marian.run({"input_ids": ids, "attention_mask": mask})
+    cross = {name: array for name, array in encoded.items() if name.startswith("cross_")}
+    assert len(cross) == 4
+    found = marian.run({"decoder_input_ids": target, "attention_mask": mask, **cross}, ["logits"])["logits"]
+    with torch.no_grad():
+        inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": target}
+        expected = theirs(**{name: torch.from_numpy(array) for name, array in inputs.items()}).logits.numpy()
+    assert_close(found, expected)
+
+
+# --------------------------------------------------------------------------------------------- decoding
+
+
+class Counted:
+    """A backend that counts its calls and keeps what it was fed."""
+
+    def __init__(self, backend: Any) -> None:
+        self.inner, self.graph, self.device = backend, backend.graph, backend.device
+        self.fed: list[dict[str, Any]] = []
+
+    def run(self, feeds: Any, shapes: Any) -> Any:
+        self.fed.append(dict(feeds))
+        return self.inner.run(feeds, shapes)
+
+
+@pytest.mark.parametrize("lengths", [[67], [5, 2, 31], [1, 1], [64, 3]])
+def test_prompts_read_at_once_in_chunks_or_one_by_one(
+    gpt: Any, gpt_theirs: Any, monkeypatch: pytest.MonkeyPatch, lengths: list[int]
+) -> None:
+    ids, R, S = random_ids((len(lengths), max(lengths))), len(lengths), max(lengths)
+    expected = np.stack([logits_of(gpt_theirs, ids[r : r + 1, :n])[0, -1] for r, n in enumerate(lengths)])
+    whole = Decoding(gpt.backend("decoder"), R, 67)
+    assert_close(whole.read(ids, np.array(lengths)), expected)
+    for size in (1, 3, 16):
+        monkeypatch.setattr("transom.runtime.decoding.CHUNK", size)
+        backend = Counted(gpt.backend("decoder"))
+        assert_close(Decoding(backend, R, 67).read(ids, np.array(lengths)), expected)
+        assert len(backend.fed) == -(-S // size)
+        assert max(feeds["input_ids"].shape[1] for feeds in backend.fed) <= size
+    if len(set(lengths)) == 1:
+        one = Decoding(gpt.backend("decoder"), R, 67)
+        for column in range(S):
+            last = one.feed(ids[:, column])
+        assert_close(last, expected)
+    assert CHUNK == 256  # larger than this model's context: the first read was one
+
+
+def test_rows_go_on_from_their_own_ends(gpt: Any, gpt_theirs: Any) -> None:
+    ids, lengths = random_ids((3, 20)), np.array([9, 1, 4])
+    decoding = Decoding(gpt.backend("decoder"), 3, 67)
+    decoding.read(ids[:, :9], lengths)
+    new = random_ids((3, 6), seed=1)
+    fed = np.stack([decoding.feed(new[:, step]) for step in range(2)], axis=1)
+    all_of = decoding.read_all(new[:, 2:5])
+    decoding.select(np.array([2, 0]))
+    last = decoding.feed(new[[2, 0], 5])
+    for row in range(3):
+        alone = logits_of(gpt_theirs, np.concatenate([ids[row, : lengths[row]], new[row]])[None])[0, lengths[row] :]
+        assert_close(fed[row], alone[:2])
+        assert_close(all_of[row], alone[2:5])
+        if row != 1:
+            assert_close(last[[2, 0].index(row)], alone[5])
+
+
+def test_a_step_feeds_the_same_memory_again(gpt: Any) -> None:
+    """No step copies a cache: each is fed the buffer of the one before, and gives no cache back."""
+    backend = Counted(gpt.backend("decoder"))
+    decoding = Decoding(backend, 2, 67)
+    decoding.read(random_ids((2, 5)))
+    for step in range(10):
+        decoding.feed(random_ids(2, seed=step))
+    names = [name for name in backend.fed[0] if "_cache." in name]
+    assert len(names) == 6
+    for name in names:
+        assert {feeds[name].ctypes.data for feeds in backend.fed} == {backend.fed[0][name].ctypes.data}
+
+
+def test_the_limit_is_checked_before_the_graph_runs(gpt: Any) -> None:
+    backend = Counted(gpt.backend("decoder"))
+    decoding = Decoding(backend, 2, 9)
+    decoding.read(random_ids((2, 8)), np.array([3, 8]))
+    decoding.feed(np.array([1, 1]))
+    calls = len(backend.fed)
+    with pytest.raises(InputError, match="row 1 reaches 10 tokens; the context holds 9"):
+        decoding.feed(np.array([1, 1]))
+    assert len(backend.fed) == calls
+    decoding.select(np.array([0]))
+    assert decoding.feed(np.array([1])).shape == (1, 101)  # the other row has room
+
+
+def test_beams_of_sources_read_their_own_source(marian: Any) -> None:
+    """Rows of two sources are forked, crossed and dropped: each goes on as a fresh one of its source would."""
+    ids = random_ids((2, 9))
+    begun = marian.begin([ids[0, :4].tolist(), ids[1].tolist()])
+    begun.decoding.select(np.array([0, 0, 1, 1]))
+    tokens = np.array([[3, 4, 5, 6], [7, 8, 9, 10]])
+    begun.decoding.feed(tokens[0])
+    begun.decoding.select(np.array([3, 1, 0]))
+    found = begun.decoding.feed(tokens[1, :3])
+    for row, (source, fed) in enumerate([(1, (6, 7)), (0, (4, 8)), (0, (3, 9))]):
+        alone = marian.begin([ids[source, :4].tolist() if source == 0 else ids[source].tolist()])
+        alone.decoding.feed(np.array(fed[:1]))
+        assert_close(found[row], alone.decoding.feed(np.array(fed[1:]))[0])
+
+
+# ------------------------------------------------------------------------------------------ whole calls
+
+
+def greedy_alone(model: Any, prompt: list[int], new: int) -> list[int]:
+    ids = list(prompt)
+    for _ in range(new):
+        ids.append(int(logits_of(model, [ids])[0, -1].argmax()))
+        if ids[-1] == 100:  # the tiny checkpoint's end-of-sequence token
+            break
+    return ids[len(prompt) :]
+
+
+def test_a_ragged_batch_is_as_each_alone(gpt: Any, gpt_theirs: Any) -> None:
+    prompts = [random_ids(n, seed=n).tolist() for n in (1, 40, 7, 3, 12)]  # B is 3: two batches
+    found = gpt.generate(prompts, max_new_tokens=20)
+    assert found == [gpt.generate(prompt, max_new_tokens=20) for prompt in prompts]
+    assert found == [greedy_alone(gpt_theirs, prompt, 20) for prompt in prompts]
+
+
+@pytest.mark.parametrize("architecture", ["GPT2LMHeadModel", "MarianMTModel"])
+def test_many_threads_generate_as_one_would(exported: Exported, architecture: str) -> None:
+    rng = np.random.default_rng(5)
+    calls = [
+        ([rng.integers(1, 99, n).tolist() for n in rng.integers(1, 30, rows)], {"max_new_tokens": int(new), **more})
+        for rows, new in zip(rng.integers(1, 4, 12), rng.integers(1, 25, 12), strict=True)
+        for more in ({"num_beams": 1}, {"num_beams": 3, "do_sample": False})
+    ]
+    with load(exported(architecture)[1], threads=1) as bundle:
+        serial = [bundle.generate(prompts, **options) for prompts, options in calls]
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda call: bundle.generate(call[0], **call[1]), calls))
+    assert found == serial
+
+
+def resident() -> float:
+    """This process's memory in MiB."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) / 1024
+
+
+@pytest.mark.parametrize("architecture", ["GPT2LMHeadModel", "MarianMTModel"])
+def test_many_generations_leave_memory_flat_and_answers_fresh(exported: Exported, architecture: str) -> None:
+    rng = np.random.default_rng(0)
+
+    def call() -> tuple[list[list[int]], int]:
+        prompts = [rng.integers(1, 99, n).tolist() for n in rng.integers(1, 40, rng.integers(1, 4))]
+        return prompts, int(rng.integers(1, 27))
+
+    calls = [call() for _ in range(180)]
+    with load(exported(architecture)[1], threads=1) as bundle:
+        found = []
+        for number, (prompts, new) in enumerate(calls):
+            found.append(bundle.generate(prompts, max_new_tokens=new, num_beams=1))
+            if number == 60:  # the allocators have seen every size by now
+                gc.collect()
+                before = resident()
+        gc.collect()
+        grown = resident() - before
+    assert grown < 4, f"{grown:.1f} MiB"  # a cache of one call is 1 MiB: leaked 120 times it would be 60 and more
+    for number in (0, 77, 179):
+        with load(exported(architecture)[1], threads=1) as fresh:
+            prompts, new = calls[number]
+            assert fresh.generate(prompts, max_new_tokens=new, num_beams=1) == found[number]
+
+
+def test_a_stream_left_half_way_frees_its_buffers(gpt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    begin = type(gpt).begin
+
+    def watched(self: Any, rows: Any) -> Any:
+        begun = begin(self, rows)
+        made.extend(weakref.ref(buffer) for buffer in begun.decoding._cache.buffers.values())
+        made.append(weakref.ref(begun.decoding))
+        return begun
+
+    monkeypatch.setattr(type(gpt), "begin", watched)
+    expected = gpt.generate([1, 2, 3], max_new_tokens=20)
+    made.clear()
+    gc.collect()
+    gc.disable()  # without a search for cycles
+    try:
+        stream = gpt.stream([1, 2, 3], max_new_tokens=20)
+        assert [next(stream), next(stream)] == expected[:2]
+        assert len(made) == 7
+        assert all(reference() is not None for reference in made)
+        stream.close()
+        del stream
+        assert [reference() for reference in made] == [None] * 7
+        made.clear()
+        for _ in gpt.stream([1, 2, 3], max_new_tokens=20):
+            break
+        assert [reference() for reference in made] == [None] * 7
+    finally:
+        gc.enable()
+    assert gpt.generate([1, 2, 3], max_new_tokens=20) == expected
+
+
+@pytest.mark.parametrize("architecture", ["GPT2LMHeadModel", "MarianMTModel"])
+@pytest.mark.parametrize("call", ["generate", "stream"])
+def test_what_does_not_fit_is_told_before_the_first_step(exported: Exported, architecture: str, call: str) -> None:
+    from transom.runtime.backend import open_backend
+    from transom.runtime.bundle import Bundle
+    from transom.runtime.tasks import task_class
+
+    bundle, counted = Bundle(exported(architecture)[1]), []
+
+    def opener(*arguments: Any) -> Any:
+        counted.append(Counted(open_backend(*arguments)))
+        return counted[-1]
+
+    with task_class(bundle.manifest.family)(bundle, "cpu", 1, opener) as loaded:
+        fits, too_many = (57, 58) if architecture == "GPT2LMHeadModel" else (66, 67)
+        with pytest.raises(
+            InputError, match=rf"and {too_many} new ones make 68; the context holds 67.*new_tokens={fits}"
+        ):
+            getattr(loaded, call)([3] * 10, max_new_tokens=too_many)
+        with pytest.raises(InputError, match=r"the context holds 67|at most 67 fit|axis S"):
+            getattr(loaded, call)([3] * 68, max_new_tokens=1)
+        for wrong in ([3, 101], [-1], []):
+            with pytest.raises(InputError):
+                getattr(loaded, call)(wrong, max_new_tokens=1)
+        with pytest.raises(InputError):
+            getattr(loaded, call)([3], temperature=2.0)
+        assert not any(backend.fed for backend in counted)
+        assert len(list(getattr(loaded, call)([3] * 10, max_new_tokens=fits))) <= fits
+
+
+# ------------------------------------------------------------------------- weights that overflow in a row
+
+
+@pytest.fixture(scope="module")
+def overflowing(exported: Exported, make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny GPT-2 with one embedding row changed inside the finished bundle: whoever reads token 0 gets NaN."""
+    import shutil
+    from hashlib import sha256
+
+    import onnx
+
+    from transom.runtime.bundle import manifest_sha256
+
+    folder = tmp_path_factory.mktemp("overflowing") / "bundle"
+    shutil.copytree(exported("GPT2LMHeadModel")[1], folder)
+    model = onnx.load(folder / "decoder.onnx")
+    gathers = [node for node in model.graph.node if node.op_type == "Gather" and "wte.weight" in node.input[0]]
+    assert len(gathers) == 1
+    (table,) = (w for w in model.graph.initializer if w.name == gathers[0].input[0])
+    changed = onnx.numpy_helper.to_array(table).copy()
+    changed[0] = np.inf
+    copy = onnx.numpy_helper.from_array(changed, "overflowing")
+    model.graph.initializer.append(copy)
+    gathers[0].input[0] = "overflowing"  # the head keeps the sound one
+    data = model.SerializeToString()
+    (folder / "decoder.onnx").write_bytes(data)
+    words = json.loads((folder / "bundle.json").read_text())
+    words["files"]["decoder.onnx"] = {"size": len(data), "sha256": sha256(data).hexdigest()}
+    words["manifest_sha256"] = manifest_sha256(words)
+    (folder / "bundle.json").write_text(json.dumps(words))
+    return folder
+
+
+def test_a_row_that_overflows_is_an_error_of_its_own(overflowing: Path, gpt: Any) -> None:
+    sound = [random_ids(n, seed=n).clip(1).tolist() for n in (9, 2)]
+    expected = gpt.generate(sound, max_new_tokens=9)
+    assert not any(0 in row for row in expected)
+    with load(overflowing, threads=1) as bundle:
+        with pytest.raises(InputError, match="logits for prompt 1 are NaN at new token 1"):
+            bundle.generate([sound[0], [5, 0, 7], sound[1]], max_new_tokens=9)
+        logits = bundle.begin([sound[0], [5, 0, 7], sound[1]]).logits
+        assert np.isnan(logits[1]).all()
+        assert_close(logits[[0, 2]], gpt.begin(sound).logits)
+        assert bundle.generate(sound, max_new_tokens=9) == expected  # a later request
+
+
+def test_padding_is_nobodys_business(overflowing: Path, gpt: Any) -> None:
+    """Rows are padded with tokens; one whose embedding overflows must not reach a row that does not hold it."""
+    prompts = [[5, 6, 7, 8], [9]]
+    with load(overflowing, threads=1) as bundle:
+        assert_close(bundle.begin(prompts).logits, gpt.begin(prompts).logits)
+        assert bundle.generate(prompts, max_new_tokens=4) == gpt.generate(prompts, max_new_tokens=4)

@@ -1,0 +1,277 @@
+"""The parity gate for decoders: caches that are wrong, greedy tokens that differ, golden generations."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save
+
+from transom.export import checks, pipeline
+from transom.export.parity import TOLERANCES, Case
+from transom.runtime.bundle import manifest_sha256
+from transom.runtime.errors import BundleError, ParityError
+from transom.runtime.replay import NOTHING, divergences, require_same_tokens
+from transom.runtime.selftest import GENERATION, GOLDEN, selftest
+
+MakeCheckpoint = Callable[..., Path]
+Exported = Callable[..., tuple[Path, Path]]
+DECODERS = ("GPT2LMHeadModel", "MarianMTModel")
+
+
+@pytest.mark.usefixtures("traced_once")
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("architecture", DECODERS)
+def test_every_precision_exports_verifies_and_passes_its_selftest(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, architecture: str, precision: str
+) -> None:
+    folder = make_checkpoint(architecture)
+    manifest = pipeline.export(str(folder), tmp_path / "out", precision=precision, max_sizes={"B": 3})
+    parity = manifest.parity
+    assert manifest.precision == precision
+    assert 0 < parity["worst"]["error"] <= TOLERANCES[precision]
+    steps = [case["sizes"]["chunk"] for case in parity["cases"] if "chunk" in case["sizes"]]
+    assert max(steps) == 64  # teacher-forced, one by one
+    cases = pipeline.verify(tmp_path / "out").cases
+    assert len(cases) * (2 if precision == "fp16" else 1) == len(parity["cases"])  # FP16 has a third side
+    report = selftest(tmp_path / "out")
+    assert report.worst.error <= report.tolerance == TOLERANCES[precision]
+    (generation,) = (case for case in report.cases if case.name == GENERATION)
+    assert generation.against_pytorch[0].shape[2] == 101
+    again = max(comparison.error for case in report.cases for comparison in case.against_build)
+    assert again <= 1e-6  # the same machine computes the same
+
+
+def patched(monkeypatch: pytest.MonkeyPatch, change: Callable[[ir.Model], object]) -> list[Case]:
+    """``change`` the decoder's graph behind the tracing; gives the list that the parity cases will be in."""
+    trace, judge, seen = pipeline.onnx_from_module, checks.require_parity, []
+
+    def trace_then_change(module: Any, graph: Any, axes: Any) -> ir.Model:
+        model = trace(module, graph, axes)
+        if graph.name == "decoder":
+            change(model)
+        return model
+
+    def note(cases: list[Case], *rest: Any) -> None:
+        seen.extend(cases)
+        judge(cases, *rest)
+
+    monkeypatch.setattr(pipeline, "onnx_from_module", trace_then_change)
+    monkeypatch.setattr(checks, "require_parity", note)
+    return seen
+
+
+@pytest.mark.usefixtures("traced_once")
+@pytest.mark.parametrize(
+    ("architecture", "weight"),
+    [
+        ("GPT2LMHeadModel", "h.1.attn.c_attn.bias"),
+        ("GPT2LMHeadModel", "wpe.weight"),
+        ("MarianMTModel", "model.decoder.layers.1.encoder_attn.out_proj.bias"),
+        ("MarianMTModel", "model.final_logits_bias"),
+    ],
+)
+def test_one_perturbed_weight_fails_the_export(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, weight: str
+) -> None:
+    def perturb(model: ir.Model) -> None:
+        value = model.graph.initializers[weight]
+        assert value.const_value is not None
+        changed = value.const_value.numpy().copy()
+        changed.reshape(-1)[7] += 0.05  # weights have deviation 0.2
+        value.const_value = ir.Tensor(changed)
+
+    folder = make_checkpoint(architecture)
+    patched(monkeypatch, perturb)
+    with pytest.raises(ParityError, match=r"differs from PyTorch at B=\d+ prompt=\d+ chunk=\d+ .*logits\["):
+        pipeline.export(str(folder), tmp_path / "out", max_sizes={"B": 3})
+    assert list(tmp_path.iterdir()) == []
+
+
+def node_behind(model: ir.Model, output: str) -> ir.Node:
+    (node,) = (node for node in model.graph if any(value.name == output for value in node.outputs))
+    return node
+
+
+def write_early(model: ir.Model) -> None:
+    """One cache gets its new tokens one position too early; at position 0, where a prompt begins, none is earlier."""
+    node = node_behind(model, "value_cache.1.written")
+    indices = node.inputs[2]
+    assert indices is not None
+    one, zero = (ir.tensor(np.array([value], np.int64)) for value in (1, 0))
+    constants = [ir.node("Constant", [], attributes={"value": value}) for value in (one, zero)]
+    earlier = ir.node("Sub", [indices, constants[0].outputs[0]])
+    clipped = ir.node("Max", [earlier.outputs[0], constants[1].outputs[0]])
+    node.replace_input_with(2, clipped.outputs[0])
+    model.graph.insert_before(node, [*constants, earlier, clipped])
+
+
+def keep_stale(model: ir.Model) -> None:
+    """Attention reads what is new, but the buffer is given back as it came."""
+    node = node_behind(model, "key_cache.0.written")
+    written, cache = node.outputs[0], node.inputs[0]
+    place = list(model.graph.outputs).index(written)
+    written.name = "read.by.attention"
+    stale = ir.node("Identity", [cache])
+    stale.outputs[0].name, stale.outputs[0].shape, stale.outputs[0].dtype = (
+        "key_cache.0.written", written.shape, written.dtype,
+    )  # fmt: skip
+    model.graph.outputs[place] = stale.outputs[0]
+    model.graph.append(stale)
+
+
+@pytest.mark.usefixtures("traced_once")
+@pytest.mark.parametrize("change", [write_early, keep_stale])
+@pytest.mark.parametrize("architecture", DECODERS)
+def test_a_cache_that_is_written_wrongly_fails_in_later_steps_alone(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, change: Any
+) -> None:
+    folder = make_checkpoint(architecture)
+    cases = patched(monkeypatch, change)
+    with pytest.raises(ParityError, match=r"prompt=\d+ chunk=[1-9]\d* tokens=\d+: logits\["):
+        pipeline.export(str(folder), tmp_path / "out", max_sizes={"B": 3})
+    tolerance = TOLERANCES["fp32"]
+    first = [case.worst.error for case in cases if case.shape.get("chunk", 0) == 0]
+    later = [case.worst.error for case in cases if case.shape.get("chunk", 0) > 0]
+    assert max(first) <= tolerance < 1e-3 < max(later)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------ greedy, by pencil
+
+
+def rows(*tokens: list[int]) -> NDArray[np.int64]:
+    return np.array(tokens, np.int64)
+
+
+def test_the_first_step_that_differs_is_what_counts() -> None:
+    theirs = rows([5, 6, 7, NOTHING], [1, 2, 3, 4])
+    margins = np.array([[9, 8, 7, 0], [3, 0.25, 2, 1]], np.float32)
+    assert divergences(theirs, theirs, margins) == []
+    (found,) = divergences(rows([5, 6, 7, NOTHING], [1, 9, 9, NOTHING]), theirs, margins)
+    assert (found.row, found.step, found.ours, found.theirs, found.margin) == (1, 1, 9, 2, 0.25)
+    assert str(found) == "greedy token 1 of row 1 is 9, PyTorch's is 2 (its margin 2.50e-01)"
+
+
+@pytest.mark.parametrize(("tolerance", "passes"), [(0.2, True), (0.125, True), (0.1, False), (0.0, False)])
+def test_a_margin_below_both_sides_tolerance_explains_another_token(tolerance: float, passes: bool) -> None:
+    """A margin of 0.25 is gone where each side may be off by 0.125 of a logit."""
+    theirs, ours = rows([1, 2, 3]), rows([1, 9, 9])
+    margins = np.array([[3, 0.25, 2]], np.float32)
+    if passes:
+        assert [found.step for found in require_same_tokens(ours, theirs, margins, tolerance)] == [1]
+    else:
+        with pytest.raises(ParityError, match=r"greedy token 1 of row 0 is 9, PyTorch's is 2 .*only a margin below"):
+            require_same_tokens(ours, theirs, margins, tolerance)
+
+
+def test_a_row_that_ends_early_differs_where_it_ends() -> None:
+    theirs, margins = rows([1, 2, 3]), np.full((1, 3), 5, np.float32)
+    with pytest.raises(ParityError, match=f"token 2 of row 0 is {NOTHING}, PyTorch's is 3"):
+        require_same_tokens(rows([1, 2, NOTHING]), theirs, margins, 0.1)
+
+
+def test_going_on_where_pytorch_ended_differs_by_the_ends_margin() -> None:
+    """PyTorch chose the end with a margin of 5: what we chose instead is told, at the step where it ended."""
+    theirs, margins = rows([1, 2, NOTHING]), np.array([[5, 5, 0]], np.float32)
+    with pytest.raises(ParityError, match="token 2 of row 0 is 7"):
+        require_same_tokens(rows([1, 2, 7]), theirs, margins, 0.1)
+
+
+def test_one_wrong_row_is_not_excused_by_another() -> None:
+    theirs, ours = rows([1, 2], [3, 4]), rows([9, 2], [3, 8])
+    margins = np.array([[0.01, 5], [5, 5]], np.float32)
+    with pytest.raises(ParityError, match="token 1 of row 1 is 8"):
+        require_same_tokens(ours, theirs, margins, 0.1)
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_other_greedy_tokens_fail_the_export(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The logits agree, yet one side chooses otherwise: only the comparison of whole generations sees it."""
+    folder, greedy, calls = make_checkpoint("GPT2LMHeadModel"), checks.greedy, []
+
+    def other(*arguments: Any) -> Any:
+        found = greedy(*arguments)
+        calls.append(found)
+        if len(calls) == 2:  # ours; PyTorch's was first
+            found.tokens[0, 3] = (found.tokens[0, 3] + 1) % 101
+        return found
+
+    monkeypatch.setattr(checks, "greedy", other)
+    with pytest.raises(ParityError, match=r"greedy token 3 of row 0 is \d+, PyTorch's is \d+ \(its margin"):
+        pipeline.export(str(folder), tmp_path / "out", max_sizes={"B": 3})
+    assert list(tmp_path.iterdir()) == []
+    calls.clear()
+    monkeypatch.setattr(checks, "require_same_tokens", lambda ours, theirs, margins, tolerance: [
+        *divergences(ours, theirs, margins * 0)
+    ])  # fmt: skip
+    manifest = pipeline.export(str(folder), tmp_path / "near", max_sizes={"B": 3})
+    (told,) = manifest.parity["greedy_near_ties"]
+    assert (told["row"], told["step"], told["margin"]) == (0, 3, 0.0)
+
+
+# ---------------------------------------------------------------------------------- golden generations
+
+
+def with_golden(bundle: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """Change golden.safetensors, every hash made right again."""
+    tensors = load_file(bundle / GOLDEN)
+    change(tensors)
+    data = save(tensors)
+    (bundle / GOLDEN).write_bytes(data)
+    words = json.loads((bundle / "bundle.json").read_text())
+    words["files"][GOLDEN] = {"size": len(data), "sha256": sha256(data).hexdigest()}
+    words["manifest_sha256"] = manifest_sha256(words)
+    (bundle / "bundle.json").write_text(json.dumps(words))
+    return bundle
+
+
+def key(side: str, name: str) -> str:
+    return f"{GENERATION}/{side}/{name}"
+
+
+def other_token(tensors: dict[str, Any]) -> None:
+    tokens = tensors[key("pytorch", "tokens")].copy()
+    tokens[0, 5] = (tokens[0, 5] + 1) % 101
+    tensors[key("pytorch", "tokens")] = tokens
+
+
+def other_logits(tensors: dict[str, Any]) -> None:
+    tensors[key("pytorch", "logits")] = tensors[key("pytorch", "logits")] + np.float32(0.05)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (other_token, ParityError, r"greedy token 5 of row 0 is \d+, PyTorch's is \d+"),
+        (other_logits, ParityError, "differs from PyTorch: logits"),
+        (lambda t: t.pop(key("pytorch", "margins")), BundleError, "case 'generation' is not complete"),
+        (lambda t: t.pop(key("input", "prompts")), BundleError, "case 'generation' is not complete"),
+        (lambda t: t.pop(key("bundle", "logits")), BundleError, "case 'generation' is not complete"),
+        (lambda t: t.update({key("input", "lengths"): np.array([1.5, 2])}), BundleError, "'generation' is not comp"),
+        (lambda t: t.update({key("input", "lengths"): np.array([0, 2])}), BundleError, "'generation' is not comp"),
+        (lambda t: t.update({key("input", "lengths"): np.array([9])}), BundleError, "'generation' is not comp"),
+        (lambda t: t.update({key("input", "prompts"): np.zeros(3, np.int64)}), BundleError, "'generation' is not"),
+        (lambda t: t.update({key("pytorch", "tokens"): np.zeros((2, 0), np.int64)}), BundleError, "is not complete"),
+        (lambda t: t.update({key("pytorch", "tokens"): np.zeros((9, 4), np.int64)}), BundleError, "is not complete"),
+        (lambda t: t.update({key("pytorch", "margins"): np.zeros((1, 1), np.float32)}), BundleError, "is not comp"),
+        (lambda t: t.update({key("pytorch", "logits"): np.zeros(3, np.float32)}), BundleError, "is not complete"),
+    ],
+)
+@pytest.mark.parametrize("architecture", DECODERS)
+def test_the_selftest_fails_on_another_golden_generation(
+    exported: Exported, tmp_path: Path, architecture: str, change: Any, error: type[Exception], message: str
+) -> None:
+    bundle = Path(shutil.copytree(exported(architecture)[1], tmp_path / "bundle"))
+    with pytest.raises(error, match=message):
+        selftest(with_golden(bundle, change), threads=1)
