@@ -2,8 +2,8 @@
 
     python examples/train_gpt.py JANEAUSTEN --out DIR       tokenizer, weights, scores (austen.py says how to get
                                                             JANEAUSTEN)
-    python examples/train_gpt.py JANEAUSTEN --dev           how its settings were chosen: the held-out chapters stay
-                                                            untouched, another of each novel scores instead
+    python examples/train_gpt.py JANEAUSTEN --dev           for choosing settings: the held-out chapters stay untouched,
+                                                            another of each novel scores instead
     python examples/train_gpt.py JANEAUSTEN --baseline      the n-grams alone, for every order, on the latter
 
 One thread and one seed, so a run repeats itself on one machine. Every step reads windows of the text and prompts of

@@ -59,7 +59,7 @@ REFERENCES = {
             "gpt",
             "GPT-2 of 1.0 M parameters for Jane Austen's prose and few-shot prompts, trained by examples/train_gpt.py",
             shipped("gpt"),
-            "cce0f472e88c1bcb76860ebfee3baf87bf73ea64ffa257590bb5907ba8597394",
+            "b1eed198d2bd4de5e95df1cbc00242db18a9e122c4f9b0b2a10a34b4ede4c572",
         ),
         Reference(
             "bert",

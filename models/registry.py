@@ -69,7 +69,7 @@ def find_task(family: Family, raw: Mapping[str, Any], asked: str | None) -> str:
         return task
     names = architectures(raw)
     if not names:
-        return "feature-extraction"
+        return "feature-extraction" if "feature-extraction" in family.tasks else family.tasks[0]
     for name in names:
         if name in family.architectures:
             return family.architectures[name]

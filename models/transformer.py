@@ -203,39 +203,23 @@ class Transformer(nn.Module):
         return table
 
 
-class EncoderGraph(nn.Module):
-    """``Transformer.encode`` as a module of its own, for the exporter."""
+class Part(nn.Module):
+    """One method of the model as a module of its own, for the exporter."""
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: Transformer, method: str) -> None:
         super().__init__()
         self.model = model
+        self.method = method
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
-        return self.model.encode(input_ids, attention_mask)
-
-
-class DecoderGraph(nn.Module):
-    """``Transformer.decode`` as a module of its own, for the exporter."""
-
-    def __init__(self, model: Transformer) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self,
-        decoder_input_ids: Tensor,
-        attention_mask: Tensor,
-        write_indices: Tensor,
-        logits_positions: Tensor,
-        *state: Tensor,
-    ) -> tuple[Tensor, ...]:
-        return self.model.decode(decoder_input_ids, attention_mask, write_indices, logits_positions, *state)
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        outputs: tuple[Tensor, ...] = getattr(self.model, self.method)(*inputs)
+        return outputs
 
 
 def parts(model: nn.Module) -> dict[str, nn.Module]:
     """The module behind each graph; they share the weights."""
     assert isinstance(model, Transformer)
-    return {"encoder": EncoderGraph(model), "decoder": DecoderGraph(model)}
+    return {"encoder": Part(model, "encode"), "decoder": Part(model, "decode")}
 
 
 def target_vocabulary(config: TransformerConfig) -> int:
@@ -289,27 +273,16 @@ def convert(name: str, stored: Tensor, config: TransformerConfig) -> Tensor:
     return stored[None] if name == "final_logits_bias" and stored.ndim == 1 else stored
 
 
-SIZES = {
-    "vocab_size": 37000,
-    "max_position_embeddings": 512,
-    "d_model": 512,
-    "encoder_layers": 6,
-    "encoder_attention_heads": 8,
-    "encoder_ffn_dim": 2048,
-    "decoder_layers": 6,
-    "decoder_attention_heads": 8,
-    "decoder_ffn_dim": 2048,
-}
-MARIAN_SIZES = {
-    "vocab_size": 58101,
-    "max_position_embeddings": 1024,
-    "d_model": 1024,
-    "encoder_layers": 12,
-    "encoder_attention_heads": 16,
-    "encoder_ffn_dim": 4096,
-    "decoder_layers": 12,
-    "decoder_attention_heads": 16,
-    "decoder_ffn_dim": 4096,
+SIZES = {  # the paper's base model, and transformers' defaults for Marian
+    "vocab_size": (37000, 58101),
+    "max_position_embeddings": (512, 1024),
+    "d_model": (512, 1024),
+    "encoder_layers": (6, 12),
+    "encoder_attention_heads": (8, 16),
+    "encoder_ffn_dim": (2048, 4096),
+    "decoder_layers": (6, 12),
+    "decoder_attention_heads": (8, 16),
+    "decoder_ffn_dim": (2048, 4096),
 }
 HEADS = (("d_model", "encoder_attention_heads"), ("d_model", "decoder_attention_heads"))
 
@@ -324,7 +297,8 @@ def config_from_source(source: Source) -> TransformerConfig:
         "share_encoder_decoder_embeddings": True,
         "tie_word_embeddings": True,
     }
-    fields = config_fields(raw, MARIAN_SIZES if marian else SIZES, others, ACTIVATIONS, heads=HEADS)
+    sizes = {name: defaults[marian] for name, defaults in SIZES.items()}
+    fields = config_fields(raw, sizes, others, ACTIVATIONS, heads=HEADS)
     layout = "halves" if marian else raw.get("position_layout", "interleaved")
     if layout not in LAYOUTS:
         raise CheckpointError(f"config.json: position_layout is {layout!r}, expected one of {', '.join(LAYOUTS)}.")

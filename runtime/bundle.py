@@ -131,6 +131,8 @@ def manifest_from_json(value: dict[str, Any]) -> Manifest:
     graphs = tuple(graph_from_json(v, axes, files, top.problems) for v in top.sequence("graphs"))
     if not graphs:
         top.problems.append("graphs is empty")
+    names = [str(file.graph.name) for file in graphs]
+    top.problems += [f"two graphs are called {name[:60]!r}" for name in sorted(set(names)) if names.count(name) > 1]
     top.problems += [
         f"axes.{name} is like {repr(axis.like)[:60]}, which is no axis"
         for name, axis in axes.items()
@@ -228,15 +230,21 @@ def decoder_problems(graph: Graph) -> list[str]:
         for output in written
         if inputs.get(str(output.writes)) != output.shape or len(output.shape) != 4 or output.shape[2] != "C"
     ]
+    targets = [str(output.writes) for output in written]
+    problems += [f"two outputs write {name[:60]!r}" for name in sorted(set(targets)) if targets.count(name) > 1]
+    if written and (graph.outputs[0].shape[:2] != ("B", "P") or not isinstance(graph.outputs[0].shape[-1], int)):
+        problems.append("a graph that writes caches gives logits (B, P, vocabulary) first")
     if written and (
         inputs.get("write_indices") != ("B",)
         or inputs.get("logits_positions") != ("B", "P")
         or len(graph.inputs[0].shape) != 2
         or not isinstance(graph.inputs[0].shape[1], str)
         or graph.inputs[0].dtype != "int64"
+        or graph.inputs[0].below is None
     ):
         problems.append(
-            "a graph that writes caches takes tokens (B, S) first, write_indices (B) and logits_positions (B, P)"
+            "a graph that writes caches takes bounded tokens (B, S) first, "
+            "write_indices (B) and logits_positions (B, P)"
         )
     return problems
 

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.runtime.backend import Array
+from transom.runtime.errors import BackendError
 from transom.runtime.inputs import storage
 from transom.runtime.spec import Tensor
 
@@ -62,4 +63,10 @@ class KVCache:
 
     def _zeros(self, tensor: Tensor, rows: int, capacity: int) -> Array:
         _, heads, _, size = tensor.shape
-        return np.zeros((rows, int(heads), capacity, int(size)), storage(tensor))
+        shape = (rows, int(heads), capacity, int(size))
+        try:
+            return np.zeros(shape, storage(tensor))
+        except (MemoryError, ValueError):
+            raise BackendError(
+                f"there is no memory for a cache of {shape}. Give fewer or shorter prompts, or fewer beams."
+            ) from None

@@ -161,7 +161,10 @@ def filled(tensor: Tensor, sizes: Mapping[str, int]) -> Array:
     shape = shape_of(tensor, sizes)
     if tensor.default == COUNT:
         return np.broadcast_to(np.arange(shape[-1], dtype=tensor.dtype), shape).copy()
-    return np.full(shape, tensor.default, storage(tensor))
+    try:
+        return np.full(shape, tensor.default, storage(tensor))
+    except (MemoryError, ValueError):
+        raise InputError(f"there is no memory for the input {tensor.name!r} of {shape}. Give smaller ones.") from None
 
 
 def shape_of(tensor: Tensor, sizes: Mapping[str, int]) -> tuple[int, ...]:

@@ -46,7 +46,7 @@ def drop(words: dict[str, Any], name: str) -> None:
     graph["inputs"] = [entry for entry in graph["inputs"] if entry["name"] != name]
 
 
-SHAPED = r"takes tokens \(B, S\) first, write_indices \(B\) and logits_positions \(B, P\)"
+SHAPED = r"takes bounded tokens \(B, S\) first, write_indices \(B\) and logits_positions \(B, P\)"
 
 
 @pytest.mark.parametrize(
@@ -71,8 +71,9 @@ SHAPED = r"takes tokens \(B, S\) first, write_indices \(B\) and logits_positions
         (lambda w: tensor(w, "key_cache.0").update(state="yes"), "state is 'yes', expected true or false"),
         (lambda w: tensor(w, "input_ids").update(default="many"), "default is 'many'"),
         (lambda w: tensor(w, "input_ids").update(below=0), "below is 0"),
-        (lambda w: tensor(w, "logits").update(shape=["B", "P"]), "logits"),
-        (lambda w: tensor(w, "logits").update(shape=["B", "P", "C"]), "logits"),
+        (lambda w: tensor(w, "logits").update(shape=["B", "P"]), r"gives logits \(B, P, vocabulary\)"),
+        (lambda w: tensor(w, "logits").update(shape=["B", "P", "C"]), r"gives logits \(B, P, vocabulary\)"),
+        (lambda w: tensor(w, "input_ids").pop("below"), SHAPED),
         (lambda w: w["graphs"][-1].update(name="stranger"), "no graph 'decoder'"),
         (lambda w: w["axes"]["C"].update(like="stranger"), "axes.C is like 'stranger', which is no axis"),
         (lambda w: w["axes"]["C"].update(like=3), "like is 3, expected a string"),
@@ -103,10 +104,10 @@ def test_claims_about_a_decoder_that_cannot_be(
     [
         (lambda w: w["generation"].pop("decoder_start_token_id"), "no decoder_start_token_id"),
         (lambda w: w.update(generation={}), "no decoder_start_token_id"),
-        (lambda w: w["generation"].update(decoder_start_token_id=101), "decoder_start_token_id"),
+        (lambda w: w["graphs"][0]["inputs"][0].pop("below"), "takes prompts is not bounded"),
         (lambda w: w["graphs"].pop(0), "no graph 'encoder'"),
         (lambda w: w["graphs"].pop(1), "no graph 'decoder'"),
-        (lambda w: w["graphs"].append(w["graphs"][1]), "two graphs"),
+        (lambda w: w["graphs"].append(w["graphs"][1]), "two graphs are called 'decoder'"),
         (lambda w: w["axes"].pop("T"), "'T', expected an axis name"),
         (lambda w: w.update(target_tokenizer={"kind": "stranger"}), "tokenizer"),
     ],
@@ -128,7 +129,8 @@ def test_other_axes_never_get_past_a_check(exported: Exported, tmp_path: Path, a
             words["axes"][name]["max"] = 10_000
         for graph in words["graphs"]:
             for entry in graph["inputs"]:
-                entry.pop("below", None)
+                if "below" in entry:
+                    entry["below"] = 10**9
 
     bundle = rewritten(exported, architecture, tmp_path, longer)
     with contextlib.suppress(BundleError), load(bundle, threads=1) as loaded:
@@ -187,11 +189,14 @@ def test_any_value_anywhere_is_accepted_or_a_bundle_error(exported: Exported, pa
         GenerationSettings.from_json(manifest.generation or {})
 
 
-def test_a_token_past_the_vocabulary_in_the_settings(exported: Exported, tmp_path: Path) -> None:
-    bundle = rewritten(exported, "GPT2LMHeadModel", tmp_path, lambda w: w.update(generation={"eos_token_id": 10**9}))
-    with pytest.raises(TransomError, match="eos_token_id"):
-        with load(bundle, threads=1) as gpt:
-            gpt.generate([5])
+@pytest.mark.parametrize("name", ["eos_token_id", "decoder_start_token_id"])
+@pytest.mark.parametrize("architecture", ["GPT2LMHeadModel", "MarianMTModel"])
+def test_a_token_past_the_vocabulary_in_the_settings(
+    exported: Exported, tmp_path: Path, architecture: str, name: str
+) -> None:
+    bundle = rewritten(exported, architecture, tmp_path, lambda w: w["generation"].update({name: 10**9}))
+    with pytest.raises(TransomError, match=name), load(bundle, threads=1) as gpt:
+        gpt.generate([5])
 
 
 def test_caches_larger_than_memory_are_an_error(exported: Exported, tmp_path: Path) -> None:
@@ -201,9 +206,7 @@ def test_caches_larger_than_memory_are_an_error(exported: Exported, tmp_path: Pa
                 entry["shape"] = ["B", 2**31 - 1, "C", 2**31 - 1]
 
     bundle = rewritten(exported, "GPT2LMHeadModel", tmp_path, huge)
-    with pytest.raises(TransomError):
-        with load(bundle, threads=1) as gpt:
-            gpt.generate([5], max_new_tokens=1)
-    with pytest.raises(TransomError):
-        with load(bundle, threads=1) as gpt:
-            gpt.run({"input_ids": np.ones((1, 1), np.int64)})
+    with pytest.raises(TransomError), load(bundle, threads=1) as gpt:
+        gpt.generate([5], max_new_tokens=1)
+    with pytest.raises(TransomError), load(bundle, threads=1) as gpt:
+        gpt.run({"input_ids": np.ones((1, 1), np.int64)})

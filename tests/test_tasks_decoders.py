@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -16,16 +17,17 @@ import pytest
 import sentencepiece
 import torch
 import transformers
-from conftest import export_to, save_checkpoint
 from numpy.typing import NDArray
 from tokenizers import pre_tokenizers
 
+from transom.export import pipeline
 from transom.runtime import load
 from transom.runtime.errors import InputError, ShapeError
 from transom.runtime.tasks.gpt import GPT
 
 # transformers says so where it loads a Marian tokenizer; it is never called when a text is tokenized
 pytestmark = pytest.mark.filterwarnings("ignore:Recommended. pip install sacremoses")
+MakeCheckpoint = Callable[..., Path]
 Once = Callable[[str, Callable[[Path], object]], Path]
 Exported = Callable[..., tuple[Path, Path]]
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -33,15 +35,16 @@ END = "<|endoftext|>"
 
 
 @pytest.fixture(scope="module")
-def gpt_folder(once: Once) -> Path:
+def gpt_folder(once: Once, make_checkpoint: MakeCheckpoint) -> Path:
     """GPT-2 over single bytes: no merges, so that a text has as many tokens as bytes. Of at most 4 rows a call."""
 
     def make(folder: Path) -> None:
-        checkpoint = save_checkpoint(folder / "checkpoint", "GPT2LMHeadModel", vocab_size=257, eos_token_id=256)
+        made = make_checkpoint("GPT2LMHeadModel", vocab_size=257, eos_token_id=256)
+        checkpoint = Path(shutil.copytree(made, folder / "checkpoint"))
         vocabulary = {character: number for number, character in enumerate(BYTES)} | {END: 256}
         (checkpoint / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
         (checkpoint / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
-        export_to(folder, checkpoint, max_sizes={"B": 4})
+        pipeline.export(str(checkpoint), folder / "bundle", max_sizes={"B": 4})
 
     return once("gpt-of-bytes", make)
 
@@ -58,7 +61,7 @@ def gpt_theirs(gpt_folder: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def marian_folder(once: Once) -> Path:
+def marian_folder(once: Once, make_checkpoint: MakeCheckpoint) -> Path:
     def make(folder: Path) -> None:
         lines = (files("transom.export") / "data/passage.txt").read_text(encoding="utf-8").splitlines()
         model = io.BytesIO()
@@ -70,16 +73,15 @@ def marian_folder(once: Once) -> Path:
         own = [opened.id_to_piece(number) for number in range(opened.get_piece_size())]
         vocabulary = ["</s>", "<unk>", *sorted(set(own) - {"<s>", "</s>", "<unk>"}), "<pad>"]
         pad = len(vocabulary) - 1
-        checkpoint = save_checkpoint(
-            folder / "checkpoint", "MarianMTModel", vocab_size=pad + 1, pad_token_id=pad, decoder_start_token_id=pad
-        )
+        made = make_checkpoint("MarianMTModel", vocab_size=pad + 1, pad_token_id=pad, decoder_start_token_id=pad)
+        checkpoint = Path(shutil.copytree(made, folder / "checkpoint"))
         (checkpoint / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
         for side in ("source", "target"):
             (checkpoint / f"{side}.spm").write_bytes(model.getvalue())
         settings = json.loads((checkpoint / "generation_config.json").read_text())
         settings |= {"num_beams": 3, "bad_words_ids": [[pad]], "max_length": 30}
         (checkpoint / "generation_config.json").write_text(json.dumps(settings))
-        export_to(folder, checkpoint, max_sizes={"B": 6})
+        pipeline.export(str(checkpoint), folder / "bundle", max_sizes={"B": 6})
 
     return once("marian-with-text", make)
 
@@ -367,7 +369,7 @@ def test_without_a_tokenizer_ids_are_given_and_taken(exported: Exported) -> None
                 InputError, match="no tokenizer, since its checkpoint had none; give and take token ids"
             ):
                 bundle.generate("the way")
-            with pytest.raises(InputError, match="stop_strings is .* no tokenizer to find them with"):
+            with pytest.raises(InputError, match=r"stop_strings is .* no tokenizer to find them with"):
                 bundle.generate([5], stop_strings=["a"])
             if architecture == "MarianMTModel":
                 with pytest.raises(InputError, match="no tokenizer"):

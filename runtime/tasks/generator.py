@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.runtime.decoding import Decoding
-from transom.runtime.errors import InputError
+from transom.runtime.errors import BundleError, InputError
 from transom.runtime.generate import GenerationSettings, generate, stream
 from transom.runtime.session import LoadedBundle
 from transom.runtime.text import TextEncoder, TextSpec
@@ -42,6 +42,10 @@ class Generator(LoadedBundle, ABC):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._defaults = GenerationSettings.from_json(self.manifest.generation or {})
+        below = self.prompt_tokens().below
+        if below is None:
+            raise BundleError("bundle.json: the input that takes prompts is not bounded (below); export it again.")
+        self.vocabulary = below  # of prompts
         self._text = self.text_encoder(self.manifest.tokenizer)
         self.context = min(self.max_size("C"), self.max_size(str(self._decoder_tokens().shape[1])))
 
@@ -167,8 +171,7 @@ class Generator(LoadedBundle, ABC):
     def _checked(self, prompt: Any) -> Row:
         """One prompt of ids."""
         ids = prompt.tolist() if isinstance(prompt, np.ndarray) else prompt
-        below = self.prompt_tokens().below
-        assert below is not None
+        below = self.vocabulary
         if not isinstance(ids, list | tuple):
             raise InputError(f"a prompt is a {type(ids).__name__}; expected a str or a list of ids.")
         wrong = [token for token in ids if isinstance(token, bool) or not isinstance(token, int | np.integer)]
