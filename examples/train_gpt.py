@@ -172,28 +172,30 @@ def main() -> None:
 
 def report(model: GPT2LMHeadModel, tokenizer: Tokenizer, text: str) -> None:
     """Print bits per byte of ``text``, and the accuracy of the in-context task."""
-
-    @torch.inference_mode()
-    def log_probabilities(block: str) -> np.ndarray:
-        """Windows share half a context, as in the runtime."""
-        ids, context = torch.tensor([tokenizer.encode(block).ids]), CONFIG.n_positions
-        found = np.empty(0)
-        for first in range(0, ids.shape[1], context // 2):
-            window = -losses(model, ids[:, first : first + context + 1])[0].double().numpy()
-            found = np.append(found, window[len(found) - first :])
-            if len(found) == ids.shape[1] - 1:
-                break
-        return found
-
-    @torch.inference_mode()
-    def answer(prompt: str) -> str:
-        logits = model(torch.tensor([tokenizer.encode(prompt).ids])).logits
-        return tokenizer.decode([int(logits[0, -1].argmax())])
-
-    score = bits_per_byte(log_probabilities, text)
+    score = bits_per_byte(lambda block: log_probabilities(model, tokenizer, block), text)
     low, high = score.interval
     print(f"{score.value:.4f} bits per byte, 95 % interval {low:.4f} to {high:.4f}, {score.n} blocks", flush=True)
-    print("\n".join(table(answer)))
+    print("\n".join(table(lambda prompt: answer(model, tokenizer, prompt))))
+
+
+@torch.inference_mode()
+def log_probabilities(model: GPT2LMHeadModel, tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """Of each token but the first, in nats. Windows share half a context, as in the runtime."""
+    ids, context = torch.tensor([tokenizer.encode(text).ids]), CONFIG.n_positions
+    found = np.empty(0)
+    for first in range(0, ids.shape[1], context // 2):
+        window = -losses(model, ids[:, first : first + context + 1])[0].double().numpy()
+        found = np.append(found, window[len(found) - first :])
+        if len(found) == ids.shape[1] - 1:
+            break
+    return found
+
+
+@torch.inference_mode()
+def answer(model: GPT2LMHeadModel, tokenizer: Tokenizer, prompt: str) -> str:
+    """The most probable next token."""
+    logits = model(torch.tensor([tokenizer.encode(prompt).ids])).logits
+    return tokenizer.decode([int(logits[0, -1].argmax())])
 
 
 def save(model: GPT2LMHeadModel, tokenizer: Tokenizer, folder: Path) -> None:

@@ -108,7 +108,7 @@ def scenarios(bundle: Generator, samples: Samples) -> list[Scenario]:
     )
 
     def scenario(lengths: Sequence[int], chunks: Sequence[int]) -> Scenario:
-        lengths = [max(1, min(length, longest)) for length in lengths]
+        lengths = [max(1, min(length, longest)) for length in lengths[: bundle.max_size("B")]]
         left = context - (max(lengths) if shares else 1)
         kept = []
         for chunk in chunks:

@@ -65,7 +65,7 @@ REFERENCES = {
             "bert",
             "BERT of 1.1 M parameters that fills gaps in Jane Austen's prose, trained by examples/train_bert_mlm.py",
             shipped("bert"),
-            "BERTHASH",
+            "a8589f77eb1ef3c947c1c3e7ccb735f0892cd7fe963cab6efd4a9c8566fed4e4",
         ),
         Reference(
             "transformer",

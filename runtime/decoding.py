@@ -22,12 +22,21 @@ class Decoding:
     """R rows in one decoder graph; every row stands at its own position.
 
     ``limit`` is the most tokens a row may have. ``source`` is what the graph reads beside tokens and
-    caches, one row of each array per row: the encoder's keys and values, and its mask.
+    caches, one row of each array per row: the encoder's keys and values, and its mask. ``most_logits``
+    is the most positions of a row whose logits one run gives, the bound of axis P.
 
     The buffers belong to this object alone and go with it. Not to be shared by threads.
     """
 
-    def __init__(self, backend: Backend, rows: int, limit: int, source: Mapping[str, Array] | None = None) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        rows: int,
+        limit: int,
+        source: Mapping[str, Array] | None = None,
+        *,
+        most_logits: int | None = None,
+    ) -> None:
         graph = backend.graph
         written = {tensor.writes for tensor in graph.outputs}
         self._backend = backend
@@ -38,6 +47,7 @@ class Decoding:
         self._source = dict(source or {})
         self._origin = np.arange(rows)  # the row of the original source that each row reads
         self._limit = limit
+        self._most_logits = limit if most_logits is None else most_logits
         self._ends: Ids = np.zeros(rows, np.int64)  # tokens read, per row
 
     @property
@@ -70,10 +80,12 @@ class Decoding:
 
     def read_all(self, tokens: Ids) -> Floats:
         """Read (R, S) and give the logits behind every token: (R, S, V)."""
-        R, S = tokens.shape
-        logits = self._step(tokens, self._ends, np.tile(np.arange(S), (R, 1)))
-        self._ends = self._ends + S
-        return logits
+        parts = []
+        for first in range(0, tokens.shape[1], self._most_logits):
+            chunk = tokens[:, first : first + self._most_logits]
+            parts.append(self._step(chunk, self._ends, np.tile(np.arange(chunk.shape[1]), (self.rows, 1))))
+            self._ends = self._ends + chunk.shape[1]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
     def feed(self, tokens: Ids) -> Floats:
         """Append one token to each row: (R,) -> logits (R, V) of what comes next."""

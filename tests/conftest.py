@@ -234,11 +234,17 @@ def vit_bundle(once: Once) -> Path:
 
 @pytest.fixture(scope="session")
 def dates_bundle(once: Once) -> Path:
-    """The reference Transformer, which turns dates into ISO 8601, FP32."""
-    return once("dates", lambda folder: export_to(folder, "transformer")) / "bundle"
+    """The reference Transformer, which turns dates into ISO 8601, FP32; exported as a folder, so without its score."""
+    return once("dates", lambda folder: export_to(folder, reference("transformer"))) / "bundle"
 
 
 @pytest.fixture(scope="session")
 def gpt_bundle(once: Once) -> Path:
-    """The reference GPT, which goes on from a prompt, FP32."""
-    return once("gpt", lambda folder: export_to(folder, "gpt")) / "bundle"
+    """The reference GPT, which goes on from a prompt, FP32; exported as a folder, so without its score."""
+    return once("gpt", lambda folder: export_to(folder, reference("gpt"))) / "bundle"
+
+
+def reference(name: str) -> Path:
+    from transom.models.references import reference_folder
+
+    return reference_folder(name)

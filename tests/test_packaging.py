@@ -9,6 +9,7 @@ import email
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -191,8 +192,15 @@ def test_make_alone_is_the_table_of_contents(workshop: Path) -> None:
     assert not (workshop / "calls").exists()
 
 
+def test_make_export_knows_every_reference_model() -> None:
+    from transom.models.references import REFERENCES
+
+    (line,) = re.findall(r"^REFERENCES := (.*)$", (REPO / "Makefile").read_text(), re.MULTILINE)
+    assert sorted(line.split()) == sorted(REFERENCES)
+
+
 def test_make_export_goes_on_after_a_failure_and_then_fails(workshop: Path) -> None:
-    done = make(workshop, "export", BREAK="export vit --precision fp16")
+    done = make(workshop, "export", "REFERENCES=vit minilm", BREAK="export vit --precision fp16")
     assert (workshop / "calls").read_text().splitlines() == [
         "transom export vit --precision fp32 --out bundles/vit --force",
         "transom selftest bundles/vit",

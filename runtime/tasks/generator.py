@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from transom.runtime.session import LoadedBundle
 from transom.runtime.text import TextEncoder, TextSpec
 
 if TYPE_CHECKING:
+    from transom.runtime.backend import Array
     from transom.runtime.spec import Tensor
 
 Row = list[int]
@@ -124,6 +125,10 @@ class Generator(LoadedBundle, ABC):
     @abstractmethod
     def begin(self, rows: Sequence[Row]) -> Begun:
         """Read a batch of prompts, ids of different lengths."""
+
+    def decoding(self, rows: int, source: Mapping[str, Array] | None = None) -> Decoding:
+        """An empty cache for ``rows`` rows, within this bundle's bounds; ``source`` as Decoding has it."""
+        return Decoding(self.backend("decoder"), rows, self.context, source, most_logits=self.max_size("P"))
 
     @abstractmethod
     def decoder_length(self, row: Row) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.runtime.decoding import CHUNK, Decoding
+from transom.runtime.decoding import CHUNK
 from transom.runtime.errors import InputError
 from transom.runtime.tasks.generator import Begun, Generator, Row, padded
 from transom.runtime.text import MAX_LENGTH, TextSpec
@@ -19,7 +19,7 @@ class GPT(Generator):
     """A loaded decoder-only model: ``generate``, ``stream``, ``score``, ``log_probabilities``."""
 
     def begin(self, rows: Sequence[Row]) -> Begun:
-        decoding = Decoding(self.backend("decoder"), len(rows), self.context)
+        decoding = self.decoding(len(rows))
         logits = decoding.read(*padded(rows))
         return Begun(decoding, [list(row) for row in rows], logits)
 
@@ -68,7 +68,7 @@ class GPT(Generator):
 
     def _window(self, window: NDArray[np.int64], following: NDArray[np.int64], skip: int) -> NDArray[np.float64]:
         """The log-probability of each of ``following`` behind its token of ``window``, but for the first ``skip``."""
-        decoding = Decoding(self.backend("decoder"), 1, self.context)
+        decoding = self.decoding(1)
         parts = []
         for first in range(0, len(following), CHUNK):
             logits = decoding.read_all(window[None, first : first + CHUNK])[0].astype(np.float64)

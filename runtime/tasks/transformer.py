@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from transom.runtime.decoding import Decoding
 from transom.runtime.errors import BundleError
 from transom.runtime.inputs import shape_of
 from transom.runtime.tasks.generator import Begun, Generator, Row, padded
@@ -52,7 +51,7 @@ class Transformer(Generator):
             if tensor.name in read_by_decoder
         }
         source = encoder.run({"input_ids": ids, "attention_mask": mask}, shapes)
-        decoding = Decoding(decoder, R, self.context, {**source, "attention_mask": mask})
+        decoding = self.decoding(R, {**source, "attention_mask": mask})
         starts = [list(self.start) for _ in range(R)]
         return Begun(decoding, starts, decoding.read(np.array(starts, np.int64)))
 
