@@ -18,7 +18,7 @@ from transom.runtime import cache, load
 from transom.runtime.decoding import Decoding
 
 STEPS = (32, 64, 128, 256, 1024)
-ROUNDS = 5
+ROUNDS = 3
 
 
 def step_ms(decoding: Decoding, runs: int = 20) -> float:

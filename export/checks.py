@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import numpy as np
 import onnx_ir as ir
 
 from transom.export.exercises import Exercises
@@ -66,7 +67,11 @@ def check_greedy(
     if not (isinstance(ours, Generator) and isinstance(theirs, Generator)):
         return []
     prompts, new_tokens = exercises.greedy_prompts, exercises.greedy_tokens
-    if new_tokens == 0:  # a context of one token
+    if new_tokens == 0:  # a context of one token: nothing to generate, and one token's logits to remember
+        tokens = ours.prompt_tokens()
+        if tokens in ours.backend("decoder").graph.inputs:
+            feeds = {tokens.name: np.array([prompts[0][:1]])}
+            golden.offer("one token", feeds, theirs.run(feeds, ["logits"]), ours.run(feeds, ["logits"]))
         return []
     expected, found = greedy(theirs, prompts, new_tokens), greedy(ours, prompts, new_tokens)
     logits = largest_scales(comparison for case in cases for comparison in case.comparisons)["logits"]

@@ -91,6 +91,11 @@ def load_source(
     generation = None
     if decoders:
         generation = generation_from_checkpoint(checkpoint.folder, int(decoders[0].outputs[0].shape[2]))
+        if "decoder_input_ids" in inputs and generation.start_token is None:
+            raise CheckpointError(
+                f"{checkpoint.folder}: neither generation_config.json nor config.json has a decoder_start_token_id, "
+                "with which every output begins. Add it: Marian's is its pad_token_id."
+            )
     module, left_out = build_module(family, config, chosen, checkpoint.weight_files, ignore_unused=ignore_unused)
     return Loaded(
         checkpoint=checkpoint,

@@ -284,6 +284,7 @@ SIZES = {  # the paper's base model, and transformers' defaults for Marian
     "decoder_attention_heads": (8, 16),
     "decoder_ffn_dim": (2048, 4096),
 }
+MOST_POSITIONS = 1_000_000
 HEADS = (("d_model", "encoder_attention_heads"), ("d_model", "decoder_attention_heads"))
 
 
@@ -299,6 +300,11 @@ def config_from_source(source: Source) -> TransformerConfig:
     }
     sizes = {name: defaults[marian] for name, defaults in SIZES.items()}
     fields = config_fields(raw, sizes, others, ACTIVATIONS, heads=HEADS)
+    if fields["max_position_embeddings"] > MOST_POSITIONS:  # they are computed, so no stored shape contradicts them
+        raise CheckpointError(
+            f"config.json: max_position_embeddings is {fields['max_position_embeddings']}, expected at most "
+            f"{MOST_POSITIONS}. Correct it."
+        )
     layout = "halves" if marian else raw.get("position_layout", "interleaved")
     if layout not in LAYOUTS:
         raise CheckpointError(f"config.json: position_layout is {layout!r}, expected one of {', '.join(LAYOUTS)}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -33,12 +34,10 @@ def checked_feeds(
         check_type(known[name], value)
         check_shape(known[name], value, axes, sizes)
         check_range(known[name], value)
-    for output in graph.outputs:
-        if output.writes is not None and output.writes in inputs:
-            check_buffer(output.writes, inputs[output.writes])
+    check_buffers([output.writes for output in graph.outputs if output.writes is not None], inputs)
     feeds = {name: np.asarray(value) for name, value in inputs.items()}
     complete_sizes(graph, axes, sizes)
-    for tensor in graph.inputs:
+    for tensor in sorted(graph.inputs, key=lambda tensor: tensor.default is not None):  # first those one must give
         if tensor.name not in feeds:
             feeds[tensor.name] = filled(tensor, sizes)
     if is_decoder(graph):
@@ -122,6 +121,25 @@ def check_buffer(name: str, value: Array) -> None:
             f"input {name!r} is read-only or no contiguous block of memory; it is written in place. "
             "Make one with np.zeros(shape, dtype) and keep it between calls."
         )
+
+
+def check_buffers(names: Sequence[str], inputs: Mapping[str, Array]) -> None:
+    """The caches that are given, each in memory of its own; all of them where tokens lie in them already."""
+    given = [name for name in names if name in inputs]
+    for name in given:
+        check_buffer(name, inputs[name])
+    if given and len(given) < len(names) and np.any(inputs.get(WRITE_INDICES, 0)):
+        missing = next(name for name in names if name not in inputs)
+        raise InputError(
+            f"input {missing!r} is missing, but {WRITE_INDICES} goes on behind tokens that it should hold. Give all "
+            "of the caches that the call before wrote."
+        )
+    placed = sorted((inputs[name].ctypes.data, name) for name in given)
+    for (start, name), (following, other) in pairwise(placed):
+        if start + inputs[name].nbytes > following:
+            raise InputError(
+                f"inputs {name!r} and {other!r} share memory, and both are written. Give each its own: np.zeros."
+            )
 
 
 def check_positions(graph: Graph, feeds: Mapping[str, Array], sizes: Mapping[str, int]) -> None:

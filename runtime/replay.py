@@ -44,7 +44,11 @@ class Greedy:
 def greedy(bundle: Generator, prompts: Sequence[Row], new_tokens: int) -> Greedy:
     """Up to ``new_tokens`` for each prompt, all prompts in one batch."""
     rows = bundle.generate(
-        [list(prompt) for prompt in prompts], max_new_tokens=new_tokens, do_sample=False, num_beams=1
+        [list(prompt) for prompt in prompts],
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        num_beams=1,
+        num_return_sequences=1,
     )
     tokens = np.full((len(rows), new_tokens), NOTHING, np.int64)
     for index, row in enumerate(rows):
@@ -102,7 +106,7 @@ def require_same_tokens(
     Raises ParityError for a row that parts elsewhere.
     """
     found = divergences(ours, theirs, margins)
-    wrong = [divergence for divergence in found if divergence.margin > 2 * tolerance]
+    wrong = [divergence for divergence in found if not divergence.margin <= 2 * tolerance]  # NaN explains nothing
     if wrong:
         raise ParityError(
             f"{wrong[0]}; only a margin below {2 * tolerance:.2e} would explain that. The decoder's cache is not what "

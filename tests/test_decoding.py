@@ -160,6 +160,8 @@ def read_only(array: NDArray[Any]) -> NDArray[Any]:
         (of_buffer(lambda a: a[:1].copy()), ShapeError, "another input has B=2"),
         (of_buffer(lambda a: a[:, :1].copy()), ShapeError, "this axis is fixed at 2"),
         (of_buffer(lambda a: np.zeros((2, 2, 68, 80), np.float32)), ShapeError, r"axis C allows 1\.\.67"),
+        (lambda f: f.update({"key_cache.0": f["value_cache.1"]}), InputError, "share memory, and both are written"),
+        (lambda f: (f.pop("key_cache.2"), f.update(write_indices=np.array([0, 3]))), InputError, "2' is missing"),
         (lambda f: f.update(write_indices=np.array([3, 4])), ShapeError, r"reaches 4 and 5 tokens follow, 9.*C=8"),
         (lambda f: f.update(write_indices=np.array([0, -1])), InputError, "'write_indices' holds -1"),
         (lambda f: f.update(write_indices=np.array([0, 67])), InputError, r"holds 67; expected values in 0\.\.66"),

@@ -543,3 +543,13 @@ def test_the_papers_layout_is_ours_alone(paper: Any, tmp_path: Path) -> None:
 def test_the_papers_own_activation_and_scale_are_the_defaults(paper: Any) -> None:
     config = ours_of(paper[2]).config
     assert (config.activation_function, config.scale_embedding, config.position_layout) == ("relu", True, "interleaved")
+
+
+def test_an_encoder_decoder_needs_its_first_token(make_checkpoint: MakeCheckpoint) -> None:
+    folder = make_checkpoint("MarianMTModel")
+    for name in ("config.json", "generation_config.json"):
+        words = json.loads((folder / name).read_text())
+        words = {key: value for key, value in words.items() if key not in ("decoder_start_token_id", "bos_token_id")}
+        (folder / name).write_text(json.dumps(words))
+    with pytest.raises(CheckpointError, match=r"neither .* has a decoder_start_token_id, .* is its pad_token_id\."):
+        ours_of(folder)

@@ -42,6 +42,8 @@ def test_keywords_are_read_into_one_form() -> None:
     assert (type(found.temperature), found.temperature) == (float, 0.5)
     assert (found.top_k, found.top_p, found.seed, found.forced_eos_token_id) == (0, 1.0, 0, (1, 2))
     assert found.with_keywords(eos_token_id=None, stop_strings=None).eos_token_id == ()
+    assert found.with_keywords(eos_token_id=np.array([3, 4])).eos_token_id == (3, 4)
+    assert found.with_keywords(eos_token_id=np.array(3)).eos_token_id == (3,)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +63,8 @@ def test_keywords_are_read_into_one_form() -> None:
         {"early_stopping": "always", "num_beams": 2}, {"early_stopping": 1, "num_beams": 2},
         {"stop_strings": ""}, {"stop_strings": ["a", ""]}, {"stop_strings": [b"a"]}, {"stop_strings": 3},
         {"stop_strings": "\ud800"}, {"seed": -1}, {"seed": 1.0}, {"seed": True},
-        {"eos_token_id": -1}, {"eos_token_id": True}, {"eos_token_id": [1, "2"]}, {"eos_token_id": 2**31},
+        {"eos_token_id": -1}, {"eos_token_id": True}, {"eos_token_id": [1, "2"]}, {"eos_token_id": np.array([[1, 2]])},
+        {"num_beams": np.array([2, 3])}, {"eos_token_id": 2**31},
         {"bad_words_ids": [1, 2]}, {"bad_words_ids": [[]]}, {"bad_words_ids": [None]}, {"bad_words_ids": 3},
         {"suppress_tokens": 3}, {"num_return_sequences": 0},
     ],
@@ -113,6 +116,9 @@ def test_what_the_checkpoint_says_is_passed_over_and_what_the_caller_says_is_not
     stored = GenerationSettings(temperature=0.6, top_p=0.9, length_penalty=0.6, max_new_tokens=9, min_length=50)
     assert stored.with_keywords().new_tokens(4) == 9  # fifty are out of reach, as in transformers
     assert stored.with_keywords(do_sample=True).temperature == 0.6
+    assert stored.with_keywords().new_tokens(4, 7) == 3  # a bundle may be exported with less room than that
+    assert GenerationSettings(max_length=512).with_keywords().new_tokens(1, 64) == 63
+    assert stored.with_keywords(max_new_tokens=9).new_tokens(4, 7) == 9  # asked for: refused where it does not fit
     with pytest.raises(InputError, match="max_length=30 has no effect beside the model's own max_new_tokens=9"):
         stored.with_keywords(max_length=30)
     assert stored.with_keywords(max_length=30, max_new_tokens=None).new_tokens(4) == 26
@@ -133,7 +139,7 @@ def test_an_answer_is_as_long_as_transformers_makes_it(prompt: int, keywords: di
 
 
 def test_a_prompt_without_room_is_refused() -> None:
-    with pytest.raises(InputError, match="the prompt is 48 tokens, but 48 positions: no room for a new one"):
+    with pytest.raises(InputError, match="the prompt is 48 tokens, but the context holds 48: no room for a new one"):
         DEFAULTS.new_tokens(48, positions=48)
     with pytest.raises(InputError, match="the prompt is 9 tokens, but max_length is 8: no room"):
         DEFAULTS.with_keywords(max_length=8).new_tokens(9)

@@ -50,6 +50,28 @@ def test_every_precision_exports_verifies_and_passes_its_selftest(
     assert again <= 1e-6  # the same machine computes the same
 
 
+@pytest.mark.parametrize("architecture", DECODERS)
+@pytest.mark.parametrize("bounds", [{"B": 1, "P": 2, "C": 9}, {"C": 1}], ids=str)
+def test_tight_bounds_export_and_pass_their_selftest(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, architecture: str, bounds: dict[str, int]
+) -> None:
+    """One row, fewer logits than tokens in a step, a context in which nothing can be generated."""
+    out = tmp_path / "out"
+    pipeline.export(str(make_checkpoint(architecture)), out, max_sizes=bounds)
+    assert pipeline.verify(out).cases
+    assert selftest(out).cases
+
+
+def test_a_checkpoint_that_draws_several_answers_by_default_exports(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """Golden generations are greedy, one of each prompt, whatever the checkpoint's own settings are."""
+    folder = make_checkpoint("GPT2LMHeadModel")
+    (folder / "generation_config.json").write_text('{"do_sample": true, "num_return_sequences": 3, "top_k": 5}')
+    pipeline.export(str(folder), tmp_path / "out", max_sizes={"B": 3, "C": 9})
+    assert selftest(tmp_path / "out").cases
+
+
 def patched(monkeypatch: pytest.MonkeyPatch, change: Callable[[ir.Model], object]) -> list[Case]:
     """``change`` the decoder's graph behind the tracing; gives the list that the parity cases will be in."""
     trace, judge, seen = pipeline.onnx_from_module, checks.require_parity, []
@@ -184,6 +206,11 @@ def test_going_on_where_pytorch_ended_differs_by_the_ends_margin() -> None:
     theirs, margins = rows([1, 2, NOTHING]), np.array([[5, 5, 0]], np.float32)
     with pytest.raises(ParityError, match="token 2 of row 0 is 7"):
         require_same_tokens(rows([1, 2, 7]), theirs, margins, 0.1)
+
+
+def test_a_margin_that_is_no_number_excuses_nothing() -> None:
+    with pytest.raises(ParityError, match="token 1 of row 0 is 3"):
+        require_same_tokens(rows([1, 3]), rows([1, 2]), np.full((1, 2), np.nan, np.float32), 0.1)
 
 
 def test_one_wrong_row_is_not_excused_by_another() -> None:

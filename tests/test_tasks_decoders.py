@@ -22,7 +22,7 @@ from tokenizers import pre_tokenizers
 
 from transom.export import pipeline
 from transom.runtime import load
-from transom.runtime.errors import InputError, ShapeError
+from transom.runtime.errors import InputError
 from transom.runtime.tasks.gpt import GPT
 
 # transformers says so where it loads a Marian tokenizer; it is never called when a text is tokenized
@@ -273,10 +273,11 @@ def test_a_source_of_ids_is_translated_to_ids(marian: Any) -> None:
 
 
 def test_a_source_that_is_too_long(marian: Any) -> None:
-    with pytest.raises(ShapeError, match=r"text 0 is \d+ tokens.*at most 67 fit"):
+    """transformers' keywords have no ``truncate``, so that no message may advise it."""
+    with pytest.raises(InputError, match=r"a source is \d+ tokens; axis S allows 67\. .* a longer context\.$"):
         marian.translate("way " * 100)
-    with pytest.raises(InputError, match=r"a source is 68 tokens; axis S allows 67\. .*--max S=68"):
-        marian.generate([5] * 68)
+    with pytest.raises(InputError, match=r"source 1 is 68 tokens; axis S allows 67\. .* a longer context\.$"):
+        marian.generate([[5], [5] * 68])
 
 
 # ---------------------------------------------------------------------------------------------- bad input
@@ -339,6 +340,15 @@ def test_keywords_that_cannot_be(gpt: Any, keywords: dict[str, Any], message: st
     with pytest.raises(InputError, match=message) as caught:
         gpt.generate([5, 6, 7], **keywords)
     assert "\n" not in str(caught.value)
+
+
+def test_a_text_whose_tokens_lie_past_the_models(gpt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a token that somebody added to the tokenizer and not to the embedding table."""
+    assert gpt.encoder().encode(["the way"], truncate=False).rows[0].ids[0] >= 2
+    monkeypatch.setattr(gpt, "vocabulary", 2)
+    for call in (gpt.generate, gpt.stream, gpt.score):
+        with pytest.raises(InputError, match=r"holds the id \d+; expected 0\.\.1"):
+            call("the way")
 
 
 def test_a_stream_checks_when_it_is_called(gpt: Any) -> None:

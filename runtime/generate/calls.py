@@ -32,7 +32,7 @@ def generate(
     prompt alone: without padding, prompts of different lengths do not touch each other.
 
     ``decode`` gives the text of ids with special tokens kept, which stop strings may be part of;
-    ``positions`` is the checkpoint's max_position_embeddings, as for ``settings.new_tokens``;
+    ``positions`` is how many tokens the context holds, as for ``settings.new_tokens``;
     ``first`` is the number of the first prompt, where one call is split into batches: it keeps the
     random streams apart and names rows in errors.
 

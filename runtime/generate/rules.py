@@ -34,7 +34,10 @@ def whole(value: Any, least: int, most: int) -> int:
     """An int, numpy's included; neither a bool nor a float that happens to be whole."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise ValueError
-    number = int(value.__index__())
+    try:
+        number = int(value.__index__())
+    except TypeError:  # an array of several
+        raise ValueError from None
     if not least <= number <= most:
         raise ValueError
     return number
@@ -98,7 +101,8 @@ def read_ids(value: Any) -> tuple[int, ...]:
 
 
 def read_id_or_ids(value: Any) -> tuple[int, ...]:
-    return (whole(value, 0, MAX_ID),) if hasattr(value, "__index__") else read_ids(value)
+    single = hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0  # an array has the attribute, too
+    return (whole(value, 0, MAX_ID),) if single else read_ids(value)
 
 
 def read_words(value: Any) -> tuple[tuple[int, ...], ...]:

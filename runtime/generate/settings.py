@@ -106,8 +106,8 @@ class GenerationSettings:
     def new_tokens(self, prompt_length: int, positions: int | None = None) -> int:
         """Most tokens that may follow a prompt of ``prompt_length`` tokens; all but the last are fed back.
 
-        In an encoder-decoder the prompt is the decoder's, one token as a rule. ``positions`` is the
-        checkpoint's max_position_embeddings: the default of 20 new tokens stops there. Raises
+        In an encoder-decoder the prompt is the decoder's, one token as a rule. ``positions`` is how many
+        the context holds: the checkpoint's own length, and the default of 20 new tokens, stop there. Raises
         InputError when no token may follow, or fewer than the keywords' minimum.
         """
         if self.max_new_tokens is not None:
@@ -116,13 +116,17 @@ class GenerationSettings:
             most = self.max_length - prompt_length
         else:
             most = DEFAULT_NEW_TOKENS
-            if positions is not None:
-                most = min(most, positions - prompt_length)
         if most < 1:
-            limit = f"max_length is {self.max_length}" if self.max_length is not None else f"{positions} positions"
             raise InputError(
-                f"the prompt is {prompt_length} tokens, but {limit}: no room for a new one. Pass max_new_tokens, "
-                "or shorten the prompt."
+                f"the prompt is {prompt_length} tokens, but max_length is {self.max_length}: no room for a new one. "
+                "Pass max_new_tokens, or shorten the prompt."
+            )
+        if positions is not None and not self.keywords & {"max_new_tokens", "max_length"}:
+            most = min(most, positions - prompt_length)
+        if most < 1:
+            raise InputError(
+                f"the prompt is {prompt_length} tokens, but the context holds {positions}: no room for a new one. "
+                "Shorten the prompt."
             )
         least = self.shortest(prompt_length) - prompt_length
         if least > most and self.keywords & {"min_new_tokens", "min_length"}:

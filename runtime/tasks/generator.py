@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from transom.runtime.decoding import Decoding
 from transom.runtime.errors import BundleError, InputError
 from transom.runtime.generate import GenerationSettings, generate, stream
+from transom.runtime.inputs import WRITE_INDICES
 from transom.runtime.session import LoadedBundle
-from transom.runtime.text import TextEncoder, TextSpec
+from transom.runtime.text import MAX_LENGTH, TextEncoder, TextSpec
 
 if TYPE_CHECKING:
     from transom.runtime.backend import Array
@@ -148,13 +149,9 @@ class Generator(LoadedBundle, ABC):
         """The tokenizer that an object of bundle.json describes."""
         if words is None:
             return None
-        spec = TextSpec.from_json(words)
-        longest = self.longest_text(spec)
-        return TextEncoder(self._bundle.read(spec.file), replace(spec, max_length=longest), max_tokens=longest)
-
-    def longest_text(self, spec: TextSpec) -> int:
-        """Tokens of the longest text that is turned into ids."""
-        return min(self.max_size("S"), spec.max_length)
+        # Of any length: scores read windows, and prompts are checked where prompts of ids are
+        spec = replace(TextSpec.from_json(words), max_length=MAX_LENGTH)
+        return TextEncoder(self._bundle.read(spec.file), spec, max_tokens=MAX_LENGTH)
 
     def _rows(self, prompts: Any) -> tuple[bool, bool, list[Row]]:
         """(was it a single one, was it text, the prompts as ids); InputError for anything else."""
@@ -170,7 +167,8 @@ class Generator(LoadedBundle, ABC):
             raise InputError("prompts holds both texts and ids; give one kind in one call.")
         if kinds == {True}:
             texts = [str(prompt) for prompt in batch]
-            return single, True, [row.ids for row in self.encoder().encode(texts, truncate=False).rows]
+            encoded = self.encoder().encode(texts, truncate=False).rows
+            return single, True, [self._checked(row.ids) for row in encoded]  # added tokens may lie past the model's
         return single, False, [self._checked(prompt) for prompt in batch]
 
     def _checked(self, prompt: Any) -> Row:
@@ -198,21 +196,34 @@ class Generator(LoadedBundle, ABC):
             int(self.backend("decoder").graph.outputs[0].shape[2]), text=self._text is not None, streaming=streaming
         )
         axis = str(self.prompt_tokens().shape[1])
-        for row in rows:
+        for index, row in enumerate(rows):
             length = self.decoder_length(row)
             if length < len(row) > self.max_size(axis):  # a source, which the context does not bound
+                which = "a source" if len(rows) == 1 else f"source {index}"
                 raise InputError(
-                    f"a source is {len(row)} tokens; axis {axis} allows {self.max_size(axis)}. Shorten it, or export "
-                    f"again with --max {axis}={len(row)}."
+                    f"{which} is {len(row)} tokens; axis {axis} allows {self.max_size(axis)}. Shorten it, or "
+                    f"{self._longer(len(row), axis)}."
                 )
             new = settings.new_tokens(length, self.context)
             if length + new > self.context:
+                which = "a prompt" if len(rows) == 1 else f"prompt {index}"
                 room = f" Ask for max_new_tokens={self.context - length} at most," if length < self.context else ""
+                axes = "C", str(self._decoder_tokens().shape[1])
                 raise InputError(
-                    f"a prompt of {length} tokens and {new} new ones make {length + new}; the context holds "
-                    f"{self.context}.{room or ' Shorten the prompt,'} or export a model with a longer one."
+                    f"{which} of {length} tokens and {new} new ones make {length + new}; the context holds "
+                    f"{self.context}.{room or ' Shorten the prompt,'} or {self._longer(length + new, *axes)}."
                 )
         return settings
+
+    def _longer(self, tokens: int, *axes: str) -> str:
+        """What makes room for ``tokens``: other bounds of the axes, or a model that has seen as many positions."""
+        graph = self.backend("decoder").graph
+        positions = next(tensor.below for tensor in graph.inputs if tensor.name == WRITE_INDICES)
+        if positions is None or tokens > positions:
+            return "export a model with a longer context"
+        return "export again with " + " ".join(
+            f"--max {axis}={tokens}" for axis in axes if self.max_size(axis) < tokens
+        )
 
     def _decoder_tokens(self) -> Tensor:
         return self.backend("decoder").graph.inputs[0]

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from transom.runtime.decoding import CHUNK
 from transom.runtime.errors import InputError
 from transom.runtime.tasks.generator import Begun, Generator, Row, padded
-from transom.runtime.text import MAX_LENGTH, TextSpec
 
 
 class GPT(Generator):
@@ -25,9 +24,6 @@ class GPT(Generator):
 
     def decoder_length(self, row: Row) -> int:
         return len(row)
-
-    def longest_text(self, spec: TextSpec) -> int:
-        return MAX_LENGTH  # scores read windows, and what is generated is checked against the context
 
     def score(self, text: Any) -> Any:
         """The perplexity of a text, or of a list of ids: exp of the mean negative log-probability per token.
