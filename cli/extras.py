@@ -21,6 +21,6 @@ def export_extra() -> Iterator[None]:
         if missing.replace("_", "-") not in EXPORT_EXTRA:
             raise
         raise BackendError(
-            f"{missing} cannot be imported ({error}); export and verify need it, the other commands do not. "
+            f"{missing} cannot be imported ({error}); export, verify and report need it, the other commands do not. "
             "Run `pip install 'transom[export]'`."
         ) from None
