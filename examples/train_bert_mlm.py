@@ -5,7 +5,7 @@
     python examples/train_bert_mlm.py JANEAUSTEN --dev            for choosing settings: the held-out chapters stay
                                                                   untouched, another of each novel scores instead
 
-One thread and one seed, so a run repeats itself on one machine. Gaps that score are whole words of the vocabulary,
+One thread and one seed. Gaps that score are whole words of the vocabulary,
 about one word in seven, drawn with a seed of their own.
 """
 

@@ -6,7 +6,7 @@
                                                             another of each novel scores instead
     python examples/train_gpt.py JANEAUSTEN --baseline      the n-grams alone, for every order, on the latter
 
-One thread and one seed, so a run repeats itself on one machine. Every step reads windows of the text and prompts of
+One thread and one seed. Every step reads windows of the text and prompts of
 in_context.py; of these, the answers weigh most, since the digits are noise.
 """
 

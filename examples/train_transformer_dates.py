@@ -5,7 +5,7 @@
                                                                otherwise; the held-out ones stay untouched
 
 The model is transom.models.transformer, the paper's; dates.py makes the data and states the rules of numeric forms.
-One thread and one seed, so a run repeats itself on one machine.
+One thread and one seed.
 """
 
 from __future__ import annotations
