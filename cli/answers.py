@@ -23,6 +23,8 @@ class Wishes:
     truncate: bool
     keywords: Mapping[str, Any] = field(default_factory=dict)  # of generation
     score: bool = False
+    labels: Sequence[str] = ()
+    templates: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Task:
     generates  whether it takes the options of generation
     scores     whether it takes ``--score``
     array      the result's key that holds a vector, for ``--out``
+    labelled   whether it chooses among ``--label``
     pair       what the two INPUTs are, where the task takes exactly two
     """
 
@@ -44,6 +47,7 @@ class Task:
     generates: bool = False
     scores: bool = False
     array: str | None = None
+    labelled: bool = False
     pair: str | None = None
 
     @property
@@ -78,6 +82,17 @@ def classify_texts(bundle: Any, texts: Sequence[str], wishes: Wishes) -> list[Re
 
 def classify_images(bundle: Any, images: Sequence[str], wishes: Wishes) -> list[Result]:
     found = bundle.classify(list(images), top_k=wishes.top_k or TOP_K)
+    return [{"image": image, "labels": pairs("label", ranked)} for image, ranked in zip(images, found, strict=True)]
+
+
+def zero_shot(bundle: Any, images: Sequence[str], wishes: Wishes) -> list[Result]:
+    found = bundle.zero_shot(
+        list(images),
+        list(wishes.labels),
+        templates=list(wishes.templates) or None,
+        top_k=wishes.top_k,
+        truncate=wishes.truncate,
+    )
     return [{"image": image, "labels": pairs("label", ranked)} for image, ranked in zip(images, found, strict=True)]
 
 
@@ -167,6 +182,7 @@ TASKS = {  # (family, task) -> how it is asked
     ("bert", "next-sentence-prediction"): Task(next_sentence, each(pair_lines), pair="two texts, A and B"),
     ("vit", "image-classification"): Task(classify_images, each(label_lines), ranks=True),
     ("vit", "feature-extraction"): Task(features, each(vector_lines), array="features"),
+    ("clip", "zero-shot-image-classification"): Task(zero_shot, each(label_lines), ranks=True, labelled=True),
     ("gpt", "text-generation"): Task(generate, generated_lines, generates=True, scores=True),
     ("transformer", "translation"): Task(generate, generated_lines, generates=True),
 }

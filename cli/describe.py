@@ -157,6 +157,7 @@ EXAMPLE_INPUTS = {  # (family, task) -> what to type after `transom run BUNDLE`
     ("bert", "token-classification"): "'Ada Lovelace lived in London.'",
     ("bert", "question-answering"): "'Who wrote it?' 'Ada Lovelace wrote it in 1843.'",
     ("bert", "next-sentence-prediction"): "'It began to rain.' 'She opened her umbrella.'",
+    ("clip", "zero-shot-image-classification"): "photo.png --label 'a photo of a cat' --label 'a photo of a dog'",
     ("vit", "image-classification"): "photo.png",
     ("vit", "feature-extraction"): "photo.png",
     ("gpt", "text-generation"): "'It is a truth universally acknowledged'",
@@ -169,6 +170,7 @@ def next_commands(path: Path, manifest: Manifest) -> list[str]:
     """What to try with a bundle, ready to be pasted into a shell."""
     bundle = shlex.quote(str(path))
     inputs = EXAMPLE_INPUTS.get((manifest.family, manifest.task))
-    if manifest.tokenizer is None and manifest.preprocess is None:  # neither texts nor images
+    reads = {tensor.name for file in manifest.graphs for tensor in file.graph.inputs}
+    if ("input_ids" in reads and manifest.tokenizer is None) or ("pixel_values" in reads and not manifest.preprocess):
         inputs = None if manifest.generation is None else EXAMPLE_IDS
     return [f"transom run {bundle} {inputs or 'inputs.npz'}", f"transom selftest {bundle}", f"transom bench {bundle}"]

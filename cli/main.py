@@ -116,6 +116,7 @@ app.command(
         "transom run bundles/minilm 'A sentence.' 'Another one.'",
         "transom run bundles/squad 'Who wrote it?' 'Ada wrote it in 1843.' --json",
         "transom run bundles/vit photo.png --top-k 3",
+        "transom run bundles/clip photo.png --label 'a cat' --label 'a dog'",
         "transom run bundles/minilm - --out embeddings.npz <lines.txt",
         "transom run bundles/minilm inputs.npz --out outputs.npz",
         "transom run bundles/gpt 'It is a truth' --do-sample --top-p 0.9 --seed 1",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +38,21 @@ def run(
             metavar="N", min=0, help="How many answers; in sampling, of how many tokens.", show_default="task's own"
         ),
     ] = None,
+    labels: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--label", metavar="TEXT", help="What an image may show (zero-shot); repeatable.", show_default=False
+        ),
+    ] = None,
+    templates: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--template",
+            metavar="TEXT",
+            help="A sentence with {} for the label, 'a photo of a {}'; several are averaged.",
+            show_default=False,
+        ),
+    ] = None,
     truncate: Annotated[
         bool, typer.Option("--truncate", help="Cut texts that are too long; embeddings always do.")
     ] = False,
@@ -60,6 +76,7 @@ def run(
       question-answering             QUESTION CONTEXT          -> answers
       next-sentence-prediction       A B                       -> does B follow A?
       image-classification           image files               -> labels
+      zero-shot-image-classification image files, --label ...  -> labels
       text-generation                prompts                   -> what follows
       translation                    texts                     -> texts
 
@@ -74,6 +91,8 @@ def run(
     with load(bundle, device, threads) as loaded:
         if len(inputs) == 1 and inputs[0].endswith(".npz"):
             refuse_generation(generation, "a raw run")
+            if labels or templates:
+                raise typer.BadParameter("--label and --template go with image files; a raw run has none.")
             arrays = loaded.run(read_arrays(Path(inputs[0])))
             if out is not None:
                 write_arrays(out, arrays)
@@ -82,6 +101,7 @@ def run(
         manifest = loaded.manifest
         task = task_of(manifest.family, manifest.task)
         wishes = checked_wishes(task, manifest.task, top_k, truncate, out, generation)
+        wishes = with_labels(wishes, task, manifest.task, labels or [], templates or [])
         given = expanded(inputs, whole=task.whole)
         if task.pair is not None and len(given) != 2:
             raise typer.BadParameter(f"{manifest.task} takes {task.pair}; received {len(given)} INPUTs.")
@@ -121,6 +141,16 @@ def checked_wishes(
     if generation.score and keywords:
         raise typer.BadParameter(f"{option_of(next(iter(keywords)))} is given, but --score generates nothing.")
     return Wishes(top_k, truncate, keywords, generation.score)
+
+
+def with_labels(wishes: Wishes, task: Task, name: str, labels: list[str], templates: list[str]) -> Wishes:
+    """The wishes with the labels that a zero-shot task chooses among; a wrong call for any other task."""
+    if task.labelled and not labels:
+        raise typer.BadParameter(f"{name} needs --label, once for each thing that an image may show.")
+    if not task.labelled and (labels or templates):
+        given = "--label" if labels else "--template"
+        raise typer.BadParameter(f"{given} is given; {name} does not choose among labels of yours.")
+    return replace(wishes, labels=labels, templates=templates)
 
 
 def refuse_generation(generation: GenerationOptions, what: str) -> None:

@@ -29,6 +29,11 @@ def heldout_digits() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
     return arrays["images"], arrays["labels"]
 
 
+def digit_prompts() -> list[str]:
+    """Five templates, ``{}`` for the digit, that the reference CLIP never read; fixed before it was trained."""
+    return DATA.joinpath("digit_prompts.txt").read_text(encoding="utf-8").splitlines()
+
+
 def wordnet_pairs() -> tuple[list[str], list[str]]:
     """1,000 definitions of nouns, and line by line the words that each defines ("adviser, advisor, consultant")."""
     lines = DATA.joinpath("wordnet_pairs.tsv").read_text(encoding="utf-8").splitlines()

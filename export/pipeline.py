@@ -159,7 +159,7 @@ def verify(
         source or str(recorded.get("checkpoint")),
         task=manifest.task,
         max_sizes={name: axis.max for name, axis in manifest.axes.items()},
-        image_size=tuple(manifest.config["image_size"]) if "image_size" in manifest.config else None,
+        image_size=image_size_of(manifest),
         ignore_unused=True,
     )
     if loaded.checkpoint.sha256() != recorded.get("sha256"):
@@ -174,6 +174,15 @@ def verify(
         near_ties = check_greedy(ours, theirs, exercises, cases, Golden())
     steps.next("done")
     return Verified(cases, near_ties)
+
+
+def image_size_of(manifest: Manifest) -> tuple[int, int] | None:
+    """(height, width) in pixels that the bundle was exported for; None where it sees no images."""
+    for file in manifest.graphs:
+        for tensor in file.graph.inputs:
+            if tensor.name == "pixel_values":
+                return int(tensor.shape[2]), int(tensor.shape[3])
+    return None
 
 
 def write_files(writer: BundleWriter, loaded: Loaded, flavours: Flavours) -> None:

@@ -13,16 +13,18 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.export.inputs import heldout_dates, heldout_digits, heldout_text, masked_text, wordnet_pairs
+from transom.export.inputs import digit_prompts, heldout_dates, heldout_digits, heldout_text, masked_text, wordnet_pairs
 from transom.export.measures import Rate, Score
 from transom.runtime.errors import ExportError
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks.bert import Bert
+from transom.runtime.tasks.clip import Clip
 from transom.runtime.tasks.gpt import GPT
 from transom.runtime.tasks.transformer import Transformer
 from transom.runtime.tasks.vit import ViT
 
-DIGITS = 10
+DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+DIGITS = len(DIGIT_NAMES)
 MASK = "[MASK]"
 BLOCK_BYTES = 1500  # of a block of text, at least: some 500 tokens, two contexts
 
@@ -33,11 +35,37 @@ def digits_score(predict: Callable[[list[NDArray[np.uint8]]], NDArray[Any]]) -> 
     ``predict`` takes N images, uint8 (8, 8, 3) of 0..255, and gives (N, 10): logits or probabilities.
     Raises ExportError for another shape and for values that are not finite.
     """
-    scans, labels = heldout_digits()
-    images = [np.repeat(scan[:, :, None], 3, axis=2) for scan in scans]
+    images, labels = heldout_images()
     answers = finite(predict(images), (len(images), DIGITS), "predict(images)")
     correct = int((answers.argmax(1) == labels).sum())
     return Score("top-1 accuracy", "held-out scans of scikit-learn's digits", len(labels), correct)
+
+
+def heldout_images() -> tuple[list[NDArray[np.uint8]], NDArray[np.uint8]]:
+    """The held-out scans as images, uint8 (8, 8, 3) of 0..255 each, and their digits (540,)."""
+    scans, labels = heldout_digits()
+    return [np.repeat(scan[:, :, None], 3, axis=2) for scan in scans], labels
+
+
+def zero_shot_score(choose: Callable[[list[NDArray[np.uint8]], list[str]], NDArray[Any]]) -> Score:
+    """Fraction of the held-out scans whose digit is told right, with the worst of the prompts never trained on.
+
+    ``choose`` takes N images, uint8 (8, 8, 3) of 0..255, and ten texts, a digit's name in a prompt each, and gives
+    (N, 10): logits or probabilities. It is called once per prompt. Raises as ``digits_score`` does.
+    """
+    images, labels = heldout_images()
+    prompts = digit_prompts()
+    correct = []
+    for prompt in prompts:
+        answers = choose(images, [prompt.replace("{}", name) for name in DIGIT_NAMES])
+        found = finite(answers, (len(images), DIGITS), f"choose(images, {prompt!r})").argmax(1)
+        correct.append(int((found == labels).sum()))
+    return Score(
+        f"zero-shot accuracy, worst of {len(prompts)} unseen prompts",
+        "held-out scans of scikit-learn's digits",
+        len(labels),
+        min(correct),
+    )
 
 
 def retrieval_score(embed: Callable[[list[str]], NDArray[Any]]) -> Score:
@@ -158,6 +186,14 @@ def digits_score_of(bundle: LoadedBundle) -> Score:
     return digits_score(predict)
 
 
+def zero_shot_score_of(bundle: LoadedBundle) -> Score:
+    def choose(images: list[NDArray[np.uint8]], texts: list[str]) -> NDArray[np.float64]:
+        ranked = cast(Clip, bundle).zero_shot(images, texts)
+        return np.array([[dict(row)[text] for text in texts] for row in ranked])
+
+    return zero_shot_score(choose)
+
+
 def retrieval_score_of(bundle: LoadedBundle) -> Score:
     return retrieval_score(cast(Bert, bundle).embed)
 
@@ -185,6 +221,7 @@ SCORES = {  # by the reference model's name
     "gpt": TaskScore("text-generation", bits_per_byte_of),
     "bert": TaskScore("fill-mask", masked_score_of),
     "transformer": TaskScore("translation", dates_score_of),
+    "clip": TaskScore("zero-shot-image-classification", zero_shot_score_of),
 }
 
 

@@ -110,7 +110,7 @@ def load_source(
         target_tokenizer=target_tokenizer,
         preprocess=preprocess,
         labels=labels,
-        options=task_options(checkpoint, chosen),
+        options={**task_options(checkpoint, chosen), **family.options(module)},
         generation=generation,
     )
 

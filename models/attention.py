@@ -31,6 +31,31 @@ class Attention(nn.Module):
         return attend(q, k, v, mask)
 
 
+class Heads(nn.Module):
+    """The four projections of one multi-head attention, named as in Marian's and CLIP's checkpoints: section 3.2.2."""
+
+    def __init__(self, d_model: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(d_model, d_model) for _ in range(3))
+        self.out_proj = nn.Linear(d_model, d_model)
+
+    def queries(self, x: Tensor) -> Tensor:
+        """(B, S, E) -> (B, H, S, D)."""
+        return split_heads(self.q_proj(x), self.num_heads)
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, S, E) -> keys and values, (B, H, S, D) each."""
+        return split_heads(self.k_proj(x), self.num_heads), split_heads(self.v_proj(x), self.num_heads)
+
+
+class SelfAttention(Heads):
+    """Attention over ``x`` (B, S, E) and its output projection."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.out_proj(attend(self.queries(x), *self.keys_values(x), mask))  # type: ignore[no-any-return]
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
     """softmax(q k^T * scale) v with the heads joined again: (B, S, E).
 
@@ -55,3 +80,9 @@ def key_mask(attention_mask: Tensor, queries: int | None = None) -> Tensor:
     """
     B, S = attention_mask.shape
     return attention_mask.to(torch.bool)[:, None, None, :].expand(B, 1, S if queries is None else queries, S)
+
+
+def causal_key_mask(attention_mask: Tensor) -> Tensor:
+    """``key_mask`` where a query sees no later key either: bool (B, 1, S, S)."""
+    place = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    return key_mask(attention_mask) & (place <= place[:, None])

@@ -43,6 +43,7 @@ class Family:
     axes           config -> the bounds of the graphs' named axes
     computed       config -> weights that a checkpoint need not store; a stored one wins
     parts          module -> the module behind each graph, by the graph's name
+    options        module -> numbers of the checkpoint that the runtime needs beside the graphs
     """
 
     name: str
@@ -59,6 +60,7 @@ class Family:
     copy_of: Callable[[str, Any, str], str | None] = lambda name, config, task: None
     computed: Callable[[Any], dict[str, Tensor]] = lambda config: {}
     parts: Callable[[nn.Module], dict[str, nn.Module]] = lambda module: {"model": module}
+    options: Callable[[nn.Module], dict[str, Any]] = lambda module: {}
 
 
 MAX_LAYERS = 1_000  # far past any model of ours; keeps a hostile config from building modules for ever
@@ -73,8 +75,9 @@ def config_fields(
     others: Mapping[str, Any],
     activations: Mapping[str, Any],
     heads: Iterable[tuple[str, str]] = HEADS,
+    where: str = "config.json",
 ) -> dict[str, Any]:
-    """Take the named fields from config.json, with their defaults, and check them all.
+    """Take the named fields from config.json, or the part of it that ``where`` names, and check them all.
 
     ``sizes`` are positive integers; ``others`` have the type of their default (``layer_norm_eps``
     between 0 and 1, activations by name); ``heads`` are pairs of a width and the number of heads that
@@ -102,7 +105,7 @@ def config_fields(
             if found[width] % found[count]
         ]
     if problems:
-        raise CheckpointError(f"config.json cannot be used: {'; '.join(problems)}. Correct these fields.")
+        raise CheckpointError(f"{where} cannot be used: {'; '.join(problems)}. Correct these fields.")
     return found
 
 

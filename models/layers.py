@@ -1,4 +1,4 @@
-"""The parts encoders share: activations, dense layers as checkpoints nest them, the sentence embedding."""
+"""The parts encoders share: activations, dense layers as checkpoints nest them, vectors of texts and images."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x): Hendrycks and Gimpel (2016, arXiv:1606.08415), section 2."""
+    return x * torch.sigmoid(1.702 * x)
+
+
 # Names as in transformers' configs; gelu_new, gelu_fast and gelu_pytorch_tanh are one tanh approximation.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -16,6 +22,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": partial(F.gelu, approximate="tanh"),
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
     "gelu_fast": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": quick_gelu,
     "relu": F.relu,
     "silu": F.silu,
     "swish": F.silu,
@@ -46,6 +53,14 @@ class DenseAddNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         return self.LayerNorm(self.dense(x) + residual)  # type: ignore[no-any-return]
+
+
+class UnitLength(nn.Module):
+    """Vectors divided by their length, in FP32 whatever the precision of the graph, as ``SentencePooling`` is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, E) -> float32 (B, E)."""
+        return F.normalize(x.float(), dim=-1)
 
 
 class SentencePooling(nn.Module):

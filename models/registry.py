@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transom.models import bert, gpt, transformer, vit
+from transom.models import bert, clip, gpt, transformer, vit
 from transom.models.family import Family
 from transom.runtime.errors import CheckpointError
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (bert.FAMILY, vit.FAMILY, gpt.FAMILY, transformer.FAMILY)
+    family.name: family for family in (bert.FAMILY, vit.FAMILY, gpt.FAMILY, transformer.FAMILY, clip.FAMILY)
 }
 
 # Relatives that people will try: what differs, so that nobody has to find out by a wrong result.
@@ -33,6 +33,12 @@ RELATIVES = {
     "fsmt": "FSMT counts positions from the padding id and has a vocabulary per language",
     "m2m_100": "M2M100 is pre-norm and counts positions from the padding id",
     "deit": "DeiT has a distillation token beside the class token",
+    "clip_text_model": "CLIP's text tower on its own has other outputs than the one in a CLIPModel, whose bundle runs "
+    "either tower alone",
+    "clip_vision_model": "CLIP's image tower on its own has other outputs than the one in a CLIPModel, whose bundle "
+    "runs either tower alone",
+    "siglip": "SigLIP pools its images by attention, reads texts both ways and adds a bias to its logits",
+    "chinese_clip": "Chinese-CLIP's text tower is a BERT",
     "dinov2": "DINOv2 scales each residual branch and orders its patches' positions differently",
 }
 

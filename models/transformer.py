@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transom.models.attention import attend, key_mask, split_heads
+from transom.models.attention import Heads, SelfAttention, attend, key_mask
 from transom.models.cache import cache_inputs, cache_outputs, causal_mask, chosen, positions, written
 from transom.models.family import Family, Source, config_fields
 from transom.models.layers import ACTIVATIONS
@@ -47,31 +47,6 @@ class TransformerConfig:
     share_encoder_decoder_embeddings: bool = True
     tie_word_embeddings: bool = True
     embedding: str = "shared.weight"  # the name under which the checkpoint stores a shared embedding
-
-
-class Heads(nn.Module):
-    """The four projections of one multi-head attention: section 3.2.2."""
-
-    def __init__(self, d_model: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(d_model, d_model) for _ in range(3))
-        self.out_proj = nn.Linear(d_model, d_model)
-
-    def queries(self, x: Tensor) -> Tensor:
-        """(B, S, E) -> (B, H, S, D)."""
-        return split_heads(self.q_proj(x), self.num_heads)
-
-    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, S, E) -> keys and values, (B, H, S, D) each."""
-        return split_heads(self.k_proj(x), self.num_heads), split_heads(self.v_proj(x), self.num_heads)
-
-
-class SelfAttention(Heads):
-    """Attention over the whole source."""
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        return self.out_proj(attend(self.queries(x), *self.keys_values(x), mask))  # type: ignore[no-any-return]
 
 
 class CachedAttention(Heads):

@@ -6,18 +6,15 @@ Shape letters as in attention.py; C channels, P patches, S = P + 1 with the clas
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transom.models.attention import Attention
 from transom.models.family import Family, Source, config_fields, label_count
 from transom.models.layers import ACTIVATIONS, Dense
-from transom.runtime.errors import CheckpointError
+from transom.models.patches import grid, need_a_patch, pair, resized_positions
 from transom.runtime.spec import Axis, Graph
 from transom.runtime.spec import Tensor as TensorSpec
 
@@ -123,25 +120,12 @@ class ViT(nn.Module):
         return (x,) if self.pooler is None else (self.pooler(x[:, 0]), x)
 
 
-def grid(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of patches."""
-    return image_size[0] // patch_size[0], image_size[1] // patch_size[1]
-
-
 def convert(name: str, stored: Tensor, config: ViTConfig) -> Tensor:
-    """Carry learned positions (1, 1 + P, E) from the trained grid to the exported one: section 3.2.
-
-    Bicubic without aligned corners, the class position untouched, as transformers'
-    ``interpolate_pos_encoding`` does. Every other weight is returned as it is.
-    """
-    old, new = grid(config.trained_image_size, config.patch_size), grid(config.image_size, config.patch_size)
-    if name != "embeddings.position_embeddings" or old == new:
+    """Carry learned positions (1, 1 + P, E) from the trained grid to the exported one; the rest as it is."""
+    if name != "embeddings.position_embeddings" or stored.ndim != 3:
         return stored
-    if stored.shape != (1, old[0] * old[1] + 1, config.hidden_size):  # load_weights reports the shape
-        return stored
-    patches = stored[:, 1:].reshape(1, *old, -1).permute(0, 3, 1, 2)  # (1, E, rows, columns)
-    patches = F.interpolate(patches.float(), size=new, mode="bicubic", align_corners=False)
-    return torch.cat((stored[:, :1].float(), patches.permute(0, 2, 3, 1).flatten(1, 2)), dim=1)
+    old, new = (grid(size, config.patch_size) for size in (config.trained_image_size, config.image_size))
+    return resized_positions(stored[0], old, new)[None]
 
 
 # transformers 5 names its modules anew but writes files with the older names, which are ours; both load.
@@ -191,20 +175,8 @@ def config_from_source(source: Source) -> ViTConfig:
         pooler=source.task == "feature-extraction" and any("pooler." in name for name in source.names),
         pooler_output_size=pair(raw, "pooler_output_size", fields["hidden_size"])[0],
     )
-    for name, size in (("image_size", trained), ("image size asked for", config.image_size)):
-        if size[0] < config.patch_size[0] or size[1] < config.patch_size[1]:
-            raise CheckpointError(f"{name} {size} is smaller than one patch {config.patch_size}; ask for a larger one.")
+    need_a_patch(config.patch_size, {"image_size": trained, "image size asked for": config.image_size})
     return config
-
-
-def pair(raw: Mapping[str, Any], name: str, default: int) -> tuple[int, int]:
-    """A size that transformers writes as one integer, as [height, width], or as null for the default."""
-    value: Any = default if raw.get(name) is None else raw[name]
-    sides = (value, value) if type(value) is int else value
-    valid = isinstance(sides, list | tuple) and len(sides) == 2
-    if not valid or not all(type(side) is int and 1 <= side <= 16_384 for side in sides):
-        raise CheckpointError(f"config.json: {name} is {value!r}, expected one or two integers in 1..16384.")
-    return sides[0], sides[1]
 
 
 def graphs(config: ViTConfig, task: str) -> tuple[Graph, ...]:

@@ -89,8 +89,23 @@ MARIAN = {
     "decoder_start_token_id": 100,
     "forced_eos_token_id": 0,
 }
+CLIP = {  # each tower with other sizes
+    "projection_dim": 37,
+    "text_config": {
+        "vocab_size": 101,
+        "hidden_size": 120,
+        "intermediate_size": 203,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "max_position_embeddings": 23,
+        "bos_token_id": 99,
+        "eos_token_id": 100,
+        "pad_token_id": 1,
+    },
+    "vision_config": {**VIT, "hidden_size": 160},
+}
 KINDS = {"Bert": ("BertConfig", BERT), "ViT": ("ViTConfig", VIT), "GPT2": ("GPT2Config", GPT2)}
-KINDS |= {"Marian": ("MarianConfig", MARIAN)}
+KINDS |= {"Marian": ("MarianConfig", MARIAN), "CLIP": ("CLIPConfig", CLIP)}
 
 
 def save_checkpoint(
@@ -242,6 +257,12 @@ def dates_bundle(once: Once) -> Path:
 def gpt_bundle(once: Once) -> Path:
     """The reference GPT, which goes on from a prompt, FP32; exported as a folder, so without its score."""
     return once("gpt", lambda folder: export_to(folder, reference("gpt"))) / "bundle"
+
+
+@pytest.fixture(scope="session")
+def clip_bundle(once: Once) -> Path:
+    """The reference CLIP, which tells digits by their names, FP32; exported as a folder, so without its score."""
+    return once("clip", lambda folder: export_to(folder, reference("clip"))) / "bundle"
 
 
 def reference(name: str) -> Path:

@@ -32,7 +32,7 @@ def emulate_half(model: ir.Model) -> bool:
     results = [(node, output) for node in nodes for output in node.outputs if output.dtype in HALVES]
     for weight in weights:  # case 1
         readers = list(weight.uses())
-        wide = cast_of(weight, ir.DataType.FLOAT, f"{weight.name}_float")
+        wide = cast_of(weight, ir.DataType.FLOAT, f"{weight.name}_wide")
         graph.insert_before(nodes[0], wide)
         for reader, index in readers:
             reader.replace_input_with(index, wide.outputs[0])
@@ -50,7 +50,7 @@ def round_output(graph: ir.Graph, node: ir.Node, output: ir.Value) -> None:
     assert half is not None
     readers = list(output.uses())
     if node.op_type == "Cast":  # case 5: the node itself rounds
-        back = cast_of(output, ir.DataType.FLOAT, f"{output.name}_float")
+        back = cast_of(output, ir.DataType.FLOAT, f"{output.name}_wide")
         graph.insert_after(node, back)
     else:
         output.type = ir.TensorType(ir.DataType.FLOAT)
@@ -60,7 +60,7 @@ def round_output(graph: ir.Graph, node: ir.Node, output: ir.Value) -> None:
                 node.attributes["value"] = ir.AttrTensor("value", ir.Tensor(filled))
             return
         rounded = cast_of(output, half, f"{output.name}_rounded")
-        back = cast_of(rounded.outputs[0], ir.DataType.FLOAT, f"{output.name}_float")
+        back = cast_of(rounded.outputs[0], ir.DataType.FLOAT, f"{output.name}_wide")
         graph.insert_after(node, [rounded, back])
     for reader, index in readers:
         reader.replace_input_with(index, back.outputs[0])

@@ -25,7 +25,7 @@ from transom.runtime.errors import PrecisionError
 HALF = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 NUMPY = {ir.DataType.FLOAT16: np.dtype(np.float16), ir.DataType.BFLOAT16: np.dtype(ml_dtypes.bfloat16)}
 FP16_MAX = 65504.0  # IEEE 754 binary16
-KEEP_FP32 = ("sentence_pooling",)  # a sum over hundreds of tokens
+KEEP_FP32 = ("sentence_pooling", "unit_length")  # sums over hundreds of tokens or features
 
 
 def convert_precision(model: ir.Model, precision: str, state: Collection[str] = ()) -> bool:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 FAMILIES = {  # family -> module here, class
     "bert": ("bert", "Bert"),
+    "clip": ("clip", "Clip"),
     "gpt": ("gpt", "GPT"),
     "transformer": ("transformer", "Transformer"),
     "vit": ("vit", "ViT"),

@@ -9,10 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.runtime.errors import InputError
-from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks.answers import Answer, Entity, Ranked, best, label_scores, many, ranked, softmax
 from transom.runtime.tasks.spans import best_spans
-from transom.runtime.text import EncodedBatch, TextEncoder, TextSpec
+from transom.runtime.tasks.texts import TextBundle, take
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -21,7 +20,7 @@ Floats = NDArray[np.float32]
 DOC_STRIDE = 128  # tokens two neighbouring windows of a long context share, as in transformers' pipeline
 
 
-class Bert(LoadedBundle):
+class Bert(TextBundle):
     """A loaded BERT. Each method belongs to a task; one that the bundle was not exported for says so.
 
     Methods take one text or a list of them and answer in kind. A text longer than the bundle's S is
@@ -29,19 +28,12 @@ class Bert(LoadedBundle):
     text without a single token (empty, blank) is an error.
     """
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self._text = None
-        if self.manifest.tokenizer is not None:
-            spec = TextSpec.from_json(self.manifest.tokenizer)
-            self._text = TextEncoder(self._bundle.read(spec.file), spec, max_tokens=self.max_size("S"))
-
     def embed(self, texts: str | Sequence[str]) -> Floats:
         """One vector per text, pooled as the checkpoint says: float32 (E,) for one text, (N, E) for a list."""
         single, batch = many(texts)
         prompt = str(self.manifest.options.get("prompt", ""))
         prompted = [prompt + text if isinstance(text, str) else text for text in batch]
-        vectors = self._rows(prompted, None, "sentence_embedding", truncate=True)
+        vectors = self.text_rows(prompted, None, "sentence_embedding", truncate=True)
         return vectors[0] if single else vectors
 
     def classify(
@@ -60,7 +52,7 @@ class Bert(LoadedBundle):
         self.need_task("text-classification")
         single, batch = many(texts)
         seconds = None if pairs is None else many(pairs)[1]
-        logits = self._rows(batch, seconds, "logits", truncate=truncate)
+        logits = self.text_rows(batch, seconds, "logits", truncate=truncate)
         scores = label_scores(logits, self.manifest.options.get("problem_type"))
         labels = self.labels(scores.shape[1])
         answers: list[Ranked] = [ranked(row, labels, len(labels) if top_k is None else top_k) for row in scores]
@@ -69,19 +61,19 @@ class Bert(LoadedBundle):
     def next_sentence(self, text: str, following: str, *, truncate: bool = False) -> float:
         """The probability that ``following`` comes after ``text``."""
         self.need_task("next-sentence-prediction")
-        logits = self._rows([text], [following], "logits", truncate=truncate)
+        logits = self.text_rows([text], [following], "logits", truncate=truncate)
         return float(softmax(logits)[0, 0])
 
     def fill_mask(self, text: str, *, top_k: int = 5, truncate: bool = False) -> Any:
         """``[(token, probability), ...]`` for the gap in ``text``; a list of such lists where it has several."""
         self.need_task("fill-mask")
-        encoder = self._encoder()
+        encoder = self.encoder()
         batch = encoder.encode([text], truncate=truncate)
         gaps = np.flatnonzero(batch.input_ids[0] == encoder.spec.mask_id)
         if encoder.spec.mask_id is None or not len(gaps):
             word = encoder.spec.mask_token or "mask token"
             raise InputError(f"the text has no {word}; put one where a word is missing.")
-        probabilities = softmax(self._run(batch, "logits")[0, gaps])
+        probabilities = softmax(self.run_texts(batch, "logits")["logits"][0, gaps])
         answers = [
             [(encoder.decode([token], skip_special_tokens=False), float(row[token])) for token in best(row, top_k)]
             for row in probabilities
@@ -94,8 +86,8 @@ class Bert(LoadedBundle):
         single, batch = many(texts)
         answers = []
         for text in batch:
-            encoded = self._encoder().encode([text], truncate=truncate)
-            probabilities = softmax(self._run(encoded, "logits")[0])
+            encoded = self.encoder().encode([text], truncate=truncate)
+            probabilities = softmax(self.run_texts(encoded, "logits")["logits"][0])
             found = entities(text, encoded.rows[0], probabilities, self.labels(probabilities.shape[1]))
             answers.append([entity for entity in found if entity.label not in ignore])
         return answers[0] if single else answers
@@ -107,53 +99,15 @@ class Bert(LoadedBundle):
         window, start times end, as in transformers' question-answering pipeline.
         """
         self.need_task("question-answering")
-        encoder = self._encoder()
+        encoder = self.encoder()
         length = encoder.max_tokens
         windows = encoder.windows(question, context, max_length=length, stride=min(length // 2, DOC_STRIDE))
         found: list[Answer] = []
         for index, encoding in enumerate(windows.rows):
-            outputs = self.run(feeds(take(windows, [index])), ["start_logits", "end_logits"])
+            outputs = self.run_texts(take(windows, [index]), "start_logits", "end_logits")
             starts, ends = outputs["start_logits"][0], outputs["end_logits"][0]
             found += best_spans(encoding, starts, ends, context, top_k, max_tokens)
         return sorted(found, key=lambda span: -span.probability)[:top_k]
-
-    def _rows(self, texts: Sequence[str], pairs: Sequence[str] | None, output: str, *, truncate: bool) -> Floats:
-        """An output with one row per text, computed in batches of texts of like length."""
-        encoded = self._encoder().encode(texts, pairs, truncate=truncate)
-        order = np.argsort(encoded.attention_mask.sum(1), kind="stable")
-        rows: list[Floats] = [np.empty(0, np.float32)] * len(texts)
-        for start in range(0, len(order), self.max_size("B")):
-            chosen = order[start : start + self.max_size("B")]
-            for index, row in zip(chosen, self._run(take(encoded, chosen), output), strict=True):
-                rows[index] = row
-        return np.stack(rows)
-
-    def _run(self, batch: EncodedBatch, output: str) -> Floats:
-        return self.run(feeds(batch), [output])[output]
-
-    def _encoder(self) -> TextEncoder:
-        if self._text is None:
-            raise InputError("this bundle has no tokenizer, since its checkpoint had none; call run() with input_ids.")
-        return self._text
-
-
-def feeds(batch: EncodedBatch) -> dict[str, NDArray[np.int64]]:
-    return {
-        "input_ids": batch.input_ids,
-        "attention_mask": batch.attention_mask,
-        "token_type_ids": batch.token_type_ids,
-    }
-
-
-def take(batch: EncodedBatch, chosen: Sequence[int] | NDArray[np.intp]) -> EncodedBatch:
-    """Some rows of a batch, with no more padding than the longest of them needs."""
-    rows = tuple(batch.rows[index] for index in chosen)
-    length = max(len(row) for row in rows)
-    index = np.asarray(chosen)
-    ids, mask, types = (
-        array[index, :length] for array in (batch.input_ids, batch.attention_mask, batch.token_type_ids)
-    )
-    return EncodedBatch(ids, mask, types, rows)
 
 
 def entities(text: str, encoding: Encoding, probabilities: Floats, labels: Sequence[str]) -> list[Entity]:

@@ -1,0 +1,139 @@
+"""Images and texts to vectors of one space, and images to labels that nobody trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transom.runtime.errors import BundleError, InputError
+from transom.runtime.tasks.answers import Ranked, many, ranked, softmax
+from transom.runtime.tasks.pictures import ImageBundle
+from transom.runtime.tasks.texts import TextBundle
+
+if TYPE_CHECKING:
+    from transom.runtime.backend import Array
+    from transom.runtime.images import ImageSource
+
+Floats = NDArray[np.float32]
+BLANK = "{}"  # of a template: where the label goes
+MOST_SCALED = 3e38  # the range of float32
+LOGITS = ("logits_per_image", "logits_per_text")
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Labels and their vectors, float32 (N, E) of unit length: computed once, used for many images."""
+
+    names: tuple[str, ...]
+    embeds: Floats
+
+
+class Clip(TextBundle, ImageBundle):
+    """A loaded CLIP. Images are paths, bytes, PIL images or uint8 arrays (height, width, 3); texts are str.
+
+    ``embed_image`` and ``embed_text`` take one, or a list, and answer in kind. A text longer than the
+    bundle's S is an error, unless ``truncate``.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        scale = self.manifest.options.get("logit_scale")
+        if not isinstance(scale, int | float) or isinstance(scale, bool) or not 0 < scale < MOST_SCALED:
+            raise BundleError(f"bundle.json: options.logit_scale is {scale!r}, expected a positive number.")
+        self.logit_scale = float(scale)
+
+    def zero_shot(
+        self,
+        images: ImageSource | Sequence[ImageSource],
+        labels: Sequence[str] | Labels,
+        *,
+        templates: str | Sequence[str] | None = None,
+        top_k: int | None = None,
+        truncate: bool = False,
+    ) -> Any:
+        """``[(label, probability), ...]`` per image, best first; all labels unless ``top_k``.
+
+        Probabilities are softmax over the labels of ``logit_scale`` times the cosines. With ``templates``
+        ("a photo of a {}"), a label stands in each of them, see ``embed_labels``; that method's result
+        may be given as ``labels``, so that many calls compute it once.
+        """
+        single, batch = many(images)
+        if not isinstance(labels, Labels):
+            labels = self.embed_labels(labels, templates, truncate=truncate)
+        elif templates is not None or truncate:
+            raise InputError("templates and truncate belong to embed_labels, whose result is given here already.")
+        logits = self._logits(self.image_rows(batch, "image_embeds"), labels.embeds)
+        count = len(labels.names) if top_k is None else top_k
+        answers: list[Ranked] = [ranked(row, labels.names, count) for row in softmax(logits)]
+        return answers[0] if single else answers
+
+    def embed_image(self, images: ImageSource | Sequence[ImageSource]) -> Floats:
+        """Vectors of unit length: float32 (E,) for one image, (N, E) for a list."""
+        single, batch = many(images)
+        vectors = self.image_rows(batch, "image_embeds")
+        return vectors[0] if single else vectors
+
+    def embed_text(self, texts: str | Sequence[str], *, truncate: bool = False) -> Floats:
+        """Vectors of unit length: float32 (E,) for one text, (N, E) for a list."""
+        single, batch = many(texts)
+        vectors = self.text_rows(batch, None, "text_embeds", truncate=truncate)
+        return vectors[0] if single else vectors
+
+    def embed_labels(
+        self, labels: Sequence[str], templates: str | Sequence[str] | None = None, *, truncate: bool = False
+    ) -> Labels:
+        """The vector of each label; with ``templates`` the mean over them, of unit length again.
+
+        A template holds ``{}`` where the label goes. The ensemble is Radford et al. (2021), section 3.1.4.
+        """
+        single, names = many(labels)
+        if single:
+            raise InputError(f"labels is a {type(labels).__name__}; expected a list of str.")
+        wanted = [BLANK] if templates is None else many(templates)[1]
+        check_labels(names, wanted)
+        texts = [template.replace(BLANK, name) for name in names for template in wanted]
+        rows = self.text_rows(texts, None, "text_embeds", truncate=truncate)
+        means = rows.reshape(len(names), len(wanted), -1).mean(1)
+        lengths = np.linalg.norm(means, axis=1, keepdims=True)
+        return Labels(tuple(names), np.asarray(means / np.maximum(lengths, np.float32(1e-12)), np.float32))
+
+    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        """As ``LoadedBundle.run``; the inputs of both towers give both vectors, and the logits between them.
+
+        ``logits_per_image`` is (images, texts), ``logits_per_text`` its transpose, as transformers' CLIPModel has
+        them; each tower has a batch size of its own.
+        """
+        if not isinstance(inputs, Mapping) or "pixel_values" not in inputs or "input_ids" not in inputs:
+            return super().run(inputs, outputs)
+        image = super().run({"pixel_values": inputs["pixel_values"]})
+        text = super().run({name: array for name, array in inputs.items() if name != "pixel_values"})
+        logits = self._logits(image["image_embeds"], text["text_embeds"])
+        found = {LOGITS[0]: logits, LOGITS[1]: logits.T.copy(), **text, **image}
+        unknown = [name for name in outputs or () if name not in found]
+        if unknown:
+            raise InputError(f"unknown output {unknown[0]!r}; both towers give {', '.join(found)}.")
+        return {name: found[name] for name in outputs or found}
+
+    def _logits(self, image_embeds: Floats, text_embeds: Floats) -> Floats:
+        """(images, texts), in FP32."""
+        return np.asarray(np.float32(self.logit_scale) * (image_embeds @ text_embeds.T), np.float32)
+
+
+def check_labels(names: Sequence[Any], templates: Sequence[Any]) -> None:
+    """Raise InputError for lists that are empty or hold anything but str, and for templates without a blank."""
+    for what, given in (("labels", names), ("templates", templates)):
+        if not given:
+            raise InputError(f"{what} is empty; give at least one.")
+        for index, text in enumerate(given):
+            if not isinstance(text, str):
+                raise InputError(f"{what}[{index}] is a {type(text).__name__}; expected a str.")
+    for index, template in enumerate(templates):
+        if template.count(BLANK) != 1:
+            raise InputError(
+                f"templates[{index}] is {template[:60]!r}; expected one {BLANK} in it, where the label goes: "
+                "'a photo of a {}'."
+            )
