@@ -92,15 +92,15 @@ MARIAN = {
 CLIP = {  # each tower with other sizes
     "projection_dim": 37,
     "text_config": {
-        "vocab_size": 101,
+        "vocab_size": 518,
         "hidden_size": 120,
         "intermediate_size": 203,
         "num_hidden_layers": 2,
         "num_attention_heads": 3,
         "max_position_embeddings": 23,
-        "bos_token_id": 99,
-        "eos_token_id": 100,
-        "pad_token_id": 1,
+        "bos_token_id": 516,
+        "eos_token_id": 517,
+        "pad_token_id": 517,
     },
     "vision_config": {**VIT, "hidden_size": 160},
 }
@@ -113,8 +113,8 @@ def save_checkpoint(
 ) -> Path:
     """Write what ``save_pretrained`` writes.
 
-    Weights are normal with deviation 0.2, larger than at initialisation, so that every layer matters. BERT
-    folders get ``vocab.txt``; ``tokenizer=False`` leaves it out.
+    Weights are normal with deviation 0.2, larger than at initialisation, so that every layer matters. BERT and
+    CLIP folders get a vocabulary, CLIP's an image processor besides; ``tokenizer=False`` leaves them out.
     """
     import torch
     import transformers
@@ -133,7 +133,27 @@ def save_checkpoint(
     if bert and tokenizer:
         (folder / "vocab.txt").write_text("\n".join(vocabulary()) + "\n", encoding="utf-8")
         (folder / "tokenizer_config.json").write_text('{"do_lower_case": true}')
+    if architecture.startswith("CLIP") and tokenizer:
+        save_clip_processor(folder)
     return folder
+
+
+def save_clip_processor(folder: Path) -> None:
+    """Every byte, alone and at a word's end, two merges, and an image processor for 20x20 pixels."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    alphabet = sorted(ByteLevel.alphabet())
+    tokens = [*alphabet, *(f"{c}</w>" for c in alphabet), "th", "the</w>", "unused", "too"]
+    vocabulary = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
+    for token in ("<|startoftext|>", "<|endoftext|>"):
+        vocabulary[token] = len(vocabulary)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\nt h\nth e</w>\n")
+    (folder / "tokenizer_config.json").write_text('{"model_max_length": 23}')
+    sizes = {"size": {"shortest_edge": 20}, "crop_size": {"height": 20, "width": 20}}
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"image_processor_type": "CLIPImageProcessor", **sizes})
+    )
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from transom.models.clip import TEXT_SIZES, tower
 from transom.runtime.errors import CheckpointError
 
 WORST = 1e-5  # max|ours - theirs| / max|theirs|
-EOS = 100
+EOS = 517
 MakeCheckpoint = Callable[..., Path]
 
 
@@ -40,7 +40,7 @@ def change(folder: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
 def texts(B: int, S: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids that end at different places, the rest padding; the last row is full and has no end."""
     torch.manual_seed(S)
-    ids, mask = torch.randint(2, 99, (B, S)), torch.ones(B, S, dtype=torch.long)
+    ids, mask = torch.randint(2, 516, (B, S)), torch.ones(B, S, dtype=torch.long)
     for row in range(B - 1):
         end = min(row * 3, S - 1)
         ids[row, end:], mask[row, end + 1 :] = EOS, 0
@@ -79,7 +79,7 @@ def test_equals_transformers_in_both_conventions_of_pooling(make_checkpoint: Mak
 
 
 def test_where_a_text_ends(make_checkpoint: MakeCheckpoint) -> None:
-    ids = torch.tensor([[99, 5, 100, 100], [99, 100, 7, 100], [99, 5, 6, 7], [4, 4, 3, 3]])
+    ids = torch.tensor([[516, 5, 517, 517], [516, 517, 7, 517], [516, 5, 6, 7], [4, 4, 3, 3]])
     ends = load(make_checkpoint("CLIPModel")).module.text_model.ends(ids)
     assert ends.flatten().tolist() == [2, 1, 0, 0]  # the first end-of-text token, else position 0
     old = change(make_checkpoint("CLIPModel"), lambda config: config["text_config"].update(eos_token_id=2))
@@ -145,10 +145,10 @@ def test_a_towers_config_is_merged_as_in_transformers(raw: dict[str, Any]) -> No
         (lambda c: c["vision_config"].update(patch_size=[4]), r"patch_size is \[4\], expected one or two integers"),
         (lambda c: c["vision_config"].update(patch_size=21), r"image_size \(20, 20\) is smaller than one patch"),
         (
-            lambda c: c["text_config"].update(eos_token_id=[100]),
-            r"eos_token_id is \[100\], expected a token in 0\.\.100",
+            lambda c: c["text_config"].update(eos_token_id=[517]),
+            r"eos_token_id is \[517\], expected a token in 0\.\.517",
         ),
-        (lambda c: c["text_config"].update(eos_token_id=101), r"eos_token_id is 101, expected a token in 0\.\.100"),
+        (lambda c: c["text_config"].update(eos_token_id=518), r"eos_token_id is 518, expected a token in 0\.\.517"),
         (lambda c: c.update(text_config="large"), r"text_config is 'large', expected an object"),
         (lambda c: c.update(projection_dim=0), r"projection_dim is 0, expected an integer"),
         (lambda c: c.update(architectures=["CLIPForImageClassification"]), r"'CLIPForImageClassification'.*CLIPModel"),
