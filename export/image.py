@@ -40,18 +40,20 @@ PROCESSORS = {
     "CLIPImageProcessor": CLIP,
     "BitImageProcessor": CLIP,
 }
+PROCESSOR_OF = {"clip": "CLIPImageProcessor"}  # by config.json's model_type; the others' is ViTImageProcessor
 
 
 def image_preprocess_from_checkpoint(folder: Path, height: int, width: int, channels: int = 3) -> ImagePreprocess:
     """How images of this checkpoint become (channels, height, width), the size of the exported model.
 
     Reads preprocessor_config.json, or the image_processor within processor_config.json, which wins as
-    in transformers; without either it is ViTImageProcessor's default. Where the file was written for
-    another size than the model's, resize and crop are scaled to the model's. Raises CheckpointError
-    for a processor or a setting that is not defined here, and for a file that is damaged.
+    in transformers; where neither names a processor it is that of config.json's model type, and without
+    either file that one's defaults. Where the file was written for another size than the model's, resize
+    and crop are scaled to the model's. Raises CheckpointError for a processor or a setting that is not
+    defined here, and for a file that is damaged.
     """
     words, path = _read(folder)
-    defaults = _defaults(words, path)
+    defaults = _defaults(words, path, read_optional(folder / "config.json").get("model_type"))
     for name in ("do_pad", "use_square_size"):
         if _flag(words, name, False, path):
             raise _refusal(path, f"{name} is true, which Transom does not define")
@@ -89,11 +91,11 @@ def _read(folder: Path) -> tuple[dict[str, Any], Path]:
     return read_optional(own), own
 
 
-def _defaults(words: Mapping[str, Any], path: Path) -> Defaults:
+def _defaults(words: Mapping[str, Any], path: Path, model_type: object) -> Defaults:
     """Of the processor's class, by its name now or before transformers 4.26 (ViTFeatureExtractor)."""
     name = words.get("image_processor_type")
     if name is None:
-        name = str(words.get("feature_extractor_type") or "ViTImageProcessor")
+        name = str(words.get("feature_extractor_type") or PROCESSOR_OF.get(str(model_type), "ViTImageProcessor"))
         name = name.replace("FeatureExtractor", "ImageProcessor")
     known = PROCESSORS.get(str(name).removesuffix("Fast").removesuffix("Pil"))
     if known is None:

@@ -23,8 +23,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL.Image import Image
 from transformers import (
+    AutoImageProcessor,
     BitImageProcessorPil,
     CLIPImageProcessorPil,
+    CLIPProcessor,
+    CLIPTokenizer,
     DeiTImageProcessorPil,
     ViTImageProcessorPil,
 )
@@ -234,6 +237,79 @@ def test_any_size(
     ours = our_preprocess(processor, tmp_path, *crop)
     theirs = their_pixels(processor, PIL.Image.fromarray(noise))
     np.testing.assert_array_equal(ours([noise]), theirs, strict=True)
+
+
+OPENAI = {  # preprocessor_config.json of OpenAI's CLIP checkpoints
+    "crop_size": 224,
+    "do_center_crop": True,
+    "do_normalize": True,
+    "do_resize": True,
+    "feature_extractor_type": "CLIPFeatureExtractor",
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "resample": 3,
+    "size": 224,
+}
+AS_CLIPS: dict[str, Callable[[Image], Image]] = {
+    "as it is": lambda i: i,
+    "wide": lambda i: i.resize((997, 61)),
+    "tall": lambda i: i.resize((61, 997)),
+    "one pixel wide": lambda i: i.resize((1, 100)),
+    "one pixel high": lambda i: i.resize((100, 1)),
+    "one pixel": lambda i: i.resize((1, 1)),
+    "the size itself": lambda i: i.resize((224, 224)),
+    "one short of it": lambda i: i.resize((223, 225)),
+    "large": lambda i: i.resize((4001, 2999)),
+    "RGBA": lambda i: with_alpha(i, "RGBA"),
+    "grey": lambda i: i.convert("L"),
+    "grey and alpha": lambda i: with_alpha(i, "LA"),
+    "palette": lambda i: i.quantize(16),
+    "one bit": lambda i: i.convert("1"),
+    "CMYK": lambda i: i.convert("CMYK"),
+}
+
+
+@pytest.mark.parametrize("name", AS_CLIPS)
+def test_images_as_openais_clip_takes_them(name: str, photo: Image, tmp_path: Path) -> None:
+    """Through the older checkpoint's own file, and through what CLIPProcessor writes today."""
+    image = AS_CLIPS[name](photo)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(OPENAI))
+    ours = image_preprocess_from_checkpoint(tmp_path, 224, 224)
+    processor = pil_processor(tmp_path)
+    theirs = their_pixels(processor, image)
+    np.testing.assert_array_equal(ours([image]), theirs, strict=True)
+    assert theirs.shape == (1, 3, 224, 224)
+    CLIPProcessor(processor, CLIPTokenizer()).save_pretrained(tmp_path / "new")
+    assert [path.name for path in (tmp_path / "new").glob("*processor*")] == ["processor_config.json"]
+    assert image_preprocess_from_checkpoint(tmp_path / "new", 224, 224) == ours
+
+
+def pil_processor(folder: Path) -> Any:
+    """AutoImageProcessor's, of the backend whose pixels are ours."""
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    assert type(processor) is CLIPImageProcessorPil
+    return processor
+
+
+@pytest.mark.parametrize("words", [None, {}, {"size": 240, "crop_size": 200}, {"do_normalize": False}], ids=repr)
+def test_clips_processor_where_the_file_names_none(words: dict[str, Any] | None, photo: Image, tmp_path: Path) -> None:
+    """The model's type decides; without a file transformers has no answer, and CLIP's defaults are ours."""
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    if words is not None:
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(words))
+    processor = CLIPImageProcessorPil() if words is None else pil_processor(tmp_path)
+    theirs = their_pixels(processor, photo)
+    ours = image_preprocess_from_checkpoint(tmp_path, *theirs.shape[2:])
+    np.testing.assert_array_equal(ours([photo]), theirs, strict=True)
+
+
+@pytest.mark.parametrize("side", [16, 75, 112, 225, 336])
+def test_a_clip_of_another_size_resizes_and_crops_to_it(side: int, photo: Image, tmp_path: Path) -> None:
+    """As the processor of OpenAI's 336-pixel model does: both numbers are the model's size."""
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(OPENAI))
+    ours = image_preprocess_from_checkpoint(tmp_path, side, side)
+    theirs = their_pixels(CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=side), photo)
+    np.testing.assert_array_equal(ours([photo]), theirs, strict=True)
 
 
 def test_a_batch_of_different_images(photo: Image, tmp_path: Path) -> None:
@@ -610,9 +686,11 @@ def test_without_a_file_it_is_vits_default_at_the_models_size(tmp_path: Path) ->
     assert (grey.channels, grey.mean, grey.std) == (1, (0.5,), (0.5,))
 
 
-@pytest.mark.parametrize("name", ["ViTImageProcessor", "ViTImageProcessorFast", "ViTImageProcessorPil"])
-def test_every_spelling_of_the_class(name: str, tmp_path: Path) -> None:
-    assert from_words(tmp_path, {"image_processor_type": name}).resample == "bilinear"
+@pytest.mark.parametrize("ending", ["", "Fast", "Pil"])
+@pytest.mark.parametrize(("stem", "resample"), [("ViT", "bilinear"), ("CLIP", "bicubic")])
+def test_every_spelling_of_the_class(stem: str, resample: str, ending: str, tmp_path: Path) -> None:
+    words = {"image_processor_type": f"{stem}ImageProcessor{ending}"}
+    assert from_words(tmp_path, words).resample == resample
 
 
 def test_the_nested_file_wins(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """From a checkpoint's tokenizer files to one JSON file and the ``tokenizer`` object of a bundle.
 
 The ids are those of ``transformers.AutoTokenizer.from_pretrained(folder)``, 5.23, which does not simply
-run tokenizer.json: for BERT's and GPT-2's classes it takes the vocabulary from it (or from the older files)
+run tokenizer.json: for BERT's, GPT-2's and CLIP's classes it takes the vocabulary from it (or from the older files)
 and rebuilds the rest from tokenizer_config.json; Marian's it cuts with SentencePiece itself.
 """
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transom.export.tokenizers.bert import bert_tokenizer, frame_as_bert
+from transom.export.tokenizers.clip import clip_tokenizer, frame_as_clip
 from transom.export.tokenizers.gpt2 import frame_as_gpt2, gpt2_tokenizer
 from transom.export.tokenizers.marian import SOURCE, TARGET, Side, marian_bytes, marian_special_tokens
 from transom.export.tokenizers.settings import (
@@ -63,7 +64,9 @@ def tokenizer_from_checkpoint(folder: Path, max_positions: int, rows: int | None
         add_tokens(tokenizer, list(added.values()), named, given.get("extra_special_tokens") or [])
         if is_bert(folder, given):
             frame_as_bert(tokenizer, named)
-        if class_name(folder, given) == "GPT2Tokenizer" and not (folder / FILE).is_file():
+        elif class_name(folder, given) == "CLIPTokenizer":
+            frame_as_clip(tokenizer, named)
+        elif class_name(folder, given) == "GPT2Tokenizer" and not (folder / FILE).is_file():
             frame_as_gpt2(tokenizer, named, given)
         if sentence.get("do_lower_case"):
             lower_case_first(tokenizer)
@@ -126,12 +129,14 @@ def build(folder: Path, given: dict[str, Any], rows: int | None) -> tuple[Tokeni
     else:
         truncation, padding = stored.get("truncation") or {}, stored.get("padding") or {}
         given.setdefault("truncation_side", truncation.get("direction", "Right").lower())
-        if name != "GPT2Tokenizer":
+        if name not in ("GPT2Tokenizer", "CLIPTokenizer"):  # these name it in their arguments
             given.setdefault("pad_token", padding.get("pad_token"))
     if is_bert(folder, given):
         return bert_tokenizer(folder, stored, given)
     if name == "GPT2Tokenizer":
         return gpt2_tokenizer(folder, stored, given, rows)
+    if name == "CLIPTokenizer":
+        return clip_tokenizer(folder, stored, given, rows)
     if stored is None:
         raise no_stand_in(folder, name)
     return parse_tokenizer(path.read_bytes()), names(given)

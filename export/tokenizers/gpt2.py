@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transom.export.tokenizers.settings import FILE, names, refusal
-from transom.export.tokenizers.vocabulary import check_rows, read_vocabulary
-from transom.runtime.tokenizer_json import parse_tokenizer
+from transom.export.tokenizers.settings import names
+from transom.export.tokenizers.vocabulary import read_bpe
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -27,23 +26,7 @@ def gpt2_tokenizer(
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
 
-    template = None
-    if stored is not None:
-        opened = parse_tokenizer((folder / FILE).read_bytes())
-        if type(opened.model).__name__ != "BPE":
-            kind = type(opened.model).__name__
-            raise refusal(folder, f"tokenizer.json holds a {kind} model and GPT2Tokenizer takes BPE")
-        vocabulary = stored["model"]["vocab"]
-        pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in stored["model"]["merges"]]
-        merges = [(str(first), str(second)) for first, second in pairs]
-        check_rows(FILE, vocabulary, rows)
-        template = opened.post_processor
-    else:
-        missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
-        if missing:
-            raise refusal(folder, f"neither tokenizer.json nor {' and '.join(missing)}, which GPT2Tokenizer is made of")
-        read_vocabulary(folder / "vocab.json", rows)
-        vocabulary, merges = BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+    (vocabulary, merges), template = read_bpe(folder, stored, rows, "GPT2Tokenizer")
     prefix = given.get("add_prefix_space", False)
     tokenizer = Tokenizer(BPE(vocabulary, merges, continuing_subword_prefix="", end_of_word_suffix="", fuse_unk=False))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)

@@ -1,11 +1,44 @@
-"""vocab.json: a JSON object of ids by token."""
+"""A BPE vocabulary and its merges, of tokenizer.json or of vocab.json and merges.txt."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from transom.export.tokenizers.settings import FILE, refusal
 from transom.models.json_files import read_object
+from transom.runtime.tokenizer_json import parse_tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers.processors import PostProcessor
+
+Bpe = tuple[dict[str, int], list[tuple[str, str]]]
+
+
+def read_bpe(
+    folder: Path, stored: Mapping[str, Any] | None, rows: int | None, name: str
+) -> tuple[Bpe, PostProcessor | None]:
+    """Vocabulary and merges for the class ``name``, and the template of a tokenizer.json.
+
+    ``stored`` is tokenizer.json, parsed, or None where there is none; it wins over the two older files.
+    """
+    from tokenizers.models import BPE
+
+    if stored is not None:
+        opened = parse_tokenizer((folder / FILE).read_bytes())
+        kind = type(opened.model).__name__
+        if kind != "BPE":
+            raise refusal(folder, f"tokenizer.json holds a {kind} model and {name} takes BPE")
+        vocabulary = stored["model"]["vocab"]
+        pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in stored["model"]["merges"]]
+        check_rows(FILE, vocabulary, rows)
+        return (vocabulary, [(str(first), str(second)) for first, second in pairs]), opened.post_processor
+    missing = [file for file in ("vocab.json", "merges.txt") if not (folder / file).is_file()]
+    if missing:
+        raise refusal(folder, f"neither tokenizer.json nor {' and '.join(missing)}, which {name} is made of")
+    read_vocabulary(folder / "vocab.json", rows)
+    return BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt")), None
 
 
 def read_vocabulary(path: Path, rows: int | None) -> dict[str, int]:
