@@ -8,7 +8,7 @@ WORKERS    ?= auto
 PYTEST_ARGS ?=
 
 ROOMS      := models export runtime calib cli
-REFERENCES := vit minilm bert gpt transformer
+REFERENCES := vit minilm bert gpt transformer clip
 VENV       := .venv
 WHEEL_VENV := build/wheel-venv
 

@@ -28,7 +28,7 @@ def table(
 
     Its columns are size, worst error, score in PyTorch and in the bundle, and p50. That median latency is
     measured here and now, on the CPU, at the sizes that each bundle is tuned for; of a bundle that
-    generates it is that of one token.
+    generates it is that of one token, of a CLIP that of one image.
     Exit status 1 when a bundle cannot be loaded; its row says why.
     """
     with progress(quiet=as_json) as report:
@@ -48,13 +48,14 @@ def row_of(path: Path) -> dict[str, Any]:
     """One bundle's row; an ``error`` in place of the figures where it cannot be loaded or run."""
     from transom.runtime import load
     from transom.runtime.bench import Effort, measurements
+    from transom.runtime.tasks.generator import Generator
 
     try:
         with load(path) as loaded:
             manifest = loaded.manifest
             effort = Effort(RUNS, WARMUP, SECONDS)
             timings = [timing for measurement in measurements(loaded, {}) for timing in measurement(effort)]
-            timing = timings[-1]  # of a bundle that generates, its tokens; others have one graph
+            timing = timings[-1 if isinstance(loaded, Generator) else 0]  # a token; an image, where texts are known
     except TransomError as error:
         return {"bundle": path, "error": {"type": type(error).__name__, "message": str(error)}}
     return {
@@ -80,8 +81,9 @@ def show(rows: list[dict[str, Any]]) -> None:
     for data in dict.fromkeys(score_data(row["score"]) for row in good if row["score"]):
         print(printable(f"score: {data}"))
     for row in good:
-        if row["p50_of"] == "decode":
-            print(printable(f"p50 of {row['bundle']}: each new token, {sizes_text(row['sizes'])}"))
+        if row["p50_of"] != "model":  # of several graphs or steps, one
+            what = "each new token" if row["p50_of"] == "decode" else f"the graph {row['p50_of']}"
+            print(printable(f"p50 of {row['bundle']}: {what}, {sizes_text(row['sizes'])}"))
     if any(row["gpu_format"] for row in good):
         print(GPU_NOTE)
     for row in rows:

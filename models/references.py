@@ -73,6 +73,12 @@ REFERENCES = {
             shipped("transformer"),
             "5e2cd88f661030ae1fe95e744036a7497b77060c5d19ff7d6c9e450e621a6d77",
         ),
+        Reference(
+            "clip",
+            "CLIP of 0.2 M parameters that tells digits by sentences that name them, by examples/train_clip_digits.py",
+            shipped("clip"),
+            "3280ec489786e9a07be9d448bf90034dece413e4cfddd663a4d84d8333776b63",
+        ),
     )
 }
 
