@@ -24,16 +24,19 @@ def blocks(language: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory, vit_bundle: Path, gpt_bundle: Path, dates_bundle: Path) -> Path:
+def desk(
+    tmp_path_factory: pytest.TempPathFactory, vit_bundle: Path, clip_bundle: Path, gpt_bundle: Path, dates_bundle: Path
+) -> Path:
     """A folder in which somebody ran `make export`, minilm left out, then every `transom` command of the README."""
     folder = tmp_path_factory.mktemp("desk")
     (folder / "bundles").mkdir()
-    for name, bundle in {"vit": vit_bundle, "gpt": gpt_bundle, "transformer": dates_bundle}.items():
+    made = {"vit": vit_bundle, "clip": clip_bundle, "gpt": gpt_bundle, "transformer": dates_bundle}
+    for name, bundle in made.items():
         (folder / "bundles" / name).symlink_to(bundle)
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 30, 3), np.uint8)).save(folder / "digit.png")
     lines = [line.split("#")[0] for block in blocks("sh") for line in block.splitlines()]
     commands = [shlex.split(line) for line in lines if line.startswith("transom ")]
-    assert [command[1] for command in commands] == ["export", "selftest", "run", "run", "run", "report", "bench"]
+    assert [command[1] for command in commands] == ["export", "selftest", *["run"] * 4, "report", "bench"]
     for command in commands:
         run = [sys.executable, "-m", "transom.cli.main", *command[1:]]
         done = subprocess.run(run, cwd=folder, capture_output=True, text=True)
@@ -58,6 +61,7 @@ def test_the_commands_and_the_code_of_the_readme_run(desk: Path, monkeypatch: py
     assert (vectors.dtype, vectors.shape, logits.shape) == (np.float32, (2, 384), (1, 10))
     assert names["dates"] == ["1979-05-03", "1921-03-02"]
     assert isinstance(names["text"], str)
+    assert -1 <= float(str(names["similar"])) <= 1
     assert 1 < float(str(names["perplexity"])) < 1000
 
 
