@@ -19,7 +19,7 @@ import pytest
 
 # Before anything imports huggingface_hub: no test reaches for the network; those of the hub set it themselves.
 os.environ["HF_HUB_OFFLINE"] = "1"
-pytest.register_assert_rewrite("command_line", "decoder_definitions")
+pytest.register_assert_rewrite("command_line", "decoder_definitions", "tiny_models")
 
 WORDS = """
 the a of and to in is it that was for on are as with his they at be this have from or one had by word but

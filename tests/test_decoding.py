@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-import json
-import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +12,14 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
+from tiny_models import Counted, assert_close, logits_of, random_ids
 from transom.runtime import load
 from transom.runtime.decoding import CHUNK, Decoding
 from transom.runtime.errors import InputError, ShapeError
 
 Exported = Callable[..., tuple[Path, Path]]
 MakeCheckpoint = Callable[..., Path]
-WORST = 1e-5  # max|ours - theirs| / max|theirs|
 HEADS, SIZE = 2, 80  # of the tiny GPT-2
-
-
-def assert_close(found: NDArray[Any], expected: NDArray[Any]) -> None:
-    assert found.shape == expected.shape
-    assert np.abs(found - expected).max() <= WORST * np.abs(expected).max()
 
 
 # ------------------------------------------------------------------------------------------- raw runs
@@ -49,15 +40,6 @@ def gpt_theirs(exported: Exported) -> Any:
 def marian(exported: Exported) -> Iterator[Any]:
     with load(exported("MarianMTModel")[1], threads=1) as bundle:
         yield bundle
-
-
-def logits_of(model: Any, ids: Any, **inputs: Any) -> NDArray[np.float32]:
-    with torch.no_grad():
-        return model(torch.as_tensor(np.array(ids)), **inputs).logits.numpy()  # type: ignore[no-any-return]
-
-
-def random_ids(shape: Any, seed: int = 0) -> NDArray[np.int64]:
-    return np.random.default_rng(seed).integers(0, 100, shape)
 
 
 def caches(bundle: Any, B: int, C: int) -> dict[str, NDArray[Any]]:
@@ -211,18 +193,6 @@ def test_the_decoder_of_an_encoder_decoder_runs_raw(marian: Any, exported: Expor
 # --------------------------------------------------------------------------------------------- decoding
 
 
-class Counted:
-    """A backend that counts its calls and keeps what it was fed."""
-
-    def __init__(self, backend: Any) -> None:
-        self.inner, self.graph, self.device = backend, backend.graph, backend.device
-        self.fed: list[dict[str, Any]] = []
-
-    def run(self, feeds: Any, shapes: Any) -> Any:
-        self.fed.append(dict(feeds))
-        return self.inner.run(feeds, shapes)
-
-
 @pytest.mark.parametrize("lengths", [[67], [5, 2, 31], [1, 1], [64, 3]])
 def test_prompts_read_at_once_in_chunks_or_one_by_one(
     gpt: Any, gpt_theirs: Any, monkeypatch: pytest.MonkeyPatch, lengths: list[int]
@@ -301,184 +271,3 @@ def test_beams_of_sources_read_their_own_source(marian: Any) -> None:
         alone = marian.begin([ids[source, :4].tolist() if source == 0 else ids[source].tolist()])
         alone.decoding.feed(np.array(fed[:1]))
         assert_close(found[row], alone.decoding.feed(np.array(fed[1:]))[0])
-
-
-# ------------------------------------------------------------------------------------------ whole calls
-
-
-def greedy_alone(model: Any, prompt: list[int], new: int) -> list[int]:
-    ids = list(prompt)
-    for _ in range(new):
-        ids.append(int(logits_of(model, [ids])[0, -1].argmax()))
-        if ids[-1] == 100:  # the tiny checkpoint's end-of-sequence token
-            break
-    return ids[len(prompt) :]
-
-
-def test_a_ragged_batch_is_as_each_alone(gpt: Any, gpt_theirs: Any) -> None:
-    prompts = [random_ids(n, seed=n).tolist() for n in (1, 40, 7, 3, 12)]  # B is 3: two batches
-    found = gpt.generate(prompts, max_new_tokens=20)
-    assert found == [gpt.generate(prompt, max_new_tokens=20) for prompt in prompts]
-    assert found == [greedy_alone(gpt_theirs, prompt, 20) for prompt in prompts]
-
-
-@pytest.mark.parametrize("architecture", ["GPT2LMHeadModel", "MarianMTModel"])
-def test_many_threads_generate_as_one_would(exported: Exported, architecture: str) -> None:
-    rng = np.random.default_rng(5)
-    calls = [
-        ([rng.integers(1, 99, n).tolist() for n in rng.integers(1, 30, rows)], {"max_new_tokens": int(new), **more})
-        for rows, new in zip(rng.integers(1, 4, 12), rng.integers(1, 25, 12), strict=True)
-        for more in ({"num_beams": 1}, {"num_beams": 3, "do_sample": False})
-    ]
-    with load(exported(architecture)[1], threads=1) as bundle:
-        serial = [bundle.generate(prompts, **options) for prompts, options in calls]
-        with ThreadPoolExecutor(4) as pool:
-            found = list(pool.map(lambda call: bundle.generate(call[0], **call[1]), calls))
-    assert found == serial
-
-
-def resident() -> float:
-    """This process's memory in MiB."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
-    return int(line.split()[1]) / 1024
-
-
-@pytest.mark.parametrize("architecture", ["GPT2LMHeadModel", "MarianMTModel"])
-def test_many_generations_leave_memory_flat_and_answers_fresh(exported: Exported, architecture: str) -> None:
-    rng = np.random.default_rng(0)
-
-    def call() -> tuple[list[list[int]], int]:
-        prompts = [rng.integers(1, 99, n).tolist() for n in rng.integers(1, 40, rng.integers(1, 4))]
-        return prompts, int(rng.integers(1, 27))
-
-    calls = [call() for _ in range(180)]
-    with load(exported(architecture)[1], threads=1) as bundle:
-        found = []
-        for number, (prompts, new) in enumerate(calls):
-            found.append(bundle.generate(prompts, max_new_tokens=new, num_beams=1))
-            if number == 60:  # the allocators have seen every size by now
-                gc.collect()
-                before = resident()
-        gc.collect()
-        grown = resident() - before
-    assert grown < 4, f"{grown:.1f} MiB"  # a cache of one call is 1 MiB: leaked 120 times it would be 60 and more
-    for number in (0, 77, 179):
-        with load(exported(architecture)[1], threads=1) as fresh:
-            prompts, new = calls[number]
-            assert fresh.generate(prompts, max_new_tokens=new, num_beams=1) == found[number]
-
-
-def test_a_stream_left_half_way_frees_its_buffers(gpt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[Any] = []
-    begin = type(gpt).begin
-
-    def watched(self: Any, rows: Any) -> Any:
-        begun = begin(self, rows)
-        made.extend(weakref.ref(buffer) for buffer in begun.decoding._cache.buffers.values())
-        made.append(weakref.ref(begun.decoding))
-        return begun
-
-    monkeypatch.setattr(type(gpt), "begin", watched)
-    expected = gpt.generate([1, 2, 3], max_new_tokens=20)
-    made.clear()
-    gc.collect()
-    gc.disable()  # without a search for cycles
-    try:
-        stream = gpt.stream([1, 2, 3], max_new_tokens=20)
-        assert [next(stream), next(stream)] == expected[:2]
-        assert len(made) == 7
-        assert all(reference() is not None for reference in made)
-        stream.close()
-        del stream
-        assert [reference() for reference in made] == [None] * 7
-        made.clear()
-        for _ in gpt.stream([1, 2, 3], max_new_tokens=20):
-            break
-        assert [reference() for reference in made] == [None] * 7
-    finally:
-        gc.enable()
-    assert gpt.generate([1, 2, 3], max_new_tokens=20) == expected
-
-
-@pytest.mark.parametrize("architecture", ["GPT2LMHeadModel", "MarianMTModel"])
-@pytest.mark.parametrize("call", ["generate", "stream"])
-def test_what_does_not_fit_is_told_before_the_first_step(exported: Exported, architecture: str, call: str) -> None:
-    from transom.runtime.backend import open_backend
-    from transom.runtime.bundle import Bundle
-    from transom.runtime.tasks import task_class
-
-    bundle, counted = Bundle(exported(architecture)[1]), []
-
-    def opener(*arguments: Any) -> Any:
-        counted.append(Counted(open_backend(*arguments)))
-        return counted[-1]
-
-    with task_class(bundle.manifest.family)(bundle, "cpu", 1, opener) as loaded:
-        fits, too_many = (57, 58) if architecture == "GPT2LMHeadModel" else (66, 67)
-        with pytest.raises(
-            InputError, match=rf"and {too_many} new ones make 68; the context holds 67.*new_tokens={fits}"
-        ):
-            getattr(loaded, call)([3] * 10, max_new_tokens=too_many)
-        with pytest.raises(InputError, match=r"the context holds 67|at most 67 fit|axis S"):
-            getattr(loaded, call)([3] * 68, max_new_tokens=1)
-        for wrong in ([3, 101], [-1], []):
-            with pytest.raises(InputError):
-                getattr(loaded, call)(wrong, max_new_tokens=1)
-        with pytest.raises(InputError):
-            getattr(loaded, call)([3], temperature=2.0)
-        assert not any(backend.fed for backend in counted)
-        assert len(list(getattr(loaded, call)([3] * 10, max_new_tokens=fits))) <= fits
-
-
-# ------------------------------------------------------------------------- weights that overflow in a row
-
-
-@pytest.fixture(scope="module")
-def overflowing(exported: Exported, make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny GPT-2 with one embedding row changed inside the finished bundle: whoever reads token 0 gets NaN."""
-    import shutil
-    from hashlib import sha256
-
-    import onnx
-
-    from transom.runtime.bundle import manifest_sha256
-
-    folder = tmp_path_factory.mktemp("overflowing") / "bundle"
-    shutil.copytree(exported("GPT2LMHeadModel")[1], folder)
-    model = onnx.load(folder / "decoder.onnx")
-    gathers = [node for node in model.graph.node if node.op_type == "Gather" and "wte.weight" in node.input[0]]
-    assert len(gathers) == 1
-    (table,) = (w for w in model.graph.initializer if w.name == gathers[0].input[0])
-    changed = onnx.numpy_helper.to_array(table).copy()
-    changed[0] = np.inf
-    copy = onnx.numpy_helper.from_array(changed, "overflowing")
-    model.graph.initializer.append(copy)
-    gathers[0].input[0] = "overflowing"  # the head keeps the sound one
-    data = model.SerializeToString()
-    (folder / "decoder.onnx").write_bytes(data)
-    words = json.loads((folder / "bundle.json").read_text())
-    words["files"]["decoder.onnx"] = {"size": len(data), "sha256": sha256(data).hexdigest()}
-    words["manifest_sha256"] = manifest_sha256(words)
-    (folder / "bundle.json").write_text(json.dumps(words))
-    return folder
-
-
-def test_a_row_that_overflows_is_an_error_of_its_own(overflowing: Path, gpt: Any) -> None:
-    sound = [random_ids(n, seed=n).clip(1).tolist() for n in (9, 2)]
-    expected = gpt.generate(sound, max_new_tokens=9)
-    assert not any(0 in row for row in expected)
-    with load(overflowing, threads=1) as bundle:
-        with pytest.raises(InputError, match="logits for prompt 1 are NaN at new token 1"):
-            bundle.generate([sound[0], [5, 0, 7], sound[1]], max_new_tokens=9)
-        logits = bundle.begin([sound[0], [5, 0, 7], sound[1]]).logits
-        assert np.isnan(logits[1]).all()
-        assert_close(logits[[0, 2]], gpt.begin(sound).logits)
-        assert bundle.generate(sound, max_new_tokens=9) == expected  # a later request
-
-
-def test_padding_is_nobodys_business(overflowing: Path, gpt: Any) -> None:
-    """Rows are padded with tokens; one whose embedding overflows must not reach a row that does not hold it."""
-    prompts = [[5, 6, 7, 8], [9]]
-    with load(overflowing, threads=1) as bundle:
-        assert_close(bundle.begin(prompts).logits, gpt.begin(prompts).logits)
-        assert bundle.generate(prompts, max_new_tokens=4) == gpt.generate(prompts, max_new_tokens=4)
