@@ -3,7 +3,7 @@
     python examples/digit_captions.py        how many templates train, ten captions, and the words of the unseen prompts
 
 A caption is a template with a digit, as a word or as a numeral, at its ``{}``. Templates are composed of parts, such as
-"a blurry scan of" + "the digit {}" + "on a form" + ".". No template names a second digit, so "one" is always the digit.
+"a blurry scan of" + "the digit {}" + "on a form" + ".". None names a second digit: "one" is always the digit.
 """
 
 from __future__ import annotations
