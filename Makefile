@@ -6,6 +6,9 @@ PIP_ARGS   ?=
 PRECISIONS ?= fp32 fp16
 WORKERS    ?= auto
 PYTEST_ARGS ?=
+FUZZ_RUNS  ?= 1000000
+KILLS      ?= 200
+REQUESTS   ?= 1000
 
 ROOMS      := models export runtime calib cli
 REFERENCES := vit minilm bert gpt transformer clip
@@ -30,19 +33,20 @@ PYTEST_PARALLEL := -n $(WORKERS) --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help dev export check test suite wheel test-wheel clean typing again
+.PHONY: help dev export check test suite wheel test-wheel sweep clean typing again
 
 help: ## this table of contents
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo '  make export CHECKPOINT=path-or-hub-id [PRECISIONS="fp32 fp16 bf16"]   your own model, into bundles/'
 	@echo '  make test PYTEST_ARGS="-k bert"                                       a part of the suite'
+	@echo '  make sweep FUZZ_RUNS=20000 KILLS=20 REQUESTS=50                       minutes instead of an hour'
 	@echo '  make dev PYTHON=python3.12 PIP_ARGS="--extra-index-url URL"           another Python, a smaller torch'
 
 dev: $(STAMP) ## .venv with everything that export, tests and checks need, .venv/bin/transom among it
 
-export: $(STAMP) ## export, verify and self-test the reference models in each precision; ends in one table
-	@trap 'exit 130' INT; \
+export: $(STAMP) ## export, self-test and report on the reference models in each precision; ends in one table
+	@trap 'exit 130' INT; mkdir -p reports; \
 	if [ -n "$$CHECKPOINT" ]; then set -- "$$CHECKPOINT"; else set -- $(REFERENCES); fi; \
 	sources=$$#; failed=; \
 	for source in "$$@"; do \
@@ -53,7 +57,8 @@ export: $(STAMP) ## export, verify and self-test the reference models in each pr
 	        [ "$$precision" = fp32 ] || bundle=$$bundle-$$precision; \
 	        printf '\n== %s, %s: %s\n' "$$source" "$$precision" "$$bundle"; \
 	        if $(VENV)/bin/transom export "$$source" --precision "$$precision" --out "$$bundle" --force \
-	            && $(VENV)/bin/transom selftest "$$bundle"; \
+	            && $(VENV)/bin/transom selftest "$$bundle" \
+	            && $(VENV)/bin/transom report "$$bundle" --out "reports/$${bundle#bundles/}.html" --force; \
 	        then set -- "$$@" "$$bundle"; else failed="$$failed, $$source in $$precision"; fi; \
 	    done; \
 	done; \
@@ -91,7 +96,17 @@ test-wheel: wheel ## the suite, but for tests of numbers, on the wheel in an env
 	cd build/wheel-tests && OMP_NUM_THREADS=1 TRANSOM_REPO="$$OLDPWD" TRANSOM_TEST_WHEEL=1 \
 	    ../../$(WHEEL_VENV)/bin/python -P -m pytest $(PYTEST_PARALLEL) $(NUMBERS:%=--ignore-glob='*test_%*') tests
 
-clean: ## removes what was made here, except .venv and bundles/
+sweep: $(STAMP) ## damaged manifests by the million, kill -9 at 200 moments of an export, 32 threads on one bundle
+	@for name in $(REFERENCES); do \
+	    [ -e bundles/$$name/bundle.json ] || $(VENV)/bin/transom export "$$name" --out bundles/$$name || exit 1; \
+	done
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) atheris \
+	    || echo "make sweep: atheris cannot be installed here; manifests are damaged without looking at coverage" >&2
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/fuzz_manifests.py --runs $(FUZZ_RUNS) $(REFERENCES:%=bundles/%)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/kill_export.py --kills $(KILLS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/threads.py --requests $(REQUESTS) $(REFERENCES:%=bundles/%)
+
+clean: ## removes what was made here, except .venv, bundles/ and reports/
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -204,11 +204,14 @@ def test_make_export_goes_on_after_a_failure_and_then_fails(workshop: Path) -> N
     assert (workshop / "calls").read_text().splitlines() == [
         "transom export vit --precision fp32 --out bundles/vit --force",
         "transom selftest bundles/vit",
+        "transom report bundles/vit --out reports/vit.html --force",
         "transom export vit --precision fp16 --out bundles/vit-fp16 --force",
         "transom export minilm --precision fp32 --out bundles/minilm --force",
         "transom selftest bundles/minilm",
+        "transom report bundles/minilm --out reports/minilm.html --force",
         "transom export minilm --precision fp16 --out bundles/minilm-fp16 --force",
         "transom selftest bundles/minilm-fp16",
+        "transom report bundles/minilm-fp16 --out reports/minilm-fp16.html --force",
         "transom table bundles/vit bundles/minilm bundles/minilm-fp16",
     ]
     assert done.returncode != 0
@@ -222,11 +225,12 @@ def test_make_export_takes_a_path_with_spaces_and_dollars(workshop: Path) -> Non
     assert (workshop / "calls").read_text().splitlines() == [
         "transom export my $HOME's model/ --precision bf16 --out bundles/my $HOME's model-bf16 --force",
         "transom selftest bundles/my $HOME's model-bf16",
+        "transom report bundles/my $HOME's model-bf16 --out reports/my $HOME's model-bf16.html --force",
         "transom table bundles/my $HOME's model-bf16",
     ]
 
 
-@pytest.mark.parametrize("wrong", ["selftest bundles/vit-fp16", "table"])
+@pytest.mark.parametrize("wrong", ["selftest bundles/vit-fp16", "report bundles/vit", "table"])
 def test_make_export_fails_with_its_checks_and_its_table(workshop: Path, wrong: str) -> None:
     assert make(workshop, "export").returncode == 0
     assert make(workshop, "export", BREAK=wrong).returncode != 0
