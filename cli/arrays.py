@@ -12,12 +12,23 @@ if TYPE_CHECKING:
     from transom.runtime.backend import Array
 
 
+MAX_BYTES = 4 << 30  # unpacked; 7,000 images of 224x224 pixels
+
+
 def read_arrays(path: Path) -> dict[str, Array]:
     """The arrays of a .npz file by name. Raises InputError when it is none, or holds pickled objects."""
     import numpy as np
 
     try:
-        with np.load(path, allow_pickle=False) as file:
+        if path.exists() and not path.is_file():  # a pipe would block
+            raise ValueError("it is no regular file")
+        with (
+            path.open("rb") as opened,
+            np.load(opened, allow_pickle=False) as file,
+        ):  # which would leave a damaged one open
+            size = sum(entry.file_size for entry in file.zip.infolist())
+            if size > MAX_BYTES:  # a few kilobytes of a file can hold any number of zeros
+                raise ValueError(f"it unpacks to {size} bytes, at most {MAX_BYTES} are read")
             return {name: file[name] for name in file.files}
     except Exception as error:  # zipfile, zlib and numpy's header parser raise a dozen types
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error

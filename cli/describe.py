@@ -54,6 +54,7 @@ def manifest_json(path: Path, manifest: Manifest) -> dict[str, Any]:
         "score": manifest.score,
         "source": manifest.source,
         "tools": manifest.tools,
+        "operators": manifest.operators,
     }
 
 

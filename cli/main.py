@@ -28,6 +28,7 @@ from transom.cli.table import table
 from transom.cli.verify import verify
 
 ARGUMENTS = "transom.arguments"  # where the raw ones are kept between parsing and running
+STDERR = 2  # descriptor
 EXIT_STATUS = """\b
 Exit status:
   0    done
@@ -133,7 +134,9 @@ app.command(
 app.command(epilog=examples("transom inspect bundles/minilm", "transom inspect bundles/minilm --json"))(inspect)
 app.command(
     epilog=examples(
-        "transom report bundles/transformer", "transom report bundles/transformer '3 May 1979' --out dates.html"
+        "transom report bundles/vit photo.png --force",
+        "transom report bundles/transformer '3 May 1979' --out dates.html",
+        "transom report bundles/clip photo.png --prompt 'a dog' --prompt 'a cat'",
     )
 )(report)
 app.command(epilog=examples("transom doctor", "transom doctor --json"))(doctor)
@@ -151,12 +154,29 @@ def usable(stream: Any) -> Any:
     return stream
 
 
+def apart(stream: Any) -> Any:
+    """Stderr on a descriptor of its own, so that what native libraries print beside it goes nowhere.
+
+    tokenizers is one: a damaged file makes it print a stack of Rust frames, though it raises an error as well, which
+    is told in one line.
+    """
+    if stream.fileno() != STDERR:
+        return stream
+    own = os.fdopen(os.dup(STDERR), "w", buffering=1, encoding=stream.encoding, errors=stream.errors)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, STDERR)
+    os.close(nowhere)
+    return own
+
+
 def main() -> None:
     """What the ``transom`` command calls; ends the process with one of the statuses above."""
     signal.signal(signal.SIGTERM, terminate)
     sys.stdout, sys.stderr = usable(sys.stdout), usable(sys.stderr)
-    if not sys.warnoptions and not given("--debug", sys.argv) and not debug_from_environment():
-        warnings.simplefilter("ignore")  # the libraries' notes to developers
+    if not given("--debug", sys.argv) and not debug_from_environment():
+        sys.stderr = apart(sys.stderr)
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")  # the libraries' notes to developers
     app(prog_name="transom")
 
 

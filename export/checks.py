@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
@@ -49,10 +50,11 @@ def check_parity(
         cases.append(Case(expected.sizes, compare_outputs(found.graph, found.feeds, found.outputs, expected.outputs)))
         del found  # outputs at the maximum can be gigabytes
         for run in third:
-            cases.append(Case(run.sizes, compare_outputs(run.graph, run.feeds, run.outputs, expected.outputs)))
+            compared = compare_outputs(run.graph, run.feeds, run.outputs, expected.outputs)
+            cases.append(Case(run.sizes, compared, emulated=True))
             break
     scales = largest_scales(comparison for case in cases for comparison in case.comparisons)
-    cases = [Case(case.shape, on_scales(case.comparisons, scales)) for case in cases]
+    cases = [replace(case, comparisons=on_scales(case.comparisons, scales)) for case in cases]
     require_parity(cases, ours.manifest.precision, f"{ours.manifest.name} in {ours.manifest.precision}")
     return cases
 

@@ -26,10 +26,14 @@ TOLERANCES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One shape of the grid and the worst element of each output there."""
+    """One shape of the grid and the worst element of each output there.
+
+    ``emulated``: not of what ships, but of FP16 as a GPU would round it.
+    """
 
     shape: Mapping[str, int]
     comparisons: tuple[Comparison, ...]
+    emulated: bool = False
 
     @property
     def worst(self) -> Comparison:

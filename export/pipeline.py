@@ -12,6 +12,7 @@ from typing import Any
 from transom.export.bundle import BundleWriter, axes_to_json, check_out, graph_to_json, new_bundle
 from transom.export.checks import check_greedy, check_parity, measure_ranges, open_bundle, open_emulated, open_pytorch
 from transom.export.exercises import Exercises
+from transom.export.figures import operator_counts, parity_to_json
 from transom.export.flavours import Flavours, make_flavours
 from transom.export.golden import Golden
 from transom.export.onnx import onnx_from_module
@@ -21,7 +22,6 @@ from transom.export.samples import samples_for
 from transom.export.scores import score_both
 from transom.export.source import Loaded, load_source
 from transom.runtime.bundle import PRECISIONS, Bundle, Manifest
-from transom.runtime.compare import largest_scales
 from transom.runtime.errors import CheckpointError, ExportError
 from transom.runtime.replay import Divergence
 from transom.runtime.selftest import GOLDEN
@@ -102,6 +102,7 @@ def export(
         graph.name: onnx_from_module(part, graph, loaded.axes)
         for graph, part in zip(loaded.graphs, loaded.parts().values(), strict=True)
     }
+    operators = {name: operator_counts(model) for name, model in canonical.items()}
     steps.next(f"making the {precision} graph")
     flavours = make_flavours(canonical, loaded.graphs, precision)
 
@@ -128,6 +129,7 @@ def export(
                 score = score_both(loaded.checkpoint.source, theirs, ours)
         writer.add(GOLDEN, golden.to_bytes())
         figures = {
+            "operators": operators,
             "parity": parity_to_json(cases, precision, largest, near_ties),
             **({"score": score} if score else {}),
         }
@@ -221,23 +223,3 @@ def describe(loaded: Loaded, precision: str, flavours: Flavours) -> dict[str, An
         "tools": {tool: version(tool) for tool in TOOLS},
         "parity": {"tolerance": TOLERANCES[precision]},
     }
-
-
-def parity_to_json(
-    cases: list[Case], precision: str, largest: Mapping[str, tuple[float, str]], near_ties: list[Divergence]
-) -> dict[str, Any]:
-    """The figures of the parity run; ``fp16_largest`` is the tensor nearest to the end of FP16."""
-    worst = max(cases, key=lambda case: case.worst.error)
-    figures: dict[str, Any] = {
-        "metric": "max|ours - pytorch| at a shape / max|pytorch| over all shapes (logits: at least 1), per output",
-        "tolerance": TOLERANCES[precision],
-        "scales": largest_scales(comparison for case in cases for comparison in case.comparisons),
-        "worst": {"sizes": dict(worst.shape), **worst.worst.to_json()},
-        "cases": [{"sizes": dict(c.shape), "errors": {e.tensor: e.error for e in c.comparisons}} for c in cases],
-    }
-    if near_ties:
-        figures["greedy_near_ties"] = [asdict(divergence) for divergence in near_ties]
-    if largest:
-        name, (value, module) = max(largest.items(), key=lambda item: item[1][0])
-        figures["fp16_largest"] = {"tensor": name, "module": module, "value": value}
-    return figures

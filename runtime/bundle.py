@@ -69,6 +69,7 @@ class Manifest:
     files: Mapping[str, File]
     source: Mapping[str, Any]
     tools: Mapping[str, Any]
+    operators: Mapping[str, Any]  # graph -> operator -> how many there were before any pass
     parity: Mapping[str, Any]
     score: Mapping[str, Any] | None
 
@@ -108,13 +109,18 @@ def read_manifest(folder: Path) -> Any:
         raise BundleError(
             f"{path} has {path.stat().st_size} bytes, at most {MAX_MANIFEST_BYTES} are read; it is not one of ours."
         )
-    value = parse_json(path.read_bytes(), str(path))
+    return versioned(path.read_bytes(), str(path))
+
+
+def versioned(data: bytes, path: str) -> dict[str, Any]:
+    """The parsed bytes of a bundle.json, its version known; nothing else checked yet."""
+    value = parse_json(data, path)
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise BundleError(f'{path} does not say "format": "{FORMAT}"; the folder is no bundle of ours.')
     version = value.get("format_version")
     if version != FORMAT_VERSION or type(version) is not int:
         raise BundleError(
-            f"{path} has format version {version!r}, this Transom reads version {FORMAT_VERSION}. "
+            f"{path} has format version {version!r:.60}, this Transom reads version {FORMAT_VERSION}. "
             "Upgrade with `pip install --upgrade transom`, or export the bundle again."
         )
     return value
@@ -155,6 +161,7 @@ def manifest_from_json(value: dict[str, Any]) -> Manifest:
         files=files,
         source=top.mapping("source"),
         tools=top.mapping("tools"),
+        operators=top.mapping("operators", {}),
         parity=parity_from_json(top.mapping("parity"), top.problems),
         score=top.mapping("score", None),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from transom.runtime.backend import Array
 from transom.runtime.spec import Graph
 
+EXPONENTS = 256  # of a float32, as it stores them: a number of exponent e is in 2^(e - BIAS) up to twice that
+BIAS = 127
 LOGIT = 1.0  # the least scale of logits: a difference of d multiplies odds by exp(d), however small the logits are
 
 
@@ -20,7 +22,8 @@ LOGIT = 1.0  # the least scale of logits: a difference of d multiplies odds by e
 class Comparison:
     """The worst element of a tensor: ``difference`` is max|ours - theirs|, ``scale`` is max|theirs|.
 
-    The difference is infinite where a shape differs or a value is not finite.
+    The difference is infinite where a shape differs or a value is not finite. ``histogram``, int64 (EXPONENTS,),
+    counts the elements by the exponent of their |ours - theirs|; at 0 are those that are equal.
     """
 
     tensor: str
@@ -30,6 +33,9 @@ class Comparison:
     index: tuple[int, ...]  # of the worst element
     ours: float
     theirs: float
+    histogram: NDArray[np.int64] = field(
+        default_factory=lambda: np.zeros(EXPONENTS, np.int64), compare=False, repr=False
+    )
 
     @property
     def error(self) -> float:
@@ -37,8 +43,9 @@ class Comparison:
         return self.difference / (self.scale or 1.0)
 
     def to_json(self) -> dict[str, Any]:
-        """Every field, and the error that follows from them."""
-        return {**asdict(self), "error": self.error}
+        """Every field but the histogram, and the error that follows from them."""
+        told = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "histogram"}
+        return {**told, "error": self.error}
 
     def __str__(self) -> str:
         where = ", ".join(map(str, self.index))
@@ -63,29 +70,43 @@ def compare(
     if theirs.size == 0:
         return Comparison(tensor, theirs.shape, 0.0, 1.0, (), 0.0, 0.0)
     worst, index, scale = -1.0, (0,) * theirs.ndim, 0.0
+    histogram = np.zeros(EXPONENTS, np.int64)
     for row in range(len(theirs)):  # one at a time: logits over a vocabulary take gigabytes
-        difference, largest = compare_row(ours[row], theirs[row], None if real is None else real[row])
+        difference, largest, padding = compare_row(ours[row], theirs[row], None if real is None else real[row])
+        histogram += exponents(difference)
+        histogram[0] -= padding  # left out, though its difference was set to 0
         place = int(difference.argmax())
         if difference.flat[place] > worst:
             worst = float(difference.flat[place])
             index = (row, *(int(i) for i in np.unravel_index(place, difference.shape)))
         scale = max(scale, largest)
-    return Comparison(tensor, theirs.shape, worst, scale, index, float(ours[index]), float(theirs[index]))
+    return Comparison(tensor, theirs.shape, worst, scale, index, float(ours[index]), float(theirs[index]), histogram)
 
 
 def compare_row(
     ours: NDArray[np.float32], theirs: NDArray[np.float32], real: NDArray[np.bool_] | None
-) -> tuple[NDArray[np.float32], float]:
-    """|ours - theirs| of one row, infinite where either is not finite, and the largest |theirs| that counts."""
+) -> tuple[NDArray[np.float32], float, int]:
+    """|ours - theirs| of one row, infinite where either is not finite; the largest |theirs| that counts.
+
+    The third is how many elements are finite padding, whose difference is 0.
+    """
     finite = np.isfinite(ours) & np.isfinite(theirs)
     with np.errstate(invalid="ignore"):
         difference = np.where(finite, np.abs(ours - theirs), np.float32(np.inf))
     size = np.where(finite, np.abs(theirs), np.float32(0))
+    left_out = 0
     if real is not None:
         padding = np.broadcast_to(~real, theirs.shape)
         difference[padding & finite] = 0
         size[padding] = 0
-    return difference, float(size.max())
+        left_out = int((padding & finite).sum())
+    return difference, float(size.max()), left_out
+
+
+def exponents(difference: NDArray[np.float32]) -> NDArray[np.int64]:
+    """How many of these, none negative, have each exponent of a float32: int64 (EXPONENTS,)."""
+    bits = np.ascontiguousarray(difference, np.float32).reshape(-1).view(np.uint32)
+    return np.bincount(bits >> 23, minlength=EXPONENTS)
 
 
 def compare_outputs(

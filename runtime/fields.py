@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from transom.runtime.errors import BundleError
 
 MAX_DEPTH = 32  # our own files have 6
+MAX_PROBLEM = 300  # characters of one problem in a message
 
 
 def parse_json(data: bytes, what: str) -> Any:
@@ -106,6 +107,12 @@ class Fields:
         self.problems += [f"{self.where} has the unknown key {key!r}" for key in self._left]
         self._left = {}
         if self.problems and not self._nested:
-            shown = "; ".join(self.problems[:8])
+            shown = "; ".join(map(shortened, self.problems[:8]))
             more = f" (and {len(self.problems) - 8} more)" if len(self.problems) > 8 else ""
             raise BundleError(f"{shown}{more}. The bundle is damaged or not one of ours; export it again.")
+
+
+def shortened(problem: str) -> str:
+    """Fit for one line, whatever keys the file has: they stand in messages as they are."""
+    problem = problem if len(problem) <= MAX_PROBLEM else f"{problem[:MAX_PROBLEM]}..."
+    return problem if problem.isprintable() else problem.encode("unicode_escape").decode()

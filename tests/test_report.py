@@ -1,116 +1,249 @@
-"""The report: attention that is attention, and a page that any browser opens."""
+"""The report as a page: it stands alone, tells what bundle.json tells, and is harmless whatever that holds."""
 
 from __future__ import annotations
 
+import json
 import re
-from html.parser import HTMLParser
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+import pytest
+from PIL import Image
 
-from command_line import transom
-from transom.export.report.alignment import Exposed, alignment
-from transom.export.report.heatmap import heatmap, shown
-from transom.runtime.bundle import Bundle
-from transom.runtime.tasks.transformer import Transformer
+from command_line import changed_bundle, error_line, transom
+from report_pages import Page
+from transom.export.report import write
+from transom.export.report.drawing.numbers import number, short, whole
+from transom.export.report.write import write_report
+from transom.runtime.bundle import MANIFEST, Bundle
+from transom.runtime.errors import InputError
+
+Exported = Callable[..., tuple[Path, Path]]
+Report = Callable[..., str]
+EVIL = "<script>alert(1)</script>\"'>\x00\x1b[31m\u202e&amp;</title></style>"
 
 
-def test_a_picture_by_pencil() -> None:
-    weights = np.array([[1.0, 0.0], [0.25, 0.75]], np.float32)
-    svg = heatmap(weights, ["x", "y"], ["a", "<b>"])
-    marks = re.findall(r'fill-opacity="([\d.]+)"><title>([^<]*)</title>', svg)
-    assert marks == [
-        ("1.000", "x looks at a: 1.000"),
-        ("0.250", "y looks at a: 0.250"),
-        ("0.750", "y looks at &lt;b&gt;: 0.750"),
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Timing is not the subject."""
+    monkeypatch.setattr(write, "RUNS", 2)
+    monkeypatch.setattr(write, "WARMUP", 0)
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> Report:
+    """``report(bundle, inputs, prompts)`` -> the page."""
+
+    def make(bundle: Path, inputs: list[str] | None = None, prompts: list[str] | None = None) -> str:
+        out = tmp_path / "report.html"
+        write_report(bundle, inputs or [], out, prompts or [])
+        return out.read_text(encoding="utf-8")
+
+    return make
+
+
+BUNDLES = ["bert_bundle", "vit_bundle", "gpt_bundle", "dates_bundle", "clip_bundle"]
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_the_page_stands_alone_and_has_a_picture(name: str, report: Report, request: pytest.FixtureRequest) -> None:
+    html = report(request.getfixturevalue(name))
+    page = Page(html)
+    assert "http" not in html
+    assert "@import" not in html
+    assert "url(" not in html
+    assert html.count("<figure>") >= 1
+    assert html.count("<figcaption>") == html.count("<figure>")
+    assert html.count("<svg") == html.count("aria-label=")
+    for heading in ("Against PyTorch", "Size", "Latency", "Operators", "Tensors and origin"):
+        assert heading in page.headings
+    assert all(head and all(head[1:]) for _, (head, *_) in page.tables if head[0] != "graph")
+
+
+def test_the_figures_are_those_of_the_bundle(vit_bundle: Path, report: Report) -> None:
+    page = Page(report(vit_bundle))
+    manifest = json.loads((vit_bundle / MANIFEST).read_text())
+    parity, score = manifest["parity"], manifest["score"]
+    text = "".join(page.text)
+    assert f"worst error {parity['worst']['error']:.2e}; {parity['tolerance']:g} is allowed" in text
+    assert page.table("The worst element of each", 1)[1:] == [
+        [" ".join(f"{axis}={size}" for axis, size in case["sizes"].items()), output, f"{error:.2e}"]
+        for case in parity["cases"]
+        for output, error in case["errors"].items()
+    ]
+    worst = parity["outputs"]["logits"]["worst"]
+    assert page.table("The worst element of each")[1] == [
+        "logits",
+        f"{worst['error']:.2e}",
+        f"B={worst['sizes']['B']}",
+        f"[{worst['index'][0]}, {worst['index'][1]}]",
+        f"{worst['ours']:.9g}",
+        f"{worst['theirs']:.9g}",
+    ]
+    low, high = score["bundle"]["interval"]
+    assert f"this bundle {score['bundle']['value']:.4f}95 % {low:.4f} to {high:.4f}, 535 right" in text
+    assert "n = 540; higher is better" in text
+    sizes = {row[0] for row in page.table("Size")[1:]}
+    assert sizes == set(manifest["files"])
+
+
+def test_every_element_is_in_a_histogram(vit_bundle: Path, report: Report) -> None:
+    page = Page(report(vit_bundle))
+    outputs = json.loads((vit_bundle / MANIFEST).read_text())["parity"]["outputs"]
+    drawn = sum(int(title.split(" ")[0].replace(",", "")) for title in page.titles if " elements of " in title)
+    assert drawn == sum(sum(output["counts"]) for output in outputs.values()) > 20_000
+    equal = outputs["logits"]["equal"]
+    assert f"220 elements, {equal / 220:.0%} equal to the bit" in "".join(page.text)
+
+
+def test_operators_before_and_after(vit_bundle: Path, report: Report) -> None:
+    """Exported and shipped alike in FP32; ONNX Runtime fuses the bias into Gelu."""
+    rows = {row[0]: row[1:] for row in Page(report(vit_bundle)).table("Operators")[1:]}
+    assert rows["Attention"] == ["3", "3", "3"]
+    assert rows["Gelu"] == ["3", "3", "·"]
+    assert rows["BiasGelu com.microsoft"] == ["·", "·", "3"]
+    recorded = Bundle(vit_bundle).manifest.operators["model"]
+    assert next(counts for name, counts in rows.items() if name.startswith("all "))[0] == str(sum(recorded.values()))
+
+
+HOSTILE: dict[str, Callable[[dict[str, Any]], object]] = {
+    "names": lambda w: w.update(name=EVIL, task=EVIL, labels=[EVIL] * 10),
+    "long names": lambda w: w.update(name="x" * 100_000, task="\U0001f600" * 100_000, labels=["<b>" * 30_000] * 10),
+    "origin": lambda w: w.update(source={"checkpoint": EVIL, "sha256": {EVIL: [EVIL]}}, tools={EVIL: EVIL}),
+    "no parity": lambda w: w.update(parity={"tolerance": 2e-5}),
+    "a tolerance of nothing": lambda w: w["parity"].update(tolerance=0),
+    "a negative tolerance": lambda w: w["parity"].update(tolerance=-1.5),
+    "a tiny tolerance": lambda w: w["parity"].update(tolerance=5e-324),
+    "a huge tolerance": lambda w: w["parity"].update(tolerance=1.7e308),
+    "an error of next to nothing": lambda w: w["parity"]["worst"].update(error=5e-324),
+    "odd cases": lambda w: w["parity"].update(
+        cases=[
+            1,
+            None,
+            {"sizes": EVIL, "errors": {EVIL: 1e-7, "a": EVIL, "b": 10**400, "c": -1, "d": 0, "e": 1e308, "f": 5e-324}},
+        ],
+        worst={"sizes": {EVIL: EVIL}, "error": "wide", "tensor": EVIL},
+    ),
+    "odd outputs": lambda w: w["parity"].update(
+        outputs={
+            EVIL: {"worst": {"index": EVIL, "ours": EVIL}, "equal": -1, "exponent": 10**9, "counts": [1]},
+            "logits": {"worst": 1, "equal": 10**30, "exponent": -30, "counts": [EVIL, -1, 10**40, 3, None]},
+            "x": {"exponent": 190, "counts": [1] * 10_000},
+        },
+        scales={"logits": 1e-320, "x": 0},
+    ),
+    "an odd score": lambda w: w.update(
+        score={"name": EVIL, "n": EVIL, "bundle": {"value": 1e308, "interval": [-1e308, 1e308], "correct": EVIL}}
+    ),
+    "another odd score": lambda w: w.update(
+        score={"pytorch": {"value": 10**400}, "bundle": {"value": 0.0, "interval": [3, 2, 1]}}
+    ),
+    "no score at all": lambda w: w.update(score={}),
+    "odd operators": lambda w: w.update(operators={"model": {EVIL: EVIL, "Add": -5, "Mul": 10**40, "a::b": 3}}),
+    "other odd operators": lambda w: w.update(operators={"model": [EVIL]}),
+    "no config": lambda w: w.update(config={}),
+    "an odd config": lambda w: w.update(config={"patch_size": [EVIL, 0], "image_size": -1}),
+    "another odd config": lambda w: w["config"].update(patch_size=[1, 1]),
+    "no preprocessing": lambda w: w.pop("preprocess"),
+    "a rescaling to nothing": lambda w: w["preprocess"].update(rescale=0.0),
+}
+
+
+@pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE.keys())
+def test_a_hostile_bundle_gives_a_harmless_page(
+    change: Callable[[dict[str, Any]], object], vit_bundle: Path, tmp_path: Path, report: Report
+) -> None:
+    html = report(changed_bundle(vit_bundle, tmp_path, change))
+    page = Page(html)
+    assert "<script" not in html
+    assert len(html) < 500_000
+    assert not set("\x00\x1b\u202e") & set(html)
+    assert max(map(len, page.text[1:])) < 20_000
+    assert not {"nan", "inf", "None"} & set(re.findall(r"\w+", "".join(page.text[1:])))
+
+
+def test_numbers_that_are_none() -> None:
+    assert [number(each) for each in (True, "1", None, float("nan"), 10**400, [1], 2)] == [None] * 6 + [2.0]
+    assert [whole(each) for each in (True, 1.0, -1, 2**63, 7)] == [None] * 4 + [7]
+    assert [short(each) for each in (0.99074, 12345.0, 3e-7, None, 1e300)] == [
+        "0.9907",
+        "12,345",
+        "3e-07",
+        "–",
+        "1e+300",
     ]
 
 
-def test_what_cannot_be_seen_is_named() -> None:
-    assert (shown("▁a "), shown("\n"), shown("<&")) == ("␣a␣", "U+000A", "&lt;&amp;")
+# Odd, but sound.
+@pytest.mark.parametrize("name", ["bert_bundle", "gpt_bundle", "dates_bundle"])
+def test_without_a_tokenizer_there_is_no_picture(
+    name: str, report: Report, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    bundle = changed_bundle(request.getfixturevalue(name), tmp_path, lambda words: words.pop("tokenizer"))
+    assert Page(report(bundle)).headings[0] == "Against PyTorch"
+    with pytest.raises(InputError, match="there is no picture of texts: this bundle has no tokenizer"):
+        report(bundle, ["a text"])
 
 
-def test_the_weights_are_those_of_the_definition(exported: Any) -> None:
-    """softmax(q k^T / sqrt(D)) of the first layer's cross-attention, computed by hand from the module."""
-    from transom.export.source import load_source
-
-    checkpoint, folder = exported("MarianMTModel")
-    loaded = load_source(str(checkpoint), task=None, max_sizes={}, image_size=None, ignore_unused=False)
-    bundle = Bundle(folder)
-    source, target = [5, 6, 7, 0], [100, 9, 8]
-    with Transformer(bundle) as model:
-        encoded = model.run({"input_ids": np.array([source])})
-        decoder = next(file for file in bundle.manifest.graphs if file.graph.name == "decoder")
-        feeds = {
-            "decoder_input_ids": np.array([target]),
-            "attention_mask": np.ones((1, 4), np.int64),
-            "write_indices": np.zeros(1, np.int64),
-            "logits_positions": np.arange(3)[None],
-        }
-        for tensor in decoder.graph.inputs:
-            if tensor.name.startswith("cross_"):
-                feeds[tensor.name] = encoded[tensor.name]
-            elif tensor.state:
-                feeds[tensor.name] = np.zeros((1, tensor.shape[1], 3, tensor.shape[3]), np.float32)
-        weights = Exposed(bundle, decoder).weights(feeds)
-    assert weights.shape == (2, 4, 3, 4)  # layers, heads, target, source
-
-    queries: list[torch.Tensor] = []
-    attention = loaded.module.decoder.layers[0].encoder_attn
-    attention.q_proj.register_forward_hook(lambda module, given, found: queries.append(found))
-    with torch.no_grad():
-        loaded.module.decode(*(torch.from_numpy(feeds[tensor.name]) for tensor in decoder.graph.inputs))
-    q = queries[0].view(1, 3, 4, 40).transpose(1, 2)
-    expected = (q @ torch.from_numpy(encoded["cross_key.0"]).transpose(2, 3) / 40**0.5).softmax(-1)
-    np.testing.assert_allclose(weights[0], expected[0].numpy(), atol=1e-6)
+def test_one_layer_other_channels_other_sizes(exported: Exported, report: Report) -> None:
+    _, one = exported("BertModel", num_hidden_layers=1, num_attention_heads=1)
+    assert "All 1 layers of 1 heads" in report(one)
+    _, odd = exported("ViTForImageClassification", num_channels=2, image_size=[20, 36])
+    html = report(odd)
+    assert "5 by 9 patches" in html
+    assert "Where the answer comes from" not in html
+    with pytest.raises(InputError, match="no picture of images: this bundle has no preprocessing"):
+        report(odd, ["image.png"])
 
 
-def test_the_last_digits_of_a_date_look_at_its_day(dates_bundle: Path) -> None:
-    """What the picture shows: the day is written while the day is read."""
-    bundle = Bundle(dates_bundle)
-    with Transformer(bundle) as model:
-        decoder = next(file for file in bundle.manifest.graphs if file.graph.name == "decoder")
-        found = alignment(model, Exposed(bundle, decoder), "27 May 1979", {"num_beams": 1})
-    assert "".join(found.target[:10]) == "1979-05-27"
-    assert found.source[:2] == ["2", "7"]
-    mean = found.weights[-1].mean(0)  # (T, S)
-    assert mean[8:10, :2].sum(1).min() > 0.5
-    assert mean[2:4, :2].sum(1).max() < 0.1
-    np.testing.assert_allclose(found.weights.sum(-1), 1, atol=1e-5)
+def test_the_command(vit_bundle: Path, tmp_path: Path) -> None:
+    out, image = tmp_path / "a <page>.html", tmp_path / "image.png"
+    Image.fromarray(np.full((8, 8, 3), 200, np.uint8)).save(image)
+    done = transom("report", vit_bundle, image, "--out", out)
+    assert (done.exit_code, done.stdout) == (0, f"written to {out}\n")
+    before = out.read_bytes()
+    assert before.count(b"data:image/png") == 2
+    assert f"--out {out} exists; give another file, or --force to replace it." in error_line(
+        transom("report", vit_bundle, "--out", out)
+    )
+    refused = transom("report", vit_bundle, tmp_path / "none.png", "--out", out, "--force")
+    assert "is not a file that is there" in error_line(refused)
+    assert out.read_bytes() == before
+    assert transom("report", vit_bundle, "--out", out, "--force").exit_code == 0
+    assert out.read_bytes() != before
 
 
-class Outside(HTMLParser):
-    """Collects what a page would fetch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found += [tag for name, _ in attrs if name in ("src", "href")]
-        self.found += [tag] if tag in ("script", "link", "iframe") else []
-
-
-def test_the_page_stands_alone(dates_bundle: Path, tmp_path: Path) -> None:
-    out = tmp_path / "dates.html"
-    assert transom("report", dates_bundle, "3 May <1979>", "--out", out).exit_code == 0
-    page = out.read_text(encoding="utf-8")
-    outside = Outside()
-    outside.feed(page)
-    assert outside.found == []
-    assert "url(" not in page
-    assert page.count("<figure>") == 1
-    assert "&lt;" in page
-    again = transom("report", dates_bundle, "--out", out)
-    assert (again.exit_code, out.read_text(encoding="utf-8")) == (1, page)
-    assert "exists; give another file, or --force to replace it." in again.stderr
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("vit_bundle", ["--prompt", "a dog"], "--prompt is for CLIP"),
+        ("vit_bundle", ["a text"], "'a text' is not a file that is there"),
+        ("bert_bundle", ["word " * 70], "tokens"),
+        ("bert_bundle", ["word " * 63], "attention over at most 64 is drawn"),
+        ("bert_bundle", [""], "has no tokens"),
+        ("gpt_bundle", ["word " * 300], "2 to 256 can be drawn"),
+        ("gpt_bundle", ["\n"], "has 1 tokens"),
+        ("clip_bundle", ["no such file.png"], "is not a file that is there"),
+        ("clip_bundle", ["--prompt", "word " * 100], "tokens"),
+        ("clip_bundle", ["--prompt", ""], "has no tokens"),
+    ],
+)
+def test_what_does_not_fit_leaves_no_file(
+    name: str, arguments: list[str], message: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    out = tmp_path / "out.html"
+    line = error_line(transom("report", request.getfixturevalue(name), *arguments, "--out", out))
+    assert message in line
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_texts_where_there_is_nothing_to_draw(vit_bundle: Path, tmp_path: Path) -> None:
-    refused = transom("report", vit_bundle, "a text", "--out", tmp_path / "vit.html")
-    assert refused.exit_code == 1
-    assert "texts are drawn for translations with a tokenizer; this is a vit bundle." in refused.stderr
-    assert transom("report", vit_bundle, "--out", tmp_path / "vit.html").exit_code == 0
-    assert "Against PyTorch" in (tmp_path / "vit.html").read_text(encoding="utf-8")
+def test_a_target_that_cannot_be_written(vit_bundle: Path, tmp_path: Path) -> None:
+    for target, message in (
+        (tmp_path, "is a folder; give the name of a file"),
+        (tmp_path / ("x" * 300), "File name too long"),
+        (tmp_path / "none" / "out.html", "No such file or directory"),
+    ):
+        assert message in error_line(transom("report", vit_bundle, "--out", target, "--force"))
+    assert list(tmp_path.iterdir()) == []

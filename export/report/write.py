@@ -3,38 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from transom.export.bundle import write
-from transom.export.inputs import heldout_dates, passage
-from transom.export.report.alignment import alignments
+from transom.export.report.latency import RUNS, SECONDS, WARMUP
 from transom.export.report.page import page
+from transom.export.report.pictures.families import draw_pictures
+from transom.runtime.bench import bench
 from transom.runtime.bundle import Bundle
-from transom.runtime.errors import ExportError, InputError
-
-EXAMPLES = 2  # texts drawn where none are given
-EXAMPLE_CHARACTERS = 60  # of each: a picture of more tokens than fit on a page says little
+from transom.runtime.errors import ExportError
 
 
-def write_report(folder: Path, texts: Sequence[str], out: Path) -> None:
+def write_report(folder: Path, inputs: Sequence[str], out: Path, prompts: Sequence[str] = ()) -> None:
     """Write the report of the bundle in ``folder`` to ``out``, whole or not at all.
 
-    ``texts`` are source texts for a translation, whose alignment is drawn. Raises InputError for texts where
-    there is nothing to draw, ExportError where ``out`` cannot be written.
+    ``inputs`` are the texts or image files that its picture is drawn of, ``prompts`` the texts that CLIP holds its
+    images against; examples where there are none. Raises BundleError for a bundle that cannot be loaded, InputError
+    for inputs that cannot be drawn, ExportError where ``out`` cannot be written.
     """
     bundle = Bundle(folder)
-    manifest = bundle.manifest
-    draws = manifest.family == "transformer" and manifest.tokenizer is not None
-    if texts and not draws:
-        raise InputError(f"texts are drawn for translations with a tokenizer; this is a {manifest.family} bundle.")
-    pictures = alignments(bundle, texts or examples(bundle)) if draws else []
+    pictures = draw_pictures(bundle, inputs, prompts)
+    timed = bench(folder, runs=RUNS, warmup=WARMUP, seconds=SECONDS)
     try:
-        write(out, page(manifest, pictures).encode())
+        write(out, page(bundle, pictures, timed).encode())
     except OSError as error:
+        with suppress(OSError):
+            out.with_name(f".{out.name}.partial").unlink()
         raise ExportError(f"cannot write {out}: {error.strerror}. Check the folder and its permissions.") from None
-
-
-def examples(bundle: Bundle) -> list[str]:
-    """A few lines that the model may have an answer to: held-out dates of the reference model, else prose."""
-    lines = heldout_dates()[0] if bundle.manifest.source.get("checkpoint") == "transformer" else passage()
-    return [line[:EXAMPLE_CHARACTERS] for line in lines[:EXAMPLES]]

@@ -1,0 +1,1 @@
+"""What the page is drawn with: HTML, SVG, colours, and figures as people read them."""

@@ -1,0 +1,58 @@
+"""The ONNX files of a bundle, opened for counting: as they ship, and as ONNX Runtime rewrites them before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import onnx
+import onnx_ir as ir
+
+from transom.export.figures import operator_counts
+from transom.runtime.bundle import Bundle, GraphFile
+from transom.runtime.errors import BundleError, one_line
+from transom.runtime.ort import FATAL, onnxruntime
+
+DEVICE = "cpu"
+
+
+def open_graphs(bundle: Bundle) -> dict[str, ir.Model]:
+    """Every ONNX file of the bundle by its name; weights that lie outside stay there. BundleError where one is none."""
+    names = dict.fromkeys(name for file in bundle.manifest.graphs for name in file.files.values())
+    return {name: parsed(bundle.read(name), name) for name in names}
+
+
+def parsed(data: bytes, name: str) -> ir.Model:
+    try:
+        return ir.from_proto(onnx.load_from_string(data))
+    except Exception as error:  # protobuf and onnx-ir raise what they like
+        raise BundleError(f"{name} is no ONNX model ({one_line(error)}); export the bundle again.") from None
+
+
+def graph_file(bundle: Bundle, name: str) -> GraphFile:
+    """The graph of that name; BundleError where the bundle has none."""
+    for file in bundle.manifest.graphs:
+        if file.graph.name == name:
+            return file
+    raise BundleError(f"bundle.json has no graph {name!r}; export the bundle again.")
+
+
+def executed_operators(bundle: Bundle, file: GraphFile) -> Mapping[str, int]:
+    """How many nodes of each operator are left after ONNX Runtime's own passes, at the level the runtime uses.
+
+    Empty where it does not say: a graph of more than 2 GiB cannot be written as one file.
+    """
+    library = onnxruntime()
+    options = library.SessionOptions()
+    options.log_severity_level = FATAL
+    if file.weights is not None:
+        weights = bundle.read(file.weights)
+        options.add_external_initializers_from_files_in_memory([file.weights], [weights], [len(weights)])
+    with TemporaryDirectory(prefix="transom-") as folder:
+        options.optimized_model_filepath = str(Path(folder) / "executed.onnx")
+        try:
+            library.InferenceSession(bundle.read(file.file_for(DEVICE)), options, providers=["CPUExecutionProvider"])
+            return operator_counts(ir.load(options.optimized_model_filepath))
+        except Exception:  # the library raises bare RuntimeError and its own types alike
+            return {}
