@@ -33,6 +33,7 @@ class Task:
 
     ask        bundle, INPUTs, options -> one result per INPUT, or one for the pair of them
     lines      results -> what a person reads
+    example    INPUTs to try, as typed after `transom run BUNDLE`
     ranks      whether ``--top-k`` means something
     generates  whether it takes the options of generation
     scores     whether it takes ``--score``
@@ -43,6 +44,7 @@ class Task:
 
     ask: Callable[[Any, Sequence[str], Wishes], list[Result]]
     lines: Callable[[Sequence[Result]], Iterator[str]]
+    example: str
     ranks: bool = False
     generates: bool = False
     scores: bool = False
@@ -174,17 +176,40 @@ def ranked_lines(name: str, ranked: Sequence[Mapping[str, Any]]) -> Iterator[str
 
 
 TASKS = {  # (family, task) -> how it is asked
-    ("bert", "feature-extraction"): Task(embed, each(vector_lines), array="embedding"),
-    ("bert", "fill-mask"): Task(fill_mask, each(mask_lines), ranks=True),
-    ("bert", "text-classification"): Task(classify_texts, each(label_lines), ranks=True),
-    ("bert", "token-classification"): Task(tag, each(entity_lines)),
-    ("bert", "question-answering"): Task(answer, each(answer_lines), ranks=True, pair="QUESTION and CONTEXT"),
-    ("bert", "next-sentence-prediction"): Task(next_sentence, each(pair_lines), pair="two texts, A and B"),
-    ("vit", "image-classification"): Task(classify_images, each(label_lines), ranks=True),
-    ("vit", "feature-extraction"): Task(features, each(vector_lines), array="features"),
-    ("clip", "zero-shot-image-classification"): Task(zero_shot, each(label_lines), ranks=True, labelled=True),
-    ("gpt", "text-generation"): Task(generate, generated_lines, generates=True, scores=True),
-    ("transformer", "translation"): Task(generate, generated_lines, generates=True),
+    ("bert", "feature-extraction"): Task(
+        embed, each(vector_lines), array="embedding", example="'A sentence.' 'Another one.'"
+    ),
+    ("bert", "fill-mask"): Task(fill_mask, each(mask_lines), ranks=True, example="'The capital of France is [MASK].'"),
+    ("bert", "text-classification"): Task(
+        classify_texts, each(label_lines), ranks=True, example="'What a lovely day.'"
+    ),
+    ("bert", "token-classification"): Task(tag, each(entity_lines), example="'Ada Lovelace lived in London.'"),
+    ("bert", "question-answering"): Task(
+        answer,
+        each(answer_lines),
+        ranks=True,
+        pair="QUESTION and CONTEXT",
+        example="'Who wrote it?' 'Ada Lovelace wrote it in 1843.'",
+    ),
+    ("bert", "next-sentence-prediction"): Task(
+        next_sentence,
+        each(pair_lines),
+        pair="two texts, A and B",
+        example="'It began to rain.' 'She opened her umbrella.'",
+    ),
+    ("vit", "image-classification"): Task(classify_images, each(label_lines), ranks=True, example="photo.png"),
+    ("vit", "feature-extraction"): Task(features, each(vector_lines), array="features", example="photo.png"),
+    ("clip", "zero-shot-image-classification"): Task(
+        zero_shot,
+        each(label_lines),
+        ranks=True,
+        labelled=True,
+        example="photo.png --label 'a photo of a cat' --label 'a photo of a dog'",
+    ),
+    ("gpt", "text-generation"): Task(
+        generate, generated_lines, generates=True, scores=True, example="'It is a truth universally acknowledged'"
+    ),
+    ("transformer", "translation"): Task(generate, generated_lines, generates=True, example="'3 May 1921'"),
 }
 
 

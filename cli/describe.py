@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transom.cli.answers import TASKS
 from transom.cli.show import folder_bytes
 
 if TYPE_CHECKING:
@@ -151,26 +152,14 @@ def score_detail(figures: Mapping[str, Any]) -> str:
     return " to ".join(f"{end:.4f}" for end in figures["interval"])
 
 
-EXAMPLE_INPUTS = {  # (family, task) -> what to type after `transom run BUNDLE`
-    ("bert", "feature-extraction"): "'A sentence.' 'Another one.'",
-    ("bert", "fill-mask"): "'The capital of France is [MASK].'",
-    ("bert", "text-classification"): "'What a lovely day.'",
-    ("bert", "token-classification"): "'Ada Lovelace lived in London.'",
-    ("bert", "question-answering"): "'Who wrote it?' 'Ada Lovelace wrote it in 1843.'",
-    ("bert", "next-sentence-prediction"): "'It began to rain.' 'She opened her umbrella.'",
-    ("clip", "zero-shot-image-classification"): "photo.png --label 'a photo of a cat' --label 'a photo of a dog'",
-    ("vit", "image-classification"): "photo.png",
-    ("vit", "feature-extraction"): "photo.png",
-    ("gpt", "text-generation"): "'It is a truth universally acknowledged'",
-    ("transformer", "translation"): "'3 May 1921'",
-}
 EXAMPLE_IDS = "'1 2 3'"  # for a bundle that generates without a tokenizer
 
 
 def next_commands(path: Path, manifest: Manifest) -> list[str]:
     """What to try with a bundle, ready to be pasted into a shell."""
     bundle = shlex.quote(str(path))
-    inputs = EXAMPLE_INPUTS.get((manifest.family, manifest.task))
+    task = TASKS.get((manifest.family, manifest.task))
+    inputs = task and task.example
     reads = {tensor.name for file in manifest.graphs for tensor in file.graph.inputs}
     if ("input_ids" in reads and manifest.tokenizer is None) or ("pixel_values" in reads and not manifest.preprocess):
         inputs = None if manifest.generation is None else EXAMPLE_IDS

@@ -7,14 +7,13 @@ import errno
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from transom.export.leftovers import OLD, PARTIAL, clear_leftovers, hidden_folder
 from transom.runtime.bundle import FORMAT, FORMAT_VERSION, MANIFEST, GraphFile, manifest_sha256
 from transom.runtime.errors import ExportError
 from transom.runtime.spec import Axis, Tensor
@@ -58,29 +57,27 @@ def new_bundle(out: Path, *, force: bool) -> Iterator[BundleWriter]:
     """
     check_out(out, force=force)
     created: list[Path] = []
-    partial = None
     try:
         created = make_parents(out.parent)
-        partial = Path(tempfile.mkdtemp(prefix=".transom-", suffix=".partial", dir=out.parent))
-        partial.chmod(0o755)
-        yield BundleWriter(partial)
-        check_out(out, force=force)  # somebody may have put something there in the meantime
-        put_in_place(partial, out)
+        with hidden_folder(out.parent, PARTIAL) as partial:
+            partial.chmod(0o755)
+            yield BundleWriter(partial)
+            check_out(out, force=force)  # somebody may have put something there in the meantime
+            put_in_place(partial, out)
         created = []
     except OSError as error:
         raise cannot_write(out, error) from error
     finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
         with contextlib.suppress(OSError):  # not empty: somebody else uses it by now
             for parent in created:
                 parent.rmdir()
 
 
 def check_out(out: Path, *, force: bool) -> None:
-    """Refuse an ``--out`` that exists, before any work is done."""
+    """Refuse an ``--out`` that exists, before any work is done; what killed exports left beside it is cleared."""
     if not out.name or out.name in (".", ".."):
         raise ExportError(f"--out is {str(out)!r}; expected the path of a new folder, such as bundles/model.")
+    clear_leftovers(out.parent)
     try:
         if not out.exists() and not out.is_symlink():
             return
@@ -100,20 +97,16 @@ def make_parents(folder: Path) -> list[Path]:
 
 
 def put_in_place(partial: Path, out: Path) -> None:
-    """Rename the finished folder to ``out``; a bundle already there is moved aside first, then removed."""
+    """Rename the finished folder to ``out``; a bundle already there is moved aside first, then removed.
+
+    Killed between the two renames, the old bundle waits in the hidden folder for the next export to put it back.
+    """
     if not out.exists():
         partial.rename(out)
         return
-    aside = Path(tempfile.mkdtemp(prefix=".transom-", suffix=".old", dir=out.parent))
-    try:
+    with hidden_folder(out.parent, OLD) as aside:
         out.rename(aside / out.name)
         partial.rename(out)
-    except BaseException:  # Ctrl-C between the two as well
-        if not out.exists() and (aside / out.name).exists():
-            (aside / out.name).rename(out)
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def cannot_write(out: Path, error: OSError) -> ExportError:

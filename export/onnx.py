@@ -123,7 +123,9 @@ def check_axes(model: ir.Model, graph: Graph, axes: Mapping[str, Axis]) -> None:
         )  # an axis of one is traced as a constant
         found = tuple(dim if isinstance(dim, int) else dim.value for dim in value.shape or ())
         if value.name != tensor.name or found != expected:
-            raise ExportError(
-                f"the exporter made {value.name} {found} of {tensor.name} {expected}; the definition specialises "
-                "an axis. Look for Python branches on a size in its forward."
-            )
+            advice = "the definition specialises an axis. Look for Python branches on a size in its forward."
+            if len(found) != len(expected):
+                advice = (
+                    "these are two different tensors. Does forward return them in the order in which graphs has them?"
+                )
+            raise ExportError(f"the exporter made {value.name} {found} of {tensor.name} {expected}; {advice}")

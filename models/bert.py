@@ -275,6 +275,7 @@ FAMILY = Family(
     name="bert",
     model_types=("bert",),
     prefix="bert.",
+    bare=("classifier.", "qa_outputs.", "cls."),
     architectures={
         "BertModel": "feature-extraction",
         "BertForPreTraining": "fill-mask",

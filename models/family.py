@@ -31,6 +31,7 @@ class Family:
     model_types    what config.json calls it
     prefix         what checkpoints with a head put before the other weights
     architectures  transformers' class name -> the task it is exported for
+    bare           of heads, how their names begin where checkpoints store them without the prefix; for messages
     tasks          every task a checkpoint of the family can be exported for
     config         Source -> the family's frozen config
     build          config, task -> the module that holds the weights; the part of it behind a graph takes
@@ -61,10 +62,10 @@ class Family:
     computed: Callable[[Any], dict[str, Tensor]] = lambda config: {}
     parts: Callable[[nn.Module], dict[str, nn.Module]] = lambda module: {"model": module}
     options: Callable[[nn.Module], dict[str, Any]] = lambda module: {}
+    bare: tuple[str, ...] = ()
 
 
 MAX_LAYERS = 1_000  # far past any model of ours; keeps a hostile config from building modules for ever
-LAYERS = ("num_hidden_layers", "n_layer", "encoder_layers", "decoder_layers")
 HEADS = (("hidden_size", "num_attention_heads"),)
 MAX_SIZE = 2**31 - 1  # of any one dimension
 
@@ -79,18 +80,18 @@ def config_fields(
 ) -> dict[str, Any]:
     """Take the named fields from config.json, or the part of it that ``where`` names, and check them all.
 
-    ``sizes`` are positive integers; ``others`` have the type of their default (``layer_norm_eps``
-    between 0 and 1, activations by name); ``heads`` are pairs of a width and the number of heads that
-    must divide it. Raises CheckpointError naming every field that is wrong.
+    ``sizes`` are positive integers, numbers of layers by their name among them; ``others`` have the type of their
+    default (``layer_norm_eps`` between 0 and 1, a str is an activation's name); ``heads`` are pairs of a width and
+    the number of heads that must divide it. Raises CheckpointError naming every field that is wrong.
     """
     found = {name: raw.get(name, default) for name, default in {**sizes, **others}.items()}
     problems = []
     for name, value in found.items():
         if name in sizes:
-            limit = MAX_LAYERS if name in LAYERS else MAX_SIZE
+            limit = MAX_LAYERS if "layer" in name else MAX_SIZE
             if type(value) is not int or not 1 <= value <= limit:
                 problems.append(f"{name} is {value!r}, expected an integer in 1..{limit}")
-        elif name.endswith(("_act", "activation_function")):
+        elif isinstance(others[name], str):
             if not isinstance(value, str) or value not in activations:
                 problems.append(f"{name} is {value!r}, expected one of {', '.join(activations)}")
         elif isinstance(others[name], bool):

@@ -201,6 +201,7 @@ FAMILY = Family(
     name="gpt",
     model_types=("gpt2",),
     prefix="transformer.",
+    bare=("lm_head.",),
     architectures={"GPT2LMHeadModel": "text-generation"},
     tasks=("text-generation",),
     config=config_from_source,

@@ -334,6 +334,7 @@ FAMILY = Family(
     name="transformer",
     model_types=("transformer", "marian"),
     prefix="model.",
+    bare=("lm_head.",),
     architectures={"TransformerForConditionalGeneration": "translation", "MarianMTModel": "translation"},
     tasks=("translation",),
     config=config_from_source,

@@ -199,6 +199,7 @@ FAMILY = Family(
     name="vit",
     model_types=("vit",),
     prefix="vit.",
+    bare=("classifier.",),
     architectures={"ViTModel": "feature-extraction", "ViTForImageClassification": "image-classification"},
     tasks=("image-classification", "feature-extraction"),
     config=config_from_source,

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from transom.models.family import Family
-from transom.runtime.errors import CheckpointError
+from transom.runtime.errors import CheckpointError, one_line
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 LISTED = 12  # names per kind of problem in a message; more are counted
@@ -31,7 +31,8 @@ def opened(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} cannot be read as safetensors ({error}); the file is truncated or damaged. Download it again."
+            f"{path} cannot be read as safetensors ({one_line(error)}); the file is truncated or damaged. "
+            "Download it again."
         ) from None
 
 
@@ -69,9 +70,8 @@ def build_module(
                     sources[name] = stored
     tensors = {name: tensor for name, tensor in family.computed(config).items() if name not in tensors} | tensors
     prefixed = any(stored.startswith(family.prefix) for stored in sources.values())
-    bare = ("classifier.", "qa_outputs.", "cls.", "lm_head.")  # heads carry no prefix
     missing = [
-        f"{family.prefix}{name}" if prefixed and not name.startswith(bare) else name
+        f"{family.prefix}{name}" if prefixed and not name.startswith(family.bare) else name
         for name in expected
         if name not in tensors
     ]

@@ -11,6 +11,8 @@ import struct
 
 from transom.runtime.errors import BundleError
 
+LONGEST = 256  # bytes that stand for a character; Unicode's compatibility forms have 33. More could fill the memory
+
 
 class Charsmap:
     """The longest rule that fits counts. A unit of the trie is 32 bits:
@@ -32,6 +34,12 @@ class Charsmap:
                 raise BundleError(f"the charsmap has {len(data)} bytes and a trie of {size}. Export the bundle again.")
             self._units = struct.unpack_from(f"<{size // 4}I", data, 4)
             self._replacements = data[4 + size :]
+            longest = max(map(len, self._replacements.split(b"\0")))
+            if longest > LONGEST:
+                raise BundleError(
+                    f"the charsmap has a replacement of {longest} bytes, expected {LONGEST} at most. Export the bundle "
+                    "again."
+                )
         self._starts = [
             self._child(distance(self._units[0]), byte) is not None if data else False for byte in range(256)
         ]

@@ -7,7 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from os import PathLike, cpu_count
 from threading import Lock
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from transom.runtime.backend import Array, Backend, Read, open_backend
 from transom.runtime.bundle import Bundle, GraphFile
@@ -39,13 +39,20 @@ def load(path: str | PathLike[str], device: str = "cpu", threads: int | None = N
 
 
 class LoadedBundle:
-    """What every family's loaded bundle can do. Use it in a ``with``, or call ``close``."""
+    """What every family's loaded bundle can do. Use it in a ``with``, or call ``close``.
+
+    GRAPHS says which graphs the family's methods run, and what they give them beside caches and what another graph
+    made.
+    """
+
+    GRAPHS: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def __init__(
         self, bundle: Bundle, device: str = "cpu", threads: int | None = None, opener: Opener = open_backend
     ) -> None:
         self.manifest: Manifest = bundle.manifest
         self._bundle = bundle
+        check_graphs(bundle.manifest, self.GRAPHS)
         self._backends = [opener(graph, bundle.read, device, threads) for graph in bundle.manifest.graphs]
         self._workers: ThreadPoolExecutor | None = None
         self._lock = Lock()
@@ -136,3 +143,23 @@ class LoadedBundle:
         if len(found) != count:
             raise BundleError(f"bundle.json has {len(found)} labels, the graph gives {count}; export the bundle again.")
         return found
+
+
+def check_graphs(manifest: Manifest, expected: Mapping[str, tuple[str, ...]]) -> None:
+    """Raise BundleError unless the graphs are there that a family runs, and take what it gives them."""
+    graphs = {file.graph.name: file.graph for file in manifest.graphs}
+    made = {tensor.name for graph in graphs.values() for tensor in graph.outputs}
+    for name, given in expected.items():
+        if name not in graphs:
+            raise BundleError(
+                f"bundle.json has no graph {name!r}, which {manifest.family} runs; export the bundle again."
+            )
+        inputs = {tensor.name: tensor for tensor in graphs[name].inputs}
+        written = {tensor.writes for tensor in graphs[name].outputs}
+        asked = {key for key, tensor in inputs.items() if tensor.state or tensor.default is None} - written
+        wrong = sorted({*given} - inputs.keys()) or sorted(asked - {*given} - made)
+        if wrong:
+            raise BundleError(
+                f"bundle.json says family {manifest.family}, which gives the graph {name!r} {', '.join(given)}; it "
+                f"takes {', '.join(list(inputs)[:6])}, so {wrong[0]!r} does not fit. Export the bundle again."
+            )

@@ -208,6 +208,8 @@ class TextEncoder:
         if len(given) > room:
             given.truncate(room, stride=stride, direction=self.spec.truncation_side)
         row = self._processor.process(asked, given, True)
+        if 1 not in row.sequence_ids:
+            raise BundleError(f"{self.spec.file} leaves out the second text of a pair; export the bundle again.")
         batch = self._batch([row, *row.overflowing])
         if self.spec.token_types:  # the template sets the context's type in the first piece only
             context_type = row.type_ids[row.sequence_ids.index(1)]

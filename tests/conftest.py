@@ -120,7 +120,9 @@ def save_checkpoint(
     import transformers
 
     bert = architecture.startswith("Bert")
-    kind, defaults = next(found for prefix, found in KINDS.items() if architecture.startswith(prefix))
+    known = [found for prefix, found in KINDS.items() if architecture.startswith(prefix)]
+    assert known, f"no line in KINDS for {architecture}"
+    kind, defaults = known[0]
     torch.manual_seed(seed)
     model = getattr(transformers, architecture)(getattr(transformers, kind)(**{**defaults, **config})).eval()
     with torch.no_grad():

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from transom.export.bundle import BundleWriter, new_bundle
+from transom.export.bundle import BundleWriter, check_out, new_bundle
 from transom.export.pipeline import export
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import CheckpointError, ExportError
@@ -180,3 +182,119 @@ def test_ctrl_c_between_the_two_renames_keeps_the_old_bundle(
         monkeypatch.setattr(Path, "replace", interrupted)
     assert Bundle(out).manifest.family == "bert"
     assert list(tmp_path.iterdir()) == [out]
+
+
+WRITING = """
+import os, shutil, signal, sys, time
+from pathlib import Path
+from transom.export.bundle import new_bundle
+
+def die(*arguments, **options):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+rename = Path.rename
+def dies_between_the_renames(self, target):
+    die() if self.name.endswith(".partial") else rename(self, target)
+
+with new_bundle(Path(sys.argv[1]), force=True) as writer:
+    writer.add("bundle.json", b"new")
+    print("writing", flush=True)
+    match sys.argv[2]:
+        case "never ends": time.sleep(600)
+        case "between the renames": Path.rename = dies_between_the_renames
+        case "while the old one is deleted": shutil.rmtree = die
+"""
+
+
+@contextmanager
+def writing(out: Path, fate: str) -> Iterator[subprocess.Popen[str]]:
+    """A process that has begun to write a bundle; its fate is to be killed, at the end of the block at the latest."""
+    command = [sys.executable, "-c", WRITING, str(out), fate]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as started:
+        try:
+            assert started.stdout is not None
+            assert started.stdout.readline() == "writing\n"
+            yield started
+        finally:
+            started.kill()
+
+
+def hidden(folder: Path) -> list[str]:
+    return sorted(name for name in os.listdir(folder) if name.startswith("."))
+
+
+def test_what_a_killed_export_left_is_cleared_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
+    with writing(tmp_path / "one", "never ends") as killed, writing(tmp_path / "two", "never ends") as living:
+        killed.kill()
+        killed.wait()
+        assert len(hidden(tmp_path)) == 2
+        with new_bundle(tmp_path / "three", force=False):
+            assert len(hidden(tmp_path)) == 2  # the living one's and our own
+        (left,) = hidden(tmp_path)
+        assert living.poll() is None
+        assert (tmp_path / left / "bundle.json").read_bytes() == b"new"
+    check_out(tmp_path / "three", force=True)
+    assert os.listdir(tmp_path) == ["three"]
+
+
+def old_bundle(out: Path) -> Path:
+    out.mkdir()
+    (out / "bundle.json").write_bytes(b"old")
+    (out / "model.onnx").write_bytes(b"weights")
+    return out
+
+
+def test_a_bundle_that_was_moved_aside_is_put_back(tmp_path: Path) -> None:
+    """Killed between the two renames: nothing is at --out, and the only copy lies in a hidden folder."""
+    out = old_bundle(tmp_path / "out")
+    with writing(out, "between the renames") as process:
+        assert process.wait() == -signal.SIGKILL
+    assert not out.exists()
+    with pytest.raises(ExportError, match="exists; give another folder"):
+        check_out(out, force=False)
+    assert sorted(os.listdir(tmp_path)) == ["out"]
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == {
+        "bundle.json": b"old",
+        "model.onnx": b"weights",
+    }
+
+
+def test_a_bundle_that_was_being_deleted_is_not_put_back(tmp_path: Path) -> None:
+    out = old_bundle(tmp_path / "out")
+    with writing(out, "while the old one is deleted") as process:
+        assert process.wait() == -signal.SIGKILL
+    assert (out / "bundle.json").read_bytes() == b"new"
+    (left,) = hidden(tmp_path)
+    assert left.endswith(".partial")
+    shutil.rmtree(out)  # the new one goes: half of the old one must not come back in its place
+    check_out(out, force=False)
+    assert os.listdir(tmp_path) == []
+
+
+def test_only_folders_of_ours_are_cleared(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    (tmp_path / ".transom-abcdefgh.partial").symlink_to(precious)
+    (tmp_path / ".transom-notes.partial").mkdir()
+    (tmp_path / ".transom-12345678.old").write_text("a file")
+    before = sorted(os.listdir(tmp_path))
+    check_out(tmp_path / "new", force=False)
+    assert sorted(os.listdir(tmp_path)) == before
+    assert (precious / "thesis.txt").exists()
+
+
+def test_where_folders_cannot_be_locked_nothing_is_taken_for_abandoned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = tmp_path / ".transom-abcdefgh.partial"
+    left.mkdir()
+
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with new_bundle(tmp_path / "out", force=False) as writer:
+        writer.add("bundle.json", b"new")
+    assert (tmp_path / "out" / "bundle.json").exists()
+    assert left.exists()

@@ -183,7 +183,7 @@ def test_without_a_tokenizer_there_is_no_picture(
 ) -> None:
     bundle = changed_bundle(request.getfixturevalue(name), tmp_path, lambda words: words.pop("tokenizer"))
     assert Page(report(bundle)).headings[0] == "Against PyTorch"
-    with pytest.raises(InputError, match="there is no picture of texts: this bundle has no tokenizer"):
+    with pytest.raises(InputError, match="nothing to draw of them: this bundle has no tokenizer"):
         report(bundle, ["a text"])
 
 

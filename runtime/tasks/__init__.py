@@ -23,7 +23,7 @@ def task_class(family: str) -> type[LoadedBundle]:
     """The class that serves a family; only that family's file is imported."""
     if family not in FAMILIES:
         raise BundleError(
-            f"bundle.json has family {family!r}; this Transom runs {', '.join(FAMILIES)}. "
+            f"bundle.json has family {family!r:.60}; this Transom runs {', '.join(FAMILIES)}. "
             "Upgrade with `pip install --upgrade transom`."
         )
     module, name = FAMILIES[family]

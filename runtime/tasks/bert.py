@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,8 @@ class Bert(TextBundle):
     an error, unless ``truncate``; only ``embed`` always truncates, as sentence-transformers does. A
     text without a single token (empty, blank) is an error.
     """
+
+    GRAPHS: ClassVar = {"model": ("input_ids", "attention_mask")}
 
     def embed(self, texts: str | Sequence[str]) -> Floats:
         """One vector per text, pooled as the checkpoint says: float32 (E,) for one text, (N, E) for a list."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,8 @@ class Clip(TextBundle, ImageBundle):
     ``embed_image`` and ``embed_text`` take one, or a list, and answer in kind. A text longer than the
     bundle's S is an error, unless ``truncate``.
     """
+
+    GRAPHS: ClassVar = {"image": ("pixel_values",), "text": ("input_ids", "attention_mask")}
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)

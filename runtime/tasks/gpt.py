@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from transom.runtime.decoding import CHUNK
 from transom.runtime.errors import InputError
+from transom.runtime.inputs import LOGITS_POSITIONS, WRITE_INDICES
 from transom.runtime.tasks.generator import Begun, Generator, Row, padded
 
 
 class GPT(Generator):
     """A loaded decoder-only model: ``generate``, ``stream``, ``score``, ``log_probabilities``."""
+
+    GRAPHS: ClassVar = {"decoder": ("input_ids", WRITE_INDICES, LOGITS_POSITIONS)}
 
     def begin(self, rows: Sequence[Row]) -> Begun:
         decoding = self.decoding(len(rows))

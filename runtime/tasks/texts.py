@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.runtime.errors import InputError
+from transom.runtime.errors import BundleError, InputError
 from transom.runtime.session import LoadedBundle
 from transom.runtime.text import EncodedBatch, TextEncoder, TextSpec
 
@@ -23,6 +23,8 @@ class TextBundle(LoadedBundle):
         self._text = None
         if self.manifest.tokenizer is not None:
             spec = TextSpec.from_json(self.manifest.tokenizer)
+            if spec.kind != "tokenizers":  # others know ids alone, no offsets into the text
+                raise BundleError(f"tokenizer.kind is {spec.kind!r}, expected 'tokenizers'; export the bundle again.")
             self._text = TextEncoder(self._bundle.read(spec.file), spec, max_tokens=self.max_size("S"))
 
     def text_rows(self, texts: Sequence[str], pairs: Sequence[str] | None, output: str, *, truncate: bool) -> Floats:

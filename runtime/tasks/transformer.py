@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from transom.runtime.errors import BundleError
-from transom.runtime.inputs import shape_of
+from transom.runtime.inputs import LOGITS_POSITIONS, WRITE_INDICES, shape_of
 from transom.runtime.tasks.generator import Begun, Generator, Row, padded
 
 if TYPE_CHECKING:
@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 
 class Transformer(Generator):
     """A loaded encoder-decoder: ``translate``; ``generate`` and ``stream`` take source ids as well."""
+
+    GRAPHS: ClassVar = {
+        "encoder": ("input_ids", "attention_mask"),
+        "decoder": ("decoder_input_ids", "attention_mask", WRITE_INDICES, LOGITS_POSITIONS),
+    }
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,8 @@ class ViT(ImageBundle):
 
     Every method takes one image, or a list of them, and answers in kind.
     """
+
+    GRAPHS: ClassVar = {"model": ("pixel_values",)}
 
     def classify(self, images: ImageSource | Sequence[ImageSource], top_k: int = 5) -> Any:
         """The ``top_k`` most probable labels: ``[(label, probability), ...]`` per image, best first."""

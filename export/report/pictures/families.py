@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from transom.export.report.drawing.markup import section, words
 from transom.export.report.pictures.alignment import draw_alignments
@@ -13,7 +14,41 @@ from transom.export.report.pictures.surprise import draw_surprise
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import InputError, TransomError
 
-OF_TEXTS = {"bert": draw_attention, "gpt": draw_surprise, "transformer": draw_alignments}
+
+@dataclass(frozen=True)
+class Picture:
+    """How a family is drawn.
+
+    draw    bundle, inputs, prompts -> HTML; examples stand in for inputs where there are none
+    texts   it needs a tokenizer
+    images  it needs an image processor
+    bare    bundle -> HTML for a bundle that lacks what is needed
+    """
+
+    draw: Callable[[Bundle, Sequence[str], Sequence[str]], str]
+    texts: bool = False
+    images: bool = False
+    bare: Callable[[Bundle], str] = lambda bundle: ""
+
+    def missing(self, bundle: Bundle) -> str:
+        """What the bundle lacks to be drawn, in words; empty where it has all."""
+        if self.texts and bundle.manifest.tokenizer is None:
+            return "tokenizer"
+        return "preprocessing of images" if self.images and bundle.manifest.preprocess is None else ""
+
+
+PICTURES = {
+    "bert": Picture(lambda bundle, texts, _: draw_attention(bundle, texts), texts=True),
+    "clip": Picture(draw_matching, texts=True, images=True),
+    "gpt": Picture(lambda bundle, texts, _: draw_surprise(bundle, texts), texts=True),
+    "transformer": Picture(lambda bundle, texts, _: draw_alignments(bundle, texts), texts=True),
+    "vit": Picture(
+        lambda bundle, images, _: draw_sight(bundle, images),
+        images=True,
+        bare=lambda bundle: draw_sight(bundle, ()),  # there are still positions
+    ),
+}
+PROMPTED = ("clip",)  # take --prompt
 
 
 def draw_pictures(bundle: Bundle, inputs: Sequence[str], prompts: Sequence[str]) -> str:
@@ -22,39 +57,18 @@ def draw_pictures(bundle: Bundle, inputs: Sequence[str], prompts: Sequence[str])
     Raises InputError for inputs that this bundle cannot draw. A bundle whose examples cannot be drawn gets a page
     that says so.
     """
-    check_inputs(bundle, inputs, prompts)
+    family = bundle.manifest.family
+    picture = PICTURES.get(family)
+    missing = "picture of its family" if picture is None else picture.missing(bundle)
+    if prompts and family not in PROMPTED:
+        raise InputError(f"--prompt is for CLIP, whose images are held against texts; this is a {family[:40]} bundle.")
+    if (inputs or prompts) and missing:
+        raise InputError(f"inputs are given, but there is nothing to draw of them: this bundle has no {missing}.")
+    if picture is None:
+        return ""
     try:
-        return drawn(bundle, inputs, prompts)
+        return picture.bare(bundle) if missing else picture.draw(bundle, inputs, prompts)
     except TransomError as error:
         if inputs or prompts:
             raise
         return section("No picture", f'<p class="soft">{words(error, 400)}</p>')
-
-
-def check_inputs(bundle: Bundle, inputs: Sequence[str], prompts: Sequence[str]) -> None:
-    """Raise InputError for what this bundle has no picture of."""
-    family = bundle.manifest.family
-    if prompts and family != "clip":
-        raise InputError(f"--prompt is for CLIP, whose images are held against texts; this is a {family[:40]} bundle.")
-    texts = family in OF_TEXTS
-    lacks = "tokenizer" if texts else "preprocessing of images"
-    if (inputs or prompts) and not complete(bundle):
-        raise InputError(f"there is no picture of {'texts' if texts else 'images'}: this bundle has no {lacks}.")
-
-
-def complete(bundle: Bundle) -> bool:
-    """Does the bundle hold all that turns texts and images into tensors?"""
-    manifest = bundle.manifest
-    reads_texts, reads_images = manifest.family in (*OF_TEXTS, "clip"), manifest.family in ("vit", "clip")
-    return not (reads_texts and manifest.tokenizer is None) and not (reads_images and manifest.preprocess is None)
-
-
-def drawn(bundle: Bundle, inputs: Sequence[str], prompts: Sequence[str]) -> str:
-    family = bundle.manifest.family
-    if family == "vit":
-        return draw_sight(bundle, inputs)  # without preprocessing there are still positions
-    if not complete(bundle):
-        return ""
-    if family == "clip":
-        return draw_matching(bundle, inputs, prompts)
-    return OF_TEXTS[family](bundle, inputs) if family in OF_TEXTS else ""
