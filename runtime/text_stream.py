@@ -93,9 +93,12 @@ class NeighbourStream:
         self._run.append(token)
         if self._runs and BYTE.fullmatch(text):
             return ""
+        run = self._run
         added = self.end()
-        if text or not self._before:
+        if text:
             self._before = [token]
+        elif not self._before:
+            self._before = run  # an empty token alone would make what follows the beginning of a text
         return added
 
     def end(self) -> str:

@@ -194,7 +194,7 @@ def test_one_layer_other_channels_other_sizes(exported: Exported, report: Report
     html = report(odd)
     assert "5 by 9 patches" in html
     assert "Where the answer comes from" not in html
-    with pytest.raises(InputError, match="no picture of images: this bundle has no preprocessing"):
+    with pytest.raises(InputError, match="nothing to draw of them: this bundle has no preprocessing"):
         report(odd, ["image.png"])
 
 

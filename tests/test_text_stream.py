@@ -102,6 +102,13 @@ def test_the_pieces_together_are_the_text(name: str, cleaned: bool) -> None:
     holds()
 
 
+def test_an_empty_token_behind_bytes_is_no_beginning() -> None:
+    encoder = ENCODERS["ByteFallback"]
+    ids = [encoder.token_id(token) for token in ("<0x41>", "", "▁")]
+    stream = encoder.stream()
+    assert "".join([*map(stream.add, ids), stream.end()]) == encoder.decode(ids) == "A "
+
+
 def encoder_bytes(name: str) -> bytes:
     if name in TOKENIZERS:
         return TOKENIZERS[name].to_str().encode()
