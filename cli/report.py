@@ -59,8 +59,11 @@ def check_target(target: Path, *, force: bool) -> None:
     """Raise ExportError where there is something already, or nothing can be, before any work is done."""
     try:
         exists, folder = target.exists(), target.is_dir()
+        special = target.is_symlink() or (exists and not folder and not target.is_file())
     except OSError as error:  # a name too long, a folder that may not be searched
         raise ExportError(f"cannot write {target}: {error.strerror}. Give another file with --out.") from None
+    if special:  # replacing it would take a device or a link away
+        raise ExportError(f"--out {target} is a link or no regular file; give another file.")
     if folder:
         raise ExportError(f"--out {target} is a folder; give the name of a file, such as report.html.")
     if exists and not force:

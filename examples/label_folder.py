@@ -165,6 +165,9 @@ def main() -> int:
     parser.add_argument("--batch", type=positive, default=16, metavar="N", help="images a call")
     parser.add_argument("--workers", type=positive, default=os.cpu_count() or 1, metavar="N", help="calls at a time")
     options = parser.parse_args()
+    if options.out.is_dir() or not options.out.parent.is_dir():
+        print(f"label_folder: --out {options.out} is no file in a folder that exists.", file=sys.stderr)
+        return 1
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: through every finally
     try:
         return 1 if run(options) else 0

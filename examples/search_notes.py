@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.runtime import load
-from transom.runtime.errors import TransomError
+from transom.runtime.errors import InputError, TransomError
 from transom.runtime.tasks.bert import Bert
 
 ENDINGS = (".txt", ".md")
@@ -87,6 +87,8 @@ def read_cache(path: Path, bundle: str) -> Vectors:
     except FileNotFoundError:
         return {}
     except (EOFError, ValueError, KeyError, BadZipFile):
+        if path.suffix != ".npz":
+            raise InputError(f"{path} is no cache of ours; name a file that ends in .npz with --cache.") from None
         print(f"{path} is damaged or none of ours; it is made again.", file=sys.stderr)
         return {}
 

@@ -29,6 +29,7 @@ from typing import Annotated, Any, TypeVar
 import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Form, HTTPException, Request, UploadFile
 from fastapi.concurrency import iterate_in_threadpool, run_in_threadpool
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -220,6 +221,12 @@ async def not_usable(request: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": str(error)}, 422)
 
 
+async def malformed(request: Request, error: Exception) -> JSONResponse:
+    """What does not have the right shape: where and why, without what was sent, which may be no Unicode."""
+    found = error.errors() if isinstance(error, RequestValidationError) else []
+    return JSONResponse({"detail": [{"loc": each["loc"], "msg": each["msg"]} for each in found]}, 422)
+
+
 async def failed(request: Request, error: Exception) -> JSONResponse:
     """Ours: messages about bundles and devices name files of this machine, and stay here."""
     log.error("%s: %s: %s", request.url.path, type(error).__name__, error)
@@ -251,6 +258,7 @@ def create_app(folder: Path) -> FastAPI:
     app = FastAPI(title="Transom", lifespan=lifespan, max_body_size=MAX_BODY_BYTES)
     app.include_router(router)
     app.add_exception_handler(InputError, not_usable)
+    app.add_exception_handler(RequestValidationError, malformed)
     app.add_exception_handler(TransomError, failed)
     return app
 

@@ -195,12 +195,14 @@ def expected_shape(tensor: Tensor) -> str:
 
 
 def wanted_outputs(graph: Graph, names: Sequence[str] | None, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the outputs asked for (all of them for None); InputError for an unknown one.
+    """Name -> shape of the outputs asked for (all of them for None); InputError for an unknown one, and for none.
 
     A buffer that is written in place goes by the name of its input.
     """
     known = {tensor.writes or tensor.name: tensor for tensor in graph.outputs}
     wanted = list(known) if names is None else list(names)
+    if not wanted:
+        raise InputError("outputs is empty; name at least one, or leave it out for all.")
     strangers = [name for name in wanted if name not in known]
     if strangers:
         raise InputError(f"unknown output {strangers[0]!r}; this bundle has {', '.join(known)}.")

@@ -204,7 +204,7 @@ def test_what_cannot_be_labelled_is_said_in_one_line(
     assert "labels is empty" in error(clip_bundle, pictures)
     assert "expected one {}" in error(clip_bundle, pictures, "--label", "one", "--template", "a photo")
     nowhere = run(tmp_path, "label_folder.py", vit_bundle, pictures, "--out", tmp_path / "absent" / "out.csv")
-    assert error_line(nowhere).endswith("No such file or directory")
+    assert error_line(nowhere).endswith("out.csv is no file in a folder that exists.")
     assert not (tmp_path / "out.csv").exists()
 
 
@@ -311,6 +311,12 @@ def test_the_service_answers_as_the_runtime(client: Any, bundles: Path) -> None:
         ("bert/embed", {"json": {"texts": ["x" * 20_001]}}, 422, "at most 20000 characters"),
         ("bert/embed", {"json": {"texts": [7]}}, 422, "valid string"),
         ("bert/embed", {"json": {"texts": [" "]}}, 422, "token"),
+        (
+            "bert/embed",
+            {"content": b'{"texts": ["\\ud800"]}', "headers": {"content-type": "application/json"}},
+            422,
+            "string",
+        ),
         ("bert/embed", {"json": {"texts": ["x"], "pool": 1}}, 422, "Extra inputs are not permitted"),
         ("bert/embed", {"content": b"{", "headers": {"content-type": "application/json"}}, 422, "JSON decode error"),
         ("bert/embed", {"content": b" " * (17 << 20)}, 413, ""),

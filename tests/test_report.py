@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -247,3 +248,14 @@ def test_a_target_that_cannot_be_written(vit_bundle: Path, tmp_path: Path) -> No
     ):
         assert message in error_line(transom("report", vit_bundle, "--out", target, "--force"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_or_a_device_is_not_replaced(vit_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "kept.html").write_text("kept")
+    (tmp_path / "link.html").symlink_to("kept.html")
+    os.mkfifo(tmp_path / "pipe.html")
+    for name in ("link.html", "pipe.html"):
+        line = error_line(transom("report", vit_bundle, "--out", tmp_path / name, "--force"))
+        assert f"{name} is a link or no regular file" in line
+    assert (tmp_path / "link.html").is_symlink()
+    assert (tmp_path / "kept.html").read_text() == "kept"

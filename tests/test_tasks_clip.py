@@ -18,6 +18,7 @@ from transom.export.inputs import photos
 from transom.runtime import load
 from transom.runtime.errors import BundleError, InputError, ShapeError
 from transom.runtime.images import open_image
+from transom.runtime.tasks.clip import Labels
 
 Exported = Callable[..., tuple[Path, Path]]
 LABELS = ["a dog", "the flower", "a temple far", "THE WORD 7"]  # four, and a batch holds three
@@ -131,6 +132,16 @@ def test_raw_runs_of_one_tower_and_of_both(tiny: Any, processor: Any, images: li
         (lambda c, i: c.zero_shot(i, ["a"], templates=["{}", "{0.x}"]), InputError, r"templates\[1\] is '{0.x}'"),
         (lambda c, i: c.zero_shot(i, ["a"], templates="{} {}"), InputError, "expected one {} in it"),
         (lambda c, i: c.zero_shot(i, ["a"], top_k=0), InputError, "top_k is 0; expected a positive integer"),
+        (
+            lambda c, i: c.zero_shot(i, Labels(("a",), np.ones((1, 3), np.float32))),
+            InputError,
+            "of 3 numbers, this bundle's",
+        ),
+        (
+            lambda c, i: c.run({"pixel_values": np.zeros((1, 3, 20, 20), np.float32)}, []),
+            InputError,
+            "outputs is empty",
+        ),
         (lambda c, i: c.zero_shot([], ["a"]), InputError, "the list of images is empty"),
         (lambda c, i: c.zero_shot([i, "none.png"], ["a"]), InputError, "image 1 of 2: .*none.png"),
         (

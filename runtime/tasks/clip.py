@@ -68,7 +68,13 @@ class Clip(TextBundle, ImageBundle):
             labels = self.embed_labels(labels, templates, truncate=truncate)
         elif templates is not None or truncate:
             raise InputError("templates and truncate belong to embed_labels, whose result is given here already.")
-        logits = self._logits(self.image_rows(batch, "image_embeds"), labels.embeds)
+        vectors = self.image_rows(batch, "image_embeds")
+        if labels.embeds.shape[1:] != vectors.shape[1:]:
+            raise InputError(
+                f"the labels have vectors of {labels.embeds.shape[-1]} numbers, this bundle's have {vectors.shape[1]}; "
+                "call this bundle's own embed_labels."
+            )
+        logits = self._logits(vectors, labels.embeds)
         count = len(labels.names) if top_k is None else top_k
         answers: list[Ranked] = [ranked(row, labels.names, count) for row in softmax(logits)]
         return answers[0] if single else answers
@@ -115,6 +121,8 @@ class Clip(TextBundle, ImageBundle):
         text = super().run({name: array for name, array in inputs.items() if name != "pixel_values"})
         logits = self._logits(image["image_embeds"], text["text_embeds"])
         found = {LOGITS[0]: logits, LOGITS[1]: logits.T.copy(), **text, **image}
+        if outputs is not None and not outputs:
+            raise InputError("outputs is empty; name at least one, or leave it out for all.")
         unknown = [name for name in outputs or () if name not in found]
         if unknown:
             raise InputError(f"unknown output {unknown[0]!r}; both towers give {', '.join(found)}.")
