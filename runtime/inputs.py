@@ -195,13 +195,13 @@ def expected_shape(tensor: Tensor) -> str:
 
 
 def wanted_outputs(graph: Graph, names: Sequence[str] | None, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the outputs asked for (all of them for None); InputError for an unknown one, and for none.
+    """Name -> shape of the outputs asked for (all of them for None); InputError for an unknown one.
 
     A buffer that is written in place goes by the name of its input.
     """
     known = {tensor.writes or tensor.name: tensor for tensor in graph.outputs}
     wanted = list(known) if names is None else list(names)
-    if not wanted:
+    if not wanted and not any(tensor.writes for tensor in graph.outputs):  # a decoder may just write its caches
         raise InputError("outputs is empty; name at least one, or leave it out for all.")
     strangers = [name for name in wanted if name not in known]
     if strangers:
