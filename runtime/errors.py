@@ -4,7 +4,9 @@ TransomError
 ├── CheckpointError     the source checkpoint is missing, damaged, pickled, or not a model we define
 ├── ExportError         the export cannot start or finish: options, an existing --out, a full disk
 │   ├── ParityError     the artefact does not compute what PyTorch computes
-│   └── PrecisionError  a tensor does not fit the range of the precision that was asked for
+│   ├── PrecisionError  a tensor does not fit the range of the precision that was asked for
+│   ├── CalibrationError  calibration data or a table of ranges cannot be used
+│   └── AccuracyError   the quantised model is less accurate than its gate allows
 ├── BundleError         a bundle is damaged, hostile, or of a format this version does not know
 ├── InputError          a value handed to a loaded bundle cannot be used
 │   └── ShapeError      ... because of its rank or one of its axes
@@ -34,6 +36,14 @@ class ParityError(ExportError):
 
 class PrecisionError(ExportError):
     """A tensor does not fit the range of the precision that was asked for."""
+
+
+class CalibrationError(ExportError):
+    """Calibration data or a table of ranges cannot be used."""
+
+
+class AccuracyError(ExportError):
+    """The quantised model is less accurate than its gate allows."""
 
 
 class BundleError(TransomError):

@@ -32,7 +32,7 @@ OURS = {
 THEIRS = {
     "models": {"torch", "safetensors", "huggingface_hub"},
     "runtime": {"numpy", "onnxruntime", "tokenizers", "PIL", "safetensors"},
-    "calib": {"numpy", "onnx", "onnxruntime"},
+    "calib": {"numpy", "onnx", "onnx_ir", "onnxruntime", "PIL", "safetensors"},
     "export": {"numpy", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "ml_dtypes"}
     | {"safetensors", "tokenizers", "sentencepiece", "PIL", "huggingface_hub"},
     "cli": {"typer", "rich", "numpy", "PIL"},
