@@ -22,7 +22,7 @@ STATE_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 class Flavours:
     """``graphs`` and their ``files`` ship. ``emulated`` are the half-precision graphs as a GPU would round them,
 
-    for parity alone (BF16 ships them as the CPU's flavour); they read from ``emulated_files``.
+    for parity and accuracy alone (BF16 ships them as the CPU's flavour); they read from ``emulated_files``.
     """
 
     graphs: tuple[GraphFile, ...]
@@ -38,36 +38,63 @@ def make_flavours(
 
     Raises PrecisionError when a weight does not fit FP16.
     """
-    shipped: dict[str, ir.Model] = {}
-    emulated: dict[str, ir.Model] = {}
+    models = {graph.name: canonical[graph.name].clone() for graph in graphs}
     for graph in graphs:
-        model = canonical[graph.name].clone()
-        convert_precision(model, precision, state_names(graph))
-        shipped[f"{graph.name}.onnx"] = model
-        if precision in HALF:
-            emulated[f"{graph.name}.cpu.onnx"] = rounding = model.clone()
-            emulate_half(rounding)
+        convert_precision(models[graph.name], precision, state_names(graph))
+    emulated = emulations(models) if precision in HALF else {}
     if precision == "bf16":  # ONNX Runtime's CPU has no BF16 kernels: it gets the emulation
-        shipped |= emulated
+        return pack(graphs, models, STATE_DTYPES[precision], cpu=emulated)
+    return pack(graphs, models, STATE_DTYPES[precision], emulated=emulated, external_above=external_above)
+
+
+def emulations(models: Mapping[str, ir.Model]) -> dict[str, ir.Model]:
+    """Copies of half-precision graphs that round as a GPU would, on any CPU."""
+    emulated = {name: model.clone() for name, model in models.items()}
+    for model in emulated.values():
+        emulate_half(model)
+    return emulated
+
+
+def pack(
+    graphs: tuple[Graph, ...],
+    models: Mapping[str, ir.Model],
+    state: str,
+    *,
+    cpu: Mapping[str, ir.Model] | None = None,
+    emulated: Mapping[str, ir.Model] | None = None,
+    external_above: int = EXTERNAL_ABOVE,
+) -> Flavours:
+    """Serialise ``models``, which ship, a flavour for the CPU if there is one, and what is for parity alone.
+
+    Weights that several of them hold, or of more than ``external_above`` bytes, lie in one file beside them.
+    ``state`` is the dtype of the models' state. All models are consumed: their weights move to that file.
+    """
+    cpu, emulated = cpu or {}, emulated or {}
+    named = {f"{name}.onnx": model for name, model in models.items()}
+    named |= {f"{name}.cpu.onnx": model for name, model in cpu.items()}
+    shipped = set(named)
+    named |= {f"{name}.emulated.onnx": model for name, model in emulated.items()}
     files: dict[str, bytes] = {}
     weights = None
-    if sum(weight_bytes(canonical[graph.name]) for graph in graphs) > external_above or precision == "bf16":
+    if cpu or sum(map(weight_bytes, models.values())) > external_above:
         weights = WEIGHTS
-        files[weights] = externalize([*(shipped | emulated).values()], weights)
-    files |= {name: serialized(model) for name, model in (shipped | emulated).items()}
+        files[weights] = externalize([*named.values()], weights)
+        shipped.add(weights)
+    files |= {name: serialized(model) for name, model in named.items()}
 
-    def graph_files(cpu: bool, default: str) -> tuple[GraphFile, ...]:
-        targets = [{"default": default.format(g.name)} | ({"cpu": f"{g.name}.cpu.onnx"} if cpu else {}) for g in graphs]
+    def graph_files(kinds: Mapping[str, str]) -> tuple[GraphFile, ...]:
         return tuple(
-            GraphFile(with_state(graph, STATE_DTYPES[precision]), files, weights)
-            for graph, files in zip(graphs, targets, strict=True)
+            GraphFile(
+                with_state(graph, state), {kind: f"{graph.name}{ending}" for kind, ending in kinds.items()}, weights
+            )
+            for graph in graphs
         )
 
     return Flavours(
-        graphs=graph_files(precision == "bf16", "{}.onnx"),
-        files={name: data for name, data in files.items() if name in shipped or name == weights},
-        emulated=graph_files(False, "{}.cpu.onnx") if precision == "fp16" else (),
-        emulated_files=files if precision == "fp16" else {},
+        graphs=graph_files({"default": ".onnx"} | ({"cpu": ".cpu.onnx"} if cpu else {})),
+        files={name: data for name, data in files.items() if name in shipped},
+        emulated=graph_files({"default": ".emulated.onnx"}) if emulated else (),
+        emulated_files=files if emulated else {},
     )
 
 

@@ -1,0 +1,68 @@
+"""How passes write a run of new nodes into a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+
+class Splice:
+    """New nodes that stand in front of ``place``, and carry its module's path."""
+
+    def __init__(self, graph: ir.Graph, place: ir.Node) -> None:
+        self._graph, self._place = graph, place
+
+    def weight(self, name: str, array: NDArray[Any]) -> ir.Value:
+        """The initializer called ``name``; it is made of ``array`` where there is none yet."""
+        known = self._graph.initializers.get(name)
+        if known is not None:
+            return known
+        tensor = ir.Tensor(np.ascontiguousarray(array), name=name)
+        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        self._graph.register_initializer(value)
+        return value
+
+    def add(
+        self,
+        operator: str,
+        inputs: Sequence[ir.Value | None],
+        name: str,
+        attributes: Mapping[str, Any] | None = None,
+        *,
+        dtype: ir.DataType = ir.DataType.FLOAT,
+        domain: str = "",
+    ) -> ir.Value:
+        """One node with one result, called ``name``."""
+        node = ir.node(operator, inputs, attributes or {}, domain=domain, name=f"{operator}_{name}")
+        node.metadata_props.update(self._place.metadata_props)
+        result = node.outputs[0]
+        result.name, result.type = name, ir.TensorType(dtype)
+        self._graph.insert_before(self._place, node)
+        return result
+
+    def replace_place(self, value: ir.Value) -> None:
+        """Remove ``place``; ``value`` is what it computed, under its name and with its shape."""
+        old = self._place.outputs[0]
+        name, value.shape = str(old.name), old.shape
+        old.name = f"{name}.replaced"
+        value.name = name
+        ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)
+        self._graph.remove(self._place, safe=True)
+
+
+def drop_unused(model: ir.Model) -> None:
+    """Remove weights that nobody reads any more, and the nodes that only turned them round."""
+    for node in reversed(list(model.graph)):
+        if node.op_type == "Transpose" and is_unused(node.outputs[0]):
+            model.graph.remove(node, safe=True)
+    for name, value in list(model.graph.initializers.items()):
+        if is_unused(value):
+            del model.graph.initializers[name]
+
+
+def is_unused(value: ir.Value) -> bool:
+    return not value.is_graph_output() and not list(value.uses())

@@ -1,0 +1,92 @@
+"""FP32 graph -> the same graph with Q/DQ around its linear layers: scales fixed by calibration.
+
+``x -> QuantizeLinear -> DequantizeLinear -> MatMul <- DequantizeLinear <- W in int8``, which ONNX Runtime and
+TensorRT each fuse into one integer product. There is no Q/DQ behind a layer: its sums stay in full precision, and so
+do the residual stream, LayerNormalization and Softmax. Wu et al. (2020, arXiv:2004.09602), section 3.
+
+Cases:
+1. A weight becomes int8 with a scale per output channel; layers that share one share its int8 form.
+2. An activation gets one Q/DQ pair, which all quantised layers behind it share. Layers that are kept, and
+   everybody else, go on reading the FP32 value.
+3. ``Gemm`` becomes ``MatMul`` and ``Add``: an integer Gemm would need a quantised result.
+4. Asked for, further activations get their pair where one reader takes them: the operands of attention, the
+   two sides of a residual Add.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from transom.calib.scales import Scale
+from transom.export.passes.linears import Linear
+from transom.export.passes.splice import Splice, drop_unused
+from transom.export.quantized_weights import QuantizedWeights
+
+Place = tuple[ir.Node, int]  # a node and the number of its input
+
+
+def quantize_static(
+    model: ir.Model,
+    linears: Sequence[Linear],
+    weights: QuantizedWeights,
+    scales: Mapping[str, Scale],
+    *,
+    signed: bool,
+    places: Collection[Place] = (),
+) -> bool:
+    """Rewrite ``model`` in place; True if anything changed. ``linears`` are those to quantise.
+
+    ``scales`` are by the activation's name, for int8 if ``signed``, else for uint8. ``places`` are of case 4.
+    """
+    pairs: dict[str, ir.Value] = {}
+    for linear in linears:
+        splice = Splice(model.graph, linear.node)
+        activation = quantized_pair(splice, linear.activation, scales, pairs, signed=signed)
+        name = linear.weight_name
+        stored, scale = weights.int8(linear)
+        weight = splice.add(
+            "DequantizeLinear",
+            [splice.weight(f"{name}.int8", stored), splice.weight(f"{name}.scale", scale)],
+            f"{linear.node.outputs[0].name}.weight",
+            {"axis": 1},
+        )
+        replace_product(splice, linear, splice.add("MatMul", [activation, weight], f"{name_of_product(linear)}"))
+    for node, index in places:
+        value = node.inputs[index]
+        assert value is not None
+        node.replace_input_with(index, quantized_pair(Splice(model.graph, node), value, scales, pairs, signed=signed))
+    drop_unused(model)
+    model.graph.sort()
+    return bool(linears or places)
+
+
+def quantized_pair(
+    splice: Splice, value: ir.Value, scales: Mapping[str, Scale], pairs: dict[str, ir.Value], *, signed: bool
+) -> ir.Value:
+    """Case 2: the value behind its Q/DQ pair."""
+    name = str(value.name)
+    if name not in pairs:
+        found = scales[name]
+        integer = np.int8 if signed else np.uint8
+        scale = splice.weight(f"{name}.quantization_scale", np.array(found.scale, np.float32))
+        zero = splice.weight(f"{name}.zero_point", np.array(found.zero_point, integer))
+        dtype = ir.DataType.INT8 if signed else ir.DataType.UINT8
+        quantized = splice.add("QuantizeLinear", [value, scale, zero], f"{name}.quantized", dtype=dtype)
+        pairs[name] = splice.add("DequantizeLinear", [quantized, scale, zero], f"{name}.dequantized")
+        quantized.shape = pairs[name].shape = value.shape
+    return pairs[name]
+
+
+def name_of_product(linear: Linear) -> str:
+    return f"{linear.node.outputs[0].name}.product"
+
+
+def replace_product(splice: Splice, linear: Linear, product: ir.Value) -> None:
+    """``product`` in place of the layer's own; case 3 where it is a ``Gemm`` with a bias."""
+    if linear.bias is not None:
+        product.shape = linear.node.outputs[0].shape
+        product = splice.add("Add", [product, linear.bias], f"{product.name}.biased")
+    splice.replace_place(product)

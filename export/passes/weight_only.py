@@ -1,0 +1,49 @@
+"""FP32 graph -> the same graph with linear layers whose weights alone are integers of 8 or 4 bits, in blocks.
+
+A decode step reads every weight once for one row: its time is that of the memory, so smaller weights are faster
+weights. ``com.microsoft.MatMulNBits`` reads them as they are; activations stay in FP32 at its edges.
+
+Cases:
+1. A linear layer becomes ``MatMulNBits``; layers that share a weight share its blocks.
+2. The bias of a ``Gemm`` becomes its last input, that of a ``MatMul`` stays an Add.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from transom.export.passes.linears import Linear
+from transom.export.passes.splice import Splice, drop_unused
+from transom.export.passes.static import name_of_product
+from transom.export.quantized_weights import QuantizedWeights
+
+DOMAIN = "com.microsoft"
+INT8_PRODUCTS = 4  # accuracy_level: rows are rounded to 8 bits block by block inside the kernel, each by itself
+
+
+def quantize_weights(
+    model: ir.Model, linears: Sequence[Linear], weights: QuantizedWeights, bits: int, block_size: int
+) -> bool:
+    """Rewrite ``model`` in place; True if anything changed."""
+    for linear in linears:
+        splice = Splice(model.graph, linear.node)
+        blocks, scales = weights.blocks(linear, bits, block_size)
+        name = linear.weight_name
+        K, N = linear.kernel_shape
+        inputs: list[ir.Value | None] = [
+            linear.activation,
+            splice.weight(f"{name}.int{bits}", blocks),
+            splice.weight(f"{name}.scales", scales.reshape(-1)),
+        ]
+        if linear.bias is not None:
+            inputs += [None, None, linear.bias]
+        attributes = {"K": K, "N": N, "bits": bits, "block_size": block_size, "accuracy_level": INT8_PRODUCTS}
+        product = splice.add("MatMulNBits", inputs, name_of_product(linear), attributes, domain=DOMAIN)
+        splice.replace_place(product)
+    if linears:
+        model.graph.opset_imports[DOMAIN] = 1
+    drop_unused(model)
+    model.graph.sort()
+    return bool(linears)

@@ -1,0 +1,155 @@
+"""From FP32 graphs and ranges to quantised graphs: one set of weights and ranges, a flavour per target."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+
+from transom.calib.histogram import Histogram
+from transom.calib.scales import Scale, activation_scale, clip_range
+from transom.export.flavours import Flavours, emulations, pack, state_names
+from transom.export.passes.dynamic import quantize_dynamic
+from transom.export.passes.embeddings import halve_embeddings
+from transom.export.passes.extras import extra_places
+from transom.export.passes.linears import find_linears
+from transom.export.passes.precision import convert_precision
+from transom.export.passes.static import quantize_static
+from transom.export.passes.weight_only import quantize_weights
+from transom.export.quantized_weights import QuantizedWeights
+from transom.runtime.spec import Graph
+
+STATIC, DYNAMIC, NONE = "static", "dynamic", "none"
+ACTIVATIONS = (STATIC, DYNAMIC, NONE)
+SMALLEST_FP16_SCALE = 2.0**-14  # the smallest normal number: a scale below it would lose digits, or vanish
+
+Layer = tuple[str, str]  # graph, name of the linear layer
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to quantise. ``activations`` is a mode of ACTIVATIONS by graph.
+
+    ``weight_bits`` is 8, 7 (of 8, for CPUs whose products saturate) or 4, the last with activations "none"
+    alone; ``block_size`` is how many weights along K share a scale where activations are "none". ``extras`` are
+    of export.passes.extras.
+    """
+
+    activations: Mapping[str, str]
+    method: str = "mse"
+    weight_bits: int = 8
+    block_size: int = 32
+    extras: tuple[str, ...] = ()
+
+    @property
+    def weights_only(self) -> bool:
+        return set(self.activations.values()) == {NONE}
+
+
+class Quantizer:
+    """Makes quantised graphs of FP32 ones, with any of their layers kept as they are.
+
+    ``models`` are FP32, smoothed where they are to be, and are not changed; ``ranges`` are the histograms of
+    their tensors, by graph and name. ``half`` says whether the graphs for TensorRT are in FP16 beside int8.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, ir.Model],
+        graphs: tuple[Graph, ...],
+        recipe: Recipe,
+        ranges: Mapping[str, Mapping[str, Histogram]],
+        *,
+        half: bool = True,
+    ) -> None:
+        self.recipe, self._models, self._graphs, self._ranges = recipe, models, graphs, ranges
+        self._half = half
+        self._weights = {name: QuantizedWeights(recipe.weight_bits) for name in models}
+        self._scales: dict[bool, dict[str, dict[str, Scale]]] = {}
+        self.layers: list[Layer] = [
+            (name, linear.name) for name, model in models.items() for linear in find_linears(model)
+        ]
+        self.sizes = {
+            (name, linear.name): linear.kernel_shape[0] * linear.kernel_shape[1]
+            for name, model in models.items()
+            for linear in find_linears(model)
+        }
+
+    def scales(self, *, signed: bool) -> dict[str, dict[str, Scale]]:
+        """Scales of all observed tensors, by graph and name."""
+        if signed not in self._scales:
+            self._scales[signed] = {
+                graph: {name: self._scale(histogram, signed=signed) for name, histogram in found.items()}
+                for graph, found in self._ranges.items()
+            }
+        return self._scales[signed]
+
+    def _scale(self, histogram: Histogram, *, signed: bool) -> Scale:
+        low, high = clip_range(histogram, self.recipe.method, symmetric=signed)
+        scale = activation_scale(low, high, signed=signed)
+        if signed and self._half:
+            return Scale(max(scale.scale, SMALLEST_FP16_SCALE), scale.zero_point)
+        return scale
+
+    def cpu(self, kept: Collection[Layer] = ()) -> dict[str, ir.Model]:
+        """The graphs for ONNX Runtime's CPU, by name."""
+        models = {}
+        for graph in self._graphs:
+            model = self._models[graph.name].clone()
+            linears = [linear for linear in find_linears(model) if (graph.name, linear.name) not in kept]
+            weights, mode = self._weights[graph.name], self.recipe.activations[graph.name]
+            if mode == NONE:
+                quantize_weights(model, linears, weights, self._block_bits, self.recipe.block_size)
+            elif mode == DYNAMIC:
+                quantize_dynamic(model, linears, weights)
+            else:
+                places = extra_places(model, self.recipe.extras)
+                quantize_static(
+                    model, linears, weights, self.scales(signed=False)[graph.name], signed=False, places=places
+                )
+            halve_embeddings(model)
+            models[graph.name] = model
+        return models
+
+    @property
+    def _block_bits(self) -> int:
+        return 4 if self.recipe.weight_bits == 4 else 8
+
+    def tensorrt(self, kept: Collection[Layer] = ()) -> dict[str, ir.Model]:
+        """The graphs for TensorRT, by name: int8 with symmetric scales, everything else in FP16."""
+        models = {}
+        for graph in self._graphs:
+            model = self._models[graph.name].clone()
+            linears = [linear for linear in find_linears(model) if (graph.name, linear.name) not in kept]
+            places = extra_places(model, self.recipe.extras)
+            quantize_static(
+                model,
+                linears,
+                self._weights[graph.name],
+                self.scales(signed=True)[graph.name],
+                signed=True,
+                places=places,
+            )
+            if self._half:
+                convert_precision(model, "fp16", state_names(graph))
+            models[graph.name] = model
+        return models
+
+    def flavours(self, kept: Collection[Layer] = ()) -> Flavours:
+        """Everything that ships."""
+        cpu = self.cpu(kept)
+        if self.recipe.weights_only:
+            return pack(self._graphs, cpu, "float32")
+        models = self.tensorrt(kept)
+        if not self._half:
+            return pack(self._graphs, models, "float32", cpu=cpu)
+        return pack(self._graphs, models, "float16", cpu=cpu, emulated=emulations(models))
+
+
+def observed_tensors(model: ir.Model, recipe: Recipe) -> list[str]:
+    """Names of the activations whose ranges the recipe needs of this FP32 graph."""
+    values: list[Any] = [linear.activation for linear in find_linears(model)]
+    values += [node.inputs[index] for node, index in extra_places(model, recipe.extras)]
+    return list(dict.fromkeys(str(value.name) for value in values))
