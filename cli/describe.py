@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from math import exp
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,7 @@ def manifest_json(path: Path, manifest: Manifest) -> dict[str, Any]:
         "source": manifest.source,
         "tools": manifest.tools,
         "operators": manifest.operators,
+        "quantization": manifest.quantization,
     }
 
 
@@ -115,10 +117,12 @@ def near_ties(parity: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def parity_text(parity: Mapping[str, Any]) -> str:
-    """The worst error that the export measured, against what its precision allows."""
+def parity_text(parity: Mapping[str, Any], quantized: bool = False) -> str:
+    """The worst error that the export measured, against what its precision allows; quantised ones have a gate."""
     worst, tolerance = worst_error(parity), parity.get("tolerance")
-    return "not recorded" if worst is None else f"{worst:.2e} of {tolerance:g} allowed"
+    if worst is None:
+        return "not recorded"
+    return f"{worst:.2e}; the gate judges accuracy" if quantized else f"{worst:.2e} of {tolerance:g} allowed"
 
 
 def worst_error(parity: Mapping[str, Any]) -> float | None:
@@ -150,6 +154,79 @@ def score_detail(figures: Mapping[str, Any]) -> str:
     if "correct" in figures:
         return str(figures["correct"])
     return " to ".join(f"{end:.4f}" for end in figures["interval"])
+
+
+MOST_KEPT = 20  # layers that are told one by one
+MOST_NATS = 700.0  # exp of more is no float
+
+
+def quantization_fields(quantization: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """How a bundle was quantised, on what, which layers it keeps, and what its gate found, as ``inspect`` prints it."""
+    modes = ", ".join(f"{mode} in {graph}" for graph, mode in quantization["activations"].items())
+    block, data = quantization.get("block_size"), quantization.get("data")
+    yield "weights", f"{quantization['weight_bits']} bits" + ("" if block is None else f" in blocks of {figure(block)}")
+    yield "activations", f"{modes}; ranges by {figure(quantization.get('method'))}"
+    if data is not None:
+        yield "calibrated on", f"{figure(at(data, 'name'))}, {figure(at(data, 'samples'))} samples"
+    yield "built with", figure(quantization.get("instruction_set"))
+    layers = list_of(quantization.get("layers"))
+    kept = [layer for layer in layers if at(layer, "kept") is True]
+    yield "kept layers", f"{len(kept)} of {len(layers)}"
+    for layer in kept[:MOST_KEPT]:
+        yield "kept", f"{figure(at(layer, 'name'))}: {figure(at(layer, 'why'))}"
+    for flavour, verdict in verdicts(quantization):
+        yield f"gate {flavour}", verdict_text(verdict)
+
+
+def gate_line(quantization: Mapping[str, Any]) -> str:
+    """``accuracy gate: cpu holds (0.0037 of 0.01 allowed, judged by top-1 accuracy, n = 540), ...; default ...``."""
+    told = "; ".join(f"{flavour} {verdict_text(verdict)}" for flavour, verdict in verdicts(quantization))
+    return f"accuracy gate: {told or 'not recorded'}"
+
+
+def verdicts(quantization: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    gate = quantization.get("gate")
+    return list(gate.items()) if isinstance(gate, Mapping) else []
+
+
+def verdict_text(verdict: Any) -> str:
+    """One flavour's verdict: what was measured, what is allowed, and how else it differs from FP32."""
+    holds = "holds" if at(verdict, "holds") is True else "FAILS"
+    measure, found, allowed, n = (figure(at(verdict, key)) for key in ("measure", "found", "allowed", "n"))
+    said = [f"{holds} ({found} of {allowed} allowed, judged by {measure}, n = {n})"]
+    score = at(verdict, "score")
+    if score is not None:
+        nats = at(score, "lower_is_better") is True  # per token
+        what, sides = "perplexity" if nats else "score", (at(score, side, "value") for side in ("int8", "fp32"))
+        ours, fp32 = (figure(exponential(value) if nats else value) for value in sides)
+        said.append(f"{what} {ours}, in FP32 {fp32}")
+    for key, what in (("agreement", "same top-1"), ("relative_error", "relative error")):
+        if at(verdict, key) is not None:
+            said.append(f"{what} {figure(at(verdict, key))}")
+    return ", ".join(said)
+
+
+def exponential(nats: Any) -> float | None:
+    return exp(nats) if isinstance(nats, float) and nats < MOST_NATS else None
+
+
+def at(value: Any, *keys: str) -> Any:
+    """What lies under ``keys``; None where there is nothing. For figures that nobody checked."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def list_of(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list) else []
+
+
+def figure(value: Any) -> str:
+    """A number in four digits, or that of an object's ``value``; counts and words as they are, a dash for the rest."""
+    value = at(value, "value") if isinstance(value, Mapping) else value
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else f"{value!s:.160}"
 
 
 EXAMPLE_IDS = "'1 2 3'"  # for a bundle that generates without a tokenizer

@@ -99,15 +99,16 @@ def choose(providers: Sequence[str], gpus: Sequence[Mapping[str, str]]) -> tuple
 
 
 def examine_cpu() -> dict[str, Any]:
-    from transom.runtime.machine import cpu_info, cpu_name, usable_cores
+    from transom.runtime.cpu import cpu_flags, this_cpu
+    from transom.runtime.machine import cpu_name, usable_cores
 
-    info = cpu_info()
-    found = set(info.get("flags", info.get("Features", "")).split())  # x86, ARM
+    int8 = this_cpu()
     return {
         "name": cpu_name(),
         "architecture": platform.machine(),
         "cores": usable_cores(),
-        "instructions": [flag for flag in FLAGS if flag in found],
+        "instructions": [flag for flag in FLAGS if flag in cpu_flags()],
+        "int8": {"instruction_set": int8.name, "meaning": int8.meaning, "saturates": int8.saturates},
     }
 
 
@@ -136,6 +137,7 @@ def lines(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     cpu = report["cpu"]
     yield "cpu", f"{cpu['name']}, {cpu['architecture']}, {cpu['cores']} cores usable"
     yield "instructions", " ".join(cpu["instructions"]) or "none of those that matter here"
+    yield "int8", f"{cpu['int8']['instruction_set']}: {cpu['int8']['meaning']}"
     for gpu in report["gpus"]:
         yield "gpu", ", ".join([gpu["name"], f"compute {gpu['compute_capability']}", gpu["memory"], gpu["driver"]])
     yield "providers", ", ".join(report["onnxruntime_providers"]) or "–"

@@ -35,6 +35,35 @@ class Precision(StrEnum):
     fp32 = "fp32"
     fp16 = "fp16"
     bf16 = "bf16"
+    int8 = "int8"
+    int4 = "int4"
+
+
+class Method(StrEnum):
+    """What ``--method`` takes: how the range of an activation follows from what calibration saw."""
+
+    minmax = "minmax"
+    percentile = "percentile"
+    entropy = "entropy"
+    mse = "mse"
+
+
+class Activations(StrEnum):
+    """What ``--activations`` takes."""
+
+    static = "static"
+    dynamic = "dynamic"
+    none = "none"
+
+
+class Also(StrEnum):
+    """What ``--also`` takes."""
+
+    attention = "attention"
+    residual = "residual"
+
+
+INTEGERS = "Integers (--precision int8, int4)"
 
 
 def export(
@@ -48,7 +77,11 @@ def export(
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the new bundle.", show_default=False)],
     precision: Annotated[
-        Precision, typer.Option(help="fp16 and bf16 are GPU formats; a CPU computes them slowly.")
+        Precision,
+        typer.Option(
+            help="fp16 and bf16 are GPU formats; a CPU computes them slowly. int8 is calibrated and its accuracy gated; "
+            "int4 is of weights alone, for decoding."
+        ),
     ] = Precision.fp32,
     task: Annotated[
         str | None,
@@ -71,6 +104,76 @@ def export(
         bool, typer.Option("--ignore-unused", help="Accept weights of the checkpoint that no part uses.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the bundle that is at --out.")] = False,
+    calibration_data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE|NAME",
+            help="Inputs like those it will see: a .txt, .jsonl or .npz, a folder of images, or one of austen, digits, "
+            "digit-captions, wordnet, dates; repeatable. A quarter is held out for the gate.",
+            show_default="a reference model's own training inputs",
+            rich_help_panel=INTEGERS,
+        ),
+    ] = None,
+    method: Annotated[
+        Method, typer.Option(help="How an activation's range is chosen.", rich_help_panel=INTEGERS)
+    ] = Method.mse,
+    smooth_quant: Annotated[
+        bool,
+        typer.Option(
+            "--smooth-quant/--no-smooth-quant",
+            help="Move outliers behind a LayerNorm into the weights, where that helps.",
+            rich_help_panel=INTEGERS,
+        ),
+    ] = True,
+    activations: Annotated[
+        Activations | None,
+        typer.Option(
+            help="static: fixed ranges. dynamic: each row by itself, as it comes. none: weights alone.",
+            show_default="static for encoders, dynamic for decoders",
+            rich_help_panel=INTEGERS,
+        ),
+    ] = None,
+    weight_bits: Annotated[
+        int,
+        typer.Option(
+            metavar="8|7",
+            help="7 for x86 processors without VNNI, whose 8-bit products saturate.",
+            rich_help_panel=INTEGERS,
+        ),
+    ] = 8,
+    block_size: Annotated[
+        int,
+        typer.Option(
+            metavar="16|32|64|128|256",
+            help="How many weights share a scale where weights alone are integers.",
+            rich_help_panel=INTEGERS,
+        ),
+    ] = 32,
+    also: Annotated[
+        list[Also] | None,
+        typer.Option(
+            help="Quantise the operands of attention, or residual sums, too; costs accuracy; repeatable.",
+            show_default=False,
+            rich_help_panel=INTEGERS,
+        ),
+    ] = None,
+    ranges: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A table that `transom calibrate` made, in place of calibrating.",
+            show_default=False,
+            rich_help_panel=INTEGERS,
+        ),
+    ] = None,
+    gate: Annotated[
+        bool,
+        typer.Option(
+            "--gate/--no-gate",
+            help="Keep layers in higher precision until the accuracy gate holds, fail if it cannot.",
+            rich_help_panel=INTEGERS,
+        ),
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Export a checkpoint into a bundle, and hold it against PyTorch.
@@ -83,6 +186,7 @@ def export(
     # What torch's exporter prints must not mix with ours on stdout.
     with progress(quiet=as_json) as report, redirect_stdout(sys.stderr), export_extra():
         from transom.export import pipeline
+        from transom.export.quantization.options import QuantizeOptions
 
         manifest = pipeline.export(
             source,
@@ -93,6 +197,17 @@ def export(
             image_size=pixels,
             ignore_unused=ignore_unused,
             force=force,
+            quantize=QuantizeOptions(
+                calibration_data=tuple(calibration_data or ()),
+                method=method.value,
+                smooth=smooth_quant,
+                activations=activations and activations.value,
+                weight_bits=weight_bits,
+                block_size=block_size,
+                extras=tuple(extra.value for extra in also or ()),
+                ranges=ranges,
+                gate=gate,
+            ),
             progress=report,
         )
     if as_json:

@@ -13,6 +13,7 @@ from transom.cli.describe import (
     manifest_json,
     near_ties,
     parity_text,
+    quantization_fields,
     score_line,
     tensor_texts,
 )
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 def inspect(bundle: BundlePath, as_json: Json = False) -> None:
     """Show what a bundle holds.
 
-    Tensors, axes, files, settings of generation, parity, score, source and tools. Every file's size and
-    SHA-256 are checked; a damaged bundle is an error.
+    Tensors, axes, files, settings of generation, how it was quantised, parity, score, source and tools.
+    Every file's size and SHA-256 are checked; a damaged bundle is an error.
     """
     from transom.runtime.bundle import Bundle
 
@@ -63,7 +64,9 @@ def summary(path: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
     if generation is not None:
         yield "prompts", "texts" if manifest.tokenizer else "token ids: the checkpoint had no tokenizer"
         yield "generation", generation
-    yield "parity", f"worst error {parity_text(manifest.parity)}"
+    if manifest.quantization is not None:
+        yield from quantization_fields(manifest.quantization)
+    yield "parity", f"worst error {parity_text(manifest.parity, manifest.quantization is not None)}"
     for tie in near_ties(manifest.parity):
         yield "near tie", tie
     if manifest.score:

@@ -7,7 +7,15 @@ from typing import Annotated, Any
 
 import typer
 
-from transom.cli.describe import GPU_FORMATS, GPU_NOTE, precision_text, score_data, score_value, worst_error
+from transom.cli.describe import (
+    GPU_FORMATS,
+    GPU_NOTE,
+    gate_line,
+    precision_text,
+    score_data,
+    score_value,
+    worst_error,
+)
 from transom.cli.failures import FAILED
 from transom.cli.options import Json
 from transom.cli.progress import progress
@@ -28,7 +36,8 @@ def table(
 
     Its columns are size, worst error, score in PyTorch and in the bundle, and p50. That median latency is
     measured here and now, on the CPU, at the sizes that each bundle is tuned for; of a bundle that
-    generates it is that of one token, of a CLIP that of one image.
+    generates it is that of one token, of a CLIP that of one image. Quantised bundles are judged by their
+    accuracy gate, which is told below the table with the processor's instruction set.
     Exit status 1 when a bundle cannot be loaded; its row says why.
     """
     with progress(quiet=as_json) as report:
@@ -48,6 +57,7 @@ def row_of(path: Path) -> dict[str, Any]:
     """One bundle's row; an ``error`` in place of the figures where it cannot be loaded or run."""
     from transom.runtime import load
     from transom.runtime.bench import Effort, measurements
+    from transom.runtime.cpu import instruction_set
     from transom.runtime.tasks.generator import Generator
 
     try:
@@ -65,6 +75,9 @@ def row_of(path: Path) -> dict[str, Any]:
         "task": manifest.task,
         "precision": manifest.precision,
         "gpu_format": manifest.precision in GPU_FORMATS,
+        "quantized": manifest.quantization is not None,
+        "gate": manifest.quantization and manifest.quantization.get("gate"),
+        "instruction_set": instruction_set(),
         "size_bytes": folder_bytes(path),
         "worst_error": worst_error(manifest.parity),
         "tolerance": manifest.parity.get("tolerance"),
@@ -86,6 +99,9 @@ def show(rows: list[dict[str, Any]]) -> None:
             print(printable(f"p50 of {row['bundle']}: {what}, {sizes_text(row['sizes'])}"))
     if any(row["gpu_format"] for row in good):
         print(GPU_NOTE)
+    for row in good:
+        if row["quantized"]:
+            print(printable(f"{row['bundle']} on {row['instruction_set']}; {gate_line({'gate': row['gate']})}"))
     for row in rows:
         if "error" in row:
             say(f"transom.runtime.errors.{row['error']['type']}: {row['error']['message']}")
@@ -100,7 +116,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         precision_text(row["precision"]),
         bytes_text(row["size_bytes"]),
         "–" if row["worst_error"] is None else f"{row['worst_error']:.1e}",
-        "–" if row["tolerance"] is None else f"{row['tolerance']:g}",
+        "gate" if row["quantized"] else "–" if row["tolerance"] is None else f"{row['tolerance']:g}",
         score_value(row["score"], "pytorch"),
         score_value(row["score"], "bundle"),
         f"{row['p50_ms']:.2f}",

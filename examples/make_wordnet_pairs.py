@@ -99,6 +99,12 @@ def fitting(synset: Synset, senses: Counter[str], common: set[str]) -> tuple[str
 
 def pairs(folder: Path) -> tuple[list[tuple[str, str]], int]:
     """(definition, words) of the PAIRS that are taken, by alphabet of the words; and how many there were."""
+    found = candidates(folder)
+    return sorted(found[:PAIRS], key=lambda made: made[1]), len(found)
+
+
+def candidates(folder: Path) -> list[tuple[str, str]]:
+    """(definition, words) of every pair where cases 1 to 4 hold; the first PAIRS of them score."""
     senses = Counter(
         word
         for part in ("noun", "verb", "adj", "adv")
@@ -118,7 +124,7 @@ def pairs(folder: Path) -> tuple[list[tuple[str, str]], int]:
         if words is not None and not seen & claims:
             seen |= claims
             found.append((synset.definition, ", ".join(words).replace("_", " ")))
-    return sorted(found[:PAIRS], key=lambda made: made[1]), len(found)
+    return found
 
 
 def main() -> None:

@@ -9,6 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+
+from transom.calib.table import RANGES
 from transom.export.bundle import BundleWriter, axes_to_json, check_out, graph_to_json, new_bundle
 from transom.export.checks import check_greedy, check_parity, measure_ranges, open_bundle, open_emulated, open_pytorch
 from transom.export.exercises import Exercises
@@ -16,12 +19,15 @@ from transom.export.figures import operator_counts, parity_to_json
 from transom.export.flavours import Flavours, make_flavours
 from transom.export.golden import Golden
 from transom.export.onnx import onnx_from_module
+from transom.export.leftovers import PARTIAL, hidden_folder
 from transom.export.parity import TOLERANCES, Case
+from transom.export.quantization.options import PLAIN, QuantizeOptions
+from transom.export.quantization.quantize import Quantization, Quantized
 from transom.export.ranges import require_fp16_range
 from transom.export.samples import samples_for
 from transom.export.scores import score_both
 from transom.export.source import Loaded, load_source
-from transom.runtime.bundle import PRECISIONS, Bundle, Manifest
+from transom.runtime.bundle import PRECISIONS, QUANTIZED, Bundle, Manifest
 from transom.runtime.errors import CheckpointError, ExportError
 from transom.runtime.replay import Divergence
 from transom.runtime.selftest import GOLDEN
@@ -77,20 +83,21 @@ def export(
     image_size: tuple[int, int] | None = None,
     ignore_unused: bool = False,
     force: bool = False,
+    quantize: QuantizeOptions = PLAIN,
     progress: Progress = silent,
 ) -> Manifest:
     """Carry a checkpoint to a bundle at ``out`` that has been held against PyTorch.
 
     ``source`` is a reference model's name, a checkpoint folder or a hub id; ``max_sizes`` sets the
-    bounds of axes ("S": 512); ``image_size`` is (height, width) in pixels. ``progress`` is told each
-    stage: what, how many are done, how many there are.
+    bounds of axes ("S": 512); ``image_size`` is (height, width) in pixels; ``quantize`` says how "int8" and "int4" are
+    made. ``progress`` is told each stage: what, how many are done, how many there are.
 
     Raises CheckpointError when the source cannot be used, ParityError or PrecisionError when the
-    artefact would not compute what PyTorch computes, ExportError for everything else that stops it.
+    artefact would not compute what PyTorch computes, CalibrationError for calibration data that cannot be used,
+    AccuracyError where a quantised model is too far off, ExportError for everything else that stops it.
     In each case nothing is left at ``out``, or the old bundle is.
     """
-    if precision not in PRECISIONS:
-        raise ExportError(f"--precision is {precision!r}; expected one of {', '.join(PRECISIONS)}.")
+    check_options(precision, source, quantize)
     check_out(out, force=force)
     steps = Steps(progress, total=5 + (precision == "fp16"))
     steps.next(f"reading {source}")
@@ -103,12 +110,17 @@ def export(
         for graph, part in zip(loaded.graphs, loaded.parts().values(), strict=True)
     }
     operators = {name: operator_counts(model) for name, model in canonical.items()}
-    steps.next(f"making the {precision} graph")
-    flavours = make_flavours(canonical, loaded.graphs, precision)
-
     with new_bundle(out, force=force) as writer:
+        steps.next(f"making the {precision} graph")
+        record: dict[str, Any] = {}
+        if precision in QUANTIZED:
+            made = quantized(writer.folder, loaded, canonical, precision, quantize, steps)
+            flavours, record = made.flavours, {"quantization": made.record}
+            writer.add(RANGES, made.table.to_bytes())
+        else:
+            flavours = make_flavours(canonical, loaded.graphs, precision)
         steps.next("writing the bundle")
-        description = describe(loaded, precision, flavours)
+        description = describe(loaded, precision, flavours) | record
         write_files(writer, loaded, flavours)
         writer.describe(description)
         bundle, golden = Bundle(writer.folder), Golden()
@@ -137,6 +149,47 @@ def export(
         manifest = Bundle(writer.folder).manifest
     steps.next("done")
     return manifest
+
+
+def check_options(precision: str, source: str, quantize: QuantizeOptions) -> None:
+    """Refuse what cannot be meant, before any work is done."""
+    if precision not in PRECISIONS:
+        raise ExportError(f"--precision is {precision!r}; expected one of {', '.join(PRECISIONS)}.")
+    if precision in QUANTIZED:
+        quantize.data_for(source)
+    elif quantize != PLAIN:
+        raise ExportError(
+            f"--precision is {precision}, which is not quantised, and an option for quantisation is given; leave it "
+            "out, or choose --precision int8."
+        )
+
+
+def quantized(
+    folder: Path,
+    loaded: Loaded,
+    canonical: Mapping[str, ir.Model],
+    precision: str,
+    options: QuantizeOptions,
+    steps: Steps,
+) -> Quantized:
+    """Integer graphs whose accuracy was measured, beside an FP32 bundle that exists for as long as this takes."""
+
+    def tell(what: str) -> None:
+        steps.expect(1)
+        steps.next(what)
+
+    def measure(models: Mapping[str, ir.Model]) -> dict[str, tuple[float, str]]:
+        with open_pytorch(original, loaded) as theirs:
+            exercises = Exercises(theirs, samples_for(loaded.graphs, loaded.text_encoder(), loaded.preprocess))
+        return measure_ranges(original, models, loaded, exercises)
+
+    with hidden_folder(folder, PARTIAL) as beside:
+        writer = BundleWriter(beside)
+        flavours = make_flavours(canonical, loaded.graphs, "fp32")
+        write_files(writer, loaded, flavours)
+        writer.describe(describe(loaded, "fp32", flavours))
+        original = Bundle(beside)
+        return Quantization(original, canonical, loaded.checkpoint.source, precision, options, measure, tell).run()
 
 
 def verify(

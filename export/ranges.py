@@ -51,13 +51,18 @@ class RangeBackend:
         return {name.removeprefix(PREFIX): (value, self._modules[name]) for name, value in self._values.items()}
 
 
-def require_fp16_range(largest: Mapping[str, tuple[float, str]]) -> None:
-    """Raise PrecisionError naming the tensors that FP16 would turn into infinity."""
-    over = {
+def beyond_fp16(largest: Mapping[str, tuple[float, str]]) -> dict[str, tuple[float, str]]:
+    """The tensors that FP16 would turn into infinity, but for those of modules that stay in FP32."""
+    return {
         name: (value, module)
         for name, (value, module) in largest.items()
         if not value < FP16_MAX and module.split(".")[0] not in KEEP_FP32
     }
+
+
+def require_fp16_range(largest: Mapping[str, tuple[float, str]]) -> None:
+    """Raise PrecisionError naming the tensors that FP16 would turn into infinity."""
+    over = beyond_fp16(largest)
     if over:
         name, (value, module) = next(iter(over.items()))  # the first in the graph: the cause, or nearest to it
         raise PrecisionError(

@@ -26,7 +26,10 @@ MAX_MANIFEST_BYTES = 16 << 20  # labels of a 100,000-way classifier are 3 MB
 MAX_AXIS = 2**31 - 1
 DTYPES = ("int64", "float32")  # half precision stays inside the graph: the edges are the same in every bundle
 STATE_DTYPES = ("float32", "float16", "bfloat16")  # but for state, which is the graph's own
-PRECISIONS = ("fp32", "fp16", "bf16")
+QUANTIZED = ("int8", "int4")  # of the weights; accuracy is judged by a gate, not by parity
+PRECISIONS = ("fp32", "fp16", "bf16", *QUANTIZED)
+MODES = ("static", "dynamic", "none")  # how the activations before integer weights become integers
+WEIGHT_BITS = (4, 7, 8)
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class Manifest:
     operators: Mapping[str, Any]  # graph -> operator -> how many there were before any pass
     parity: Mapping[str, Any]
     score: Mapping[str, Any] | None
+    quantization: Mapping[str, Any] | None = None  # there exactly where ``precision`` is one of QUANTIZED
 
 
 class Bundle:
@@ -144,11 +148,12 @@ def manifest_from_json(value: dict[str, Any]) -> Manifest:
         for name, axis in axes.items()
         if axis.like is not None and axis.like not in axes
     ]
+    precision = top.text("precision", among=PRECISIONS)
     manifest = Manifest(
         name=top.text("name"),
         family=top.text("family"),
         task=top.text("task"),
-        precision=top.text("precision", among=PRECISIONS),
+        precision=precision,
         config=top.mapping("config"),
         axes=axes,
         graphs=graphs,
@@ -164,6 +169,7 @@ def manifest_from_json(value: dict[str, Any]) -> Manifest:
         operators=top.mapping("operators", {}),
         parity=parity_from_json(top.mapping("parity"), top.problems),
         score=top.mapping("score", None),
+        quantization=quantization_from_json(top.mapping("quantization", None), precision, names, top.problems),
     )
     top.done()
     if recorded != manifest_sha256(value):
@@ -184,6 +190,26 @@ def parity_from_json(value: dict[str, Any], problems: list[str]) -> dict[str, An
         problems.append("parity.scales is no object of numbers")
     if type(value.get("tolerance")) not in (int, float):
         problems.append(f"parity.tolerance is {repr(value.get('tolerance'))[:60]}, expected a number")
+    return value
+
+
+def quantization_from_json(
+    value: dict[str, Any] | None, precision: str | None, graphs: list[str], problems: list[str]
+) -> dict[str, Any] | None:
+    """How the graphs multiply: the runtime asks where that is exact. The rest is for people."""
+    if (value is not None) != (precision in QUANTIZED):
+        found = "is missing" if value is None else "is there"
+        problems.append(f"quantization {found}, and precision is {repr(precision)[:60]}")
+    if value is None:
+        return None
+    modes = value.get("activations")
+    if not isinstance(modes, dict) or modes.keys() != {*graphs} or not all(mode in MODES for mode in modes.values()):
+        expected = f"one of {', '.join(MODES)} for each of {', '.join(graphs)}"
+        problems.append(f"quantization.activations is {repr(modes)[:60]}, expected {expected}")
+    bits = value.get("weight_bits")
+    if type(bits) is not int or bits not in WEIGHT_BITS:
+        expected = ", ".join(map(str, WEIGHT_BITS))
+        problems.append(f"quantization.weight_bits is {repr(bits)[:60]}, expected one of {expected}")
     return value
 
 

@@ -17,6 +17,7 @@ from transom.runtime.errors import ParityError
 from transom.runtime.tasks.generator import Generator, Row, padded
 
 NOTHING = -1  # fills rows of tokens that ended early
+PYTORCH = "PyTorch's"  # whose generation ours is held against, in words
 
 
 def forced_logits(bundle: Generator, prompts: Sequence[Row], chunks: Sequence[NDArray[np.int64]]) -> Iterator[Array]:
@@ -70,7 +71,7 @@ def logits_along(bundle: Generator, prompts: Sequence[Row], tokens: NDArray[np.i
 
 @dataclass(frozen=True)
 class Divergence:
-    """Where two greedy generations part: ``margin`` is how sure PyTorch was there; infinite behind its end."""
+    """Where two greedy generations part: ``margin`` is how sure the other side was there; infinite behind its end."""
 
     row: int
     step: int
@@ -79,8 +80,12 @@ class Divergence:
     margin: float
 
     def __str__(self) -> str:
+        return self.told(PYTORCH)
+
+    def told(self, other: str) -> str:
+        """In words; ``other`` says whose generation the other one is."""
         return (
-            f"greedy token {self.step} of row {self.row} is {self.ours}, PyTorch's is {self.theirs} "
+            f"greedy token {self.step} of row {self.row} is {self.ours}, {other} is {self.theirs} "
             f"(its margin {self.margin:.2e})"
         )
 
@@ -99,18 +104,22 @@ def divergences(ours: NDArray[np.int64], theirs: NDArray[np.int64], margins: NDA
 
 
 def require_same_tokens(
-    ours: NDArray[np.int64], theirs: NDArray[np.int64], margins: NDArray[np.float32], tolerance: float
+    ours: NDArray[np.int64],
+    theirs: NDArray[np.int64],
+    margins: NDArray[np.float32],
+    tolerance: float,
+    other: str = PYTORCH,
 ) -> list[Divergence]:
-    """The rows that part where PyTorch itself was unsure, by less than both sides' ``tolerance`` of a logit.
+    """The rows that part where the other side itself was unsure, by less than both sides' ``tolerance`` of a logit.
 
-    Raises ParityError for a row that parts elsewhere.
+    ``other`` says whose ``theirs`` are. Raises ParityError for a row that parts elsewhere.
     """
     found = divergences(ours, theirs, margins)
     wrong = [divergence for divergence in found if not divergence.margin <= 2 * tolerance]  # NaN explains nothing
     if wrong:
         raise ParityError(
-            f"{wrong[0]}; only a margin below {2 * tolerance:.2e} would explain that. The decoder's cache is not what "
-            "PyTorch's is: export again, or report it."
+            f"{wrong[0].told(other)}; only a margin below {2 * tolerance:.2e} would explain that. The decoder's cache "
+            f"is not what {other} is: export again, or report it."
         )
     return found
 

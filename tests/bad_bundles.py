@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from command_line import as_quantized
 from transom.runtime.bundle import MANIFEST, manifest_sha256
 from transom.runtime.errors import BackendError, BundleError, InputError, TransomError
 
@@ -185,6 +186,15 @@ def spoilt(words: Words) -> None:
     words["surprise"] = 1
 
 
+def quantized(precision: str = "int8", **fields: Any) -> Callable[[Words], object]:
+    def change(words: Words) -> None:
+        as_quantized(words)
+        words["precision"] = precision
+        words["quantization"].update(fields)
+
+    return change
+
+
 def vast_caches(words: Words) -> None:
     for entry in (*words["graphs"][0]["inputs"], *words["graphs"][0]["outputs"]):
         if "_cache." in entry["name"]:
@@ -236,6 +246,17 @@ CLAIMS: tuple[tuple[str, str, Callable[[Words], object], str], ...] = (
     ("a resize to nothing", "vit", lambda w: w["preprocess"].update(height=0), "height is 0"),
     ("a std of zero", "vit", lambda w: w["preprocess"].update(std=[0, 0, 0]), "std is 0"),
     ("no logit scale", "clip", lambda w: w["options"].clear(), "logit_scale is None, expected a positive number"),
+    # quantisation
+    ("INT8 that says not how", "bert", lambda w: w.update(precision="int8"), "quantization is missing, and precision is 'int8'"),
+    ("FP32 that was quantised", "bert", quantized(precision="fp32"), "quantization is there, and precision is 'fp32'"),
+    ("a quantisation in words", "bert", lambda w: w.update(precision="int4", quantization="w8a8"), "quantization is 'w8a8', expected an"),
+    ("activations in words", "bert", quantized(activations="static"), "activations is 'static', expected one of static, dynamic, none for"),
+    ("an unknown mode", "bert", quantized(activations={"model": "fast"}), "'fast'.*, expected one of static, dynamic, none for each of model"),
+    ("a mode that is a list", "bert", quantized(activations={"model": []}), "activations is .*expected one of"),
+    ("the modes of another graph", "bert", quantized(activations={"decoder": "static"}), "activations is .*for each of model"),
+    ("weights of 3 bits", "bert", quantized(weight_bits=3), "weight_bits is 3, expected one of 4, 7, 8"),
+    ("weights of 8.0 bits", "bert", quantized(weight_bits=8.0), r"weight_bits is 8\.0, expected one of 4, 7, 8"),
+    ("weights of no bits", "bert", quantized(weight_bits=None), "weight_bits is None, expected one of 4, 7, 8"),
     # families whose methods run other graphs
     ("ViT as BERT", "vit", lambda w: w.update(family="bert"), "family bert.*takes pixel_values"),
     ("BERT as ViT", "bert", lambda w: w.update(family="vit"), "family vit.*'pixel_values' does not fit"),

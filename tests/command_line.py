@@ -5,6 +5,7 @@ In-process through typer's CliRunner; real processes only where signals, pipes a
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import subprocess
@@ -52,7 +53,53 @@ def process(folder: Path, *arguments: str | Path, **options: Any) -> subprocess.
     )
 
 
-def changed_bundle(bundle: Path, folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+QUANTIZATION: dict[str, Any] = {  # what bundle.json says of an INT8 export; the graph "model" has four linear layers
+    "activations": {"model": "static"},
+    "method": "mse",
+    "weight_bits": 7,  # no processor saturates, and no load of it warns
+    "block_size": None,
+    "also": [],
+    "elsewhere": {"cpu": "fp32", "default": "fp16"},
+    "data": {"name": "digits", "samples": 400, "sha256": "0" * 64},
+    "instruction_set": "avx512_vnni",
+    "ranges": "ranges.json",
+    "smoothing": {"model/layer_norm": 0.5},
+    "layers": [
+        {"name": f"layer.{i}", "graph": "model", "sensitivity": 0.01 * i, "kept": i == 3, "why": "0.02 lost" * (i == 3)}
+        for i in range(4)
+    ],
+    "curve": [
+        {"quantized": 0, "layers": 4, "relative_error": 0.0, "score": 0.99},
+        {"quantized": 2, "layers": 4, "relative_error": 0.01, "score": 0.985},
+        {"quantized": 4, "layers": 4, "relative_error": 0.04, "score": 0.97},
+    ],
+    "gate": {
+        flavour: {
+            "measure": "top-1 accuracy",
+            "allowed": 0.013,
+            "found": 0.005,
+            "n": 540,
+            "interval": [-0.001, 0.012],
+            "holds": True,
+            "repetitions": 1,
+            "score": {"name": "top-1 accuracy", "fp32": {"value": 0.99}, "int8": {"value": 0.985}},
+            "agreement": {"n": 540, "correct": 538, "value": 0.9963, "interval": [0.9866, 0.999]},
+            "relative_error": {"output": "logits", "value": 0.02, "n": 540, "interval": [0.01, 0.03]},
+        }
+        for flavour in ("default", "cpu")
+    },
+}
+
+
+def as_quantized(words: dict[str, Any], mode: str = "static", bits: int = 7) -> None:
+    """What ``words``, a bundle.json, would say were its graphs quantised."""
+    modes = {graph["name"]: mode for graph in words["graphs"]}
+    words["precision"] = "int8"
+    words["parity"]["tolerance"] = 0.5
+    words["quantization"] = {**copy.deepcopy(QUANTIZATION), "activations": modes, "weight_bits": bits}
+
+
+def changed_bundle(bundle: Path, folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
     """A copy whose bundle.json was changed, and signed again."""
     copy = folder / "changed"
     shutil.copytree(bundle, copy)

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from command_line import ANSI, changed_bundle, command, document, error_line, transom
+from command_line import ANSI, as_quantized, changed_bundle, command, document, error_line, transom
 from transom.runtime.bench import example_feeds, percentile, sizes_of
+from transom.runtime.cpu import instruction_set
 from transom.runtime.decoding import Decoding
 from transom.runtime.errors import InputError, ShapeError
 from transom.runtime.spec import Axis, Graph, Tensor
@@ -212,6 +213,18 @@ def test_table_marks_gpu_formats(vit_bundle: Path, tmp_path: Path) -> None:
     text = transom("table", changed_bundle(vit_bundle, tmp_path, pretend)).stdout
     assert "fp16 (GPU format)" in text
     assert "on a CPU it proves the graph, not the speed" in text
+
+
+def test_table_tells_the_gate_of_quantised_bundles(vit_bundle: Path, tmp_path: Path) -> None:
+    bundle = changed_bundle(vit_bundle, tmp_path, as_quantized)
+    (row,) = document(transom("table", bundle, "--json"))["bundles"]
+    assert (row["quantized"], row["gpu_format"], row["instruction_set"]) == (True, False, instruction_set())
+    assert row["gate"]["cpu"]["found"] == 0.005
+    text = transom("table", bundle, vit_bundle).stdout
+    assert re.search(rf"^{re.escape(str(bundle))} +vit +int8 .* gate ", text, re.MULTILINE)
+    assert f"{bundle} on {instruction_set()}; accuracy gate: default holds (0.005 of 0.013 allowed" in text
+    assert text.count("accuracy gate") == 1
+    assert "GPU format" not in text
 
 
 def test_table_with_a_bad_bundle_still_shows_the_good_one_and_exits_1(vit_bundle: Path, tmp_path: Path) -> None:

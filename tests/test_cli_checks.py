@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from command_line import ANSI, changed_bundle, document, error_line, transom
+from command_line import ANSI, QUANTIZATION, as_quantized, changed_bundle, document, error_line, transom
+from transom.cli.describe import gate_line
 from transom.runtime.bundle import MANIFEST
 from transom.runtime.compare import Comparison
 from transom.runtime.errors import ParityError
@@ -54,6 +55,38 @@ def test_inspect_shows_how_a_bundle_generates(exported: Callable[..., tuple[Path
 
     text = transom("inspect", changed_bundle(gpt, tmp_path, tie)).stdout
     assert "greedy token 3 of row 1 is 8, PyTorch's is 9: its margin is 2.00e-07, a near tie" in text
+
+
+def test_inspect_shows_how_a_bundle_was_quantised(vit_bundle: Path, tmp_path: Path) -> None:
+    bundle = changed_bundle(vit_bundle, tmp_path, as_quantized)
+    assert document(transom("inspect", bundle, "--json"))["quantization"] == QUANTIZATION
+    lines = re.sub(" +", " ", transom("inspect", bundle).stdout).splitlines()
+    for line in (
+        "precision int8",
+        "weights 7 bits",
+        "activations static in model; ranges by mse",
+        "calibrated on digits, 400 samples",
+        "built with avx512_vnni",
+        "kept layers 1 of 4",
+        "kept layer.3: 0.02 lost",
+        "gate cpu holds (0.005 of 0.013 allowed, judged by top-1 accuracy, n = 540), score 0.985, in FP32 0.99, "
+        "same top-1 0.9963, relative error 0.02",
+    ):
+        assert line in lines
+    (parity,) = (line for line in lines if line.startswith("parity "))
+    assert parity.endswith("; the gate judges accuracy")
+    assert document(transom("inspect", vit_bundle, "--json"))["quantization"] is None
+
+
+def test_the_gate_in_one_line() -> None:
+    told = "holds (0.005 of 0.013 allowed, judged by top-1 accuracy, n = 540), score 0.985, in FP32 0.99, "
+    told += "same top-1 0.9963, relative error 0.02"
+    assert gate_line(QUANTIZATION) == f"accuracy gate: default {told}; cpu {told}"
+    assert gate_line({}) == gate_line({"gate": "x"}) == "accuracy gate: not recorded"
+    nats = {"lower_is_better": True, "fp32": {"value": 2.0}, "int8": {"value": 2.01}}
+    words = {"measure": "perplexity", "found": 0.01, "allowed": 0.03, "n": 9, "holds": False, "score": nats}
+    expected = "FAILS (0.01 of 0.03 allowed, judged by perplexity, n = 9), perplexity 7.463, in FP32 7.389"
+    assert gate_line({"gate": {"cpu": words}}) == f"accuracy gate: cpu {expected}"
 
 
 def test_inspect_refuses_a_changed_byte(vit_bundle: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from command_line import document, process, transom
+from transom.runtime.cpu import instruction_set
 from transom.runtime.errors import BackendError
 
 
@@ -24,6 +25,9 @@ def test_doctor_reports_versions_and_what_auto_chooses() -> None:
     assert told["problems"] == []
     assert told["cpu"]["cores"] >= 1
     text = transom("doctor").stdout
+    int8 = told["cpu"]["int8"]
+    assert int8["instruction_set"] == instruction_set()
+    assert re.search(rf"^int8 +{int8['instruction_set']}: {re.escape(int8['meaning'])}$", text, re.MULTILINE)
     assert re.search(rf"^auto +{told['auto']['device']}: ", text, re.MULTILINE)
 
 

@@ -20,10 +20,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from command_line import as_quantized
 from conftest import save_checkpoint
 from diskless_bundles import MARIAN, load_manifest, slim
 from json_mutations import mutated
 from transom.cli.arrays import read_arrays
+from transom.cli.describe import gate_line, quantization_fields
 from transom.runtime import load
 from transom.runtime.bundle import MANIFEST, manifest_sha256
 from transom.runtime.errors import BundleError, CheckpointError, InputError, TransomError
@@ -69,8 +71,11 @@ def nothing_but(*expected: type[TransomError]) -> Iterator[None]:
 def manifests(
     bert_bundle: Path, vit_bundle: Path, gpt_bundle: Path, dates_bundle: Path, clip_bundle: Path
 ) -> list[dict[str, Any]]:
-    bundles = (bert_bundle, vit_bundle, gpt_bundle, dates_bundle, clip_bundle)
-    return [slim(json.loads((bundle / MANIFEST).read_text())) for bundle in bundles]
+    """One of each family, and one that says it is quantised."""
+    bundles = (bert_bundle, vit_bundle, gpt_bundle, dates_bundle, clip_bundle, clip_bundle)
+    found = [slim(json.loads((bundle / MANIFEST).read_text())) for bundle in bundles]
+    as_quantized(found[-1], "dynamic")
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +101,7 @@ def signed(words: Any) -> bytes:
 
 def test_whole_manifests_are_accepted(manifests: list[dict[str, Any]]) -> None:
     assert [load_manifest(signed(words)).manifest.family for words in manifests] == [
-        "bert", "vit", "gpt", "transformer", "clip",
+        "bert", "vit", "gpt", "transformer", "clip", "clip",
     ]  # fmt: skip
 
 
@@ -108,6 +113,17 @@ def test_damaged_manifests(manifests: list[dict[str, Any]], rng: Random) -> None
         words |= {"format": "transom-bundle", "format_version": 1}
     with nothing_but(BundleError):
         load_manifest(signed(words))
+
+
+@examples(200)
+@given(rng=SEEDS)
+def test_damaged_figures_of_a_quantisation_can_be_shown(manifests: list[dict[str, Any]], rng: Random) -> None:
+    """A reader takes for granted what it checked, and ``inspect`` nothing else."""
+    words = manifests[-1] | {"quantization": mutated(manifests[-1]["quantization"], rng, manifests)}
+    with nothing_but(BundleError):
+        quantization = load_manifest(signed(words)).manifest.quantization
+        assert all(isinstance(text, str) for pair in quantization_fields(quantization) for text in pair)
+        assert gate_line(quantization).startswith("accuracy gate: ")
 
 
 @examples(150)

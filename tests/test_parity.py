@@ -14,13 +14,17 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from safetensors.numpy import load as parse
+from safetensors.numpy import save
 
+from bad_bundles import replaced
+from command_line import as_quantized, changed_bundle
 from transom.export import pipeline
 from transom.export.parity import TOLERANCES, Case, grid, require_parity
-from transom.runtime.bundle import manifest_sha256
+from transom.runtime.bundle import Bundle, manifest_sha256
 from transom.runtime.compare import compare
 from transom.runtime.errors import CheckpointError, ParityError, PrecisionError
-from transom.runtime.selftest import selftest
+from transom.runtime.selftest import INT8_REPEAT, Yardstick, selftest, yardstick
 from transom.runtime.spec import Axis
 
 MakeCheckpoint = Callable[..., Path]
@@ -166,6 +170,41 @@ def test_the_selftest_fails_when_the_graph_is_another(bert_bundle: Path, tmp_pat
     (bundle / "bundle.json").write_text(json.dumps(words))
     with pytest.raises(ParityError, match="on cpu differs from PyTorch"):
         selftest(bundle)
+
+
+def moved(side: str, by: float) -> Callable[[Path], object]:
+    """Golden values of one side, each further off by a share of its tensor's largest."""
+
+    def change(data: bytes) -> bytes:
+        tensors = parse(data)
+        found = {name: array for name, array in tensors.items() if f"/{side}/" in name}
+        return save(tensors | {name: array + by * np.abs(array).max() for name, array in found.items()})
+
+    return replaced("golden.safetensors", change)
+
+
+def test_a_quantised_bundle_is_held_against_its_own_build(vit_bundle: Path, tmp_path: Path) -> None:
+    """PyTorch may be far away, which the gate has judged; what the bundle itself gave may not."""
+    bundle = changed_bundle(vit_bundle, tmp_path, as_quantized)
+    moved("pytorch", 0.6)(bundle)  # beyond its parity.tolerance, too
+    report = selftest(bundle, threads=1)
+    assert (report.side, report.tolerance) == ("bundle", INT8_REPEAT)
+    assert report.worst.error <= 1e-6
+    assert 0.3 < report.worst_against("pytorch").error < 0.7
+    moved("bundle", 0.5 * INT8_REPEAT)(bundle)
+    assert 0.4 * INT8_REPEAT < selftest(bundle, threads=1).worst.error < 0.6 * INT8_REPEAT
+    moved("bundle", INT8_REPEAT)(bundle)
+    expected = r"on cpu differs from what it gave when it was built: .* 0\.1 is allowed\. This processor has \w+ \("
+    with pytest.raises(ParityError, match=expected):
+        selftest(bundle, threads=1)
+
+
+def test_a_quantised_bundle_on_a_gpu_is_held_against_pytorch(vit_bundle: Path, tmp_path: Path) -> None:
+    """Another flavour runs there than the build ran."""
+    manifest = Bundle(changed_bundle(vit_bundle, tmp_path, as_quantized)).manifest
+    assert yardstick(manifest, "cpu") == Yardstick("bundle", INT8_REPEAT)
+    assert yardstick(manifest, "cuda") == Yardstick("pytorch", 0.5)
+    assert yardstick(Bundle(vit_bundle).manifest, "cpu") == Yardstick("pytorch", TOLERANCES["fp32"])
 
 
 def test_verify_wants_the_same_checkpoint(bert_bundle: Path, bert_checkpoint: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from hashlib import sha256
@@ -15,6 +16,7 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save
 
+from command_line import as_quantized, changed_bundle
 from transom.export import checks, pipeline
 from transom.export.parity import TOLERANCES, Case
 from transom.runtime.bundle import manifest_sha256
@@ -302,3 +304,57 @@ def test_the_selftest_fails_on_another_golden_generation(
     bundle = Path(shutil.copytree(exported(architecture)[1], tmp_path / "bundle"))
     with pytest.raises(error, match=message):
         selftest(with_golden(bundle, change), threads=1)
+
+
+def other_build(tensors: dict[str, Any], margin: float = 9.0) -> None:
+    """Another token in the build's own generation, and how sure the build was of it."""
+    tokens, margins = (tensors[key("bundle", name)].copy() for name in ("tokens", "margins"))
+    tokens[0, 5] = (tokens[0, 5] + 1) % 101
+    margins[0, 5] = margin
+    tensors |= {key("bundle", "tokens"): tokens, key("bundle", "margins"): margins}
+
+
+def other_built_logits(tensors: dict[str, Any]) -> None:
+    tensors[key("bundle", "logits")] = tensors[key("bundle", "logits")] * np.float32(1.25)
+
+
+def quantized_gpt(exported: Exported, folder: Path) -> Path:
+    return changed_bundle(exported("GPT2LMHeadModel")[1], folder, lambda words: as_quantized(words, "dynamic"))
+
+
+def test_a_quantised_bundle_says_again_what_it_said_when_it_was_built(exported: Exported, tmp_path: Path) -> None:
+    """PyTorch said something else, and was sure of it."""
+
+    def another(tensors: dict[str, Any]) -> None:
+        tokens = tensors[key("pytorch", "tokens")].copy()
+        tokens[0, -1] = (tokens[0, -1] + 1) % 101  # the last one, behind which no logits stand
+        tensors[key("pytorch", "tokens")] = tokens
+        other_logits(tensors)
+
+    report = selftest(with_golden(quantized_gpt(exported, tmp_path), another), threads=1)
+    assert report.side == "bundle"
+    assert report.worst.error <= 1e-6
+    assert report.worst_against("pytorch").error > 1e-3
+
+
+def test_another_token_where_the_build_was_undecided(exported: Exported, tmp_path: Path) -> None:
+    bundle = with_golden(quantized_gpt(exported, tmp_path), lambda tensors: other_build(tensors, margin=0.0))
+    (tie,) = (tie for case in selftest(bundle, threads=1).cases for tie in case.near_ties)
+    assert re.fullmatch(r"greedy token 5 of row 0 is \d+, the build's is \d+ \(its margin 0\.00e\+00\)", tie)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (other_build, ParityError, r"token 5 of row 0 is \d+, the build's is \d+ .* cache is not what the build's is"),
+        (other_built_logits, ParityError, r"differs from what it gave when it was built: logits\["),
+        (lambda t: t.pop(key("bundle", "tokens")), BundleError, "case 'generation' is not complete"),
+        (lambda t: t.pop(key("bundle", "margins")), BundleError, "case 'generation' is not complete"),
+        (lambda t: t.update({key("bundle", "tokens"): np.zeros((1, 1), np.int64)}), BundleError, "is not complete"),
+    ],
+)
+def test_the_selftest_of_a_quantised_bundle_fails(
+    exported: Exported, tmp_path: Path, change: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        selftest(with_golden(quantized_gpt(exported, tmp_path), change), threads=1)

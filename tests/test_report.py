@@ -105,6 +105,7 @@ def test_operators_before_and_after(vit_bundle: Path, report: Report) -> None:
     assert rows["Attention"] == ["3", "3", "3"]
     assert rows["Gelu"] == ["3", "3", "·"]
     assert rows["BiasGelu com.microsoft"] == ["·", "·", "3"]
+    assert "SkipLayerNormalization com.microsoft" not in rows  # a fusion that is slower than what it fuses
     recorded = Bundle(vit_bundle).manifest.operators["model"]
     assert next(counts for name, counts in rows.items() if name.startswith("all "))[0] == str(sum(recorded.values()))
 

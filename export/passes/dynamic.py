@@ -21,7 +21,7 @@ import onnx_ir as ir
 from transom.export.passes.linears import Linear
 from transom.export.passes.splice import Splice, drop_unused
 from transom.export.passes.static import name_of_product, replace_product
-from transom.export.quantized_weights import QuantizedWeights
+from transom.export.quantization.weights import QuantizedWeights
 
 SMALLEST_ROW = 1e-20  # what a row of zeros counts as: its quotients are zeros, not NaN
 LEVELS = 127.0  # 1..255 around the zero point 128

@@ -21,7 +21,7 @@ class Splice:
         known = self._graph.initializers.get(name)
         if known is not None:
             return known
-        tensor = ir.Tensor(np.ascontiguousarray(array), name=name)
+        tensor = ir.Tensor(np.require(array, requirements="C"), name=name)
         value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self._graph.register_initializer(value)
         return value

@@ -23,7 +23,7 @@ import onnx_ir as ir
 from transom.calib.scales import Scale
 from transom.export.passes.linears import Linear
 from transom.export.passes.splice import Splice, drop_unused
-from transom.export.quantized_weights import QuantizedWeights
+from transom.export.quantization.weights import QuantizedWeights
 
 Place = tuple[ir.Node, int]  # a node and the number of its input
 

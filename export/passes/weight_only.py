@@ -17,7 +17,7 @@ import onnx_ir as ir
 from transom.export.passes.linears import Linear
 from transom.export.passes.splice import Splice, drop_unused
 from transom.export.passes.static import name_of_product
-from transom.export.quantized_weights import QuantizedWeights
+from transom.export.quantization.weights import QuantizedWeights
 
 DOMAIN = "com.microsoft"
 INT8_PRODUCTS = 4  # accuracy_level: rows are rounded to 8 bits block by block inside the kernel, each by itself

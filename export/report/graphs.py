@@ -12,7 +12,7 @@ import onnx_ir as ir
 from transom.export.figures import operator_counts
 from transom.runtime.bundle import Bundle, GraphFile
 from transom.runtime.errors import BundleError, one_line
-from transom.runtime.ort import FATAL, onnxruntime
+from transom.runtime.ort import FATAL, PROVIDERS, SLOW_FUSIONS, onnxruntime
 
 DEVICE = "cpu"
 
@@ -52,7 +52,12 @@ def executed_operators(bundle: Bundle, file: GraphFile) -> Mapping[str, int]:
     with TemporaryDirectory(prefix="transom-") as folder:
         options.optimized_model_filepath = str(Path(folder) / "executed.onnx")
         try:
-            library.InferenceSession(bundle.read(file.file_for(DEVICE)), options, providers=["CPUExecutionProvider"])
+            library.InferenceSession(
+                bundle.read(file.file_for(DEVICE)),
+                options,
+                providers=[PROVIDERS[DEVICE]],
+                disabled_optimizers=SLOW_FUSIONS[DEVICE],
+            )
             return operator_counts(ir.load(options.optimized_model_filepath))
         except Exception:  # the library raises bare RuntimeError and its own types alike
             return {}

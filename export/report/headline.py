@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from transom.export.report.drawing.markup import words
 from transom.export.report.drawing.numbers import (
@@ -18,15 +19,16 @@ from transom.export.report.drawing.numbers import (
 )
 from transom.export.report.latency import one, usual
 from transom.export.report.parity import tolerance_of
+from transom.export.report.quantization import verdicts_of
 from transom.export.report.score import interval, score_text, score_value
-from transom.export.report.sizes import Weights, running_bytes
+from transom.export.report.sizes import running_bytes
 from transom.runtime.bench import BenchReport
 from transom.runtime.bundle import Bundle, Manifest
 
 FAMILIES = {"bert": "BERT", "clip": "CLIP", "gpt": "GPT-2", "transformer": "Transformer", "vit": "Vision Transformer"}
 
 
-def headline(bundle: Bundle, weights: Mapping[str, Weights], timed: BenchReport) -> str:
+def headline(bundle: Bundle, parameters: int, timed: BenchReport) -> str:
     """Name, verdict and four figures."""
     manifest = bundle.manifest
     family = FAMILIES.get(manifest.family) or words(manifest.family, 60)
@@ -35,12 +37,14 @@ def headline(bundle: Bundle, weights: Mapping[str, Weights], timed: BenchReport)
         f'<header><h1>{words(manifest.name, 120)}</h1><p class="soft">{family} for {words(manifest.task, 60)} in '
         f"{manifest.precision.upper()}, exported from {source}</p>"
         f'<p class="verdict">{verdict(manifest)}</p>'
-        f'<dl class="tiles">{"".join(tiles(bundle, weights, timed))}</dl></header>'
+        f'<dl class="tiles">{"".join(tiles(bundle, parameters, timed))}</dl></header>'
     )
 
 
 def verdict(manifest: Manifest) -> str:
-    """Parity in one line."""
+    """Parity in one line; of a quantised bundle its accuracy gate."""
+    if manifest.quantization is not None:
+        return gate_verdict(manifest.quantization)
     error, tolerance = number(at(manifest.parity, "worst", "error")), tolerance_of(manifest)
     if error is None or tolerance is None:
         return '<b class="limit">Not held against PyTorch:</b> no error was recorded.'
@@ -53,11 +57,23 @@ def verdict(manifest: Manifest) -> str:
     return f"<b>Agrees with PyTorch:</b> {said}{room}."
 
 
-def tiles(bundle: Bundle, weights: Mapping[str, Weights], timed: BenchReport) -> list[str]:
+def gate_verdict(quantization: Mapping[str, Any]) -> str:
+    """The gate in one line: of the flavour that fails it, else of the CPU's."""
+    verdicts = sorted(verdicts_of(quantization), key=lambda verdict: verdict.holds)
+    if not verdicts:
+        return '<b class="limit">Not held against FP32:</b> no accuracy gate was recorded.'
+    told = verdicts[0]
+    found, allowed = (f'<span class="nb">{short(each)}</span>' for each in (told.found, told.allowed))
+    said = f"{found} of {allowed} allowed, judged by {told.measure}, n = {told.n} ({told.flavour})."
+    if not told.holds:
+        return f'<b class="limit">Less accurate than allowed:</b> {said}'
+    return f"<b>As accurate as its gate asks:</b> {said}"
+
+
+def tiles(bundle: Bundle, parameters: int, timed: BenchReport) -> list[str]:
     """Four figures, each with its name above and what it means below."""
     manifest = bundle.manifest
     worst = at(manifest.parity, "worst")
-    parameters = sum(each.parameters for each in weights.values())
     timing = usual(timed)
     found = [
         tile(

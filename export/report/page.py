@@ -10,8 +10,9 @@ from transom.export.report.latency import latency_section
 from transom.export.report.making import making_section
 from transom.export.report.operators import operators_section
 from transom.export.report.parity import parity_section
+from transom.export.report.quantization import quantization_section
 from transom.export.report.score import score_section
-from transom.export.report.sizes import sizes_section, weights_of
+from transom.export.report.sizes import parameters_of, sizes_section, weights_of
 from transom.runtime.bench import BenchReport
 from transom.runtime.bundle import Bundle
 
@@ -20,18 +21,19 @@ def page(bundle: Bundle, pictures: str, timed: BenchReport) -> str:
     """The report as one string of HTML; ``pictures`` is HTML too."""
     manifest = bundle.manifest
     models = open_graphs(bundle)
-    weights = weights_of(bundle, models)
+    parameters = parameters_of(bundle, models)
     return "\n".join(
         [
             '<!doctype html><html lang="en"><head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{words(manifest.name, 80)} in {manifest.precision}</title><style>{STYLE}</style></head><body>",
-            headline(bundle, weights, timed),
+            headline(bundle, parameters, timed),
             "<main>",
             pictures,
             parity_section(manifest),
             score_section(manifest.score),
-            sizes_section(bundle, weights),
+            quantization_section(manifest),
+            sizes_section(bundle, weights_of(bundle, models), parameters),
             latency_section(timed),
             operators_section(bundle, models),
             making_section(manifest),

@@ -110,6 +110,8 @@ def parity_section(manifest: Manifest) -> str:
         "error is |bundle − PyTorch| over the output's largest value (for logits at least 1), "
         f"and {short(tolerance)} is allowed."
     )
+    if manifest.quantization is not None:
+        told += " Of a quantised bundle that catches what is broken; its accuracy is judged by the gate below."
     parts = [f"<p>{told}</p>", histograms(shown or outputs, axis, tolerance)]
     if shown and states:
         parts.append(

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from transom.export.report.drawing.markup import numeric, section, table, words
 from transom.export.report.drawing.numbers import bytes_text
+from transom.export.report.graphs import DEVICE
 from transom.runtime.bundle import Bundle
 from transom.runtime.selftest import GOLDEN
 
 MOST_ROWS = 50
+INTEGERS = (ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT4, ir.DataType.UINT4)
 
 
 @dataclass(frozen=True)
 class Weights:
-    """``parameters`` floating-point numbers in ``bytes`` bytes of a file."""
+    """``parameters`` numbers in ``bytes`` bytes of a file."""
 
     parameters: int
     bytes: int
@@ -28,25 +30,49 @@ def weights_of(bundle: Bundle, models: Mapping[str, ir.Model]) -> dict[str, Weig
     found: dict[str, Weights] = {}
     for file in bundle.manifest.graphs:
         for name in file.files.values():
-            inside = [w for w in tensors(models[name]) if not isinstance(w, ir.ExternalTensor)]
-            found[name] = Weights(sum(w.size for w in inside), sum(w.nbytes for w in inside))
+            found[name] = summed(each for each in tensors(models[name]) if each[0] is None)
         if file.weights is not None:
-            outside = {
-                (w.offset, w.length): w
-                for name, model in models.items()
-                for w in tensors(model)
-                if isinstance(w, ir.ExternalTensor)
-            }
-            found[file.weights] = Weights(
-                sum(w.size for w in outside.values()), sum(w.nbytes for w in outside.values())
+            found[file.weights] = summed(
+                {each for model in models.values() for each in tensors(model) if each[0] is not None}
             )
     return found
 
 
-def tensors(model: ir.Model) -> list[ir.TensorProtocol]:
-    """The floating-point weights of a graph."""
-    values = (weight.const_value for weight in model.graph.initializers.values())
-    return [value for value in values if value is not None and value.dtype.is_floating_point()]
+def parameters_of(bundle: Bundle, models: Mapping[str, ir.Model]) -> int:
+    """The numbers of one flavour, which the same in another flavour do not add to."""
+    used = [models[file.file_for(DEVICE)] for file in bundle.manifest.graphs]
+    inside = [each for model in used for each in tensors(model) if each[0] is None]
+    outside = {each for model in used for each in tensors(model) if each[0] is not None}
+    return summed([*inside, *outside]).parameters
+
+
+Counted = tuple[int | None, int, int]  # where it lies outside the graph's file; numbers; bytes
+
+
+def summed(weights: Iterable[Counted]) -> Weights:
+    found = list(weights)
+    return Weights(sum(numbers for _, numbers, _ in found), sum(size for _, _, size in found))
+
+
+def tensors(model: ir.Model) -> list[Counted]:
+    """The weights of a graph: floating-point numbers, and matrices of integers of 8 bits or fewer."""
+    packed = {  # two weights of 4 bits share a byte
+        blocks.name
+        for node in model.graph
+        if node.op_type == "MatMulNBits" and "bits" in node.attributes and node.attributes["bits"].value == 4
+        for blocks in node.inputs[1:2]
+        if blocks is not None
+    }
+    values = {name: weight.const_value for name, weight in model.graph.initializers.items()}
+    return [
+        (
+            value.offset if isinstance(value, ir.ExternalTensor) else None,
+            value.size * (1 + (name in packed)),
+            value.nbytes,
+        )
+        for name, value in values.items()
+        if value is not None and (value.dtype.is_floating_point() or (value.dtype in INTEGERS and len(value.shape) > 1))
+    ]
 
 
 def running_bytes(bundle: Bundle) -> int:
@@ -54,7 +80,7 @@ def running_bytes(bundle: Bundle) -> int:
     return sum(file.size for name, file in bundle.manifest.files.items() if name != GOLDEN)
 
 
-def sizes_section(bundle: Bundle, weights: Mapping[str, Weights]) -> str:
+def sizes_section(bundle: Bundle, weights: Mapping[str, Weights], parameters: int) -> str:
     """One bar per file, the weights in it darker."""
     files = bundle.manifest.files
     largest = max((file.size for file in files.values()), default=0) or 1
@@ -65,7 +91,6 @@ def sizes_section(bundle: Bundle, weights: Mapping[str, Weights]) -> str:
         note = "for checks" if name == GOLDEN else f"{share:.0%}" if share else "–"
         drawn = f'<i style="width:{100 * file.size / largest:.2f}%"><b style="width:{100 * share:.2f}%"></b></i>'
         rows.append([words(name, 80), drawn, bytes_text(file.size), note])
-    parameters = sum(each.parameters for each in weights.values())
     total = sum(file.size for file in files.values())
     return section(
         "Size",

@@ -72,6 +72,16 @@ def level(x1: float, x2: float, y: float, kind: str) -> str:
     return f'<line x1="{x1:.2f}%" x2="{x2:.2f}%" y1="{y:.1f}" y2="{y:.1f}" class="{kind}"/>'
 
 
+def slope(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
+    """A line from one point to another, x in percent, y in pixels."""
+    return f'<line x1="{x1:.2f}%" x2="{x2:.2f}%" y1="{y1:.1f}" y2="{y2:.1f}" class="{kind}"/>'
+
+
+def dot(x: float, y: float, kind: str, title: str) -> str:
+    """A point; ``title`` is escaped already and shown when pointed at."""
+    return f'<circle cx="{x:.2f}%" cy="{y:.1f}" r="4" class="{kind}"><title>{title}</title></circle>'
+
+
 def tick_label(x: float, y: float, text: str, kind: str = "") -> str:
     """Text under ``x`` percent; near the ends of the axis it stays inside."""
     anchor = "start" if x < 4 else "end" if x > 96 else "middle"

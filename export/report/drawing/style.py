@@ -63,6 +63,7 @@ td.bar i b { background: rgb(var(--mark)); display: block; height: 100%; }
 .rows {
   align-items: center; display: grid; gap: .55rem 1.25rem; grid-template-columns: 13.5rem minmax(0, 1fr);
 }
+.rows.named { font-size: .9rem; grid-template-columns: 21rem minmax(0, 1fr); }
 .rows > div { line-height: 1.3; min-width: 0; overflow-wrap: anywhere; }
 .rows small { color: rgb(var(--soft)); display: block; font-size: .8rem; }
 svg { display: block; }
@@ -123,7 +124,7 @@ table.matrix { width: auto; }
   td.bar { min-width: 3rem; width: 25%; }
   .tiles { gap: 1rem; grid-template-columns: 1fr 1fr; }
   .tiles dd.big { font-size: 1.35rem; }
-  .rows { gap: .15rem; grid-template-columns: minmax(0, 1fr); }
+  .rows, .rows.named { gap: .15rem; grid-template-columns: minmax(0, 1fr); }
   .rows > div:nth-child(odd) { margin-top: .7rem; }
   .heads { gap: 4px; grid-template-columns: 1.3rem repeat(var(--n), minmax(0, 1fr)); }
   .heads .wide { display: none; }

@@ -18,7 +18,7 @@ from transom.export.passes.linears import find_linears
 from transom.export.passes.precision import convert_precision
 from transom.export.passes.static import quantize_static
 from transom.export.passes.weight_only import quantize_weights
-from transom.export.quantized_weights import QuantizedWeights
+from transom.export.quantization.weights import QuantizedWeights
 from transom.runtime.spec import Graph
 
 STATIC, DYNAMIC, NONE = "static", "dynamic", "none"

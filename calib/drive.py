@@ -1,0 +1,221 @@
+"""Calibration samples put through a loaded bundle, each alone, by the code that serves users.
+
+One sample at a time: padding, which no user's row need have, would otherwise stand beside it. Texts longer than the
+bundle allows are cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+
+from transom.calib.data import CalibrationData
+from transom.calib.samples import IMAGE, TEXT, Sample
+from transom.runtime.backend import Array
+from transom.runtime.errors import CalibrationError, InputError
+from transom.runtime.session import LoadedBundle
+from transom.runtime.tasks.bert import Bert
+from transom.runtime.tasks.clip import Clip
+from transom.runtime.tasks.generator import Generator, Row
+from transom.runtime.tasks.gpt import GPT
+from transom.runtime.tasks.transformer import Transformer
+from transom.runtime.tasks.vit import ViT
+from transom.runtime.text import EncodedBatch
+
+NEW_TOKENS = 64  # of a generated text, at most: most sentences end before
+GAP_EVERY = 7  # tokens, where a masked-language model is given a text without a gap: about the 15 % of BERT's paper
+
+IDS, MASK, PIXELS = "input_ids", "attention_mask", "pixel_values"
+# The kinds of a sample that make each graph of a family run; a graph that is not here runs whenever these do.
+READS: Mapping[str, Mapping[str, tuple[str, str]]] = {
+    "bert": {"model": (TEXT, IDS)},
+    "vit": {"model": (IMAGE, PIXELS)},
+    "clip": {"image": (IMAGE, PIXELS), "text": (TEXT, IDS)},
+    "gpt": {"decoder": (TEXT, IDS)},
+    "transformer": {"encoder": (TEXT, IDS)},
+}
+
+
+def put_through(bundle: LoadedBundle, sample: Sample) -> None:
+    """Run ``bundle`` on one sample, for what its backends observe; answers are dropped.
+
+    BERT, ViT and CLIP answer it; GPT says how probable its tokens are, of one context at most; the Transformer
+    translates it greedily. Raises CalibrationError, which names the sample, for one that does not fit the graph.
+    """
+    check_kinds(bundle, sample.name, sample.kinds)
+    family = bundle.manifest.family
+    try:
+        if sample.feeds is not None:
+            FEED[family](bundle, sample.feeds)
+        else:
+            PUT[family](bundle, sample)
+    except InputError as error:
+        raise CalibrationError(
+            f"{sample.name} does not fit the graph of this {family}: {error} Correct the sample, or leave it out."
+        ) from None
+
+
+def check_reach(bundle: LoadedBundle, data: CalibrationData) -> None:
+    """Raise CalibrationError unless every sample fits the bundle by its kind, and each graph is reached by some.
+
+    Nothing is computed: this is to be called before the first sample is put through.
+    """
+    for entry in data.entries:
+        check_kinds(bundle, entry.name, entry.kinds)
+    family = bundle.manifest.family
+    missed = {graph: wanted for graph, wanted in READS[family].items() if not data.kinds & {*wanted}}
+    for graph, (kind, raw) in missed.items():
+        raise CalibrationError(
+            f"{data.name} holds {listed(data.kinds)}, which never reach the graph {graph!r} of this {family}: it takes "
+            f"{kind}s ({raw}). Give both, as in a folder of images and a .txt file."
+        )
+
+
+def check_kinds(bundle: LoadedBundle, name: str, kinds: frozenset[str]) -> None:
+    """Raise CalibrationError where nothing of a sample is what the bundle takes."""
+    family = bundle.manifest.family
+    wanted = READS[family].values()
+    if not any(kinds & {*pair} for pair in wanted):
+        takes = " and ".join(f"{kind}s (or a .npz file with {raw})" for kind, raw in wanted)
+        raise CalibrationError(
+            f"{name} holds {listed(kinds)}: samples that don't fit the graph. This {family} takes {takes}. "
+            "Give calibration data of that kind."
+        )
+    for kind, words, raw in ((TEXT, bundle.manifest.tokenizer, IDS), (IMAGE, bundle.manifest.preprocess, PIXELS)):
+        if kind in kinds and words is None and any(kind in pair for pair in wanted):
+            lacks = "tokenizer" if kind == TEXT else "image preprocessing"
+            raise CalibrationError(
+                f"{name} holds {listed(kinds)}, but this {family} has no {lacks}, since its checkpoint had none. "
+                f"Give a .npz file with {raw}."
+            )
+
+
+def listed(kinds: frozenset[str]) -> str:
+    """``an image and a text``, ``input_ids``."""
+    words = {TEXT: "a text", IMAGE: "an image"}
+    return " and ".join(words.get(kind, kind) for kind in sorted(kinds)) or "nothing"
+
+
+def put_bert(bundle: Bert, sample: Sample) -> None:
+    text = str(sample.text)
+    if bundle.manifest.task == "feature-extraction" and sample.text_pair is None:
+        text = str(bundle.manifest.options.get("prompt", "")) + text  # as ``embed`` does
+    pairs = None if sample.text_pair is None else [sample.text_pair]
+    batch = bundle.encoder().encode([text], pairs, truncate=True)
+    if bundle.manifest.task == "fill-mask":
+        batch = with_gaps(batch, bundle.encoder().spec.mask_id)
+    bundle.run_texts(batch, bundle.backend("model").graph.outputs[0].name)
+
+
+def with_gaps(batch: EncodedBatch, mask_id: int | None) -> EncodedBatch:
+    """One row, a mask token for every GAP_EVERY-th of its own tokens, unless it has a gap already.
+
+    A masked-language model is never used, and was never trained, without: what [MASK] makes of the activations
+    belongs in their ranges.
+    """
+    if mask_id is None or mask_id in batch.input_ids:
+        return batch
+    ordinary = np.flatnonzero(np.array(batch.rows[0].special_tokens_mask) == 0)
+    ids = batch.input_ids.copy()
+    ids[0, ordinary[GAP_EVERY // 2 :: GAP_EVERY]] = mask_id
+    return replace(batch, input_ids=ids)
+
+
+def put_vit(bundle: ViT, sample: Sample) -> None:
+    bundle.image_rows([cast(Any, sample.image)], bundle.backend("model").graph.outputs[0].name)
+
+
+def put_clip(bundle: Clip, sample: Sample) -> None:
+    one_text(sample)
+    if sample.image is not None:
+        bundle.embed_image(sample.image)
+    if sample.text is not None:
+        bundle.embed_text(sample.text, truncate=True)
+
+
+def put_gpt(bundle: GPT, sample: Sample) -> None:
+    read(bundle, ids_of(bundle, sample))
+
+
+def put_transformer(bundle: Transformer, sample: Sample) -> None:
+    translate(bundle, ids_of(bundle, sample))
+
+
+def ids_of(bundle: Generator, sample: Sample) -> Row:
+    one_text(sample)
+    return list(bundle.encoder().encode([str(sample.text)], truncate=False).rows[0].ids)
+
+
+def one_text(sample: Sample) -> None:
+    if sample.text_pair is not None:
+        raise InputError("it has a text_pair, and only BERT takes pairs.")
+
+
+def read(bundle: GPT, ids: Row) -> None:
+    """The first context's worth of tokens; a single one has no probability, but is read all the same."""
+    shown = ids[: bundle.context]
+    if len(shown) == 1:
+        bundle.begin([shown])
+    else:
+        bundle.log_probabilities(shown)
+
+
+def translate(bundle: Transformer, ids: Row) -> None:
+    """Greedily, and not without end; a source that is cut keeps its last token, which closes it."""
+    most = bundle.max_size(str(bundle.prompt_tokens().shape[1]))
+    source = ids if len(ids) <= most else [*ids[: most - 1], ids[-1]]
+    new = max(1, min(NEW_TOKENS, bundle.context - 1))
+    bundle.generate(source, num_beams=1, do_sample=False, num_return_sequences=1, max_new_tokens=new)
+
+
+def feed(bundle: LoadedBundle, feeds: Mapping[str, Array]) -> None:
+    bundle.run(feeds)  # the family's own: CLIP's takes the inputs of both towers
+
+
+def feed_gpt(bundle: GPT, feeds: Mapping[str, Array]) -> None:
+    row = row_of(feeds)
+    if row is None:
+        bundle.run(feeds)
+    else:
+        read(bundle, row)
+
+
+def feed_transformer(bundle: Transformer, feeds: Mapping[str, Array]) -> None:
+    row = row_of(feeds)
+    if row is None:
+        bundle.run(feeds)
+    else:
+        translate(bundle, row)
+
+
+def row_of(feeds: Mapping[str, Array]) -> Row | None:
+    """The token ids of raw feeds (1, S), without those that a mask hides; None where there are other feeds, too."""
+    if feeds.keys() - {IDS, MASK}:
+        return None
+    ids = feeds[IDS]
+    mask = feeds.get(MASK, np.ones_like(ids))
+    if ids.ndim != 2 or ids.dtype.kind not in "iu" or mask.shape != ids.shape:
+        raise InputError(
+            f"{IDS} is {ids.dtype} {ids.shape} for one sample, {MASK} {mask.shape}; expected integers (1, S), so "
+            "(samples, S) in the file."
+        )
+    return [int(token) for token in ids[0, mask[0] != 0]]
+
+
+PUT: Mapping[str, Callable[[Any, Sample], None]] = {
+    "bert": put_bert,
+    "vit": put_vit,
+    "clip": put_clip,
+    "gpt": put_gpt,
+    "transformer": put_transformer,
+}
+FEED: Mapping[str, Callable[[Any, Mapping[str, Array]], None]] = {
+    "bert": feed,
+    "vit": feed,
+    "clip": feed,
+    "gpt": feed_gpt,
+    "transformer": feed_transformer,
+}

@@ -1,0 +1,180 @@
+"""One pass over any amount of data in bounded memory: a histogram whose bins only ever merge exactly.
+
+The bins are equally wide and lie evenly around zero. Their outermost edges are a power of two that
+doubles when a value does not fit: neighbouring bins become one, and no count has to be split. So the
+result depends on the values alone, not on their order, on how they were cut into arrays, or on what
+the first sample looked like.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transom.runtime.errors import CalibrationError
+from transom.runtime.fields import Fields
+
+BINS = 4096  # over [-limit, limit): at least 1024 for what lies on one side of zero
+HALF = BINS // 2
+MIN_LIMIT = 2.0**-64  # of a tensor of zeros
+MAX_LIMIT = 2.0**128  # every float32 is below
+SLAB = 1 << 16  # values at a time: the temporaries stay in the cache
+MAX_COUNT = 2**53  # of one bin, in JSON: every reader of JSON has these integers exactly
+
+
+class Histogram:
+    """How often values fell into each of BINS bins; ``update`` takes more of them.
+
+    minimum, maximum  of all values, 0.0 while there are none
+    count             of the values
+    limit             power of two, strictly above every absolute value
+    counts            int64 (BINS,): bin i has the values with -limit + i * width <= value < -limit + (i + 1) * width
+    """
+
+    def __init__(self) -> None:
+        self.minimum = 0.0
+        self.maximum = 0.0
+        self.count = 0
+        self.limit = MIN_LIMIT
+        self.counts: NDArray[np.int64] = np.zeros(BINS, np.int64)
+
+    @property
+    def width(self) -> float:
+        """Of a bin; a power of two as well."""
+        return self.limit / HALF
+
+    @property
+    def edges(self) -> NDArray[Any]:
+        """float64 (BINS + 1,) from -limit to limit."""
+        return np.arange(-HALF, HALF + 1) * np.float64(self.width)
+
+    @property
+    def centres(self) -> NDArray[Any]:
+        """float64 (BINS,), the middle of each bin."""
+        return (np.arange(-HALF, HALF) + 0.5) * np.float64(self.width)
+
+    def update(self, values: NDArray[Any]) -> None:
+        """Count ``values``: floats of any shape, taken as float32. CalibrationError if any is NaN or infinite."""
+        flat = np.asarray(values, dtype=np.float32).reshape(-1)
+        if not flat.size:
+            return
+        low, high = float(flat.min()), float(flat.max())  # NaN if there is one
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise CalibrationError("NaN" if np.isnan(flat).any() else "an infinite value")
+        self._widen(limit_above(max(-low, high)))
+        self.minimum, self.maximum = (min(low, self.minimum), max(high, self.maximum)) if self.count else (low, high)
+        self.count += flat.size
+        self.counts += count_bins(flat, self.width)
+
+    def _widen(self, limit: float) -> None:
+        """Merge neighbouring bins until ``limit`` is reached."""
+        doublings = round(math.log2(max(limit / self.limit, 1)))
+        for _ in range(min(doublings, HALF.bit_length())):  # after which everything is in the middle two
+            merged = self.counts.reshape(HALF, 2).sum(axis=1)
+            self.counts[:] = 0
+            self.counts[HALF // 2 : HALF // 2 + HALF] = merged
+        self.limit = max(limit, self.limit)
+
+    def to_json(self) -> dict[str, Any]:
+        """``bins`` is the counts in order; a negative number stands for that many empty bins."""
+        return {
+            "min": self.minimum,
+            "max": self.maximum,
+            "limit": self.limit,
+            "bins": list(with_runs(self.counts.tolist())),
+        }
+
+    @classmethod
+    def from_json(cls, value: Any, where: str, problems: list[str]) -> Histogram:
+        """What ``to_json`` made; what is wrong is added to ``problems``, and the histogram is of no use then."""
+        fields = Fields(value, where, problems)
+        before = len(problems)
+        minimum = fields.take("min", is_finite, "a finite number")
+        maximum = fields.take("max", is_finite, "a finite number")
+        limit = fields.take("limit", is_limit, f"a power of two from {MIN_LIMIT:g} to {MAX_LIMIT:g}")
+        bins = fields.take("bins", is_bins, f"counts of {BINS} bins, a negative number for a run of empty ones")
+        fields.done()
+        found = cls()
+        if len(problems) > before:
+            return found
+        found.minimum, found.maximum, found.limit = float(minimum), float(maximum), float(limit)
+        found.counts = np.array(without_runs(bins), np.int64)
+        found.count = int(found.counts.sum())
+        if not found._consistent():
+            problems.append(f"{where} has min {minimum!r:.40} and max {maximum!r:.40}, its bins end elsewhere")
+        return found
+
+    def _consistent(self) -> bool:
+        """Do the outermost bins that are not empty hold the minimum and the maximum?"""
+        used = np.flatnonzero(self.counts)
+        if not len(used):
+            return self.minimum == self.maximum == 0
+        ends = [math.floor(value / self.width) + HALF for value in (self.minimum, self.maximum)]
+        return ends == [used[0], used[-1]] and self.minimum <= self.maximum
+
+
+def limit_above(value: float) -> float:
+    """The smallest power of two above ``value``, at least MIN_LIMIT."""
+    return max(math.ldexp(1.0, math.frexp(value)[1]), MIN_LIMIT) if value > 0 else MIN_LIMIT
+
+
+def count_bins(flat: NDArray[np.float32], width: float) -> NDArray[np.int64]:
+    """(BINS,) how many of ``flat``'s finite values, all of which fit, lie in each bin.
+
+    Rounds nowhere: a float times a power of two is exact unless it underflows, which float64 prevents;
+    and only whole numbers are added to.
+    """
+    exact = np.float32 if width <= 1 else np.float64
+    scaled = np.empty(min(SLAB, flat.size), exact)
+    index = np.empty(scaled.size, np.intp)
+    counts = np.zeros(BINS, np.int64)
+    for start in range(0, flat.size, SLAB):
+        slab = flat[start : start + SLAB]
+        here, bins = scaled[: slab.size], index[: slab.size]
+        np.multiply(slab, exact(1 / width), out=here, dtype=exact)
+        np.floor(here, out=here)
+        np.add(here, exact(HALF), out=here)
+        np.copyto(bins, here, casting="unsafe")
+        counts += np.bincount(bins, minlength=BINS)
+    return counts
+
+
+def with_runs(counts: Iterable[int]) -> Iterator[int]:
+    """[0, 0, 5, 0, 7] -> -2, 5, -1, 7."""
+    empty = 0
+    for count in counts:
+        if count:
+            if empty:
+                yield -empty
+            yield count
+        empty = 0 if count else empty + 1
+    if empty:
+        yield -empty
+
+
+def without_runs(bins: Iterable[int]) -> list[int]:
+    """[-2, 5, -1, 7] -> [0, 0, 5, 0, 7]."""
+    return [count for number in bins for count in ([0] * -number if number < 0 else [number])]
+
+
+def is_bins(value: Any) -> bool:
+    """Counts and runs of empty bins that make BINS together; nothing is unpacked before this is known."""
+    return (
+        isinstance(value, list)
+        and len(value) <= BINS
+        and all(type(number) is int and -BINS <= number <= MAX_COUNT and number != 0 for number in value)
+        and sum(-number if number < 0 else 1 for number in value) == BINS
+    )
+
+
+def is_finite(value: Any) -> bool:
+    """A number of a JSON file (which may be an integer of any size) within float32."""
+    return type(value) in (int, float) and abs(value) < MAX_LIMIT
+
+
+def is_limit(value: Any) -> bool:
+    return type(value) in (int, float) and MIN_LIMIT <= value <= MAX_LIMIT and math.frexp(value)[0] == 0.5

@@ -1,0 +1,101 @@
+"""Makes the calibration sets that ship: inputs that the reference models trained on, and none that scores them.
+
+    python examples/make_calibration_sets.py JANEAUSTEN WORDNET calib/sets
+
+``austen.py`` and ``make_wordnet_pairs.py`` say how to get the two folders (here janeausten and
+wordnet/usr/share/wordnet); the scans are scikit-learn's, the dates and captions are made.
+
+austen.jsonl         passages of the chapters that train, with the line breaks between paragraphs
+wordnet.txt          definitions and words, a text per line: the pairs behind the thousand that score
+dates.txt            dates of days that train
+digits.safetensors   scans that train: ``images`` uint8 (512, 8, 8), ``labels`` uint8, ``indices`` int16 into
+                     ``load_digits()``
+digit_captions.txt   a caption for each of these scans
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+import austen
+import dates
+import numpy as np
+import torch
+from make_wordnet_pairs import PAIRS, candidates
+from safetensors.numpy import save
+from train_clip_digits import captions
+from train_vit_digits import scans, split
+from transformers import CLIPTokenizer
+
+SEED = 21  # not that of the held-out samples
+PASSAGES, SHORTEST = 400, 100  # characters
+LONGEST = (200, 300, 400, 900)  # of passages in turn; GPT's 256 tokens are some 700 characters
+WORDNET_PAIRS = 250  # two texts each
+DATES, SCANS = 500, 512
+CLIP = Path(__file__).resolve().parents[1] / "models" / "reference" / "clip"
+
+
+def passages(package: Path) -> list[str]:
+    """From the line break before a paragraph to the end of a sentence, drawn from all chapters that train."""
+    train, _ = austen.split(package)
+    starts = [(chapter, match.start()) for chapter in train for match in re.finditer(r"\n(?=.)", chapter)]
+    rng = np.random.RandomState(SEED)
+    found: list[str] = []
+    for index in rng.permutation(len(starts)):
+        chapter, place = starts[index]
+        text = chapter[place : place + LONGEST[len(found) % len(LONGEST)]]
+        ends = [match.end() for match in re.finditer(r"[.!?][\"”’']?(?=\s)", text)]
+        passage = text[: ends[-1]] if ends else ""
+        if len(passage) >= SHORTEST and passage not in found and len(found) < PASSAGES:
+            found.append(passage)
+    return found
+
+
+def definitions_and_words(wordnet: Path) -> list[str]:
+    behind = candidates(wordnet)[PAIRS : PAIRS + WORDNET_PAIRS]
+    return [text for pair in behind for text in pair]
+
+
+def written_dates() -> list[str]:
+    train, _ = dates.split()
+    return [text for text, _ in dates.pairs(train, dates.FORMS, DATES, np.random.RandomState(SEED))]
+
+
+def training_scans() -> dict[str, np.ndarray]:
+    images, labels = scans()
+    training, _ = split(labels)
+    chosen = np.sort(np.random.RandomState(SEED).permutation(training)[:SCANS])
+    return {"images": images[chosen], "labels": labels[chosen].astype(np.uint8), "indices": chosen.astype(np.int16)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("janeausten", type=Path, help="the unpacked r-cran-janeaustenr")
+    parser.add_argument("wordnet", type=Path, help="folder with data.noun, data.verb, ... and cntlist.rev")
+    parser.add_argument("out", type=Path, help="folder to write to")
+    arguments = parser.parse_args()
+
+    digits = training_scans()
+    described = captions(
+        CLIPTokenizer.from_pretrained(CLIP), torch.from_numpy(digits["labels"]), np.random.RandomState(SEED)
+    )
+    texts = {
+        "austen.jsonl": [
+            json.dumps({"text": passage}, ensure_ascii=False) for passage in passages(arguments.janeausten)
+        ],
+        "wordnet.txt": definitions_and_words(arguments.wordnet),
+        "dates.txt": written_dates(),
+        "digit_captions.txt": described,
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for name, found in texts.items():
+        (arguments.out / name).write_text("".join(f"{line}\n" for line in found), encoding="utf-8")
+        print(f"{name}: {len(found)} texts, {(arguments.out / name).stat().st_size} bytes")
+    (arguments.out / "digits.safetensors").write_bytes(save(digits))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Quantisation: from FP32 graphs and calibration data to integer graphs whose accuracy was measured."""

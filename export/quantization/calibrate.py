@@ -1,0 +1,125 @@
+"""Calibration: real samples through a bundle's FP32 graphs, and the table of ranges that they leave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from transom.calib.data import CalibrationData, Sample
+from transom.calib.drive import put_through
+from transom.calib.identity import graph_sha256
+from transom.calib.observe import ROWS, ObservingBackend
+from transom.calib.smooth import search_alpha
+from transom.calib.table import GraphRanges, RangeTable, Smoothing
+from transom.export.passes.smooth import find_norms, fold_smoothing
+from transom.export.quantization.quantizer import Recipe, observed_tensors
+from transom.runtime.bundle import Bundle
+from transom.runtime.tasks import task_class
+
+SMOOTHING_SAMPLES = 64  # spread over the data, from which factors are searched; the ranges are of all samples
+
+
+def calibrate(
+    bundle: Bundle,
+    canonical: Mapping[str, ir.Model],
+    recipe: Recipe,
+    data: CalibrationData,
+    *,
+    smooth: bool,
+    tell: Callable[[str], None],
+) -> RangeTable:
+    """The ranges of every activation that ``recipe`` quantises, over all of ``data``, each sample once.
+
+    ``bundle`` is in FP32 and ``canonical`` its graphs by name, which stay as they are. Where ``smooth``, factors are
+    searched on some of the samples and folded in before anything is measured. ``tell`` is called before each sample.
+    Raises CalibrationError for samples that do not fit, values that are not finite, and a graph that no sample
+    reaches.
+    """
+    smoothing: Mapping[str, Mapping[str, Smoothing]] = {name: {} for name in canonical}
+    if smooth:
+        spread = np.linspace(0, len(data.samples) - 1, min(len(data.samples), SMOOTHING_SAMPLES)).astype(int)
+        samples = [data.samples[int(index)] for index in spread]
+        smoothing = search_smoothing(bundle, canonical, recipe.method, samples, tell)
+    models = smoothed(canonical, smoothing)
+    observed = {
+        name: ObservingBackend(model, graph_of(bundle, name), observed_tensors(model, recipe))
+        for name, model in models.items()
+    }
+    put_all_through(bundle, observed, data.samples, lambda: tell(f"calibrating on {data.name}"))
+    return RangeTable(
+        graphs={
+            name: GraphRanges(graph_sha256(canonical[name]), backend.ranges, smoothing[name])
+            for name, backend in observed.items()
+        },
+        data={"name": data.name, "samples": len(data.samples), "sha256": data.sha256},
+    )
+
+
+def search_smoothing(
+    bundle: Bundle,
+    canonical: Mapping[str, ir.Model],
+    method: str,
+    samples: Sequence[Sample],
+    tell: Callable[[str], None],
+) -> dict[str, dict[str, Smoothing]]:
+    """The factors of every LayerNorm in front of linear layers that are better off with them, by graph and norm."""
+    norms = {name: find_norms(model) for name, model in canonical.items()}
+    observed = {
+        name: ObservingBackend(model, graph_of(bundle, name), [], [norm.name for norm in norms[name]], ROWS)
+        for name, model in canonical.items()
+    }
+    put_all_through(bundle, observed, samples, lambda: tell("searching the smoothing of each LayerNorm"))
+    found: dict[str, dict[str, Smoothing]] = {name: {} for name in canonical}
+    for name, backend in observed.items():
+        ranges = backend.ranges
+        for norm in norms[name]:
+            channels = ranges[norm.name].channels
+            assert channels is not None
+            largest = np.maximum(np.abs(channels.minimum), np.abs(channels.maximum))
+            weights = [linear.kernel() for linear in norm.linears]
+            alpha, factors = search_alpha(backend.kept_rows(norm.name), weights, method=method, activation_max=largest)
+            if alpha:
+                found[name][norm.name] = Smoothing(alpha, factors)
+    return found
+
+
+def smoothed(
+    canonical: Mapping[str, ir.Model], smoothing: Mapping[str, Mapping[str, Smoothing]]
+) -> dict[str, ir.Model]:
+    """Copies of the graphs with the factors folded in; weights that do not change are shared."""
+    models = {name: model.clone() for name, model in canonical.items()}
+    for name, model in models.items():
+        fold_smoothing(model, factors_of(smoothing[name]))
+    return models
+
+
+def factors_of(smoothing: Mapping[str, Smoothing]) -> dict[str, NDArray[np.float32]]:
+    return {norm: found.factors for norm, found in smoothing.items()}
+
+
+def put_all_through(
+    bundle: Bundle,
+    observed: Mapping[str, ObservingBackend],
+    samples: Sequence[Sample],
+    before_each: Callable[[], None],
+) -> None:
+    """Every sample through the family's own code around the observing backends."""
+
+    def opener(graph: Any, *_: object) -> ObservingBackend:
+        return observed[graph.graph.name]
+
+    with task_class(bundle.manifest.family)(bundle, opener=opener) as loaded:
+        for sample in samples:
+            before_each()
+            for backend in observed.values():
+                backend.sample = sample.name
+            put_through(loaded, sample)
+
+
+def graph_of(bundle: Bundle, name: str) -> Any:
+    """The graph called ``name`` as bundle.json describes it."""
+    return next(file.graph for file in bundle.manifest.graphs if file.graph.name == name)

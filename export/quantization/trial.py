@@ -1,0 +1,104 @@
+"""One calibration and one gate: quantised candidates are made and measured here."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import onnx_ir as ir
+
+from transom.calib.data import Sample
+from transom.calib.table import RangeTable
+from transom.export.agreement import Reference
+from transom.export.flavours import Flavours, emulations, pack
+from transom.export.gate import Gate
+from transom.export.verdict import Verdict
+from transom.export.quantization.calibrate import smoothed
+from transom.export.quantization.quantizer import DYNAMIC, NONE, STATIC, Layer, Quantizer, Recipe
+from transom.runtime.backend import Backend, Read
+from transom.runtime.bundle import Bundle, GraphFile
+from transom.runtime.ort import OrtBackend
+from transom.runtime.session import LoadedBundle
+from transom.runtime.spec import Graph
+from transom.runtime.tasks import task_class
+
+SENSITIVITY_SAMPLES = 48  # on which layers are ranked; the gate itself takes all that are held out
+CPU, TENSORRT = "cpu", "default"  # flavours, as bundle.json names them
+GATED = {STATIC: "static", DYNAMIC: "dynamic", NONE: "weight-only"}  # what the gate calls them
+
+
+class Trial:
+    """``bundle`` is in FP32; ``table`` holds ranges of its graphs ``canonical``, and smoothing.
+
+    ``half`` says whether everything but int8 is FP16 in the graphs for TensorRT.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        canonical: Mapping[str, ir.Model],
+        recipe: Recipe,
+        table: RangeTable,
+        gate: Gate,
+        *,
+        half: bool,
+    ) -> None:
+        self._bundle, self._gate, self._half = bundle, gate, half
+        self._graphs: tuple[Graph, ...] = tuple(file.graph for file in bundle.manifest.graphs)
+        smoothing = {name: table.graphs[name].smoothing for name in canonical}
+        ranges = {
+            name: {tensor: found.histogram for tensor, found in table.graphs[name].tensors.items()}
+            for name in canonical
+        }
+        self.quantizer = Quantizer(smoothed(canonical, smoothing), self._graphs, recipe, ranges, half=half)
+        self._verdicts: dict[tuple[str, frozenset[Layer]], Verdict] = {}
+        self.kinds = {CPU: gated(recipe.activations.values())}
+        if not recipe.weights_only:
+            self.kinds[TENSORRT] = "static"
+
+    def judge(self, kind: str, kept: Collection[Layer]) -> Verdict:
+        """The flavour ``kind``, with ``kept`` in higher precision, on everything that is held out."""
+        key = (kind, frozenset(kept))
+        if key not in self._verdicts:
+            with self.candidate(kind, kept) as loaded:
+                self._verdicts[key] = self._gate.judge(loaded, self.kinds[kind])
+        return self._verdicts[key]
+
+    def error(self, kept: Collection[Layer], reference: Reference) -> float:
+        """The relative output error of the CPU's flavour."""
+        with self.candidate(CPU, kept) as loaded:
+            return reference.against(loaded).error.value
+
+    @contextmanager
+    def candidate(self, kind: str, kept: Collection[Layer]) -> Iterator[LoadedBundle]:
+        """A flavour as the runtime would load it: the one for TensorRT rounds as a GPU would."""
+        with open_flavours(self._bundle, self._packed(kind, kept)) as loaded:
+            yield loaded
+
+    def _packed(self, kind: str, kept: Collection[Layer]) -> Flavours:
+        if kind == CPU:
+            return pack(self._graphs, self.quantizer.cpu(kept), "float32")
+        models = self.quantizer.tensorrt(kept)
+        return pack(self._graphs, emulations(models) if self._half else models, "float32")
+
+
+def gated(modes: Collection[str]) -> str:
+    """The gate's word for graphs of several modes: that of the coarsest."""
+    return next(GATED[mode] for mode in (STATIC, DYNAMIC, NONE) if mode in modes)
+
+
+def open_flavours(bundle: Bundle, flavours: Flavours) -> LoadedBundle:
+    """The runtime of ``bundle`` around graphs that are not in it."""
+    files = {file.graph.name: file for file in flavours.graphs}
+
+    def opener(graph: GraphFile, read: Read, device: str, threads: int | None) -> Backend:
+        return OrtBackend(files[graph.graph.name], flavours.files.__getitem__, device, threads)
+
+    return task_class(bundle.manifest.family)(bundle, opener=opener)
+
+
+def ranking_reference(bundle: Bundle, samples: Sequence[Sample], name: str) -> Reference:
+    """FP32's answers on a few of the held-out samples."""
+    step = max(1, len(samples) // SENSITIVITY_SAMPLES)
+    with task_class(bundle.manifest.family)(bundle) as fp32:
+        return Reference(fp32, samples[::step][:SENSITIVITY_SAMPLES], name)
