@@ -8,12 +8,14 @@ small reference models have none, so some are made here, by what SmoothQuant (Xi
 does backwards: a few channels of a tensor times 20 to 60, the rows of the next weights that read them divided by as
 much.
 
-- Pre-norm models (ViT, GPT-2, CLIP): gain and bias of each LayerNorm before a Linear, in the same channels in every
-  layer, as it is in the wild.
+- Pre-norm models (ViT, GPT-2, CLIP): gain and bias of each LayerNorm before a Linear.
 - Post-norm models (BERT, MiniLM, Transformer): a LayerNorm's output is the residual stream as well, so nothing after
   it can take the factor back. Here it is the value projection's output channels, and the output projection that reads
   them: attention mixes tokens and leaves channels alone. A substitute: the loud tensor is another one, and it is no
   LayerNorm's output, which is all that SmoothQuant as published can smooth.
+
+The channels are those that are loudest already, over all layers of a width together, and so the same in every layer, as
+in the wild: a quiet channel times 20 would be no outlier.
 """
 
 from __future__ import annotations
@@ -32,7 +34,6 @@ from transom.models.checkpoint import open_checkpoint
 
 LEAST, MOST = 20.0, 60.0  # times as loud; the channels are spread between, geometrically
 CHANNELS = 3  # of each tensor
-SEED = 0
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,7 @@ PAIRS = {  # model_type of config.json -> where outliers go
 PAIRS["marian"] = PAIRS["transformer"]
 
 
-def inject(
-    source: str, out: Path, *, channels: int = CHANNELS, least: float = LEAST, most: float = MOST, seed: int = SEED
-) -> list[str]:
+def inject(source: str, out: Path, *, channels: int = CHANNELS, least: float = LEAST, most: float = MOST) -> list[str]:
     """Copy the checkpoint SOURCE to the folder ``out`` with outliers in it; the names of the parts made loud.
 
     Weights are stored as float32: in float16 a factor and its inverse would not cancel. Raises KeyError for a
@@ -86,27 +85,39 @@ def inject(
         name: array.astype(np.float32) if array.dtype == np.float16 else array
         for name, array in load_file(checkpoint.weight_files[0]).items()
     }
-    made: list[str] = []
-    for pair in PAIRS[checkpoint.raw["model_type"]]:
-        suffix = f".{pair.loud}.weight"
-        for name in sorted(key for key in weights if key.endswith(suffix)):
-            layer = name.removesuffix(f"{pair.loud}.weight")
-            make_loud(weights, layer, pair, factors_for(len(weights[name]), channels, least, most, seed))
-            made.append(layer + pair.loud)
-    if not made:
+    found = [
+        (name.removesuffix(f"{pair.loud}.weight"), pair)
+        for pair in PAIRS[checkpoint.raw["model_type"]]
+        for name in sorted(weights)
+        if name.endswith(f".{pair.loud}.weight")
+    ]
+    if not found:
         raise ValueError(
             f"{source} has none of the parts {[pair.loud for pair in PAIRS[checkpoint.raw['model_type']]]}."
         )
+    sums: dict[int, NDArray[np.float32]] = {}  # by width: CLIP's towers may differ
+    for layer, pair in found:
+        channel = loudness(weights, layer, pair)
+        sums[len(channel)] = sums.get(len(channel), np.zeros_like(channel)) + channel / channel.mean()
+    factors = {width: factors_for(total, channels, least, most) for width, total in sums.items()}
+    for layer, pair in found:
+        make_loud(weights, layer, pair, factors[len(weights[f"{layer}{pair.loud}.bias"])])
     shutil.copytree(checkpoint.folder, out, ignore=shutil.ignore_patterns("*.safetensors", "*.bin", "README.md"))
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    return made
+    return [layer + pair.loud for layer, pair in found]
 
 
-def factors_for(width: int, channels: int, least: float, most: float, seed: int) -> NDArray[np.float32]:
-    """(width,): ``channels`` of them from ``least`` to ``most``, the others 1; the same ones for the same width."""
-    factors = np.ones(width, np.float32)
-    chosen = np.random.default_rng(seed).choice(width, channels, replace=False)
-    factors[chosen] = np.geomspace(least, most, channels)
+def loudness(weights: dict[str, NDArray[Any]], layer: str, pair: Pair) -> NDArray[np.float32]:
+    """(width,): how large the output channels of a part are, as its weights tell: gain, or length of a row, and bias."""
+    weight, bias = (weights[f"{layer}{pair.loud}.{part}"] for part in ("weight", "bias"))
+    gain = np.abs(weight) if pair.norm else np.linalg.norm(weight, axis=1)
+    return np.asarray(np.hypot(gain, bias), np.float32)
+
+
+def factors_for(loud: NDArray[np.float32], channels: int, least: float, most: float) -> NDArray[np.float32]:
+    """(width,): from ``most`` for the loudest channel down to ``least``, for ``channels`` of them; 1 for the others."""
+    factors = np.ones_like(loud)
+    factors[np.argsort(-loud)[:channels]] = np.geomspace(most, least, channels)
     return factors
 
 

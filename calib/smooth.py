@@ -42,15 +42,20 @@ def smoothing_factors(activation_max: NDArray[Any], weights: Sequence[Float], al
 
 
 def search_alpha(
-    rows: Float, weights: Sequence[Float], *, method: str = "minmax", activation_max: NDArray[Any] | None = None
+    rows: Float,
+    weights: Sequence[Float],
+    *,
+    method: str = "minmax",
+    activation_max: NDArray[Any] | None = None,
+    worth: float = WORTH,
 ) -> tuple[float, Float]:
     """The alpha with the least squared error of the quantised products, and its factors, float32 (E,).
 
-    ``rows`` (R, E) were observed after the LayerNorm, ``weights`` (E, N) read it. Activations are quantised per tensor
+    ``rows`` (R, E) are of an activation, a LayerNorm's result or another, ``weights`` (E, N) read it. Activations are quantised per tensor
     with ``method``'s clip range, weights per output channel. Every other row gives the factors to try, the rows
     between them the error: on the rows that gave them, factors make every channel's largest value fit, by chance too.
     The error compared is that of U8 activations; an alpha that is worse in S8 than no smoothing is refused. Where none
-    takes at least 2 % of the error away the answer is (0.0, ones): leave it as it is. The factors returned are those
+    leaves ``worth`` of the error or less the answer is (0.0, ones): leave it as it is. The factors returned are those
     of all rows, or of ``activation_max`` (E,), the largest magnitudes in all of the data, where that is known.
     """
     plain = np.ones(rows.shape[1], np.float32)
@@ -61,7 +66,7 @@ def search_alpha(
     joined = np.concatenate(parts, axis=1)
     exact = unseen @ joined
     unsigned, signed = _errors(unseen, joined, exact, method)
-    best, least = 0.0, WORTH * unsigned
+    best, least = 0.0, worth * unsigned
     for alpha in ALPHAS:
         factors = smoothing_factors(seen, weights, alpha)
         errors = _errors(unseen / factors, joined * factors[:, None], exact, method)

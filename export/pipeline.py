@@ -18,8 +18,8 @@ from transom.export.exercises import Exercises
 from transom.export.figures import operator_counts, parity_to_json
 from transom.export.flavours import Flavours, make_flavours
 from transom.export.golden import Golden
-from transom.export.onnx import onnx_from_module
 from transom.export.leftovers import PARTIAL, hidden_folder
+from transom.export.onnx import onnx_from_module
 from transom.export.parity import TOLERANCES, Case
 from transom.export.quantization.options import PLAIN, QuantizeOptions
 from transom.export.quantization.quantize import Quantization, Quantized

@@ -12,10 +12,10 @@ import pytest
 
 from transom.calib.samples import Sample
 from transom.export import agreement as agreement_module
-from transom.export.agreement import Agreement, Reference, RelativeError, nearest_others
-from transom.export.heldout import MAX_SAMPLES, Answers, drawn, reference_samples
-from transom.export.heldout_encoders import text_row
 from transom.export.measures import Score
+from transom.export.quantization.agreement import Agreement, Reference, RelativeError, nearest_others
+from transom.export.quantization.heldout import MAX_SAMPLES, Answers, drawn, reference_samples
+from transom.export.quantization.heldout_encoders import text_row
 from transom.export.scores import SCORES
 from transom.runtime.backend import Array, Backend, open_backend
 from transom.runtime.bundle import Bundle

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from transom.export.agreement import Agreement, RelativeError
-from transom.export.gate import Gate, per_token, pooled, verdict
-from transom.export.heldout import reference_samples
 from transom.export.measures import Rate, Score
+from transom.export.quantization.agreement import Agreement, RelativeError
+from transom.export.quantization.gate import Gate, per_token, pooled, verdict
+from transom.export.quantization.heldout import reference_samples
+from transom.export.quantization.verdict import Verdict, drop_interval, growth_interval
 from transom.export.scores import bits_per_byte
-from transom.export.verdict import Verdict, drop_interval, growth_interval
 from transom.runtime import load
 from transom.runtime.errors import ExportError
 

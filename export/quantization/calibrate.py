@@ -12,14 +12,17 @@ from numpy.typing import NDArray
 from transom.calib.data import CalibrationData, Sample
 from transom.calib.drive import put_through
 from transom.calib.identity import graph_sha256
-from transom.calib.observe import ROWS, ObservingBackend
+from transom.calib.observe import ObservingBackend
 from transom.calib.smooth import search_alpha
 from transom.calib.table import GraphRanges, RangeTable, Smoothing
-from transom.export.passes.smooth import find_norms, fold_smoothing
+from transom.export.passes.smooth import find_inlets, fold_smoothing
 from transom.export.quantization.quantizer import Recipe, observed_tensors
 from transom.runtime.bundle import Bundle
 from transom.runtime.tasks import task_class
 
+ROWS = 256  # of each activation, from which factors are searched
+FREE_WORTH = 0.98  # smooth where this much of the squared error is left, or less: a LayerNorm takes factors for nothing
+MUL_WORTH = 0.7  # elsewhere they cost a Mul
 SMOOTHING_SAMPLES = 64  # spread over the data, from which factors are searched; the ranges are of all samples
 
 
@@ -66,24 +69,29 @@ def search_smoothing(
     samples: Sequence[Sample],
     tell: Callable[[str], None],
 ) -> dict[str, dict[str, Smoothing]]:
-    """The factors of every LayerNorm in front of linear layers that are better off with them, by graph and norm."""
-    norms = {name: find_norms(model) for name, model in canonical.items()}
+    """The factors of every activation whose linear layers are better off with them, by graph and activation."""
+    inlets = {name: find_inlets(model) for name, model in canonical.items()}
     observed = {
-        name: ObservingBackend(model, graph_of(bundle, name), [], [norm.name for norm in norms[name]], ROWS)
+        name: ObservingBackend(model, graph_of(bundle, name), [], [inlet.name for inlet in inlets[name]], ROWS)
         for name, model in canonical.items()
     }
-    put_all_through(bundle, observed, samples, lambda: tell("searching the smoothing of each LayerNorm"))
+    put_all_through(bundle, observed, samples, lambda: tell("looking for outliers to smooth"))
     found: dict[str, dict[str, Smoothing]] = {name: {} for name in canonical}
     for name, backend in observed.items():
         ranges = backend.ranges
-        for norm in norms[name]:
-            channels = ranges[norm.name].channels
+        for inlet in inlets[name]:
+            tell("smoothing outliers")
+            channels = ranges[inlet.name].channels
             assert channels is not None
-            largest = np.maximum(np.abs(channels.minimum), np.abs(channels.maximum))
-            weights = [linear.kernel() for linear in norm.linears]
-            alpha, factors = search_alpha(backend.kept_rows(norm.name), weights, method=method, activation_max=largest)
+            alpha, factors = search_alpha(
+                backend.kept_rows(inlet.name),
+                [linear.kernel() for linear in inlet.linears],
+                method=method,
+                activation_max=np.maximum(np.abs(channels.minimum), np.abs(channels.maximum)),
+                worth=FREE_WORTH if inlet.norm is not None else MUL_WORTH,
+            )
             if alpha:
-                found[name][norm.name] = Smoothing(alpha, factors)
+                found[name][inlet.name] = Smoothing(alpha, factors)
     return found
 
 
@@ -98,7 +106,7 @@ def smoothed(
 
 
 def factors_of(smoothing: Mapping[str, Smoothing]) -> dict[str, NDArray[np.float32]]:
-    return {norm: found.factors for norm, found in smoothing.items()}
+    return {name: found.factors for name, found in smoothing.items()}
 
 
 def put_all_through(

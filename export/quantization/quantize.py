@@ -13,14 +13,14 @@ from transom.calib.data import CalibrationData, open_calibration_data
 from transom.calib.identity import graph_sha256
 from transom.calib.table import RANGES, RangeTable, load_table
 from transom.export.flavours import Flavours
-from transom.export.gate import Gate
-from transom.export.verdict import ENOUGH
-from transom.export.heldout import reference_samples
 from transom.export.quantization.calibrate import calibrate, smoothed
+from transom.export.quantization.gate import Gate
+from transom.export.quantization.heldout import reference_samples
 from transom.export.quantization.options import QuantizeOptions
-from transom.export.quantization.quantizer import NONE, Recipe
+from transom.export.quantization.quantizer import NONE
 from transom.export.quantization.search import Found, search_layers
 from transom.export.quantization.trial import CPU, Trial, ranking_reference
+from transom.export.quantization.verdict import ENOUGH
 from transom.export.ranges import beyond_fp16
 from transom.export.scores import SCORES
 from transom.runtime.bundle import Bundle

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from math import exp
 from typing import Any
 
-from transom.export.agreement import Reference
-from transom.export.verdict import MOST_NATS, Verdict, pooled
 from transom.export.measures import Rate
+from transom.export.quantization.agreement import Reference
 from transom.export.quantization.quantizer import Layer
 from transom.export.quantization.trial import CPU, Trial
+from transom.export.quantization.verdict import MOST_NATS, Verdict, pooled
 from transom.runtime.errors import AccuracyError
 
 MOST_KEPT = 0.5  # of the weights in linear layers: with more in higher precision it is no quantised model

@@ -9,12 +9,12 @@ import onnx_ir as ir
 
 from transom.calib.data import Sample
 from transom.calib.table import RangeTable
-from transom.export.agreement import Reference
 from transom.export.flavours import Flavours, emulations, pack
-from transom.export.gate import Gate
-from transom.export.verdict import Verdict
+from transom.export.quantization.agreement import Reference
 from transom.export.quantization.calibrate import smoothed
+from transom.export.quantization.gate import Gate
 from transom.export.quantization.quantizer import DYNAMIC, NONE, STATIC, Layer, Quantizer, Recipe
+from transom.export.quantization.verdict import Verdict
 from transom.runtime.backend import Backend, Read
 from transom.runtime.bundle import Bundle, GraphFile
 from transom.runtime.ort import OrtBackend
@@ -99,6 +99,5 @@ def open_flavours(bundle: Bundle, flavours: Flavours) -> LoadedBundle:
 
 def ranking_reference(bundle: Bundle, samples: Sequence[Sample], name: str) -> Reference:
     """FP32's answers on a few of the held-out samples."""
-    step = max(1, len(samples) // SENSITIVITY_SAMPLES)
     with task_class(bundle.manifest.family)(bundle) as fp32:
-        return Reference(fp32, samples[::step][:SENSITIVITY_SAMPLES], name)
+        return Reference(fp32, samples, name, most=SENSITIVITY_SAMPLES)

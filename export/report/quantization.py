@@ -204,9 +204,10 @@ def plot(
     parts = [level(0, 100, y(tick), "rule") for tick in up.ticks()]
     clear = [tick for tick in up.ticks() if all(abs(y(tick) - y(line)) > LETTERS for line in lines)]
     parts += [tick_label(0, y(tick) - 3, short(tick)) for tick in clear]
-    if whole_model is not None:  # its words where the curve has left it, those of the bound where it has not come there
+    if whole_model is not None:  # its words on the other side than the curve, those of the bound where it begins
         parts.append(level(0, 100, y(whole_model), "average"))
-        parts.append(tick_label(100, y(whole_model) - 4, f"FP32 {short(whole_model)}"))
+        rises = bound is not None and bound > whole_model
+        parts.append(tick_label(100, y(whole_model) + (13 if rises else -4), f"FP32 {short(whole_model)}"))
     if bound is not None:
         parts.append(level(0, 100, y(bound), "end"))
         parts.append(tick_label(0, y(bound) - 4, f"allowed {short(bound)}", "end"))

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.calib.samples import Sample
-from transom.export.heldout import (
+from transom.export.quantization.heldout import (
     BATCH_BYTES,
     CHOICE,
     NEIGHBOUR,

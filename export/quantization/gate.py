@@ -10,12 +10,22 @@ from collections.abc import Callable, Sequence
 from math import isfinite, log
 
 from transom.calib.samples import Sample
-from transom.export.agreement import Agreement, Reference
-from transom.export.heldout import reference_samples
 from transom.export.inputs import heldout_text
 from transom.export.measures import Rate, Score
+from transom.export.quantization.agreement import Agreement, Reference
+from transom.export.quantization.heldout import reference_samples
+from transom.export.quantization.verdict import (
+    AGREEMENT,
+    ENOUGH,
+    ERROR,
+    GROWTH,
+    MOST_NATS,
+    SCORE,
+    Measured,
+    Verdict,
+    pooled,
+)
 from transom.export.scores import SCORES, blocks
-from transom.export.verdict import AGREEMENT, ENOUGH, ERROR, GROWTH, MOST_NATS, SCORE, Measured, Verdict, pooled
 from transom.runtime.errors import ExportError
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks.gpt import GPT

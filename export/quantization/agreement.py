@@ -15,10 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.calib.samples import Sample
-from transom.export.heldout import MAX_SAMPLES, NEIGHBOUR, TOKENS_PER_SAMPLE, Answers, Floats, Questions, drawn
-from transom.export.heldout_decoders import generation_questions, translation_questions
-from transom.export.heldout_encoders import clip_questions, image_questions, text_questions
 from transom.export.measures import Rate, Score, Z
+from transom.export.quantization.heldout import (
+    MAX_SAMPLES,
+    NEIGHBOUR,
+    TOKENS_PER_SAMPLE,
+    Answers,
+    Floats,
+    Questions,
+    drawn,
+)
+from transom.export.quantization.heldout_decoders import generation_questions, translation_questions
+from transom.export.quantization.heldout_encoders import clip_questions, image_questions, text_questions
 from transom.runtime.errors import CalibrationError, ExportError
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks.bert import Bert

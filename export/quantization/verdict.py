@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from math import exp, expm1, inf, isfinite, sqrt
 from typing import Any, cast
 
-from transom.export.agreement import RelativeError
 from transom.export.measures import Rate, Score
+from transom.export.quantization.agreement import RelativeError
 from transom.runtime.errors import ExportError
 
 SCORE, GROWTH, AGREEMENT, ERROR = "score", "perplexity", "agreement", "relative error"
