@@ -108,7 +108,7 @@ def inject(source: str, out: Path, *, channels: int = CHANNELS, least: float = L
 
 
 def loudness(weights: dict[str, NDArray[Any]], layer: str, pair: Pair) -> NDArray[np.float32]:
-    """(width,): how large the output channels of a part are, as its weights tell: gain, or length of a row, and bias."""
+    """(width,): how large the output channels of a part are, told by gain, or length of a row, and bias."""
     weight, bias = (weights[f"{layer}{pair.loud}.{part}"] for part in ("weight", "bias"))
     gain = np.abs(weight) if pair.norm else np.linalg.norm(weight, axis=1)
     return np.asarray(np.hypot(gain, bias), np.float32)

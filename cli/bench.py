@@ -90,5 +90,5 @@ def circumstances(measured: BenchReport) -> Iterator[tuple[str, str]]:
         )
     yield "device", measured.device
     yield "threads", threads
-    yield "cpu", measured.cpu
+    yield "cpu", f"{measured.cpu}, {measured.instruction_set}"
     yield "onnxruntime", measured.onnxruntime

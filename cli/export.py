@@ -17,6 +17,7 @@ from transom.cli.describe import (
     near_ties,
     next_commands,
     parity_text,
+    quantization_fields,
     score_line,
 )
 from transom.cli.extras import export_extra
@@ -66,6 +67,27 @@ class Also(StrEnum):
 INTEGERS = "Integers (--precision int8, int4)"
 
 
+CalibrationData = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FILE|NAME",
+        help="Inputs like those it will see: a .txt, .jsonl or .npz, a folder of images, or one of austen, digits, "
+        "digit-captions, wordnet, dates; repeatable. A quarter is held out for the gate.",
+        show_default="a reference model's own training inputs",
+        rich_help_panel=INTEGERS,
+    ),
+]
+MethodOption = Annotated[Method, typer.Option(help="How an activation's range is chosen.", rich_help_panel=INTEGERS)]
+SmoothQuant = Annotated[
+    bool,
+    typer.Option(
+        "--smooth-quant/--no-smooth-quant",
+        help="Move outliers of single channels into the weights, where that helps.",
+        rich_help_panel=INTEGERS,
+    ),
+]
+
+
 def export(
     source: Annotated[
         str,
@@ -79,8 +101,8 @@ def export(
     precision: Annotated[
         Precision,
         typer.Option(
-            help="fp16 and bf16 are GPU formats; a CPU computes them slowly. int8 is calibrated and its accuracy gated; "
-            "int4 is of weights alone, for decoding."
+            help="fp16 and bf16 are GPU formats; a CPU computes them slowly. int8 is calibrated and its accuracy "
+            "gated; int4 is of weights alone, for decoding."
         ),
     ] = Precision.fp32,
     task: Annotated[
@@ -104,27 +126,9 @@ def export(
         bool, typer.Option("--ignore-unused", help="Accept weights of the checkpoint that no part uses.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the bundle that is at --out.")] = False,
-    calibration_data: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FILE|NAME",
-            help="Inputs like those it will see: a .txt, .jsonl or .npz, a folder of images, or one of austen, digits, "
-            "digit-captions, wordnet, dates; repeatable. A quarter is held out for the gate.",
-            show_default="a reference model's own training inputs",
-            rich_help_panel=INTEGERS,
-        ),
-    ] = None,
-    method: Annotated[
-        Method, typer.Option(help="How an activation's range is chosen.", rich_help_panel=INTEGERS)
-    ] = Method.mse,
-    smooth_quant: Annotated[
-        bool,
-        typer.Option(
-            "--smooth-quant/--no-smooth-quant",
-            help="Move outliers behind a LayerNorm into the weights, where that helps.",
-            rich_help_panel=INTEGERS,
-        ),
-    ] = True,
+    calibration_data: CalibrationData = None,
+    method: MethodOption = Method.mse,
+    smooth_quant: SmoothQuant = True,
     activations: Annotated[
         Activations | None,
         typer.Option(
@@ -232,7 +236,10 @@ def print_summary(out: Path, manifest: Manifest) -> None:
     print(printable(f"{out}: {manifest.family}, {manifest.task}, {manifest.precision}, {size}"))
     if manifest.precision in GPU_FORMATS:
         print(f"{manifest.precision} is a {GPU_NOTE}")
-    print(f"worst error against PyTorch: {parity_text(manifest.parity)}")
+    print(f"worst error against PyTorch: {parity_text(manifest.parity, manifest.quantization is not None)}")
+    if manifest.quantization is not None:
+        for name, words in quantization_fields(manifest.quantization):
+            print(printable(f"{name}: {words}"))
     for tie in near_ties(manifest.parity):
         print(tie)
     if manifest.score:

@@ -9,6 +9,8 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Annotated, Any, NoReturn
 
@@ -16,6 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from transom.cli.bench import bench
+from transom.cli.calibrate import calibrate
 from transom.cli.doctor import doctor
 from transom.cli.export import export
 from transom.cli.failures import Terminated, debug_from_environment, given, reported, without
@@ -24,6 +27,7 @@ from transom.cli.inspect_bundle import inspect
 from transom.cli.report import report
 from transom.cli.run import run
 from transom.cli.selftest import selftest
+from transom.cli.show import say
 from transom.cli.table import table
 from transom.cli.verify import verify
 
@@ -52,8 +56,27 @@ class Commands(TyperGroup):
             return super().parse_args(ctx, without("--debug", args))
 
     def invoke(self, ctx: Any) -> Any:
-        with reported(ctx.meta[ARGUMENTS]):
+        with reported(ctx.meta[ARGUMENTS]), warnings_told():
             return super().invoke(ctx)
+
+
+@contextmanager
+def warnings_told() -> Iterator[None]:
+    """Each warning of ours is a line on stderr; those of libraries stay what ``main`` made of them."""
+    from transom.runtime.cpu import SaturationWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", SaturationWarning)
+        show = warnings.showwarning
+
+        def tell(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:
+            if issubclass(category, SaturationWarning):
+                say(f"{category.__module__}.{category.__name__}: {message}")
+            else:
+                show(message, category, *rest, **named)
+
+        warnings.showwarning = tell
+        yield
 
 
 app = typer.Typer(
@@ -105,11 +128,19 @@ app.command(
         "transom export ./checkpoint --out bundles/mine --precision fp16 --max S=256",
         "transom export google/vit-base-patch16-224 --out vit-384 --image-size 384",
         "transom export gpt --out bundles/gpt",
+        "transom export ./checkpoint --out bundles/mine-int8 --precision int8 --calibration-data reviews.txt",
     ),
 )(export)
 app.command(epilog=examples("transom verify bundles/minilm", "transom verify bundles/mine --source ./checkpoint"))(
     verify
 )
+app.command(
+    cls=GroupedCommand,
+    epilog=examples(
+        "transom calibrate bundles/minilm",
+        "transom calibrate bundles/mine --calibration-data reviews.txt --force",
+    ),
+)(calibrate)
 app.command(epilog=examples("transom selftest bundles/minilm --threads 2"))(selftest)
 app.command(
     cls=GroupedCommand,

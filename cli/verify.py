@@ -15,7 +15,7 @@ from transom.cli.describe import near_ties
 from transom.cli.extras import export_extra
 from transom.cli.options import BundlePath, Device, Json, Threads
 from transom.cli.progress import progress
-from transom.cli.show import comparison_cells, print_json, print_table, sizes_text
+from transom.cli.show import comparison_cells, print_json, print_table, printable, sizes_text
 
 if TYPE_CHECKING:
     from transom.export.parity import Case
@@ -30,6 +30,14 @@ def verify(
             metavar="SOURCE", help="The checkpoint to compare with.", show_default="the one it was exported from"
         ),
     ] = None,
+    calibration_data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="What a quantised bundle was calibrated on: the part held out of it judges its accuracy again.",
+            show_default="known of reference models",
+        ),
+    ] = None,
     device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,
@@ -39,12 +47,19 @@ def verify(
     Over a grid of shapes, on real inputs. A decoder reads prompts, then chunks and single tokens; the
     table has the worst of the single ones. Needs torch and the checkpoint; on a device without them
     there is `transom selftest`. Exit status 1 and the worst element where an output is beyond the
-    tolerance of the bundle's precision.
+    tolerance of the bundle's precision. A quantised bundle goes through its accuracy gate again.
     """
     with progress(quiet=as_json) as report, redirect_stdout(sys.stderr), export_extra():
         from transom.export import pipeline
 
-        verified = pipeline.verify(bundle, source=source, device=device, threads=threads, progress=report)
+        verified = pipeline.verify(
+            bundle,
+            source=source,
+            calibration_data=calibration_data or (),
+            device=device,
+            threads=threads,
+            progress=report,
+        )
     cases = verified.cases
     ties = [asdict(tie) for tie in verified.near_ties]
     if as_json:
@@ -56,6 +71,7 @@ def verify(
                     for case in cases
                 ],
                 "greedy_near_ties": ties,
+                "gate": verified.verdict and verified.verdict.to_json(),
             }
         )
         return
@@ -64,6 +80,8 @@ def verify(
     worst = max((each for case in cases for each in case.comparisons), key=lambda each: each.error)
     for line in near_ties({"greedy_near_ties": ties}):
         print(line)
+    if verified.verdict is not None:
+        print(printable(f"accuracy gate holds: {verified.verdict.words()}"))
     print(f"agrees with PyTorch; the worst element: {worst}")
 
 

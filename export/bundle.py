@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from transom.export.leftovers import OLD, PARTIAL, clear_leftovers, hidden_folder
-from transom.runtime.bundle import FORMAT, FORMAT_VERSION, MANIFEST, GraphFile, manifest_sha256
+from transom.runtime.bundle import FORMAT, FORMAT_VERSION, MANIFEST, GraphFile, manifest_sha256, read_manifest
 from transom.runtime.errors import ExportError
 from transom.runtime.spec import Axis, Tensor
 
@@ -29,13 +29,43 @@ class BundleWriter:
     def add(self, name: str, data: bytes) -> None:
         """Write a file and note its size and SHA-256."""
         write(self.folder / name, data)
-        self._files[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        self._files[name] = entry_of(data)
 
     def describe(self, fields: Mapping[str, Any]) -> None:
         """Write bundle.json: ``fields`` with the format, the files and the hash over itself."""
-        manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, **fields, "files": self._files}
-        manifest["manifest_sha256"] = manifest_sha256(manifest)
-        write(self.folder / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False).encode() + b"\n")
+        write_manifest(
+            self.folder, {"format": FORMAT, "format_version": FORMAT_VERSION, **fields, "files": self._files}
+        )
+
+
+def add_to_bundle(folder: Path, name: str, data: bytes) -> None:
+    """Put a file into a finished bundle, in place of one of that name: the file first, bundle.json last.
+
+    A reader sees the old bundle, one without the file, or the new one. Raises ExportError for a disk that is full or
+    not writable.
+    """
+    manifest = read_manifest(folder)
+    files = {known: entry for known, entry in manifest["files"].items() if known != name}
+    try:
+        if len(files) < len(manifest["files"]):  # never a moment in which the old hash meets the new bytes
+            write_manifest(folder, manifest | {"files": files})
+        write(folder / name, data)
+        write_manifest(folder, manifest | {"files": {**files, name: entry_of(data)}})
+    except OSError as error:
+        raise ExportError(
+            f"cannot write {folder / name}: {error.strerror or error}. Check the folder, its permissions and space."
+        ) from error
+
+
+def entry_of(data: bytes) -> dict[str, Any]:
+    return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def write_manifest(folder: Path, fields: Mapping[str, Any]) -> None:
+    """bundle.json of ``fields`` and the hash over itself."""
+    manifest = {key: value for key, value in fields.items() if key != "manifest_sha256"}
+    manifest["manifest_sha256"] = manifest_sha256(manifest)
+    write(folder / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False).encode() + b"\n")
 
 
 def write(path: Path, data: bytes) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,15 +22,18 @@ from transom.export.leftovers import PARTIAL, hidden_folder
 from transom.export.onnx import onnx_from_module
 from transom.export.parity import TOLERANCES, Case
 from transom.export.quantization.options import PLAIN, QuantizeOptions
-from transom.export.quantization.quantize import Quantization, Quantized
+from transom.export.quantization.quantize import Quantization, Quantized, gate_again
+from transom.export.quantization.trial import gated
+from transom.export.quantization.verdict import Verdict
 from transom.export.ranges import require_fp16_range
 from transom.export.samples import samples_for
 from transom.export.scores import score_both
 from transom.export.source import Loaded, load_source
 from transom.runtime.bundle import PRECISIONS, QUANTIZED, Bundle, Manifest
-from transom.runtime.errors import CheckpointError, ExportError
+from transom.runtime.errors import AccuracyError, CheckpointError, ExportError
 from transom.runtime.replay import Divergence
 from transom.runtime.selftest import GOLDEN
+from transom.runtime.session import LoadedBundle
 
 Progress = Callable[[str, int, int], None]
 TOOLS = (
@@ -60,13 +63,22 @@ class Steps:
     def expect(self, more: int) -> None:
         self._total += more
 
+    def more(self, what: str) -> None:
+        """A step that nobody expected."""
+        self.expect(1)
+        self.next(what)
+
 
 @dataclass(frozen=True)
 class Verified:
-    """The worst elements, case by case, and the rows whose greedy generation left PyTorch's at a near tie."""
+    """The worst elements, case by case, and the rows whose greedy generation left PyTorch's at a near tie.
+
+    ``verdict`` is the accuracy gate's, of a quantised bundle; None where there was no data for it.
+    """
 
     cases: list[Case]
     near_ties: list[Divergence]
+    verdict: Verdict | None = None
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -174,10 +186,6 @@ def quantized(
 ) -> Quantized:
     """Integer graphs whose accuracy was measured, beside an FP32 bundle that exists for as long as this takes."""
 
-    def tell(what: str) -> None:
-        steps.expect(1)
-        steps.next(what)
-
     def measure(models: Mapping[str, ir.Model]) -> dict[str, tuple[float, str]]:
         with open_pytorch(original, loaded) as theirs:
             exercises = Exercises(theirs, samples_for(loaded.graphs, loaded.text_encoder(), loaded.preprocess))
@@ -189,21 +197,26 @@ def quantized(
         write_files(writer, loaded, flavours)
         writer.describe(describe(loaded, "fp32", flavours))
         original = Bundle(beside)
-        return Quantization(original, canonical, loaded.checkpoint.source, precision, options, measure, tell).run()
+        return Quantization(
+            original, canonical, loaded.checkpoint.source, precision, options, measure, steps.more
+        ).run()
 
 
 def verify(
     bundle: Path,
     *,
     source: str | None = None,
+    calibration_data: Sequence[str] = (),
     device: str = "cpu",
     threads: int | None = None,
     progress: Progress = silent,
 ) -> Verified:
     """Hold a bundle against PyTorch again, through everything that its export put it through.
 
-    ``source`` says where the checkpoint lies now, if it moved. Raises ParityError beyond tolerance,
-    CheckpointError when the checkpoint is gone or is not the one the bundle was made from.
+    ``source`` says where the checkpoint lies now, if it moved, ``calibration_data`` what a quantised bundle was
+    calibrated on, a quarter of which was held out for its gate; a reference model's is known. Raises ParityError
+    beyond tolerance, AccuracyError where the gate no longer holds, CheckpointError when the checkpoint is gone or is not
+    the one the bundle was made from.
     """
     steps = Steps(progress, total=1)
     opened = Bundle(bundle)
@@ -227,8 +240,24 @@ def verify(
         steps.expect(len(exercises))
         cases = check_parity(ours, theirs, None, exercises, Golden(), steps.next)
         near_ties = check_greedy(ours, theirs, exercises, cases, Golden())
+        verdict = judged_again(ours, theirs, calibration_data, steps) if manifest.quantization is not None else None
     steps.next("done")
-    return Verified(cases, near_ties)
+    return Verified(cases, near_ties, verdict)
+
+
+def judged_again(ours: LoadedBundle, theirs: LoadedBundle, data: Sequence[str], steps: Steps) -> Verdict | None:
+    """The gate once more, PyTorch in FP32's place. Raises AccuracyError where it does not hold."""
+    manifest = ours.manifest
+    assert manifest.quantization is not None
+    source = str(manifest.source.get("checkpoint"))
+    gate = gate_again(source, theirs, data)
+    if gate is None:
+        return None
+    steps.more("measuring accuracy")
+    verdict = gate.judge(ours, gated(manifest.quantization["activations"].values()))
+    if not verdict.holds:
+        raise AccuracyError(f"{manifest.name} in {manifest.precision}: {verdict.words()}. Export it again.")
+    return verdict
 
 
 def image_size_of(manifest: Manifest) -> tuple[int, int] | None:

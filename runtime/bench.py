@@ -13,6 +13,7 @@ from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+from transom.runtime.cpu import instruction_set
 from transom.runtime.errors import InputError, ShapeError
 from transom.runtime.machine import cpu_name, peak_memory_mib, usable_cores
 from transom.runtime.spec import Axis, Graph, Tensor
@@ -61,6 +62,7 @@ class BenchReport:
     threads: int | None  # None: one per physical core
     cores: int  # that this process may use
     cpu: str
+    instruction_set: str  # that INT8 is multiplied with: transom.runtime.cpu has the names
     onnxruntime: str
     load_s: float  # hashing every file and building the sessions; importing the libraries is not in it
     memory_before_mib: float | None  # peak of the process until the bundle was loaded, libraries included
@@ -103,6 +105,7 @@ def bench(
             threads=threads,
             cores=usable_cores(),
             cpu=cpu_name(),
+            instruction_set=instruction_set(),
             onnxruntime=version,
             load_s=load_s,
             memory_before_mib=before,

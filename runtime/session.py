@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from transom.runtime.backend import Array, Backend, Read, open_backend
 from transom.runtime.bundle import Bundle, GraphFile
+from transom.runtime.cpu import warn_of_saturation
 from transom.runtime.errors import BackendError, BundleError, InputError
 from transom.runtime.inputs import checked_feeds, wanted_outputs
 from transom.runtime.spec import Graph
@@ -30,12 +31,15 @@ def load(path: str | PathLike[str], device: str = "cpu", threads: int | None = N
     absent is an error. ``threads`` is the number of CPU threads per call, None for one per core.
 
     Raises BundleError when the folder is damaged, hostile or of another format version, BackendError
-    when the device or its library is not there.
+    when the device or its library is not there. Warns (SaturationWarning) where the processor may add up the
+    products of an INT8 bundle wrongly.
     """
     from transom.runtime.tasks import task_class
 
     bundle = Bundle(str(path))
-    return task_class(bundle.manifest.family)(bundle, device, threads)
+    loaded = task_class(bundle.manifest.family)(bundle, device, threads)
+    warn_of_saturation(bundle.manifest, loaded.device)
+    return loaded
 
 
 class LoadedBundle:

@@ -36,6 +36,7 @@ def test_bench_measures_each_shape(bert_bundle: Path) -> None:
     assert 0 < told["memory_before_mib"] <= told["memory_peak_mib"]
     assert told["load_s"] > 0
     assert told["cpu"]
+    assert told["instruction_set"] == instruction_set()
     text = transom("bench", bert_bundle, *SHORT).stdout
     assert re.search(r"^peak memory +\d+ MiB, before loading \d+ MiB$", text, re.MULTILINE)
     assert ANSI not in text

@@ -111,6 +111,14 @@ def test_selftest_agrees_with_pytorch(vit_bundle: Path) -> None:
     assert ANSI not in text
 
 
+def test_selftest_of_a_quantised_bundle(vit_bundle: Path, tmp_path: Path) -> None:
+    bundle = changed_bundle(vit_bundle, tmp_path, as_quantized)
+    told = document(transom("selftest", bundle, "--threads", "1", "--json"))
+    assert (told["side"], told["tolerance"]) == ("bundle", 0.1)
+    text = transom("selftest", bundle, "--threads", "1").stdout
+    assert re.search(r"agrees with its build: worst error \S+ of 0\.1 allowed; \S+ from PyTorch, which its acc", text)
+
+
 def test_selftest_beyond_tolerance_exits_1_with_the_worst_element(vit_bundle: Path, tmp_path: Path) -> None:
     def tighten(manifest: dict[str, Any]) -> None:
         manifest["parity"]["tolerance"] = 1e-12

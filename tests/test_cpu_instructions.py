@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from transom.runtime import cpu
+from command_line import as_quantized, changed_bundle, document, transom
+from transom.runtime import cpu, load
 from transom.runtime.cpu import (
     INSTRUCTION_SETS,
     UNKNOWN,
@@ -98,3 +100,21 @@ def test_who_is_warned(monkeypatch: pytest.MonkeyPatch) -> None:
     assert warned(device="cuda") == []
     monkeypatch.setattr(cpu, "cpu_flags", lambda: frozenset({"sse2", "avx2", "avx_vnni"}))
     assert warned() == []
+
+
+def test_loading_warns_once_and_the_command_line_tells_it(
+    vit_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = changed_bundle(vit_bundle, tmp_path, lambda words: as_quantized(words, bits=8))
+    monkeypatch.setattr(cpu, "cpu_flags", lambda: frozenset({"sse2", "avx2"}))
+    with pytest.warns(SaturationWarning) as caught, load(bundle, threads=1):
+        pass
+    (warning,) = caught
+    assert warning.filename == __file__
+    told = transom("selftest", bundle, "--threads", "1", "--json")
+    assert told.exit_code == 0
+    assert document(told)["side"] == "bundle"
+    assert told.stderr == f"transom.runtime.cpu.SaturationWarning: {warning.message}\n"
+    monkeypatch.undo()
+    if not cpu.saturates():
+        assert transom("selftest", bundle, "--threads", "1", "--json").stderr == ""

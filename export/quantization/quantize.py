@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -25,6 +25,7 @@ from transom.export.ranges import beyond_fp16
 from transom.export.scores import SCORES
 from transom.runtime.bundle import Bundle
 from transom.runtime.cpu import this_cpu
+from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks import task_class
 
 HELD_OUT = 0.25  # of a user's calibration data, for the gate
@@ -62,8 +63,7 @@ class Quantization:
         self._bundle, self._canonical, self._source = bundle, canonical, source
         self._options, self._measure, self._tell = options, measure, tell
         self._recipe = options.recipe(precision, tuple(file.graph for file in bundle.manifest.graphs))
-        scored = SCORES.get(source)
-        self._scored = scored is not None and scored.task == bundle.manifest.task
+        self._scored = is_scored(source, bundle.manifest.task)
         self._data = open_calibration_data(options.data_for(source))
 
     def run(self) -> Quantized:
@@ -144,6 +144,23 @@ class Quantization:
             "curve": [dict(point) for point in found.curve],
             "gate": {kind: verdict.to_json() for kind, verdict in found.verdicts.items()},
         }
+
+
+def is_scored(source: str, task: str) -> bool:
+    """Whether a checkpoint has a task score, with held-out data of its own."""
+    scored = SCORES.get(source)
+    return scored is not None and scored.task == task
+
+
+def gate_again(source: str, fp32: LoadedBundle, data: Sequence[str]) -> Gate | None:
+    """The gate that a bundle was judged by; None where it takes the user's data and they are not given."""
+    if is_scored(source, fp32.manifest.task):
+        return Gate.of_reference(source, fp32)
+    if not data:
+        return None
+    _, held_out = held_out_of(open_calibration_data(data), 0, scored=False)
+    assert held_out is not None
+    return Gate(fp32, held_out.samples, held_out.name)
 
 
 def held_out_of(data: CalibrationData, seed: int, *, scored: bool) -> tuple[CalibrationData, CalibrationData | None]:

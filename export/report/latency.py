@@ -5,7 +5,6 @@ from __future__ import annotations
 from transom.export.report.drawing.markup import numeric, section, table, words
 from transom.export.report.drawing.numbers import milliseconds, short, sizes_text
 from transom.runtime.bench import BenchReport, Timing
-from transom.runtime.cpu import instruction_set
 
 RUNS, WARMUP, SECONDS = 60, 3, 1.5  # per graph: enough for a look, not for a comparison
 
@@ -36,7 +35,7 @@ def latency_section(report: BenchReport) -> str:
     head = ("what", "at", "p50", "p95", "p99", "throughput", "runs")
     return section(
         "Latency",
-        f"<p>Measured when this page was made, on {words(report.cpu)} ({instruction_set()}): {report.cores} cores "
+        f"<p>Measured when this page was made, on {words(report.cpu)} ({report.instruction_set}): {report.cores} cores "
         f"usable, {threads}, ONNX Runtime {words(report.onnxruntime)}, device {words(report.device)}. Loading took "
         f"{report.load_s:.2f} s. "
         '<span class="soft">A short look, checks and copies included, while the machine may have been busy; '

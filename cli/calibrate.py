@@ -1,0 +1,60 @@
+"""``transom calibrate``: the ranges of an FP32 bundle's activations, for quantised exports to come."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import redirect_stdout
+from typing import Annotated
+
+import typer
+
+from transom.cli.export import CalibrationData, Method, MethodOption, SmoothQuant
+from transom.cli.extras import export_extra
+from transom.cli.options import BundlePath, Json
+from transom.cli.progress import progress
+from transom.cli.show import print_json, print_table, printable
+
+
+def calibrate(
+    bundle: BundlePath,
+    calibration_data: CalibrationData = None,
+    method: MethodOption = Method.mse,
+    smooth_quant: SmoothQuant = True,
+    force: Annotated[bool, typer.Option("--force", help="Replace the ranges that the bundle has.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Put real inputs through an FP32 bundle and write the ranges of its activations into it.
+
+    `transom export ... --precision int8 --ranges BUNDLE/ranges.json` quantises by them, as often as you
+    like and by any --method, without running the data again. They belong to the graph they were taken of: a table of
+    another graph is refused. --method and --smooth-quant say how outliers are moved into the weights first.
+    """
+    with progress(quiet=as_json) as report, redirect_stdout(sys.stderr), export_extra():
+        from transom.calib.table import RANGES
+        from transom.export.pipeline import Steps
+        from transom.export.quantization.options import QuantizeOptions
+        from transom.export.quantization.stored import calibrate_bundle
+        from transom.runtime.bundle import Bundle
+
+        steps = Steps(report, 0)
+        options = QuantizeOptions(tuple(calibration_data or ()), method.value, smooth_quant)
+        table = calibrate_bundle(Bundle(bundle), options, force=force, tell=steps.more)
+    path = bundle / RANGES
+    if as_json:
+        print_json(
+            {
+                "bundle": bundle,
+                "ranges": path,
+                "data": table.data,
+                "graphs": {
+                    name: {"sha256": graph.sha256, "tensors": len(graph.tensors), "smoothed": len(graph.smoothing)}
+                    for name, graph in table.graphs.items()
+                },
+            }
+        )
+        return
+    rows = [[name, str(len(graph.tensors)), str(len(graph.smoothing))] for name, graph in table.graphs.items()]
+    print_table(("graph", "tensors", "smoothed"), rows, right=("tensors", "smoothed"))
+    print(printable(f"{path}: from {table.data['samples']} samples of {table.data['name']}"))
+    source = Bundle(bundle).manifest.source.get("checkpoint")
+    print(printable(f"try: transom export {source} --precision int8 --ranges {path} --out {bundle}-int8"))
