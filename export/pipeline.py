@@ -215,8 +215,8 @@ def verify(
 
     ``source`` says where the checkpoint lies now, if it moved, ``calibration_data`` what a quantised bundle was
     calibrated on, a quarter of which was held out for its gate; a reference model's is known. Raises ParityError
-    beyond tolerance, AccuracyError where the gate no longer holds, CheckpointError when the checkpoint is gone or is not
-    the one the bundle was made from.
+    beyond tolerance, AccuracyError where the gate no longer holds, CheckpointError when the checkpoint is gone or is
+    not the one the bundle was made from.
     """
     steps = Steps(progress, total=1)
     opened = Bundle(bundle)

@@ -111,6 +111,6 @@ def refusal(verdict: Verdict, order: Sequence[Layer], sensitivities: Mapping[Lay
     worst = ", ".join(f"{name} ({sensitivities[graph, name]:.2g})" for graph, name in order[:SHOWN])
     return (
         f"{verdict.words()}, with {kept} of {len(order)} layers kept in higher precision; more than half of the "
-        f"weights would have to be. Most sensitive: {worst}. Nothing was written. Try more calibration data like what the "
-        "model will see, another --method, --activations dynamic, or a wider precision."
+        f"weights would have to be. Most sensitive: {worst}. Nothing was written. Try more calibration data like what "
+        "the model will see, another --method, --activations dynamic, or a wider precision."
     )

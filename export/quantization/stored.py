@@ -64,7 +64,7 @@ def canonical_graphs(bundle: Bundle) -> dict[str, ir.Model]:
     return models
 
 
-def inside(tensor: ir.ExternalTensor, outside: bytes) -> ir.Tensor:
+def inside(tensor: ir.ExternalTensor, outside: bytes) -> ir.TensorProtocol:
     """An external weight from the bytes of the bundle's weights; the path it names is not followed."""
     start, length = tensor.offset or 0, tensor.length or 0
     if start < 0 or start + length > len(outside):
