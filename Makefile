@@ -3,7 +3,8 @@
 
 PYTHON     ?= python3
 PIP_ARGS   ?=
-PRECISIONS ?= fp32 fp16
+PRECISION  ?= fp32 fp16
+PRECISIONS ?= $(PRECISION)
 WORKERS    ?= auto
 PYTEST_ARGS ?=
 FUZZ_RUNS  ?= 1000000
@@ -17,7 +18,8 @@ WHEEL_VENV := build/wheel-venv
 
 # Raw, and handed to recipes through the environment: a path may hold spaces, quotes or dollars.
 override CHECKPOINT := $(value CHECKPOINT)
-export CHECKPOINT PRECISIONS
+override CALIBRATION_DATA := $(value CALIBRATION_DATA)
+export CHECKPOINT CALIBRATION_DATA PRECISIONS
 
 # The stamp is written last and holds the folder's path, so that a .venv whose making was
 # interrupted, that was moved, or whose Python is gone counts as none.
@@ -38,14 +40,15 @@ PYTEST_PARALLEL := -n $(WORKERS) --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 help: ## this table of contents
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 	@echo
-	@echo '  make export CHECKPOINT=path-or-hub-id [PRECISIONS="fp32 fp16 bf16"]   your own model, into bundles/'
+	@echo '  make export PRECISION=int8                                            or int4, bf16, "fp32 int8", ...'
+	@echo '  make export CHECKPOINT=path-or-hub-id [CALIBRATION_DATA=file]         your own model, into bundles/'
 	@echo '  make test PYTEST_ARGS="-k bert"                                       a part of the suite'
 	@echo '  make sweep FUZZ_RUNS=20000 KILLS=20 REQUESTS=50                       minutes instead of an hour'
 	@echo '  make dev PYTHON=python3.12 PIP_ARGS="--extra-index-url URL"           another Python, a smaller torch'
 
 dev: $(STAMP) ## .venv with everything that export, tests and checks need, .venv/bin/transom among it
 
-export: $(STAMP) ## export, self-test and report on the reference models in each precision; ends in one table
+export: $(STAMP) ## export, check and report on the reference models in each precision; ends in one table
 	@trap 'exit 130' INT; mkdir -p reports; \
 	if [ -n "$$CHECKPOINT" ]; then set -- "$$CHECKPOINT"; else set -- $(REFERENCES); fi; \
 	sources=$$#; failed=; \
@@ -56,8 +59,12 @@ export: $(STAMP) ## export, self-test and report on the reference models in each
 	        bundle=bundles/$$name; \
 	        [ "$$precision" = fp32 ] || bundle=$$bundle-$$precision; \
 	        printf '\n== %s, %s: %s\n' "$$source" "$$precision" "$$bundle"; \
+	        case $$precision in int*) data=$$CALIBRATION_DATA again=verify ;; *) data= again=selftest ;; esac; \
 	        if $(VENV)/bin/transom export "$$source" --precision "$$precision" --out "$$bundle" --force \
+	                $${data:+--calibration-data "$$data"} \
 	            && $(VENV)/bin/transom selftest "$$bundle" \
+	            && { [ $$again = selftest ] \
+	                || $(VENV)/bin/transom verify "$$bundle" $${data:+--calibration-data "$$data"}; } \
 	            && $(VENV)/bin/transom report "$$bundle" --out "reports/$${bundle#bundles/}.html" --force; \
 	        then set -- "$$@" "$$bundle"; else failed="$$failed, $$source in $$precision"; fi; \
 	    done; \

@@ -56,7 +56,7 @@ def search_alpha(
     try, the rows between them the error: on the rows that gave them, factors make every channel's largest value fit, by
     chance too. The error compared is that of U8 activations; an alpha that is worse in S8 than no smoothing is refused.
     Where none leaves ``worth`` of the error or less the answer is (0.0, ones): leave it as it is. The factors returned
-    are those of all rows, or of ``activation_max`` (E,), the largest magnitudes in all of the data, where that is known.
+    are those of all rows, or of ``activation_max`` (E,), the largest magnitudes in all of the data, where known.
     """
     plain = np.ones(rows.shape[1], np.float32)
     parts = [weight[:, :: -(-weight.shape[1] // COLUMNS)] for weight in weights if weight.shape[1]]

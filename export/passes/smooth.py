@@ -99,8 +99,7 @@ def divide_apart(graph: ir.Graph, inlet: Inlet, s: NDArray[np.float32]) -> None:
 
 
 def multiply(graph: ir.Graph, linear: Linear, s: NDArray[np.float32], inlet: str) -> None:
-    """Case 3."""
-    kernel = linear.kernel() * s[:, None]
-    as_stored = kernel.T if linear.node.op_type == "Gemm" and linear.stored_transposed else kernel
+    """Case 3. The new weight lies as (K, N), whichever way round the old one was read."""
+    linear.node.attributes.pop("transB", None)
     name = f"{linear.weight_name}.{inlet}"
-    linear.node.replace_input_with(1, Splice(graph, linear.node).weight(name, as_stored))
+    linear.node.replace_input_with(1, Splice(graph, linear.node).weight(name, linear.kernel() * s[:, None]))

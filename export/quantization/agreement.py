@@ -82,6 +82,7 @@ class Agreement:
     top1        on how many cases both choose the same; None where the task chooses nothing
     embeds      whether that is the nearest other sample, of embeddings, and no answer of the task
     output      what ``error`` is taken over
+    right       of tasks whose truth lies in the texts themselves, the fraction answered right, (FP32's, the bundle's)
     nats        of decoders that go on from texts: negative log-probability per token in nats, (FP32's, the bundle's)
     """
 
@@ -90,6 +91,7 @@ class Agreement:
     output: str
     error: RelativeError
     nats: tuple[Rate, Rate] | None = None
+    right: tuple[Score, Score] | None = None
 
 
 class Reference:
@@ -159,7 +161,19 @@ class Reference:
             asked.output,
             RelativeError(tuple(differences), tuple(references)),
             (nats_rate(self._kept, self._data), nats_rate(found, self._data)) if found[0].nats else None,
+            self._right(found),
         )
+
+    def _right(self, found: Sequence[Answers]) -> tuple[Score, Score] | None:
+        """FP32's and the bundle's; None unless the truth of every sample is known."""
+        sides = []
+        for answers in (self._kept, found):
+            counts = [answer.right for answer in answers if answer.right is not None]
+            if len(counts) < len(answers):
+                return None
+            correct, n = (sum(numbers) for numbers in zip(*counts, strict=True))
+            sides.append(Score(f"accuracy of {self._questions.cases}", self._data, n, correct))
+        return sides[0], sides[1]
 
     def _check_shapes(self, theirs: Answers, values: Floats | None, ours: Answers) -> None:
         if theirs.chosen.shape != ours.chosen.shape or (values is not None and values.shape != ours.values.shape):

@@ -18,6 +18,7 @@ from transom.calib.table import GraphRanges, RangeTable, Smoothing
 from transom.export.passes.smooth import find_inlets, fold_smoothing
 from transom.export.quantization.quantizer import Recipe, observed_tensors
 from transom.runtime.bundle import Bundle
+from transom.runtime.errors import CalibrationError
 from transom.runtime.tasks import task_class
 
 ROWS = 256  # of each activation, from which factors are searched
@@ -93,6 +94,28 @@ def search_smoothing(
             if alpha:
                 found[name][inlet.name] = Smoothing(alpha, factors)
     return found
+
+
+def require_fitting(table: RangeTable, canonical: Mapping[str, ir.Model], recipe: Recipe) -> None:
+    """Raise CalibrationError unless ``table`` is of these graphs and holds every range that ``recipe`` needs."""
+    for name, model in canonical.items():
+        ranges = table.require(name, graph_sha256(model))
+        channels = {inlet.name: inlet.linears[0].kernel_shape[0] for inlet in find_inlets(model)}
+        for inlet, smoothing in ranges.smoothing.items():
+            if len(smoothing.factors) != channels.get(inlet):
+                raise CalibrationError(
+                    f"the table of ranges smooths {inlet!r} of the graph {name!r} by {len(smoothing.factors)} factors; "
+                    f"expected {channels.get(inlet, 'none')}. Calibrate again."
+                )
+    if recipe.weights_only:
+        return
+    for name, model in smoothed(canonical, {name: table.graphs[name].smoothing for name in canonical}).items():
+        missing = [tensor for tensor in observed_tensors(model, recipe) if tensor not in table.graphs[name].tensors]
+        if missing:
+            raise CalibrationError(
+                f"the table of ranges has none of {missing[0]!r} of the graph {name!r}, which is to be quantised. "
+                "Leave out --also, or leave out --ranges and calibrate anew."
+            )
 
 
 def smoothed(

@@ -71,7 +71,7 @@ class Gate:
         if activations not in PERPLEXITY:
             raise ExportError(f"activations is {activations!r}; expected one of {', '.join(PERPLEXITY)}.")
         agreement = self._reference.against(bundle)
-        scores: tuple[Measured, Measured] | None = agreement.nats
+        scores: tuple[Measured, Measured] | None = agreement.nats or agreement.right
         if self._score is not None and self._fp32 is not None:
             finite = isfinite(agreement.error.value)  # a score refuses what is not finite, the verdict says it
             scores = (self._fp32, per_token(self._score(bundle), self._tokens)) if finite else None

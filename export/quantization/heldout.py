@@ -34,6 +34,7 @@ class Answers:
     chosen    int64 (cases, k): two bundles agree on a case where all its k numbers are equal
     vector    float32 (E,), of embeddings alone: what the nearest neighbour is told by
     nats      of the tokens that follow, their negative log-probabilities summed, and how many there are
+    right     of cases whose truth is known, how many were answered right, and how many there are
     """
 
     sample: str
@@ -41,6 +42,7 @@ class Answers:
     chosen: NDArray[np.int64]
     vector: Floats | None = None
     nats: tuple[float, int] | None = None
+    right: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

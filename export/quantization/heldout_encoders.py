@@ -47,11 +47,15 @@ Ids = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class TextRow:
-    """A text as ids, int64 (S,) per input, without padding; ``counted`` (S,) says which positions are asked for."""
+    """A text as ids, int64 (S,) per input, without padding; ``counted`` (S,) says which positions are asked for.
+
+    ``truth`` is what stood there, int64 (positions,), where we put the gaps ourselves.
+    """
 
     sample: Sample
     feeds: Mapping[str, Ids]
     counted: NDArray[np.bool_]
+    truth: Ids | None = None
 
     @property
     def length(self) -> int:
@@ -61,7 +65,8 @@ class TextRow:
 def text_questions(fp32: Bert, samples: Sequence[Sample], most: int) -> Questions:
     """BERT's task on texts, cut to the bundle's S; where tokens are asked for, texts are added until they are ``most``.
 
-    fill-mask             the gaps; a text without one gets a [MASK] for every seventh of its tokens
+    fill-mask             the gaps; a text without one gets a [MASK] for every seventh of its tokens, and then it is
+                          known what stood there
     token-classification  every token that stands for characters of the text
     question-answering    one case per text: where the span starts and where it ends
     feature-extraction    the nearest other sample by cosine. No task is as hard on a model: of 1,000 texts many have
@@ -94,7 +99,9 @@ def read_text(task: str, options: Mapping[str, Any], row: TextRow, parts: Sequen
         return Answers(name, parts[0], NO_CHOICE, parts[0])
     if task in AT_TOKENS:
         values = parts[0][: row.length][row.counted]  # (positions, V)
-        return Answers(name, values, values.argmax(1)[:, None])
+        chosen = values.argmax(1)
+        right = None if row.truth is None else (int((chosen == row.truth).sum()), len(chosen))
+        return Answers(name, values, chosen[:, None], right=right)
     if task == "question-answering":
         values = np.stack([part[: row.length][row.counted] for part in parts])  # (2, positions)
         return Answers(name, values, values.argmax(1)[None])
@@ -131,9 +138,11 @@ def text_row(bundle: Bert, sample: Sample) -> TextRow:
     ids, encoding = batch.input_ids[0].copy(), batch.rows[0]
     plain = np.array(encoding.special_tokens_mask) == 0
     counted = np.ones(len(ids), np.bool_)
+    truth = None
     if task == "fill-mask" and mask_id is not None:
         if not (ids == mask_id).any():
-            ids[np.flatnonzero(plain)[::GAP]] = mask_id
+            gaps = np.flatnonzero(plain)[::GAP]
+            truth, ids[gaps] = ids[gaps].copy(), mask_id
         counted = ids == mask_id
     elif task == "token-classification":
         counted = plain & np.array([start < end for start, end in encoding.offsets])
@@ -141,7 +150,7 @@ def text_row(bundle: Bert, sample: Sample) -> TextRow:
         counted = np.array([sequence == 1 for sequence in encoding.sequence_ids])
     feeds = {"input_ids": ids, "attention_mask": batch.attention_mask[0], "token_type_ids": batch.token_type_ids[0]}
     taken = {tensor.name for tensor in bundle.graph_for(feeds).inputs}
-    return TextRow(sample, {name: array for name, array in feeds.items() if name in taken}, counted)
+    return TextRow(sample, {name: array for name, array in feeds.items() if name in taken}, counted, truth)
 
 
 def text_batches(bundle: Bert, rows: Sequence[TextRow]) -> list[list[TextRow]]:

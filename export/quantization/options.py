@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from transom.calib.scales import METHODS
+from transom.calib.scales import BLOCKS, METHODS
 from transom.export.passes.extras import EXTRAS
 from transom.export.quantization.quantizer import ACTIVATIONS, DYNAMIC, NONE, STATIC, Recipe
 from transom.runtime.errors import ExportError
 from transom.runtime.inputs import is_decoder
 from transom.runtime.spec import Graph
 
-BLOCK_SIZES = (16, 32, 64, 128, 256)  # of com.microsoft.MatMulNBits
 REFERENCE_DATA = {  # the reference models' own training inputs, names of transom.calib.named
     "vit": "digits",
     "clip": "digit-captions",
@@ -58,7 +57,7 @@ class QuantizeOptions:
             ("--method", self.method, METHODS),
             ("--activations", self.activations or STATIC, ACTIVATIONS),
             ("--weight-bits", self.weight_bits, (8, 7)),
-            ("--block-size", self.block_size, BLOCK_SIZES),
+            ("--block-size", self.block_size, BLOCKS),
             *(("--also", extra, EXTRAS) for extra in self.extras),
         ):
             if value not in known:

@@ -10,10 +10,9 @@ from typing import Any
 import onnx_ir as ir
 
 from transom.calib.data import CalibrationData, open_calibration_data
-from transom.calib.identity import graph_sha256
 from transom.calib.table import RANGES, RangeTable, load_table
 from transom.export.flavours import Flavours
-from transom.export.quantization.calibrate import calibrate, smoothed
+from transom.export.quantization.calibrate import calibrate, require_fitting, smoothed
 from transom.export.quantization.gate import Gate
 from transom.export.quantization.heldout import reference_samples
 from transom.export.quantization.options import QuantizeOptions
@@ -86,8 +85,7 @@ class Quantization:
                 self._bundle, self._canonical, self._recipe, data, smooth=self._options.smooth, tell=self._tell
             )
         table = load_table(self._options.ranges)
-        for name, model in self._canonical.items():
-            table.require(name, graph_sha256(model))
+        require_fitting(table, self._canonical, self._recipe)
         return table
 
     def _another(self, seed: int, *, half: bool) -> Trial:

@@ -1,0 +1,308 @@
+"""What may be asked for, both flavours from one table, and the search for layers that stay in higher precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from tiny_graphs import Float, graph_of, histogram_of, normal, operators, run, weights_of
+from transom.calib.table import GraphRanges, RangeTable, Smoothing, TensorRanges
+from transom.calib.identity import graph_sha256
+from transom.export.measures import Score
+from transom.export.quantization.agreement import Reference, RelativeError
+from transom.export.quantization.calibrate import require_fitting
+from transom.export.quantization.options import PLAIN, QuantizeOptions
+from transom.export.quantization.quantizer import Layer, Quantizer, Recipe, observed_tensors
+from transom.export.quantization.search import Found, search_layers
+from transom.export.quantization.trial import Trial, open_flavours
+from transom.export.quantization.verdict import SCORE, Verdict
+from transom.runtime.bundle import Bundle
+from transom.runtime.errors import AccuracyError, CalibrationError, ExportError
+from transom.runtime.spec import Graph, Tensor
+
+ENCODER = Graph(
+    "model", (Tensor("x", "float32", ("B", "S", 64)),), (Tensor("y", "float32", ("B", "S", 48)),)
+)
+DECODER = Graph(
+    "decoder",
+    (Tensor("input_ids", "int64", ("B", "S")), Tensor("cache", "float32", ("B", "C"), state=True)),
+    (Tensor("cache_out", "float32", ("B", "C"), state=True, writes="cache"),),
+)
+TEXT = """model (float[B, S, 64] x) => (float[B, S, 48] y) {
+    n = LayerNormalization <axis = -1> (x, gain, shift)
+    h = MatMul (n, up)
+    a = Relu (h)
+    y = MatMul (a, down)
+}"""
+
+
+def model() -> ir.Model:
+    weights = {"gain": np.ones(64), "shift": np.zeros(64), "up": normal(64, 80) / 8, "down": normal(80, 48, seed=1) / 8}
+    return graph_of(TEXT, weights, ["norm", "up", "act", "down"])
+
+
+def activations(x: Float) -> dict[str, Float]:
+    tapped = model()
+    tapped.graph.outputs.extend(node.outputs[0] for node in list(tapped.graph)[:3])
+    return run(tapped, x=x)
+
+
+def quantizer(recipe: Recipe, **options: Any) -> Quantizer:
+    seen = activations(normal(4, 10, 64, seed=5))
+    ranges = {"model": {name: histogram_of(seen[name]) for name in ("n", "a")}}
+    return Quantizer({"model": model()}, (ENCODER,), recipe, ranges, **options)
+
+
+STATIC = Recipe({"model": "static"}, "minmax")
+
+
+def test_one_table_two_flavours() -> None:
+    """TensorRT's is in int8 around zero, with scales that FP16 holds; the CPU's in uint8; int8 weights are the same."""
+    made = quantizer(STATIC)
+    signed, unsigned = made.tensorrt()["model"], made.cpu()["model"]
+    theirs, ours = weights_of(signed), weights_of(unsigned)
+    seen = activations(normal(4, 10, 64, seed=5))
+    for name in ("n", "a"):
+        assert (theirs[f"{name}.zero_point"].dtype, int(theirs[f"{name}.zero_point"])) == (np.int8, 0)
+        assert theirs[f"{name}.quantization_scale"].dtype == np.float16
+        largest = float(np.abs(seen[name]).max())
+        assert float(theirs[f"{name}.quantization_scale"]) == pytest.approx(largest / 127, rel=1e-3)
+        assert (ours[f"{name}.zero_point"].dtype, ours[f"{name}.quantization_scale"].dtype) == (np.uint8, np.float32)
+    assert int(ours["a.zero_point"]) == 0  # of Relu, nothing is below
+    assert float(ours["a.quantization_scale"]) == pytest.approx(float(seen["a"].max()) / 255)
+    for name in ("up", "down"):
+        np.testing.assert_array_equal(theirs[f"{name}.int8"], ours[f"{name}.int8"])
+        assert theirs[f"{name}.int8"].dtype == np.int8
+        assert theirs[f"{name}.scale"].dtype == np.float16
+        np.testing.assert_array_equal(theirs[f"{name}.scale"].astype(np.float32), ours[f"{name}.scale"])
+    assert operators(signed)["MatMul"] == operators(unsigned)["MatMul"] == 2
+    assert weights_of(made.tensorrt({("model", "down")})["model"])["down"].dtype == np.float16
+    assert weights_of(made.cpu({("model", "down")})["model"])["down"].dtype == np.float32
+
+
+def test_without_half_precision_the_rest_stays_in_fp32() -> None:
+    weights = weights_of(quantizer(STATIC, half=False).tensorrt()["model"])
+    assert {array.dtype for array in weights.values()} == {np.dtype(np.int8), np.dtype(np.float32)}
+
+
+def test_integer_weights_are_stored_once() -> None:
+    """64 * 80 + 80 * 48 bytes, each of them at a place that both files name."""
+    flavours = quantizer(STATIC).flavours()
+    assert {*flavours.files} == {"model.onnx", "model.cpu.onnx", "model.weights"}
+    places = []
+    for file in ("model.onnx", "model.cpu.onnx"):
+        initializers = onnx.load_from_string(flavours.files[file]).graph.initializer
+        entries = {each.name: {e.key: e.value for e in each.external_data} for each in initializers}
+        places.append([entries[name] for name in ("up.int8", "down.int8")])
+        assert {int(entry["length"]) for entry in places[-1]} == {64 * 80, 80 * 48}
+        assert {entry["location"] for entry in places[-1]} == {"model.weights"}
+    assert places[0] == places[1]
+    assert len(flavours.files["model.weights"]) == 64 * 80 + 80 * 48
+    (graph,) = flavours.graphs
+    assert graph.files == {"default": "model.onnx", "cpu": "model.cpu.onnx"}
+
+
+def test_seven_bits_use_half_of_the_levels() -> None:
+    """63 on either side; the step is twice as large."""
+    eight, seven = (
+        weights_of(quantizer(Recipe({"model": "static"}, weight_bits=bits)).cpu()["model"]) for bits in (8, 7)
+    )
+    for name in ("up", "down"):
+        assert int(np.abs(eight[f"{name}.int8"]).max()) == 127
+        assert int(np.abs(seven[f"{name}.int8"]).max()) == 63
+        np.testing.assert_allclose(seven[f"{name}.scale"], eight[f"{name}.scale"] * 127 / 63, rtol=2e-3)
+
+
+@pytest.mark.parametrize(("bits", "stored"), [(8, "up.int8"), (4, "up.int4")])
+def test_weights_alone_ship_one_flavour(bits: int, stored: str) -> None:
+    made = quantizer(Recipe({"model": "none"}, weight_bits=bits))
+    assert made.recipe.weights_only
+    assert stored in weights_of(made.cpu()["model"])
+    flavours = made.flavours()
+    assert [graph.files for graph in flavours.graphs] == [{"default": "model.onnx"}]
+    assert operators(made.cpu({("model", "up")})["model"])["MatMulNBits"] == 1
+
+
+def test_the_models_a_quantizer_is_made_of_stay() -> None:
+    made = quantizer(STATIC)
+    before = graph_sha256(model())
+    made.flavours()
+    assert graph_sha256(made._models["model"]) == before
+    assert made.layers == [("model", "up"), ("model", "down")]
+    assert made.sizes == {("model", "up"): 64 * 80, ("model", "down"): 80 * 48}
+
+
+def test_rows_of_a_batch_are_answered_as_each_alone(gpt_bundle: Path) -> None:
+    """The whole of the reference GPT with dynamic activations: the same logits bit for bit, whoever stands beside."""
+    from transom.export.flavours import pack
+    from transom.export.quantization.stored import canonical_graphs
+    from transom.runtime.tasks.gpt import GPT
+
+    bundle = Bundle(gpt_bundle)
+    graphs = tuple(file.graph for file in bundle.manifest.graphs)
+    made = Quantizer(canonical_graphs(bundle), graphs, Recipe({"decoder": "dynamic"}), {"decoder": {}})
+    texts = ["It was", "Mr. Darcy said nothing, and Elizabeth", "the"]
+    with open_flavours(bundle, pack(graphs, made.cpu(), "float32")) as loaded:
+        assert isinstance(loaded, GPT)
+        together = loaded.log_probabilities(texts)
+        for text, beside in zip(texts, together, strict=True):
+            (alone,) = loaded.log_probabilities([text])
+            np.testing.assert_array_equal(beside, alone)
+
+
+@pytest.mark.parametrize(
+    ("precision", "options", "said"),
+    [
+        ("int8", {"method": "best"}, "--method is 'best'; expected one of minmax, percentile, entropy, mse."),
+        ("int8", {"activations": "half"}, "--activations is 'half'; expected one of static, dynamic, none."),
+        ("int8", {"weight_bits": 6}, "--weight-bits is 6; expected one of 8, 7."),
+        ("int8", {"weight_bits": 4}, "--weight-bits is 4; expected one of 8, 7."),
+        ("int4", {"block_size": 48}, "--block-size is 48; expected one of 32, 64, 128, 256."),
+        ("int4", {"block_size": 16}, "--block-size is 16; expected one of 32, 64, 128, 256."),
+        ("int8", {"extras": ("softmax",)}, "--also is 'softmax'; expected one of attention, residual."),
+        ("int4", {"activations": "static"}, "--precision int4 is of weights alone; leave out --activations"),
+        ("int4", {"activations": "dynamic"}, "--precision int4 is of weights alone"),
+        ("int4", {"weight_bits": 7}, "--precision int4 is of weights alone"),
+        ("int4", {"extras": ("attention",)}, "--precision int4 is of weights alone"),
+        ("int8", {"extras": ("attention",), "activations": "dynamic"}, "--also needs ranges fixed beforehand"),
+        ("int8", {"extras": ("residual",), "activations": "none"}, "--also needs ranges fixed beforehand"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(precision: str, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ExportError) as raised:
+        QuantizeOptions(**options).recipe(precision, (ENCODER,))
+    assert str(raised.value).startswith(said)
+
+
+def test_what_is_meant_where_nothing_is_said() -> None:
+    assert PLAIN.recipe("int8", (ENCODER, DECODER)) == Recipe({"model": "static", "decoder": "dynamic"}, "mse", 8, 32)
+    assert PLAIN.recipe("int4", (ENCODER, DECODER)) == Recipe({"model": "none", "decoder": "none"}, "mse", 4, 32)
+    assert QuantizeOptions(activations="dynamic").recipe("int8", (ENCODER,)).activations == {"model": "dynamic"}
+    assert PLAIN.data_for("vit") == ("digits",)
+    assert QuantizeOptions(("reviews.txt",)).data_for("vit") == ("reviews.txt",)
+    with pytest.raises(ExportError, match="quantising some/model needs inputs like those it will see.*--calibration-da"):
+        PLAIN.data_for("some/model")
+
+
+def table(**changes: Any) -> RangeTable:
+    seen = activations(normal(2, 4, 64, seed=5))
+    tensors = {name: TensorRanges(histogram_of(seen[name])) for name in ("n", "a")}
+    ranges = GraphRanges(**({"sha256": graph_sha256(model()), "tensors": tensors, "smoothing": {}} | changes))
+    return RangeTable({"model": ranges}, {"name": "words", "samples": 8, "sha256": "0" * 64})
+
+
+def test_a_table_must_hold_what_the_recipe_needs() -> None:
+    """A pair around the second layer's input needs its range; factors must be one for each channel of a linear input."""
+    assert observed_tensors(model(), STATIC) == ["n", "a"]
+    require_fitting(table(), {"model": model()}, STATIC)
+    require_fitting(table(smoothing={"n": Smoothing(0.5, np.ones(64, np.float32))}), {"model": model()}, STATIC)
+    require_fitting(table(tensors={}), {"model": model()}, Recipe({"model": "none"}, weight_bits=4))
+    for changes, said in [
+        ({"tensors": {"n": table().graphs["model"].tensors["n"]}}, "has none of 'a' of the graph 'model'"),
+        ({"sha256": "0" * 64}, "is from another graph 'model'"),
+        ({"smoothing": {"n": Smoothing(0.5, np.ones(63, np.float32))}}, "by 63 factors; expected 64"),
+        ({"smoothing": {"h": Smoothing(0.5, np.ones(80, np.float32))}}, "by 80 factors; expected none"),
+    ]:
+        with pytest.raises(CalibrationError, match=said):
+            require_fitting(table(**cast("dict[str, Any]", changes)), {"model": model()}, STATIC)
+
+
+LAYERS = [("model", name) for name in "abcd"]
+COST = {"a": 0.01, "b": 0.08, "c": 0.03, "d": 0.04}  # what quantising this layer loses
+
+
+def lost(amount: float) -> Verdict:
+    """Of 1,000 answers, 990 of them right in FP32; a point is allowed."""
+    fp32, int8 = (Score("top-1 accuracy", "scans", 1000, correct) for correct in (990, 990 - round(1000 * amount)))
+    return Verdict(SCORE, 0.01, fp32, int8, None, RelativeError((amount**2,), (1.0,)), "logits")
+
+
+class FakeTrial:
+    """Each layer that is quantised costs what COST says, in both flavours."""
+
+    def __init__(self, sizes: Collection[int] = (1, 1, 1, 1), factor: float = 1.0) -> None:
+        self.kinds = {"cpu": "static", "default": "static"}
+        self.quantizer = self
+        self.layers, self.sizes = LAYERS, dict(zip(LAYERS, sizes, strict=True))
+        self.judged: list[tuple[str, str]] = []
+        self._factor = factor
+
+    def error(self, kept: Collection[Layer], reference: object) -> float:
+        (layer,) = set(LAYERS) - set(kept)
+        return COST[layer[1]]
+
+    def judge(self, kind: str, kept: Collection[Layer]) -> Verdict:
+        self.judged.append((kind, "".join(sorted(name for _, name in kept))))
+        return lost(self._factor * sum(COST[name] for layer in LAYERS if layer not in kept for name in layer[1]))
+
+
+def search(*trials: FakeTrial, gate: bool = True) -> Found:
+    return search_layers(cast("list[Trial]", trials), cast(Reference, None), gate=gate, tell=lambda what: None)
+
+
+def test_layers_are_kept_in_order_of_what_they_cost_until_the_gate_holds() -> None:
+    """All cost 0.04: with b 0.02, with b and d 0.01, which is allowed."""
+    trial = FakeTrial(factor=0.25)
+    found = search(trial)
+    assert found.kept == (("model", "b"), ("model", "d"))
+    assert found.sensitivities == {layer: COST[layer[1]] for layer in LAYERS}
+    assert [kept for kind, kept in trial.judged if kind == "default"] == ["", "b", "bd"]
+    assert found.why == {
+        ("model", "b"): "top-1 accuracy: 0.04 lost without it, 0.01 allowed",
+        ("model", "d"): "top-1 accuracy: 0.02 lost without it, 0.01 allowed",
+    }
+    assert {kind: verdict.holds for kind, verdict in found.verdicts.items()} == {"cpu": True, "default": True}
+    curve = [(point["quantized"], round(point["relative_error"], 4)) for point in found.curve]
+    assert curve == [(0, 0.0), (1, 0.0025), (2, 0.01), (3, 0.02), (4, 0.04)]
+    assert [round(point["score"], 3) for point in found.curve] == [0.99, 0.988, 0.98, 0.97, 0.95]
+
+
+def test_where_the_gate_holds_at_once_nothing_is_kept() -> None:
+    found = search(FakeTrial(factor=0.05))
+    assert (found.kept, found.why) == ((), {})
+    assert [point["quantized"] for point in found.curve] == [0, 1, 2, 3, 4]
+
+
+def test_without_a_gate_nothing_is_kept_and_the_verdict_is_recorded() -> None:
+    found = search(FakeTrial(), gate=False)
+    assert found.kept == ()
+    assert not found.verdicts["cpu"].holds
+    assert found.verdicts["cpu"].found == pytest.approx(0.16)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kept"),
+    [
+        ((1, 1, 1, 1), 2),  # b and d are half
+        ((1, 4, 1, 1), 0),  # b alone is more than half
+        ((9, 1, 1, 1), 3),  # b, d and c are a quarter
+    ],
+)
+def test_beyond_half_of_the_weights_it_is_an_error(sizes: tuple[int, ...], kept: int) -> None:
+    with pytest.raises(AccuracyError) as raised:
+        search(FakeTrial(sizes, factor=10))
+    said = str(raised.value)
+    assert f"with {kept} of 4 layers kept in higher precision; more than half of the weights would have to be" in said
+    assert "Most sensitive: b (0.08), d (0.04), c (0.03), a (0.01)." in said
+    assert "1.0 allowed, n = 1000" in said
+
+
+def test_one_flavour_that_fails_is_enough() -> None:
+    class Uneven(FakeTrial):
+        def judge(self, kind: str, kept: Collection[Layer]) -> Verdict:
+            return lost(0.0) if kind == "cpu" else super().judge(kind, kept)
+
+    assert search(Uneven(factor=0.25)).kept == (("model", "b"), ("model", "d"))
+
+
+def test_the_verdict_is_pooled_over_all_trials() -> None:
+    """One loses 0.04 of 1,000 and one nothing: 0.02 of 2,000, and one layer less has to be kept."""
+    found = search(FakeTrial(factor=0.25), FakeTrial(factor=0.0))
+    assert found.kept == (("model", "b"),)
+    assert (found.verdicts["cpu"].repetitions, found.verdicts["cpu"].n) == (2, 2000)
