@@ -134,26 +134,31 @@ def worst_error(parity: Mapping[str, Any]) -> float | None:
 
 def score_value(score: Mapping[str, Any] | None, side: str) -> str:
     """``0.9889``, the task score of one side, "pytorch" or "bundle"; a dash where there is none."""
-    return "–" if score is None else f"{score[side]['value']:.4f}"
+    return digits(at(score, side, "value"))
 
 
 def score_data(score: Mapping[str, Any]) -> str:
     """``top-1 accuracy on the held-out digits, n = 360``; says so where lower is better."""
-    name = f"{score['name']} (lower is better)" if score.get("lower_is_better") else score["name"]
-    return f"{name} on {score['data']}, n = {score['n']}"
+    name, data, n = (figure(at(score, key)) for key in ("name", "data", "n"))
+    return f"{name}{' (lower is better)' if at(score, 'lower_is_better') else ''} on {data}, n = {n}"
 
 
 def score_line(score: Mapping[str, Any]) -> str:
     """What was scored, and both sides: with how many they had right, or with the interval where none are counted."""
-    sides = (f"{score_value(score, side)} ({score_detail(score[side])})" for side in ("bundle", "pytorch"))
+    sides = (f"{score_value(score, side)} ({score_detail(at(score, side))})" for side in ("bundle", "pytorch"))
     return f"{score_data(score)}: {', in PyTorch '.join(sides)}"
 
 
-def score_detail(figures: Mapping[str, Any]) -> str:
+def score_detail(figures: Any) -> str:
     """``535`` right answers, or ``1.5012 to 1.5833`` for a rate."""
-    if "correct" in figures:
-        return str(figures["correct"])
-    return " to ".join(f"{end:.4f}" for end in figures["interval"])
+    if at(figures, "correct") is not None:
+        return figure(at(figures, "correct"))
+    return " to ".join(map(digits, list_of(at(figures, "interval"))[:2])) or "–"
+
+
+def digits(value: Any) -> str:
+    """``0.9889``; a dash for what is no number of a sane size."""
+    return f"{value:.4f}" if isinstance(value, float) or (type(value) is int and abs(value) < 10**15) else "–"
 
 
 MOST_KEPT = 20  # layers that are told one by one

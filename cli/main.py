@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 
 from transom.cli.bench import bench
 from transom.cli.calibrate import calibrate
+from transom.cli.debug import accuracy
 from transom.cli.doctor import doctor
 from transom.cli.export import export
 from transom.cli.failures import Terminated, debug_from_environment, given, reported, without
@@ -141,6 +142,15 @@ app.command(
         "transom calibrate bundles/mine --calibration-data reviews.txt --force",
     ),
 )(calibrate)
+debugging = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+debugging.command(
+    "accuracy",
+    epilog=examples(
+        "transom debug accuracy bundles/mine-int8",
+        "transom debug accuracy bundles/mine-int8 --calibration-data reviews.txt",
+        "transom debug accuracy bundles/mine-fp16 --target 0.001 --json",
+    ),
+)(accuracy)
 app.command(epilog=examples("transom selftest bundles/minilm --threads 2"))(selftest)
 app.command(
     cls=GroupedCommand,
@@ -170,6 +180,7 @@ app.command(
         "transom report bundles/clip photo.png --prompt 'a dog' --prompt 'a cat'",
     )
 )(report)
+app.add_typer(debugging, name="debug", help="Find where a bundle's error comes from.")
 app.command(epilog=examples("transom doctor", "transom doctor --json"))(doctor)
 app.command(epilog=examples("transom table bundles/*"))(table)
 

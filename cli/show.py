@@ -72,7 +72,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Se
 
 def print_fields(fields: Iterable[tuple[str, str]]) -> None:
     """``name  value`` lines with the values aligned."""
-    pairs = list(fields)
+    pairs = [(printable(name), value) for name, value in fields]  # some names are a manifest's keys
     width = max((len(name) for name, _ in pairs), default=0)
     for name, value in pairs:
         print(f"{name:<{width}}  {printable(value)}")

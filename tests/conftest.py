@@ -270,6 +270,12 @@ def vit_bundle(once: Once) -> Path:
 
 
 @pytest.fixture(scope="session")
+def int8_bundle(once: Once) -> Path:
+    """The reference ViT, image-classification, INT8: calibrated, and its accuracy gated."""
+    return once("int8-vit", lambda folder: export_to(folder, "vit", precision="int8")) / "bundle"
+
+
+@pytest.fixture(scope="session")
 def dates_bundle(once: Once) -> Path:
     """The reference Transformer, which turns dates into ISO 8601, FP32; exported as a folder, so without its score."""
     return once("dates", lambda folder: export_to(folder, reference("transformer"))) / "bundle"

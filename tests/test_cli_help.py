@@ -18,10 +18,10 @@ from transom.cli.show import bytes_text, plain, printable
 COMMANDS = ("export", "verify", "selftest", "run", "bench", "inspect", "doctor", "table")
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [*COMMANDS, "debug accuracy"])
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_every_command_explains_itself_by_example(name: str, flag: str) -> None:
-    result = transom(name, flag)
+    result = transom(*name.split(), flag)
     assert (result.exit_code, result.stderr) == (0, "")
     assert re.search(rf"^  Examples?:\n    transom {name} ?", result.stdout, re.MULTILINE)
     assert [line for line in result.stdout.splitlines() if len(line) > 80] == []
@@ -29,7 +29,7 @@ def test_every_command_explains_itself_by_example(name: str, flag: str) -> None:
 
 def test_help_names_the_commands_the_statuses_and_completion() -> None:
     text = transom("--help").stdout
-    assert set(COMMANDS) <= set(text.split())
+    assert {*COMMANDS, "debug"} <= set(text.split())
     for line in ("0    done", "1    a Transom error", "2    wrong usage", "130  Ctrl-C", "--install-completion"):
         assert line in text
     assert ANSI not in text

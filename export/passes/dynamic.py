@@ -8,7 +8,7 @@ tensor.
 Cases:
 1. A weight becomes int8 with a scale per output channel, as in the static pass.
 2. An activation is divided by its rows' scales and quantised once for all layers that read it.
-3. ``Gemm`` becomes ``MatMul`` and ``Add``.
+3. ``Gemm`` becomes ``MatMul`` and its bias, as in the static pass.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@ Cases:
 1. A weight becomes int8 with a scale per output channel; layers that share one share its int8 form.
 2. An activation gets one Q/DQ pair, which all quantised layers behind it share. Layers that are kept, and
    everybody else, go on reading the FP32 value.
-3. ``Gemm`` becomes ``MatMul`` and ``Add``: an integer Gemm would need a quantised result.
+3. ``Gemm`` becomes ``MatMul`` and ``Sub`` of the negated bias: an integer Gemm would need a quantised result, and
+   of two-dimensional ``MatMul`` and ``Add`` ONNX Runtime makes a Gemm in FP32, before it looks for integers.
 4. Asked for, further activations get their pair where one reader takes them: the operands of attention, the
    two sides of a residual Add.
 """
@@ -21,7 +22,7 @@ import numpy as np
 import onnx_ir as ir
 
 from transom.calib.scales import Scale
-from transom.export.passes.linears import Linear
+from transom.export.passes.linears import Linear, is_weight
 from transom.export.passes.splice import Splice, drop_unused
 from transom.export.quantization.weights import QuantizedWeights
 
@@ -88,5 +89,13 @@ def replace_product(splice: Splice, linear: Linear, product: ir.Value) -> None:
     """``product`` in place of the layer's own; case 3 where it is a ``Gemm`` with a bias."""
     if linear.bias is not None:
         product.shape = linear.node.outputs[0].shape
-        product = splice.add("Add", [product, linear.bias], f"{product.name}.biased")
+        operator, bias = addend(splice, linear.bias)
+        product = splice.add(operator, [product, bias], f"{product.name}.biased")
     splice.replace_place(product)
+
+
+def addend(splice: Splice, bias: ir.Value) -> tuple[str, ir.Value]:
+    """Case 3: what is done to the product, and with what."""
+    if not is_weight(bias) or bias.const_value is None:
+        return "Add", bias
+    return "Sub", splice.weight(f"{bias.name}.negated", -bias.const_value.numpy())

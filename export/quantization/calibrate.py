@@ -35,19 +35,18 @@ def calibrate(
     *,
     smooth: bool,
     tell: Callable[[str], None],
+    smoothing: Mapping[str, Mapping[str, Smoothing]] | None = None,
 ) -> RangeTable:
     """The ranges of every activation that ``recipe`` quantises, over all of ``data``, each sample once.
 
     ``bundle`` is in FP32 and ``canonical`` its graphs by name, which stay as they are. Where ``smooth``, factors are
-    searched on some of the samples and folded in before anything is measured. ``tell`` is called before each sample.
-    Raises CalibrationError for samples that do not fit, values that are not finite, and a graph that no sample
-    reaches.
+    searched on some of the samples, unless given as ``smoothing``, and folded in before anything is measured. ``tell``
+    is called before each sample.
+    Raises CalibrationError for samples that do not fit, values that are not finite, and a graph that no sample reaches.
     """
-    smoothing: Mapping[str, Mapping[str, Smoothing]] = {name: {} for name in canonical}
-    if smooth:
-        spread = np.linspace(0, len(data.samples) - 1, min(len(data.samples), SMOOTHING_SAMPLES)).astype(int)
-        samples = [data.samples[int(index)] for index in spread]
-        smoothing = search_smoothing(bundle, canonical, recipe.method, samples, tell)
+    if smoothing is None and smooth:
+        smoothing = search_smoothing(bundle, canonical, recipe.method, spread(data.samples), tell)
+    smoothing = smoothing or {name: {} for name in canonical}
     models = smoothed(canonical, smoothing)
     observed = {
         name: ObservingBackend(model, graph_of(bundle, name), observed_tensors(model, recipe))
@@ -61,6 +60,12 @@ def calibrate(
         },
         data={"name": data.name, "samples": len(data.samples), "sha256": data.sha256},
     )
+
+
+def spread(samples: Sequence[Sample]) -> list[Sample]:
+    """At most SMOOTHING_SAMPLES, evenly: neighbours in a sorted folder are alike."""
+    places = np.linspace(0, len(samples) - 1, min(len(samples), SMOOTHING_SAMPLES)).astype(int)
+    return [samples[int(place)] for place in places]
 
 
 def search_smoothing(

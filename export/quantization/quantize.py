@@ -10,7 +10,7 @@ from typing import Any
 import onnx_ir as ir
 
 from transom.calib.data import CalibrationData, open_calibration_data
-from transom.calib.table import RANGES, RangeTable, load_table
+from transom.calib.table import RANGES, RangeTable, Smoothing, load_table
 from transom.export.flavours import Flavours
 from transom.export.quantization.calibrate import calibrate, require_fitting, smoothed
 from transom.export.quantization.gate import Gate
@@ -64,11 +64,13 @@ class Quantization:
         self._recipe = options.recipe(precision, tuple(file.graph for file in bundle.manifest.graphs))
         self._scored = is_scored(source, bundle.manifest.task)
         self._data = open_calibration_data(options.data_for(source))
+        self._smoothing: Mapping[str, Mapping[str, Smoothing]] | None = None  # the first calibration's, for all
 
     def run(self) -> Quantized:
         """Raises CalibrationError for data that cannot be used, AccuracyError where the gate cannot be met."""
         calibration, held_out = held_out_of(self._data, 0, scored=self._scored)
         table = self._table(calibration)
+        self._smoothing = {name: graph.smoothing for name, graph in table.graphs.items()}
         half = self._fits_fp16(table)
         first = self._trial(table, held_out, half=half)
         n = first.judge(CPU, ()).n
@@ -82,7 +84,13 @@ class Quantization:
     def _table(self, data: CalibrationData) -> RangeTable:
         if self._options.ranges is None:
             return calibrate(
-                self._bundle, self._canonical, self._recipe, data, smooth=self._options.smooth, tell=self._tell
+                self._bundle,
+                self._canonical,
+                self._recipe,
+                data,
+                smooth=self._options.smooth,
+                smoothing=self._smoothing,
+                tell=self._tell,
             )
         table = load_table(self._options.ranges)
         require_fitting(table, self._canonical, self._recipe)

@@ -1,0 +1,231 @@
+"""Which layers of a bundle break its accuracy: searched in the files that ship, layer by layer back in FP32.
+
+Half precision and integers that are written into a graph (strong typing) cannot be taken back by an option of
+whoever runs it. So the graph gets a switch per layer (export/passes/restore.py), and the search throws them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transom.calib.data import Sample, open_calibration_data
+from transom.calib.identity import graph_sha256
+from transom.calib.table import RANGES, RangeTable
+from transom.export.flavours import make_flavours
+from transom.export.onnx import onnx_from_module
+from transom.export.pipeline import Progress, Steps, image_size_of, silent
+from transom.export.quantization.agreement import Agreement, Reference
+from transom.export.quantization.bisect import bisect_layers
+from transom.export.quantization.calibrate import smoothed
+from transom.export.quantization.heldout import reference_samples
+from transom.export.quantization.options import REFERENCE_DATA
+from transom.export.quantization.quantize import held_out_of
+from transom.export.quantization.quantizer import Layer
+from transom.export.quantization.switched import SwitchedBundle
+from transom.export.quantization.trial import CPU, SENSITIVITY_SAMPLES, open_flavours
+from transom.export.samples import samples_for, single_rows
+from transom.export.source import Loaded, load_source
+from transom.runtime.bundle import QUANTIZED, Bundle, Manifest
+from transom.runtime.errors import CalibrationError, CheckpointError, ExportError
+from transom.runtime.fields import parse_json
+
+HALF = "default"  # the one file of a graph in half precision
+TOKENS = 64  # of each sample, where there are only the inputs of parity runs
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A layer that was put back into FP32, beside those before it: the relative output error before and after.
+
+    ``agreement`` is then the share of cases with FP32's top-1; None where the task chooses nothing.
+    """
+
+    name: str
+    graph: str
+    before: float
+    after: float
+    agreement: float | None
+
+
+@dataclass(frozen=True)
+class Findings:
+    """The layers that break a bundle, worst first.
+
+    flavour     the file that was examined, as bundle.json calls it
+    layers      how many there are in all
+    shipped     relative output error of the bundle as it is, and ``agreement`` its top-1 beside FP32's
+    everything  the error with every layer in FP32: what is left comes from elsewhere
+    """
+
+    manifest: Manifest
+    flavour: str
+    data: str
+    output: str
+    layers: int
+    shipped: float
+    agreement: float | None
+    everything: float
+    target: float
+    worst: tuple[Restored, ...]
+
+    @property
+    def left(self) -> float:
+        return self.worst[-1].after if self.worst else self.shipped
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "precision": self.manifest.precision,
+            "flavour": self.flavour,
+            "data": self.data,
+            "output": self.output,
+            "layers": self.layers,
+            "target": self.target,
+            "error": {"shipped": self.shipped, "everything_restored": self.everything, "left": self.left},
+            "agreement": self.agreement,
+            "worst": [asdict(layer) for layer in self.worst],
+        }
+
+
+def debug_accuracy(
+    folder: Path,
+    *,
+    source: str | None = None,
+    calibration_data: Sequence[str] = (),
+    flavour: str = CPU,
+    target: float | None = None,
+    most: int = 10,
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> Findings:
+    """Search the bundle at ``folder`` until its relative output error is at most ``target``, or ``most`` layers.
+
+    ``flavour`` is "cpu" or "default" (for TensorRT), of a quantised bundle; a half-precision graph is examined as a GPU would round
+    it. ``source`` and ``calibration_data`` are as for ``verify``. Raises ExportError for a bundle in FP32,
+    CalibrationError where its ranges or held-out data are missing, CheckpointError as ``verify`` does.
+    """
+    steps = Steps(progress, total=4)
+    bundle = Bundle(folder)
+    manifest = bundle.manifest
+    if manifest.precision == "fp32":
+        raise ExportError(
+            f"{folder} is in fp32: nothing in it was quantised or rounded. Give a bundle in int8, int4, fp16 or bf16; "
+            "`transom verify` holds this one against PyTorch."
+        )
+    table = table_of(bundle) if manifest.precision in QUANTIZED else None
+    held_out = held_out_samples(manifest, calibration_data)
+    steps.next("reading the checkpoint")
+    loaded = load_again(bundle, source)
+    samples, data = held_out or parity_samples(loaded)
+    steps.next("tracing the module to ONNX")
+    fp32 = {
+        graph.name: onnx_from_module(part, graph, loaded.axes)
+        for graph, part in zip(loaded.graphs, loaded.parts().values(), strict=True)
+    }
+    steps.next("measuring FP32")
+    with open_flavours(bundle, make_flavours(fp32, loaded.graphs, "fp32")) as unrounded:
+        reference = Reference(unrounded, samples, data, most=SENSITIVITY_SAMPLES)
+    if table is not None:
+        ranges = {name: table.require(name, graph_sha256(model)) for name, model in fp32.items()}
+        fp32 = smoothed(fp32, {name: found.smoothing for name, found in ranges.items()})
+    flavour = flavour if table is not None else HALF
+    steps.next("building the graph whose layers can be restored")
+    agreements: dict[frozenset[Layer], Agreement] = {}
+    with SwitchedBundle(bundle, flavour, fp32, threads) as switched:
+
+        def error(restored: frozenset[Layer]) -> float:
+            steps.more("searching for the layers that break it")
+            agreements[restored] = switched.measure(restored, reference)
+            return agreements[restored].error.value
+
+        found = bisect_layers(switched.layers, error, target=target, most=most)
+    worst: list[Restored] = []
+    for index, step in enumerate(found.steps):
+        graph, name = step.layer
+        beside = frozenset(each.layer for each in found.steps[: index + 1])
+        worst.append(Restored(name, graph, step.before, step.after, top1(agreements[beside])))
+    shipped = agreements[frozenset()]
+    steps.next("done")
+    return Findings(
+        manifest=manifest,
+        flavour=flavour,
+        data=data,
+        output=shipped.output,
+        layers=len(switched.layers),
+        shipped=found.shipped,
+        agreement=top1(shipped),
+        everything=found.everything,
+        target=found.target,
+        worst=tuple(worst),
+    )
+
+
+def top1(agreement: Agreement) -> float | None:
+    return None if agreement.top1 is None else agreement.top1.value
+
+
+def table_of(bundle: Bundle) -> RangeTable:
+    """The ranges that a quantised bundle was made by; they say how it was smoothed."""
+    if RANGES not in bundle.manifest.files:
+        raise CalibrationError(
+            f"{bundle.folder} has no {RANGES}, which says how its weights were smoothed before they were quantised. "
+            "Export it again."
+        )
+    return RangeTable.from_json(parse_json(bundle.read(RANGES), RANGES))
+
+
+def load_again(bundle: Bundle, source: str | None) -> Loaded:
+    """The checkpoint that a bundle was made from. Raises CheckpointError where it is gone, or is another."""
+    manifest = bundle.manifest
+    loaded = load_source(
+        source or str(manifest.source.get("checkpoint")),
+        task=manifest.task,
+        max_sizes={name: axis.max for name, axis in manifest.axes.items()},
+        image_size=image_size_of(manifest),
+        ignore_unused=True,
+    )
+    if loaded.checkpoint.sha256() != manifest.source.get("sha256"):
+        raise CheckpointError(
+            f"{loaded.checkpoint.folder} is not the checkpoint that {bundle.folder} was made from: its hash differs. "
+            "Give the right one with --source, or export again."
+        )
+    return loaded
+
+
+def held_out_samples(manifest: Manifest, data: Sequence[str]) -> tuple[Sequence[Sample], str] | None:
+    """What calibration did not see, and its name; None where nobody calibrated and the inputs of parity runs do.
+
+    Raises CalibrationError where a quantised bundle needs the user's data.
+    """
+    source = str(manifest.source.get("checkpoint"))
+    if data:
+        _, held_out = held_out_of(open_calibration_data(data), 0, scored=False)
+        assert held_out is not None
+        return held_out.samples, held_out.name
+    if source in REFERENCE_DATA:
+        return reference_samples(source), f"held-out data of {source}"
+    if manifest.precision in QUANTIZED:
+        raise CalibrationError(
+            f"the layers of {manifest.name} are measured on inputs that its calibration did not see, and none are "
+            "known. Give --calibration-data what it was calibrated on: the part that was held out is taken."
+        )
+    return None
+
+
+def parity_samples(loaded: Loaded) -> tuple[list[Sample], str]:
+    """Rows of the passage and the photographs that parity is run on, for every graph that takes some."""
+    made = samples_for(loaded.graphs, loaded.text_encoder(), loaded.preprocess)
+    found: list[Sample] = []
+    for graph in loaded.graphs:
+        inputs = {tensor.name: tensor for tensor in graph.inputs}
+        feeds = {}
+        if "pixel_values" in inputs:
+            feeds["pixel_values"] = made[graph.name].feeds({"B": SENSITIVITY_SAMPLES})["pixel_values"]
+        elif "input_ids" in inputs:
+            shape = SENSITIVITY_SAMPLES, min(TOKENS, loaded.axes["S"].max)
+            feeds["input_ids"] = made[graph.name].ids(shape, inputs["input_ids"].below or 1)
+        rows = single_rows(feeds) if feeds else ()
+        found += [Sample(f"row {row} of {graph.name}", feeds=fed) for row, fed in enumerate(rows)]
+    return found, "passages and photographs of the parity runs"

@@ -1,0 +1,93 @@
+"""A bundle whose layers can be put back into FP32 from one run to the next, in one session per graph."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import onnx_ir as ir
+
+from transom.export.flavours import pack
+from transom.export.passes.restore import RESTORED, restore_linears, restore_modules
+from transom.export.quantization.agreement import Agreement, Reference
+from transom.export.quantization.quantizer import Layer
+from transom.export.quantization.stored import canonical_graphs
+from transom.runtime.backend import Array, Backend, Read
+from transom.runtime.bundle import QUANTIZED, Bundle, GraphFile
+from transom.runtime.ort import OrtBackend
+from transom.runtime.spec import Graph, Tensor
+from transom.runtime.tasks import task_class
+
+
+class SwitchedBackend:
+    """An ONNX Runtime session over a graph with switches; ``restored`` int64 (n,), 1 where one is thrown."""
+
+    device = "cpu"
+
+    def __init__(self, backend: OrtBackend, layers: int) -> None:
+        self._backend = backend
+        given = tuple(tensor for tensor in backend.graph.inputs if tensor.name != RESTORED)
+        self.graph: Graph = replace(backend.graph, inputs=given)
+        self.restored = np.zeros(layers, np.int64)
+
+    def run(self, feeds: Mapping[str, Array], shapes: Mapping[str, Sequence[int]]) -> dict[str, Array]:
+        """As a backend does."""
+        return self._backend.run({**feeds, RESTORED: self.restored}, shapes)
+
+
+class SwitchedBundle:
+    """What ships of ``bundle`` as ``flavour``, with a switch for each of ``layers``.
+
+    ``fp32`` are the graphs that it was made of, by name: of a quantised bundle with smoothing folded in, its layers
+    are the linear ones; of one in half precision the canonical graphs, its layers are the modules. Raises BundleError
+    where the bundle's graphs are not made of them.
+    """
+
+    def __init__(self, bundle: Bundle, flavour: str, fp32: Mapping[str, ir.Model], threads: int | None = None) -> None:
+        restore = restore_linears if bundle.manifest.precision in QUANTIZED else restore_modules
+        models = canonical_graphs(only(bundle, flavour))
+        names = {name: restore(model, fp32[name]) for name, model in models.items()}
+        self.layers: list[Layer] = [(graph, name) for graph, found in names.items() for name in found]
+        self._names = names
+        graphs = tuple(with_switches(file.graph, len(names[file.graph.name])) for file in bundle.manifest.graphs)
+        flavours = pack(graphs, models, "float32", external_above=0)
+        files = {file.graph.name: file for file in flavours.graphs}
+        self._backends: dict[str, SwitchedBackend] = {}
+
+        def opener(graph: GraphFile, read: Read, device: str, threads: int | None) -> Backend:
+            name = graph.graph.name
+            opened = OrtBackend(files[name], flavours.files.__getitem__, "cpu", threads)
+            self._backends[name] = SwitchedBackend(opened, len(names[name]))
+            return self._backends[name]
+
+        self._loaded = task_class(bundle.manifest.family)(bundle, "cpu", threads, opener)
+
+    def measure(self, restored: Collection[Layer], reference: Reference) -> Agreement:
+        """How far the bundle is from FP32 with these layers restored."""
+        for graph, names in self._names.items():
+            self._backends[graph].restored[:] = [(graph, name) in restored for name in names]
+        return reference.against(self._loaded)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._loaded.close()
+
+
+def only(bundle: Bundle, flavour: str) -> Bundle:
+    """The bundle as if the files of this flavour were its only ones."""
+    graphs = tuple(replace(file, files={"default": file.file_for(flavour)}) for file in bundle.manifest.graphs)
+    view = copy.copy(bundle)
+    view.manifest = replace(bundle.manifest, graphs=graphs)
+    return view
+
+
+def with_switches(graph: Graph, layers: int) -> Graph:
+    return replace(graph, inputs=(*graph.inputs, Tensor(RESTORED, "int64", (layers,))))

@@ -1,0 +1,228 @@
+"""Quantised exports of what cannot be quantised: one error of ours that says what to do, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from command_line import command, transom
+from transom.calib.table import RANGES
+from transom.export.pipeline import export
+from transom.export.quantization.options import QuantizeOptions
+from transom.runtime.bundle import MANIFEST
+from transom.runtime.errors import CalibrationError, ExportError
+
+TEXTS = [f"{subject} {verb}" for subject in ("the people", "a city", "paris", "who", "she") for verb in ("see", "go")]
+
+
+def texts(folder: Path, count: int = 10) -> str:
+    path = folder / "texts.txt"
+    path.write_text("\n".join(TEXTS[:count]))
+    return str(path)
+
+
+def npz(folder: Path, **arrays: Any) -> str:
+    np.savez(folder / "raw.npz", **arrays)
+    return str(folder / "raw.npz")
+
+
+def pixels(count: int) -> NDArray[np.float32]:
+    """Different images, as the reference ViT takes them."""
+    return np.random.default_rng(0).standard_normal((count, 3, 8, 8)).astype(np.float32)
+
+
+def refused(source: Path | str, out: Path, kind: type[ExportError] = CalibrationError, **options: Any) -> str:
+    """What the one error says; nothing is left at ``out``, or beside it."""
+    precision, before = options.pop("precision", "int8"), sorted(out.parent.iterdir())
+    with pytest.raises(kind) as raised:
+        export(str(source), out, precision=precision, quantize=QuantizeOptions(**options))
+    said = str(raised.value)
+    assert "\n" not in said
+    assert sorted(out.parent.iterdir()) == before
+    return said
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_data_that_cannot_be_used(tmp_path: Path) -> None:
+    """None, too few, random, of another kind, not there."""
+    empty, nothing = tmp_path / "empty.txt", tmp_path / "nothing"
+    empty.write_text("\n \n")
+    nothing.mkdir()
+    for given, said in {
+        str(empty): "empty.txt",
+        str(nothing): "nothing",
+        "random": "random inputs have ranges that no real input has",
+        str(tmp_path / "absent.txt"): "is not there; expected one of austen, digits,",
+        texts(tmp_path): "samples that don't fit the graph. This vit takes images",
+        "austen": "samples that don't fit the graph. This vit takes images",
+    }.items():
+        assert said in refused("vit", tmp_path / "out", calibration_data=(given,)), given
+    for count in (1, 7):
+        few = refused("vit", tmp_path / "out", calibration_data=(npz(tmp_path, pixel_values=pixels(count)),))
+        assert f"raw.npz holds {count} distinct sample" in few
+        assert "at least 8 are needed" in few
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_a_sample_that_is_not_finite_is_named_with_where_it_showed(tmp_path: Path) -> None:
+    """The fifth of 32 images holds NaN in one pixel: it is calibrated on, or held out, and named either way."""
+    images = pixels(32)
+    images[4, 0, 3, 3] = np.nan
+    said = refused("vit", tmp_path / "out", calibration_data=(npz(tmp_path, pixel_values=images),))
+    assert "raw.npz[4]" in said
+    assert "NaN" in said or "not finite" in said
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_raw_inputs_of_another_shape_are_named(tmp_path: Path) -> None:
+    images = pixels(16).reshape(16, 3, 4, 16)
+    said = refused("vit", tmp_path / "out", calibration_data=(npz(tmp_path, pixel_values=images),))
+    assert "raw.npz[" in said
+    assert "(1, 3, 4, 16)" in said
+
+
+def test_a_model_that_is_no_reference_needs_data(bert_checkpoint: Path, tmp_path: Path) -> None:
+    said = refused(bert_checkpoint, tmp_path / "out", ExportError)
+    assert f"quantising {bert_checkpoint} needs inputs like those it will see" in said
+    assert "Name some with --calibration-data: a .txt or .jsonl of texts, a folder of images, a .npz" in said
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_options_of_quantisation_need_a_quantised_precision(
+    bert_checkpoint: Path, tmp_path: Path, precision: str
+) -> None:
+    for options in ({"method": "minmax"}, {"gate": False}, {"calibration_data": ("austen",)}, {"weight_bits": 7}):
+        said = refused(bert_checkpoint, tmp_path / "out", ExportError, precision=precision, **options)
+        assert f"--precision is {precision}, which is not quantised" in said
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_combinations_that_mean_nothing(tmp_path: Path) -> None:
+    said = refused("vit", tmp_path / "out", ExportError, precision="int4", activations="static")
+    assert "--precision int4 is of weights alone" in said
+    said = refused("vit", tmp_path / "out", ExportError, activations="dynamic", extras=("attention",))
+    assert "--also needs ranges fixed beforehand" in said
+
+
+def with_table(bundle: Path, folder: Path, change: Callable[[Any], object]) -> Path:
+    """The bundle's table of ranges, changed."""
+    words = json.loads((bundle / RANGES).read_text())
+    change(words)
+    path = folder / "changed.json"
+    path.write_text(json.dumps(words))
+    return path
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_tables_that_are_not_of_this_model(int8_bundle: Path, tmp_path: Path) -> None:
+    """Another graph's, one without a range, one with factors for other channels, no table at all, and --also."""
+    out = tmp_path / "out"
+
+    def model(words: Any) -> Any:
+        return words["graphs"]["model"]
+
+    for change, told in [
+        (
+            lambda words: model(words).update(sha256="0" * 64),
+            "is from another graph 'model': its sha256 is 000000000000",
+        ),
+        (lambda words: words["graphs"].update(decoder=words["graphs"].pop("model")), "is of decoder, this model has"),
+        (lambda words: model(words)["tensors"].pop("select"), "has none of 'select' of the graph 'model'"),
+        (
+            lambda words: model(words)["smoothing"].update(select={"alpha": 0.5, "factors": [1.0]}),
+            "by 1 factors; expected",
+        ),
+        (lambda words: words.update(format="notes"), "is no usable table of ranges"),
+    ]:
+        assert told in refused("vit", out, ranges=with_table(int8_bundle, tmp_path, change)), told
+    for path, told in [
+        (tmp_path / "absent.json", "cannot be read"),
+        (int8_bundle / MANIFEST, "no usable table"),
+        (tmp_path, "is no"),
+    ]:
+        assert told in refused("vit", out, ranges=path), path
+    said = refused("vit", out, ranges=int8_bundle / RANGES, extras=("attention",))
+    assert "which is to be quantised. Leave out --also" in said
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "listed"),
+    [
+        ("--method", "best", ("minmax", "percentile", "entropy", "mse")),
+        ("--activations", "half", ("static", "dynamic", "none")),
+        ("--also", "softmax", ("attention", "residual")),
+        ("--precision", "int2", ("fp32", "fp16", "bf16", "int8", "int4")),
+    ],
+)
+def test_unknown_words_are_a_wrong_call_that_lists_the_known_ones(
+    tmp_path: Path, option: str, value: str, listed: tuple[str, ...]
+) -> None:
+    result = transom("export", "vit", "--out", tmp_path / "out", "--precision", "int8", option, value)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert all(f"'{word}'" in result.stderr for word in (value, *listed))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_line_says_it_in_one_line(bert_checkpoint: Path, tmp_path: Path) -> None:
+    result = transom("export", bert_checkpoint, "--out", tmp_path / "out", "--precision", "int8")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.splitlines()[-1].startswith("transom.runtime.errors.ExportError: quantising ")
+    result = transom("export", "vit", "--out", tmp_path / "out", "--method", "mse", "--no-gate")
+    assert "--precision is fp32, which is not quantised" in result.stderr
+
+
+def test_an_interrupted_quantisation_leaves_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out"
+    with subprocess.Popen(
+        command("export", "vit", "--out", out, "--precision", "int8", "--no-smooth-quant"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        said = []
+        for line in process.stderr:  # a line per stage where stderr is no terminal
+            said.append(line)
+            if line.startswith("calibrating on digits"):
+                process.send_signal(signal.SIGINT)
+                break
+        said += process.stderr.readlines()
+    assert process.returncode == 130, said
+    assert said[-1] == "transom: interrupted\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ranges_are_taken_of_fp32_alone_and_once(
+    int8_bundle: Path, exported_fp16: Path, vit_bundle: Path, tmp_path: Path
+) -> None:
+    before = sorted(int8_bundle.iterdir())
+    assert "is quantised already; ranges are taken of FP32" in last_line(transom("calibrate", int8_bundle))
+    assert sorted(int8_bundle.iterdir()) == before
+    assert "is in fp16; ranges are taken of FP32" in last_line(transom("calibrate", exported_fp16))
+    mine = Path(shutil.copytree(vit_bundle, tmp_path / "mine"))
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
+    told = last_line(transom("calibrate", mine, "--calibration-data", tmp_path / "texts.txt"))
+    assert "samples that don't fit the graph. This vit takes images" in told
+    assert transom("calibrate", mine, "--no-smooth-quant").exit_code == 0
+    told = last_line(transom("calibrate", mine))
+    assert f"has a {RANGES}; give --force to replace it." in told
+
+
+def last_line(result: Any) -> str:
+    assert (result.exit_code, result.stdout) == (1, "")
+    return str(result.stderr.splitlines()[-1])
+
+
+@pytest.fixture
+def exported_fp16(tmp_path: Path, traced_once: None) -> Path:
+    export("vit", tmp_path / "fp16", precision="fp16")
+    return tmp_path / "fp16"
