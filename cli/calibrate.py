@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from contextlib import redirect_stdout
 from typing import Annotated
@@ -56,5 +57,7 @@ def calibrate(
     rows = [[name, str(len(graph.tensors)), str(len(graph.smoothing))] for name, graph in table.graphs.items()]
     print_table(("graph", "tensors", "smoothed"), rows, right=("tensors", "smoothed"))
     print(printable(f"{path}: from {table.data['samples']} samples of {table.data['name']}"))
-    source = Bundle(bundle).manifest.source.get("checkpoint")
-    print(printable(f"try: transom export {source} --precision int8 --ranges {path} --out {bundle}-int8"))
+    source = str(Bundle(bundle).manifest.source.get("checkpoint"))
+    words = ["transom", "export", source, "--precision", "int8", "--ranges", str(path)]
+    words += [word for data in calibration_data or () for word in ("--calibration-data", data)]  # the gate's share
+    print(printable(f"try: {shlex.join([*words, '--out', f'{bundle}-int8'])}"))

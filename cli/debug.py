@@ -102,7 +102,7 @@ def conclusion(findings: Findings) -> list[str]:
     same = "" if findings.agreement is None else f", same top-1 as FP32 on {findings.agreement:.1%}"
     lines = [f"{findings.output} of {findings.flavour} on {findings.data}: relative error {findings.shipped:.2e}{same}"]
     if worst:
-        lines.append(f"with these {worst} of {findings.layers} layers in FP32: {findings.left:.2e}")
+        lines.append(f"with {worst} of {findings.layers} layers in FP32: {findings.left:.2e}")
     if findings.everything > findings.target:
         lines.append(
             f"with all {findings.layers} layers in FP32 {findings.everything:.2e} is left, and at most "

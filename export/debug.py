@@ -102,9 +102,9 @@ def debug_accuracy(
 ) -> Findings:
     """Search the bundle at ``folder`` until its relative output error is at most ``target``, or ``most`` layers.
 
-    ``flavour`` is "cpu" or "default" (for TensorRT), of a quantised bundle; a half-precision graph is examined as a GPU would round
-    it. ``source`` and ``calibration_data`` are as for ``verify``. Raises ExportError for a bundle in FP32,
-    CalibrationError where its ranges or held-out data are missing, CheckpointError as ``verify`` does.
+    ``flavour`` is "cpu" or "default" (for TensorRT), of a quantised bundle; a half-precision graph is examined as a
+    GPU would round it. ``source`` and ``calibration_data`` are as for ``verify``. Raises ExportError for a bundle in
+    FP32, CalibrationError where its ranges or held-out data are missing, CheckpointError as ``verify`` does.
     """
     steps = Steps(progress, total=4)
     bundle = Bundle(folder)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from transom.calib.drive import PUT, READS
+from transom.calib.named import NAMES
 from transom.cli.answers import TASKS
+from transom.export.quantization.gate import POINTS
+from transom.export.quantization.options import REFERENCE_DATA
 from transom.export.report.pictures.families import PICTURES
 from transom.export.scores import SCORES
 from transom.models.references import REFERENCES
@@ -39,6 +43,13 @@ def test_every_reference_model_is_scored_for_a_task_of_ours() -> None:
     assert SCORES.keys() == REFERENCES.keys()
     tasks = {task for family in FAMILIES.values() for task in family.tasks}
     assert {score.task for score in SCORES.values()} <= tasks
+
+
+def test_every_family_can_be_calibrated_and_gated() -> None:
+    assert READS.keys() == PUT.keys() == FAMILIES.keys()
+    assert POINTS.keys() | {"gpt"} == FAMILIES.keys()  # whose gate is perplexity
+    assert REFERENCE_DATA.keys() == REFERENCES.keys()
+    assert set(REFERENCE_DATA.values()) <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

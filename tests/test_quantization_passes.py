@@ -77,6 +77,7 @@ def test_a_layer_without_a_module_goes_by_the_name_behind_its_bias_and_names_dif
     [
         "g (float[2, 2] x, float[2, 3] z) => (float[2, 3] y) { y = MatMul (x, z) }",  # two activations
         "g (float[2, 3] x) => (float[2, 3] y) { y = MatMul (Q, x) }",  # the weight in front
+        "g (float[2, 3] x) => (float[2, 3] y, float[2, 3] z) { z = Relu (x)  y = MatMul (Q, W) }",  # two weights
         "g (float[2, 3] x) => (float[2, 3] y) { y = Add (x, W) }",
         "g (float[2, 2] x) => (float[2, 3] y) { y = Gemm <alpha = 0.5> (x, W) }",
         "g (float[2, 2] x) => (float[2, 3] y) { y = Gemm <beta = 2.0> (x, W, bias) }",
@@ -385,13 +386,15 @@ g (float[B, S, 4] x) => (float[B, S, 4] y) {
     biased = Add (o, bias)
     summed = Add (x, biased)
     both = Add (summed, biased)
-    y = Add (both, table)
+    shifted = Add (both, table)
+    computed = Relu (table)
+    y = Add (shifted, computed)
 }
 """
 
 
 def test_further_places_are_those_that_were_asked_for() -> None:
-    """The operands of attention; Adds of two activations, but neither a bias nor a table, nor the graph's own input."""
+    """The operands of attention; Adds of two activations, not of a bias, a table, computed or not, nor an input."""
     weights = {"W_q": normal(4, 4), "W_o": normal(4, 4, seed=1), "bias": np.ones(4), "table": np.ones((1, 1, 4))}
 
     def places(*extras: str) -> list[tuple[str, int]]:
@@ -406,4 +409,8 @@ def test_further_places_are_those_that_were_asked_for() -> None:
     linears, further = find_linears(model), extra_places(model, ("attention", "residual"))
     assert quantize_static(model, linears, QuantizedWeights(8), scales, signed=False, places=further)
     assert operators(model)["QuantizeLinear"] == 5
+    read = {node.outputs[0].name: [value.name for value in node.inputs if value is not None] for node in model.graph}
+    assert read["both"] == ["summed.dequantized", "biased.dequantized"]
+    assert read["a"] == ["q.dequantized", "x.dequantized", "x.dequantized"]
+    assert read["summed"] == ["x", "biased"]
     assert np.isfinite(run(model, x=normal(1, 3, 4))["y"]).all()

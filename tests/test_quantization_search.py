@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from tiny_graphs import Float, graph_of, histogram_of, normal, operators, run, weights_of
 from transom.calib.identity import graph_sha256
+from transom.calib.scales import activation_scale, clip_range
 from transom.calib.table import GraphRanges, RangeTable, Smoothing, TensorRanges
 from transom.export.flavours import pack
 from transom.export.measures import Score
@@ -86,6 +87,17 @@ def test_one_table_two_flavours() -> None:
     assert operators(signed)["MatMul"] == operators(unsigned)["MatMul"] == 2
     assert weights_of(made.tensorrt({("model", "down")})["model"])["down"].dtype == np.float16
     assert weights_of(made.cpu({("model", "down")})["model"])["down"].dtype == np.float32
+
+
+def test_scales_follow_the_method() -> None:
+    """One value of 400,001 is far out, and "mse" clips it: around zero for TensorRT, both ends free for the CPU."""
+    histogram = histogram_of(normal(400_000), [20.0])
+    ranges = {"model": {"n": histogram, "a": histogram}}
+    found = Quantizer({"model": model()}, (ENCODER,), Recipe({"model": "static"}, "mse"), ranges)
+    for signed in (False, True):
+        expected = activation_scale(*clip_range(histogram, "mse", symmetric=signed), signed=signed)
+        assert found.scales(signed=signed)["model"]["n"] == expected
+        assert expected.scale < 0.8 * activation_scale(histogram.minimum, 20.0, signed=signed).scale
 
 
 def test_without_half_precision_the_rest_stays_in_fp32() -> None:

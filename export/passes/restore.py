@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from transom.export.onnx import MODULE
 from transom.export.passes.emulate import emulate_half
-from transom.export.passes.linears import Linear, find_linears, is_weight
+from transom.export.passes.linears import find_linears, is_weight
 from transom.export.passes.splice import Splice
 from transom.runtime.errors import BundleError
 

@@ -13,7 +13,7 @@ from transom.calib.data import CalibrationData, Sample
 from transom.calib.drive import put_through
 from transom.calib.identity import graph_sha256
 from transom.calib.observe import ObservingBackend
-from transom.calib.smooth import search_alpha
+from transom.calib.smooth import LARGEST_FACTOR, search_alpha
 from transom.calib.table import GraphRanges, RangeTable, Smoothing
 from transom.export.passes.smooth import find_inlets, fold_smoothing
 from transom.export.quantization.quantizer import Recipe, observed_tensors
@@ -111,6 +111,12 @@ def require_fitting(table: RangeTable, canonical: Mapping[str, ir.Model], recipe
                 raise CalibrationError(
                     f"the table of ranges smooths {inlet!r} of the graph {name!r} by {len(smoothing.factors)} factors; "
                     f"expected {channels.get(inlet, 'none')}. Calibrate again."
+                )
+            least, most = float(smoothing.factors.min()), float(smoothing.factors.max())
+            if least < 1 / LARGEST_FACTOR or most > LARGEST_FACTOR:  # weights times these might not be finite
+                raise CalibrationError(
+                    f"the table of ranges smooths {inlet!r} of the graph {name!r} by factors from {least:g} to "
+                    f"{most:g}; expected {1 / LARGEST_FACTOR:g} to {LARGEST_FACTOR:g}. Calibrate again."
                 )
     if recipe.weights_only:
         return

@@ -42,6 +42,11 @@ class QuantizeOptions:
             return self.calibration_data
         if source in REFERENCE_DATA:
             return (REFERENCE_DATA[source],)
+        if self.ranges is not None:
+            raise ExportError(
+                f"quantising {source} by {self.ranges} needs inputs for its accuracy gate, and none were given. "
+                "Name with --calibration-data what the ranges were taken on: a quarter of it was left out then."
+            )
         raise ExportError(
             f"quantising {source} needs inputs like those it will see, and none were given. Name some with "
             "--calibration-data: a .txt or .jsonl of texts, a folder of images, a .npz of raw inputs; some hundred "

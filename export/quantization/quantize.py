@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, isfinite
 from typing import Any
 
 import onnx_ir as ir
@@ -122,7 +122,7 @@ class Quantization:
 
     def _record(self, table: RangeTable, found: Found, trial: Trial, *, half: bool) -> dict[str, Any]:
         recipe = self._recipe
-        return {
+        record = {
             "activations": dict(recipe.activations),
             "method": recipe.method,
             "weight_bits": recipe.weight_bits,
@@ -150,6 +150,16 @@ class Quantization:
             "curve": [dict(point) for point in found.curve],
             "gate": {kind: verdict.to_json() for kind, verdict in found.verdicts.items()},
         }
+        return {key: finite(value) for key, value in record.items()}
+
+
+def finite(value: Any) -> Any:
+    """The value with null for what JSON has no number for: the error of outputs that are not finite."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def is_scored(source: str, task: str) -> bool:

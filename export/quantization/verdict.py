@@ -224,7 +224,10 @@ def growth_interval(fp32: Rate, int8: Rate) -> tuple[float, float] | None:
 
 def figures(measured: Measured) -> dict[str, Any]:
     """A score's figures; of nats per token the perplexity too."""
-    found = measured.figures()
+    if isinstance(measured, Rate) and measured.n < 2:  # of one block no interval is known
+        found: dict[str, Any] = {"value": measured.value, "interval": None}
+    else:
+        found = measured.figures()
     return {**found, "perplexity": exp(min(measured.value, MOST_NATS))} if isinstance(measured, Rate) else found
 
 

@@ -1,0 +1,265 @@
+"""``transom debug accuracy``: the search by halves, layers put back into FP32, and a damaged layer that is named."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from math import inf, sqrt
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx import numpy_helper
+
+from command_line import changed_bundle, document, error_line, transom
+from transom.export import debug, pipeline
+from transom.export.debug import debug_accuracy
+from transom.export.passes.restore import RESTORED, restore_linears, restore_modules
+from transom.export.quantization.bisect import bisect_layers
+from transom.export.source import load_source
+from transom.runtime.bundle import MANIFEST, manifest_sha256
+from transom.runtime.errors import BundleError, CalibrationError, CheckpointError, ExportError
+from transom.runtime.ort import onnxruntime
+
+LAYERS = [f"layer {index}" for index in range(64)]
+KEY, VALUE = (f"encoder.layer.1.attention.attention.{name}" for name in ("key", "value"))
+
+
+class Errors:
+    """Independent errors: what is not restored adds its square. ``asked`` counts the measurements."""
+
+    def __init__(self, **squares: float) -> None:
+        self.squares = {f"layer {name[1:]}": square for name, square in squares.items()}
+        self.floor, self.asked = 0.0, 0
+
+    def __call__(self, restored: frozenset[str]) -> float:
+        self.asked += 1
+        return sqrt(self.floor + sum(square for name, square in self.squares.items() if name not in restored))
+
+
+def test_search_finds_the_worst_layers_in_their_order_by_halves() -> None:
+    error = Errors(_7=4.0, _40=9.0, _63=0.09)
+    found = bisect_layers(LAYERS, error, target=0.5, most=10)
+    assert [(step.layer, step.before, step.after) for step in found.steps] == [
+        ("layer 40", pytest.approx(sqrt(13.09)), pytest.approx(sqrt(4.09))),
+        ("layer 7", pytest.approx(sqrt(4.09)), pytest.approx(0.3)),
+    ]
+    assert (found.shipped, found.everything, found.left) == (pytest.approx(sqrt(13.09)), 0.0, pytest.approx(0.3))
+    assert error.asked <= 2 + 2 * (2 * 6)  # nothing, everything, then two halves at each of log2(64) = 6 levels
+
+
+def test_search_ends_at_a_tenth_of_the_error_or_after_so_many_layers() -> None:
+    four = {"_1": 4.0, "_2": 4.0, "_3": 4.0, "_4": 4.0}
+    assert len(bisect_layers(LAYERS, Errors(**four), target=None, most=10).steps) == 4
+    assert len(bisect_layers(LAYERS, Errors(**four), target=2.0, most=10).steps) == 3
+    assert len(bisect_layers(LAYERS, Errors(**four), target=None, most=2).steps) == 2
+    assert bisect_layers(LAYERS, Errors(**four), target=4.0, most=10).steps == ()  # it is 4 already
+
+
+def test_two_layers_that_are_not_finite_are_found_though_each_hides_the_other() -> None:
+    error = Errors(_9=inf, _50=inf)
+    found = bisect_layers(LAYERS, error, target=None, most=10)
+    assert [(step.layer, step.after) for step in found.steps] == [("layer 9", inf), ("layer 50", 0.0)]
+
+
+def test_search_does_not_look_for_a_fault_that_lies_outside_the_layers() -> None:
+    error = Errors()
+    error.floor = 4.0
+    found = bisect_layers(LAYERS, error, target=None, most=10)
+    assert (found.shipped, found.everything, found.steps, error.asked) == (2.0, 2.0, (), 2)
+
+
+def test_search_gives_up_where_no_layer_lowers_the_error() -> None:
+    """Halves do, single layers do not: a pair must be restored together."""
+    pair = {"layer 3", "layer 60"}
+    found = bisect_layers(LAYERS, lambda restored: 0.0 if pair <= restored else 1.0, target=None, most=10)
+    assert found.steps == ()
+
+
+# One linear layer of 2 inputs and 2 outputs whose weight ships wrong: the identity in place of (2, 1; 0, 3).
+
+
+def tiny(weight: list[list[float]], names: dict[str, str] | None = None) -> ir.Model:
+    """y = Relu(x) W + (1, 1), the result of the product called "product"; module paths as an export notes them."""
+    arrays = {"W": np.array(weight, np.float32), "b": np.ones(2, np.float32)}
+    model = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 23]>
+        g (float[N, 2] x) => (float[N, 2] y) {
+            r = Relu(x)
+            product = MatMul(r, W)
+            y = Add(product, b)
+        }"""
+    )
+    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in arrays.items())
+    for node, path in zip(model.graph.node, ("act", "dense", "dense"), strict=True):
+        node.metadata_props.add(key="module", value=path)
+    return ir.from_proto(onnx.shape_inference.infer_shapes(model))
+
+
+RIGHT, WRONG = [[2.0, 1.0], [0.0, 3.0]], [[1.0, 0.0], [0.0, 1.0]]
+
+
+def outputs(model: ir.Model, *restored: int) -> list[float]:
+    session = onnxruntime().InferenceSession(ir.to_proto(model).SerializeToString())
+    (found,) = session.run(None, {"x": np.array([[5, -1]], np.float32), RESTORED: np.array(restored, np.int64)})
+    return [float(value) for value in found[0]]
+
+
+def test_a_linear_layer_is_restored_while_the_graph_runs() -> None:
+    shipped = tiny(WRONG)
+    assert restore_linears(shipped, tiny(RIGHT)) == ["dense"]
+    assert outputs(shipped, 0) == [6, 1]  # 5 + 1, 0 + 1
+    assert outputs(shipped, 1) == [11, 6]  # 2 * 5 + 1, 1 * 5 + 1
+
+
+def test_modules_of_a_half_precision_graph_are_restored_one_by_one() -> None:
+    from transom.export.passes.precision import convert_precision
+
+    shipped, right = tiny([[1 + 2**-12, 0.0], [0.0, 1.0]]), tiny(RIGHT)
+    convert_precision(shipped, "fp16")
+    names = restore_modules(shipped, right)
+    assert sorted(names) == ["act", "dense"]
+    dense = [int(name == "dense") for name in names]
+    assert outputs(shipped, 0, 0) == [6, 1]  # FP16 has no 1 + 2^-12
+    assert outputs(shipped, *dense) == [11, 6]
+
+
+def test_a_graph_of_something_else_is_refused() -> None:
+    other = tiny(RIGHT)
+    other.graph.node(1).outputs[0].name = "other"
+    with pytest.raises(BundleError, match="no product, which belongs to the layer dense"):
+        restore_linears(other, tiny(RIGHT))
+
+
+# The reference ViT, exported once: a damaged layer comes first.
+
+
+@pytest.fixture(autouse=True)
+def traced(traced_once: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(debug, "onnx_from_module", pipeline.onnx_from_module)
+
+
+@pytest.fixture
+def half_bundle(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    return once("fp16-vit", lambda folder: pipeline.export("vit", folder / "bundle", precision="fp16")) / "bundle"
+
+
+def damaged(bundle: Path, folder: Path, file: str, change: Callable[[onnx.ModelProto], None]) -> Path:
+    """A copy with one of its graphs changed, signed again as an exporter with a fault would."""
+    copy = folder / "damaged"
+    shutil.copytree(bundle, copy)
+    model = onnx.load(copy / file, load_external_data=False)
+    change(model)
+    data = model.SerializeToString()
+    (copy / file).write_bytes(data)
+    words = json.loads((copy / MANIFEST).read_text())
+    words["files"][file] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    words["manifest_sha256"] = manifest_sha256(words)
+    (copy / MANIFEST).write_text(json.dumps(words))
+    return copy
+
+
+def times_three(name: str) -> Callable[[onnx.ModelProto], None]:
+    """Three times the initializer, which lies in the graph's file."""
+
+    def change(model: onnx.ModelProto) -> None:
+        (found,) = (each for each in model.graph.initializer if each.name == name)
+        assert not found.external_data
+        array = numpy_helper.to_array(found)
+        found.CopyFrom(numpy_helper.from_array((3 * array).astype(array.dtype), name))
+
+    return change
+
+
+def scale_of(bundle: Path, layer: str) -> str:
+    """The name of a layer's weight scales in the CPU's file."""
+    model = onnx.load(bundle / "model.cpu.onnx", load_external_data=False)
+    (found,) = (
+        node.input[1]
+        for node in model.graph.node
+        if node.op_type == "DequantizeLinear"
+        and node.input[0].endswith(".int8")
+        and any(entry.value == layer for entry in node.metadata_props)
+    )
+    return str(found)
+
+
+def test_a_scale_three_times_too_large_is_found_in_an_int8_bundle(int8_bundle: Path, tmp_path: Path) -> None:
+    bundle = damaged(int8_bundle, tmp_path, "model.cpu.onnx", times_three(scale_of(int8_bundle, VALUE)))
+    result = transom("debug", "accuracy", bundle, "--json", "--most", "2")
+    assert result.exit_code == 0, result.output
+    told = document(result)
+    assert (told["flavour"], told["layers"]) == ("cpu", 19)
+    first, *_ = told["worst"]
+    assert (first["name"], first["graph"]) == (VALUE, "model")
+    assert first["before"] == told["error"]["shipped"] > 0.2
+    assert first["after"] < 0.03
+    assert (told["agreement"], first["agreement"]) == (1.0, 1.0)  # of 48 digits none tips over
+    assert told["error"]["everything_restored"] < 1e-5
+
+
+def test_the_other_flavour_is_not_damaged(int8_bundle: Path, tmp_path: Path) -> None:
+    bundle = damaged(int8_bundle, tmp_path, "model.cpu.onnx", times_three(scale_of(int8_bundle, VALUE)))
+    assert debug_accuracy(bundle, flavour="default", most=1).shipped < 0.03
+
+
+def test_a_weight_three_times_too_large_is_found_in_an_fp16_bundle(half_bundle: Path, tmp_path: Path) -> None:
+    bundle = damaged(half_bundle, tmp_path, "model.onnx", times_three(weight_of(half_bundle, KEY)))
+    result = transom("debug", "accuracy", bundle, "--target", "0.01")
+    assert result.exit_code == 0, result.output
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert [row[:3] for row in rows if row and row[0].isdigit()] == [["1", KEY, "model"]]
+    assert "with 1 of 38 layers in FP32" in result.stdout
+    assert "--precision bf16" in result.stdout
+
+
+def weight_of(bundle: Path, layer: str) -> str:
+    """The name of a linear layer's weight in half precision."""
+    model = onnx.load(bundle / "model.onnx")
+    (found,) = (
+        node.input[1]
+        for node in model.graph.node
+        if node.op_type in ("MatMul", "Gemm") and any(entry.value == layer for entry in node.metadata_props)
+    )
+    return str(found)
+
+
+def test_a_fault_outside_the_layers_is_told(int8_bundle: Path, tmp_path: Path) -> None:
+    model = onnx.load(int8_bundle / "model.cpu.onnx", load_external_data=False)
+    norms = [node.input[1] for node in model.graph.node if node.op_type == "LayerNormalization"]
+    bundle = damaged(int8_bundle, tmp_path, "model.cpu.onnx", times_three(norms[-1]))
+    result = transom("debug", "accuracy", bundle, "--most", "1")
+    assert result.exit_code == 0, result.output
+    assert "the rest comes from outside of them" in result.stdout
+
+
+def test_what_cannot_be_examined_is_refused(vit_bundle: Path, int8_bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="is in fp32: nothing in it was quantised or rounded"):
+        debug_accuracy(vit_bundle)
+    assert "transom.runtime.errors.ExportError: " in error_line(transom("debug", "accuracy", vit_bundle))
+
+    gone = {"checkpoint": str(tmp_path / "gone")}
+    moved = changed_bundle(int8_bundle, tmp_path / "moved", lambda words: words["source"].update(gone, sha256="0" * 64))
+    with pytest.raises(CalibrationError, match="Give --calibration-data what it was calibrated on"):
+        debug_accuracy(moved)
+    with pytest.raises(CheckpointError, match="gone"):
+        debug_accuracy(moved, calibration_data=["digits"])
+    with pytest.raises(CheckpointError, match="its hash differs"):
+        debug_accuracy(moved, source="vit", calibration_data=["digits"])
+    rangeless = changed_bundle(int8_bundle, tmp_path / "rangeless", lambda words: words["files"].pop("ranges.json"))
+    with pytest.raises(CalibrationError, match=r"has no ranges\.json"):
+        debug_accuracy(rangeless)
+
+
+def test_a_half_precision_bundle_without_data_is_measured_on_what_parity_runs_on(bert_checkpoint: Path) -> None:
+    loaded = load_source(str(bert_checkpoint), task=None, max_sizes={"S": 23}, image_size=None, ignore_unused=False)
+    samples, name = debug.parity_samples(loaded)
+    assert name == "passages and photographs of the parity runs"
+    rows = [sample.feeds["input_ids"] for sample in samples if sample.feeds]
+    assert [row.shape for row in rows] == [(1, 23)] * 48
+    assert len({row.tobytes() for row in rows}) > 40
+    assert max(int(row.max()) for row in rows) < loaded.config.vocab_size
