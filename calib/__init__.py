@@ -1,1 +1,1 @@
-"""What a model's ranges are: the room for INT8 calibration. Nothing lives here yet."""
+"""What a model's ranges are: calibration data, histograms, scales, smoothing."""

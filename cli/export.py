@@ -148,7 +148,7 @@ def export(
     block_size: Annotated[
         int,
         typer.Option(
-            metavar="16|32|64|128|256",
+            metavar="32|64|128|256",
             help="How many weights share a scale where weights alone are integers.",
             rich_help_panel=INTEGERS,
         ),

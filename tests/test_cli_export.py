@@ -26,7 +26,28 @@ def error_line_after_stages(result: Result) -> str:
     return str(line)
 
 
+def test_export_hands_every_option_of_quantisation_on(monkeypatch: pytest.MonkeyPatch, vit_bundle: Path) -> None:
+    from transom.export.quantization.options import QuantizeOptions
+    from transom.runtime.bundle import Bundle
+
+    received: dict[str, Any] = {}
+
+    def record(source: str, out: Path, **options: Any) -> Any:
+        received.update(options)
+        return Bundle(vit_bundle).manifest
+
+    monkeypatch.setattr("transom.export.pipeline.export", record)
+    options = "--precision int8 --calibration-data a.txt --calibration-data b --method minmax --no-smooth-quant"
+    options += " --activations static --weight-bits 7 --block-size 64 --also residual --ranges r.json --no-gate"
+    assert transom("export", "some/model", "--out", vit_bundle, *options.split()).exit_code == 0
+    assert received["precision"] == "int8"
+    assert received["quantize"] == QuantizeOptions(
+        ("a.txt", "b"), "minmax", False, "static", 7, 64, ("residual",), Path("r.json"), False
+    )
+
+
 def test_export_hands_every_option_on(monkeypatch: pytest.MonkeyPatch, vit_bundle: Path, tmp_path: Path) -> None:
+    from transom.export.quantization.options import QuantizeOptions
     from transom.runtime.bundle import Bundle
 
     received: dict[str, Any] = {}
@@ -45,6 +66,7 @@ def test_export_hands_every_option_on(monkeypatch: pytest.MonkeyPatch, vit_bundl
     result = transom("export", "some/model", "--out", tmp_path / "a b", *options.split())
     assert result.exit_code == 0
     assert received.pop("progress")
+    assert received.pop("quantize") == QuantizeOptions()
     assert received == {
         "source": "some/model",
         "out": tmp_path / "a b",

@@ -8,13 +8,22 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from typer.main import get_command
+
+from transom.calib.named import NAMES
+from transom.calib.scales import METHODS
+from transom.calib.table import RANGES
+from transom.cli.main import app
 
 REPO = Path(os.environ.get("TRANSOM_REPO", Path(__file__).parent.parent))
-PAGES = sorted([REPO / "README.md", *REPO.glob("docs/*.md"), *REPO.glob("export/data/*.md")])
+DOCUMENTS = ("docs", "export/data", "calib/sets")
+PAGES = sorted([REPO / "README.md", *(page for name in DOCUMENTS for page in (REPO / name).glob("*.md"))])
+ROOMS = "models|export|runtime|calib|cli|tests|examples|benchmarks|docs"
 
 pytestmark = pytest.mark.skipif(not (REPO / "README.md").is_file(), reason="the repository is not at hand")
 
@@ -23,21 +32,31 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (REPO / "README.md").read_text(encoding="utf-8"), re.DOTALL)
 
 
+def commands() -> list[list[str]]:
+    """Every `transom` command of the README, as words."""
+    lines = [line.split("#")[0] for block in blocks("sh") for line in block.splitlines()]
+    return [shlex.split(line) for line in lines if line.startswith("transom ")]
+
+
+def of_integers(command: list[str]) -> bool:
+    """These take a minute together: test_int8_export.py and test_debug_accuracy.py do what they do."""
+    return command[1] in ("calibrate", "debug") or "int8" in command
+
+
 @pytest.fixture(scope="module")
 def desk(
     tmp_path_factory: pytest.TempPathFactory, vit_bundle: Path, clip_bundle: Path, gpt_bundle: Path, dates_bundle: Path
 ) -> Path:
-    """A folder in which somebody ran `make export`, minilm left out, then every `transom` command of the README."""
+    """A folder in which somebody ran `make export`, minilm left out, then the README's commands but those of INT8."""
     folder = tmp_path_factory.mktemp("desk")
     (folder / "bundles").mkdir()
     made = {"vit": vit_bundle, "clip": clip_bundle, "gpt": gpt_bundle, "transformer": dates_bundle}
     for name, bundle in made.items():
         (folder / "bundles" / name).symlink_to(bundle)
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 30, 3), np.uint8)).save(folder / "digit.png")
-    lines = [line.split("#")[0] for block in blocks("sh") for line in block.splitlines()]
-    commands = [shlex.split(line) for line in lines if line.startswith("transom ")]
-    assert [command[1] for command in commands] == ["export", "selftest", *["run"] * 4, "report", "bench"]
-    for command in commands:
+    plain = [command for command in commands() if not of_integers(command)]
+    assert [command[1] for command in plain] == ["export", "selftest", *["run"] * 4, "report", "bench"]
+    for command in plain:
         run = [sys.executable, "-m", "transom.cli.main", *command[1:]]
         done = subprocess.run(run, cwd=folder, capture_output=True, text=True)
         assert done.returncode == 0, f"{shlex.join(command)}: {done.stderr}"
@@ -65,9 +84,27 @@ def test_the_commands_and_the_code_of_the_readme_run(desk: Path, monkeypatch: py
     assert 1 < float(str(names["perplexity"])) < 1000
 
 
+def test_the_commands_of_int8_are_understood() -> None:
+    """Parsed, and their words looked up, but not run."""
+    integers = [command for command in commands() if of_integers(command)]
+    assert [command[1] for command in integers] == ["export", "debug", "calibrate", "export"]
+    parsed = []
+    for command in integers:
+        found: Any = get_command(app)
+        words = command[1:]
+        while hasattr(found, "commands"):
+            found = found.commands[words.pop(0)]
+        parsed.append(found.make_context(found.name, words).params)
+    first, debugged, calibrated, second = parsed
+    assert first["calibration_data"][0] in NAMES
+    assert (debugged["bundle"], second["out"]) == (first["out"], first["out"])
+    assert second["ranges"] == calibrated["bundle"] / RANGES
+    assert second["method"].value in METHODS
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_between_files_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))
     assert all((page.parent / link).exists() for link in links), [x for x in links if not (page.parent / x).exists()]
-    code = re.findall(r"`((?:models|export|runtime|cli|tests|examples|docs)/[\w/.]+\.\w+)`", page.read_text("utf-8"))
+    code = re.findall(rf"`((?:{ROOMS})/[\w/.]+\.\w+)`", page.read_text("utf-8"))
     assert all((REPO / path).exists() for path in code), [path for path in code if not (REPO / path).exists()]
