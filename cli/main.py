@@ -129,7 +129,7 @@ app.command(
         "transom export ./checkpoint --out bundles/mine --precision fp16 --max S=256",
         "transom export google/vit-base-patch16-224 --out vit-384 --image-size 384",
         "transom export gpt --out bundles/gpt",
-        "transom export ./mine --out int8 --precision int8 --calibration-data lines.txt",
+        "transom export minilm --out bundles/minilm-int8 --precision int8",
     ),
 )(export)
 app.command(epilog=examples("transom verify bundles/minilm", "transom verify bundles/mine --source ./checkpoint"))(

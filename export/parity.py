@@ -21,7 +21,7 @@ TOLERANCES = {
     "fp32": 2e-5,  # 335 u: other summation orders over up to some thousand terms; 2e-6 is usual
     "fp16": 1e-2,  # 20 u: every tensor rounded, a dozen layers deep; 2e-3 is usual
     "bf16": 8e-2,  # 20 u, as above; 1.5e-2 is usual
-    # Integers are no rounding of every tensor alike: inputs unlike the calibration data are clipped, and single elements
+    # Integers are no rounding of every tensor alike: inputs unlike the calibration data are clipped, single elements
     # may be far off. This catches what is no number of the output's kind; accuracy is measured by the gate.
     "int8": 2.0,
     "int4": 2.0,

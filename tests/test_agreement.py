@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from transom.calib.samples import Sample
-from transom.export.quantization import agreement as agreement_module
 from transom.export.measures import Score
+from transom.export.quantization import agreement as agreement_module
 from transom.export.quantization.agreement import Agreement, Reference, RelativeError, nearest_others
 from transom.export.quantization.heldout import MAX_SAMPLES, Answers, drawn, reference_samples
 from transom.export.quantization.heldout_encoders import text_row
