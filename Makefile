@@ -30,7 +30,7 @@ SOUND := $(shell [ "$$(cat $(STAMP) 2>/dev/null)" = "$$(pwd -P)" ] && $(VENV)/bi
 # spend their time and memory on importing torch. loadfile keeps a file's own fixtures in one worker.
 PYTEST := OMP_NUM_THREADS=1 TRANSOM_REPO="$$PWD"
 # What a wheel may lack is a module or a data file; these files compare numbers of code that is the same in both.
-NUMBERS := parity graphs definitions tokenizers generation bundle_writer images calib quantization agreement gate debug
+NUMBERS := parity graphs definitions tokenizers generation bundle_writer images calib quantization agreement gate debug int8
 PYTEST_PARALLEL := -n $(WORKERS) --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
