@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from transom.export.passes.linears import Linear
 from transom.export.passes.splice import Splice, drop_unused
-from transom.export.passes.static import name_of_product, replace_product
+from transom.export.passes.static import dequantized_weight, name_of_product, replace_product
 from transom.export.quantization.weights import QuantizedWeights
 
 SMALLEST_ROW = 1e-20  # what a row of zeros counts as: its quotients are zeros, not NaN
@@ -36,14 +36,7 @@ def quantize_dynamic(model: ir.Model, linears: Sequence[Linear], weights: Quanti
         if value.name not in rows:
             rows[str(value.name)] = quantized_rows(splice, value)
         activation, scale = rows[str(value.name)]
-        name = linear.weight_name
-        stored, scales = weights.int8(linear)
-        weight = splice.add(
-            "DequantizeLinear",
-            [splice.weight(f"{name}.int8", stored), splice.weight(f"{name}.scale", scales)],
-            f"{linear.node.outputs[0].name}.weight",
-            {"axis": 1},
-        )
+        weight = dequantized_weight(splice, linear, weights)
         product = splice.add("MatMul", [activation, weight], name_of_product(linear))
         replace_product(splice, linear, splice.add("Mul", [product, scale], f"{product.name}.scaled"))
     drop_unused(model)

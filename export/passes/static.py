@@ -46,14 +46,7 @@ def quantize_static(
     for linear in linears:
         splice = Splice(model.graph, linear.node)
         activation = quantized_pair(splice, linear.activation, scales, pairs, signed=signed)
-        name = linear.weight_name
-        stored, scale = weights.int8(linear)
-        weight = splice.add(
-            "DequantizeLinear",
-            [splice.weight(f"{name}.int8", stored), splice.weight(f"{name}.scale", scale)],
-            f"{linear.node.outputs[0].name}.weight",
-            {"axis": 1},
-        )
+        weight = dequantized_weight(splice, linear, weights)
         replace_product(splice, linear, splice.add("MatMul", [activation, weight], f"{name_of_product(linear)}"))
     for node, index in places:
         value = node.inputs[index]
@@ -62,6 +55,18 @@ def quantize_static(
     drop_unused(model)
     model.graph.sort()
     return bool(linears or places)
+
+
+def dequantized_weight(splice: Splice, linear: Linear, weights: QuantizedWeights) -> ir.Value:
+    """Case 1: the int8 weight behind its DQ."""
+    stored, scale = weights.int8(linear)
+    name = linear.weight_name
+    return splice.add(
+        "DequantizeLinear",
+        [splice.weight(f"{name}.int8", stored), splice.weight(f"{name}.scale", scale)],
+        f"{linear.node.outputs[0].name}.weight",
+        {"axis": 1},
+    )
 
 
 def quantized_pair(
