@@ -82,29 +82,25 @@ class CalibrationData:
         """What samples hold: "text", "image", names of raw inputs."""
         return frozenset().union(*(entry.kinds for entry in self.entries))
 
-    def split(self, fraction: float, seed: int = 0) -> tuple[CalibrationData, CalibrationData]:
-        """(calibration, held out): about ``fraction`` of the samples are held out, drawn at random by ``seed``.
+    def split(self, parts: int, part: int = 0) -> tuple[CalibrationData, CalibrationData]:
+        """(calibration, held out): one of ``parts`` is held out, by its number; no two of them share a sample.
 
-        Samples of equal contents are on one side together. Order is kept; the same call gives the same parts.
-        Raises CalibrationError when a side would be empty.
+        Samples are dealt to the parts at random, those of equal contents together. Order is kept; the same call gives
+        the same samples. Raises CalibrationError where there are fewer distinct samples than parts.
         """
-        if not 0 < fraction < 1:
-            raise CalibrationError(f"fraction is {fraction!r}; expected a number between 0 and 1, as 0.25.")
+        if parts < 2 or not 0 <= part < parts:
+            raise CalibrationError(f"part {part} of {parts} is to be held out; expected one of at least two parts.")
         groups: dict[bytes, list[int]] = {}
         for index, entry in enumerate(self.entries):
             groups.setdefault(entry.digest, []).append(index)
-        shuffled = np.random.RandomState(seed).permutation(len(groups))  # a stream that no version of numpy changes
-        members = list(groups.values())
-        held_out: list[int] = []
-        for group in shuffled[:-1]:  # one stays in any case
-            if len(held_out) >= fraction * len(self.entries):
-                break
-            held_out += members[group]
-        if not held_out:
+        if len(groups) < parts:
             raise CalibrationError(
-                f"{self.name} has {len(self.entries)} samples, {len(groups)} distinct: too few to hold some out. "
-                "Give more."
+                f"{self.name} has {len(self.entries)} samples, {len(groups)} distinct: too few for {parts} parts, one "
+                "of them held out. Give more."
             )
+        members = list(groups.values())
+        shuffled = np.random.RandomState(0).permutation(len(groups))  # a stream that no version of numpy changes
+        held_out = [index for group in shuffled[part::parts] for index in members[group]]
         kept = np.setdiff1d(np.arange(len(self.entries)), held_out)
         return self._part("for calibration", kept), self._part("held out", np.sort(np.array(held_out)))
 

@@ -45,8 +45,8 @@ def put_through(bundle: LoadedBundle, sample: Sample) -> None:
     BERT, ViT and CLIP answer it; GPT says how probable its tokens are, of one context at most; the Transformer
     translates it greedily. Raises CalibrationError, which names the sample, for one that does not fit the graph.
     """
-    check_kinds(bundle, sample.name, sample.kinds)
-    family = bundle.manifest.family
+    family, tokenizer, preprocess = what_reads(bundle)
+    check_kinds(family, sample.name, sample.kinds, tokenizer=tokenizer, preprocess=preprocess)
     try:
         if sample.feeds is not None:
             FEED[family](bundle, sample.feeds)
@@ -58,14 +58,20 @@ def put_through(bundle: LoadedBundle, sample: Sample) -> None:
         ) from None
 
 
-def check_reach(bundle: LoadedBundle, data: CalibrationData) -> None:
-    """Raise CalibrationError unless every sample fits the bundle by its kind, and each graph is reached by some.
+def what_reads(bundle: LoadedBundle) -> tuple[str, bool, bool]:
+    """(family, whether it has a tokenizer, whether it has image preprocessing)."""
+    manifest = bundle.manifest
+    return manifest.family, manifest.tokenizer is not None, manifest.preprocess is not None
 
-    Nothing is computed: this is to be called before the first sample is put through.
+
+def check_reach(family: str, data: CalibrationData, *, tokenizer: bool, preprocess: bool) -> None:
+    """Raise CalibrationError unless every sample fits the family by its kind, and each graph is reached by some.
+
+    ``tokenizer`` and ``preprocess`` say whether the checkpoint has them. Nothing is computed, and no graph is needed:
+    this is to be called before anything takes its time.
     """
     for entry in data.entries:
-        check_kinds(bundle, entry.name, entry.kinds)
-    family = bundle.manifest.family
+        check_kinds(family, entry.name, entry.kinds, tokenizer=tokenizer, preprocess=preprocess)
     missed = {graph: wanted for graph, wanted in READS[family].items() if not data.kinds & {*wanted}}
     for graph, (kind, raw) in missed.items():
         raise CalibrationError(
@@ -74,9 +80,8 @@ def check_reach(bundle: LoadedBundle, data: CalibrationData) -> None:
         )
 
 
-def check_kinds(bundle: LoadedBundle, name: str, kinds: frozenset[str]) -> None:
-    """Raise CalibrationError where nothing of a sample is what the bundle takes."""
-    family = bundle.manifest.family
+def check_kinds(family: str, name: str, kinds: frozenset[str], *, tokenizer: bool, preprocess: bool) -> None:
+    """Raise CalibrationError where nothing of a sample is what the family takes."""
     wanted = READS[family].values()
     if not any(kinds & {*pair} for pair in wanted):
         takes = " and ".join(f"{kind}s (or a .npz file with {raw})" for kind, raw in wanted)
@@ -84,8 +89,8 @@ def check_kinds(bundle: LoadedBundle, name: str, kinds: frozenset[str]) -> None:
             f"{name} holds {listed(kinds)}: samples that don't fit the graph. This {family} takes {takes}. "
             "Give calibration data of that kind."
         )
-    for kind, words, raw in ((TEXT, bundle.manifest.tokenizer, IDS), (IMAGE, bundle.manifest.preprocess, PIXELS)):
-        if kind in kinds and words is None and any(kind in pair for pair in wanted):
+    for kind, there, raw in ((TEXT, tokenizer, IDS), (IMAGE, preprocess, PIXELS)):
+        if kind in kinds and not there and any(kind in pair for pair in wanted):
             lacks = "tokenizer" if kind == TEXT else "image preprocessing"
             raise CalibrationError(
                 f"{name} holds {listed(kinds)}, but this {family} has no {lacks}, since its checkpoint had none. "

@@ -54,7 +54,8 @@ class TextLines:
 class JsonLines(TextLines):
     """A .jsonl file: an object per line with "text", "text_pair" and "image", a path relative to the file.
 
-    A line has "text" or "image", or both; a key whose value is null counts as absent.
+    A line has "text" or "image", or both; a key whose value is null counts as absent. An image outside of the file's
+    folder is refused, as a link out of an ``ImageFolder`` is: a file from others would have others' files read.
     """
 
     def parse(self, line: str, where: str) -> Sample:
@@ -73,8 +74,24 @@ class JsonLines(TextLines):
                 refuse(where, f"has {key} {printable(repr(text)[:60])}, which is no Unicode text")
         if "text" not in found and ("image" not in found or "text_pair" in found):
             refuse(where, f"has the keys {printable(', '.join(map(str, value))[:100]) or 'none'}")
-        image = self._path.parent / found["image"] if "image" in found else None
+        image = self._inside(found["image"], where) if "image" in found else None
         return Sample(where, found.get("text"), found.get("text_pair"), image)
+
+    def _inside(self, image: str, where: str) -> Path:
+        folder = self._path.parent
+        path = folder / image
+        try:
+            inside = path.resolve().is_relative_to(folder.resolve())
+        except (OSError, RuntimeError) as error:  # a name too long, links in a circle
+            refuse(
+                where, f"names the image {printable(repr(image)[:60])}, which cannot be found ({one_line(error, 60)})"
+            )
+        if not inside:
+            raise CalibrationError(
+                f"{where} names the image {printable(repr(image)[:100])}, which lies outside of the file's folder; "
+                "expected a path relative to the file, below it. Move the file, or copy the image."
+            )
+        return path
 
 
 class ImageFolder:

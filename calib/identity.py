@@ -1,4 +1,4 @@
-"""Which graph this is: a hash over what it computes, so that a table of ranges can be bound to it."""
+"""Which graph and which node this is: a hash over what it computes, that ranges are bound to, and a module's path."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+
+MODULE = "module"  # node metadata: the path of the PyTorch module a node comes from
 
 
 def graph_sha256(model: ir.Model) -> str:

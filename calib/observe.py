@@ -11,13 +11,14 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from transom.calib.histogram import Histogram
+from transom.calib.identity import MODULE
+from transom.calib.noise import NoiseCheck
 from transom.calib.table import ChannelRanges, TensorRanges
 from transom.runtime.backend import Array
 from transom.runtime.errors import BackendError, CalibrationError, one_line
 from transom.runtime.ort import onnxruntime
 from transom.runtime.spec import Graph
 
-MODULE = "module"  # node metadata: the path of the PyTorch module a node comes from
 MASK = "attention_mask"  # the input that says which positions are padding
 ROWS = 512  # kept per tensor, of BERT-base's widest: 6 MB
 INLINE = 1024  # bytes: small initializers stay in the model, ONNX Runtime computes shapes from them
@@ -48,6 +49,7 @@ class ObservingBackend:
     ) -> None:
         self.graph = graph
         self.sample = ""
+        self.noise = NoiseCheck()
         names = list(dict.fromkeys([*tensors, *channels]))
         values = tapped_values(model, names)
         mask = next((value for value in model.graph.inputs if value.name == MASK), None)
@@ -73,6 +75,7 @@ class ObservingBackend:
             ) from None
         found = {**feeds, **dict(zip(names, results, strict=True))}
         with self._lock:
+            self.noise.update(feeds)
             for name, observed in self._tapped.items():
                 self._count(name, observed, found[name], feeds.get(MASK))
         for name, buffer in written.items():

@@ -208,6 +208,10 @@ def verdict_text(verdict: Any) -> str:
     for key, what in (("agreement", "same top-1"), ("relative_error", "relative error")):
         if at(verdict, key) is not None:
             said.append(f"{what} {figure(at(verdict, key))}")
+    repeated = at(verdict, "repeated")
+    if repeated is not None:
+        calibrations, found, n = (figure(at(repeated, key)) for key in ("calibrations", "found", "n"))
+        said.append(f"over {calibrations} calibrations {found}, n = {n}")
     return ", ".join(said)
 
 

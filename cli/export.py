@@ -174,7 +174,8 @@ def export(
         bool,
         typer.Option(
             "--gate/--no-gate",
-            help="Keep layers in higher precision until the accuracy gate holds, fail if it cannot.",
+            help="Keep layers in higher precision until the accuracy gate holds, fail if it cannot. --no-gate measures "
+            "once and ships what comes; parity with PyTorch still has to hold.",
             rich_help_panel=INTEGERS,
         ),
     ] = True,

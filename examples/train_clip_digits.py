@@ -185,10 +185,10 @@ def report(
         texts = embed_prompts(model, tokenizer, prompts, names)
         mean = nn.functional.normalize(texts.mean(0), dim=-1)
         for prompt, vectors in zip((*prompts, "mean of these"), (*texts, mean), strict=True):
-            right = int(((pictures @ vectors.T).argmax(1) == labels).sum())
-            score = Score("zero-shot accuracy", "scans", len(labels), right)
+            right = ((pictures @ vectors.T).argmax(1) == labels).tolist()
+            score = Score.of_each("zero-shot accuracy", "scans", right)
             low, high = score.interval
-            print(f"{kind:8s}  {right} of {len(labels)} = {score.value:.2%} ({low:.2%} to {high:.2%})  {prompt}")
+            print(f"{kind:8s}  {score.correct} of {score.n} = {score.value:.2%} ({low:.2%} to {high:.2%})  {prompt}")
 
 
 def save(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transom.calib.data import Sample, open_calibration_data
+from transom.calib.data import Sample
 from transom.calib.identity import graph_sha256
 from transom.calib.table import RANGES, RangeTable
 from transom.export.flavours import make_flavours
@@ -22,10 +22,11 @@ from transom.export.quantization.bisect import bisect_layers
 from transom.export.quantization.calibrate import smoothed
 from transom.export.quantization.heldout import reference_samples
 from transom.export.quantization.options import REFERENCE_DATA
-from transom.export.quantization.quantize import held_out_of
+from transom.export.quantization.quantize import held_out_again, is_scored
 from transom.export.quantization.quantizer import Layer
+from transom.export.quantization.stored import stored_graphs
 from transom.export.quantization.switched import SwitchedBundle
-from transom.export.quantization.trial import CPU, SENSITIVITY_SAMPLES, open_flavours
+from transom.export.quantization.trial import CPU, RANKING_SAMPLES, open_flavours
 from transom.export.samples import samples_for, single_rows
 from transom.export.source import Loaded, load_source
 from transom.runtime.bundle import QUANTIZED, Bundle, Manifest
@@ -33,6 +34,7 @@ from transom.runtime.errors import CalibrationError, CheckpointError, ExportErro
 from transom.runtime.fields import parse_json
 
 HALF = "default"  # the one file of a graph in half precision
+DEBUG_SAMPLES = RANKING_SAMPLES[1]
 TOKENS = 64  # of each sample, where there are only the inputs of parity runs
 
 
@@ -126,14 +128,15 @@ def debug_accuracy(
     }
     steps.next("measuring FP32")
     with open_flavours(bundle, make_flavours(fp32, loaded.graphs, "fp32")) as unrounded:
-        reference = Reference(unrounded, samples, data, most=SENSITIVITY_SAMPLES)
+        reference = Reference(unrounded, samples, data, most=DEBUG_SAMPLES)
     if table is not None:
         ranges = {name: table.require(name, graph_sha256(model)) for name, model in fp32.items()}
         fp32 = smoothed(fp32, {name: found.smoothing for name, found in ranges.items()})
     flavour = flavour if table is not None else HALF
     steps.next("building the graph whose layers can be restored")
     agreements: dict[frozenset[Layer], Agreement] = {}
-    with SwitchedBundle(bundle, flavour, fp32, threads) as switched:
+    shipped = stored_graphs(bundle, flavour)
+    with SwitchedBundle(bundle, shipped, fp32, half=table is None, threads=threads) as switched:
 
         def error(restored: frozenset[Layer]) -> float:
             steps.more("searching for the layers that break it")
@@ -146,16 +149,16 @@ def debug_accuracy(
         graph, name = step.layer
         beside = frozenset(each.layer for each in found.steps[: index + 1])
         worst.append(Restored(name, graph, step.before, step.after, top1(agreements[beside])))
-    shipped = agreements[frozenset()]
+    as_it_is = agreements[frozenset()]
     steps.next("done")
     return Findings(
         manifest=manifest,
         flavour=flavour,
         data=data,
-        output=shipped.output,
+        output=as_it_is.output,
         layers=len(switched.layers),
         shipped=found.shipped,
-        agreement=top1(shipped),
+        agreement=top1(as_it_is),
         everything=found.everything,
         target=found.target,
         worst=tuple(worst),
@@ -200,9 +203,8 @@ def held_out_samples(manifest: Manifest, data: Sequence[str]) -> tuple[Sequence[
     Raises CalibrationError where a quantised bundle needs the user's data.
     """
     source = str(manifest.source.get("checkpoint"))
-    if data:
-        _, held_out = held_out_of(open_calibration_data(data), 0, scored=False)
-        assert held_out is not None
+    if data and not (manifest.quantization and is_scored(source, manifest.task)):
+        held_out = held_out_again(manifest, data)
         return held_out.samples, held_out.name
     if source in REFERENCE_DATA:
         return reference_samples(source), f"held-out data of {source}"
@@ -222,9 +224,9 @@ def parity_samples(loaded: Loaded) -> tuple[list[Sample], str]:
         inputs = {tensor.name: tensor for tensor in graph.inputs}
         feeds = {}
         if "pixel_values" in inputs:
-            feeds["pixel_values"] = made[graph.name].feeds({"B": SENSITIVITY_SAMPLES})["pixel_values"]
+            feeds["pixel_values"] = made[graph.name].feeds({"B": DEBUG_SAMPLES})["pixel_values"]
         elif "input_ids" in inputs:
-            shape = SENSITIVITY_SAMPLES, min(TOKENS, loaded.axes["S"].max)
+            shape = DEBUG_SAMPLES, min(TOKENS, loaded.axes["S"].max)
             feeds["input_ids"] = made[graph.name].ids(shape, inputs["input_ids"].below or 1)
         rows = single_rows(feeds) if feeds else ()
         found += [Sample(f"row {row} of {graph.name}", feeds=fed) for row, fed in enumerate(rows)]

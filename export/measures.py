@@ -2,30 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import sqrt
-from typing import Any
+from typing import Any, Self
 
 Z = 1.959963984540054  # standard normal quantile of 0.975: a 95 % interval leaves 2.5 % on either side
 
 
 @dataclass(frozen=True)
 class Score:
-    """``correct`` of ``n`` cases of the data set ``data`` answered right."""
+    """``right`` of ``cases`` are answered right, of each input of the data set ``data``: of a text 3 of 5 gaps."""
 
     name: str
     data: str
-    n: int
-    correct: int
+    right: tuple[float, ...]
+    cases: tuple[int, ...]
+
+    @classmethod
+    def of_each(cls, name: str, data: str, right: Iterable[bool]) -> Self:
+        """Of inputs with one case each."""
+        outcomes = tuple(int(outcome) for outcome in right)
+        return cls(name, data, outcomes, (1,) * len(outcomes))
+
+    @property
+    def n(self) -> int:
+        return sum(self.cases)
+
+    @property
+    def correct(self) -> float:
+        return sum(self.right)
 
     @property
     def value(self) -> float:
         return self.correct / self.n
 
     @property
+    def design_effect(self) -> float:
+        """How many cases of the inputs' kind are worth one of an input of its own: the gaps of a text share its fate.
+
+        The variance between inputs over that of independent cases, Kish (1965); at least 1, and 1 where all cases came
+        out alike, which says nothing of it.
+        """
+        n, p, inputs = self.n, self.value, len(self.cases)
+        if max(self.cases) == 1 or not 0 < p < 1:
+            return 1.0
+        if inputs == 1:
+            return float(n)
+        pairs = zip(self.right, self.cases, strict=True)
+        between = sum((right - p * cases) ** 2 for right, cases in pairs) * inputs / (inputs - 1)
+        return max(1.0, between / (n * p * (1 - p)))
+
+    @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval of the true fraction: what other cases of this kind would give. Wilson (1927)."""
-        n, p = self.n, self.value
+        """Wilson's 95 % interval of the true fraction: what other inputs of this kind would give. Wilson (1927)."""
+        n, p = self.n / self.design_effect, self.value
         middle = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
         half = Z * sqrt(p * (1 - p) / n + Z**2 / (4 * n**2)) / (1 + Z**2 / n)
         return middle - half, middle + half

@@ -13,13 +13,13 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from transom.calib.identity import MODULE
 from transom.runtime.errors import ExportError, one_line
 from transom.runtime.inputs import shape_of
 from transom.runtime.spec import Axis, Graph
 
 OPSET = 23  # the first with Attention
 CACHE_OPSET = 24  # the first with TensorScatter, which writes the KV cache
-MODULE = "module"  # node metadata: the path of the PyTorch module a node comes from
 
 
 def onnx_from_module(module: nn.Module, graph: Graph, axes: Mapping[str, Axis]) -> ir.Model:

@@ -11,7 +11,9 @@ from typing import Any
 
 import onnx_ir as ir
 
-from transom.calib.table import RANGES
+from transom.calib.data import CalibrationData, open_calibration_data
+from transom.calib.drive import check_reach
+from transom.calib.table import RANGES, RangeTable, load_table
 from transom.export.bundle import BundleWriter, axes_to_json, check_out, graph_to_json, new_bundle
 from transom.export.checks import check_greedy, check_parity, measure_ranges, open_bundle, open_emulated, open_pytorch
 from transom.export.exercises import Exercises
@@ -109,13 +111,15 @@ def export(
     AccuracyError where a quantised model is too far off, ExportError for everything else that stops it.
     In each case nothing is left at ``out``, or the old bundle is.
     """
-    check_options(precision, source, quantize)
     check_out(out, force=force)
+    calibration = check_options(precision, source, quantize)
     steps = Steps(progress, total=5 + (precision == "fp16"))
     steps.next(f"reading {source}")
     loaded = load_source(
         source, task=task, max_sizes=max_sizes or {}, image_size=image_size, ignore_unused=ignore_unused
     )
+    if calibration is not None:
+        calibration.check(loaded, precision, quantize)
     steps.next("tracing the module to ONNX")
     canonical = {
         graph.name: onnx_from_module(part, graph, loaded.axes)
@@ -125,8 +129,8 @@ def export(
     with new_bundle(out, force=force) as writer:
         steps.next(f"making the {precision} graph")
         record: dict[str, Any] = {}
-        if precision in QUANTIZED:
-            made = quantized(writer.folder, loaded, canonical, precision, quantize, steps)
+        if calibration is not None:
+            made = quantized(writer.folder, loaded, canonical, precision, quantize, calibration, steps)
             flavours, record = made.flavours, {"quantization": made.record}
             writer.add(RANGES, made.table.to_bytes())
         else:
@@ -163,17 +167,34 @@ def export(
     return manifest
 
 
-def check_options(precision: str, source: str, quantize: QuantizeOptions) -> None:
-    """Refuse what cannot be meant, before any work is done."""
+@dataclass(frozen=True)
+class Calibration:
+    """What a quantised export reads beside the checkpoint: ``data``, and ``table`` where --ranges gives one."""
+
+    data: CalibrationData
+    table: RangeTable | None
+
+    def check(self, loaded: Loaded, precision: str, options: QuantizeOptions) -> None:
+        """Raise CalibrationError or ExportError for what does not go with the model, before anything is computed."""
+        options.recipe(precision, loaded.graphs)
+        tokenizer, preprocess = loaded.tokenizer is not None, loaded.preprocess is not None
+        check_reach(loaded.family.name, self.data, tokenizer=tokenizer, preprocess=preprocess)
+
+
+def check_options(precision: str, source: str, quantize: QuantizeOptions) -> Calibration | None:
+    """Refuse what cannot be meant, and open what a quantised export reads; None where it is not quantised."""
     if precision not in PRECISIONS:
         raise ExportError(f"--precision is {precision!r}; expected one of {', '.join(PRECISIONS)}.")
     if precision in QUANTIZED:
-        quantize.data_for(source)
-    elif quantize != PLAIN:
+        quantize.check(precision)
+        data = open_calibration_data(quantize.data_for(source))
+        return Calibration(data, None if quantize.ranges is None else load_table(quantize.ranges))
+    if quantize != PLAIN:
         raise ExportError(
             f"--precision is {precision}, which is not quantised, and an option for quantisation is given; leave it "
             "out, or choose --precision int8."
         )
+    return None
 
 
 def quantized(
@@ -182,6 +203,7 @@ def quantized(
     canonical: Mapping[str, ir.Model],
     precision: str,
     options: QuantizeOptions,
+    calibration: Calibration,
     steps: Steps,
 ) -> Quantized:
     """Integer graphs whose accuracy was measured, beside an FP32 bundle that exists for as long as this takes."""
@@ -198,7 +220,15 @@ def quantized(
         writer.describe(describe(loaded, "fp32", flavours))
         original = Bundle(beside)
         return Quantization(
-            original, canonical, loaded.checkpoint.source, precision, options, measure, steps.more
+            original,
+            canonical,
+            loaded.checkpoint.source,
+            precision,
+            options,
+            calibration.data,
+            calibration.table,
+            measure,
+            steps.more,
         ).run()
 
 

@@ -37,8 +37,7 @@ def digits_score(predict: Callable[[list[NDArray[np.uint8]]], NDArray[Any]]) -> 
     """
     images, labels = heldout_images()
     answers = finite(predict(images), (len(images), DIGITS), "predict(images)")
-    correct = int((answers.argmax(1) == labels).sum())
-    return Score("top-1 accuracy", "held-out scans of scikit-learn's digits", len(labels), correct)
+    return Score.of_each("top-1 accuracy", "held-out scans of scikit-learn's digits", answers.argmax(1) == labels)
 
 
 def heldout_images() -> tuple[list[NDArray[np.uint8]], NDArray[np.uint8]]:
@@ -55,17 +54,14 @@ def zero_shot_score(choose: Callable[[list[NDArray[np.uint8]], list[str]], NDArr
     """
     images, labels = heldout_images()
     prompts = digit_prompts()
-    correct = []
+    right: list[NDArray[np.bool_]] = []
     for prompt in prompts:
         answers = choose(images, [prompt.replace("{}", name) for name in DIGIT_NAMES])
         found = finite(answers, (len(images), DIGITS), f"choose(images, {prompt!r})").argmax(1)
-        correct.append(int((found == labels).sum()))
-    return Score(
-        f"zero-shot accuracy, worst of {len(prompts)} unseen prompts",
-        "held-out scans of scikit-learn's digits",
-        len(labels),
-        min(correct),
-    )
+        right.append(found == labels)
+    worst = min(right, key=np.sum)
+    name = f"zero-shot accuracy, worst of {len(prompts)} unseen prompts"
+    return Score.of_each(name, "held-out scans of scikit-learn's digits", worst.tolist())
 
 
 def retrieval_score(embed: Callable[[list[str]], NDArray[Any]]) -> Score:
@@ -77,8 +73,10 @@ def retrieval_score(embed: Callable[[list[str]], NDArray[Any]]) -> Score:
     definitions, words = wordnet_pairs()
     queries = unit_rows(embed(definitions), len(definitions))
     targets = unit_rows(embed(words), len(words))
-    correct = int(((queries @ targets.T).argmax(1) == np.arange(len(definitions))).sum())
-    return Score("top-1 retrieval", "definitions and words of WordNet 3.0", len(definitions), correct)
+    nearest = (queries @ targets.T).argmax(1)
+    return Score.of_each(
+        "top-1 retrieval", "definitions and words of WordNet 3.0", nearest == np.arange(len(definitions))
+    )
 
 
 def bits_per_byte(log_probabilities: Callable[[str], NDArray[Any]], text: str) -> Rate:
@@ -120,16 +118,17 @@ def masked_score(fill: Callable[[str], list[str]]) -> Score:
 
     ``fill`` takes a text with one or more [MASK] and gives one word for each. Raises ExportError for another number.
     """
-    correct, n = 0, 0
+    right: list[int] = []
+    cases: list[int] = []
     for text, words in masked_text():
         found = fill(text)
         if len(found) != len(words):
             raise ExportError(
                 f"fill gave {len(found)} words for {len(words)} gaps of {text[:40]!r}; expected one each."
             )
-        correct += sum(guess == word for guess, word in zip(found, words, strict=True))
-        n += len(words)
-    return Score("masked-word accuracy", "held-out chapters of Jane Austen", n, correct)
+        right.append(sum(guess == word for guess, word in zip(found, words, strict=True)))
+        cases.append(len(words))
+    return Score("masked-word accuracy", "held-out chapters of Jane Austen", tuple(right), tuple(cases))
 
 
 def dates_score(translate: Callable[[list[str]], list[str]]) -> Score:
@@ -141,8 +140,8 @@ def dates_score(translate: Callable[[list[str]], list[str]]) -> Score:
     found = translate(texts)
     if len(found) != len(texts):
         raise ExportError(f"translate gave {len(found)} texts for {len(texts)}; expected one each.")
-    correct = sum(answer == right for answer, right in zip(found, expected, strict=True))
-    return Score("exact match", "dates that training never saw", len(texts), correct)
+    right = (answer == date for answer, date in zip(found, expected, strict=True))
+    return Score.of_each("exact match", "dates that training never saw", right)
 
 
 def unit_rows(vectors: NDArray[Any], n: int) -> NDArray[np.float64]:

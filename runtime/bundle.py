@@ -29,7 +29,7 @@ STATE_DTYPES = ("float32", "float16", "bfloat16")  # but for state, which is the
 QUANTIZED = ("int8", "int4")  # of the weights; accuracy is judged by a gate, not by parity
 PRECISIONS = ("fp32", "fp16", "bf16", *QUANTIZED)
 MODES = ("static", "dynamic", "none")  # how the activations before integer weights become integers
-WEIGHT_BITS = (4, 7, 8)
+WEIGHT_BITS = {"int8": (7, 8), "int4": (4,)}
 
 
 @dataclass(frozen=True)
@@ -207,9 +207,10 @@ def quantization_from_json(
         expected = f"one of {', '.join(MODES)} for each of {', '.join(graphs)}"
         problems.append(f"quantization.activations is {repr(modes)[:60]}, expected {expected}")
     bits = value.get("weight_bits")
-    if type(bits) is not int or bits not in WEIGHT_BITS:
-        expected = ", ".join(map(str, WEIGHT_BITS))
-        problems.append(f"quantization.weight_bits is {repr(bits)[:60]}, expected one of {expected}")
+    possible = WEIGHT_BITS.get(precision or "", ())
+    if possible and (type(bits) is not int or bits not in possible):
+        expected = " or ".join(map(str, possible))
+        problems.append(f"quantization.weight_bits is {repr(bits)[:60]}, expected {expected} of {precision}")
     return value
 
 

@@ -81,7 +81,7 @@ QUANTIZATION: dict[str, Any] = {  # what bundle.json says of an INT8 export; the
             "n": 540,
             "interval": [-0.001, 0.012],
             "holds": True,
-            "repetitions": 1,
+            "repeated": None,
             "score": {"name": "top-1 accuracy", "fp32": {"value": 0.99}, "int8": {"value": 0.985}},
             "agreement": {"n": 540, "correct": 538, "value": 0.9963, "interval": [0.9866, 0.999]},
             "relative_error": {"output": "logits", "value": 0.02, "n": 540, "interval": [0.01, 0.03]},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from math import inf, log
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from transom.export.quantization import agreement as agreement_module
 from transom.export.quantization.agreement import Agreement, Reference, RelativeError, nearest_others
 from transom.export.quantization.heldout import MAX_SAMPLES, Answers, drawn, reference_samples
 from transom.export.quantization.heldout_encoders import text_row
-from transom.export.scores import SCORES
+from transom.export.scores import DIGIT_NAMES, SCORES, heldout_images
 from transom.runtime.backend import Array, Backend, open_backend
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import CalibrationError, ExportError
@@ -164,7 +165,8 @@ def test_flipped_answers_are_counted(vit_bundle: Path) -> None:
         return found
 
     found = compared(vit_bundle, reference_samples("vit")[:40], first_of_each)
-    assert found.top1 == Score("same top-1 as FP32, images", "some data", 40, 37)
+    same = [index not in (0, 16, 32) for index in range(40)]
+    assert found.top1 == Score.of_each("same top-1 as FP32, images", "some data", same)
     assert found.error.n == 40
 
 
@@ -241,7 +243,32 @@ def test_a_long_text_is_read_in_windows_up_to_the_most(exported: Exported) -> No
 def test_few_samples_of_clip_are_as_many_images_and_texts(clip_bundle: Path) -> None:
     with opened(clip_bundle) as clip:
         found = Reference(clip, reference_samples("clip"), "scans", most=8).against(clip)
-    assert found.top1 == Score("same top-1 as FP32, images among 8 texts", "scans", 8, 8)
+    assert found.top1 == Score.of_each("same top-1 as FP32, images among 8 texts", "scans", [True] * 8)
+    assert found.right is None  # none of the texts came with an image
+
+
+def test_of_pairs_the_text_that_came_with_the_image_is_right(clip_bundle: Path) -> None:
+    """Scans of zero to nine, each beside its name; then with the names of one and two exchanged."""
+    images, labels = heldout_images()
+    firsts = [int((labels == digit).argmax()) for digit in range(10)]
+    names = [f"a scan of a {name}" for name in DIGIT_NAMES]
+    pairs = [Sample(str(digit), text=names[digit], image=images[firsts[digit]]) for digit in range(10)]
+    wrong = [replace(pair, text=names[{1: 2, 2: 1}.get(digit, digit)]) for digit, pair in enumerate(pairs)]
+    with opened(clip_bundle) as clip:
+        whole, exchanged = (Reference(clip, samples, "pairs").against(clip).right for samples in (pairs, wrong))
+    assert whole is not None
+    assert exchanged is not None
+    assert whole[0].name == "accuracy of images among 10 texts"
+    assert [score.correct for score in (*whole, *exchanged)] == [10, 10, 8, 8]
+
+
+def test_a_model_that_answers_everything_alike_cannot_be_judged(vit_bundle: Path, gpt_bundle: Path) -> None:
+    def alike(feeds: Mapping[str, Array], found: dict[str, Array]) -> dict[str, Array]:
+        return {name: np.ones_like(array) for name, array in found.items()}
+
+    for folder, samples in ((vit_bundle, reference_samples("vit")[:20]), (gpt_bundle, texts("the people", "to be"))):
+        with opened(folder, alike) as dull, pytest.raises(CalibrationError, match="one and the same output for all"):
+            Reference(dull, samples, "some data")
 
 
 def test_translations_follow_fp32s_own_greedy_output(dates_bundle: Path) -> None:

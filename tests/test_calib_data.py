@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import tracemalloc
-import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +13,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from transom.calib.arrays import NpzRows
-from transom.calib.data import MIN_SAMPLES, NAMES, CalibrationData, Sample, open_calibration_data
+from transom.calib.data import NAMES, CalibrationData, Sample, open_calibration_data
 from transom.calib.named import DATA
 from transom.export.inputs import (
     digit_prompts,
@@ -245,235 +242,35 @@ def test_texts_and_images_are_not_held(tmp_path: Path) -> None:
 # ---- splits
 
 
-def test_a_split_is_disjoint_complete_and_the_same_again() -> None:
+def test_parts_are_disjoint_complete_and_the_same_again() -> None:
     data = open_calibration_data(["dates"])
-    kept, held_out = data.split(0.25)
+    kept, held_out = data.split(4)
     assert (len(kept.samples), len(held_out.samples)) == (375, 125)
     names = [[sample.name for sample in part.samples] for part in (kept, held_out)]
     assert sorted([*names[0], *names[1]]) == sorted(entry.name for entry in data.entries)
     assert names[1] == sorted(names[1], key=lambda name: int(re.findall(r"\d+", name)[0]))
-    again, others = data.split(0.25)[1], data.split(0.25, seed=1)[1]
-    assert again.sha256 == held_out.sha256 != others.sha256
-    assert held_out.split(0.2)[1].samples[0].name in names[1]
+    assert data.split(4)[1].sha256 == held_out.sha256
+    parts = [{entry.name for entry in data.split(4, part)[1].entries} for part in range(4)]
+    assert set.union(*parts) == {entry.name for entry in data.entries}
+    assert sum(map(len, parts)) == 500
+    assert kept.split(3)[1].samples[0].name in names[0]
     assert kept.name == "dates (375 of 500, for calibration)"
 
 
 def test_equal_samples_stay_on_one_side(tmp_path: Path) -> None:
     path = tmp_path / "often.txt"
     path.write_text("\n".join(f"text {n % 10}" for n in range(40)))
-    for seed in range(5):
-        kept, held_out = open_calibration_data([str(path)]).split(0.5, seed)
+    for part in range(2):
+        kept, held_out = open_calibration_data([str(path)]).split(2, part)
         sides = [{sample.text for sample in part.samples} for part in (kept, held_out)]
         assert sides[0] & sides[1] == set()
         assert (len(sides[0]), len(sides[1])) == (5, 5)
 
 
-@pytest.mark.parametrize("fraction", [0, 1, -0.5, float("nan")])
-def test_a_split_needs_a_fraction(fraction: float) -> None:
-    with pytest.raises(CalibrationError, match="expected a number between 0 and 1"):
-        open_calibration_data(["dates"]).split(fraction)
-
-
-# ---- what is refused
-
-
-def refused(*given: object) -> str:
-    with pytest.raises(CalibrationError) as caught:
-        open_calibration_data([str(each) for each in given])
-    message = str(caught.value)
-    assert "\n" not in message
-    assert message.endswith(".")
-    return message
-
-
-@pytest.mark.parametrize("name", ["random", "Random", "noise"])
-def test_random_data_is_refused_with_the_reason(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / name).mkdir()
-    message = refused(name)
-    assert "random inputs have ranges that no real input has" in message
-    assert "austen" in message
-
-
-def test_nothing_is_refused() -> None:
-    with pytest.raises(CalibrationError, match=r"is nothing; expected a list of names \(austen, "):
-        open_calibration_data([])
-    with pytest.raises(CalibrationError, match="is 'austen'; expected a list"):
-        open_calibration_data("austen")
-    for absent in ("", "austin", "x" * 5000, "a\0b", "/dev/null"):
-        assert "expected one of austen, digits, digit-captions, wordnet, dates, or a .txt" in refused(absent)
-
-
-@pytest.mark.parametrize("count", [1, MIN_SAMPLES - 1])
-def test_too_few_are_refused_with_the_reason(tmp_path: Path, count: int) -> None:
-    path = tmp_path / "few.txt"
-    path.write_text("\n".join(f"text {n % count}" for n in range(100)))
-    assert re.search(
-        f"few.txt holds {count} distinct texts?, at least 8 are needed: of fewer, one unusual input", refused(path)
-    )
-    path.write_text("\n".join(f"text {n}" for n in range(MIN_SAMPLES)))
-    assert len(open_calibration_data([str(path)]).samples) == MIN_SAMPLES
-
-
-def test_too_few_of_one_kind_are_refused(photos: Path, tmp_path: Path) -> None:
-    (tmp_path / "few.txt").write_text("a\nb\n")
-    assert "photos + few.txt holds 2 distinct texts, at least 8" in refused(photos, tmp_path / "few.txt")
-
-
-def write_npz(path: Path, **members: bytes) -> None:
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, data in members.items():
-            archive.writestr(f"{name}.npy", data)
-
-
-def npy(shape: str, descr: str = "'<f4'", body: bytes = b"", fortran: bool = False) -> bytes:
-    head = f"{{'descr': {descr}, 'fortran_order': {fortran}, 'shape': {shape}, }}\n".encode()
-    return b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head + body
-
-
-def of_lines(*parts: bytes) -> Callable[[Path], Path]:
-    def make(folder: Path) -> Path:
-        path = folder / "data.jsonl"
-        path.write_bytes(b'{"text": "fine"}\n' + b"\n".join(parts))
-        return path
-
-    return make
-
-
-def of_npz(**members: bytes) -> Callable[[Path], Path]:
-    def make(folder: Path) -> Path:
-        write_npz(folder / "data.npz", **members)
-        return folder / "data.npz"
-
-    return make
-
-
-def of_bytes(name: str, data: bytes) -> Callable[[Path], Path]:
-    def make(folder: Path) -> Path:
-        (folder / name).write_bytes(data)
-        return folder / name
-
-    return make
-
-
-def of_arrays(**arrays: object) -> Callable[[Path], Path]:
-    def make(folder: Path) -> Path:
-        np.savez(folder / "data.npz", **{name: np.asarray(value) for name, value in arrays.items()})  # type: ignore[arg-type]
-        return folder / "data.npz"
-
-    return make
-
-
-def folder_of(**files: bytes) -> Callable[[Path], Path]:
-    def make(folder: Path) -> Path:
-        made = folder / "images"
-        made.mkdir()
-        for name, data in files.items():
-            (made / name.replace("_", ".")).write_bytes(data)
-        return made
-
-    return make
-
-
-def outside(folder: Path) -> Path:
-    made = folder_of(a_txt=b"")(folder)
-    (folder / "secret.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    (made / "b.png").symlink_to("../secret.png")
-    return made
-
-
-def outside_folder(folder: Path) -> Path:
-    made = folder_of()(folder)
-    (made / "up").symlink_to("..")
-    return made
-
-
-def piped(folder: Path) -> Path:
-    made = folder_of()(folder)
-    os.mkfifo(made / "a.png")
-    return made
-
-
-ROWS = "Write it with np.savez"
-OBJECTS = np.array([{}] * 8, dtype=object)
-REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
-    "an empty text": (of_bytes("a.txt", b""), "holds no text; expected one per line"),
-    "blank lines": (of_bytes("a.txt", b"\n \n\t\r\n"), "holds no text; expected one per line"),
-    "Latin-1": (of_bytes("a.txt", b"caf\xc3\xa9\ncaf\xe9\n"), "a.txt:2 is no UTF-8: byte 0xe9 at 3"),
-    "another suffix": (of_bytes("a.csv", b"a"), "no file of a known kind; expected a .txt, .jsonl or .npz file"),
-    "no lines": (of_bytes("a.jsonl", b""), "holds no text"),
-    "no JSON": (of_lines(b'{"text": "fine"}', b'{"text"'), "data.jsonl:3 is no JSON (Expecting"),
-    "deep JSON": (of_lines(b"[" * 100_000), "data.jsonl:2 is no JSON (nested too deeply); expected an object such as"),
-    "an array": (of_lines(b"[1]"), "data.jsonl:2 is JSON of a list; expected an object"),
-    "other keys": (of_lines(b'{"sentence": "a", "id": 1}'), "data.jsonl:2 has the keys sentence, id; expected"),
-    "no keys": (of_lines(b"{}"), "data.jsonl:2 has the keys none"),
-    "a pair alone": (of_lines(b'{"text_pair": "a"}'), "data.jsonl:2 has the keys text_pair"),
-    "a pair of an image": (of_lines(b'{"text_pair": "a", "image": "b"}'), "data.jsonl:2 has the keys text_pair"),
-    "a number": (of_lines(b'{"text": 3}'), "data.jsonl:2 has text 3, no text"),
-    "a blank": (of_lines(b'{"text": " "}'), "data.jsonl:2 has text ' ', no text"),
-    "a surrogate": (of_lines(b'{"text": "\\ud800"}'), "data.jsonl:2 has text '\\ud800', which is no Unicode"),
-    "no such image": (of_lines(b'{"image": "not/there.png"}'), "which is no file that is there"),
-    "an image beyond names": (of_lines(b'{"image": "a\\u0000b"}'), "which is no Unicode text"),
-    "no image": (folder_of(a_txt=b"a", b_md=b"b"), "holds no image; expected files that end in .png"),
-    "no files": (folder_of(), "holds no image"),
-    "text called PNG": (folder_of(a_png=b"hello, world"), "starts with b'hello, w', which is none of PNG, JPEG"),
-    "a link out": (outside, "b.png is a link that leaves the folder"),
-    "a linked folder": (outside_folder, "up is a link that leaves the folder"),
-    "a pipe": (piped, "is no regular file; expected an image"),
-    "no archive": (of_bytes("a.npz", b"PK no"), f"as calibration data: File is not a zip file. {ROWS}"),
-    "an empty archive": (of_npz(), "it holds 0 arrays of 0 names, expected 1 to 1000"),
-    "pickles": (of_arrays(x=OBJECTS), "array 'x' holds pickled objects, which can run code"),
-    "no numbers": (of_arrays(x=["a"] * 8), "array 'x' is of <U1, expected numbers"),
-    "a scalar": (of_arrays(x=3), "array 'x' is a single number, without an axis for the samples"),
-    "lengths": (of_arrays(x=[1] * 8, y=[1] * 9), "its arrays differ in their first axis (x (8,), y (9,))"),
-    "no rows": (of_arrays(x=np.zeros((0, 3))), "array 'x' is float64 (0, 3), expected samples"),
-    "Fortran order": (of_arrays(x=np.zeros((8, 3), order="F")), "is in Fortran order, expected C order"),
-    "no .npy": (of_npz(x=b"hello, world"), "the magic string is not correct"),
-    "a short array": (of_npz(x=npy("(8, 4)", body=bytes(100))), "is float32 (8, 4) by its header, but has"),
-    "a huge header": (of_npz(x=npy("(99999999, 99999999, 99999999)")), "by its header, but has"),
-    "a negative header": (of_npz(x=npy("(-8, -1)", body=bytes(32))), "array 'x' is float32 (-8, -1), expected"),
-    "nothing, often": (of_npz(x=npy(f"({10**30}, 0)")), "0), expected samples of at least one number"),
-    "one sample in many": (of_arrays(x=np.zeros((100, 3))), "holds 1 distinct sample of 'x', at least 8"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_refused(case: str, tmp_path: Path) -> None:
-    make, message = REFUSED[case]
-    assert message in refused(make(tmp_path))
-
-
-def test_a_bomb_is_refused_by_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transom.calib.arrays.MAX_BYTES", 1 << 20)
-    np.savez_compressed(tmp_path / "bomb.npz", x=np.zeros((8, 1 << 15), np.float32))
-    assert "it unpacks to 1048704 bytes, at most 1048576 are read" in refused(tmp_path / "bomb.npz")
-    monkeypatch.setattr("transom.calib.arrays.MAX_BYTES", 1 << 30)
-    monkeypatch.setattr("transom.calib.arrays.MAX_ROW_BYTES", 1 << 10)
-    assert "a sample of 'x' is 131072 bytes, at most 1024 are read" in refused(tmp_path / "bomb.npz")
-
-
-def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transom.calib.files.MAX_LINE_BYTES", 100)
-    path = tmp_path / "long.txt"
-    path.write_text("a" * 99 + "\n" + "b" * 100 + "\n")
-    assert "long.txt:2 is longer than 100 bytes; expected one text per line" in refused(path)
-
-
-def test_damage_behind_the_header_is_found_at_once(tmp_path: Path) -> None:
-    """By the archive's checksum, before a sample is handed out."""
-    path = tmp_path / "flipped.npz"
-    np.savez(path, x=np.arange(64, dtype=np.float32).reshape(8, 8))
-    data = bytearray(path.read_bytes())
-    data[data.index(np.float32(63).tobytes())] ^= 1
-    path.write_bytes(data)
-    assert "Bad CRC-32" in refused(path)
-
-
-def test_names_in_messages_are_one_line(tmp_path: Path) -> None:
-    folder = tmp_path / "im\nages"
-    folder.mkdir()
-    (folder / "a\nb.png").write_bytes(b"no image")
-    assert "im?ages/a?b.png starts with" in refused(folder)
+@pytest.mark.parametrize(("parts", "part"), [(1, 0), (4, 4), (4, -1), (501, 0)])
+def test_a_split_needs_samples_for_its_parts(parts: int, part: int) -> None:
+    with pytest.raises(CalibrationError, match=r"of at least two parts|too few for 501 parts"):
+        open_calibration_data(["dates"]).split(parts, part)
 
 
 def test_a_type_of_the_interface(lines: Path) -> None:
@@ -481,3 +278,9 @@ def test_a_type_of_the_interface(lines: Path) -> None:
     assert list(data.samples[2:4]) == [data.samples[2], data.samples[3]]
     with pytest.raises(IndexError):
         data.samples[10]
+
+
+def test_too_few_of_one_kind_are_refused(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "few.txt").write_text("a\nb\n")
+    with pytest.raises(CalibrationError, match=r"^photos \+ few\.txt holds 2 distinct texts, at least 8"):
+        open_calibration_data([str(photos), str(tmp_path / "few.txt")])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from transom.calib.data import CalibrationData, Sample, open_calibration_data
-from transom.calib.drive import NEW_TOKENS, check_reach, put_through
+from transom.calib.drive import NEW_TOKENS, check_reach, put_through, what_reads
 from transom.runtime.backend import Array, Backend, Read, open_backend
 from transom.runtime.bundle import Bundle, GraphFile
 from transom.runtime.errors import BackendError, CalibrationError
@@ -237,27 +238,24 @@ def data_of(tmp_path: Path, *lines: Any) -> CalibrationData:
     return open_calibration_data([str(path)])
 
 
-def test_clip_needs_texts_and_images(clip_bundle: Path, tmp_path: Path) -> None:
-    calls: list[Call] = []
-    with recorded(clip_bundle, calls) as bundle:
-        check_reach(bundle, open_calibration_data(["digit-captions"]))
-        check_reach(bundle, open_calibration_data(["digits", "dates"]))
-        with pytest.raises(
-            CalibrationError,
-            match=r"^digits holds an image, which never reach the graph 'text' of this clip: it takes texts",
-        ):
-            check_reach(bundle, open_calibration_data(["digits"]))
-        with pytest.raises(CalibrationError, match=r"never reach the graph 'image' of this clip: it takes images"):
-            check_reach(bundle, data_of(tmp_path, *({"text": f"{n}"} for n in range(9))))
-    assert calls == []
-
-
-def test_a_sample_of_another_kind_is_found_before_anything_runs(vit_bundle: Path) -> None:
-    with (
-        recorded(vit_bundle, []) as bundle,
-        pytest.raises(CalibrationError, match=r"^dates\[0\] holds a text: samples that don't fit the graph"),
+def test_clip_needs_texts_and_images(tmp_path: Path) -> None:
+    check = partial(check_reach, "clip", tokenizer=True, preprocess=True)
+    check(open_calibration_data(["digit-captions"]))
+    check(open_calibration_data(["digits", "dates"]))
+    with pytest.raises(
+        CalibrationError,
+        match=r"^digits holds an image, which never reach the graph 'text' of this clip: it takes texts",
     ):
-        check_reach(bundle, open_calibration_data(["digits", "dates"]))
+        check(open_calibration_data(["digits"]))
+    with pytest.raises(CalibrationError, match=r"never reach the graph 'image' of this clip: it takes images"):
+        check(data_of(tmp_path, *({"text": f"{n}"} for n in range(9))))
+
+
+def test_a_sample_of_another_kind_is_found_before_anything_runs() -> None:
+    with pytest.raises(CalibrationError, match=r"^dates\[0\] holds a text: samples that don't fit the graph"):
+        check_reach("vit", open_calibration_data(["digits", "dates"]), tokenizer=False, preprocess=True)
+    with pytest.raises(CalibrationError, match=r"but this bert has no tokenizer, .* Give a \.npz file with input_ids"):
+        check_reach("bert", open_calibration_data(["dates"]), tokenizer=False, preprocess=False)
 
 
 def test_each_reference_model_takes_its_own_set(
@@ -268,7 +266,8 @@ def test_each_reference_model_takes_its_own_set(
         data = open_calibration_data([name])
         calls: list[Call] = []
         with recorded(folder, calls) as bundle:
-            check_reach(bundle, data)
+            family, tokenizer, preprocess = what_reads(bundle)
+            check_reach(family, data, tokenizer=tokenizer, preprocess=preprocess)
             for sample in data.samples[:8]:
                 put_through(bundle, sample)
             assert {graph for graph, _ in calls} == {file.graph.name for file in bundle.manifest.graphs}

@@ -87,6 +87,8 @@ def test_the_gate_in_one_line() -> None:
     words = {"measure": "perplexity", "found": 0.01, "allowed": 0.03, "n": 9, "holds": False, "score": nats}
     expected = "FAILS (0.01 of 0.03 allowed, judged by perplexity, n = 9), perplexity 7.463, in FP32 7.389"
     assert gate_line({"gate": {"cpu": words}}) == f"accuracy gate: cpu {expected}"
+    words["repeated"] = {"calibrations": 3, "found": 0.02, "n": 27}
+    assert gate_line({"gate": {"cpu": words}}) == f"accuracy gate: cpu {expected}, over 3 calibrations 0.02, n = 27"
 
 
 def test_inspect_refuses_a_changed_byte(vit_bundle: Path, tmp_path: Path) -> None:

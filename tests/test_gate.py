@@ -22,12 +22,12 @@ from transom.runtime import load
 from transom.runtime.errors import ExportError
 
 ERROR = RelativeError((1.0, 3.0), (400.0, 1200.0))  # 0.05
-TOP1 = Score("same top-1 as FP32, images", "scans", 540, 538)
+TOP1 = Score.of_each("same top-1 as FP32, images", "scans", [True] * 538 + [False] * 2)
 ALIKE = Agreement(TOP1, False, "logits", ERROR)
 
 
 def accuracy(correct: int, n: int = 1000) -> Score:
-    return Score("zero-shot accuracy", "scans", n, correct)
+    return Score.of_each("zero-shot accuracy", "scans", [True] * correct + [False] * (n - correct))
 
 
 def nats(*amounts: float) -> Rate:
@@ -86,7 +86,7 @@ def test_without_a_score_answers_are_judged() -> None:
     """2 of 540 changed are 0.37 points; 6 are 1.11, too many for BERT and few enough for ViT."""
     assert verdict("bert", "static", ALIKE, None).found == pytest.approx(2 / 540)
     assert verdict("bert", "static", ALIKE, None).holds
-    six = replace(ALIKE, top1=replace(TOP1, correct=534))
+    six = replace(ALIKE, top1=Score.of_each(TOP1.name, "scans", [True] * 534 + [False] * 6))
     assert not verdict("bert", "static", six, None).holds
     assert verdict("vit", "static", six, None).holds
     assert verdict("vit", "static", six, None).n == 540
@@ -109,9 +109,30 @@ def test_what_is_not_finite_fails_every_gate(family: str, scores: Any) -> None:
     assert found.words()
 
 
-def test_the_interval_of_a_drop_is_newcombes() -> None:
-    """Newcombe (1998), table II, case (a): 56/70 - 48/80 is 0.2, from 0.0524 to 0.3339 by method 10."""
-    assert drop_interval(accuracy(56, 70), accuracy(48, 80)) == pytest.approx((0.0524, 0.3339), abs=5e-5)
+def test_the_interval_of_a_drop_pairs_the_answers() -> None:
+    """Of 100, 8 lost and 2 won: 6 / 102 with sqrt(11 - 36 / 102) / 102 is 0.0588 -+ 0.0627 (Agresti and Min).
+
+    Of the same fractions with 50 lost and 44 won it is far wider; without any change it is not a point.
+    """
+
+    def score(right: int, then: int) -> Score:
+        return Score.of_each("accuracy", "scans", [True] * right + [False] * then + [True] * (100 - right - then))
+
+    before = score(98, 2)
+    after = Score.of_each("accuracy", "scans", [False] * 8 + [True] * 92)
+    assert drop_interval(before, after) == pytest.approx((-0.0039, 0.1215), abs=5e-5)
+    low, high = drop_interval(score(50, 44), Score.of_each("accuracy", "scans", [False] * 50 + [True] * 50))
+    assert high - low > 0.3
+    assert drop_interval(before, before) == pytest.approx((-0.0192, 0.0192), abs=5e-5)  # 1.96 / 102
+
+
+def test_the_interval_of_a_drop_keeps_the_gaps_of_a_text_together() -> None:
+    """Ten texts of ten gaps: one that loses all ten says less than ten that lose one each."""
+    whole = Score("accuracy", "texts", (10,) * 10, (10,) * 10)
+    one = drop_interval(whole, replace(whole, right=(0, *(10,) * 9)))
+    each = drop_interval(whole, replace(whole, right=(9,) * 10))
+    assert one[1] - one[0] > 4 * (each[1] - each[0])
+    assert sum(one) == pytest.approx(sum(each))
 
 
 def test_the_interval_of_growth_pairs_the_blocks() -> None:
@@ -149,28 +170,65 @@ def test_json_is_what_a_bundle_records() -> None:
     assert written["score"]["fp32"]["perplexity"] == pytest.approx(np.exp(3))
 
 
-def test_pooled_repetitions() -> None:
-    """One repetition over the line and one within: 5 + 7 lost of 1,080 are 1.11 points, 5 + 5 are 0.93."""
+def once(lost: int, n: int = 540) -> Verdict:
+    return verdict("clip", "static", ALIKE, (accuracy(n, n), accuracy(n - lost, n)))
 
-    def once(lost: int) -> Verdict:
-        return verdict("clip", "static", ALIKE, (accuracy(540, 540), accuracy(540 - lost, 540)))
 
-    found = pooled([once(5), once(7)])
-    assert (found.n, found.found, found.holds) == (1080, pytest.approx(12 / 1080), False)
-    assert (found.repetitions, found.enough, once(5).enough) == (2, True, False)
-    assert found.agreement == replace(TOP1, n=1080, correct=1076)
+def test_repetitions_on_other_inputs_add_up() -> None:
+    """One over the line and one within: 5 + 7 lost of 1,080 are 1.11 points, 4 + 6 are 0.93."""
+    found = pooled([once(5), once(7)], same_inputs=False)
+    assert (found.n, found.inputs, found.found, found.holds) == (1080, 1080, pytest.approx(12 / 1080), False)
+    assert found.repetitions == 2
+    assert found.agreement is not None
+    assert (found.agreement.n, found.agreement.correct) == (1080, 1076)
     assert found.relative_error == pytest.approx(0.05)
-    assert "2 calibrations pooled" in found.words()
     assert not once(6).holds
-    assert pooled([once(4), once(6)]).holds
-    assert pooled([once(5)]) == once(5)
+    assert pooled([once(4), once(6)], same_inputs=False).holds
+    assert pooled([once(5)], same_inputs=False) == once(5)
     grown = [verdict("gpt", "static", ALIKE, (nats(300), nats(after))) for after in (303, 309)]
-    assert pooled(grown).found == pytest.approx(np.exp(0.06) - 1)
-    assert pooled(grown).interval is not None
+    assert pooled(grown, same_inputs=False).found == pytest.approx(np.exp(0.06) - 1)
+    assert pooled(grown, same_inputs=False).interval is not None
     with pytest.raises(ExportError, match="no verdicts"):
-        pooled([])
+        pooled([], same_inputs=False)
     with pytest.raises(ExportError, match="different gates"):
-        pooled([once(1), grown[0]])
+        pooled([once(1), grown[0]], same_inputs=False)
+
+
+def test_repetitions_on_the_same_inputs_are_averaged() -> None:
+    """Two calibrations, 540 inputs: still 540, not 1,080; 5 and 7 lost are 6."""
+    found = pooled([once(5), once(7)], same_inputs=True)
+    assert (found.n, found.inputs, found.found) == (540, 540, pytest.approx(6 / 540))
+    assert (found.error.n, found.relative_error) == (2, pytest.approx(0.05))
+    nothing, both = once(0).interval, found.interval
+    assert nothing is not None
+    assert both is not None
+    assert both[1] - both[0] > 2 * (nothing[1] - nothing[0])
+    grown = [verdict("gpt", "static", ALIKE, (nats(300, 300), nats(300, more))) for more in (303, 309)]
+    assert pooled(grown, same_inputs=True).n == 200
+    assert pooled(grown, same_inputs=True).found == pytest.approx(np.exp(0.03) - 1)
+
+
+def test_what_ships_has_to_hold_and_the_repetitions_too() -> None:
+    """5 of 540 are allowed; the repetitions may not make up for what ships, nor the other way round."""
+    good = replace(once(5), repeated=pooled([once(5), once(5)], same_inputs=True))
+    assert good.holds
+    assert good.words().endswith("; over 2 calibrations -0.93 points, n = 540")
+    assert good.to_json()["repeated"]["calibrations"] == 2
+    assert once(5).to_json()["repeated"] is None
+    shipped = replace(once(7), repeated=pooled([once(7), once(0)], same_inputs=True))
+    assert not shipped.holds
+    assert shipped.broken.found == pytest.approx(7 / 540)
+    others = replace(once(0), repeated=pooled([once(0), once(14)], same_inputs=True))
+    assert not others.holds
+    assert others.broken.found == pytest.approx(7 / 540)
+
+
+def test_how_many_repetitions_are_wanted() -> None:
+    """1,000 cases of 100 inputs: 540 scans twice; 2,000 tokens of 20 texts five times."""
+    assert [once(0, n).wanted for n in (540, 999, 1000, 5000)] == [2, 2, 1, 1]
+    top1 = Score("same", "texts", (100,) * 20, (100,) * 20)
+    few = verdict("bert", "static", replace(ALIKE, top1=top1), None)
+    assert (few.n, few.inputs, few.wanted) == (2000, 20, 5)
 
 
 def test_a_reference_model_against_itself_and_damaged(vit_bundle: Path) -> None:

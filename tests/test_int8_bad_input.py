@@ -36,8 +36,8 @@ def npz(folder: Path, **arrays: Any) -> str:
 
 
 def pixels(count: int) -> NDArray[np.float32]:
-    """Different images, as the reference ViT takes them."""
-    return np.random.default_rng(0).standard_normal((count, 3, 8, 8)).astype(np.float32)
+    """Different images, as the reference ViT takes them: smooth, for noise is refused."""
+    return np.random.default_rng(0).standard_normal((count, 3, 8, 8)).cumsum(3).astype(np.float32)
 
 
 def refused(source: Path | str, out: Path, kind: type[ExportError] = CalibrationError, **options: Any) -> str:
@@ -88,6 +88,25 @@ def test_raw_inputs_of_another_shape_are_named(tmp_path: Path) -> None:
     said = refused("vit", tmp_path / "out", calibration_data=(npz(tmp_path, pixel_values=images),))
     assert "raw.npz[" in said
     assert "(1, 3, 4, 16)" in said
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_noise_is_refused_whatever_its_name(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).standard_normal((16, 3, 8, 8)).astype(np.float32)
+    said = refused("vit", tmp_path / "out", calibration_data=(npz(tmp_path, pixel_values=noise),))
+    assert "looks random to the graph 'model': neighbouring pixels have a correlation of" in said
+
+
+def test_data_and_options_are_refused_before_the_checkpoint_is_traced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transom.export.pipeline.onnx_from_module", None)
+    out, images = tmp_path / "out", npz(tmp_path, pixel_values=pixels(16))
+    assert "no file that is there" not in refused("vit", out, calibration_data=("austen",))
+    assert "a text: samples that don't fit the graph" in refused("vit", out, calibration_data=(images, "dates"))
+    assert "never reach the graph 'text'" in refused("clip", out, calibration_data=("digits",))
+    assert "--weight-bits is 5" in refused("vit", out, ExportError, weight_bits=5)
+    assert "cannot be read" in refused("vit", out, ranges=tmp_path / "absent.json")
 
 
 def test_a_model_that_is_no_reference_needs_data(bert_checkpoint: Path, tmp_path: Path) -> None:

@@ -41,8 +41,11 @@ def test_the_section_tells_what_was_done_and_found() -> None:
     assert default[0] == "default"
     assert dict(zip(head[1:], cpu[1:], strict=True)) == {
         "gate": "holds", "judged by": "top-1 accuracy", "found": "0.005", "allowed": "0.013", "n": "540",
-        "score / FP32": "0.985 / 0.99", "same top-1": "0.9963", "error": "0.02",
+        "score / FP32": "0.985 / 0.99", "same top-1": "0.9963", "error": "0.02", "calibrations": "–",
     }  # fmt: skip
+    told = {"calibrations": 2, "found": 0.006, "n": 540, "interval": None, "relative_error": 0.02}
+    again = Page(drawn(lambda words: words["gate"]["cpu"].update(repeated=told)))
+    assert again.table("Quantisation")[1][-1] == "0.006 over 2, n = 540"
 
 
 def test_the_curve_has_every_point_the_bound_and_fp32() -> None:

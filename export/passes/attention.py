@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from transom.export.onnx import MODULE
+from transom.calib.identity import MODULE
 
 SCORES, WEIGHTS = 0, 3  # Attention's qk_matmul_output_mode in the operator specification, opset 23
 

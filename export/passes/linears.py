@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from transom.export.onnx import MODULE
+from transom.calib.identity import MODULE
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from transom.export.onnx import MODULE
+from transom.calib.identity import MODULE
 from transom.export.passes.casts import cast_of
 from transom.runtime.errors import PrecisionError
 

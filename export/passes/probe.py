@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from transom.export.onnx import MODULE
+from transom.calib.identity import MODULE
 from transom.export.passes.attention import expose_scores
 
 PREFIX = "max:"

@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from transom.export.onnx import MODULE
+from transom.calib.identity import MODULE
 from transom.export.passes.emulate import emulate_half
 from transom.export.passes.linears import find_linears, is_weight
 from transom.export.passes.splice import Splice

@@ -82,7 +82,8 @@ class Agreement:
     top1        on how many cases both choose the same; None where the task chooses nothing
     embeds      whether that is the nearest other sample, of embeddings, and no answer of the task
     output      what ``error`` is taken over
-    right       of tasks whose truth lies in the texts themselves, the fraction answered right, (FP32's, the bundle's)
+    right       where the samples say what is true (the words in a text's gaps, the caption beside an image), the
+                fraction answered right, (FP32's, the bundle's)
     nats        of decoders that go on from texts: negative log-probability per token in nats, (FP32's, the bundle's)
     """
 
@@ -99,9 +100,9 @@ class Reference:
 
     At most ``most`` samples are drawn (of CLIP images and as many texts); of tasks that answer at every token, four
     times as many tokens are asked for. What FP32 chooses is kept of all; outputs, for the relative error, in float32
-    until KEEP_BYTES are full. ``data`` is
-    the held-out data's name. ``fp32`` is not needed afterwards. Raises CalibrationError for no samples, one that does
-    not fit the model, and one on which FP32 is not finite.
+    until KEEP_BYTES are full. ``data`` is the held-out data's name. ``fp32`` is not needed afterwards. Raises
+    CalibrationError for no samples, one that does not fit the model, one on which FP32 is not finite, and a model that
+    answers the same whatever it is given.
     """
 
     def __init__(self, fp32: LoadedBundle, samples: Sequence[Sample], data: str, most: int = MAX_SAMPLES) -> None:
@@ -111,6 +112,7 @@ class Reference:
         self._kept: list[Answers] = []
         self._values: list[Floats | None] = []
         room = KEEP_BYTES
+        varies = False
         for answers in self._questions.ask(fp32):
             if not np.isfinite(answers.values).all():
                 raise CalibrationError(
@@ -120,10 +122,16 @@ class Reference:
             room -= answers.values.nbytes
             self._kept.append(without_values(answers))
             self._values.append(answers.values if room >= 0 or not self._values else None)
+            varies = varies or differs(answers.values, self._values[0])
         if not self._kept:
             raise CalibrationError(
                 f"{data} has no held-out sample that this model answers; expected what it reads, texts of two tokens "
                 "or more, or images. Give other calibration data."
+            )
+        if not varies and len(self._kept) > 1:
+            raise CalibrationError(
+                f"FP32 gives one and the same output for all {len(self._kept)} held-out samples of {data}, so that "
+                "nothing a quantised model loses could be seen. Check the checkpoint, or give other calibration data."
             )
         self._nearest = nearest_others(self._kept) if self._questions.top1 == NEIGHBOUR else None
 
@@ -140,7 +148,7 @@ class Reference:
             )
         found: list[Answers] = []
         differences, references = [], []
-        same, cases = 0, 0
+        same: list[int] = []
         with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is seen here
             for theirs, values, ours in zip(self._kept, self._values, self._questions.ask(bundle), strict=True):
                 self._check_shapes(theirs, values, ours)
@@ -148,15 +156,15 @@ class Reference:
                 if not finite or values is not None:
                     differences.append(squares(ours.values - values) if finite and values is not None else inf)
                     references.append(0.0 if values is None else squares(values))
-                cases += len(theirs.chosen)
-                same += int((theirs.chosen == ours.chosen).all(1).sum()) if finite else 0
+                same.append(int((theirs.chosen == ours.chosen).all(1).sum()) if finite else 0)
                 found.append(without_values(ours))
-        if self._nearest is not None:
-            same = int((nearest_others(found) == self._nearest).sum())
-            cases = len(found) if len(found) > 2 else 0  # of two, each is the other's nearest
+        cases = [len(answers.chosen) for answers in self._kept]
+        if self._nearest is not None and len(found) > 2:  # of two, each is the other's nearest
+            same = (nearest_others(found) == self._nearest).astype(int).tolist()
+            cases = [1] * len(found)
         asked = self._questions
         return Agreement(
-            Score(f"same top-1 as FP32, {asked.cases}", self._data, cases, same) if cases else None,
+            by_sample(f"same top-1 as FP32, {asked.cases}", self._data, self._kept, same, cases),
             asked.top1 == NEIGHBOUR,
             asked.output,
             RelativeError(tuple(differences), tuple(references)),
@@ -171,9 +179,10 @@ class Reference:
             counts = [answer.right for answer in answers if answer.right is not None]
             if len(counts) < len(answers):
                 return None
-            correct, n = (sum(numbers) for numbers in zip(*counts, strict=True))
-            sides.append(Score(f"accuracy of {self._questions.cases}", self._data, n, correct))
-        return sides[0], sides[1]
+            right, cases = zip(*counts, strict=True)
+            sides.append(by_sample(f"accuracy of {self._questions.cases}", self._data, answers, right, cases))
+        fp32, bundle = sides
+        return None if fp32 is None or bundle is None else (fp32, bundle)
 
     def _check_shapes(self, theirs: Answers, values: Floats | None, ours: Answers) -> None:
         if theirs.chosen.shape != ours.chosen.shape or (values is not None and values.shape != ours.values.shape):
@@ -197,6 +206,28 @@ def questions(fp32: LoadedBundle, samples: Sequence[Sample], tokens: int) -> Que
     if isinstance(fp32, ViT):
         return image_questions(fp32, samples)
     return text_questions(cast(Bert, fp32), samples, tokens)
+
+
+def by_sample(
+    name: str, data: str, answers: Sequence[Answers], right: Sequence[int], cases: Sequence[int]
+) -> Score | None:
+    """A score over samples, the runs of a long text together; None without a case."""
+    counts: dict[str, tuple[int, int]] = {}
+    for answer, correct, asked in zip(answers, right, cases, strict=True):
+        before = counts.get(answer.sample, (0, 0))
+        if asked:
+            counts[answer.sample] = before[0] + correct, before[1] + asked
+    if not counts:
+        return None
+    return Score(name, data, *zip(*counts.values(), strict=True))
+
+
+def differs(values: Floats, first: Floats | None) -> bool:
+    """Whether a row of ``values`` (..., V) is another than the first row of ``first``."""
+    if first is None or values.shape[-1:] != first.shape[-1:] or not first.size:
+        return True
+    width = first.shape[-1]
+    return bool((values.reshape(-1, width) != first.reshape(-1, width)[0]).any())
 
 
 def without_values(answers: Answers) -> Answers:

@@ -123,9 +123,10 @@ def require_fitting(table: RangeTable, canonical: Mapping[str, ir.Model], recipe
     for name, model in smoothed(canonical, {name: table.graphs[name].smoothing for name in canonical}).items():
         missing = [tensor for tensor in observed_tensors(model, recipe) if tensor not in table.graphs[name].tensors]
         if missing:
+            step = "Leave out --also, or leave out --ranges" if recipe.extras else "Leave out --ranges"
             raise CalibrationError(
                 f"the table of ranges has none of {missing[0]!r} of the graph {name!r}, which is to be quantised. "
-                "Leave out --also, or leave out --ranges and calibrate anew."
+                f"{step} and calibrate anew."
             )
 
 
@@ -160,6 +161,8 @@ def put_all_through(
             for backend in observed.values():
                 backend.sample = sample.name
             put_through(loaded, sample)
+    for name, backend in observed.items():
+        backend.noise.check(name)
 
 
 def graph_of(bundle: Bundle, name: str) -> Any:

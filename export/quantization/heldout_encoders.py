@@ -220,18 +220,23 @@ def pictured(sample: Sample) -> bool:
 def clip_questions(fp32: Clip, samples: Sequence[Sample]) -> Questions:
     """Which of all the held-out texts each held-out image is nearest to, as ``zero_shot`` tells labels.
 
-    Where there are no images, or fewer than two texts, the nearest other sample by the one tower.
+    Right is the text that came with the image, if one did. Where there are no images, or fewer than two texts, the
+    nearest other sample by the one tower.
     """
     images = [sample for sample in samples if pictured(sample)]
     written = [sample for sample in samples if sample.text is not None or "input_ids" in (sample.feeds or {})]
     texts = [*{sample.text or sample.name: sample for sample in written}.values()]  # a caption may be there twice
+    places = {sample.text or sample.name: place for place, sample in enumerate(texts)}
 
     def ask_both(bundle: LoadedBundle) -> Iterator[Answers]:
         clip = cast(Clip, bundle)
         labels = np.float32(clip.logit_scale) * np.stack([vector for _, vector in text_vectors(clip, texts)]).T
         for sample, vector in image_rows(clip, images, "image_embeds"):
             logits = vector @ labels  # (texts,)
-            yield Answers(sample.name, logits, np.array([[logits.argmax()]]))
+            chosen = int(logits.argmax())
+            own = places.get(sample.text or sample.name)
+            right = None if own is None else (int(chosen == own), 1)
+            yield Answers(sample.name, logits, np.array([[chosen]]), right=right)
 
     def ask_one(bundle: LoadedBundle) -> Iterator[Answers]:
         clip = cast(Clip, bundle)

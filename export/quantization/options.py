@@ -53,11 +53,8 @@ class QuantizeOptions:
             "samples do."
         )
 
-    def recipe(self, precision: str, graphs: tuple[Graph, ...]) -> Recipe:
-        """For "int8": static for encoders, dynamic for decoders, whose steps have few rows. For "int4": weights only.
-
-        Raises ExportError for values and combinations that mean nothing.
-        """
+    def check(self, precision: str) -> None:
+        """Raises ExportError for values and combinations that mean nothing, whatever the model."""
         for what, value, known in (
             ("--method", self.method, METHODS),
             ("--activations", self.activations or STATIC, ACTIVATIONS),
@@ -67,12 +64,19 @@ class QuantizeOptions:
         ):
             if value not in known:
                 raise ExportError(f"{what} is {value!r}; expected one of {', '.join(map(str, known))}.")
+        if precision == "int4" and (self.activations not in (None, NONE) or self.weight_bits != 8 or self.extras):
+            raise ExportError(
+                "--precision int4 is of weights alone; leave out --activations, --weight-bits and --also, or "
+                "choose --precision int8."
+            )
+
+    def recipe(self, precision: str, graphs: tuple[Graph, ...]) -> Recipe:
+        """For "int8": static for encoders, dynamic for decoders, whose steps have few rows. For "int4": weights only.
+
+        Raises ExportError as ``check`` does, and where --also has nothing to work on.
+        """
+        self.check(precision)
         if precision == "int4":
-            if self.activations not in (None, NONE) or self.weight_bits != 8 or self.extras:
-                raise ExportError(
-                    "--precision int4 is of weights alone; leave out --activations, --weight-bits and --also, or "
-                    "choose --precision int8."
-                )
             return Recipe({graph.name: NONE for graph in graphs}, self.method, 4, self.block_size)
         modes = {graph.name: self.activations or (DYNAMIC if is_decoder(graph) else STATIC) for graph in graphs}
         if self.extras and STATIC not in modes.values():

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil, isfinite
+from math import isfinite
 from typing import Any
 
 import onnx_ir as ir
 
 from transom.calib.data import CalibrationData, open_calibration_data
-from transom.calib.table import RANGES, RangeTable, Smoothing, load_table
+from transom.calib.table import RANGES, RangeTable, Smoothing
 from transom.export.flavours import Flavours
 from transom.export.quantization.calibrate import calibrate, require_fitting, smoothed
 from transom.export.quantization.gate import Gate
@@ -19,16 +19,16 @@ from transom.export.quantization.options import QuantizeOptions
 from transom.export.quantization.quantizer import NONE
 from transom.export.quantization.search import Found, search_layers
 from transom.export.quantization.trial import CPU, Trial, ranking_reference
-from transom.export.quantization.verdict import ENOUGH
 from transom.export.ranges import beyond_fp16
 from transom.export.scores import SCORES
-from transom.runtime.bundle import Bundle
+from transom.runtime.bundle import Bundle, Manifest
 from transom.runtime.cpu import this_cpu
+from transom.runtime.errors import CalibrationError
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks import task_class
 
-HELD_OUT = 0.25  # of a user's calibration data, for the gate
-MOST_TRIALS = 4  # calibrations, where few cases are held out
+PARTS = 4  # of the calibration data; one is held out, for the gate or for variety's sake
+MOST_TRIALS = PARTS  # calibrations, where few cases are held out
 
 Largest = Mapping[str, tuple[float, str]]
 
@@ -45,7 +45,8 @@ class Quantized:
 class Quantization:
     """Everything about one model that its calibrations and gates share.
 
-    ``bundle`` is in FP32, ``canonical`` its graphs by name, ``source`` the user's word for the checkpoint.
+    ``bundle`` is in FP32, ``canonical`` its graphs by name, ``source`` the user's word for the checkpoint, ``data``
+    what is calibrated on, unless there is a ``table`` already.
     ``measure`` gives the largest values of FP32 graphs, by which they fit FP16 or not; it consumes its argument.
     """
 
@@ -56,50 +57,53 @@ class Quantization:
         source: str,
         precision: str,
         options: QuantizeOptions,
+        data: CalibrationData,
+        table: RangeTable | None,
         measure: Callable[[Mapping[str, ir.Model]], Largest],
         tell: Callable[[str], None],
     ) -> None:
         self._bundle, self._canonical, self._source = bundle, canonical, source
-        self._options, self._measure, self._tell = options, measure, tell
+        self._options, self._data, self._measure, self._tell = options, data, measure, tell
         self._recipe = options.recipe(precision, tuple(file.graph for file in bundle.manifest.graphs))
         self._scored = is_scored(source, bundle.manifest.task)
-        self._data = open_calibration_data(options.data_for(source))
+        if table is not None:
+            require_fitting(table, canonical, self._recipe)
+            if not self._scored:
+                require_same(data.split(PARTS)[0], table.data, "the table of ranges")
+        self._given = table
         self._smoothing: Mapping[str, Mapping[str, Smoothing]] | None = None  # the first calibration's, for all
 
     def run(self) -> Quantized:
         """Raises CalibrationError for data that cannot be used, AccuracyError where the gate cannot be met."""
-        calibration, held_out = held_out_of(self._data, 0, scored=self._scored)
-        table = self._table(calibration)
+        calibration, held_out = held_out_of(self._data, scored=self._scored)
+        table = self._given or self._calibrated(calibration)
         self._smoothing = {name: graph.smoothing for name, graph in table.graphs.items()}
         half = self._fits_fp16(table)
         first = self._trial(table, held_out, half=half)
-        n = first.judge(CPU, ()).n
-        more = range(1, min(MOST_TRIALS, ceil(ENOUGH / max(n, 1)))) if self._options.ranges is None else ()
-        trials = [first, *(self._another(seed, half=half) for seed in more)]
+        trials = [first]
+        if self._options.gate and self._given is None:
+            wanted = min(MOST_TRIALS, first.judge(CPU, ()).wanted)
+            trials += [self._another(part, half=half) for part in range(1, wanted)]
         samples = reference_samples(self._source) if held_out is None else list(held_out.samples)
-        reference = ranking_reference(self._bundle, samples, self._name_of(held_out))
-        found = search_layers(trials, reference, gate=self._options.gate, tell=self._tell)
+        reference = ranking_reference(self._bundle, samples, self._name_of(held_out), len(first.quantizer.layers))
+        found = search_layers(trials, reference, gate=self._options.gate, same_inputs=self._scored, tell=self._tell)
         return Quantized(first.quantizer.flavours(found.kept), table, self._record(table, found, first, half=half))
 
-    def _table(self, data: CalibrationData) -> RangeTable:
-        if self._options.ranges is None:
-            return calibrate(
-                self._bundle,
-                self._canonical,
-                self._recipe,
-                data,
-                smooth=self._options.smooth,
-                smoothing=self._smoothing,
-                tell=self._tell,
-            )
-        table = load_table(self._options.ranges)
-        require_fitting(table, self._canonical, self._recipe)
-        return table
+    def _calibrated(self, data: CalibrationData) -> RangeTable:
+        return calibrate(
+            self._bundle,
+            self._canonical,
+            self._recipe,
+            data,
+            smooth=self._options.smooth,
+            smoothing=self._smoothing,
+            tell=self._tell,
+        )
 
-    def _another(self, seed: int, *, half: bool) -> Trial:
-        """The same on other samples: of a scored model on half of the data, of any other on another split."""
-        calibration, held_out = held_out_of(self._data, seed, scored=self._scored)
-        return self._trial(self._table(calibration), held_out, half=half)
+    def _another(self, part: int, *, half: bool) -> Trial:
+        """The same on other samples, and of data that the gate takes too, judged on others."""
+        calibration, held_out = self._data.split(PARTS, part)
+        return self._trial(self._calibrated(calibration), None if self._scored else held_out, half=half)
 
     def _trial(self, table: RangeTable, held_out: CalibrationData | None, *, half: bool) -> Trial:
         with task_class(self._bundle.manifest.family)(self._bundle) as fp32:
@@ -174,16 +178,31 @@ def gate_again(source: str, fp32: LoadedBundle, data: Sequence[str]) -> Gate | N
         return Gate.of_reference(source, fp32)
     if not data:
         return None
-    _, held_out = held_out_of(open_calibration_data(data), 0, scored=False)
-    assert held_out is not None
+    held_out = held_out_again(fp32.manifest, data)
     return Gate(fp32, held_out.samples, held_out.name)
 
 
-def held_out_of(data: CalibrationData, seed: int, *, scored: bool) -> tuple[CalibrationData, CalibrationData | None]:
-    """What to calibrate on, and what to measure on; None where the model's score brings its own data.
+def held_out_again(manifest: Manifest, data: Sequence[str]) -> CalibrationData:
+    """The part of ``data`` that the calibration of a bundle left out.
 
-    The first calibration of a scored model takes everything, each further one a half of its own.
+    Raises CalibrationError where it was calibrated on something else: then it may have seen every sample of these.
     """
-    if not scored:
-        return data.split(HELD_OUT, seed)
-    return (data if seed == 0 else data.split(0.5, seed)[0]), None
+    calibration, held_out = open_calibration_data(data).split(PARTS)
+    if manifest.quantization is not None:
+        require_same(calibration, manifest.quantization["data"], f"{manifest.name} in {manifest.precision}")
+    return held_out
+
+
+def require_same(calibration: CalibrationData, recorded: Mapping[str, Any], whose: str) -> None:
+    """Raise CalibrationError unless ``calibration`` is, sample by sample, the data that was ``recorded``."""
+    if calibration.sha256 != recorded.get("sha256"):
+        raise CalibrationError(
+            f"{whose} was calibrated on {recorded.get('name')}; what is given now makes {calibration.name} of other "
+            "contents, so that nobody knows what was held out. Give the same --calibration-data, unchanged and in the "
+            "same order, or calibrate anew."
+        )
+
+
+def held_out_of(data: CalibrationData, *, scored: bool) -> tuple[CalibrationData, CalibrationData | None]:
+    """What to calibrate on, and what to measure on; None where the model's score brings its own data."""
+    return (data, None) if scored else data.split(PARTS)

@@ -64,7 +64,7 @@ class Quantizer:
         *,
         half: bool = True,
     ) -> None:
-        self.recipe, self._models, self._graphs, self._ranges = recipe, models, graphs, ranges
+        self.recipe, self.models, self._graphs, self._ranges = recipe, models, graphs, ranges
         self._half = half
         self._weights = {name: QuantizedWeights(recipe.weight_bits) for name in models}
         self._scales: dict[bool, dict[str, dict[str, Scale]]] = {}
@@ -97,7 +97,7 @@ class Quantizer:
         """The graphs for ONNX Runtime's CPU, by name."""
         models = {}
         for graph in self._graphs:
-            model = self._models[graph.name].clone()
+            model = self.models[graph.name].clone()
             linears = [linear for linear in find_linears(model) if (graph.name, linear.name) not in kept]
             weights, mode = self._weights[graph.name], self.recipe.activations[graph.name]
             if mode == NONE:
@@ -121,7 +121,7 @@ class Quantizer:
         """The graphs for TensorRT, by name: int8 with symmetric scales, everything else in FP16."""
         models = {}
         for graph in self._graphs:
-            model = self._models[graph.name].clone()
+            model = self.models[graph.name].clone()
             linears = [linear for linear in find_linears(model) if (graph.name, linear.name) not in kept]
             places = extra_places(model, self.recipe.extras)
             quantize_static(

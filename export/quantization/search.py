@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import exp
 from typing import Any
 
@@ -30,21 +30,27 @@ class Found:
     curve: Sequence[Mapping[str, Any]] = field(default_factory=list)
 
 
-def search_layers(trials: Sequence[Trial], reference: Reference, *, gate: bool, tell: Callable[[str], None]) -> Found:
+def search_layers(
+    trials: Sequence[Trial], reference: Reference, *, gate: bool, same_inputs: bool, tell: Callable[[str], None]
+) -> Found:
     """Rank the layers of the first trial, which ships, and keep as few as the gate allows.
 
-    The gate's verdict is pooled over all trials. Without ``gate`` nothing is kept and the verdict is recorded all the
-    same. Raises AccuracyError when half of the weights are kept and the gate still does not hold.
+    The gate has to hold for what ships and, where there are other trials, for all of them pooled; ``same_inputs`` says
+    whether they are measured on the same. Without ``gate`` nothing is kept and the verdict is recorded all the same.
+    Raises AccuracyError when half of the weights are kept and the gate still does not hold.
     """
     quantizer = trials[0].quantizer
-    sensitivities = rank(trials[0], reference, tell)
+    sensitivities = {}
+    for layer, error in trials[0].errors_alone(reference):
+        tell("ranking layers by what quantising each costs")
+        sensitivities[layer] = error
     order = sorted(quantizer.layers, key=lambda layer: -sensitivities[layer])
     budget = MOST_KEPT * sum(quantizer.sizes.values())
     kept: list[Layer] = []
     why: dict[Layer, str] = {}
     while True:
-        verdicts = {kind: judge(trials, kind, kept, tell) for kind in trials[0].kinds}
-        broken = [verdict for verdict in verdicts.values() if not verdict.holds]
+        verdicts = {kind: judge(trials, kind, kept, tell, same_inputs=same_inputs) for kind in trials[0].kinds}
+        broken = [verdict.broken for verdict in verdicts.values() if not verdict.holds]
         if not broken or not gate:
             break
         budget -= quantizer.sizes[order[len(kept)]] if len(kept) < len(order) else budget + 1
@@ -55,22 +61,17 @@ def search_layers(trials: Sequence[Trial], reference: Reference, *, gate: bool, 
     return Found(tuple(kept), why, sensitivities, verdicts, curve(trials[0], order, kept, verdicts[CPU], tell))
 
 
-def rank(trial: Trial, reference: Reference, tell: Callable[[str], None]) -> dict[Layer, float]:
-    """The relative output error when only this layer is quantised, by layer."""
-    everything = set(trial.quantizer.layers)
-    found = {}
-    for layer in trial.quantizer.layers:
-        tell("ranking layers by what quantising each costs")
-        found[layer] = trial.error(everything - {layer}, reference)
-    return found
-
-
-def judge(trials: Sequence[Trial], kind: str, kept: Sequence[Layer], tell: Callable[[str], None]) -> Verdict:
+def judge(
+    trials: Sequence[Trial], kind: str, kept: Sequence[Layer], tell: Callable[[str], None], *, same_inputs: bool
+) -> Verdict:
+    """The verdict of the first trial, beside it what it is together with the others."""
     verdicts = []
     for trial in trials:
         tell(f"measuring accuracy, {len(kept)} layers kept" if kept else "measuring accuracy")
         verdicts.append(trial.judge(kind, kept))
-    return pooled(verdicts)
+    if len(verdicts) == 1:
+        return verdicts[0]
+    return replace(verdicts[0], repeated=pooled(verdicts, same_inputs=same_inputs))
 
 
 def curve(

@@ -9,6 +9,7 @@ import onnx
 import onnx_ir as ir
 
 from transom.calib.data import open_calibration_data
+from transom.calib.drive import check_reach
 from transom.calib.table import RANGES, RangeTable
 from transom.export.bundle import add_to_bundle
 from transom.export.quantization.calibrate import calibrate
@@ -39,17 +40,25 @@ def calibrate_bundle(
     source = str(manifest.source.get("checkpoint"))
     recipe = options.recipe("int8", tuple(file.graph for file in manifest.graphs))
     data = open_calibration_data(options.data_for(source))
-    kept, _ = held_out_of(data, 0, scored=is_scored(source, manifest.task))
+    check_reach(
+        manifest.family, data, tokenizer=manifest.tokenizer is not None, preprocess=manifest.preprocess is not None
+    )
+    kept, _ = held_out_of(data, scored=is_scored(source, manifest.task))
     table = calibrate(bundle, canonical_graphs(bundle), recipe, kept, smooth=options.smooth, tell=tell)
     add_to_bundle(bundle.folder, RANGES, table.to_bytes())
     return table
 
 
 def canonical_graphs(bundle: Bundle) -> dict[str, ir.Model]:
+    """The graphs of a bundle in FP32 by name, their weights in memory."""
+    return stored_graphs(bundle, "default")
+
+
+def stored_graphs(bundle: Bundle, flavour: str) -> dict[str, ir.Model]:
     """The graphs of a bundle by name, their weights in memory. BundleError for a file that is no ONNX model."""
     models: dict[str, ir.Model] = {}
     for file in bundle.manifest.graphs:
-        name = file.files["default"]
+        name = file.file_for(flavour)
         try:
             model = ir.from_proto(onnx.load_from_string(bundle.read(name)))
             outside = bundle.read(file.weights) if file.weights else b""

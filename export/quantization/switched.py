@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -15,9 +14,8 @@ from transom.export.flavours import pack
 from transom.export.passes.restore import RESTORED, restore_linears, restore_modules
 from transom.export.quantization.agreement import Agreement, Reference
 from transom.export.quantization.quantizer import Layer
-from transom.export.quantization.stored import canonical_graphs
 from transom.runtime.backend import Array, Backend, Read
-from transom.runtime.bundle import QUANTIZED, Bundle, GraphFile
+from transom.runtime.bundle import Bundle, GraphFile
 from transom.runtime.ort import OrtBackend
 from transom.runtime.spec import Graph, Tensor
 from transom.runtime.tasks import task_class
@@ -40,16 +38,23 @@ class SwitchedBackend:
 
 
 class SwitchedBundle:
-    """What ships of ``bundle`` as ``flavour``, with a switch for each of ``layers``.
+    """``bundle`` around ``models`` in place of its own graphs, which are used up, with a switch for each of ``layers``.
 
-    ``fp32`` are the graphs that it was made of, by name: of a quantised bundle with smoothing folded in, its layers
-    are the linear ones; of one in half precision the canonical graphs, its layers are the modules. Raises BundleError
-    where the bundle's graphs are not made of them.
+    ``fp32`` are the graphs that they were made of, by name: of quantised ones with smoothing folded in, and then the
+    layers are the linear ones; of ``half`` precision the canonical graphs, and the layers are the modules. Raises
+    BundleError where ``models`` are not made of them.
     """
 
-    def __init__(self, bundle: Bundle, flavour: str, fp32: Mapping[str, ir.Model], threads: int | None = None) -> None:
-        restore = restore_linears if bundle.manifest.precision in QUANTIZED else restore_modules
-        models = canonical_graphs(only(bundle, flavour))
+    def __init__(
+        self,
+        bundle: Bundle,
+        models: Mapping[str, ir.Model],
+        fp32: Mapping[str, ir.Model],
+        *,
+        half: bool = False,
+        threads: int | None = None,
+    ) -> None:
+        restore = restore_modules if half else restore_linears
         names = {name: restore(model, fp32[name]) for name, model in models.items()}
         self.layers: list[Layer] = [(graph, name) for graph, found in names.items() for name in found]
         self._names = names
@@ -79,14 +84,6 @@ class SwitchedBundle:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._loaded.close()
-
-
-def only(bundle: Bundle, flavour: str) -> Bundle:
-    """The bundle as if the files of this flavour were its only ones."""
-    graphs = tuple(replace(file, files={"default": file.file_for(flavour)}) for file in bundle.manifest.graphs)
-    view = copy.copy(bundle)
-    view.manifest = replace(bundle.manifest, graphs=graphs)
-    return view
 
 
 def with_switches(graph: Graph, layers: int) -> Graph:

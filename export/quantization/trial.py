@@ -14,6 +14,7 @@ from transom.export.quantization.agreement import Reference
 from transom.export.quantization.calibrate import smoothed
 from transom.export.quantization.gate import Gate
 from transom.export.quantization.quantizer import DYNAMIC, NONE, STATIC, Layer, Quantizer, Recipe
+from transom.export.quantization.switched import SwitchedBundle
 from transom.export.quantization.verdict import Verdict
 from transom.runtime.backend import Backend, Read
 from transom.runtime.bundle import Bundle, GraphFile
@@ -22,7 +23,8 @@ from transom.runtime.session import LoadedBundle
 from transom.runtime.spec import Graph
 from transom.runtime.tasks import task_class
 
-SENSITIVITY_SAMPLES = 48  # on which layers are ranked; the gate itself takes all that are held out
+RANKING_RUNS = 1000  # about as many as one verdict takes: samples times layers
+RANKING_SAMPLES = 8, 48  # fewest and most of them
 CPU, TENSORRT = "cpu", "default"  # flavours, as bundle.json names them
 GATED = {STATIC: "static", DYNAMIC: "dynamic", NONE: "weight-only"}  # what the gate calls them
 
@@ -64,10 +66,12 @@ class Trial:
                 self._verdicts[key] = self._gate.judge(loaded, self.kinds[kind])
         return self._verdicts[key]
 
-    def error(self, kept: Collection[Layer], reference: Reference) -> float:
-        """The relative output error of the CPU's flavour."""
-        with self.candidate(CPU, kept) as loaded:
-            return reference.against(loaded).error.value
+    def errors_alone(self, reference: Reference) -> Iterator[tuple[Layer, float]]:
+        """Each layer with the relative output error of the CPU's flavour where it alone is quantised."""
+        with SwitchedBundle(self._bundle, self.quantizer.cpu(), self.quantizer.models) as switched:
+            for layer in switched.layers:
+                restored = [other for other in switched.layers if other != layer]
+                yield layer, switched.measure(restored, reference).error.value
 
     @contextmanager
     def candidate(self, kind: str, kept: Collection[Layer]) -> Iterator[LoadedBundle]:
@@ -97,7 +101,8 @@ def open_flavours(bundle: Bundle, flavours: Flavours) -> LoadedBundle:
     return task_class(bundle.manifest.family)(bundle, opener=opener)
 
 
-def ranking_reference(bundle: Bundle, samples: Sequence[Sample], name: str) -> Reference:
-    """FP32's answers on a few of the held-out samples."""
+def ranking_reference(bundle: Bundle, samples: Sequence[Sample], name: str, layers: int) -> Reference:
+    """FP32's answers on a few of the held-out samples: the fewer, the more layers there are to be ranked by them."""
+    fewest, most = RANKING_SAMPLES
     with task_class(bundle.manifest.family)(bundle) as fp32:
-        return Reference(fp32, samples, name, most=SENSITIVITY_SAMPLES)
+        return Reference(fp32, samples, name, most=min(most, max(fewest, RANKING_RUNS // max(layers, 1))))

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import exp, expm1, inf, isfinite, sqrt
+from itertools import chain
+from math import ceil, exp, expm1, inf, isfinite, sqrt
 from typing import Any, cast
 
-from transom.export.measures import Rate, Score
+from transom.export.measures import Rate, Score, Z
 from transom.export.quantization.agreement import RelativeError
 from transom.runtime.errors import ExportError
 
 SCORE, GROWTH, AGREEMENT, ERROR = "score", "perplexity", "agreement", "relative error"
 ENOUGH = 1000  # cases: of fewer, a point is less than ten of them
+INPUTS = 100  # that they are spread over: the tokens of a few texts say little of others
 MOST_NATS = 700.0  # exp of more is no float
 
 Measured = Score | Rate
@@ -30,6 +32,7 @@ class Verdict:
     error         of the outputs
     output        what ``error`` is taken over
     repetitions   how many measurements are pooled here
+    repeated      where cases are few: this one pooled with those of other calibrations; it has to hold as well
     """
 
     criterion: str
@@ -40,6 +43,7 @@ class Verdict:
     error: RelativeError
     output: str
     repetitions: int = 1
+    repeated: Verdict | None = None
 
     @property
     def measure(self) -> str:
@@ -77,12 +81,7 @@ class Verdict:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 % interval of ``found``; None where one block of text or one sample is all there is.
-
-        Of a score lost it is Newcombe's for two independent fractions (1998, method 10). Both sides answer the same
-        cases, so the truth is narrower. Repetitions over the same held-out cases count as cases of their own: there
-        it may be too narrow.
-        """
+        """95 % interval of ``found``; None where one block of text or one sample is all there is."""
         if not isfinite(self.found):
             return None
         fp32, int8, top1 = self.score_fp32, self.score_int8, self.agreement
@@ -96,13 +95,26 @@ class Verdict:
         return self.error.interval
 
     @property
-    def enough(self) -> bool:
-        """Whether ``n`` is so large that chance moves a score little; below, repeat and pool."""
-        return self.n >= ENOUGH
+    def inputs(self) -> int:
+        """How many held-out inputs the ``n`` cases are spread over."""
+        measured = self.score_fp32 or (self.agreement if self.criterion == AGREEMENT else None)
+        if isinstance(measured, Score):
+            return len(measured.cases)
+        return self.error.n if measured is None else measured.n
+
+    @property
+    def wanted(self) -> int:
+        """How many measurements as large as this one make ENOUGH cases of INPUTS inputs."""
+        return ceil(max(ENOUGH / max(self.n, 1), INPUTS / max(self.inputs, 1)))
 
     @property
     def holds(self) -> bool:
-        return self.found <= self.allowed
+        return self.found <= self.allowed and (self.repeated is None or self.repeated.holds)
+
+    @property
+    def broken(self) -> Verdict:
+        """Of a verdict that does not hold, the part that is to blame."""
+        return self if self.repeated is None or self.found > self.allowed else self.repeated
 
     @property
     def relative_error(self) -> float:
@@ -118,7 +130,14 @@ class Verdict:
             "n": self.n,
             "interval": interval and list(interval),
             "holds": self.holds,
-            "repetitions": self.repetitions,
+            "repeated": self.repeated
+            and {
+                "calibrations": self.repeated.repetitions,
+                "found": self.repeated.found,
+                "n": self.repeated.n,
+                "interval": self.repeated.interval and list(self.repeated.interval),
+                "relative_error": self.repeated.relative_error,
+            },
             "score": None
             if self.score_fp32 is None or self.score_int8 is None
             else {**self.score_fp32.shared(), "fp32": figures(self.score_fp32), "int8": figures(self.score_int8)},
@@ -139,32 +158,38 @@ class Verdict:
             )
         if self.criterion != ERROR:
             parts.append(f"relative error of {self.output} {self.relative_error:.2g}")
-        if self.repetitions > 1:
-            parts.append(f"{self.repetitions} calibrations pooled")
+        if self.repeated is not None:
+            parts.append(f"over {self.repeated.repetitions} calibrations {self.repeated.amount}, n = {self.repeated.n}")
         return "; ".join(parts)
+
+    @property
+    def amount(self) -> str:
+        """``found`` with its unit, as a reader expects its sign."""
+        if self.criterion == SCORE:
+            return f"{0.0 - 100 * self.found:+.2f} points"
+        if self.criterion == GROWTH:
+            return f"{100 * self.found:+.2f} %"
+        return f"{100 * self.found:.2f} points" if self.criterion == AGREEMENT else f"{self.found:.2g}"
 
     def _score_words(self, n: str) -> str:
         before, after = (figure(score) for score in (self.score_fp32, self.score_int8))
-        lost = f"{0.0 - 100 * self.found:+.2f} points of {100 * self.allowed:.1f} allowed"
-        return f"{self.measure} {before} -> {after}, {lost}, {n}"
+        return f"{self.measure} {before} -> {after}, {self.amount} of {100 * self.allowed:.1f} allowed, {n}"
 
     def _growth_words(self, n: str) -> str:
         before, after = (figure(score) for score in (self.score_fp32, self.score_int8))
-        more = f"{100 * self.found:+.2f} % of {100 * self.allowed:.1f} % allowed"
-        return f"perplexity {before} -> {after}, {more}, {n} tokens"
+        return f"perplexity {before} -> {after}, {self.amount} of {100 * self.allowed:.1f} % allowed, {n} tokens"
 
     def _other_words(self, n: str) -> str:
         if self.criterion == AGREEMENT:
-            return f"{100 * self.found:.2f} points of answers changed of {100 * self.allowed:.1f} allowed, {n}"
-        return f"{self.measure} {self.found:.2g} of {self.allowed:.2g} allowed, {n}"
+            return f"{self.amount} of answers changed of {100 * self.allowed:.1f} allowed, {n}"
+        return f"{self.measure} {self.amount} of {self.allowed:.2g} allowed, {n}"
 
 
-def pooled(verdicts: Sequence[Verdict]) -> Verdict:
-    """One verdict over repeated measurements of one model: cases, right ones, blocks and errors added up.
+def pooled(verdicts: Sequence[Verdict], *, same_inputs: bool) -> Verdict:
+    """One verdict over calibrations of one model on different samples.
 
-    For held-out data of fewer than ENOUGH cases, where chance moves a score by more than the gate allows:
-    repetitions with other calibration data say what the quantisation does, not what one calibration did.
-    Raises ExportError for none, and for verdicts of different gates.
+    Measured on the ``same_inputs`` each, every input counts once, with its mean; measured on different ones, their
+    cases add up. Raises ExportError for none, and for verdicts of different gates.
     """
     if not verdicts:
         raise ExportError("there are no verdicts to pool; expected at least one.")
@@ -176,36 +201,58 @@ def pooled(verdicts: Sequence[Verdict]) -> Verdict:
         raise ExportError("the verdicts are of different gates; pool those of one model and one precision.")
     return replace(
         first,
-        score_fp32=summed([each.score_fp32 for each in verdicts]),
-        score_int8=summed([each.score_int8 for each in verdicts]),
-        agreement=cast("Score | None", summed([each.agreement for each in verdicts])),
+        score_fp32=together([each.score_fp32 for each in verdicts], same_inputs),
+        score_int8=together([each.score_int8 for each in verdicts], same_inputs),
+        agreement=cast("Score | None", together([each.agreement for each in verdicts], same_inputs)),
         error=RelativeError(
-            tuple(square for each in verdicts for square in each.error.differences),
-            tuple(square for each in verdicts for square in each.error.references),
+            per_input([each.error.differences for each in verdicts], same_inputs),
+            per_input([each.error.references for each in verdicts], same_inputs),
         ),
-        repetitions=sum(each.repetitions for each in verdicts),
+        repetitions=len(verdicts),
     )
 
 
-def summed(measured: Sequence[Measured | None]) -> Measured | None:
-    """One measure over all cases or blocks; None where one is missing."""
+def together(measured: Sequence[Measured | None], same_inputs: bool) -> Measured | None:
+    """One measure of all; None where one is missing."""
     scores = [each for each in measured if isinstance(each, Score)]
     rates = [each for each in measured if isinstance(each, Rate)]
     if len(scores) == len(measured):
-        return replace(scores[0], n=sum(each.n for each in scores), correct=sum(each.correct for each in scores))
+        cases = [each.cases for each in scores]
+        return replace(
+            scores[0],
+            right=per_input([each.right for each in scores], same_inputs),
+            cases=cases[0] if same_inputs else tuple(chain(*cases)),
+        )
     if len(rates) == len(measured):
-        amounts = tuple(amount for each in rates for amount in each.amounts)
-        return replace(rates[0], amounts=amounts, units=tuple(unit for each in rates for unit in each.units))
+        units = [each.units for each in rates]
+        return replace(
+            rates[0],
+            amounts=per_input([each.amounts for each in rates], same_inputs),
+            units=units[0] if same_inputs else tuple(chain(*units)),
+        )
     return None
 
 
+def per_input(columns: Sequence[Sequence[float]], same_inputs: bool) -> tuple[float, ...]:
+    """The means of what was measured on one input each time, or all of it, one behind the other."""
+    if not same_inputs:
+        return tuple(chain(*columns))
+    return tuple(sum(values) / len(columns) for values in zip(*columns, strict=True))
+
+
 def drop_interval(fp32: Score, int8: Score) -> tuple[float, float]:
-    """95 % interval of a difference of fractions from their Wilson intervals. Newcombe (1998), method 10."""
-    (low, high), (other_low, other_high) = fp32.interval, int8.interval
-    drop = fp32.value - int8.value
-    below = sqrt((fp32.value - low) ** 2 + (other_high - int8.value) ** 2)
-    above = sqrt((high - fp32.value) ** 2 + (int8.value - other_low) ** 2)
-    return drop - below, drop + above
+    """95 % interval of ``fp32`` minus ``int8``, two fractions over the same inputs.
+
+    Agresti and Min's for matched pairs (2005, "Simple improved confidence intervals for comparing matched proportions",
+    section 4): as if half a case more had gone each of the four ways, so that an interval is left where no answer
+    changed. The cases of an input stay together, as in a ratio estimator.
+    """
+    n = fp32.n + 2
+    lost = [before - after for before, after in zip(fp32.right, int8.right, strict=True)]
+    drop = sum(lost) / n
+    squares = sum((more - drop * cases) ** 2 for more, cases in zip(lost, fp32.cases, strict=True))
+    half = Z * sqrt(squares + 1 + 2 * drop**2) / n  # of single cases: lost + won + 1 - (lost - won)^2 / n
+    return drop - half, drop + half
 
 
 def growth(nats: float) -> float:

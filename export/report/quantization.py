@@ -49,6 +49,7 @@ class Verdict:
     perplexity: bool  # what the scores are: the gate allows it to grow by a share
     agreement: float | None
     relative_error: float | None
+    repeated: str  # what was found over several calibrations
 
     def bound(self, measure: str) -> float | None:
         """The value of ``measure`` at which the gate would not hold any more; None where the gate judges another."""
@@ -94,7 +95,15 @@ def verdict_from_json(flavour: str, told: Any) -> Verdict:
         perplexity=perplexity,
         agreement=value_of(at(told, "agreement")),
         relative_error=value_of(at(told, "relative_error")),
+        repeated=repeated_text(at(told, "repeated")),
     )
+
+
+def repeated_text(told: Any) -> str:
+    if told is None:
+        return "–"
+    calibrations, n = (count_text(at(told, key)) for key in ("calibrations", "n"))
+    return f"{short(sane(at(told, 'found')))} over {calibrations}, n = {n}"
 
 
 def exponential(nats: float | None) -> float | None:
@@ -144,16 +153,28 @@ def gate_table(verdicts: Sequence[Verdict]) -> str:
             f"{short(verdict.score)} / {short(verdict.score_fp32)}" if verdict.score is not None else "–",
             short(verdict.agreement),
             short(verdict.relative_error, 2),
+            verdict.repeated,
         ]
         for verdict in verdicts
     ]
-    head = ("flavour", "gate", "judged by", "found", "allowed", "n", "score / FP32", "same top-1", "error")
+    head = (
+        "flavour",
+        "gate",
+        "judged by",
+        "found",
+        "allowed",
+        "n",
+        "score / FP32",
+        "same top-1",
+        "error",
+        "calibrations",
+    )
     if not rows:
         return '<p class="soft">No accuracy gate was recorded.</p>'
     return (
         '<p class="soft">The gate judges each flavour on held-out data against FP32 and keeps layers in higher '
         "precision until what is found is no more than what is allowed.</p>"
-        f"{table(head, rows, numeric(3, 4, 5, 6, 7, 8))}"
+        f"{table(head, rows, numeric(3, 4, 5, 6, 7, 8, 9))}"
     )
 
 
