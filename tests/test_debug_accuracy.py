@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from math import inf, sqrt
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,6 +17,7 @@ import pytest
 from onnx import numpy_helper
 
 from command_line import changed_bundle, document, error_line, transom
+from transom.calib.data import open_calibration_data
 from transom.export import debug, pipeline
 from transom.export.debug import debug_accuracy
 from transom.export.passes.restore import RESTORED, restore_linears, restore_modules
@@ -243,11 +245,19 @@ def test_what_cannot_be_examined_is_refused(vit_bundle: Path, int8_bundle: Path,
     assert "transom.runtime.errors.ExportError: " in error_line(transom("debug", "accuracy", vit_bundle))
 
     gone = {"checkpoint": str(tmp_path / "gone")}
-    moved = changed_bundle(int8_bundle, tmp_path / "moved", lambda words: words["source"].update(gone, sha256="0" * 64))
+    elsewhere = changed_bundle(int8_bundle, tmp_path / "else", lambda words: words["source"].update(gone))
     with pytest.raises(CalibrationError, match="Give --calibration-data what it was calibrated on"):
-        debug_accuracy(moved)
+        debug_accuracy(elsewhere)
     with pytest.raises(CalibrationError, match="was calibrated on digits; what is given now makes digits"):
-        debug_accuracy(moved, calibration_data=["digits"])  # all of them: none was held out
+        debug_accuracy(elsewhere, calibration_data=["digits"])  # all of them: none was held out
+
+    def moves(words: dict[str, Any]) -> None:
+        words["source"].update(gone, sha256="0" * 64)
+        words["quantization"]["data"].update(sha256=open_calibration_data(["digits"]).split(4)[0].sha256)
+
+    moved = changed_bundle(int8_bundle, tmp_path / "moved", moves)
+    with pytest.raises(CheckpointError, match="gone"):
+        debug_accuracy(moved, calibration_data=["digits"])
     with pytest.raises(CheckpointError, match="its hash differs"):
         debug_accuracy(moved, source="vit", calibration_data=["digits"])
     rangeless = changed_bundle(int8_bundle, tmp_path / "rangeless", lambda words: words["files"].pop("ranges.json"))
