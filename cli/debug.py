@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from transom.cli.extras import export_extra
-from transom.cli.options import BundlePath, Json, Threads
+from transom.cli.options import BundlePath, Json, Source, Threads
 from transom.cli.progress import progress
 from transom.cli.show import print_json, print_table, printable
 
@@ -27,12 +27,7 @@ class Flavour(StrEnum):
 
 def accuracy(
     bundle: BundlePath,
-    source: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SOURCE", help="The checkpoint to compare with.", show_default="the one it was exported from"
-        ),
-    ] = None,
+    source: Source = None,
     calibration_data: Annotated[
         list[str] | None,
         typer.Option(

@@ -22,6 +22,10 @@ Threads = Annotated[
     int | None,
     typer.Option(metavar="N", min=1, help="CPU threads per call.", show_default="one per core"),
 ]
+Source = Annotated[
+    str | None,
+    typer.Option(metavar="SOURCE", help="The checkpoint to compare with.", show_default="the one it was exported from"),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, everything else on stderr.")]
 
 

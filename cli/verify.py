@@ -13,7 +13,7 @@ import typer
 
 from transom.cli.describe import near_ties
 from transom.cli.extras import export_extra
-from transom.cli.options import BundlePath, Device, Json, Threads
+from transom.cli.options import BundlePath, Device, Json, Source, Threads
 from transom.cli.progress import progress
 from transom.cli.show import comparison_cells, print_json, print_table, printable, sizes_text
 
@@ -24,12 +24,7 @@ if TYPE_CHECKING:
 
 def verify(
     bundle: BundlePath,
-    source: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SOURCE", help="The checkpoint to compare with.", show_default="the one it was exported from"
-        ),
-    ] = None,
+    source: Source = None,
     calibration_data: Annotated[
         list[str] | None,
         typer.Option(

@@ -14,9 +14,10 @@ from typing import Any
 from transom.calib.data import Sample
 from transom.calib.identity import graph_sha256
 from transom.calib.table import RANGES, RangeTable
+from transom.export.again import load_again
 from transom.export.flavours import make_flavours
 from transom.export.onnx import onnx_from_module
-from transom.export.pipeline import Progress, Steps, image_size_of, silent
+from transom.export.pipeline import Progress, Steps, silent
 from transom.export.quantization.agreement import Agreement, Reference
 from transom.export.quantization.bisect import bisect_layers
 from transom.export.quantization.calibrate import smoothed
@@ -28,9 +29,9 @@ from transom.export.quantization.stored import stored_graphs
 from transom.export.quantization.switched import SwitchedBundle
 from transom.export.quantization.trial import CPU, RANKING_SAMPLES, open_flavours
 from transom.export.samples import samples_for, single_rows
-from transom.export.source import Loaded, load_source
+from transom.export.source import Loaded
 from transom.runtime.bundle import QUANTIZED, Bundle, Manifest
-from transom.runtime.errors import CalibrationError, CheckpointError, ExportError
+from transom.runtime.errors import CalibrationError, ExportError
 from transom.runtime.fields import parse_json
 
 HALF = "default"  # the one file of a graph in half precision
@@ -177,24 +178,6 @@ def table_of(bundle: Bundle) -> RangeTable:
             "Export it again."
         )
     return RangeTable.from_json(parse_json(bundle.read(RANGES), RANGES))
-
-
-def load_again(bundle: Bundle, source: str | None) -> Loaded:
-    """The checkpoint that a bundle was made from. Raises CheckpointError where it is gone, or is another."""
-    manifest = bundle.manifest
-    loaded = load_source(
-        source or str(manifest.source.get("checkpoint")),
-        task=manifest.task,
-        max_sizes={name: axis.max for name, axis in manifest.axes.items()},
-        image_size=image_size_of(manifest),
-        ignore_unused=True,
-    )
-    if loaded.checkpoint.sha256() != manifest.source.get("sha256"):
-        raise CheckpointError(
-            f"{loaded.checkpoint.folder} is not the checkpoint that {bundle.folder} was made from: its hash differs. "
-            "Give the right one with --source, or export again."
-        )
-    return loaded
 
 
 def held_out_samples(manifest: Manifest, data: Sequence[str]) -> tuple[Sequence[Sample], str] | None:

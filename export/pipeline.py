@@ -14,6 +14,7 @@ import onnx_ir as ir
 from transom.calib.data import CalibrationData, open_calibration_data
 from transom.calib.drive import check_reach
 from transom.calib.table import RANGES, RangeTable, load_table
+from transom.export.again import load_again
 from transom.export.bundle import BundleWriter, axes_to_json, check_out, graph_to_json, new_bundle
 from transom.export.checks import check_greedy, check_parity, measure_ranges, open_bundle, open_emulated, open_pytorch
 from transom.export.exercises import Exercises
@@ -32,7 +33,7 @@ from transom.export.samples import samples_for
 from transom.export.scores import score_both
 from transom.export.source import Loaded, load_source
 from transom.runtime.bundle import PRECISIONS, QUANTIZED, Bundle, Manifest
-from transom.runtime.errors import AccuracyError, CheckpointError, ExportError
+from transom.runtime.errors import AccuracyError, ExportError
 from transom.runtime.replay import Divergence
 from transom.runtime.selftest import GOLDEN
 from transom.runtime.session import LoadedBundle
@@ -252,19 +253,7 @@ def verify(
     opened = Bundle(bundle)
     manifest = opened.manifest
     steps.next("reading the checkpoint")
-    recorded = manifest.source
-    loaded = load_source(
-        source or str(recorded.get("checkpoint")),
-        task=manifest.task,
-        max_sizes={name: axis.max for name, axis in manifest.axes.items()},
-        image_size=image_size_of(manifest),
-        ignore_unused=True,
-    )
-    if loaded.checkpoint.sha256() != recorded.get("sha256"):
-        raise CheckpointError(
-            f"{loaded.checkpoint.folder} is not the checkpoint that {bundle} was made from: its hash differs. "
-            "Give the right one with --source, or export again."
-        )
+    loaded = load_again(opened, source)
     with open_bundle(opened, device, threads) as ours, open_pytorch(opened, loaded) as theirs:
         exercises = Exercises(theirs, samples_for(loaded.graphs, loaded.text_encoder(), loaded.preprocess))
         steps.expect(len(exercises))
@@ -288,15 +277,6 @@ def judged_again(ours: LoadedBundle, theirs: LoadedBundle, data: Sequence[str], 
     if not verdict.holds:
         raise AccuracyError(f"{manifest.name} in {manifest.precision}: {verdict.words()}. Export it again.")
     return verdict
-
-
-def image_size_of(manifest: Manifest) -> tuple[int, int] | None:
-    """(height, width) in pixels that the bundle was exported for; None where it sees no images."""
-    for file in manifest.graphs:
-        for tensor in file.graph.inputs:
-            if tensor.name == "pixel_values":
-                return int(tensor.shape[2]), int(tensor.shape[3])
-    return None
 
 
 def write_files(writer: BundleWriter, loaded: Loaded, flavours: Flavours) -> None:
