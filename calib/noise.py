@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import sqrt
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,14 +18,14 @@ from transom.runtime.errors import CalibrationError
 
 IDS, MASK, PIXELS = "input_ids", "attention_mask", "pixel_values"
 
-LEAST_CORRELATION = (
-    0.25  # of neighbouring pixels: independent ones have 0, scaled to half 0.16, scans of 8 x 8 have 0.7
-)
+LEAST_CORRELATION = 0.2  # of neighbouring pixels: of noise 0, of noise at half its size 0.16, of scans of 8 x 8 0.7
 PAIRS = 1000  # of neighbours, before anything is said: of so many independent ones 0.1 is three standard deviations
 SIGMAS = 4  # of the ids' unevenness that uniform draws have: ten texts have hundreds
 TOKENS = 100  # before anything is said of ids: fewer may all be different
 SMALL_VOCABULARY = 256  # ids of so few kinds may well be even: bytes, letters of a genome, digits
 MOST_IDS = 1 << 20  # counted; no vocabulary is larger
+GROUPS = 256  # of neighbouring ids, at most
+EXPECTED = 8  # ids in a group, or more: the chi-square distribution holds from 5 on (Cochran, 1954)
 
 
 class NoiseCheck:
@@ -73,28 +74,52 @@ class NoiseCheck:
 
     @property
     def unevenness(self) -> float | None:
-        """Chi-square of the ids against a uniform distribution over 0..largest, per degree of freedom.
+        """Chi-square of the ids against a uniform distribution over smallest..largest, per degree of freedom.
 
         Pearson (1900): sum of (count - expected)^2 / expected, over one less than the number of kinds. None of too few
         ids, and of a small vocabulary.
         """
-        kinds, n = len(self._counts), int(self._counts.sum())
-        if n < TOKENS or kinds <= SMALL_VOCABULARY:
+        counts = self._spanned
+        if counts.sum() < TOKENS or len(counts) <= SMALL_VOCABULARY:
             return None
-        expected = n / kinds
-        return float(np.square(self._counts - expected).sum() / expected / (kinds - 1))
+        return chi_square(counts, np.ones(len(counts)))
+
+    @property
+    def grouped(self) -> float:
+        """The same over groups of neighbouring ids, where ``unevenness`` is not None.
+
+        A list of words, each there once, is even id by id; but a tokenizer's ids go by how frequent a token is, so
+        that words crowd in some groups.
+        """
+        group = self._group
+        return chi_square(np.bincount(group, self._spanned), np.bincount(group))
+
+    @property
+    def _spanned(self) -> NDArray[np.int64]:
+        """From the smallest id seen, for draws may leave out a tokenizer's first ids, which are special tokens."""
+        return self._counts[int(np.argmax(self._counts > 0)) :] if len(self._counts) else self._counts
+
+    @property
+    def _group(self) -> NDArray[np.int64]:
+        """Of each spanned id, 0..groups - 1, all of about one width."""
+        spanned = self._spanned
+        return np.arange(len(spanned)) * min(GROUPS, int(spanned.sum()) // EXPECTED) // len(spanned)
 
     @property
     def chance(self) -> float:
         """What the unevenness of uniform draws hardly exceeds: 1 and SIGMAS of its standard deviation."""
-        return 1 + SIGMAS * sqrt(2 / max(len(self._counts) - 1, 1))
+        return hardly_exceeded(len(self._spanned))
 
     def check(self, graph: str) -> None:
         """Raises CalibrationError where what was fed to the graph of that name looks like independent draws."""
         correlation, unevenness = self.correlation, self.unevenness
         if correlation is not None and correlation < LEAST_CORRELATION:
             found = f"neighbouring pixels have a correlation of {correlation:.2f}, at least {LEAST_CORRELATION:g}"
-        elif unevenness is not None and unevenness < self.chance:
+        elif (
+            unevenness is not None
+            and unevenness < self.chance
+            and self.grouped < hardly_exceeded(int(self._group[-1]) + 1)
+        ):
             found = f"token ids are as even as dice: chi-square {unevenness:.3f} per kind, more than {self.chance:.3f}"
         else:
             return
@@ -102,3 +127,14 @@ class NoiseCheck:
             f"the calibration data looks random to the graph {graph!r}: {found} is expected of real inputs. Ranges of "
             "noise are ranges that no real input has; give images or texts like those the model will see."
         )
+
+
+def chi_square(counts: NDArray[Any], widths: NDArray[Any]) -> float:
+    """Pearson's (1900), per degree of freedom, of counts whose expectations are as ``widths``."""
+    expected = widths * (counts.sum() / widths.sum())
+    return float((np.square(counts - expected) / expected).sum() / (len(counts) - 1))
+
+
+def hardly_exceeded(kinds: int) -> float:
+    """Of chi-square per degree of freedom, whose mean is 1 and whose variance is 2 / (kinds - 1)."""
+    return 1 + SIGMAS * sqrt(2 / max(kinds - 1, 1))

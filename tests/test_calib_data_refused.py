@@ -121,6 +121,19 @@ def outside_folder(folder: Path) -> Path:
     return made
 
 
+def lines_with_a_link(folder: Path) -> Path:
+    """The file and the link lie in one folder, the image beside it."""
+    made = outside(folder)
+    (made / "data.jsonl").write_text('{"image": "b.png"}')
+    return made / "data.jsonl"
+
+
+def lines_with_a_linked_folder(folder: Path) -> Path:
+    (outside_folder(folder) / "data.jsonl").write_text('{"image": "up/data.png"}')
+    (folder / "data.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    return folder / "images" / "data.jsonl"
+
+
 def piped(folder: Path) -> Path:
     made = folder_of()(folder)
     os.mkfifo(made / "a.png")
@@ -147,6 +160,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "a surrogate": (of_lines(b'{"text": "\\ud800"}'), "data.jsonl:2 has text '\\ud800', which is no Unicode"),
     "an image beyond the folder": (of_lines(b'{"image": "../there.png"}'), "which lies outside of the file's folder"),
     "an image by a whole path": (of_lines(b'{"image": "/etc/hostname"}'), "which lies outside of the file's folder"),
+    "an image by a link": (lines_with_a_link, "names the image 'b.png', which lies outside of the file's folder"),
+    "an image by linked folder": (lines_with_a_linked_folder, "'up/data.png', which lies outside of the file's folder"),
     "no such image": (of_lines(b'{"image": "not/there.png"}'), "which is no file that is there"),
     "an image beyond names": (of_lines(b'{"image": "a\\u0000b"}'), "which is no Unicode text"),
     "no image": (folder_of(a_txt=b"a", b_md=b"b"), "holds no image; expected files that end in .png"),

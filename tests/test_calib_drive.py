@@ -258,6 +258,18 @@ def test_a_sample_of_another_kind_is_found_before_anything_runs() -> None:
         check_reach("bert", open_calibration_data(["dates"]), tokenizer=False, preprocess=False)
 
 
+def test_arrays_that_no_graph_takes_are_found_before_anything_runs(tmp_path: Path) -> None:
+    np.savez(tmp_path / "raw.npz", tokens=np.arange(24).reshape(8, 3), scale=np.arange(8))
+    data = open_calibration_data([str(tmp_path / "raw.npz")])
+    with pytest.raises(
+        CalibrationError,
+        match=r"^raw\.npz\[0\] holds scale and tokens: samples .* takes texts \(or a \.npz file with input_ids",
+    ):
+        check_reach("gpt", data, tokenizer=True, preprocess=False)
+    with pytest.raises(CalibrationError, match=r"takes images \(or a \.npz file with pixel_values\) and texts"):
+        check_reach("clip", data, tokenizer=True, preprocess=True)
+
+
 def test_each_reference_model_takes_its_own_set(
     vit_bundle: Path, gpt_bundle: Path, dates_bundle: Path, clip_bundle: Path
 ) -> None:

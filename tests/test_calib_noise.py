@@ -91,6 +91,21 @@ def test_chi_square_by_pencil() -> None:
     assert read(rows).unevenness == pytest.approx((595**2 + 298 * 4 + 1) / 2 / 299)
 
 
+def test_a_list_of_different_words_is_no_noise() -> None:
+    """Each once, as draws would have it; but frequent tokens have low ids: half of these 621 are below 1452."""
+    ids = np.unique((30_000 ** draws().random(1000)).astype(np.int64))
+    check = read(np.concatenate([[0], draws().permutation(ids), [0]]))
+    assert (check.unevenness or 2) < check.chance  # id by id it is what draws are
+    assert check.grouped > 10
+    check.check("model")
+
+
+def test_uniform_ids_that_leave_out_the_special_tokens_are_noise() -> None:
+    """100,000 ids tell draws from 1000 on from draws from 0 on: the first thousand is never drawn."""
+    with pytest.raises(CalibrationError, match="token ids are as even as dice"):
+        read(*draws().integers(1000, 30_522, (800, 128))).check("model")
+
+
 @pytest.mark.parametrize("name", ["austen", "wordnet", "digit-captions"])
 def test_language_is_no_noise(name: str) -> None:
     check = read(*words(name, 200))
