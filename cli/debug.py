@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from transom.cli.extras import export_extra
-from transom.cli.options import BundlePath, Json, Source, Threads
+from transom.cli.options import BundlePath, CalibratedOn, Json, Source, Threads
 from transom.cli.progress import progress
 from transom.cli.show import print_json, print_table, printable
 
@@ -28,14 +28,7 @@ class Flavour(StrEnum):
 def accuracy(
     bundle: BundlePath,
     source: Source = None,
-    calibration_data: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FILE",
-            help="What a quantised bundle was calibrated on: the part held out of it is measured.",
-            show_default="known of reference models; of fp16 and bf16, what parity runs on",
-        ),
-    ] = None,
+    calibration_data: CalibratedOn = None,
     flavour: Annotated[
         Flavour, typer.Option(help="Which file of a quantised graph: default is the one for TensorRT.")
     ] = Flavour.cpu,
@@ -52,8 +45,8 @@ def accuracy(
     """Find the layers that break a quantised or half-precision bundle, worst first.
 
     In the files that ship, layers are put back into FP32 by halves until the one is found that lowers the output's
-    error most, then the next. The error is relative to FP32, on inputs that calibration did not see.
-    Needs torch and the checkpoint, as verify does.
+    error most, then the next. The error is relative to FP32, on inputs that calibration did not see; of your own model
+    in fp16 or bf16, on those of parity. Needs torch and the checkpoint, as verify does.
     """
     with progress(quiet=as_json) as report, redirect_stdout(sys.stderr), export_extra():
         from transom.export.debug import debug_accuracy

@@ -26,6 +26,14 @@ Source = Annotated[
     str | None,
     typer.Option(metavar="SOURCE", help="The checkpoint to compare with.", show_default="the one it was exported from"),
 ]
+CalibratedOn = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FILE",
+        help="What a quantised bundle was calibrated on: its accuracy is measured on the part held out of it.",
+        show_default="known of reference models",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, everything else on stderr.")]
 
 

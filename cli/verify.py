@@ -7,13 +7,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from itertools import groupby
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from transom.cli.describe import near_ties
 from transom.cli.extras import export_extra
-from transom.cli.options import BundlePath, Device, Json, Source, Threads
+from transom.cli.options import BundlePath, CalibratedOn, Device, Json, Source, Threads
 from transom.cli.progress import progress
 from transom.cli.show import comparison_cells, print_json, print_table, printable, sizes_text
 
@@ -25,14 +23,7 @@ if TYPE_CHECKING:
 def verify(
     bundle: BundlePath,
     source: Source = None,
-    calibration_data: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FILE",
-            help="What a quantised bundle was calibrated on: the part held out of it judges its accuracy again.",
-            show_default="known of reference models",
-        ),
-    ] = None,
+    calibration_data: CalibratedOn = None,
     device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,

@@ -44,6 +44,7 @@ EAGER_ALL_THE_SAME = {"cli": ("transom.cli", "transom.runtime.errors")}
 
 # What neither the runtime's import nor the command line's may load.
 HEAVY = {"torch", "transformers", "onnx", "onnx_ir"} | THEIRS["runtime"]
+TORCH = {"torch", "transformers", "onnxscript"}  # what only tracing and parity need
 
 
 @dataclass(frozen=True)
@@ -194,6 +195,14 @@ def test_import_loads_nothing_heavy(module: str, tmp_path: Path) -> None:
     loaded = set(json.loads(python("-c", code, folder=tmp_path).stdout))
     assert module in loaded
     assert loaded.isdisjoint(HEAVY)
+
+
+def test_what_works_on_graphs_alone_loads_no_torch(tmp_path: Path) -> None:
+    """Calibration, passes, and what writes a bundle, in one process: each by itself would start as slowly."""
+    paths = [*files("calib", "export/passes"), "export/flavours.py", "export/bundle.py", "export/external.py"]
+    modules = [".".join(("transom", *Path(path).with_suffix("").parts)).removesuffix(".__init__") for path in paths]
+    code = f"import sys, {', '.join(modules)}; print('onnx_ir' in sys.modules, {TORCH!r} & sys.modules.keys())"
+    assert python("-c", code, folder=tmp_path).stdout == "True set()\n"
 
 
 def import_times_us(folder: Path) -> dict[str, tuple[int, int]]:

@@ -6,6 +6,7 @@ A subpackage that `packages` forgets works in an editable install and is silentl
 from __future__ import annotations
 
 import email
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -148,6 +149,29 @@ def test_the_installed_wheel_has_every_file() -> None:
     wanted = {f"transom/{path.as_posix()}" for room in ROOMS for path in files_of(room)}
     assert wanted - names == set()
     assert not any("__editable__" in name for name in names)
+
+
+def test_the_command_is_installed(tmp_path: Path) -> None:
+    command = [str(Path(sys.prefix, "bin", "transom")), "--version"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"transom {importlib.metadata.version('transom')}\n"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_module_can_be_imported(room: str) -> None:
+    """On the wheel, from the wheel: the tests of numbers that would import some of them do not run there."""
+    for path in files_of(room):
+        if path.suffix == ".py" and path.parts[:2] != ("models", "reference"):
+            importlib.import_module(".".join(("transom", *path.with_suffix("").parts)).removesuffix(".__init__"))
+
+
+def test_what_runs_on_the_wheel_looks_into_every_room() -> None:
+    """Without the first two nothing there would ask whether files are missing, or what the families' tables name."""
+    (line,) = re.findall(r"^ON_WHEEL := (.*)$", (REPO / "Makefile").read_text("utf-8"), re.MULTILINE)
+    assert {"packaging", "families"} <= set(line.split())
+    texts = [(REPO / "tests" / f"test_{name}.py").read_text("utf-8") for name in line.split()]
+    assert [room for room in ROOMS if not any(f"transom.{room}" in text for text in texts)] == []
 
 
 # The Makefile, with a stand-in for the command line that fails where its argument says so.

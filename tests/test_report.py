@@ -192,7 +192,7 @@ def test_without_a_tokenizer_there_is_no_picture(
 def test_one_layer_other_channels_other_sizes(exported: Exported, report: Report) -> None:
     _, one = exported("BertModel", num_hidden_layers=1, num_attention_heads=1)
     assert "All 1 layers of 1 heads" in report(one)
-    _, odd = exported("ViTForImageClassification", num_channels=2, image_size=[20, 36])
+    _, odd = exported("ViTForImageClassification", num_channels=2, image_size=[20, 36], num_hidden_layers=1)
     html = report(odd)
     assert "5 by 9 patches" in html
     assert "Where the answer comes from" not in html

@@ -54,7 +54,8 @@ def test_text_classification(exported: Exported) -> None:
     ],
 )
 def test_other_kinds_of_classification(exported: Exported, problem: str | None, labels: int, function: Any) -> None:
-    folder, bundle = exported("BertForSequenceClassification", num_labels=labels, problem_type=problem)
+    settings = {"num_labels": labels, "problem_type": problem, "num_hidden_layers": 1}
+    folder, bundle = exported("BertForSequenceClassification", **settings)
     expected = function(logits_of("BertForSequenceClassification", folder, TEXTS[0]).logits[0])
     with load(bundle) as bert:
         found = dict(bert.classify(TEXTS[0]))
@@ -223,7 +224,7 @@ def test_a_checkpoint_without_tokenizer_runs_raw(make_checkpoint: MakeCheckpoint
 
 
 def test_a_vit_with_one_channel_runs_raw(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    export(str(make_checkpoint("ViTForImageClassification", num_channels=1)), tmp_path / "out")
+    export(str(make_checkpoint("ViTForImageClassification", num_channels=1, num_hidden_layers=1)), tmp_path / "out")
     with load(tmp_path / "out") as vit:
         assert vit.run({"pixel_values": np.ones((2, 1, 20, 20), np.float32)})["logits"].shape == (2, 2)
         with pytest.raises(InputError, match=r"call run\(\) with pixel_values"):
@@ -231,7 +232,7 @@ def test_a_vit_with_one_channel_runs_raw(make_checkpoint: MakeCheckpoint, tmp_pa
 
 
 def test_another_image_size(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    folder = make_checkpoint("ViTForImageClassification")
+    folder = make_checkpoint("ViTForImageClassification", num_hidden_layers=1)
     export(str(folder), tmp_path / "out", image_size=(28, 36))
     model = transformers.ViTForImageClassification.from_pretrained(folder)
     picture = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)

@@ -1,0 +1,67 @@
+"""The tables of docs/int8.md from what int8_accuracy.py and int8_peers.py wrote with --json.
+
+    python benchmarks/int8_tables.py ACCURACY.json PEERS.json
+
+One column per model: score and relative error of every way and every peer, then size and speed of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+MODELS = ("vit", "bert", "minilm", "clip", "gpt", "transformer")
+MIB = 2**20
+
+Rows = list[dict[str, Any]]
+
+
+def accuracy(row: dict[str, Any]) -> str:
+    return "fails" if row["failure"] else f"{row['score']:.4f} / {row['relative_error']:.4f}"
+
+
+def size(row: dict[str, Any]) -> str:
+    return "fails" if row["failure"] else f"{row['size'] / MIB:.2f}"
+
+
+def speed(row: dict[str, Any]) -> str:
+    return "fails" if row["failure"] else f"{row['speed']:.2f}"
+
+
+def table(title: str, rows: Rows, cell: Callable[[dict[str, Any]], str], mark: str = "") -> list[str]:
+    """Lines of Markdown: a row per way, in the order of their first appearance; a dash where a model has none.
+
+    What all models' rows of a way have in common but for its method ("SmoothQuant + entropy") stands in one row.
+    """
+    found: dict[str, dict[str, str]] = {}
+    for row in rows:
+        who = "SmoothQuant + best" if row["who"].startswith("SmoothQuant + ") else row["who"]
+        found.setdefault(who, {})[row["model"]] = cell(row)
+    lines = [f"| {title} | {' | '.join(MODELS)} |", f"|{' --- |' * (len(MODELS) + 1)}"] if title else []
+    return lines + [
+        f"| {mark}{who}{mark} | {' | '.join(cells.get(model, '–') for model in MODELS)} |"
+        for who, cells in found.items()
+    ]
+
+
+def read(path: Path) -> Rows:
+    return list(json.loads(path.read_text())["rows"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("accuracy", type=Path, help="what int8_accuracy.py wrote")
+    parser.add_argument("peers", type=Path, help="what int8_peers.py wrote")
+    arguments = parser.parse_args()
+    ours = read(arguments.accuracy)
+    peers = [row for row in read(arguments.peers) if row["who"] != "FP32"]
+    print("\n".join([*table("score / relative error", ours, accuracy), *table("", peers, accuracy, mark="*")]))
+    print("\n".join(["", *table("MiB of the CPU's graph and weights", ours, size)]))
+    print("\n".join(["", *table("times as fast as FP32", ours, speed)]))
+
+
+if __name__ == "__main__":
+    main()
