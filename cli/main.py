@@ -18,6 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from transom.cli.bench import bench
+from transom.cli.build import build
 from transom.cli.calibrate import calibrate
 from transom.cli.debug import accuracy
 from transom.cli.doctor import doctor
@@ -142,6 +143,12 @@ app.command(
         "transom calibrate bundles/mine --calibration-data reviews.txt --force",
     ),
 )(calibrate)
+app.command(
+    epilog=examples(
+        "transom build bundles/minilm-int8 --target rtx-sm86",
+        "transom build bundles/gpt-fp16 --target rtx-sm89 --target rtx-sm120 --report",
+    )
+)(build)
 debugging = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 debugging.command(
     "accuracy",

@@ -38,22 +38,25 @@ class BundleWriter:
         )
 
 
-def add_to_bundle(folder: Path, name: str, data: bytes) -> None:
-    """Put a file into a finished bundle, in place of one of that name: the file first, bundle.json last.
+def add_to_bundle(folder: Path, added: Mapping[str, bytes], fields: Mapping[str, Any] | None = None) -> None:
+    """Put files into a finished bundle, in place of those of their names, and ``fields`` into its bundle.json.
 
-    A reader sees the old bundle, one without the file, or the new one. Raises ExportError for a disk that is full or
-    not writable.
+    The files first, bundle.json last: a reader sees the old bundle, one without the files, or the new one. Raises
+    ExportError for a disk that is full or not writable.
     """
     manifest = read_manifest(folder)
-    files = {known: entry for known, entry in manifest["files"].items() if known != name}
+    files = {known: entry for known, entry in manifest["files"].items() if known not in added}
     try:
         if len(files) < len(manifest["files"]):  # never a moment in which the old hash meets the new bytes
             write_manifest(folder, manifest | {"files": files})
-        write(folder / name, data)
-        write_manifest(folder, manifest | {"files": {**files, name: entry_of(data)}})
+        for name, data in added.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            write(folder / name, data)
+        entries = {name: entry_of(data) for name, data in added.items()}
+        write_manifest(folder, manifest | dict(fields or {}) | {"files": {**files, **entries}})
     except OSError as error:
         raise ExportError(
-            f"cannot write {folder / name}: {error.strerror or error}. Check the folder, its permissions and space."
+            f"cannot write into {folder}: {error.strerror or error}. Check the folder, its permissions and space."
         ) from error
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -76,6 +76,7 @@ class Manifest:
     parity: Mapping[str, Any]
     score: Mapping[str, Any] | None
     quantization: Mapping[str, Any] | None = None  # there exactly where ``precision`` is one of QUANTIZED
+    engines: Mapping[str, Any] = field(default_factory=dict)  # by target, what `transom build` made
 
 
 class Bundle:
@@ -170,6 +171,7 @@ def manifest_from_json(value: dict[str, Any]) -> Manifest:
         parity=parity_from_json(top.mapping("parity"), top.problems),
         score=top.mapping("score", None),
         quantization=quantization_from_json(top.mapping("quantization", None), precision, names, top.problems),
+        engines=engines_from_json(top.mapping("engines", {}), names, files, top.problems),
     )
     top.done()
     if recorded != manifest_sha256(value):
@@ -211,6 +213,22 @@ def quantization_from_json(
     if possible and (type(bits) is not int or bits not in possible):
         expected = " or ".join(map(str, possible))
         problems.append(f"quantization.weight_bits is {repr(bits)[:60]}, expected {expected} of {precision}")
+    return value
+
+
+def engines_from_json(
+    value: dict[str, Any], graphs: list[str], files: Mapping[str, File], problems: list[str]
+) -> dict[str, Any]:
+    """Which plan belongs to which graph, by target. What the builder made of it is for people."""
+    for target, engine in value.items():
+        plans = engine.get("plans") if isinstance(engine, dict) else None
+        if (
+            not isinstance(plans, dict)
+            or plans.keys() != {*graphs}
+            or not all(plan in files for plan in plans.values())
+        ):
+            expected = f"a listed file for each of {', '.join(graphs)}"
+            problems.append(f"engines.{target[:60]}.plans is {repr(plans)[:60]}, expected {expected}")
     return value
 
 

@@ -6,7 +6,8 @@ TransomError
 │   ├── ParityError     the artefact does not compute what PyTorch computes
 │   ├── PrecisionError  a tensor does not fit the range of the precision that was asked for
 │   ├── CalibrationError  calibration data or a table of ranges cannot be used
-│   └── AccuracyError   the quantised model is less accurate than its gate allows
+│   ├── AccuracyError   the quantised model is less accurate than its gate allows
+│   └── EngineError     no engine can be built of a graph, or not the one that was asked for
 ├── BundleError         a bundle is damaged, hostile, or of a format this version does not know
 ├── InputError          a value handed to a loaded bundle cannot be used
 │   └── ShapeError      ... because of its rank or one of its axes
@@ -44,6 +45,10 @@ class CalibrationError(ExportError):
 
 class AccuracyError(ExportError):
     """The quantised model is less accurate than its gate allows."""
+
+
+class EngineError(ExportError):
+    """No engine can be built of a graph, or not the one that was asked for."""
 
 
 class BundleError(TransomError):

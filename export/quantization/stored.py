@@ -45,7 +45,7 @@ def calibrate_bundle(
     )
     kept, _ = held_out_of(data, scored=is_scored(source, manifest.task))
     table = calibrate(bundle, canonical_graphs(bundle), recipe, kept, smooth=options.smooth, tell=tell)
-    add_to_bundle(bundle.folder, RANGES, table.to_bytes())
+    add_to_bundle(bundle.folder, {RANGES: table.to_bytes()})
     return table
 
 

@@ -1,0 +1,87 @@
+"""``transom build``: engines of a bundle, for GPUs that need not be here."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import redirect_stdout
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from transom.cli.options import BundlePath, Json
+from transom.cli.progress import progress
+from transom.cli.show import bytes_text, print_json, print_table, printable
+
+if TYPE_CHECKING:
+    from transom.export.engine.build import Engine
+
+
+def build(
+    bundle: BundlePath,
+    target: Annotated[
+        list[str],
+        typer.Option(
+            metavar="TARGET",
+            help="rtx-sm75, rtx-sm80, rtx-sm86, rtx-sm89, rtx-sm120, rtx-sm121: on any machine. tensorrt: for the GPU "
+            "in this one. Repeatable.",
+            show_default=False,
+        ),
+    ],
+    report: Annotated[bool, typer.Option("--report", help="Print which nodes ended in which kernels.")] = False,
+    allow_unfused: Annotated[
+        bool, typer.Option("--allow-unfused", help="Take an engine in which an attention is not one kernel.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Build TensorRT engines of a bundle and put them into it.
+
+    For GeForce and RTX GPUs on any x86-64 machine, without a GPU, by TensorRT-RTX; with full TensorRT for the
+    GPU that is present. The graphs are first held against the bundle in ONNX Runtime. The builder's log says
+    what fused: an attention that did not become one kernel fails the build. Engines are kept in the user's cache.
+    """
+    with progress(quiet=as_json) as tell, redirect_stdout(sys.stderr):
+        from transom.export.engine.build import build as build_engines
+        from transom.export.engine.targets import find_targets
+        from transom.runtime.bundle import Bundle
+
+        targets, done = find_targets(target), 0
+
+        def step(what: str) -> None:
+            nonlocal done
+            tell(what, done, done + 1)
+            done += 1
+
+        engines = build_engines(Bundle(bundle), targets, allow_unfused=allow_unfused, tell=step)
+    if as_json:
+        print_json({"bundle": bundle, "engines": [engine.to_json() for engine in engines]})
+        return
+    rows = [
+        [
+            engine.target,
+            engine.graph,
+            bytes_text(engine.size),
+            f"{engine.seconds:.1f} s",
+            bytes_text(engine.memory.get("activation", 0)),
+            "; ".join(fusion.words() for fusion in engine.fusions),
+        ]
+        for engine in engines
+    ]
+    print_table(("target", "graph", "plan", "time", "memory", "fused"), rows, right=("plan", "time", "memory"))
+    if report:
+        for engine in engines:
+            print_kernels(engine)
+
+
+def print_kernels(engine: Engine) -> None:
+    """What the builder made of one graph: its kernels, how often each, and what did not fuse."""
+    for fusion in engine.fusions:
+        print(printable(f"\n{engine.target}, {engine.graph}, {fusion.words()}"))
+        for title, count in fusion.alike.items():
+            print(printable(f"  {count:4d} x {title}"))
+        for what, names in (
+            ("attention that is not one kernel", fusion.unfused),
+            ("integer products that are dequantised first", fusion.wide),
+            ("nodes that are a kernel by themselves", fusion.alone),
+        ):
+            if names:
+                print(printable(f"  {what}: {', '.join(names)}"))

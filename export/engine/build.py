@@ -1,0 +1,124 @@
+"""``transom build``: the engines of a bundle for some targets, checked before and after, written into the bundle."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transom.export.bundle import add_to_bundle
+from transom.export.engine.builder import Built, build_engine
+from transom.export.engine.check import check_flavour
+from transom.export.engine.flavour import TensorRTGraph, tensorrt_graphs
+from transom.export.engine.fusion import Fusion, fusion_of, kernels_of, memory_of
+from transom.export.engine.profiles import Profile, profiles_of
+from transom.export.engine.targets import Target, require_precision
+from transom.runtime.bundle import QUANTIZED, Bundle, Manifest
+from transom.runtime.errors import EngineError
+from transom.runtime.trt_library import NAMES, library
+
+FOLDER = "engines"  # in the bundle
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One graph built for one target: the plan's size in bytes, seconds, and what became of it in each profile."""
+
+    target: str
+    graph: str
+    size: int
+    seconds: float
+    fusions: tuple[Fusion, ...]
+    memory: Mapping[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "target": self.target,
+            "graph": self.graph,
+            "size": self.size,
+            "seconds": round(self.seconds, 2),
+            "memory": dict(self.memory),
+            "profiles": [fusion.to_json() for fusion in self.fusions],
+        }
+
+
+def build(
+    bundle: Bundle, targets: Sequence[Target], *, allow_unfused: bool, tell: Callable[[str], None]
+) -> list[Engine]:
+    """Build every graph of ``bundle`` for every target, and put the plans into it.
+
+    The graphs are TensorRT's flavour, which first has to compute in ONNX Runtime what the bundle computes. Nothing is
+    written before all engines of all targets are built. Raises ExportError for a precision that a target does not have,
+    BackendError where a library is missing, EngineError for a graph that cannot be built, or one whose attention did
+    not fuse, unless ``allow_unfused``.
+    """
+    manifest = bundle.manifest
+    for target in targets:
+        require_precision(target, manifest.precision, elsewhere(manifest))
+        library(target.library)
+    tell("writing TensorRT's flavour of the graphs")
+    graphs = tensorrt_graphs(bundle)
+    tell("holding it against the bundle")
+    check_flavour(bundle, graphs)
+    models = {name: graph.serialized() for name, graph in graphs.items()}
+    profiles = {file.graph.name: profiles_of(file.graph, manifest.axes) for file in manifest.graphs}
+    engines: list[Engine] = []
+    plans: dict[str, bytes] = {}
+    described = dict(manifest.engines)
+    for target in targets:
+        names = {}
+        for name, graph in graphs.items():
+            tell(f"building {name} for {target.name}")
+            started = time.perf_counter()
+            built = build_engine(name, models[name], profiles[name], target)
+            engine = engine_of(target, name, graph, built, profiles[name], time.perf_counter() - started)
+            if not allow_unfused:
+                require_fused(engine)
+            engines.append(engine)
+            names[name] = plan_name(manifest, target, name)
+            plans[names[name]] = built.plan
+        described[target.name] = {
+            "library": NAMES[target.library],
+            "version": library(target.library).__version__,
+            "plans": names,
+            "graphs": {engine.graph: engine.to_json() for engine in engines if engine.target == target.name},
+        }
+    tell("writing the plans into the bundle")
+    add_to_bundle(bundle.folder, plans, {"engines": described})
+    return engines
+
+
+def elsewhere(manifest: Manifest) -> str:
+    """The precision of what is not in integers."""
+    if manifest.precision not in QUANTIZED or manifest.quantization is None:
+        return manifest.precision
+    return str(manifest.quantization.get("elsewhere", {}).get("default", "fp16"))
+
+
+def plan_name(manifest: Manifest, target: Target, graph: str) -> str:
+    """``engines/rtx-sm86.plan``, or of a bundle with several graphs ``engines/rtx-sm86.encoder.plan``."""
+    which = f".{graph}" if len(manifest.graphs) > 1 else ""
+    return f"{FOLDER}/{target.name}{which}.plan"
+
+
+def engine_of(
+    target: Target, name: str, graph: TensorRTGraph, built: Built, profiles: Sequence[Profile], seconds: float
+) -> Engine:
+    kernels = kernels_of(built.log, len(profiles))
+    fusions = tuple(
+        fusion_of(profile.name, found, graph.operators, graph.integer_products)
+        for profile, found in zip(profiles, kernels, strict=True)
+    )
+    return Engine(target.name, name, len(built.plan), seconds, fusions, memory_of(built.log))
+
+
+def require_fused(engine: Engine) -> None:
+    """Raise EngineError where an attention is not one kernel."""
+    for fusion in engine.fusions:
+        if fusion.unfused:
+            raise EngineError(
+                f"of the graph {engine.graph!r} for {engine.target} {fusion.attention} of {fusion.attentions} "
+                f"attentions became one kernel each in the profile {fusion.profile}; {fusion.unfused[0]} did not. "
+                "Nothing was written. Give --allow-unfused to take the slower engine."
+            )

@@ -1,0 +1,121 @@
+"""Builds one engine in a process of its own, or takes it from the cache; turns what went wrong into errors of ours."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transom.export.engine.profiles import Profile
+from transom.export.engine.targets import Target
+from transom.export.engine.worker import ERROR, GRAPH, JOB, LOG, PLAN
+from transom.runtime.errors import BackendError, EngineError
+from transom.runtime.trt_library import NAMES, library
+
+CACHE = "engines"  # below the user's cache folder
+LAST_LINES = 3  # of the log, in the message of a builder that died
+
+
+@dataclass(frozen=True)
+class Built:
+    """A serialised engine and the builder's log, by line."""
+
+    plan: bytes
+    log: Sequence[str]
+
+
+def cache_folder() -> Path:
+    """Where engines are kept between builds: $XDG_CACHE_HOME/transom, or ~/.cache/transom."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return Path(base if base else Path.home() / ".cache") / "transom"
+
+
+def build_engine(graph: str, model: bytes, profiles: Sequence[Profile], target: Target) -> Built:
+    """An engine of the ONNX ``model`` for ``target``, with TF32 off and the layers in the log.
+
+    ``graph`` is its name in messages. The same model, profiles, target and library give the engine that was built
+    before. Raises BackendError where the library is missing, EngineError where it cannot build this.
+    """
+    job = {
+        "library": target.library,
+        "capability": target.capability,
+        "profiles": [{name: list(sizes) for name, sizes in profile.shapes.items()} for profile in profiles],
+    }
+    version = library(target.library).__version__
+    key = hashlib.sha256(json.dumps([job, version]).encode() + model).hexdigest()
+    kept = cache_folder() / CACHE / key if target.capability is not None else None  # else it depends on the GPU here
+    if kept is not None and (kept / PLAN).is_file() and (kept / LOG).is_file():
+        return read(kept)
+    with tempfile.TemporaryDirectory(prefix="transom-engine-") as made:
+        folder = Path(made)
+        (folder / JOB).write_text(json.dumps(job))
+        (folder / GRAPH).write_bytes(model)
+        run_worker(folder, graph, target)
+        built = read(folder)
+    if kept is not None:
+        keep(kept, built)
+    return built
+
+
+def run_worker(folder: Path, graph: str, target: Target) -> None:
+    """The worker's process from its start to its end; whatever ends this one ends it as well."""
+    command = [sys.executable, "-m", "transom.export.engine.worker", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            _, said = process.communicate()
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode != 0:
+        raise failure(folder, graph, target, process.returncode, said)
+
+
+def failure(folder: Path, graph: str, target: Target, status: int, said: str) -> Exception:
+    path = folder / ERROR
+    wrong: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    message = str(wrong.get("message", ""))
+    if wrong.get("kind") == "library":
+        return BackendError(message)
+    what = f"{NAMES[target.library]} cannot"
+    if wrong.get("kind") == "parse":
+        return EngineError(
+            f"{what} read the node {wrong.get('node')!r} ({wrong.get('operator')}) of the graph {graph!r}: {message} "
+            "Export the bundle again, or use it with device='cpu' or 'cuda'."
+        )
+    if not wrong:
+        last = " ".join([*lines_of(folder / LOG)[-LAST_LINES:], *said.split()[-40:]])
+        message = f"its process ended with status {status}: {last:.400}"
+    reasons = [line for line in lines_of(folder / LOG) if "Error Code" in line]
+    return EngineError(
+        f"{what} build the graph {graph!r} for {target.name}: {(reasons or [message])[-1]:.500}. "
+        "Free memory, try another --target, or another --precision."
+    )
+
+
+def read(folder: Path) -> Built:
+    return Built((folder / PLAN).read_bytes(), lines_of(folder / LOG))
+
+
+def lines_of(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+
+
+def keep(folder: Path, built: Built) -> None:
+    """Into the cache, under its final name only when it is whole; a full disk costs the cache and nothing else."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as made:
+            partial = Path(made) / "engine"
+            partial.mkdir()
+            (partial / PLAN).write_bytes(built.plan)
+            (partial / LOG).write_text("\n".join(built.log), encoding="utf-8")
+            partial.rename(folder)
+    except OSError:
+        return

@@ -1,0 +1,108 @@
+"""TensorRT's flavour held against the file it was made of, both in ONNX Runtime, on the bundle's golden inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from transom.export.engine.flavour import TensorRTGraph
+from transom.export.engine.profiles import cache_sizes
+from transom.export.flavours import pack
+from transom.export.passes.emulate import emulate_half
+from transom.export.quantization.stored import stored_graphs
+from transom.runtime.backend import Array, Backend, Read
+from transom.runtime.bundle import Bundle, GraphFile
+from transom.runtime.errors import ExportError, ParityError
+from transom.runtime.ort import OrtBackend
+from transom.runtime.replay import from_arrays, logits_along
+from transom.runtime.selftest import GENERATION, PYTORCH, read_golden
+from transom.runtime.session import LoadedBundle
+from transom.runtime.tasks import task_class
+from transom.runtime.tasks.generator import Generator
+
+# max|flavour - shipped| / max|shipped|: the same operators, here and there in another order. Half precision rounds what
+# differs in the last bit of FP32 the other way now and then, and integers carry that on.
+TOLERANCES = {"fp32": 2e-5, "fp16": 5e-3, "bf16": 4e-2, "int8": 0.1}
+
+
+class FullCache:
+    """A backend whose graph takes caches of their greatest length alone, for callers that have shorter ones."""
+
+    device = "cpu"
+
+    def __init__(self, backend: OrtBackend, length: int) -> None:
+        self._backend, self._length = backend, length
+        self.graph = backend.graph
+        self._written = [tensor.writes for tensor in self.graph.outputs if tensor.writes is not None]
+
+    def run(self, feeds: Mapping[str, Array], shapes: Mapping[str, Sequence[int]]) -> dict[str, Array]:
+        """As a backend does."""
+        whole = {}
+        for name in self._written:
+            rows, heads, held, size = feeds[name].shape
+            whole[name] = np.zeros((rows, heads, self._length, size), feeds[name].dtype)
+            whole[name][:, :, :held] = feeds[name]
+        found = self._backend.run({**feeds, **whole}, shapes)
+        for name, buffer in whole.items():
+            feeds[name][...] = buffer[:, :, : feeds[name].shape[2]]
+        return found
+
+
+def check_flavour(bundle: Bundle, graphs: Mapping[str, TensorRTGraph]) -> float:
+    """The largest error of ``graphs`` beside the bundle's own file, each as a GPU would round it.
+
+    Over every golden case, a decoder's generation step by step. Raises ParityError where it is more than TOLERANCES
+    allow, ExportError for a bundle without golden values.
+    """
+    golden = read_golden(bundle)
+    if not golden:
+        raise ExportError(f"{bundle.folder} holds no golden values to check its engines by; export it again.")
+    ours = {name: graph.model.clone() for name, graph in graphs.items()}
+    worst = 0.0
+    with opened(bundle, ours, full=True) as flavour, opened(bundle, stored_graphs(bundle, "default")) as shipped:
+        for case, arrays in sorted(golden.items()):
+            for name, found, expected in outputs(flavour, shipped, case, arrays):
+                scale = max(float(np.abs(expected).max(initial=0.0)), float(np.finfo(np.float32).tiny))
+                error = float(np.abs(found - expected).max(initial=0.0)) / scale
+                if not error <= TOLERANCES[bundle.manifest.precision]:
+                    raise ParityError(
+                        f"TensorRT's flavour of {bundle.folder} does not compute what the bundle does: {name} of "
+                        f"{case} is off by {error:.2e} of its largest value, "
+                        f"{TOLERANCES[bundle.manifest.precision]:g} is allowed. No engine was built; export the "
+                        "bundle again, and report it if that does not help."
+                    )
+                worst = max(worst, error)
+    return worst
+
+
+def outputs(
+    flavour: LoadedBundle, shipped: LoadedBundle, case: str, arrays: Mapping[str, Mapping[str, Array]]
+) -> Iterator[tuple[str, Array, Array]]:
+    """(name, the flavour's, the shipped file's) of one golden case."""
+    if case == GENERATION:
+        assert isinstance(flavour, Generator)
+        assert isinstance(shipped, Generator)
+        prompts, tokens = from_arrays(arrays["input"]), arrays[PYTORCH]["tokens"]
+        yield "logits", logits_along(flavour, prompts, tokens), logits_along(shipped, prompts, tokens)
+        return
+    wanted = list(arrays[PYTORCH])
+    found, expected = (side.run(arrays["input"], wanted) for side in (flavour, shipped))
+    yield from ((name, found[name], expected[name]) for name in wanted)
+
+
+def opened(bundle: Bundle, models: Mapping[str, ir.Model], *, full: bool = False) -> LoadedBundle:
+    """The runtime around ``models``, which are used up, rounding as a GPU would; ``full`` where caches are."""
+    for model in models.values():
+        emulate_half(model)
+    graphs = tuple(file.graph for file in bundle.manifest.graphs)
+    flavours = pack(graphs, models, "float32")
+    files = {file.graph.name: file for file in flavours.graphs}
+
+    def opener(graph: GraphFile, read: Read, device: str, threads: int | None) -> Backend:
+        backend = OrtBackend(files[graph.graph.name], flavours.files.__getitem__, "cpu", threads)
+        lengths = cache_sizes(graph.graph, bundle.manifest.axes) if full else {}
+        return FullCache(backend, *lengths.values()) if lengths else backend
+
+    return task_class(bundle.manifest.family)(bundle, opener=opener)

@@ -1,0 +1,148 @@
+"""The builder's log -> which nodes of the graph ended in which kernels.
+
+At verbosity DETAILED TensorRT lists the finished layers, one per line, each with the names of the ONNX nodes that it
+computes, without a GPU having been near. That list is all there is read; nothing here needs the library.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+LAYER = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: .*, Metadata: ?(?P<nodes>.*)$")
+NODE = re.compile(r"\[ONNX Layer: (.*?)\](?=\x1f|$)")
+GROUP = re.compile(r"_myl(\d+)_\d+")  # the compiled subgraph: one per profile, or several
+MARK = re.compile(r"\[profile (\d+)\]")
+MEMORY = re.compile(r"^Total (Activation|Weights) Memory: (\d+) bytes")
+FUSED_ATTENTION = re.compile(r"_mha_v\d")  # _gemm_mha_v2 of many queries, _gemv_mha_v1 of one
+SERIAL = re.compile(r"( \[profile \d+\])?(_myl\d+_\d+)?$")
+PRODUCTS = ("gemm", "correlation")  # kinds of layers that multiply matrices, or convolve
+COMPUTES = ("Attention", "MatMul", "Gemm", "Conv", None)  # operators that have work for a kernel of their own
+SHAPES = ("shape_call", "ShapeHostToDevice")  # kinds of layers that compute sizes alone
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A layer of the engine: its name, what kind it is, and the ONNX nodes in it."""
+
+    name: str
+    kind: str
+    nodes: tuple[str, ...]
+    int8: bool  # whether it reads integers
+
+    @property
+    def title(self) -> str:
+        """The name without its serial number: equal for kernels of one make."""
+        return SERIAL.sub("", self.name)
+
+
+def kernels_of(log: Iterable[str], profiles: int) -> list[list[Kernel]]:
+    """The layers of the engine that compute, by profile, in the order they run."""
+    found: dict[str, list[Kernel]] = {}
+    marks: dict[str, int] = {}
+    for line in log:
+        match = LAYER.match(line)
+        if match is None or match["kind"] in SHAPES:
+            continue
+        serial, mark = GROUP.search(match["name"]), MARK.search(match["name"])
+        group = serial[1] if serial is not None else ""
+        if mark is not None:
+            marks[group] = int(mark[1])
+        nodes = tuple(dict.fromkeys(NODE.findall(match["nodes"])))
+        found.setdefault(group, []).append(Kernel(match["name"], match["kind"], nodes, "Datatype: Int8" in line))
+    if len(found) == profiles:  # the usual case; then no mark is needed
+        return list(found.values())
+    by_profile: list[list[Kernel]] = [[] for _ in range(profiles)]
+    for group, kernels in found.items():
+        by_profile[min(marks.get(group, 0), profiles - 1)] += kernels
+    return by_profile
+
+
+def memory_of(log: Iterable[str]) -> dict[str, int]:
+    """Bytes of "activation", the most of any profile, and of "weights"."""
+    found: dict[str, int] = {}
+    for line in log:
+        match = MEMORY.match(line)
+        if match is not None:
+            kind = match[1].lower()
+            found[kind] = max(found.get(kind, 0), int(match[2]))
+    return found
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """What became of a graph in one profile of an engine.
+
+    attention   how many of ``attentions`` nodes became one kernel each; those that did not are ``unfused``
+    gelu        how many of ``gelus`` activations share a kernel with the sum or product in front of them
+    int8        how many of ``linears`` integer products multiply integers; the others, ``wide``, are dequantised first
+    kernels     how many there are, ``alike`` by name
+    alone       nodes that are a kernel by themselves, products and convolutions left out
+    """
+
+    profile: str
+    attentions: int
+    unfused: tuple[str, ...]
+    gelus: int
+    gelus_fused: int
+    linears: int
+    wide: tuple[str, ...]
+    kernels: int
+    alike: Mapping[str, int]
+    alone: tuple[str, ...]
+
+    @property
+    def attention(self) -> int:
+        return self.attentions - len(self.unfused)
+
+    @property
+    def int8(self) -> int:
+        return self.linears - len(self.wide)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "profile": self.profile,
+            "attention": {"fused": self.attention, "of": self.attentions, "unfused": list(self.unfused)},
+            "gelu": {"fused": self.gelus_fused, "of": self.gelus},
+            "int8": {"products": self.int8, "of": self.linears, "dequantized": list(self.wide)},
+            "kernels": self.kernels,
+            "alike": dict(self.alike),
+            "alone": list(self.alone),
+        }
+
+    def words(self) -> str:
+        """One line: ``decode: attention 4 of 4, GELU 4 of 4, INT8 13 of 17, 54 kernels``."""
+        parts = [f"attention {self.attention} of {self.attentions}"] if self.attentions else []
+        parts += [f"GELU {self.gelus_fused} of {self.gelus}"] if self.gelus else []
+        parts += [f"INT8 {self.int8} of {self.linears}"] if self.linears else []
+        return f"{self.profile}: {', '.join([*parts, f'{self.kernels} kernels'])}"
+
+
+def fusion_of(
+    profile: str, kernels: Sequence[Kernel], operators: Mapping[str, str], integer_products: Sequence[str]
+) -> Fusion:
+    """``operators`` are those of the graph that was built, by the name of the node; some products are of integers."""
+    attention = [name for name, operator in operators.items() if operator == "Attention"]
+    fused = {node for kernel in kernels if FUSED_ATTENTION.search(kernel.name) for node in kernel.nodes}
+    gelus = [name for name, operator in operators.items() if operator == "Gelu"]
+    shared = {node for kernel in kernels if len(kernel.nodes) > 1 for node in kernel.nodes}
+    integers = {node for kernel in kernels if kernel.int8 and kernel.kind in PRODUCTS for node in kernel.nodes}
+    return Fusion(
+        profile=profile,
+        attentions=len(attention),
+        unfused=tuple(name for name in attention if name not in fused),
+        gelus=len(gelus),
+        gelus_fused=sum(name in shared for name in gelus),
+        linears=len(integer_products),
+        wide=tuple(name for name in integer_products if name not in integers),
+        kernels=len(kernels),
+        alike=dict(Counter(kernel.title for kernel in kernels).most_common()),
+        alone=tuple(
+            kernel.nodes[0]
+            for kernel in kernels
+            if len(kernel.nodes) == 1 and operators.get(kernel.nodes[0]) not in COMPUTES
+        ),
+    )

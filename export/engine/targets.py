@@ -1,0 +1,59 @@
+"""What an engine can be built for, and in which precision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transom.runtime.errors import ExportError
+from transom.runtime.trt_library import FULL, RTX
+
+
+@dataclass(frozen=True)
+class Target:
+    """``library`` builds it; ``capability`` is the compute capability it runs on, None for that of the GPU present."""
+
+    name: str
+    library: str
+    capability: tuple[int, int] | None = None
+
+    @property
+    def is_turing(self) -> bool:
+        return self.capability == (7, 5)
+
+
+CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1))  # of TensorRT-RTX 1.7
+TARGETS = {
+    target.name: target
+    for target in (
+        *(Target(f"rtx-sm{major}{minor}", RTX, (major, minor)) for major, minor in CAPABILITIES),
+        Target("tensorrt", FULL),
+    )
+}
+TURING = {  # what it has no kernels for, and why
+    "bf16": "Turing has no BF16 arithmetic; export with --precision fp16",
+    "fp32": "TensorRT-RTX has no FP32 matrix product for Turing; export with --precision fp16 or int8",
+}
+
+
+def find_targets(names: Sequence[str]) -> tuple[Target, ...]:
+    """The targets of these names, each once, in their order. Raises ExportError for none, and for an unknown one."""
+    unknown = [name for name in names if name not in TARGETS]
+    if unknown or not names:
+        got = f"is {unknown[0]!r:.60}" if unknown else "is missing"
+        raise ExportError(f"--target {got}; expected one or several of {', '.join(TARGETS)}.")
+    return tuple(TARGETS[name] for name in dict.fromkeys(names))
+
+
+def require_precision(target: Target, precision: str, elsewhere: str) -> None:
+    """Raise ExportError where ``target`` cannot compute a bundle of ``precision``.
+
+    ``elsewhere`` is the precision of what an int8 graph does not quantise.
+    """
+    if precision == "int4":
+        raise ExportError(
+            "a bundle in int4 holds MatMulNBits, an operator of ONNX Runtime alone, and no engine is built of it; "
+            "export with --precision int8."
+        )
+    if target.is_turing and elsewhere in TURING:
+        raise ExportError(f"{target.name} cannot run {precision} beside {elsewhere}: {TURING[elsewhere]}.")

@@ -1,0 +1,94 @@
+"""One engine, built in a process of its own: ``python -m transom.export.engine.worker FOLDER``.
+
+The builder is native code that no signal reaches and that a strange graph may crash; a process can be ended. FOLDER
+holds ``job.json`` and ``graph.onnx``; ``engine.plan``, ``log.txt`` and, where it fails, ``error.json`` go there.
+Polygraphy decides between TensorRT and TensorRT-RTX once per process, which is a second reason.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from transom.runtime.errors import BackendError, one_line
+from transom.runtime.trt_library import RTX, library
+
+JOB, GRAPH, PLAN, LOG, ERROR = "job.json", "graph.onnx", "engine.plan", "log.txt", "error.json"
+
+
+def build(folder: Path) -> dict[str, Any] | None:
+    """Build what ``folder`` asks for; None, or what went wrong: "kind", "message", the "node" and its "operator"."""
+    job = json.loads((folder / JOB).read_text())
+    os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1" if job["library"] == RTX else "0"
+    trt = library(job["library"])
+    from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
+    from polygraphy.backend.trt import CreateConfig, PostprocessConfig, Profile, engine_bytes_from_network, util
+    from polygraphy.exception import PolygraphyException
+    from polygraphy.logger import G_LOGGER
+
+    G_LOGGER.module_severity = G_LOGGER.CRITICAL  # what it would print stands in our log
+    with (folder / LOG).open("w", encoding="utf-8") as log:
+
+        class Recorder(trt.ILogger):  # type: ignore[misc, name-defined]
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: Any, message: str) -> None:
+                log.write(f"{message}\n")
+
+        util.TRT_LOGGER = logger = Recorder()
+        builder = trt.Builder(logger)
+        network = builder.create_network(0)
+        parser = trt.OnnxParser(network, logger)
+        if not parser.parse_from_file(str(folder / GRAPH)):
+            error = parser.get_error(0)
+            return {
+                "kind": "parse",
+                "node": error.node_name(),
+                "operator": error.node_operator(),
+                "message": one_line(RuntimeError(error.desc())),
+            }
+        profiles = []
+        for shapes in job["profiles"]:
+            profile = Profile()
+            for name, (least, tuned, most) in shapes.items():
+                profile.add(name, least, tuned, most)
+            profiles.append(profile)
+        options: dict[str, Any] = {"profiles": profiles, "profiling_verbosity": trt.ProfilingVerbosity.DETAILED}
+        if job["library"] == RTX:
+            config = CreateConfigRTX(compute_capabilities=[tuple(job["capability"])], **options)
+        else:
+            config = CreateConfig(**options)
+
+        def without_tf32(builder: Any, network: Any, config: Any) -> None:
+            config.clear_flag(trt.BuilderFlag.TF32)  # which both have on: FP32 would lose 13 of its 24 bits
+
+        config = PostprocessConfig(config, without_tf32)
+        try:
+            plan = engine_bytes_from_network((builder, network, parser), config=config)
+        except PolygraphyException as failure:
+            return {"kind": "build", "message": one_line(failure)}
+        (folder / PLAN).write_bytes(bytes(plan))
+    return None
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    try:
+        wrong = build(folder)
+    except BackendError as error:
+        wrong = {"kind": "library", "message": str(error)}
+    except ImportError as error:
+        wrong = {"kind": "library", "message": f"{one_line(error)}. Run `pip install 'transom[tensorrt]'`."}
+    except MemoryError:
+        wrong = {"kind": "memory", "message": "out of memory"}
+    if wrong is not None:
+        (folder / ERROR).write_text(json.dumps(wrong))
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
