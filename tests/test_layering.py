@@ -199,7 +199,12 @@ def test_import_loads_nothing_heavy(module: str, tmp_path: Path) -> None:
 
 def test_what_works_on_graphs_alone_loads_no_torch(tmp_path: Path) -> None:
     """Calibration, passes, and what writes a bundle, in one process: each by itself would start as slowly."""
-    paths = [*files("calib", "export/passes", "export/engine"), "export/flavours.py", "export/bundle.py", "export/external.py"]
+    paths = [
+        *files("calib", "export/passes", "export/engine"),
+        "export/flavours.py",
+        "export/bundle.py",
+        "export/external.py",
+    ]
     modules = [".".join(("transom", *Path(path).with_suffix("").parts)).removesuffix(".__init__") for path in paths]
     code = f"import sys, {', '.join(modules)}; print('onnx_ir' in sys.modules, {TORCH!r} & sys.modules.keys())"
     assert python("-c", code, folder=tmp_path).stdout == "True set()\n"
