@@ -42,16 +42,11 @@ def build(
     with progress(quiet=as_json) as tell, redirect_stdout(sys.stderr):
         from transom.export.engine.build import build as build_engines
         from transom.export.engine.targets import find_targets
+        from transom.export.steps import Steps
         from transom.runtime.bundle import Bundle
 
-        targets, done = find_targets(target), 0
-
-        def step(what: str) -> None:
-            nonlocal done
-            tell(what, done, done + 1)
-            done += 1
-
-        engines = build_engines(Bundle(bundle), targets, allow_unfused=allow_unfused, tell=step)
+        targets = find_targets(target)
+        engines = build_engines(Bundle(bundle), targets, allow_unfused=allow_unfused, tell=Steps(tell, 0).more)
     if as_json:
         print_json({"bundle": bundle, "engines": [engine.to_json() for engine in engines]})
         return

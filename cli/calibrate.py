@@ -32,9 +32,9 @@ def calibrate(
     """
     with progress(quiet=as_json) as report, redirect_stdout(sys.stderr), export_extra():
         from transom.calib.table import RANGES
-        from transom.export.pipeline import Steps
         from transom.export.quantization.options import QuantizeOptions
         from transom.export.quantization.stored import calibrate_bundle
+        from transom.export.steps import Steps
         from transom.runtime.bundle import Bundle
 
         steps = Steps(report, 0)

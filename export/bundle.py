@@ -50,7 +50,10 @@ def add_to_bundle(folder: Path, added: Mapping[str, bytes], fields: Mapping[str,
         if len(files) < len(manifest["files"]):  # never a moment in which the old hash meets the new bytes
             write_manifest(folder, manifest | {"files": files})
         for name, data in added.items():
-            (folder / name).parent.mkdir(exist_ok=True)
+            parent = (folder / name).parent
+            parent.mkdir(exist_ok=True)
+            if not parent.resolve().is_relative_to(folder.resolve()):
+                raise ExportError(f"{parent} is a link that leaves the bundle; nothing is written there. Remove it.")
             write(folder / name, data)
         entries = {name: entry_of(data) for name, data in added.items()}
         write_manifest(folder, manifest | dict(fields or {}) | {"files": {**files, **entries}})

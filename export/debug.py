@@ -17,7 +17,6 @@ from transom.calib.table import RANGES, RangeTable
 from transom.export.again import load_again
 from transom.export.flavours import make_flavours
 from transom.export.onnx import onnx_from_module
-from transom.export.pipeline import Progress, Steps, silent
 from transom.export.quantization.agreement import Agreement, Reference
 from transom.export.quantization.bisect import bisect_layers
 from transom.export.quantization.calibrate import smoothed
@@ -30,6 +29,7 @@ from transom.export.quantization.switched import SwitchedBundle
 from transom.export.quantization.trial import CPU, RANKING_SAMPLES, open_flavours
 from transom.export.samples import samples_for, single_rows
 from transom.export.source import Loaded
+from transom.export.steps import Progress, Steps, silent
 from transom.runtime.bundle import QUANTIZED, Bundle, Manifest
 from transom.runtime.errors import CalibrationError, ExportError
 from transom.runtime.fields import parse_json

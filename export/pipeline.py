@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -32,13 +32,13 @@ from transom.export.ranges import require_fp16_range
 from transom.export.samples import samples_for
 from transom.export.scores import score_both
 from transom.export.source import Loaded, load_source
+from transom.export.steps import Progress, Steps, silent
 from transom.runtime.bundle import PRECISIONS, QUANTIZED, Bundle, Manifest
 from transom.runtime.errors import AccuracyError, ExportError
 from transom.runtime.replay import Divergence
 from transom.runtime.selftest import GOLDEN
 from transom.runtime.session import LoadedBundle
 
-Progress = Callable[[str, int, int], None]
 TOOLS = (
     "transom",
     "torch",
@@ -53,25 +53,6 @@ TOOLS = (
 )
 
 
-class Steps:
-    """Tells ``progress`` what is being done, how many steps are behind and how many there are."""
-
-    def __init__(self, progress: Progress, total: int) -> None:
-        self._progress, self._done, self._total = progress, -1, total
-
-    def next(self, what: str) -> None:
-        self._done += 1
-        self._progress(what, self._done, max(self._total, self._done))
-
-    def expect(self, more: int) -> None:
-        self._total += more
-
-    def more(self, what: str) -> None:
-        """A step that nobody expected."""
-        self.expect(1)
-        self.next(what)
-
-
 @dataclass(frozen=True)
 class Verified:
     """The worst elements, case by case, and the rows whose greedy generation left PyTorch's at a near tie.
@@ -82,10 +63,6 @@ class Verified:
     cases: list[Case]
     near_ties: list[Divergence]
     verdict: Verdict | None = None
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """A ``Progress`` that tells nobody."""
 
 
 def export(

@@ -17,6 +17,7 @@ from typing import Any
 
 from transom.runtime.errors import BundleError
 from transom.runtime.fields import Fields, parse_json
+from transom.runtime.records import engines_from_json, parity_from_json, quantization_from_json
 from transom.runtime.spec import COUNT, Axis, Graph, Tensor
 
 FORMAT = "transom-bundle"
@@ -28,8 +29,6 @@ DTYPES = ("int64", "float32")  # half precision stays inside the graph: the edge
 STATE_DTYPES = ("float32", "float16", "bfloat16")  # but for state, which is the graph's own
 QUANTIZED = ("int8", "int4")  # of the weights; accuracy is judged by a gate, not by parity
 PRECISIONS = ("fp32", "fp16", "bf16", *QUANTIZED)
-MODES = ("static", "dynamic", "none")  # how the activations before integer weights become integers
-WEIGHT_BITS = {"int8": (7, 8), "int4": (4,)}
 
 
 @dataclass(frozen=True)
@@ -183,53 +182,6 @@ def manifest_sha256(value: Mapping[str, Any]) -> str:
     """SHA-256 of bundle.json without that field: keys sorted, no white space, ASCII only."""
     rest = {key: item for key, item in value.items() if key != "manifest_sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def parity_from_json(value: dict[str, Any], problems: list[str]) -> dict[str, Any]:
-    """The figures are for people, but for the two that ``transom selftest`` judges by."""
-    scales = value.get("scales", {})
-    if not isinstance(scales, dict) or not all(type(scale) in (int, float) for scale in scales.values()):
-        problems.append("parity.scales is no object of numbers")
-    if type(value.get("tolerance")) not in (int, float):
-        problems.append(f"parity.tolerance is {repr(value.get('tolerance'))[:60]}, expected a number")
-    return value
-
-
-def quantization_from_json(
-    value: dict[str, Any] | None, precision: str | None, graphs: list[str], problems: list[str]
-) -> dict[str, Any] | None:
-    """How the graphs multiply: the runtime asks where that is exact. The rest is for people."""
-    if (value is not None) != (precision in QUANTIZED):
-        found = "is missing" if value is None else "is there"
-        problems.append(f"quantization {found}, and precision is {repr(precision)[:60]}")
-    if value is None:
-        return None
-    modes = value.get("activations")
-    if not isinstance(modes, dict) or modes.keys() != {*graphs} or not all(mode in MODES for mode in modes.values()):
-        expected = f"one of {', '.join(MODES)} for each of {', '.join(graphs)}"
-        problems.append(f"quantization.activations is {repr(modes)[:60]}, expected {expected}")
-    bits = value.get("weight_bits")
-    possible = WEIGHT_BITS.get(precision or "", ())
-    if possible and (type(bits) is not int or bits not in possible):
-        expected = " or ".join(map(str, possible))
-        problems.append(f"quantization.weight_bits is {repr(bits)[:60]}, expected {expected} of {precision}")
-    return value
-
-
-def engines_from_json(
-    value: dict[str, Any], graphs: list[str], files: Mapping[str, File], problems: list[str]
-) -> dict[str, Any]:
-    """Which plan belongs to which graph, by target. What the builder made of it is for people."""
-    for target, engine in value.items():
-        plans = engine.get("plans") if isinstance(engine, dict) else None
-        if (
-            not isinstance(plans, dict)
-            or plans.keys() != {*graphs}
-            or not all(plan in files for plan in plans.values())
-        ):
-            expected = f"a listed file for each of {', '.join(graphs)}"
-            problems.append(f"engines.{target[:60]}.plans is {repr(plans)[:60]}, expected {expected}")
-    return value
 
 
 def axis_from_json(name: str, value: Any, problems: list[str]) -> Axis:

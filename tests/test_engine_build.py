@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from transom.runtime import load
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import BackendError, BundleError, EngineError, ExportError, ParityError
 from transom.runtime.selftest import selftest
-from transom.runtime.trt_library import RTX, library
+from transom.runtime.trt_library import FULL, RTX, library
 
 ATTENTION = """model (float[B, 2, S, 8] q, float[B, 2, T, 8] k, float[B, 2, T, 8] v, bool[B, 1, S, T] m)
     => (float[B, 2, S, 8] y) {
@@ -143,7 +144,23 @@ def test_what_cannot_be_built_is_said_before_anything_is(vit_bundle: Path, tmp_p
     folder = copied(vit_bundle, tmp_path)
     assert "--target is 'rtx-sm90'; expected one" in error_line(transom("build", folder, "--target", "rtx-sm90"))
     assert "no FP32 matrix product for Turing" in error_line(transom("build", folder, "--target", "rtx-sm75"))
-    assert "TensorRT is not installed. Run `pip" in error_line(transom("build", folder, "--target", "tensorrt"))
+    assert Bundle(folder).manifest.engines == {}
+
+
+@pytest.mark.skipif(find_spec(FULL) is not None, reason="TensorRT is installed")
+def test_a_library_that_is_not_installed_comes_with_its_command(vit_bundle: Path) -> None:
+    assert "TensorRT is not installed. Run `pip" in error_line(transom("build", vit_bundle, "--target", "tensorrt"))
+
+
+@needs_rtx
+def test_no_plan_is_written_through_a_link_that_leaves_the_bundle(int8_bundle: Path, tmp_path: Path) -> None:
+    folder, elsewhere = copied(int8_bundle, tmp_path), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (folder / "engines").symlink_to(elsewhere)
+    result = transom("build", folder, "--target", "rtx-sm86")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "is a link that leaves the bundle" in result.stderr.splitlines()[-1]
+    assert list(elsewhere.iterdir()) == []
     assert Bundle(folder).manifest.engines == {}
 
 

@@ -9,17 +9,15 @@ import onnx_ir as ir
 
 from transom.export.engine.flavour import TensorRTGraph
 from transom.export.engine.profiles import cache_sizes
-from transom.export.flavours import pack
-from transom.export.passes.emulate import emulate_half
+from transom.export.flavours import Flavours, emulations, pack
 from transom.export.quantization.stored import stored_graphs
-from transom.runtime.backend import Array, Backend, Read
-from transom.runtime.bundle import Bundle, GraphFile
+from transom.export.quantization.trial import open_flavours
+from transom.runtime.backend import Array, Backend
+from transom.runtime.bundle import Bundle
 from transom.runtime.errors import ExportError, ParityError
-from transom.runtime.ort import OrtBackend
 from transom.runtime.replay import from_arrays, logits_along
 from transom.runtime.selftest import GENERATION, PYTORCH, read_golden
 from transom.runtime.session import LoadedBundle
-from transom.runtime.tasks import task_class
 from transom.runtime.tasks.generator import Generator
 
 # max|flavour - shipped| / max|shipped|: the same operators, here and there in another order. Half precision rounds what
@@ -32,7 +30,7 @@ class FullCache:
 
     device = "cpu"
 
-    def __init__(self, backend: OrtBackend, length: int) -> None:
+    def __init__(self, backend: Backend, length: int) -> None:
         self._backend, self._length = backend, length
         self.graph = backend.graph
         self._written = [tensor.writes for tensor in self.graph.outputs if tensor.writes is not None]
@@ -59,9 +57,21 @@ def check_flavour(bundle: Bundle, graphs: Mapping[str, TensorRTGraph]) -> float:
     golden = read_golden(bundle)
     if not golden:
         raise ExportError(f"{bundle.folder} holds no golden values to check its engines by; export it again.")
-    ours = {name: graph.model.clone() for name, graph in graphs.items()}
+    axes, specs = bundle.manifest.axes, tuple(file.graph for file in bundle.manifest.graphs)
+
+    def rounded(models: Mapping[str, ir.Model]) -> Flavours:
+        return pack(specs, emulations(models), "float32")
+
+    def full(backend: Backend) -> Backend:
+        lengths = cache_sizes(backend.graph, axes)
+        return FullCache(backend, *lengths.values()) if lengths else backend
+
+    ours, theirs = {name: graph.model for name, graph in graphs.items()}, stored_graphs(bundle, "default")
     worst = 0.0
-    with opened(bundle, ours, full=True) as flavour, opened(bundle, stored_graphs(bundle, "default")) as shipped:
+    with (
+        open_flavours(bundle, rounded(ours), full) as flavour,
+        open_flavours(bundle, rounded(theirs)) as shipped,
+    ):
         for case, arrays in sorted(golden.items()):
             for name, found, expected in outputs(flavour, shipped, case, arrays):
                 scale = max(float(np.abs(expected).max(initial=0.0)), float(np.finfo(np.float32).tiny))
@@ -90,19 +100,3 @@ def outputs(
     wanted = list(arrays[PYTORCH])
     found, expected = (side.run(arrays["input"], wanted) for side in (flavour, shipped))
     yield from ((name, found[name], expected[name]) for name in wanted)
-
-
-def opened(bundle: Bundle, models: Mapping[str, ir.Model], *, full: bool = False) -> LoadedBundle:
-    """The runtime around ``models``, which are used up, rounding as a GPU would; ``full`` where caches are."""
-    for model in models.values():
-        emulate_half(model)
-    graphs = tuple(file.graph for file in bundle.manifest.graphs)
-    flavours = pack(graphs, models, "float32")
-    files = {file.graph.name: file for file in flavours.graphs}
-
-    def opener(graph: GraphFile, read: Read, device: str, threads: int | None) -> Backend:
-        backend = OrtBackend(files[graph.graph.name], flavours.files.__getitem__, "cpu", threads)
-        lengths = cache_sizes(graph.graph, bundle.manifest.axes) if full else {}
-        return FullCache(backend, *lengths.values()) if lengths else backend
-
-    return task_class(bundle.manifest.family)(bundle, opener=opener)

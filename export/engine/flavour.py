@@ -50,15 +50,14 @@ def tensorrt_graphs(bundle: Bundle) -> dict[str, TensorRTGraph]:
     A KV cache gets its greatest length, for TensorRT writes into no other; attention in FP32 is written out, for it has
     no kernel of it. Everything else stays as it ships.
     """
-    found = {}
-    for name, model in stored_graphs(bundle, "default").items():
-        graph = next(file.graph for file in bundle.manifest.graphs if file.graph.name == name)
-        if is_decoder(graph):
-            fix_axes(model, cache_sizes(graph, bundle.manifest.axes))
+    models = stored_graphs(bundle, "default")
+    for file in bundle.manifest.graphs:
+        model = models[file.graph.name]
+        if is_decoder(file.graph):
+            fix_axes(model, cache_sizes(file.graph, bundle.manifest.axes))
         if in_fp32(model):
             decompose_attention(model)
-        found[name] = TensorRTGraph(model)
-    return found
+    return {name: TensorRTGraph(model) for name, model in models.items()}
 
 
 def in_fp32(model: ir.Model) -> bool:

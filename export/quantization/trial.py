@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import onnx_ir as ir
@@ -91,12 +91,14 @@ def gated(modes: Collection[str]) -> str:
     return next(GATED[mode] for mode in (STATIC, DYNAMIC, NONE) if mode in modes)
 
 
-def open_flavours(bundle: Bundle, flavours: Flavours) -> LoadedBundle:
-    """The runtime of ``bundle`` around graphs that are not in it."""
+def open_flavours(
+    bundle: Bundle, flavours: Flavours, around: Callable[[Backend], Backend] = lambda backend: backend
+) -> LoadedBundle:
+    """The runtime of ``bundle`` around graphs that are not in it, with ``around`` each backend what they need."""
     files = {file.graph.name: file for file in flavours.graphs}
 
     def opener(graph: GraphFile, read: Read, device: str, threads: int | None) -> Backend:
-        return OrtBackend(files[graph.graph.name], flavours.files.__getitem__, device, threads)
+        return around(OrtBackend(files[graph.graph.name], flavours.files.__getitem__, device, threads))
 
     return task_class(bundle.manifest.family)(bundle, opener=opener)
 
