@@ -14,8 +14,9 @@ Device = Annotated[
     str,
     typer.Option(
         metavar="DEVICE",
-        help="cpu, cuda, or auto: CUDA where there is one. A device that is absent is an error.",
-        autocompletion=lambda: ["cpu", "cuda", "auto"],
+        help="cpu; cuda: ONNX Runtime on the GPU; tensorrt: an engine that `transom build` made; auto: the fastest of "
+        "these that is there. A device that is absent is an error.",
+        autocompletion=lambda: ["cpu", "cuda", "tensorrt", "auto"],
     ),
 ]
 Threads = Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from transom.runtime.spec import Graph
 Array = NDArray[Any]
 Read = Callable[[str], bytes]  # the checked bytes of a bundle's file
 MAX_THREADS = 1024  # more than any machine has cores; ONNX Runtime would try to start a million
-DEVICES = ("cpu", "cuda", "auto")
+DEVICES = ("cpu", "cuda", "tensorrt", "auto")
 
 
 class Backend(Protocol):
@@ -47,5 +48,25 @@ def open_backend(graph: GraphFile, read: Read, device: str, threads: int | None)
         raise BackendError(f"device is {device!r}; this version runs on {', '.join(DEVICES)}.")
     if threads is not None and (type(threads) is not int or not 1 <= threads <= MAX_THREADS):
         raise BackendError(f"threads is {threads!r}; expected 1..{MAX_THREADS}, or None for one per core.")
-    chosen = ort.best_device() if device == "auto" else device
+    chosen = best_device(graph) if device == "auto" else device
+    if chosen == "tensorrt":
+        from transom.runtime.trt import TrtBackend
+
+        return TrtBackend(graph, read)
     return ort.OrtBackend(graph, read, chosen, threads)
+
+
+def best_device(graph: GraphFile) -> str:
+    """What ``auto`` chooses: an engine for the GPU that is here, else CUDA where this onnxruntime offers it, else the
+    CPU."""
+    from transom.runtime import ort
+
+    if graph.plans:
+        from transom.runtime.cuda import find_gpu
+        from transom.runtime.plans import kind_of, pick_plan
+        from transom.runtime.trt_library import library
+
+        with suppress(BackendError):  # no GPU, no cuda-python, no plan for it, no library that loads it
+            library(kind_of(pick_plan(graph, find_gpu())))
+            return "tensorrt"
+    return ort.best_device()

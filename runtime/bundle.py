@@ -11,7 +11,7 @@ import hashlib
 import json
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -40,12 +40,24 @@ class File:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """An engine of one graph: its file, and what built it. ``sm`` is that of the GPU it was built on, where it was."""
+
+    file: str
+    library: str
+    version: str
+    sm: str | None = None
+
+
+@dataclass(frozen=True)
 class GraphFile:
-    """A graph and where it lies: ``files`` maps a target ("default", "cpu") to an ONNX file."""
+    """A graph and where it lies: ``files`` maps a flavour ("default", "cpu") to an ONNX file, ``plans`` a target to an
+    engine."""
 
     graph: Graph
     files: Mapping[str, str]
     weights: str | None  # external data shared by all of ``files``
+    plans: Mapping[str, Plan] = field(default_factory=dict)
 
     def file_for(self, device: str) -> str:
         return self.files.get(device, self.files["default"])
@@ -148,6 +160,9 @@ def manifest_from_json(value: dict[str, Any]) -> Manifest:
         for name, axis in axes.items()
         if axis.like is not None and axis.like not in axes
     ]
+    engines = engines_from_json(top.mapping("engines", {}), names, files, top.problems)
+    if not top.problems:
+        graphs = tuple(replace(file, plans=plans_of(file.graph.name, engines)) for file in graphs)
     precision = top.text("precision", among=PRECISIONS)
     manifest = Manifest(
         name=top.text("name"),
@@ -170,12 +185,20 @@ def manifest_from_json(value: dict[str, Any]) -> Manifest:
         parity=parity_from_json(top.mapping("parity"), top.problems),
         score=top.mapping("score", None),
         quantization=quantization_from_json(top.mapping("quantization", None), precision, names, top.problems),
-        engines=engines_from_json(top.mapping("engines", {}), names, files, top.problems),
+        engines=engines,
     )
     top.done()
     if recorded != manifest_sha256(value):
         raise BundleError(f"{MANIFEST} does not match its own manifest_sha256; it was changed. Copy the bundle again.")
     return manifest
+
+
+def plans_of(graph: str, engines: Mapping[str, Any]) -> dict[str, Plan]:
+    """The engines of one graph by target, from fields that were checked."""
+    return {
+        target: Plan(engine["plans"][graph], engine["library"], engine["version"], engine.get("sm"))
+        for target, engine in engines.items()
+    }
 
 
 def manifest_sha256(value: Mapping[str, Any]) -> str:

@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.runtime.backend import Array, Backend
-from transom.runtime.cache import KVCache
 from transom.runtime.errors import InputError
 from transom.runtime.inputs import LOGITS_POSITIONS, WRITE_INDICES, token_input
+from transom.runtime.state import new_state
 
 CHUNK = 256  # tokens of a prompt read at once: the scores inside attention grow with chunk times capacity
 
@@ -25,7 +25,7 @@ class Decoding:
     caches, one row of each array per row: the encoder's keys and values, and its mask. ``most_logits``
     is the most positions of a row whose logits one run gives, the bound of axis P.
 
-    The buffers belong to this object alone and go with it. Not to be shared by threads.
+    The state belongs to this object alone and go with it. Not to be shared by threads.
     """
 
     def __init__(
@@ -38,14 +38,11 @@ class Decoding:
         most_logits: int | None = None,
     ) -> None:
         graph = backend.graph
-        written = {tensor.writes for tensor in graph.outputs}
         self._backend = backend
         self._tokens = token_input(graph).name
         self._vocabulary = int(graph.outputs[0].shape[2])
         self._logits = graph.outputs[0].name
-        self._cache = KVCache([tensor for tensor in graph.inputs if tensor.name in written], rows, limit)
-        self._source = dict(source or {})
-        self._origin = np.arange(rows)  # the row of the original source that each row reads
+        self._state = new_state(backend, rows, limit, source or {})
         self._limit = limit
         self._most_logits = limit if most_logits is None else most_logits
         self._ends: Ids = np.zeros(rows, np.int64)  # tokens read, per row
@@ -57,7 +54,7 @@ class Decoding:
     @property
     def capacity(self) -> int:
         """Tokens that the buffers hold per row now."""
-        return self._cache.capacity
+        return self._state.capacity
 
     def read(self, tokens: Ids, lengths: Ids | None = None) -> Floats:
         """Read prompts, (R, S) padded on the right to ``lengths`` (R,); logits (R, V) behind each row's last.
@@ -93,12 +90,8 @@ class Decoding:
 
     def select(self, rows: NDArray[np.intp]) -> None:
         """Row i goes on from what row ``rows[i]`` was; there are ``len(rows)`` from now on."""
-        self._cache.select(rows)
+        self._state.select(rows)
         self._ends = self._ends[rows]
-        origin = self._origin[rows]
-        if not np.array_equal(origin, self._origin):  # beams of one source read the same
-            self._source = {name: array[rows] for name, array in self._source.items()}
-        self._origin = origin
 
     def _step(self, tokens: Ids, write_indices: Ids, positions: NDArray[np.intp]) -> Floats:
         """One run of the graph: (R, S) tokens at ``write_indices`` (R,), logits at ``positions`` (R, P)."""
@@ -108,12 +101,11 @@ class Decoding:
             raise InputError(
                 f"row {int(write_indices.argmax())} reaches {reached} tokens; the context holds {self._limit}."
             )
-        self._cache.reserve(reached)
+        self._state.reserve(reached)
         feeds = {
             self._tokens: np.ascontiguousarray(tokens, np.int64),
             WRITE_INDICES: np.ascontiguousarray(write_indices, np.int64),
             LOGITS_POSITIONS: np.ascontiguousarray(positions, np.int64),
-            **self._source,
-            **self._cache.buffers,
+            **self._state.feeds,
         }
         return self._backend.run(feeds, {self._logits: (R, positions.shape[1], self._vocabulary)})[self._logits]

@@ -46,7 +46,7 @@ def quantization_from_json(
 def engines_from_json(
     value: dict[str, Any], graphs: list[str], files: Collection[str], problems: list[str]
 ) -> dict[str, Any]:
-    """Which plan belongs to which graph, by target. What the builder made of it is for people."""
+    """Which plan belongs to which graph, by target, and what loads it. What the builder made of it is for people."""
     for target, engine in value.items():
         plans = engine.get("plans") if isinstance(engine, dict) else None
         if (
@@ -56,4 +56,8 @@ def engines_from_json(
         ):
             expected = f"a listed file for each of {', '.join(graphs)}"
             problems.append(f"engines.{target[:60]}.plans is {repr(plans)[:60]}, expected {expected}")
+            continue
+        for key in ("library", "version", "sm"):
+            if not isinstance(engine.get(key, "" if key == "sm" else None), str):
+                problems.append(f"engines.{target[:60]}.{key} is {repr(engine.get(key))[:60]}, expected a string")
     return value

@@ -27,8 +27,8 @@ CLOSED = "this bundle is closed; load it again."
 def load(path: str | PathLike[str], device: str = "cpu", threads: int | None = None) -> Any:
     """Load a bundle's folder; what comes back has the methods of its family (``Bert``, ``ViT``, ...).
 
-    ``device`` is "cpu", "cuda", or "auto" (CUDA where there is one); a device that is asked for and
-    absent is an error. ``threads`` is the number of CPU threads per call, None for one per core.
+    ``device`` is "cpu", "cuda" (ONNX Runtime on the GPU), "tensorrt" (the bundle's engine for this GPU), or "auto",
+    the last of these that is there; a device that is asked for and absent is an error. ``threads`` is the number of CPU threads per call, None for one per core.
 
     Raises BundleError when the folder is damaged, hostile or of another format version, BackendError
     when the device or its library is not there. Warns (SaturationWarning) where the processor may add up the
@@ -61,7 +61,7 @@ class LoadedBundle:
         self._workers: ThreadPoolExecutor | None = None
         self._lock = Lock()
         self._open = True
-        self.device: str = self._backends[0].device  # "cpu" or "cuda", never "auto"
+        self.device: str = self._backends[0].device  # never "auto"
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """Execute the graph that has these inputs: numpy arrays in, numpy arrays out, by name.

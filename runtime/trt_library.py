@@ -22,6 +22,7 @@ INSTALL = {
     RTX: "pip install 'transom[rtx]'",
     FULL: "pip install 'transom[tensorrt]' tensorrt, on the machine with the GPU; on a Jetson it comes with JetPack",
 }
+RTX_CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1))  # that TensorRT-RTX 1.7 builds for and runs on
 BINDINGS, LIBRARIES = "tensorrt_rtx_bindings", "onnxruntime_ep_nv_tensorrt_rtx"  # modules of the two wheels
 SHARED_OBJECTS = ("libtensorrt_rtx.so.*", "libtensorrt_onnxparser_rtx.so.*")  # in the order they need each other
 

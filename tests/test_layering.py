@@ -31,7 +31,7 @@ OURS = {
 }
 THEIRS = {
     "models": {"torch", "safetensors", "huggingface_hub"},
-    "runtime": {"numpy", "onnxruntime", "tokenizers", "PIL", "safetensors"},
+    "runtime": {"numpy", "onnxruntime", "tokenizers", "PIL", "safetensors", "cuda"},
     "calib": {"numpy", "onnx", "onnx_ir", "onnxruntime", "PIL", "safetensors"},
     "export": {"numpy", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "ml_dtypes", "polygraphy"}
     | {"safetensors", "tokenizers", "sentencepiece", "PIL", "huggingface_hub"},

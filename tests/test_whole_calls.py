@@ -101,7 +101,7 @@ def test_a_stream_left_half_way_frees_its_buffers(gpt: Any, monkeypatch: pytest.
 
     def watched(self: Any, rows: Any) -> Any:
         begun = begin(self, rows)
-        made.extend(weakref.ref(buffer) for buffer in begun.decoding._cache.buffers.values())
+        made.extend(weakref.ref(buffer) for buffer in begun.decoding._state.cache.buffers.values())
         made.append(weakref.ref(begun.decoding))
         return begun
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transom.runtime.errors import ExportError
-from transom.runtime.trt_library import FULL, RTX
+from transom.runtime.plans import FULL_TARGET, rtx_target
+from transom.runtime.trt_library import FULL, RTX, RTX_CAPABILITIES
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,11 @@ class Target:
         return self.capability == (7, 5)
 
 
-CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1))  # of TensorRT-RTX 1.7
 TARGETS = {
     target.name: target
     for target in (
-        *(Target(f"rtx-sm{major}{minor}", RTX, (major, minor)) for major, minor in CAPABILITIES),
-        Target("tensorrt", FULL),
+        *(Target(rtx_target(capability), RTX, capability) for capability in RTX_CAPABILITIES),
+        Target(FULL_TARGET, FULL),
     )
 }
 TURING = {  # what it has no kernels for, and why

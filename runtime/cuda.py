@@ -1,0 +1,177 @@
+"""NVIDIA's CUDA runtime through cuda-python: memory, streams and graphs, with its error codes turned into our errors.
+
+Nothing here runs when it is imported; a machine without a GPU finds out when it asks for one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transom.runtime.errors import BackendError, one_line
+
+INSTALL = "pip install 'transom[rtx]'"
+NO_GPU = ("cudaErrorNoDevice", "cudaErrorInsufficientDriver", "cudaErrorSystemDriverMismatch")
+NO_MEMORY = "cudaErrorMemoryAllocation"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The GPU that this process runs on: memory in bytes, the driver's CUDA version as 13000 for 13.0."""
+
+    name: str
+    capability: tuple[int, int]
+    memory: int
+    driver: int
+
+    @property
+    def sm(self) -> str:
+        return "sm{}{}".format(*self.capability)
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.sm.upper()})"
+
+
+@cache
+def runtime() -> ModuleType:
+    """``cuda.bindings.runtime``. Raises BackendError where it is not installed, with the command that installs it."""
+    try:
+        return import_module("cuda.bindings.runtime")
+    except (ImportError, OSError, RuntimeError) as error:
+        raise BackendError(
+            f"cuda-python cannot be imported ({one_line(error, 100)}). Run `{INSTALL}`, on CUDA 12 "
+            "`pip install 'cuda-bindings==12.*'`."
+        ) from None
+
+
+class OutOfMemory(BackendError):
+    """The GPU has no room for what was asked."""
+
+
+def call(function: str, *arguments: Any) -> Any:
+    """What a function of the CUDA runtime returns behind its error code: None, a value, or a tuple of them.
+
+    Raises BackendError for every code but success.
+    """
+    code, *values = getattr(runtime(), function)(*arguments)
+    if int(code) != 0:
+        raise failure(function, str(getattr(code, "name", code)))
+    return values[0] if len(values) == 1 else tuple(values) or None
+
+
+def failure(function: str, code: str) -> BackendError:
+    if code in NO_GPU:
+        return BackendError(
+            f"no NVIDIA GPU can be used here ({code}): expected one with a driver for CUDA {cuda_version()} or newer. "
+            "Install or update the driver (CUDA 12: `pip install 'cuda-bindings==12.*'`), or load with device='cpu'."
+        )
+    if code == NO_MEMORY:
+        return OutOfMemory(f"{function}: the GPU has no memory left. Give fewer or shorter inputs, or close others.")
+    return BackendError(f"{function} failed on the GPU: {code}. Load the bundle again; `nvidia-smi` tells its state.")
+
+
+def cuda_version() -> str:
+    """Of the bindings: "13.0"."""
+    version = int(getattr(runtime(), "CUDART_VERSION", 0))
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def find_gpu() -> Gpu:
+    """The current device of this process: the first of CUDA_VISIBLE_DEVICES. BackendError where there is none."""
+    call("cudaGetDeviceCount")  # tells apart no driver and no device, where the others only fail
+    properties = call("cudaGetDeviceProperties", call("cudaGetDevice"))
+    name = properties.name.decode(errors="replace") if isinstance(properties.name, bytes) else str(properties.name)
+    return Gpu(
+        name.rstrip("\0"),
+        (int(properties.major), int(properties.minor)),
+        int(properties.totalGlobalMem),
+        int(call("cudaDriverGetVersion")),
+    )
+
+
+class Memory:
+    """Bytes of the GPU's memory, freed when nobody holds this any more."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.address = int(call("cudaMalloc", max(size, 1)))
+        self._free = weakref.finalize(self, quietly, runtime().cudaFree, self.address)
+
+    def free(self) -> None:
+        self._free()
+
+
+class PinnedMemory:
+    """Bytes of host memory that the GPU copies from and to by itself, as one array of uint8."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.address = int(call("cudaMallocHost", max(size, 1)))
+        self._free = weakref.finalize(self, quietly, runtime().cudaFreeHost, self.address)
+
+    def bytes(self, size: int) -> NDArray[np.uint8]:
+        """The first ``size`` bytes; valid for as long as this object is."""
+        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self.address))
+
+
+def quietly(free: Callable[[int], Any], address: int) -> None:
+    """For finalizers: at the end of a process the driver may be gone before they run."""
+    free(address)
+
+
+class Stream:
+    """A queue of work on the GPU: what is put there runs in order, until ``wait`` sees its end."""
+
+    def __init__(self) -> None:
+        self._stream = call("cudaStreamCreateWithFlags", runtime().cudaStreamNonBlocking)
+        self.handle = int(self._stream)
+        self._free = weakref.finalize(self, quietly, runtime().cudaStreamDestroy, self._stream)
+
+    def copy(self, to: int, source: int, size: int) -> None:
+        """``size`` bytes from one address to another; each may be of the GPU or pinned."""
+        call("cudaMemcpyAsync", to, source, size, runtime().cudaMemcpyKind.cudaMemcpyDefault, self._stream)
+
+    def copy_rows(self, to: int, to_pitch: int, source: int, source_pitch: int, width: int, rows: int) -> None:
+        """``rows`` times ``width`` bytes, which lie ``pitch`` bytes apart on either side."""
+        kind = runtime().cudaMemcpyKind.cudaMemcpyDefault
+        call("cudaMemcpy2DAsync", to, to_pitch, source, source_pitch, width, rows, kind, self._stream)
+
+    def clear(self, address: int, size: int) -> None:
+        call("cudaMemsetAsync", address, 0, size, self._stream)
+
+    def wait(self) -> None:
+        """Return when all that was put here is done; BackendError where some of it failed."""
+        call("cudaStreamSynchronize", self._stream)
+
+    def capture(self, work: Callable[[], None]) -> CapturedGraph:
+        """What ``work`` puts on this stream, recorded instead of run."""
+        api = runtime()
+        call("cudaStreamBeginCapture", self._stream, api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
+        try:
+            work()
+        finally:
+            graph = call("cudaStreamEndCapture", self._stream)
+        try:
+            return CapturedGraph(call("cudaGraphInstantiate", graph, 0), self._stream)
+        finally:
+            call("cudaGraphDestroy", graph)
+
+
+class CapturedGraph:
+    """Work that was recorded once and is launched as a whole: the same kernels on the same addresses."""
+
+    def __init__(self, executable: Any, stream: Any) -> None:
+        self._executable, self._stream = executable, stream
+        self._free = weakref.finalize(self, quietly, runtime().cudaGraphExecDestroy, cast(Any, executable))
+
+    def launch(self) -> None:
+        call("cudaGraphLaunch", self._executable, self._stream)

@@ -1,0 +1,284 @@
+"""TensorRT as a backend: a plan of the bundle on the GPU that is here, with contexts, streams and buffers per thread.
+
+Outputs are copied to the host before a call returns, a decoder's caches stay on the GPU and are written in place.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from transom.runtime.backend import Array, Read
+from transom.runtime.buffers import DeviceArray, DeviceState, Pool, Staging
+from transom.runtime.bundle import GraphFile
+from transom.runtime.cuda import CapturedGraph, Stream, find_gpu
+from transom.runtime.errors import BackendError, BundleError, ShapeError, one_line
+from transom.runtime.inputs import LOGITS_POSITIONS, WRITE_INDICES, is_decoder, storage, token_input
+from transom.runtime.plans import kind_of, pick_plan, require_version
+from transom.runtime.runtime_cache import KernelCache
+from transom.runtime.spec import Graph, Tensor
+from transom.runtime.state import cache_inputs
+from transom.runtime.trt_library import NAMES, library
+
+DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64"}
+GRAPHS_OFF = "TRANSOM_CUDA_GRAPHS"  # set to 0, steps are launched kernel by kernel
+MOST_GRAPHS = 4  # kept per thread: each is one batch's addresses
+MESSAGES = 20  # of TensorRT's, kept for the next error
+
+Sizes = tuple[int, ...]
+
+
+class Engine:
+    """A deserialised plan: what all threads share."""
+
+    def __init__(self, file: GraphFile, read: Read) -> None:
+        self.gpu = find_gpu()
+        plan = pick_plan(file, self.gpu)
+        kind = kind_of(plan)
+        self.name, self.file, self.trt = NAMES[kind], plan.file, library(kind)
+        require_version(plan, str(self.trt.__version__))
+        self.messages: list[str] = []
+        self._logger = recorder(self.trt, self.messages)
+        self._runtime = self.trt.Runtime(self._logger)  # has to live as long as the engine
+        data = read(plan.file)
+        self.engine = self._runtime.deserialize_cuda_engine(data)
+        if self.engine is None:
+            raise self.failure("cannot load", "Build it again with `transom build`, with the library that is here")
+        self.graph = as_built(file.graph, self.engine, plan.file)
+        self.kernels = KernelCache(self.engine, data, f"{kind}-{self.trt.__version__}-{self.gpu.sm}-{self.gpu.driver}")
+        self.profiles = [self._bounds(index) for index in range(self.engine.num_optimization_profiles)]
+        self.lock = threading.Lock()
+        written = cache_inputs(self.graph.inputs, self.graph.outputs)
+        self.caches, self.length = written, int(self.engine.get_tensor_shape(written[0].name)[2]) if written else 0
+        for output in self.graph.outputs:
+            if output.writes is not None and self.engine.get_aliased_input_tensor(output.name) != output.writes:
+                raise BundleError(f"{plan.file} does not write {output.writes} in place; build it again.")
+
+    def _bounds(self, profile: int) -> dict[str, tuple[Sizes, Sizes]]:
+        found = {}
+        for tensor in self.graph.inputs:
+            least, _, most = self.engine.get_tensor_profile_shape(tensor.name, profile)
+            found[tensor.name] = (tuple(least), tuple(most))
+        return found
+
+    def profile_for(self, shapes: Mapping[str, Sizes]) -> int:
+        """The last profile that takes these shapes, which is the narrowest. ShapeError where none does."""
+        for index in reversed(range(len(self.profiles))):
+            if not any(outside(shape, *self.profiles[index][name]) for name, shape in shapes.items()):
+                return index
+        name, shape = next((n, s) for n, s in shapes.items() if outside(s, *self.profiles[0][n]))
+        least, most = self.profiles[0][name]
+        raise ShapeError(
+            f"input {name!r} has shape {shape}; the engine takes {least} to {most}. Export again with another --max, "
+            "and build again."
+        )
+
+    def context(self, profile: int, stream: Stream, *, whole_graph: bool) -> Any:
+        """A new execution context for one thread; TensorRT-RTX compiles kernels here, or takes them from the cache."""
+        with self.lock:
+            config = self.kernels.config(whole_graph=whole_graph)
+            context = self.engine.create_execution_context(**({} if config is None else {"runtime_config": config}))
+            if context is None:
+                raise self.failure("cannot make a context of", "Free some of the GPU's memory, or use smaller inputs")
+            self.require(context.set_optimization_profile_async(profile, stream.handle), "cannot switch the profile of")
+            stream.wait()
+            return context
+
+    def require(self, fine: bool, what: str) -> None:
+        if not fine:
+            raise self.failure(what, "Build it again with `transom build`, or load with device='cpu'")
+
+    def failure(self, what: str, remedy: str) -> BackendError:
+        """An error that ends in what TensorRT said last."""
+        said = one_line(RuntimeError(self.messages[-1])) if self.messages else "it gave no reason"
+        return BackendError(f"{self.name} {what} {self.file} on {self.gpu}: {said}. {remedy}.")
+
+
+def outside(shape: Sizes, least: Sizes, most: Sizes) -> bool:
+    return len(shape) != len(least) or not all(
+        low <= n <= high for low, n, high in zip(least, shape, most, strict=True)
+    )
+
+
+def recorder(trt: Any, messages: list[str]) -> Any:
+    """TensorRT's logger: what is wrong is kept for our errors, nothing is printed."""
+    serious = (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR)
+
+    class Recorder(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in serious:
+                messages.append(message)
+                del messages[:-MESSAGES]
+
+    return Recorder()
+
+
+def as_built(graph: Graph, engine: Any, file: str) -> Graph:
+    """The graph with the dtypes of its state as the engine has them. BundleError where names or other dtypes differ."""
+    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+    found = {name: DTYPES.get(engine.get_tensor_dtype(name).name) for name in names}
+    declared = {tensor.name: tensor for tensor in (*graph.inputs, *graph.outputs)}
+    wrong = found.keys() ^ declared.keys()
+    wrong |= {
+        name
+        for name in found.keys() & declared.keys()
+        if found[name] is None or not (declared[name].state or found[name] == declared[name].dtype)
+    }
+    if wrong:
+        raise BundleError(f"{file} and bundle.json disagree about {', '.join(sorted(wrong))}. Build the engine again.")
+
+    def built(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(replace(tensor, dtype=str(found[tensor.name])) for tensor in tensors)
+
+    return replace(graph, inputs=built(graph.inputs), outputs=built(graph.outputs))
+
+
+class TrtBackend:
+    """A graph in a TensorRT engine."""
+
+    device = "tensorrt"
+
+    def __init__(self, file: GraphFile, read: Read) -> None:
+        self._engine = Engine(file, read)
+        self._pool = Pool()
+        self._local = threading.local()
+        self.graph = self._engine.graph
+
+    def run(self, feeds: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Array]:
+        """As a backend does; inputs may be what ``new_state`` made as well as numpy arrays."""
+        if not hasattr(self._local, "caller"):
+            self._local.caller = Caller(self._engine)
+        found: dict[str, Array] = self._local.caller.run(feeds, shapes)
+        return found
+
+    def new_state(self, rows: int, limit: int, source: Mapping[str, Array]) -> DeviceState:
+        return DeviceState(self._pool, self._engine.caches, self._engine.length, rows, limit, source)
+
+
+class Caller:
+    """One thread's use of an engine: a stream, a context for each profile, buffers that are allocated once."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self._graph = engine, engine.graph
+        self._stream = Stream()
+        self._contexts: dict[int, Any] = {}
+        self._staging: defaultdict[str, Staging] = defaultdict(Staging)
+        self._graphs: OrderedDict[Any, CapturedGraph | None] = OrderedDict()
+        self._use_graphs = os.environ.get(GRAPHS_OFF) != "0"
+
+    def run(self, feeds: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Array]:
+        engine = self._engine
+        if is_decoder(self._graph):
+            require_room(self._graph, feeds)
+        sizes = {tensor.name: self._size(tensor, feeds[tensor.name]) for tensor in self._graph.inputs}
+        profile = engine.profile_for(sizes)
+        context = self._context(profile)
+        bound: dict[str, int] = {}
+        for tensor in self._graph.inputs:
+            bound[tensor.name] = self._fed(tensor, feeds[tensor.name], sizes[tensor.name])
+            engine.require(context.set_input_shape(tensor.name, sizes[tensor.name]), f"refuses {tensor.name!r} of")
+        missing = context.infer_shapes()
+        engine.require(not missing, f"has no shape for {', '.join(missing)} of")
+        made: dict[str, Sizes] = {}
+        for tensor in self._graph.outputs:
+            made[tensor.name] = tuple(context.get_tensor_shape(tensor.name))
+            size = prod(made[tensor.name]) * storage(tensor).itemsize
+            bound[tensor.name] = bound[tensor.writes] if tensor.writes else self._staging[tensor.name].room(size)
+        for name, address in bound.items():
+            engine.require(context.set_tensor_address(name, address), f"refuses the address of {name!r} of")
+        kept = all(isinstance(feeds[tensor.name], DeviceArray) for tensor in engine.caches)
+        self._execute(context, (*bound.items(), *sizes.items()), repeats=profile > 0 and kept)
+        return self._fetched(feeds, shapes, made)
+
+    def _context(self, profile: int) -> Any:
+        if profile not in self._contexts:
+            whole = self._use_graphs and profile > 0
+            self._contexts[profile] = self._engine.context(profile, self._stream, whole_graph=whole)
+        return self._contexts[profile]
+
+    def _size(self, tensor: Tensor, value: Any) -> Sizes:
+        """The shape that the engine sees: a cache in host memory may be shorter than the one length it takes."""
+        shape: Sizes = tuple(value.shape)
+        if tensor in self._engine.caches and not isinstance(value, DeviceArray):
+            return (*shape[:2], self._engine.length, *shape[3:])
+        return shape
+
+    def _fed(self, tensor: Tensor, value: Any, size: Sizes) -> int:
+        """The address of an input, its copy to the GPU queued where it is not there."""
+        if isinstance(value, DeviceArray):
+            return value.address
+        staging = self._staging[tensor.name]
+        value = np.ascontiguousarray(value)
+        on_host = self._engine.engine.get_tensor_location(tensor.name) == self._engine.trt.TensorLocation.HOST
+        if on_host or value.shape == size:
+            return staging.keep(value) if on_host else staging.put(value, self._stream)
+        return staging.put_padded(value, size, self._stream)
+
+    def _execute(self, context: Any, key: Any, *, repeats: bool) -> None:
+        """Queue the engine's work; what ``repeats`` on the same addresses as one launch of a recorded graph.
+
+        TensorRT-RTX records by itself.
+        """
+
+        def enqueue() -> None:
+            self._engine.require(context.execute_async_v3(self._stream.handle), "failed in")
+
+        if not (repeats and self._use_graphs) or self._engine.kernels.records:
+            enqueue()
+            return
+        if key not in self._graphs:  # the first time TensorRT may allocate, which a recording does not allow
+            self._graphs[key] = None
+            enqueue()
+        else:
+            self._graphs[key] = self._graphs[key] or self._stream.capture(enqueue)
+            self._graphs[key].launch()  # type: ignore[union-attr]
+        self._graphs.move_to_end(key)
+        while len(self._graphs) > MOST_GRAPHS:
+            self._graphs.popitem(last=False)
+
+    def _fetched(
+        self, feeds: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], made: Mapping[str, Sizes]
+    ) -> dict[str, Array]:
+        """The outputs that are wanted, and caches in host memory, copied out when all work is done."""
+        outputs = [tensor for tensor in self._graph.outputs if tensor.name in shapes]
+        for tensor in outputs:
+            if made[tensor.name] != tuple(shapes[tensor.name]):
+                raise self._engine.failure(f"gives {tensor.name!r} of {made[tensor.name]} in", "Build it again")
+        hosts = {}
+        for tensor in outputs:
+            size = prod(made[tensor.name]) * storage(tensor).itemsize
+            hosts[tensor.name] = self._staging[tensor.name].fetch(size, self._stream)
+        written = [tensor for tensor in self._engine.caches if not isinstance(feeds[tensor.name], DeviceArray)]
+        backs = {
+            t.name: self._staging[t.name].fetch_padded(feeds[t.name], self._engine.length, self._stream)
+            for t in written
+        }
+        self._stream.wait()
+        for tensor in written:
+            feeds[tensor.name][...] = backs[tensor.name].view(storage(tensor)).reshape(feeds[tensor.name].shape)
+        return {
+            tensor.name: hosts[tensor.name].view(storage(tensor)).reshape(made[tensor.name]).copy()
+            for tensor in outputs
+        }
+
+
+def require_room(graph: Graph, feeds: Mapping[str, Any]) -> None:
+    """Raise ShapeError where a step would write past its caches, which TensorRT drops without a word."""
+    new = feeds[token_input(graph).name].shape[1]
+    reached = int(np.max(feeds[WRITE_INDICES], initial=0)) + new
+    held = min(feeds[tensor.name].shape[2] for tensor in cache_inputs(graph.inputs, graph.outputs))
+    if reached > held:
+        raise ShapeError(f"{new} tokens at {reached - new} reach {reached}; the caches hold {held}. Give larger ones.")
+    wanted = feeds[LOGITS_POSITIONS]
+    if wanted.size and not 0 <= int(wanted.min()) <= int(wanted.max()) < new:
+        raise ShapeError(f"{LOGITS_POSITIONS} holds {int(wanted.max())}; expected 0..{new - 1}.")

@@ -1,0 +1,304 @@
+"""The TensorRT backend's bookkeeping: plans picked, buffers, caches in place, recorded steps, errors. See emulated_gpu.
+
+What a GPU computes is for ``make test-gpu``, on a machine that has one.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from emulated_gpu import (
+    EmulatedContext,
+    EmulatedCuda,
+    EmulatedEngine,
+    EmulatedRuntime,
+    EmulatedRuntimeCache,
+    EmulatedRuntimeConfig,
+    EmulatedTensorRT,
+    Plan,
+    names_of,
+)
+from transom.export.bundle import add_to_bundle
+from transom.export.engine.flavour import tensorrt_graphs
+from transom.export.engine.profiles import profiles_of
+from transom.runtime import cuda, load, trt, trt_library
+from transom.runtime.bundle import Bundle, GraphFile
+from transom.runtime.bundle import Plan as PlanFile
+from transom.runtime.cuda import Gpu
+from transom.runtime.errors import BackendError, BundleError, ShapeError
+from transom.runtime.plans import pick_plan, require_version
+from transom.runtime.selftest import selftest
+from transom.runtime.spec import Graph
+
+real_cuda = pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not installed")
+try:
+    real_trt = trt_library.library(trt_library.RTX)
+except BackendError:
+    pytest.skip("TensorRT-RTX is not installed: pip install 'transom[rtx]'", allow_module_level=True)
+
+Put = Callable[..., Path]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[EmulatedTensorRT]:
+    """An SM89 of 4 GiB with TensorRT-RTX."""
+    emulated = EmulatedTensorRT(real_trt, EmulatedCuda(real_cuda))
+    monkeypatch.setattr(cuda, "runtime", lambda: emulated.cuda)
+    monkeypatch.setattr(trt, "library", lambda kind: emulated)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    yield emulated
+    gc.collect()  # what holds device memory gives it back to this GPU, not to the next test's
+
+
+@pytest.fixture
+def put(gpu: EmulatedTensorRT, tmp_path: Path) -> Put:
+    """``put(bundle)`` -> a copy of it with a plan of each graph for SM89, which the emulation knows."""
+
+    def copy(source: Path, target: str = "rtx-sm89", library: str = "TensorRT-RTX", **more: str) -> Path:
+        folder = Path(shutil.copytree(source, tmp_path / f"bundle{len(list(tmp_path.iterdir()))}"))
+        bundle = Bundle(folder)
+        plans, names = {}, {}
+        for name, graph in tensorrt_graphs(bundle).items():
+            spec = next(file.graph for file in bundle.manifest.graphs if file.graph.name == name)
+            profiles = [profile.shapes for profile in profiles_of(spec, bundle.manifest.axes)]
+            names[name] = f"engines/{target}.{name}.plan"
+            plans[names[name]] = f"plan of {folder} {name}".encode()
+            gpu.plans[hashlib.sha256(plans[names[name]]).hexdigest()] = Plan(graph.serialized(), profiles)
+        described = {"library": library, "version": real_trt.__version__, "plans": names, **more}
+        add_to_bundle(folder, plans, {"engines": {target: described}})
+        return folder
+
+    return copy
+
+
+def test_the_emulation_has_no_name_of_its_own() -> None:
+    """Every function and attribute exists in NVIDIA's bindings: what our code calls, it can call there."""
+    pairs = (
+        (EmulatedRuntime, real_trt.Runtime),
+        (EmulatedRuntimeConfig, real_trt.IRuntimeConfig),
+        (EmulatedRuntimeCache, real_trt.IRuntimeCache),
+        (EmulatedContext, real_trt.IExecutionContext),
+        (EmulatedEngine, real_trt.ICudaEngine),
+    )
+    for ours, theirs in pairs:
+        assert [name for name in names_of(ours) if not hasattr(theirs, name)] == []
+    functions = [name for name in vars(EmulatedCuda) if name.startswith("cuda")]
+    assert len(functions) > 15
+    assert [name for name in functions if not callable(getattr(real_cuda, name, None))] == []
+
+
+@pytest.mark.parametrize("name", ["vit", "gpt", "dates", "clip", "bert"])
+def test_every_family_computes_its_golden_values(name: str, put: Put, request: pytest.FixtureRequest) -> None:
+    """Encoders, two towers, decoders through whole generations, one with an encoder: all within FP32's 2e-5."""
+    folder = put(request.getfixturevalue(f"{name}_bundle"))
+    assert selftest(folder, device="tensorrt").worst.error < 2e-5
+    with load(folder, device="auto") as loaded:
+        assert loaded.device == "tensorrt"
+
+
+def test_half_precision_caches_stay_half(put: Put, tmp_path: Path, gpt_bundle: Path) -> None:
+    from conftest import export_to, reference
+
+    export_to(tmp_path / "half", reference("gpt"), precision="fp16")
+    folder = put(tmp_path / "half" / "bundle")
+    assert selftest(folder, device="tensorrt").worst.error < 1e-2
+    with load(folder, device="tensorrt") as gpt:
+        assert {t.dtype for t in gpt.backend("decoder").graph.inputs if "cache" in t.name} == {"float16"}
+
+
+def test_beams_and_samples_are_those_of_the_cpu(put: Put, gpt_bundle: Path, dates_bundle: Path) -> None:
+    """Rows are forked, reordered and dropped on the GPU."""
+    with load(put(gpt_bundle), device="tensorrt") as ours, load(gpt_bundle) as theirs:
+        for options in (
+            {"num_beams": 4, "num_return_sequences": 2},
+            {"do_sample": True, "seed": 3, "num_return_sequences": 3},
+        ):
+            asked = {"max_new_tokens": 24, **options}
+            prompts = ["It is a truth", "My dear Mr. Bennet, you"]
+            assert ours.generate(prompts, **asked) == theirs.generate(prompts, **asked)
+    with load(put(dates_bundle), device="tensorrt") as ours, load(dates_bundle) as theirs:
+        texts = ["3 May 1979", "Thursday, March 2, 1921", "1 Jan 2000"]
+        assert ours.translate(texts, num_beams=3) == theirs.translate(texts, num_beams=3)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_step_is_one_launch_where_it_repeats(
+    recorded: bool, put: Put, gpu: EmulatedTensorRT, gpt_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Full TensorRT leaves recording to us: of 20 tokens one comes of the prompt, the first step is never recorded."""
+    gpu.records_graphs = False
+    monkeypatch.setenv("TRANSOM_CUDA_GRAPHS", "1" if recorded else "0")
+    folder = put(gpt_bundle, target="tensorrt", library="TensorRT", sm="sm89")
+    with load(folder, device="tensorrt") as ours, load(gpt_bundle) as theirs:
+        for _ in range(2):
+            assert ours.generate("It is", max_new_tokens=20) == theirs.generate("It is", max_new_tokens=20)
+    # The second generation has the first one's memory again, and so its recording
+    assert gpu.cuda.launches == (18 + 19 if recorded else 0)
+
+
+def test_a_raw_run_writes_the_callers_own_caches(put: Put, gpt_bundle: Path) -> None:
+    """Caches of 16 and of 48 tokens in host memory, where the engine has 64 alone; what is not written stays."""
+    with load(put(gpt_bundle), device="tensorrt") as ours, load(gpt_bundle) as theirs:
+        graph = ours.graph_for({"input_ids": None})
+        for capacity in (16, 48):
+            results = []
+            for side in (ours, theirs):
+                caches = {
+                    t.name: np.zeros((2, t.shape[1], capacity, t.shape[3]), np.float32)
+                    for t in graph.inputs
+                    if "cache" in t.name
+                }
+                side.run({"input_ids": np.array([[5, 6, 7], [8, 9, 10]]), **caches})
+                step = {"input_ids": np.array([[11], [12]]), "write_indices": np.array([3, 2])}
+                results.append((side.run({**step, **caches}, ["logits"])["logits"], caches))
+            (logits, caches), (expected, expected_caches) = results
+            np.testing.assert_allclose(logits, expected, atol=2e-5 * np.abs(expected).max())
+            for name, cache in caches.items():
+                assert cache.shape[2] == capacity
+                np.testing.assert_allclose(cache, expected_caches[name], atol=1e-5)
+                assert not cache[:, :, 4:].any()
+
+
+def test_a_step_past_the_end_is_refused(put: Put, gpt_bundle: Path) -> None:
+    """TensorRT would drop it silently: the check is ours, in the backend as well as before it."""
+    with load(put(gpt_bundle), device="tensorrt") as gpt:
+        backend = gpt.backend("decoder")
+        length = gpt.max_size("C")
+        state = backend.new_state(1, length, {})
+        feeds = {"input_ids": np.array([[5, 6]]), "logits_positions": np.array([[1]]), **state.feeds}
+        with pytest.raises(ShapeError, match=f"2 tokens at {length - 1} reach {length + 1}; the caches hold {length}"):
+            backend.run({**feeds, "write_indices": np.array([length - 1])}, {})
+        with pytest.raises(BackendError, match=f"cache holds {length}"):
+            state.reserve(length + 1)
+
+
+def test_threads_have_contexts_of_their_own(put: Put, gpu: EmulatedTensorRT, vit_bundle: Path) -> None:
+    with load(put(vit_bundle), device="tensorrt") as ours, load(vit_bundle) as theirs:
+        images = [np.random.default_rng(seed).random((1 + seed % 3, 3, 8, 8), np.float32) for seed in range(24)]
+        expected = [theirs.run({"pixel_values": image})["logits"] for image in images]
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda image: ours.run({"pixel_values": image})["logits"], images))
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
+    assert 1 <= gpu.contexts <= 4
+
+
+def test_device_memory_is_flat_and_given_back(put: Put, gpu: EmulatedTensorRT, gpt_bundle: Path) -> None:
+    with load(put(gpt_bundle), device="tensorrt") as gpt:
+        for _ in range(3):
+            gpt.generate(["It is a", "My"], max_new_tokens=8, num_beams=2)
+        before = gpu.cuda.allocations, gpu.cuda.device_bytes
+        for _ in range(30):
+            gpt.generate(["It is a", "My"], max_new_tokens=8, num_beams=2)
+        assert (gpu.cuda.allocations, gpu.cuda.device_bytes) == before
+    del gpt
+    gc.collect()
+    assert gpu.cuda.device_bytes == 0
+
+
+def test_compiled_kernels_are_kept_for_the_next_start(put: Put, gpu: EmulatedTensorRT, vit_bundle: Path) -> None:
+    folder = put(vit_bundle)
+    for expected in (1, 1):  # contexts that had to compile: the first load's
+        with load(folder, device="tensorrt") as vit:
+            vit.run({"pixel_values": np.zeros((1, 3, 8, 8), np.float32)})
+        del vit
+        gc.collect()
+        assert gpu.compiled == expected
+    (kept,) = (folder.parent / "cache/transom/kernels").iterdir()
+    assert kept.name.startswith(f"tensorrt_rtx-{real_trt.__version__}-sm89-13000-")
+    kept.write_bytes(b"of another GPU")
+    with load(folder, device="tensorrt") as vit:
+        vit.run({"pixel_values": np.zeros((1, 3, 8, 8), np.float32)})
+    assert gpu.compiled == 2
+
+
+def test_no_memory_is_said_and_survived(put: Put, gpu: EmulatedTensorRT, gpt_bundle: Path) -> None:
+    with load(put(gpt_bundle), device="tensorrt") as gpt:
+        answer = gpt.generate("It is", max_new_tokens=4)
+        gpu.cuda.total = gpu.cuda.device_bytes + (1 << 18)
+        with pytest.raises(BackendError, match=r"the GPU has no memory left\. Give fewer or shorter inputs"):
+            gpt.generate(["It is"] * 16, max_new_tokens=4)
+        assert gpt.generate("It is", max_new_tokens=4) == answer
+
+
+ADA = Gpu("NVIDIA GeForce RTX 4090", (8, 9), 24 << 30, 13000)
+HOPPER = Gpu("NVIDIA H200", (9, 0), 141 << 30, 13000)
+
+
+def file_with(**plans: PlanFile) -> GraphFile:
+    named = {name.replace("_", "-"): plan for name, plan in plans.items()}
+    return GraphFile(Graph("model", (), ()), {"default": "model.onnx"}, None, named)
+
+
+def test_the_plan_is_that_of_the_gpu() -> None:
+    rtx = PlanFile("engines/rtx-sm89.plan", "TensorRT-RTX", "1.7.1.116")
+    full = PlanFile("engines/tensorrt.plan", "TensorRT", "11.0.0.1", "sm90")
+    both = file_with(rtx_sm89=rtx, tensorrt=full)
+    assert pick_plan(both, ADA) is rtx
+    assert pick_plan(both, HOPPER) is full
+    with pytest.raises(
+        BackendError,
+        match=r"no engines; this GPU is NVIDIA GeForce RTX 4090 \(SM89\). Run `transom build BUNDLE --target rtx-sm89`",
+    ):
+        pick_plan(file_with(), ADA)
+    with pytest.raises(BackendError, match=r"engines for rtx-sm89, tensorrt \(SM90\); .* --target rtx-sm120`"):
+        pick_plan(both, Gpu("RTX 5090", (12, 0), 0, 0))
+    with pytest.raises(
+        BackendError, match=r"engines for rtx-sm89; this GPU is NVIDIA H200 \(SM90\). .* --target tensorrt`"
+    ):
+        pick_plan(file_with(rtx_sm89=rtx), HOPPER)
+
+
+def test_the_library_has_to_be_able_to_read_the_plan() -> None:
+    """TensorRT-RTX reads what is older; TensorRT its own version's alone."""
+    rtx, full = PlanFile("a.plan", "TensorRT-RTX", "1.7.1.116"), PlanFile("b.plan", "TensorRT", "11.0.0.114")
+    require_version(rtx, "1.7.1.116")
+    require_version(rtx, "1.10.0.1")
+    require_version(full, "11.0.0.200")
+    with pytest.raises(BackendError, match=r"a.plan was built by TensorRT-RTX 1.7.1.116; TensorRT-RTX here is 1.6.2.1"):
+        require_version(rtx, "1.6.2.1")
+    for other in ("11.1.0.0", "10.13.0.0"):
+        with pytest.raises(BackendError, match=f"TensorRT here is {other}"):
+            require_version(full, other)
+
+
+def test_a_plan_that_does_not_load_says_what_tensorrt_said(put: Put, gpu: EmulatedTensorRT, vit_bundle: Path) -> None:
+    folder = put(vit_bundle)
+    gpu.plans.clear()
+    with pytest.raises(
+        BackendError,
+        match=r"TensorRT-RTX cannot load engines/rtx-sm89.model.plan on Emulated \(SM89\): magic tag does not match",
+    ):
+        load(folder, device="tensorrt")
+    with (folder / "engines/rtx-sm89.model.plan").open("ab") as plan:
+        plan.truncate(4)
+    with pytest.raises(BundleError, match="it is truncated or changed"):  # before TensorRT sees it
+        load(folder, device="tensorrt")
+
+
+def test_without_a_gpu_the_error_says_so(vit_bundle: Path) -> None:
+    """The real CUDA runtime on a machine without a driver."""
+    code = real_cuda.cudaGetDeviceCount()[0]
+    if int(code) == 0:
+        pytest.skip("there is a GPU here")
+    with pytest.raises(BackendError, match=rf"no NVIDIA GPU can be used here \({code.name}\)"):
+        load(vit_bundle, device="tensorrt")
+    with load(vit_bundle, device="auto") as vit:
+        assert vit.device == "cpu"
+
+
+def test_without_cuda_python_the_error_names_the_command(vit_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
+    cuda.runtime.cache_clear()
+    with pytest.raises(BackendError, match=r"cuda-python cannot be imported .* Run `pip install 'transom\[rtx\]'`"):
+        load(vit_bundle, device="tensorrt")
+    cuda.runtime.cache_clear()
