@@ -17,7 +17,9 @@ from transom.runtime.backend import Array, Read
 from transom.runtime.bundle import GraphFile
 from transom.runtime.errors import BackendError, BundleError, one_line
 from transom.runtime.inputs import storage
+from transom.runtime.ort_state import OrtState
 from transom.runtime.spec import Graph, Tensor
+from transom.runtime.state import HostState, State, cache_inputs
 
 OLDEST = (1, 28)  # 1.26 and 1.27 align causal attention top-left when the cache is longer than the query
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -80,15 +82,21 @@ class OrtBackend:
         self.graph = as_loaded(graph, device, self._session)
         self._outputs = {tensor.name: tensor for tensor in self.graph.outputs}
 
-    def run(self, feeds: Mapping[str, Array], shapes: Mapping[str, Sequence[int]]) -> dict[str, Array]:
+    def run(self, feeds: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Array]:
         binding = self._binding()
-        feeds = {name: np.ascontiguousarray(value) for name, value in feeds.items()}
+        kept = {name: value for name, value in feeds.items() if not isinstance(value, np.ndarray)}  # on the device
+        feeds = {name: np.ascontiguousarray(value) for name, value in feeds.items() if name not in kept}
         try:
             outputs = {name: np.empty(tuple(shape), storage(self._outputs[name])) for name, shape in shapes.items()}
             for tensor in self.graph.inputs:
-                bind(binding.bind_input, tensor, feeds[tensor.name])
+                if tensor.name in kept:
+                    binding.bind_ortvalue_input(tensor.name, kept[tensor.name])
+                else:
+                    bind(binding.bind_input, tensor, feeds[tensor.name])
             for tensor in self.graph.outputs:
-                if tensor.writes is not None:  # one buffer, input and output: written in place
+                if tensor.writes in kept:  # one buffer, input and output: written in place
+                    binding.bind_ortvalue_output(tensor.name, kept[tensor.writes])
+                elif tensor.writes is not None:
                     bind(binding.bind_output, tensor, feeds[tensor.writes])
                 elif tensor.name in outputs:
                     bind(binding.bind_output, tensor, outputs[tensor.name])
@@ -99,6 +107,13 @@ class OrtBackend:
             binding.clear_binding_inputs()
             binding.clear_binding_outputs()
         return outputs
+
+    def new_state(self, rows: int, limit: int, source: Mapping[str, Array]) -> State:
+        """On a GPU the caches stay there; but for BF16, which OrtValue cannot hand to numpy."""
+        caches = cache_inputs(self.graph.inputs, self.graph.outputs)
+        if self.device == "cpu" or any(tensor.dtype == "bfloat16" for tensor in self.graph.inputs):
+            return HostState(caches, rows, limit, source)
+        return OrtState(onnxruntime(), self.device, caches, rows, limit, source)
 
     def _binding(self) -> Any:
         if not hasattr(self._local, "binding"):

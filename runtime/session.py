@@ -28,7 +28,8 @@ def load(path: str | PathLike[str], device: str = "cpu", threads: int | None = N
     """Load a bundle's folder; what comes back has the methods of its family (``Bert``, ``ViT``, ...).
 
     ``device`` is "cpu", "cuda" (ONNX Runtime on the GPU), "tensorrt" (the bundle's engine for this GPU), or "auto",
-    the last of these that is there; a device that is asked for and absent is an error. ``threads`` is the number of CPU threads per call, None for one per core.
+    the last of these that is there; a device that is asked for and absent is an error. ``threads`` is the number of
+    CPU threads per call, None for one per core.
 
     Raises BundleError when the folder is damaged, hostile or of another format version, BackendError
     when the device or its library is not there. Warns (SaturationWarning) where the processor may add up the

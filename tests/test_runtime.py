@@ -139,7 +139,7 @@ def test_a_closed_bundle_says_so(bert_bundle: Path) -> None:
     ("options", "message"),
     [
         ({"device": "cuda"}, "'cuda' was asked for; onnxruntime .* offers .*CPUExecutionProvider"),
-        ({"device": "tpu"}, "device is 'tpu'; this version runs on cpu, cuda, auto"),
+        ({"device": "tpu"}, "device is 'tpu'; this version runs on cpu, cuda, tensorrt, auto"),
         ({"threads": 0}, r"threads is 0; expected 1\.\.1024"),
         ({"threads": "2"}, "threads is '2'"),
     ],

@@ -1,0 +1,63 @@
+"""State in ONNX Runtime's own memory, as on a GPU: here in its memory of the CPU, by the same calls."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from transom.runtime import load
+from transom.runtime.ort import OrtBackend, onnxruntime
+from transom.runtime.ort_state import OrtState
+from transom.runtime.state import State, cache_inputs
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[OrtState]:
+    """Every decoder keeps its state in OrtValues; those that were made."""
+    made: list[OrtState] = []
+
+    def new_state(self: OrtBackend, rows: int, limit: int, source: Any) -> State:
+        caches = cache_inputs(self.graph.inputs, self.graph.outputs)
+        made.append(OrtState(onnxruntime(), "cpu", caches, rows, limit, source))
+        return made[-1]
+
+    monkeypatch.setattr(OrtBackend, "new_state", new_state)
+    return made
+
+
+def test_generation_over_values_of_the_device(
+    gpt_bundle: Path, dates_bundle: Path, monkeypatch: pytest.MonkeyPatch, as_on_a_gpu: list[OrtState]
+) -> None:
+    """Greedy past a growth of the caches at 128 tokens, beams that fork and change places, an encoder's keys beside."""
+    asked: list[dict[str, Any]] = [{"max_new_tokens": 140}, {"max_new_tokens": 20, "num_beams": 3}]
+    found = []
+    for _ in range(2):
+        with load(gpt_bundle, threads=1) as gpt, load(dates_bundle, threads=1) as dates:
+            texts = [gpt.generate(["It is a truth", "My dear"], **options) for options in asked]
+            found.append([*texts, dates.translate(["3 May 1979", "March 2, 1921"], num_beams=2)])
+        monkeypatch.undo()  # the second time in numpy arrays
+    assert found[0] == found[1]
+    assert len(as_on_a_gpu) == 3
+    assert as_on_a_gpu[0].capacity == 256
+
+
+def test_a_step_writes_the_values_themselves(gpt_bundle: Path) -> None:
+    with load(gpt_bundle, threads=1) as gpt:
+        backend = gpt.backend("decoder")
+        graph = backend.graph
+        state = OrtState(onnxruntime(), "cpu", cache_inputs(graph.inputs, graph.outputs), 1, 256, {})
+        state.reserve(3)
+        feeds = {
+            "input_ids": np.array([[5, 6, 7]]),
+            "write_indices": np.array([0]),
+            "logits_positions": np.array([[2]]),
+        }
+        held = state.feeds
+        backend.run({**feeds, **held}, {})
+        for value in held.values():
+            array = value.numpy()
+            assert array[:, :, :3].any()
+            assert not array[:, :, 3:].any()
