@@ -10,6 +10,7 @@ PYTEST_ARGS ?=
 FUZZ_RUNS  ?= 1000000
 KILLS      ?= 200
 REQUESTS   ?= 1000
+MATRIX_ARGS ?=
 
 ROOMS      := models export runtime calib cli
 REFERENCES := vit minilm bert gpt transformer clip
@@ -36,15 +37,16 @@ PYTEST_PARALLEL := -n $(WORKERS) --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help dev export check test suite wheel test-wheel sweep clean typing again
+.PHONY: help dev export check test suite wheel test-wheel sweep build-matrix test-gpu bench-gpu clean typing again
 
 help: ## this table of contents
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo '  make export PRECISION=int8                                            or int4, bf16, "fp32 int8", ...'
 	@echo '  make export CHECKPOINT=path-or-hub-id [CALIBRATION_DATA=file]         your own model, into bundles/'
 	@echo '  make test PYTEST_ARGS="-k bert"                                       a part of the suite'
 	@echo '  make sweep FUZZ_RUNS=20000 KILLS=20 REQUESTS=50                       minutes instead of an hour'
+	@echo '  make build-matrix MATRIX_ARGS="--models vit --targets rtx-sm86"       a part of the matrix'
 	@echo '  make dev PYTHON=python3.12 PIP_ARGS="--extra-index-url URL"           another Python, a smaller torch'
 
 dev: $(STAMP) ## .venv with everything that export, tests and checks need, .venv/bin/transom among it
@@ -113,6 +115,15 @@ sweep: $(STAMP) ## damaged manifests by the million, kill -9 at 200 moments of a
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/fuzz_manifests.py --runs $(FUZZ_RUNS) $(REFERENCES:%=bundles/%)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/kill_export.py --kills $(KILLS)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/threads.py --requests $(REQUESTS) $(REFERENCES:%=bundles/%)
+
+build-matrix: $(STAMP) ## BERT-base, GPT-2, ViT-B, CLIP-B, a Transformer: engines for every RTX target, no GPU needed
+	OMP_NUM_THREADS=2 $(VENV)/bin/python benchmarks/build_matrix.py --out docs/results/build-matrix $(MATRIX_ARGS)
+
+test-gpu: $(STAMP) ## on a machine with a GPU: parity of every family and precision there, into docs/results/
+	TRANSOM_GPU_RESULTS=docs/results TRANSOM_REPO="$$PWD" $(VENV)/bin/pytest $(PYTEST_ARGS) tests/gpu
+
+bench-gpu: $(STAMP) ## on a machine with a GPU: latency beside PyTorch and ONNX Runtime, into docs/results/
+	$(VENV)/bin/python benchmarks/gpu_latency.py --out docs/results
 
 clean: ## removes what was made here, except .venv, bundles/ and reports/
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -80,9 +80,8 @@ def failure(function: str, code: str) -> BackendError:
 
 
 def cuda_version() -> str:
-    """Of the bindings: "13.0"."""
-    version = int(getattr(runtime(), "CUDART_VERSION", 0))
-    return f"{version // 1000}.{version % 1000 // 10}"
+    """Of the bindings: "13". A driver of the same major version will do."""
+    return str(int(getattr(runtime(), "CUDART_VERSION", 0)) // 1000)
 
 
 def find_gpu() -> Gpu:
@@ -152,6 +151,9 @@ class Stream:
         """Return when all that was put here is done; BackendError where some of it failed."""
         call("cudaStreamSynchronize", self._stream)
 
+    def mark(self, event: Any) -> None:
+        call("cudaEventRecord", event, self._stream)
+
     def capture(self, work: Callable[[], None]) -> CapturedGraph:
         """What ``work`` puts on this stream, recorded instead of run."""
         api = runtime()
@@ -164,6 +166,21 @@ class Stream:
             return CapturedGraph(call("cudaGraphInstantiate", graph, 0), self._stream)
         finally:
             call("cudaGraphDestroy", graph)
+
+
+class Event:
+    """A mark in a stream, with the time at which the GPU reached it."""
+
+    def __init__(self) -> None:
+        self._event = call("cudaEventCreate")
+        self._free = weakref.finalize(self, quietly, runtime().cudaEventDestroy, self._event)
+
+    def record(self, stream: Stream) -> None:
+        stream.mark(self._event)
+
+    def elapsed_ms(self, later: Event) -> float:
+        """Milliseconds between this mark and a later one, both reached."""
+        return float(call("cudaEventElapsedTime", self._event, later._event))
 
 
 class CapturedGraph:

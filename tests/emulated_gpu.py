@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -57,6 +58,9 @@ class EmulatedCuda:
     def cudaGetDeviceProperties(self, device: int) -> Any:
         major, minor = self.capability
         return self._fine(SimpleNamespace(name=b"Emulated", major=major, minor=minor, totalGlobalMem=self.total))
+
+    def cudaMemGetInfo(self) -> Any:
+        return self._fine(self.total - self.device_bytes, self.total)
 
     def _allocate(self, size: int) -> int:
         buffer = (ctypes.c_uint8 * size)()
@@ -132,6 +136,23 @@ class EmulatedCuda:
 
         stream.put(clear)
         return self._fine()
+
+    def cudaEventCreate(self) -> Any:
+        return self._fine(SimpleNamespace(at=None))
+
+    def cudaEventDestroy(self, event: Any) -> Any:
+        return self._fine()
+
+    def cudaEventRecord(self, event: Any, stream: EmulatedStream) -> Any:
+        def reached() -> bool:
+            event.at = time.perf_counter()
+            return True
+
+        stream.put(reached)
+        return self._fine()
+
+    def cudaEventElapsedTime(self, start: Any, end: Any) -> Any:
+        return self._fine(1e3 * (end.at - start.at))
 
     def cudaStreamBeginCapture(self, stream: EmulatedStream, mode: Any) -> Any:
         stream.recording = []

@@ -1,0 +1,235 @@
+"""Latency on the GPU that is here: our engines and ONNX Runtime CUDA beside PyTorch, eager and compiled, in one run.
+
+    python benchmarks/gpu_latency.py --out docs/results
+
+Models of published size with random weights, FP16 and INT8. Every side takes numpy arrays and gives numpy arrays; what
+CUDA events saw of it on the GPU alone stands beside. Sides take turns, round by round, so that whatever the GPU's clock
+does falls on all of them. Without a GPU it says so and ends with status 0: there is nothing to measure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from full_size_models import MODELS
+
+from transom.export.engine.build import build
+from transom.export.engine.targets import find_targets
+from transom.export.pipeline import export
+from transom.export.quantization.options import QuantizeOptions
+from transom.runtime import load
+from transom.runtime.bundle import Bundle
+from transom.runtime.cuda import Event, find_gpu
+from transom.runtime.errors import TransomError
+from transom.runtime.plans import target_for
+from transom.runtime.trt import Caller
+
+ROUNDS, WARMUP, TIMED = 20, 10, 20
+NEW_TOKENS = 64
+PRECISIONS = ("fp16", "int8")
+SHAPES: dict[str, tuple[dict[str, int], ...]] = {  # those of the published tables
+    "bert": ({"B": 1, "S": 128}, {"B": 8, "S": 128}, {"B": 32, "S": 128}),
+    "vit": ({"B": 1}, {"B": 8}),
+    "gpt": ({"B": 1, "S": 64}, {"B": 1, "S": 900}),
+}
+
+
+class TimedCaller(Caller):
+    """A caller that times its engine's work on the GPU alone."""
+
+    last_ms = 0.0
+
+    def _execute(self, *arguments: Any, **options: Any) -> None:
+        start, end = Event(), Event()
+        start.record(self._stream)
+        super()._execute(*arguments, **options)
+        end.record(self._stream)
+        self._stream.wait()
+        TimedCaller.last_ms = start.elapsed_ms(end)
+
+
+@dataclass
+class Side:
+    """Something that computes: ``run`` from host arrays to host arrays; ``gpu_ms`` of its last run, where it knows."""
+
+    name: str
+    precision: str
+    run: Callable[[], Any]
+    gpu_ms: Callable[[], float | None]
+
+
+def feeds_of(model: str, sizes: Mapping[str, int]) -> dict[str, Any]:
+    arrays = MODELS[model][2]()
+    B, S = sizes["B"], sizes.get("S")
+    found = {}
+    for name, array in arrays.items():
+        rows = np.resize(array, (B, *array.shape[1:])) if S is None else np.resize(array, (B, S))
+        found[name] = np.ascontiguousarray(rows)
+    return found
+
+
+def bundle_sides(model: str, precision: str, bundle: Path, sizes: Mapping[str, int]) -> list[Side]:
+    sides = []
+    feeds = feeds_of(model, sizes)
+    for device in ("tensorrt", "cuda"):
+        try:
+            loaded = load(bundle, device=device)
+        except TransomError as error:
+            print(f"  {model} {precision} on {device}: {error}", file=sys.stderr)
+            continue
+        if model == "gpt":
+            prompts = feeds["input_ids"].tolist()
+
+            def run(loaded: Any = loaded, prompts: Any = prompts) -> Any:
+                return loaded.generate(prompts, max_new_tokens=NEW_TOKENS, do_sample=False)
+        else:
+
+            def run(loaded: Any = loaded, feeds: Any = feeds) -> Any:
+                return loaded.run(feeds)
+
+        known = device == "tensorrt" and model != "gpt"
+        sides.append(Side(f"transom {device}", precision, run, lambda k=known: TimedCaller.last_ms if k else None))
+    return sides
+
+
+def torch_sides(model: str, sizes: Mapping[str, int]) -> list[Side]:
+    import torch
+    import transformers
+
+    if not torch.cuda.is_available():
+        print("  PyTorch here has no CUDA: its sides are left out", file=sys.stderr)
+        return []
+    torch.manual_seed(0)
+    module = MODELS[model][1](transformers).eval().half().cuda()
+    feeds = {name: torch.from_numpy(array) for name, array in feeds_of(model, sizes).items()}
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    last = [0.0]
+
+    def side(name: str, call: Callable[..., Any]) -> Side:
+        @torch.inference_mode()
+        def run() -> Any:
+            given = {k: v.cuda().half() if v.is_floating_point() else v.cuda() for k, v in feeds.items()}
+            start.record()
+            found = call(given)
+            end.record()
+            host = found.float().cpu() if found.is_floating_point() else found.cpu()
+            last[0] = start.elapsed_time(end)
+            return host
+
+        return Side(name, "fp16", run, lambda: last[0])
+
+    if model == "gpt":
+        asked = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
+        return [side("torch eager", lambda given: module.generate(**given, **asked))]
+    compiled = torch.compile(module, mode="max-autotune")
+    return [
+        side("torch eager", lambda given: module(**given)[0]),
+        side("torch.compile", lambda given: compiled(**given)[0]),
+    ]
+
+
+def measure(sides: list[Side]) -> list[dict[str, Any]]:
+    """Percentiles of every side over ROUNDS rounds, which they take in turns."""
+    host: dict[int, list[float]] = {index: [] for index in range(len(sides))}
+    device: dict[int, list[float]] = {index: [] for index in range(len(sides))}
+    for side in sides:
+        for _ in range(WARMUP):
+            side.run()
+    for number in range(ROUNDS):
+        for index in np.random.default_rng(number).permutation(len(sides)).tolist():
+            for _ in range(TIMED):
+                began = time.perf_counter()
+                sides[index].run()
+                host[index].append((time.perf_counter() - began) * 1e3)
+                on_gpu = sides[index].gpu_ms()
+                if on_gpu is not None:
+                    device[index].append(on_gpu)
+    rows = []
+    for index, side in enumerate(sides):
+        p50, p95, p99 = np.percentile(host[index], (50, 95, 99)).round(4).tolist()
+        gpu = round(statistics.median(device[index]), 4) if device[index] else None
+        rows.append(
+            {"side": side.name, "precision": side.precision, "p50": p50, "p95": p95, "p99": p99, "gpu_p50": gpu}
+        )
+    return rows
+
+
+def made(model: str, precision: str, work: Path, target: str) -> Path:
+    """A bundle with an engine, made once."""
+    import torch
+    import transformers
+
+    folder = work / f"{model}-{precision}"
+    if not (folder / "bundle").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(0)
+        MODELS[model][1](transformers).eval().save_pretrained(folder / "checkpoint")
+        options = QuantizeOptions()
+        if precision == "int8":
+            np.savez(folder / "calibration.npz", **MODELS[model][2]())
+            options = QuantizeOptions(calibration_data=(str(folder / "calibration.npz"),), gate=False)
+        most = {"B": max(sizes["B"] for sizes in SHAPES[model])}
+        export(str(folder / "checkpoint"), folder / "bundle", precision=precision, max_sizes=most, quantize=options)
+    try:
+        build(Bundle(folder / "bundle"), find_targets([target]), allow_unfused=False, tell=lambda _: None)
+    except TransomError as error:
+        print(f"  {model} {precision} for {target}: {error}", file=sys.stderr)
+    return folder / "bundle"
+
+
+def markdown(told: Mapping[str, Any]) -> str:
+    lines = [
+        f"# Latency on {told['gpu']}",
+        "",
+        f"{told['date']}; milliseconds, host arrays to host arrays; *GPU* is the",
+    ]
+    lines += ["engine's or module's own work, by CUDA events.", ""]
+    lines += ["| model | shape | side | precision | p50 | p95 | p99 | GPU p50 |", "| --- " * 8 + "|"]
+    for row in told["rows"]:
+        shape = " ".join(f"{axis}={size}" for axis, size in row["sizes"].items())
+        gpu = "–" if row["gpu_p50"] is None else f"{row['gpu_p50']:.3f}"
+        times = " | ".join(f"{row[key]:.3f}" for key in ("p50", "p95", "p99"))
+        lines.append(f"| {MODELS[row['model']][0]} | {shape} | {row['side']} | {row['precision']} | {times} | {gpu} |")
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for gpu-<name>-latency.json and .md")
+    parser.add_argument("--work", type=Path, default=Path("build/gpu"), help="where bundles are kept between runs")
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
+    options = parser.parse_args()
+    try:
+        gpu = find_gpu()
+    except TransomError as error:
+        print(f"nothing was measured: {error}", file=sys.stderr)
+        return
+    import transom.runtime.trt as trt
+
+    trt.Caller = TimedCaller  # type: ignore[misc]
+    rows: list[dict[str, Any]] = []
+    told = {"gpu": str(gpu), "driver": gpu.driver, "date": time.strftime("%Y-%m-%d"), "rows": rows}
+    path = options.out / f"gpu-{'-'.join(gpu.name.lower().split())}-latency"
+    options.out.mkdir(parents=True, exist_ok=True)
+    for model in options.models:
+        bundles = {precision: made(model, precision, options.work, target_for(gpu)) for precision in PRECISIONS}
+        for sizes in SHAPES[model]:
+            sides = [side for p, bundle in bundles.items() for side in bundle_sides(model, p, bundle, sizes)]
+            for row in measure(sides + torch_sides(model, sizes)):
+                rows.append({"model": model, "sizes": sizes, **row})
+                print(f"{model} {sizes} {row['side']} {row['precision']}: p50 {row['p50']} ms, GPU {row['gpu_p50']}")
+            path.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n")
+            path.with_suffix(".md").write_text(markdown(told))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""What runs on a GPU alone. Without one every test here is skipped, and says so.
+
+What is found goes to $TRANSOM_GPU_RESULTS, as Markdown and JSON with the GPU's name, where that is set.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import Once, export_to, reference
+from transom.runtime.cuda import Gpu, find_gpu
+from transom.runtime.errors import BackendError
+from transom.runtime.ort import PROVIDERS, onnxruntime
+from transom.runtime.plans import target_for
+from transom.runtime.trt_library import FULL, NAMES, RTX, library
+
+Ready = Callable[..., Path]
+
+
+@dataclass
+class Results:
+    """Rows of one table: what, on which backend, in which precision, what was found."""
+
+    gpu: Gpu
+    libraries: dict[str, str]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, what: str, backend: str, precision: str, found: str) -> None:
+        self.rows.append({"what": what, "backend": backend, "precision": precision, "found": found})
+
+    def write(self, folder: Path) -> None:
+        name = "gpu-" + "-".join(self.gpu.name.lower().split()) + "-parity"
+        told = {"gpu": self.gpu.name, "sm": self.gpu.sm, "driver": self.gpu.driver, "libraries": self.libraries}
+        told["date"] = time.strftime("%Y-%m-%d")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps({**told, "rows": self.rows}, indent=1) + "\n")
+        used = ", ".join(f"{name} {version}" for name, version in self.libraries.items())
+        lines = [f"# Parity on {self.gpu}", "", f"{told['date']}, driver for CUDA {self.gpu.driver / 1000:g}; {used}."]
+        lines += ["", "| what | backend | precision | found |", "| --- | --- | --- | --- |"]
+        lines += ["| " + " | ".join(row.values()) + " |" for row in self.rows]
+        (folder / f"{name}.md").write_text("\n".join([*lines, ""]))
+
+
+@pytest.fixture(scope="session")
+def gpu() -> Gpu:
+    try:
+        return find_gpu()
+    except BackendError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def results(gpu: Gpu) -> Iterator[Results]:
+    found = Results(gpu, {"onnxruntime": str(onnxruntime().__version__)})
+    for kind in (RTX, FULL):
+        if is_installed(kind):
+            found.libraries[NAMES[kind]] = str(library(kind).__version__)
+    yield found
+    folder = os.environ.get("TRANSOM_GPU_RESULTS")
+    if folder and found.rows:
+        found.write(Path(folder))
+
+
+def is_installed(kind: str) -> bool:
+    try:
+        return library(kind) is not None
+    except BackendError:
+        return False
+
+
+@pytest.fixture(scope="session", params=["tensorrt", "cuda"])
+def backend(request: pytest.FixtureRequest, gpu: Gpu) -> str:
+    """Each backend that is present: TensorRT with an engine for this GPU, ONNX Runtime's CUDA provider."""
+    device = str(request.param)
+    if device == "cuda" and PROVIDERS["cuda"] not in onnxruntime().get_available_providers():
+        pytest.skip("onnxruntime has no CUDA provider: pip install onnxruntime-gpu in place of onnxruntime")
+    if device == "tensorrt":
+        kind = RTX if target_for(gpu).startswith("rtx") else FULL
+        if not is_installed(kind):
+            pytest.skip(f"{NAMES[kind]}, which has kernels for {gpu}, is not installed")
+    return device
+
+
+@pytest.fixture(scope="session")
+def ready(once: Once, gpu: Gpu, backend: str) -> Ready:
+    """``ready("gpt", "fp16")`` -> a bundle of a reference model, or of a checkpoint's folder, with an engine."""
+
+    def get(model: str, precision: str, source: Path | None = None, **options: Any) -> Path:
+        def make(folder: Path) -> None:
+            from transom.export.engine.build import build
+            from transom.export.engine.targets import find_targets
+            from transom.runtime.bundle import Bundle
+
+            # By name where INT8 needs the model's own data, else as a folder, which has no score to take
+            path = source or (model if precision == "int8" else reference(model))
+            export_to(folder, path, precision=precision, **options)
+            if backend == "tensorrt":
+                targets = find_targets([target_for(gpu)])
+                build(Bundle(folder / "bundle"), targets, allow_unfused=False, tell=lambda _: None)
+
+        return once(f"gpu-{backend}-{model}-{precision}", make) / "bundle"
+
+    return get
