@@ -64,7 +64,7 @@ def markdown(found: dict[str, Any]) -> str:
         "",
         f"{found['library']} on {found['cpu']}, two cores and no GPU, {found['date']}. The weights are random, and no "
         "engine was executed.",
-        "Before anything was built, TensorRT's flavour of each graph was held against the exported file in ONNX Runtime,",
+        "Before anything was built, the flavour of each graph was held against the exported file in ONNX Runtime,",
         "decoders step by step.",
         "",
         f"| {' | '.join(COLUMNS)} |",

@@ -69,6 +69,9 @@ def build(
 
 def print_kernels(engine: Engine) -> None:
     """What the builder made of one graph: its kernels, how often each, and what did not fuse."""
+    for reason in dict.fromkeys(engine.written_out.values()):
+        count = sum(each == reason for each in engine.written_out.values())
+        print(printable(f"\n{engine.target}, {engine.graph}: {count} attentions are written out, no kernel {reason}"))
     for fusion in engine.fusions:
         print(printable(f"\n{engine.target}, {engine.graph}, {fusion.words()}"))
         for title, count in fusion.alike.items():

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transom.cli.answers import TASKS
-from transom.cli.show import folder_bytes
+from transom.cli.show import bytes_text, folder_bytes
 
 if TYPE_CHECKING:
     from transom.runtime.bundle import Manifest
@@ -58,6 +58,7 @@ def manifest_json(path: Path, manifest: Manifest) -> dict[str, Any]:
         "tools": manifest.tools,
         "operators": manifest.operators,
         "quantization": manifest.quantization,
+        "engines": manifest.engines,
     }
 
 
@@ -213,6 +214,40 @@ def verdict_text(verdict: Any) -> str:
         calibrations, found, n = (figure(at(repeated, key)) for key in ("calibrations", "found", "n"))
         said.append(f"over {calibrations} calibrations {found}, n = {n}")
     return ", ".join(said)
+
+
+ENGINE_COLUMNS = ("target", "library", "graph", "plan", "size", "fused")
+MOST_PROFILES = 8  # of a graph
+
+
+def engine_rows(manifest: Manifest) -> list[tuple[str, ...]]:
+    """ENGINE_COLUMNS of every plan: for what, by what, of which graph, and what fused in each profile."""
+    return [
+        (
+            target,
+            f"{engine['library']} {engine['version']}",
+            graph,
+            plan,
+            bytes_text(manifest.files[plan].size),
+            "; ".join(map(fusion_text, list_of(at(engine, "graphs", graph, "profiles"))[:MOST_PROFILES])) or "–",
+        )
+        for target, engine in manifest.engines.items()
+        for graph, plan in engine["plans"].items()
+    ]
+
+
+def fusion_text(profile: Any) -> str:
+    """``decode: attention 4 of 4, GELU 4 of 4, INT8 13 of 17, 54 kernels``, with what is not there left out."""
+    parts = [
+        f"{name} {figure(at(profile, key, some))} of {figure(at(profile, key, 'of'))}"
+        for name, key, some in (
+            ("attention", "attention", "fused"),
+            ("GELU", "gelu", "fused"),
+            ("INT8", "int8", "products"),
+        )
+        if at(profile, key, "of")
+    ]
+    return f"{figure(at(profile, 'profile'))}: {', '.join([*parts, figure(at(profile, 'kernels')) + ' kernels'])}"
 
 
 def exponential(nats: Any) -> float | None:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
+import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from typing import Any
 
 import typer
@@ -20,12 +25,36 @@ from transom.runtime.errors import BackendError
 RUNTIME = ("numpy", "tokenizers", "pillow", "safetensors")  # onnxruntime has several distributions
 ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 OTHERS = ("transformers",)  # needed by nothing, useful in a report
+BUILD = ("onnx", "onnx-ir", "ml-dtypes", "polygraphy")  # that building an engine takes beside TensorRT
+RUN = "cuda-bindings"  # that running one takes
+RTX, FULL, CUDA = "tensorrt_rtx", "tensorrt", "cuda"  # modules, and what the report calls them
 FLAGS = (  # of instructions that decide how fast INT8 and half precision are, x86 first
     *("avx2", "f16c", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16"),
     *("amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "asimdhp", "i8mm", "bf16", "sve"),
 )
-NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name,compute_cap,memory.total,driver_version", "--format=csv,noheader")
+NVIDIA_SMI = "nvidia-smi"
 NVIDIA_SMI_TIMEOUT_S = 10
+QUERIES = (  # the second for drivers that do not tell the compute capability
+    {"name": "name", "compute_capability": "compute_cap", "memory": "memory.total", "driver": "driver_version"},
+    {"name": "name", "memory": "memory.total", "driver": "driver_version"},
+)
+ASK_TIMEOUT_S = 20
+VERSION = "from transom.runtime.trt_library import library; told = {{'version': library({!r}).__version__}}"
+GPU = (
+    "from transom.runtime.cuda import find_gpu; g = find_gpu(); told = {'gpu': {'name': g.name, 'compute_capability': "
+    "'{}.{}'.format(*g.capability), 'memory': f'{g.memory >> 20} MiB', "
+    "'driver': f'CUDA {g.driver // 1000}.{g.driver % 1000 // 10}'}}"
+)
+ASK = """
+import json
+from transom.runtime.errors import BackendError
+try:
+    {}
+except BackendError as error:
+    told = {{"problem": str(error)}}
+print("\\ntold", json.dumps(told))
+"""
+TOLD = re.compile(r"^told (\{.*\})$", re.MULTILINE)
 
 
 def doctor(as_json: Json = False) -> None:
@@ -45,10 +74,11 @@ def doctor(as_json: Json = False) -> None:
 
 def examine() -> dict[str, Any]:
     """Everything doctor knows, as plain data. Libraries are asked for their version, not imported."""
-    versions = {name: version(name) for name in (*RUNTIME, *ONNXRUNTIMES, *EXPORT_EXTRA, *OTHERS)}
+    versions = {name: version(name) for name in (*RUNTIME, *ONNXRUNTIMES, *EXPORT_EXTRA, *OTHERS, *BUILD, RUN)}
     providers, problems = examine_onnxruntime()
     problems += [f"{name} is not installed. Run `pip install {name}`." for name in RUNTIME if not versions[name]]
-    gpus = find_gpus()
+    found = ask_libraries()
+    gpus = [{**gpu, "target": target_for(gpu)} for gpu in find_gpus() or [found[CUDA]["gpu"]] if gpu]
     device, reason = choose(providers, gpus)
     return {
         "transom": version("transom"),
@@ -60,6 +90,11 @@ def examine() -> dict[str, Any]:
         "cpu": examine_cpu(),
         "gpus": gpus,
         "auto": {"device": device, "reason": reason},
+        "engines": {
+            "libraries": found,
+            "build": can_build(found, versions),
+            "run": can_run(found, gpus),
+        },
         "problems": problems,
     }
 
@@ -81,7 +116,7 @@ def examine_onnxruntime() -> tuple[list[str], list[str]]:
         return [], [str(error)]
 
 
-def choose(providers: Sequence[str], gpus: Sequence[Mapping[str, str]]) -> tuple[str | None, str]:
+def choose(providers: Sequence[str], gpus: Sequence[Mapping[str, Any]]) -> tuple[str | None, str]:
     """What ``auto`` means here, and why."""
     if not providers:
         return None, "onnxruntime cannot be used"
@@ -112,20 +147,113 @@ def examine_cpu() -> dict[str, Any]:
     }
 
 
-def find_gpus() -> list[dict[str, str]]:
+def find_gpus() -> list[dict[str, str | None]]:
     """NVIDIA GPUs as the driver's own tool lists them; none where there is no tool or it fails."""
-    tool = shutil.which(NVIDIA_SMI[0])
-    if tool is None:
-        return []
+    tool = shutil.which(NVIDIA_SMI)
+    for query in QUERIES if tool is not None else ():
+        command = [str(tool), f"--query-gpu={','.join(query.values())}", "--format=csv,noheader"]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", timeout=NVIDIA_SMI_TIMEOUT_S, check=True
+            )
+        except subprocess.CalledProcessError:
+            continue
+        except (OSError, subprocess.SubprocessError):
+            return []
+        rows = (line.rsplit(", ", len(query) - 1) for line in done.stdout.splitlines())
+        return [
+            {"compute_capability": None, **dict(zip(query, row, strict=True))} for row in rows if len(row) == len(query)
+        ]
+    return []
+
+
+def capability_of(gpu: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(8, 9); None where the driver does not tell it."""
+    found = re.fullmatch(r"(\d{1,3})\.(\d{1,2})", gpu["compute_capability"] or "")
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def target_for(gpu: Mapping[str, Any]) -> str | None:
+    """What ``transom build --target`` takes for a GPU; None where its compute capability is not known."""
+    from transom.runtime.trt_library import RTX_CAPABILITIES
+
+    capability = capability_of(gpu)
+    if capability is None:
+        return None
+    return "rtx-sm{}{}".format(*capability) if capability in RTX_CAPABILITIES else "tensorrt"
+
+
+def ask_libraries() -> dict[str, dict[str, Any]]:
+    """Of RTX, FULL and CUDA the ``name``, ``version`` or ``gpu``, and ``problem``, None where there is none.
+
+    Each that is installed is loaded in a process of its own: one that is broken may end its process, or hang.
+    """
+    from transom.runtime.trt_library import BINDINGS, INSTALL, LIBRARIES, NAMES
+
+    names = {**NAMES, CUDA: RUN}
+    there = {name: is_there(name) for name in names}
+    there[RTX] |= is_there(BINDINGS) and is_there(LIBRARIES)
+    questions = {name: GPU if name == CUDA else VERSION.format(name) for name in names if there[name]}
+    with ThreadPoolExecutor(len(names)) as pool:
+        answers = {name: pool.submit(ask, names[name], question) for name, question in questions.items()}
+    found: dict[str, dict[str, Any]] = {}
+    for name, called in names.items():
+        absent = {"problem": f"{called} is not installed: {INSTALL.get(name, INSTALL[RTX])}"}
+        answer = answers[name].result() if name in answers else absent
+        found[name] = {"name": called, "gpu" if name == CUDA else "version": None, "problem": None} | answer
+    return found
+
+
+def is_there(module: str) -> bool:
+    """Whether a module of the top level is installed; it is not imported."""
     try:
-        done = subprocess.run(
-            [tool, *NVIDIA_SMI[1:]], capture_output=True, text=True, timeout=NVIDIA_SMI_TIMEOUT_S, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return []
-    names = ("name", "compute_capability", "memory", "driver")
-    rows = (line.split(", ") for line in done.stdout.splitlines())
-    return [dict(zip(names, row, strict=True)) for row in rows if len(row) == len(names)]
+        return find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def ask(name: str, question: str) -> dict[str, Any]:
+    """What a new Python finds out of ``name``: ``told`` as ``question`` sets it, or ``problem``."""
+    command = [sys.executable or "python3", "-P", "-c", ASK.format(question)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=ASK_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return {"problem": f"{name} is broken: it did not load within {ASK_TIMEOUT_S} s. Install it again."}
+    except OSError as error:
+        return {"problem": f"{name} could not be tried: {error.strerror}"}
+    told = TOLD.findall(done.stdout)  # a library may print as well
+    if done.returncode == 0 and told:
+        return {**json.loads(told[-1])}
+    last = (done.stderr.splitlines() or ["it said nothing"])[-1]
+    return {"problem": f"{name} is broken: loading it ended with status {done.returncode}, {last:.200}"}
+
+
+def can_build(found: Mapping[str, Mapping[str, Any]], versions: Mapping[str, str | None]) -> dict[str, Any]:
+    """The targets that ``transom build`` can build here, and why there are not more."""
+    from transom.runtime.trt_library import INSTALL, RTX_CAPABILITIES
+
+    missing = [name for name in BUILD if not versions[name]]
+    if missing:
+        return {"targets": [], "reason": f"{', '.join(missing)} not installed: {INSTALL[RTX]}"}
+    no_rtx = found[RTX]["problem"]
+    targets = [] if no_rtx else ["rtx-sm{}{}".format(*capability) for capability in RTX_CAPABILITIES]
+    targets += [] if found[FULL]["problem"] or found[CUDA]["problem"] else ["tensorrt"]
+    return {"targets": targets, "reason": no_rtx or "TensorRT-RTX builds without a GPU"}
+
+
+def can_run(found: Mapping[str, Mapping[str, Any]], gpus: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The targets whose engines run here, and why there are not more."""
+    if not gpus:
+        return {"targets": [], "reason": "no NVIDIA GPU was found"}
+    gpu = found[CUDA]["gpu"]
+    if gpu is None:
+        return {"targets": [], "reason": found[CUDA]["problem"]}
+    target, no_full = target_for(gpu), found[FULL]["problem"]
+    if target == "tensorrt":
+        return {"targets": [] if no_full else [target], "reason": no_full or f"{gpu['name']} can be used"}
+    no_rtx = found[RTX]["problem"]
+    targets = [name for name, problem in ((target, no_rtx), ("tensorrt", no_full)) if not problem]
+    return {"targets": targets, "reason": no_rtx or f"{gpu['name']} can be used"}
 
 
 def lines(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -139,8 +267,23 @@ def lines(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "instructions", " ".join(cpu["instructions"]) or "none of those that matter here"
     yield "int8", f"{cpu['int8']['instruction_set']}: {cpu['int8']['meaning']}"
     for gpu in report["gpus"]:
-        yield "gpu", ", ".join([gpu["name"], f"compute {gpu['compute_capability']}", gpu["memory"], gpu["driver"]])
+        yield "gpu", gpu_text(gpu)
+    libraries = report["engines"]["libraries"]
+    for library in (libraries[RTX], libraries[FULL]):
+        yield library["name"], library["version"] or library["problem"].removeprefix(f"{library['name']} is ")
+    for what, found in (("build engines", report["engines"]["build"]), ("run engines", report["engines"]["run"])):
+        yield what, f"{', '.join(found['targets']) or 'no'}: {found['reason']}"
     yield "providers", ", ".join(report["onnxruntime_providers"]) or "–"
     yield "auto", f"{report['auto']['device'] or '–'}: {report['auto']['reason']}"
     for problem in report["problems"]:
         yield "problem", problem
+
+
+def gpu_text(gpu: Mapping[str, Any]) -> str:
+    """``NVIDIA L4, compute 8.9, 23034 MiB, 570.1, takes rtx-sm89``."""
+    capability = capability_of(gpu)
+    if capability is None:
+        return ", ".join([gpu["name"], "compute capability unknown", gpu["memory"], gpu["driver"]])
+    why = ": TensorRT-RTX has no target for SM{}{}".format(*capability) if gpu["target"] == "tensorrt" else ""
+    told = f"compute {gpu['compute_capability']}"
+    return ", ".join([gpu["name"], told, gpu["memory"], gpu["driver"], f"takes {gpu['target']}{why}"])

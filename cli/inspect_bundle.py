@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transom.cli.describe import (
+    ENGINE_COLUMNS,
     GPU_FORMATS,
     GPU_NOTE,
+    engine_rows,
     generation_text,
     manifest_json,
     near_ties,
@@ -27,7 +29,8 @@ if TYPE_CHECKING:
 def inspect(bundle: BundlePath, as_json: Json = False) -> None:
     """Show what a bundle holds.
 
-    Tensors, axes, files, settings of generation, how it was quantised, parity, score, source and tools.
+    Tensors, axes, settings of generation, how it was quantised, parity, score, source and tools, files, and engines
+    with what fused in them.
     Every file's size and SHA-256 are checked; a damaged bundle is an error.
     """
     from transom.runtime.bundle import Bundle
@@ -41,6 +44,9 @@ def inspect(bundle: BundlePath, as_json: Json = False) -> None:
     columns = ("file", "size", "sha256")
     rows = [(name, bytes_text(file.size), file.sha256) for name, file in manifest.files.items()]
     print_table(columns, rows, right=("size",))
+    if manifest.engines:
+        print()
+        print_table(ENGINE_COLUMNS, engine_rows(manifest), right=("size",))
 
 
 def summary(path: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:

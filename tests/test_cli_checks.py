@@ -14,6 +14,7 @@ import pytest
 
 from command_line import ANSI, QUANTIZATION, as_quantized, changed_bundle, document, error_line, transom
 from transom.cli.describe import gate_line
+from transom.cli.show import bytes_text
 from transom.runtime.bundle import MANIFEST
 from transom.runtime.compare import Comparison
 from transom.runtime.errors import ParityError
@@ -76,6 +77,39 @@ def test_inspect_shows_how_a_bundle_was_quantised(vit_bundle: Path, tmp_path: Pa
     (parity,) = (line for line in lines if line.startswith("parity "))
     assert parity.endswith("; the gate judges accuracy")
     assert document(transom("inspect", vit_bundle, "--json"))["quantization"] is None
+
+
+def test_inspect_shows_the_engines_and_what_fused(vit_bundle: Path, tmp_path: Path) -> None:
+    """No plan is loaded: any file of the bundle can stand for one. What is said of fusion nobody checked."""
+    decode = {
+        "profile": "decode",
+        "attention": {"fused": 3, "of": 4, "unfused": ["attend"]},
+        "gelu": {"fused": 0, "of": 0},
+        "int8": {"products": 13, "of": 17, "dequantized": []},
+        "kernels": 54,
+    }
+    engine = {"library": "TensorRT-RTX", "version": "1.7.1.116", "plans": {"model": "golden.safetensors"}}
+
+    def built(words: dict[str, Any]) -> None:
+        words["engines"] = {
+            "rtx-sm86": {**engine, "graphs": {"model": {"profiles": [{**decode, "profile": "prefill"}, decode]}}},
+            "rtx-sm89": {**engine, "graphs": {"model": {"profiles": [None, {"profile": 7, "attention": "x\x1b"}]}}},
+            "tensorrt": {**engine, "graphs": "x"},
+        }
+
+    bundle = changed_bundle(vit_bundle, tmp_path, built)
+    assert document(transom("inspect", bundle, "--json"))["engines"]["rtx-sm86"]["plans"] == engine["plans"]
+    lines = re.sub(" +", " ", transom("inspect", bundle).stdout).splitlines()
+    size = bytes_text((bundle / "golden.safetensors").stat().st_size)
+    start = f"TensorRT-RTX 1.7.1.116 model golden.safetensors {size}"
+    said = "attention 3 of 4, INT8 13 of 17, 54 kernels"
+    told = [line.strip() for line in lines[-3:]]
+    assert told[0] == f"rtx-sm86 {start} prefill: {said}; decode: {said}"
+    assert told[1] == f"rtx-sm89 {start} –: – kernels; 7: – kernels"
+    assert told[2] == f"tensorrt {start} –"
+    assert "target library graph plan size fused" in [line.strip() for line in lines]
+    assert document(transom("inspect", vit_bundle, "--json"))["engines"] == {}
+    assert " fused" not in transom("inspect", vit_bundle).stdout
 
 
 def test_the_gate_in_one_line() -> None:

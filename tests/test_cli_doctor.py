@@ -6,6 +6,8 @@ import json
 import os
 import re
 import stat
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 from PIL import Image
 
 from command_line import document, process, transom
+from transom.runtime import trt_library
 from transom.runtime.cpu import instruction_set
 from transom.runtime.errors import BackendError
 
@@ -50,18 +53,167 @@ def test_doctor_finds_a_gpu_that_onnxruntime_does_not_use(tmp_path: Path, monkey
     monkeypatch.setattr("transom.runtime.ort.best_device", lambda: "cpu")
     told = document(transom("doctor", "--json"))
     (gpu,) = told["gpus"]
-    assert gpu == {"name": "NVIDIA X9", "compute_capability": "8.9", "memory": "24564 MiB", "driver": "570.1"}
+    assert gpu == {
+        "name": "NVIDIA X9", "compute_capability": "8.9", "memory": "24564 MiB", "driver": "570.1",
+        "target": "rtx-sm89",
+    }  # fmt: skip
     assert "there is a GPU (NVIDIA X9)" in told["auto"]["reason"]
     tool.write_text("#!/bin/sh\nexit 9\n")
     assert document(transom("doctor", "--json"))["gpus"] == []
 
 
+def driver_tool(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """Puts an nvidia-smi on the path."""
+    tool = folder / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+
+
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("echo 'NVIDIA L4, 8.9, 9 MiB, 570.1'", "NVIDIA L4, compute 8.9, 9 MiB, 570.1, takes rtx-sm89"),
+        (
+            "echo 'NVIDIA H100, 9.0, 9 MiB, 570.1'",
+            "NVIDIA H100, compute 9.0, 9 MiB, 570.1, takes tensorrt: TensorRT-RTX has no target for SM90",
+        ),
+        (
+            'case "$*" in *compute_cap*) echo no such field; exit 2;; *) echo "Old, 9 MiB, 390.1";; esac',
+            "Old, compute capability unknown, 9 MiB, 390.1",
+        ),
+        ("echo 'X, 9, [N/A], 9 MiB, 1'", "X, 9, compute capability unknown, 9 MiB, 1"),
+    ],
+)
+def test_doctor_tells_the_target_of_a_gpu(
+    script: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver_tool(tmp_path, monkeypatch, script)
+    assert re.search(rf"^gpu +{re.escape(said)}$", transom("doctor").stdout, re.MULTILINE)
+
+
+Library = Callable[[str, str], None]
+
+
+@pytest.fixture
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
+    """Makes modules that stand before those that are installed, here and in new processes."""
+    folder = tmp_path / "libraries"
+    folder.mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+    monkeypatch.syspath_prepend(folder)
+
+    def make(name: str, text: str) -> None:
+        path = folder.joinpath(*name.split("."))
+        path.mkdir(parents=True)
+        for parent in path.relative_to(folder).parents[:-1]:
+            (folder / parent / "__init__.py").touch()
+        (path / "__init__.py").write_text(text)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("import os; os.abort()", "broken: loading it ended with status -6, "),
+        ("import os; os._exit(0)", "broken: loading it ended with status 0, it said nothing"),
+        ("import time; time.sleep(60)", "broken: it did not load within 1 s. Install it again."),
+        ("raise ImportError('libx.so: no such file')", "installed but cannot be loaded: libx.so: no such file. Run"),
+        ("1 / 0", "broken: loading it ended with status 1, ZeroDivisionError: "),
+        ("", "broken: loading it ended with status 1, AttributeError: "),  # it has no version
+        ("import atexit; print('told {'); atexit.register(print, 'told {'); __version__ = '7'", "7"),
+    ],
+)
+def test_a_broken_library_is_told_and_breaks_nothing(
+    text: str, said: str, library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transom.cli.doctor.ASK_TIMEOUT_S", 1)
+    library("tensorrt_rtx", text)
+    result = transom("doctor")
+    assert result.exit_code == 0
+    assert re.search(rf"^TensorRT-RTX +{re.escape(said)}", result.stdout, re.MULTILINE)
+    assert ("rtx-sm86" in re.findall("^build engines.*$", result.stdout, re.MULTILINE)[0]) == (said == "7")
+
+
+A_GPU = """
+from types import SimpleNamespace
+FINE = 0
+def cudaGetDeviceCount(): return FINE, 1
+def cudaGetDevice(): return FINE, 0
+def cudaDriverGetVersion(): return FINE, 12080
+def cudaGetDeviceProperties(device):
+    return FINE, SimpleNamespace(name=b"Fake", major={}, minor={}, totalGlobalMem=2 << 30)
+"""
+
+
+@pytest.mark.parametrize(
+    ("capability", "full", "targets", "reason"),
+    [
+        ((8, 9), False, ["rtx-sm89"], "Fake can be used"),
+        ((8, 9), True, ["rtx-sm89", "tensorrt"], "Fake can be used"),
+        ((9, 0), True, ["tensorrt"], "Fake can be used"),
+        ((9, 0), False, [], "TensorRT is "),
+    ],
+)
+def test_what_runs_where_there_is_a_gpu(
+    capability: tuple[int, int], full: bool, targets: list[str], reason: str, library: Library
+) -> None:
+    """Without nvidia-smi, as on a Jetson: CUDA itself is asked."""
+    library("tensorrt_rtx", "__version__ = '1.7.1'")
+    library("tensorrt", "__version__ = '11.0'" if full else "raise ImportError('absent')")
+    library("cuda.bindings.runtime", A_GPU.format(*capability))
+    told = document(transom("doctor", "--json"))
+    (gpu,) = told["gpus"]
+    name = "{}.{}".format(*capability)
+    assert gpu == {
+        "name": "Fake", "compute_capability": name, "memory": "2048 MiB", "driver": "CUDA 12.8",
+        "target": "tensorrt" if capability == (9, 0) else "rtx-sm89",
+    }  # fmt: skip
+    assert told["engines"]["run"]["targets"] == targets
+    assert told["engines"]["run"]["reason"].startswith(reason)
+    assert told["engines"]["libraries"]["tensorrt_rtx"] == {"name": "TensorRT-RTX", "version": "1.7.1", "problem": None}
+    assert ("tensorrt" in told["engines"]["build"]["targets"]) == full
+
+
+def test_a_driver_that_cuda_cannot_use_is_told(
+    library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver_tool(tmp_path, monkeypatch, "echo 'NVIDIA L4, 8.9, 9 MiB, 450.1'")
+    library("tensorrt_rtx", "__version__ = '1.7.1'")
+    library("cuda.bindings.runtime", "def cudaGetDeviceCount():\n    raise OSError('libcuda is too old')")
+    text = transom("doctor").stdout
+    assert re.search(r"^run engines +no: cuda-bindings is broken: .*libcuda is too old$", text, re.MULTILINE)
+
+
+def test_doctor_tells_what_to_install_for_engines(tmp_path: Path, without_torch: dict[str, str]) -> None:
+    told = json.loads(process(tmp_path, "doctor", "--json", env=without_torch).stdout)["engines"]
+    problems = {name: found["problem"] for name, found in told["libraries"].items()}
+    assert problems["tensorrt_rtx"] == "TensorRT-RTX is not installed: pip install 'transom[rtx]'"
+    assert problems["tensorrt"].startswith("TensorRT is not installed: pip install ")
+    assert problems["cuda"] == "cuda-bindings is not installed: pip install 'transom[rtx]'"
+    assert told["build"]["targets"] == told["run"]["targets"] == []
+
+
+@pytest.mark.skipif(find_spec("tensorrt_rtx_bindings") is None, reason="TensorRT-RTX is not installed")
+def test_doctor_finds_the_real_library() -> None:
+    told = document(transom("doctor", "--json"))["engines"]
+    assert told["libraries"]["tensorrt_rtx"] == {
+        "name": "TensorRT-RTX",
+        "version": trt_library.library("tensorrt_rtx").__version__,
+        "problem": None,
+    }
+    assert told["build"]["targets"][:6] == [f"rtx-sm{sm}" for sm in (75, 80, 86, 89, 120, 121)]
+
+
 BLOCK = """
 import sys
+ABSENT = {"torch", "onnx", "onnx_ir", "onnxscript", "transformers", "huggingface_hub", "polygraphy"}
+ABSENT |= {"tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings", "cuda"}
 
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"torch", "onnx", "onnx_ir", "onnxscript", "transformers", "huggingface_hub"}:
+        if name.partition(".")[0] in ABSENT:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Blocked())

@@ -23,7 +23,10 @@ FOLDER = "engines"  # in the bundle
 
 @dataclass(frozen=True)
 class Engine:
-    """One graph built for one target: the plan's size in bytes, seconds, and what became of it in each profile."""
+    """One graph built for one target: the plan's size in bytes, seconds, and what became of it in each profile.
+
+    ``written_out`` are the attentions that have no fused kernel, by their nodes, and why.
+    """
 
     target: str
     graph: str
@@ -31,6 +34,7 @@ class Engine:
     seconds: float
     fusions: tuple[Fusion, ...]
     memory: Mapping[str, int]
+    written_out: Mapping[str, str]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -39,6 +43,7 @@ class Engine:
             "size": self.size,
             "seconds": round(self.seconds, 2),
             "memory": dict(self.memory),
+            "written_out": dict(self.written_out),
             "profiles": [fusion.to_json() for fusion in self.fusions],
         }
 
@@ -110,7 +115,7 @@ def engine_of(
         fusion_of(profile.name, found, graph.operators, graph.integer_products)
         for profile, found in zip(profiles, kernels, strict=True)
     )
-    return Engine(target.name, name, len(built.plan), seconds, fusions, memory_of(built.log))
+    return Engine(target.name, name, len(built.plan), seconds, fusions, memory_of(built.log), graph.written_out)
 
 
 def require_fused(engine: Engine) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from transom.export.engine.profiles import cache_sizes
+from transom.export.engine.profiles import cache_sizes, require_tables
 from transom.export.passes.decompose_attention import decompose_attention
 from transom.export.passes.fixed_axes import fix_axes
+from transom.export.passes.split_products import split_products
 from transom.export.quantization.stored import stored_graphs
 from transom.runtime.bundle import Bundle
 from transom.runtime.inputs import is_decoder
+from transom.runtime.spec import Graph
+
+STEP_HEADS = 4  # that the kernel of a single query wants
 
 
 @dataclass(frozen=True)
@@ -19,6 +24,7 @@ class TensorRTGraph:
     """A graph for TensorRT's builder, and what its builder is to make of it."""
 
     model: ir.Model
+    written_out: Mapping[str, str] = field(default_factory=dict)  # attentions that have no kernel, and why
 
     @property
     def operators(self) -> dict[str, str]:
@@ -47,20 +53,36 @@ def is_dequantized(value: ir.Value | None) -> bool:
 def tensorrt_graphs(bundle: Bundle) -> dict[str, TensorRTGraph]:
     """The graphs of the file for TensorRT, by name, rewritten where its builder asks for it.
 
-    A KV cache gets its greatest length, for TensorRT writes into no other; attention in FP32 is written out, for it has
-    no kernel of it. Everything else stays as it ships.
+    A KV cache gets its greatest length, for TensorRT writes into no other; attention is written out where it has no
+    kernel of it; an integer product that is cut into parts becomes a product for each, for TensorRT makes no
+    integers of the one. Everything else stays as it ships. Raises BundleError for axes that go beyond the graph.
     """
     models = stored_graphs(bundle, "default")
+    graphs = {}
     for file in bundle.manifest.graphs:
         model = models[file.graph.name]
+        require_tables(model, file.graph, bundle.manifest.axes)
         if is_decoder(file.graph):
             fix_axes(model, cache_sizes(file.graph, bundle.manifest.axes))
-        if in_fp32(model):
-            decompose_attention(model)
-    return {name: TensorRTGraph(model) for name, model in models.items()}
+        reasons = {node: without_kernel(node, file.graph) for node in model.graph if node.op_type == "Attention"}
+        written_out = {str(node.name): reason for node, reason in reasons.items() if reason is not None}
+        decompose_attention(model, lambda node, names=written_out: str(node.name) in names)  # type: ignore[misc]
+        split_products(model)
+        graphs[file.graph.name] = TensorRTGraph(model, written_out)
+    return graphs
 
 
-def in_fp32(model: ir.Model) -> bool:
-    """Whether attention computes in FP32."""
-    queries = [node.inputs[0] for node in model.graph if node.op_type == "Attention"]
-    return any(query is not None and query.dtype == ir.DataType.FLOAT for query in queries)
+def without_kernel(node: ir.Node, graph: Graph) -> str | None:
+    """Why TensorRT has no fused kernel of an ``Attention``; None where it has one.
+
+    Found by building: TensorRT-RTX 1.7.1, SM75 to SM120, head sizes of 32 and 64.
+    """
+    query, mask = node.inputs[0], [*node.inputs, None, None][3]
+    heads = query.shape[1] if query is not None and query.shape is not None else None
+    if query is not None and query.dtype == ir.DataType.FLOAT:
+        return "in FP32"
+    if heads == 1 and mask is not None:
+        return "of one head with a mask"
+    if isinstance(heads, int) and heads < STEP_HEADS and is_decoder(graph):
+        return f"of fewer than {STEP_HEADS} heads in steps of one token"
+    return None

@@ -2,13 +2,25 @@
 
 An encoder has one. A decoder has two, because reading a prompt and the step of one token are different work: in
 "decode" each row has one new token and one position whose logits are wanted.
+
+An engine computes at every size that a profile allows, whether the graph can or not: what lies behind the last row of a
+table of positions is read like a row. So the greatest sizes are held against the graph's tables first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx.reference import ReferenceEvaluator
+
+from transom.export.passes.linears import is_weight
+from transom.export.passes.splice import is_unused
+from transom.runtime.errors import BundleError
 from transom.runtime.inputs import is_decoder
 from transom.runtime.spec import Axis, Graph
 
@@ -57,3 +69,113 @@ def step_axes(graph: Graph) -> tuple[str, ...]:
     tokens = graph.inputs[0].shape[1]
     positions = [tensor.shape[1] for tensor in graph.inputs if tensor.name == "logits_positions"]
     return tuple(str(axis) for axis in (tokens, *positions) if isinstance(axis, str))
+
+
+@dataclass(frozen=True, eq=False)
+class TableRead:
+    """A node that reads rows of a weight: those that ``index`` says, each at most ``most``."""
+
+    table: str
+    rows: int
+    index: ir.Value
+    most: int
+
+
+def require_tables(model: ir.Model, graph: Graph, axes: Mapping[str, Axis]) -> None:
+    """Raise BundleError where ``axes``, or the bound of an index, let the graph read beyond the end of a table.
+
+    The integers of which rows are computed are computed here, at the greatest sizes of each profile, a decoder's cache
+    filled to the end. ``model`` stays as it is.
+    """
+    if is_decoder(graph):
+        require_room(graph, axes)
+    integers = model.clone()
+    reads = table_reads(integers)
+    if not reads:
+        return
+    enough = 1 + max(read.rows for read in reads)  # of any axis: what is too large is then too large by one
+    keep_alone(integers, [read.index for read in reads])
+    evaluator = ReferenceEvaluator(ir.to_proto(integers))
+    for known in profiles_of(graph, axes):
+        feeds = greatest(graph, known, enough)
+        found = {str(value.name): value for value in integers.graph.inputs}
+        computed = [str(value.name) for value in integers.graph.outputs]
+        values = dict(zip(computed, evaluator.run(None, {name: feeds[name] for name in found}), strict=True))
+        for read in reads:
+            if np.max({**feeds, **values}[str(read.index.name)], initial=0) > read.most:
+                sizes = {size for tensor in graph.inputs for size in tensor.shape if isinstance(size, str)}
+                raise BundleError(
+                    f"the graph {graph.name!r} reads beyond the {read.rows} rows of its table {read.table!r} where its "
+                    f"axes are greatest ({', '.join(f'{name}={axes[name].max}' for name in sorted(sizes))}), or an "
+                    "index is; an engine would compute with whatever lies there. Export the bundle again."
+                )
+
+
+def require_room(graph: Graph, axes: Mapping[str, Axis]) -> None:
+    """Raise BundleError where a prompt can be longer than the cache that it is written into."""
+    tokens = graph.inputs[0].shape[1]
+    for cache, size in cache_sizes(graph, axes).items():
+        if isinstance(tokens, str) and axes[tokens].max > size:
+            raise BundleError(
+                f"the graph {graph.name!r} takes {tokens}={axes[tokens].max} tokens at once, and its cache holds "
+                f"{cache}={size}; an engine would drop the others. Export the bundle again."
+            )
+
+
+def greatest(graph: Graph, known: Profile, enough: int) -> dict[str, NDArray[Any]]:
+    """Inputs of one row at the greatest sizes of a profile, at most ``enough``, indices at their bounds.
+
+    What is written into a cache goes to its end.
+    """
+    sizes = {t.name: tuple(min(size, enough) for size in known.shapes[t.name][2][1:]) for t in graph.inputs}
+    caches = [sizes[str(tensor.writes)] for tensor in graph.outputs if tensor.writes is not None]
+    values = {t.name: t.below - 1 for t in graph.inputs if t.below is not None}
+    for cache in caches:
+        values["write_indices"] = max(cache[1] - sizes[graph.inputs[0].name][0], 0)
+    return {
+        t.name: np.broadcast_to(np.array(values.get(t.name, 0), np.int64), (1, *sizes[t.name])) for t in graph.inputs
+    }
+
+
+def table_reads(model: ir.Model) -> list[TableRead]:
+    """Where the graph takes rows of a weight by integers that it is given, or computes of integers and of sizes."""
+    reads = []
+    for node in model.graph:
+        if node.domain or node.op_type not in ("Gather", "Slice"):
+            continue
+        table, axis = node.inputs[0], 0
+        index = node.inputs[1 if node.op_type == "Gather" else 2]
+        if table is None or not is_weight(table) or index is None or is_weight(index) or not from_integers(index):
+            continue
+        if node.op_type == "Gather":
+            axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+        elif len(node.inputs) > 3 and node.inputs[3] is not None and node.inputs[3].const_value is not None:
+            axis = int(node.inputs[3].const_value.numpy()[0])
+        assert table.const_value is not None
+        rows = int(table.const_value.shape.numpy()[axis])
+        reads.append(TableRead(str(table.name), rows, index, rows - (node.op_type == "Gather")))
+    return reads
+
+
+def from_integers(value: ir.Value) -> bool:
+    """Whether no node that computes in floating point stands before the value; ``Shape`` may read what it likes."""
+    node = value.producer()
+    if value.dtype not in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL):
+        return False
+    return node is None or node.op_type == "Shape" or all(v is None or from_integers(v) for v in node.inputs)
+
+
+def keep_alone(model: ir.Model, values: list[ir.Value]) -> None:
+    """Cut ``model`` down to what computes ``values``."""
+    graph = model.graph
+    graph.outputs.clear()
+    graph.outputs.extend(value for value in dict.fromkeys(values) if value.producer() is not None)
+    for node in reversed(list(graph)):
+        if all(is_unused(output) for output in node.outputs):
+            graph.remove(node, safe=True)
+    for name, weight in list(graph.initializers.items()):
+        if is_unused(weight):
+            del graph.initializers[name]
+    for index in reversed(range(len(graph.inputs))):
+        if is_unused(graph.inputs[index]):
+            del graph.inputs[index]

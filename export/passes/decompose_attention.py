@@ -1,12 +1,13 @@
-"""``Attention`` -> the operators it stands for: TensorRT has no fused kernel in FP32, and fails where one is asked for.
+"""``Attention`` -> the operators it stands for: where TensorRT has no fused kernel, it fails when one is asked for.
 
 softmax(scale * Q K^T, where the mask allows) V, with four axes and no cache of its own: what the exporter gives
 (ONNX operator specification, Attention, opset 23). The scale is split between Q and K as there, so that half of it
-cannot overflow.
+cannot overflow. In half precision the softmax is taken in FP32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import sqrt
 
 import numpy as np
@@ -15,16 +16,17 @@ import onnx_ir as ir
 from transom.export.passes.splice import Splice
 from transom.runtime.errors import ExportError
 
-MASKED = np.array(np.finfo(np.float32).min)  # what a masked score becomes: softmax of a whole row stays finite
+# What a masked score becomes, in FP32: softmax of a whole row stays finite
+MASKED = np.array(np.finfo(np.float32).min)
 OPERANDS = 4  # query, key, value, mask: what else the operator takes is a cache
 
 
-def decompose_attention(model: ir.Model) -> int:
-    """Rewrite every ``Attention`` of ``model`` in place; how many there were.
+def decompose_attention(model: ir.Model, chosen: Callable[[ir.Node], bool] = lambda node: True) -> int:
+    """Rewrite every ``Attention`` of ``model`` that is ``chosen`` in place; how many there were.
 
     Raises ExportError for one that has what this exporter never writes: a cache, a soft cap, three axes.
     """
-    nodes = [node for node in model.graph if node.op_type == "Attention"]
+    nodes = [node for node in model.graph if node.op_type == "Attention" and chosen(node)]
     for node in nodes:
         require_plain(node)
         query, key, value, mask = [*node.inputs, None, None][:OPERANDS]
@@ -33,17 +35,25 @@ def decompose_attention(model: ir.Model) -> int:
         given = node.attributes.get("scale")
         head = query.shape[-1] if query.shape is not None else None
         scale = given.as_float() if given is not None else 1 / sqrt(int(head))  # type: ignore[arg-type]
-        root = splice.weight(f"{name}.scale", np.array(sqrt(scale), np.float32))
-        scaled = splice.add("Mul", [query, root], f"{name}.query")
-        turned = splice.add("Transpose", [key], f"{name}.turned", {"perm": [0, 1, 3, 2]})
-        keys = splice.add("Mul", [turned, root], f"{name}.key")
-        scores = splice.add("MatMul", [scaled, keys], f"{name}.scores")
+        dtype = query.dtype or ir.DataType.FLOAT
+        half = dtype != ir.DataType.FLOAT
+        root = splice.weight(f"{name}.scale", np.array(sqrt(scale), dtype.numpy()))
+        scaled = splice.add("Mul", [query, root], f"{name}.query", dtype=dtype)
+        turned = splice.add("Transpose", [key], f"{name}.turned", {"perm": [0, 1, 3, 2]}, dtype=dtype)
+        keys = splice.add("Mul", [turned, root], f"{name}.key", dtype=dtype)
+        scores = splice.add("MatMul", [scaled, keys], f"{name}.scores", dtype=dtype)
+        if half:
+            scores = splice.add("Cast", [scores], f"{name}.scores.wide", {"to": ir.DataType.FLOAT})
         if mask is not None and mask.dtype == ir.DataType.BOOL:
             scores = splice.add("Where", [mask, scores, splice.weight("attention.masked", MASKED)], f"{name}.masked")
         elif mask is not None:
+            if half:
+                mask = splice.add("Cast", [mask], f"{name}.mask.wide", {"to": ir.DataType.FLOAT})
             scores = splice.add("Add", [scores, mask], f"{name}.masked")
         weights = splice.add("Softmax", [scores], f"{name}.weights", {"axis": -1})
-        splice.replace_place(splice.add("MatMul", [weights, value], f"{name}.mixed"))
+        if half:
+            weights = splice.add("Cast", [weights], f"{name}.weights.half", {"to": dtype}, dtype=dtype)
+        splice.replace_place(splice.add("MatMul", [weights, value], f"{name}.mixed", dtype=dtype))
     return len(nodes)
 
 

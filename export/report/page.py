@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transom.export.report.drawing.markup import words
 from transom.export.report.drawing.style import STYLE
+from transom.export.report.engines import engines_section
 from transom.export.report.graphs import open_graphs
 from transom.export.report.headline import headline
 from transom.export.report.latency import latency_section
@@ -33,6 +34,7 @@ def page(bundle: Bundle, pictures: str, timed: BenchReport) -> str:
             parity_section(manifest),
             score_section(manifest.score),
             quantization_section(manifest),
+            engines_section(manifest),
             sizes_section(bundle, weights_of(bundle, models), parameters),
             latency_section(timed),
             operators_section(bundle, models),

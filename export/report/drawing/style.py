@@ -53,6 +53,7 @@ th, td {
 th { font-weight: 500; }
 td.n, th.n { text-align: right; }
 td.n { white-space: nowrap; }
+td.name { overflow-wrap: anywhere; }
 td:last-child, th:last-child { padding-right: 0; }
 tr.sum td { border-bottom: 0; font-weight: 600; }
 td.bar { min-width: 6rem; width: 40%; }
@@ -77,6 +78,8 @@ svg .rule { stroke: rgb(var(--line)); }
 svg .average { stroke: rgb(var(--ink)); stroke-dasharray: 2 3; }
 svg .reach { stroke: rgb(var(--mark)); stroke-width: 2; }
 svg .end { stroke: rgb(var(--limit)); stroke-dasharray: 3 3; stroke-width: 1.5; }
+svg text.in { fill: rgb(var(--ink)); }
+svg text.on { fill: rgb(var(--paper)); }
 svg text.end { fill: rgb(var(--limit)); stroke: none; }
 .key {
   align-items: center; color: rgb(var(--soft)); display: flex; flex-wrap: wrap; font-size: .8rem;
@@ -84,6 +87,9 @@ svg text.end { fill: rgb(var(--limit)); stroke: none; }
 }
 .key i { background: rgb(var(--mark) / var(--p)); height: .8rem; outline: 1px solid rgb(var(--line)); width: 1.6rem; }
 .key i.w { background: rgb(var(--warm) / var(--p)); }
+.key i.v { background: rgb(128 128 128 / var(--p)); }
+.key span { margin-right: .5rem; white-space: nowrap; }
+.key span i { display: inline-block; margin-right: .4rem; vertical-align: -.15rem; }
 
 /* Attention: a row per layer, a column per head */
 .heads {
