@@ -16,7 +16,9 @@ from transom.runtime.bundle import Bundle
 from transom.runtime.inputs import is_decoder
 from transom.runtime.spec import Graph
 
-STEP_HEADS = 4  # that the kernel of a single query wants
+# What TensorRT's kernels of attention want: so many heads for a single query, heads of such a size
+STEP_HEADS = 4
+LEAST_SIZE, MOST_SIZE, MASKED_SIZES = 9, 256, 8
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,18 @@ def tensorrt_graphs(bundle: Bundle) -> dict[str, TensorRTGraph]:
 def without_kernel(node: ir.Node, graph: Graph) -> str | None:
     """Why TensorRT has no fused kernel of an ``Attention``; None where it has one.
 
-    Found by building: TensorRT-RTX 1.7.1, SM75 to SM120, head sizes of 32 and 64.
+    Found by building one of each (docs/tensorrt.md has the table): TensorRT-RTX 1.7.1.
     """
     query, mask = node.inputs[0], [*node.inputs, None, None][3]
-    heads = query.shape[1] if query is not None and query.shape is not None else None
-    if query is not None and query.dtype == ir.DataType.FLOAT:
+    if query is None or query.shape is None:
+        return None
+    _, heads, _, size = query.shape
+    if query.dtype == ir.DataType.FLOAT:
         return "in FP32"
+    if isinstance(size, int) and not LEAST_SIZE <= size <= MOST_SIZE:
+        return f"of heads of {size}, which is not {LEAST_SIZE} to {MOST_SIZE}"
+    if isinstance(size, int) and mask is not None and size % MASKED_SIZES:
+        return f"of heads of {size} with a mask, which is no multiple of {MASKED_SIZES}"
     if heads == 1 and mask is not None:
         return "of one head with a mask"
     if isinstance(heads, int) and heads < STEP_HEADS and is_decoder(graph):

@@ -1,0 +1,126 @@
+"""Which attentions TensorRT has a kernel of: as the flavour has it, held against the builder. The others written out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from tiny_graphs import graph_of, normal, operators, relative_error
+from transom.export.engine.build import build
+from transom.export.engine.builder import build_engine
+from transom.export.engine.flavour import TensorRTGraph, without_kernel
+from transom.export.engine.fusion import FUSED_ATTENTION, kernels_of
+from transom.export.engine.profiles import Profile
+from transom.export.engine.targets import find_targets
+from transom.export.passes.decompose_attention import decompose_attention
+from transom.runtime.bundle import Bundle
+from transom.runtime.errors import BackendError, EngineError
+from transom.runtime.spec import Graph, Tensor
+from transom.runtime.trt_library import RTX, library
+
+
+def has_rtx() -> bool:
+    try:
+        return library(RTX) is not None
+    except BackendError:
+        return False
+
+
+needs_rtx = pytest.mark.skipif(not has_rtx(), reason="TensorRT-RTX is not installed: pip install 'transom[rtx]'")
+ENCODER = Graph("model", (), ())
+DECODER = Graph("decoder", (), (Tensor("k.written", "float16", ("B",), writes="k"),))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def attention(heads: int, size: int, *, mask: bool, dtype: str = "float16") -> ir.Model:
+    shape = f"B, {heads}, S, {size}"
+    inputs = [f"{dtype}[{shape}] {name}" for name in "qkv"] + (["bool[B, 1, S, S] m"] if mask else [])
+    return graph_of(
+        f"model ({', '.join(inputs)}) => ({dtype}[{shape}] y) {{\n"
+        f"    d = Add (q, q)\n    a = Attention <scale = 0.1> (d, k, v{', m' if mask else ''})\n    y = Add (a, a)\n}}"
+    )
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("heads", "size", "mask", "step", "fuses"),
+    [
+        (1, 64, False, False, True),
+        (1, 64, True, False, False),
+        (2, 64, True, False, True),
+        (3, 64, True, True, False),
+        (4, 64, True, True, True),
+        (4, 8, False, False, False),
+        (4, 12, False, False, True),
+        (4, 12, True, False, False),
+        (4, 24, True, True, True),
+        (4, 256, True, False, True),
+        (4, 264, False, False, False),
+    ],
+)
+def test_what_has_a_kernel(heads: int, size: int, mask: bool, step: bool, fuses: bool) -> None:
+    model = attention(heads, size, mask=mask)
+    (node,) = (node for node in model.graph if node.op_type == "Attention")
+    assert (without_kernel(node, DECODER if step else ENCODER) is None) == fuses
+    queries = (1, 1, 1) if step else (1, 64, 128)
+    shapes = {name: tuple((2, heads, queries[at], size) for at in range(3)) for name in "qkv"}
+    if mask:
+        shapes["m"] = tuple((2, 1, queries[at], queries[at]) for at in range(3))
+    data = TensorRTGraph(model).serialized()
+    (target,) = find_targets(["rtx-sm86"])
+    if not fuses:
+        with pytest.raises(EngineError, match="cannot build the graph"):
+            build_engine("model", data, (Profile("all", shapes),), target)  # type: ignore[arg-type]
+        return
+    built = build_engine("model", data, (Profile("all", shapes),), target)  # type: ignore[arg-type]
+    assert sum(bool(FUSED_ATTENTION.search(kernel.name)) for kernel in kernels_of(built.log, 1)[0]) == 1
+
+
+def test_fp32_never_has_one() -> None:
+    model = attention(4, 64, mask=False, dtype="float")
+    assert [without_kernel(node, ENCODER) for node in model.graph if node.op_type == "Attention"] == ["in FP32"]
+
+
+def test_written_out_in_half_precision_it_computes_the_same() -> None:
+    """Within FP16's rounding; logits of 300 pass through a softmax that is taken in FP32."""
+    fused, plain = attention(2, 8, mask=True), attention(2, 8, mask=True)
+    assert decompose_attention(plain) == 1
+    assert operators(plain)["Attention"] == 0
+    assert operators(plain)["Softmax"] == 1
+    widths = {str(v.name): v.dtype for node in plain.graph for v in node.outputs if node.op_type == "Softmax"}
+    assert set(widths.values()) == {ir.DataType.FLOAT}
+    q, k, v = (normal(2, 2, 5, 8, seed=seed).astype(np.float16) for seed in range(3))
+    feeds = {"q": 30 * q, "k": 6 * k, "v": v, "m": np.tril(np.ones((2, 1, 5, 5), bool))}
+    found, expected = (ort_run(model, feeds) for model in (plain, fused))
+    assert relative_error(found.astype(np.float32), expected.astype(np.float32)) < 2e-3
+
+
+def ort_run(model: ir.Model, feeds: dict[str, np.ndarray]) -> np.ndarray:
+    import onnxruntime
+
+    data = ir.to_proto(model).SerializeToString()
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    return session.run(["y"], feeds)[0]  # type: ignore[no-any-return]
+
+
+@needs_rtx
+def test_a_bundle_of_few_heads_is_built_all_the_same(
+    exported: Callable[..., tuple[Path, Path]], tmp_path: Path
+) -> None:
+    """A GPT of two heads in FP16: no kernel for its steps, so no attention that should have fused."""
+    from conftest import export_to
+
+    export_to(tmp_path, exported("GPT2LMHeadModel")[0], precision="fp16", max_sizes={"B": 3})
+    targets = find_targets(["rtx-sm75"])
+    (engine,) = build(Bundle(tmp_path / "bundle"), targets, allow_unfused=False, tell=lambda _: None)
+    assert set(engine.written_out.values()) == {"of fewer than 4 heads in steps of one token"}
+    assert [fusion.attentions for fusion in engine.fusions] == [0, 0]
+    assert Bundle(tmp_path / "bundle").manifest.engines["rtx-sm75"]["graphs"]["decoder"]["written_out"]
