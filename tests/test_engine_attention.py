@@ -1,4 +1,4 @@
-"""Which attentions TensorRT has a kernel of: as the flavour has it, held against the builder. The others written out."""
+"""Which attentions TensorRT has a kernel of: what the flavour says, against the builder. The others, written out."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ def has_rtx() -> bool:
 
 
 needs_rtx = pytest.mark.skipif(not has_rtx(), reason="TensorRT-RTX is not installed: pip install 'transom[rtx]'")
+ROWS = (1, 2, 4)  # of a batch: a single row is what a bundle always allows
 ENCODER = Graph("model", (), ())
 DECODER = Graph("decoder", (), (Tensor("k.written", "float16", ("B",), writes="k"),))
 
@@ -41,10 +42,11 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def attention(heads: int, size: int, *, mask: bool, dtype: str = "float16") -> ir.Model:
-    shape = f"B, {heads}, S, {size}"
-    inputs = [f"{dtype}[{shape}] {name}" for name in "qkv"] + (["bool[B, 1, S, S] m"] if mask else [])
+    shapes = [f"{dtype}[B, {heads}, {axis}, {size}]" for axis in "STT"]
+    inputs = [f"{shape} {name}" for shape, name in zip(shapes, "qkv", strict=True)]
+    inputs += ["bool[B, 1, S, T] m"] if mask else []
     return graph_of(
-        f"model ({', '.join(inputs)}) => ({dtype}[{shape}] y) {{\n"
+        f"model ({', '.join(inputs)}) => ({shapes[0]} y) {{\n"
         f"    d = Add (q, q)\n    a = Attention <scale = 0.1> (d, k, v{', m' if mask else ''})\n    y = Add (a, a)\n}}"
     )
 
@@ -70,10 +72,11 @@ def test_what_has_a_kernel(heads: int, size: int, mask: bool, step: bool, fuses:
     model = attention(heads, size, mask=mask)
     (node,) = (node for node in model.graph if node.op_type == "Attention")
     assert (without_kernel(node, DECODER if step else ENCODER) is None) == fuses
-    queries = (1, 1, 1) if step else (1, 64, 128)
-    shapes = {name: tuple((2, heads, queries[at], size) for at in range(3)) for name in "qkv"}
+    queries, keys = ((1, 1, 1), (128, 128, 128)) if step else ((1, 64, 128), (1, 64, 128))
+    shapes = {"q": tuple((B, heads, n, size) for B, n in zip(ROWS, queries, strict=True))}
+    shapes |= {name: tuple((B, heads, n, size) for B, n in zip(ROWS, keys, strict=True)) for name in "kv"}
     if mask:
-        shapes["m"] = tuple((2, 1, queries[at], queries[at]) for at in range(3))
+        shapes["m"] = tuple((B, 1, n, m) for B, n, m in zip(ROWS, queries, keys, strict=True))
     data = TensorRTGraph(model).serialized()
     (target,) = find_targets(["rtx-sm86"])
     if not fuses:
