@@ -15,6 +15,7 @@ from transom.export.engine.fusion import Fusion, fusion_of, kernels_of, memory_o
 from transom.export.engine.profiles import Profile, profiles_of
 from transom.export.engine.targets import Target, require_precision
 from transom.runtime.bundle import QUANTIZED, Bundle, Manifest
+from transom.runtime.cuda import find_gpu
 from transom.runtime.errors import EngineError
 from transom.runtime.trt_library import NAMES, library
 
@@ -86,6 +87,7 @@ def build(
         described[target.name] = {
             "library": NAMES[target.library],
             "version": library(target.library).__version__,
+            **({"sm": find_gpu().sm} if target.capability is None else {}),
             "plans": names,
             "graphs": {engine.graph: engine.to_json() for engine in engines if engine.target == target.name},
         }
