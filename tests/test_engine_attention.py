@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from rtx import needs_rtx
 from tiny_graphs import graph_of, normal, operators, relative_error
 from transom.export.engine.build import build
 from transom.export.engine.builder import build_engine
@@ -18,19 +19,9 @@ from transom.export.engine.profiles import Profile
 from transom.export.engine.targets import find_targets
 from transom.export.passes.decompose_attention import decompose_attention
 from transom.runtime.bundle import Bundle
-from transom.runtime.errors import BackendError, EngineError
+from transom.runtime.errors import EngineError
 from transom.runtime.spec import Graph, Tensor
-from transom.runtime.trt_library import RTX, library
 
-
-def has_rtx() -> bool:
-    try:
-        return library(RTX) is not None
-    except BackendError:
-        return False
-
-
-needs_rtx = pytest.mark.skipif(not has_rtx(), reason="TensorRT-RTX is not installed: pip install 'transom[rtx]'")
 ROWS = (1, 2, 4)  # of a batch: a single row is what a bundle always allows
 ENCODER = Graph("model", (), ())
 DECODER = Graph("decoder", (), (Tensor("k.written", "float16", ("B",), writes="k"),))

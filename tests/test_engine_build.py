@@ -15,6 +15,7 @@ import pytest
 
 from command_line import document, error_line, transom
 from conftest import export_to, reference
+from rtx import needs_rtx
 from tiny_graphs import graph_of, normal, operators, relative_error
 from transom.export.engine import builder
 from transom.export.engine.build import build
@@ -24,24 +25,14 @@ from transom.export.engine.targets import find_targets
 from transom.export.passes.decompose_attention import decompose_attention
 from transom.runtime import load
 from transom.runtime.bundle import Bundle
-from transom.runtime.errors import BackendError, BundleError, EngineError, ExportError, ParityError
+from transom.runtime.errors import BundleError, EngineError, ExportError, ParityError
 from transom.runtime.selftest import selftest
-from transom.runtime.trt_library import FULL, RTX, library
+from transom.runtime.trt_library import FULL
 
 ATTENTION = """model (float[B, 2, S, 8] q, float[B, 2, T, 8] k, float[B, 2, T, 8] v, bool[B, 1, S, T] m)
     => (float[B, 2, S, 8] y) {
     y = Attention <scale = 0.3> (q, k, v, m)
 }"""
-
-
-def has_rtx() -> bool:
-    try:
-        return library(RTX) is not None
-    except BackendError:
-        return False
-
-
-needs_rtx = pytest.mark.skipif(not has_rtx(), reason="TensorRT-RTX is not installed: pip install 'transom[rtx]'")
 
 
 @pytest.fixture(autouse=True)

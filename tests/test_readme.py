@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image
 from typer.main import get_command
 
 from command_line import transom
+from rtx import needs_rtx
 from transom.calib.named import NAMES
 from transom.calib.scales import METHODS
 from transom.calib.table import RANGES
@@ -42,6 +44,10 @@ def of_integers(command: list[str]) -> bool:
     return command[1] in ("calibrate", "debug") or "int8" in command
 
 
+def of_engines(command: list[str]) -> bool:
+    return command[1] == "build" or "tensorrt" in command
+
+
 @pytest.fixture(scope="module")
 def desk(
     tmp_path_factory: pytest.TempPathFactory, vit_bundle: Path, clip_bundle: Path, gpt_bundle: Path, dates_bundle: Path
@@ -53,7 +59,7 @@ def desk(
     for name, bundle in made.items():
         (folder / "bundles" / name).symlink_to(bundle)
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 30, 3), np.uint8)).save(folder / "digit.png")
-    plain = [command for command in commands() if not of_integers(command)]
+    plain = [command for command in commands() if not (of_integers(command) or of_engines(command))]
     assert [command[1] for command in plain] == ["export", "selftest", *["run"] * 4, "report", "bench"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -101,6 +107,19 @@ def test_the_commands_of_int8_are_understood() -> None:
     assert (debugged["bundle"], second["out"]) == (first["out"], first["out"])
     assert second["ranges"] == calibrated["bundle"] / RANGES
     assert second["method"].value in METHODS
+
+
+@needs_rtx
+def test_the_commands_of_engines_run(int8_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engines are built; where there is no GPU to run them, the last command says so."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shutil.copytree(int8_bundle, tmp_path / "bundles/vit-int8")
+    built, tested = [transom(*command[1:]) for command in commands() if of_engines(command)]
+    assert built.exit_code == 0
+    assert "attention 3 of 3" in built.stdout
+    assert "rtx-sm89" in built.stdout
+    assert tested.exit_code == 0 or "no NVIDIA GPU can be used here" in tested.stderr or "this GPU is" in tested.stderr
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,0 +1,18 @@
+"""Whether TensorRT-RTX is here, which builds engines where no GPU is."""
+
+from __future__ import annotations
+
+import pytest
+
+from transom.runtime.errors import BackendError
+from transom.runtime.trt_library import RTX, library
+
+
+def has_rtx() -> bool:
+    try:
+        return library(RTX) is not None
+    except BackendError:
+        return False
+
+
+needs_rtx = pytest.mark.skipif(not has_rtx(), reason="TensorRT-RTX is not installed: pip install 'transom[rtx]'")
