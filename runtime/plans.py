@@ -48,7 +48,7 @@ def require_version(plan: Plan, version: str) -> None:
         return
     raise BackendError(
         f"{plan.file} was built by {plan.library[:40]} {plan.version[:40]}; {NAMES[kind]} here is {version}. Build it "
-        f"again with `transom build`, or install that version: {INSTALL[kind]}."
+        f"again with `transom build`, or install that version (`{INSTALL[kind]}`)."
     )
 
 

@@ -20,7 +20,7 @@ RTX, FULL = "tensorrt_rtx", "tensorrt"
 NAMES = {RTX: "TensorRT-RTX", FULL: "TensorRT"}
 INSTALL = {
     RTX: "pip install 'transom[rtx]'",
-    FULL: "pip install 'transom[tensorrt]' tensorrt, on the machine with the GPU; on a Jetson it comes with JetPack",
+    FULL: "pip install 'transom[tensorrt]' tensorrt",
 }
 RTX_CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1))  # that TensorRT-RTX 1.7 builds for and runs on
 BINDINGS, LIBRARIES = "tensorrt_rtx_bindings", "onnxruntime_ep_nv_tensorrt_rtx"  # modules of the two wheels
@@ -39,7 +39,8 @@ def library(kind: str) -> ModuleType:
         raise BackendError(
             f"{NAMES[kind]} is installed but cannot be loaded: {one_line(error, 200)}. Run `{INSTALL[kind]}` again."
         ) from None
-    raise BackendError(f"{NAMES[kind]} is not installed. Run `{INSTALL[kind]}`.")
+    where = "" if kind == RTX else " on the machine with the GPU; a Jetson has it from JetPack"
+    raise BackendError(f"{NAMES[kind]} is not installed. Run `{INSTALL[kind]}`{where}.")
 
 
 def bindings_alone() -> ModuleType:
