@@ -1,0 +1,170 @@
+"""What fuses, by family, precision and GPU: counts that no change of a pass, an export or a library moves unseen.
+
+The weights are the reference models'. An FP32 bundle is carried to a precision by what an export carries it with, less
+the parity and the gate, which have tests of their own; integers are calibrated on eight samples, for what becomes a
+kernel does not depend on the ranges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from command_line import as_quantized
+from conftest import export_to, reference
+from rtx import needs_rtx
+from transom.calib.data import MIN_SAMPLES, open_calibration_data
+from transom.export.bundle import BundleWriter, graph_to_json, read_manifest
+from transom.export.engine.build import Engine, engine_of
+from transom.export.engine.builder import build_engine
+from transom.export.engine.flavour import tensorrt_graphs
+from transom.export.engine.profiles import profiles_of
+from transom.export.engine.targets import find_targets
+from transom.export.flavours import Flavours, make_flavours
+from transom.export.quantization.calibrate import calibrate
+from transom.export.quantization.options import PLAIN, REFERENCE_DATA
+from transom.export.quantization.quantizer import Quantizer
+from transom.export.quantization.stored import canonical_graphs
+from transom.runtime.bundle import Bundle
+from transom.runtime.trt_library import RTX, library
+
+Once = Callable[[str, Callable[[Path], object]], Path]
+
+
+class Pin(NamedTuple):
+    """One profile of one graph: attentions and GELUs, all of them fused; products, in int8 all of integers; kernels."""
+
+    family: str
+    graph: str
+    profile: str
+    attention: int
+    gelu: int
+    products: int
+    fp16: int  # kernels
+    bf16: int
+    int8: int
+
+
+PINS = (
+    # of                               attention GELU products | kernels: fp16 bf16 int8
+    Pin("vit", "model", "all", 3, 3, 19, 38, 38, 42),
+    Pin("bert", "model", "all", 4, 5, 26, 60, 60, 64),
+    Pin("gpt", "decoder", "prefill", 4, 4, 25, 58, 58, 63),
+    Pin("gpt", "decoder", "decode", 4, 4, 25, 40, 40, 47),
+    Pin("transformer", "encoder", "all", 2, 0, 16, 36, 36, 38),
+    Pin("transformer", "decoder", "prefill", 4, 0, 17, 55, 55, 57),
+    Pin("transformer", "decoder", "decode", 4, 0, 17, 31, 31, 39),
+    Pin("clip", "image", "all", 3, 0, 19, 43, 43, 43),
+    Pin("clip", "text", "all", 2, 0, 13, 30, 30, 31),
+    Pin("minilm", "model", "all", 6, 6, 37, 80, 80, 87),
+)
+MORE = {("rtx-sm86", "transformer", "prefill"): 2}  # kernels than elsewhere
+FP32 = Pin("vit", "model", "all", 0, 3, 0, 53, 53, 53)  # products and a softmax, in which there is nothing to fuse
+TARGETS = ("rtx-sm86", "rtx-sm89", "rtx-sm120")
+ONE_TARGET = ("minilm",)  # 22 million parameters, and no kind of layer that BERT lacks
+MEASURED_WITH = "1.7.1"  # what begins the library's version; of another one the kernels may differ by
+BAND = 0.1  # of their number
+
+BUNDLES = {"vit": "vit_bundle", "gpt": "gpt_bundle", "transformer": "dates_bundle", "clip": "clip_bundle"}
+SMALLER = {"minilm": {"S": 128, "B": 2}}  # its export is held against PyTorch at its greatest sizes
+
+
+pytestmark = needs_rtx
+
+
+def fp32_bundle(family: str, request: pytest.FixtureRequest, once: Once) -> Path:
+    if family in BUNDLES:
+        return Path(request.getfixturevalue(BUNDLES[family]))
+    sizes = SMALLER.get(family)
+    return once(f"{family}-reference", lambda folder: export_to(folder, reference(family), max_sizes=sizes)) / "bundle"
+
+
+def converted(bundle: Bundle, family: str, precision: str, folder: Path) -> Bundle:
+    """The bundle's graphs in ``precision``, as an export would write them."""
+    fields = read_manifest(bundle.folder)
+    for left_out in ("tokenizer", "target_tokenizer", "format", "format_version"):
+        fields.pop(left_out, None)
+    flavours = flavours_of(bundle, family, precision)
+    fields |= {"precision": precision, "graphs": [graph_to_json(graph) for graph in flavours.graphs]}
+    if precision == "int8":
+        as_quantized(fields)
+    writer = BundleWriter(folder)
+    for name, data in flavours.files.items():
+        writer.add(name, data)
+    writer.describe(fields)
+    return Bundle(folder)
+
+
+def flavours_of(bundle: Bundle, family: str, precision: str) -> Flavours:
+    canonical, graphs = canonical_graphs(bundle), tuple(file.graph for file in bundle.manifest.graphs)
+    if precision != "int8":
+        return make_flavours(canonical, graphs, precision)
+    data, recipe = open_calibration_data((REFERENCE_DATA[family],)), PLAIN.recipe(precision, graphs)
+    few = replace(data, samples=data.samples[:MIN_SAMPLES], entries=data.entries[:MIN_SAMPLES])
+    table = calibrate(bundle, canonical, recipe, few, smooth=False, tell=lambda _: None)
+    ranges = {
+        name: {tensor: found.histogram for tensor, found in graph.tensors.items()}
+        for name, graph in table.graphs.items()
+    }
+    return Quantizer(canonical, graphs, recipe, ranges).flavours()
+
+
+def engines_of(bundle: Bundle, targets: Sequence[str]) -> list[Engine]:
+    """Every graph for every target."""
+    engines, graphs = [], tensorrt_graphs(bundle)
+    for file in bundle.manifest.graphs:
+        name, graph = file.graph.name, graphs[file.graph.name]
+        profiles, model = profiles_of(file.graph, bundle.manifest.axes), graph.serialized()
+        for target in find_targets(targets):
+            engines.append(engine_of(target, name, graph, build_engine(name, model, profiles, target), profiles, 0.0))
+    return engines
+
+
+def require_pinned(
+    bundle: Bundle, pins: Mapping[tuple[str, str], Pin], precision: str, targets: Sequence[str] = TARGETS
+) -> None:
+    engines = engines_of(bundle, targets)
+    found = {(e.target, e.graph, fusion.profile): fusion for e in engines for fusion in e.fusions}
+    assert {*found} == {(target, *profile) for target in targets for profile in pins}
+    exact = library(RTX).__version__.startswith(f"{MEASURED_WITH}.")
+    for (target, graph, profile), fusion in found.items():
+        pin = pins[graph, profile]
+        products = pin.products if precision == "int8" else 0
+        kernels: Any = getattr(pin, precision, pin.fp16) + MORE.get((target, pin.family, profile), 0)
+        counts = {
+            "attention": (fusion.attention, fusion.attentions),
+            "GELU": (fusion.gelus_fused, fusion.gelus),
+            "integer products": (fusion.int8, fusion.linears),
+            "kernels": fusion.kernels,
+        }
+        assert counts == {
+            "attention": (pin.attention, pin.attention),
+            "GELU": (pin.gelu, pin.gelu),
+            "integer products": (products, products),
+            "kernels": kernels if exact else pytest.approx(kernels, rel=BAND),
+        }, (target, graph, profile, fusion.unfused, fusion.wide)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8"])
+@pytest.mark.parametrize("family", dict.fromkeys(pin.family for pin in PINS))
+def test_everything_fuses(
+    family: str,
+    precision: str,
+    request: pytest.FixtureRequest,
+    once: Once,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    bundle = converted(Bundle(fp32_bundle(family, request, once)), family, precision, tmp_path)
+    pins = {(pin.graph, pin.profile): pin for pin in PINS if pin.family == family}
+    require_pinned(bundle, pins, precision, TARGETS[:1] if family in ONE_TARGET else TARGETS)
+
+
+def test_fp32_has_no_attention_to_fuse(vit_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    require_pinned(Bundle(vit_bundle), {("model", "all"): FP32}, "fp32")
