@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,9 +17,11 @@ from transom.export.engine.profiles import Profile
 from transom.export.engine.targets import Target
 from transom.export.engine.worker import ERROR, GRAPH, JOB, LOG, PLAN
 from transom.runtime.errors import BackendError, EngineError
+from transom.runtime.runtime_cache import cache_folder
 from transom.runtime.trt_library import NAMES, library
 
 CACHE = "engines"  # below the user's cache folder
+SUMS = "sha256.json"  # of what lies beside it there
 LAST_LINES = 3  # of the log, in the message of a builder that died
 
 
@@ -29,12 +31,6 @@ class Built:
 
     plan: bytes
     log: Sequence[str]
-
-
-def cache_folder() -> Path:
-    """Where engines are kept between builds: $XDG_CACHE_HOME/transom, or ~/.cache/transom."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return Path(base if base else Path.home() / ".cache") / "transom"
 
 
 def build_engine(graph: str, model: bytes, profiles: Sequence[Profile], target: Target) -> Built:
@@ -51,8 +47,9 @@ def build_engine(graph: str, model: bytes, profiles: Sequence[Profile], target: 
     version = library(target.library).__version__
     key = hashlib.sha256(json.dumps([job, version]).encode() + model).hexdigest()
     kept = cache_folder() / CACHE / key if target.capability is not None else None  # else it depends on the GPU here
-    if kept is not None and (kept / PLAN).is_file() and (kept / LOG).is_file():
-        return read(kept)
+    found = kept_engine(kept) if kept is not None else None
+    if found is not None:
+        return found
     with tempfile.TemporaryDirectory(prefix="transom-engine-") as made:
         folder = Path(made)
         (folder / JOB).write_text(json.dumps(job))
@@ -107,6 +104,21 @@ def lines_of(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
 
 
+def kept_engine(folder: Path) -> Built | None:
+    """What the cache has under this name; None where there is nothing, or not what was put there."""
+    try:
+        sums = json.loads((folder / SUMS).read_text())
+        if sums == {name: digest(folder / name) for name in (PLAN, LOG)}:
+            return read(folder)
+    except (OSError, ValueError):
+        return None
+    return None
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def keep(folder: Path, built: Built) -> None:
     """Into the cache, under its final name only when it is whole; a full disk costs the cache and nothing else."""
     try:
@@ -116,6 +128,8 @@ def keep(folder: Path, built: Built) -> None:
             partial.mkdir()
             (partial / PLAN).write_bytes(built.plan)
             (partial / LOG).write_text("\n".join(built.log), encoding="utf-8")
+            (partial / SUMS).write_text(json.dumps({name: digest(partial / name) for name in (PLAN, LOG)}))
+            shutil.rmtree(folder, ignore_errors=True)  # damaged, or it would have been taken
             partial.rename(folder)
     except OSError:
         return
