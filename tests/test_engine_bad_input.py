@@ -1,4 +1,4 @@
-"""What goes wrong while engines are built: a signal, a cache that rotted or cannot be written, axes beyond the model."""
+"""What goes wrong while engines are built: a signal, a cache that rots or cannot be written, axes beyond the model."""
 
 from __future__ import annotations
 
