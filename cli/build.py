@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import redirect_stdout
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,6 +15,11 @@ from transom.cli.show import bytes_text, print_json, print_table, printable
 
 if TYPE_CHECKING:
     from transom.export.engine.build import Engine
+
+
+class Attention(StrEnum):
+    MASK = "mask"
+    LENGTHS = "lengths"
 
 
 def build(
@@ -31,6 +37,13 @@ def build(
     allow_unfused: Annotated[
         bool, typer.Option("--allow-unfused", help="Take an engine in which an attention is not one kernel.")
     ] = False,
+    attention: Annotated[
+        Attention,
+        typer.Option(
+            help="How a decoder's attention knows what its cache holds: by a mask, checked in ONNX Runtime; or by "
+            "lengths, TensorRT's own operator, an opt-in until a GPU has executed it."
+        ),
+    ] = Attention.MASK,
     as_json: Json = False,
 ) -> None:
     """Build TensorRT engines of a bundle and put them into it.
@@ -46,7 +59,13 @@ def build(
         from transom.runtime.bundle import Bundle
 
         targets = find_targets(target)
-        engines = build_engines(Bundle(bundle), targets, allow_unfused=allow_unfused, tell=Steps(tell, 0).more)
+        engines = build_engines(
+            Bundle(bundle),
+            targets,
+            allow_unfused=allow_unfused,
+            tell=Steps(tell, 0).more,
+            attention=attention.value,
+        )
     if as_json:
         print_json({"bundle": bundle, "engines": [engine.to_json() for engine in engines]})
         return

@@ -10,7 +10,7 @@ from typing import Any
 from transom.export.bundle import add_to_bundle
 from transom.export.engine.builder import Built, build_engine
 from transom.export.engine.check import check_flavour
-from transom.export.engine.flavour import TensorRTGraph, tensorrt_graphs
+from transom.export.engine.flavour import MASK, TensorRTGraph, tensorrt_graphs
 from transom.export.engine.fusion import Fusion, fusion_of, kernels_of, memory_of
 from transom.export.engine.profiles import Profile, profiles_of
 from transom.export.engine.targets import Target, require_precision
@@ -50,7 +50,12 @@ class Engine:
 
 
 def build(
-    bundle: Bundle, targets: Sequence[Target], *, allow_unfused: bool, tell: Callable[[str], None]
+    bundle: Bundle,
+    targets: Sequence[Target],
+    *,
+    allow_unfused: bool,
+    tell: Callable[[str], None],
+    attention: str = MASK,
 ) -> list[Engine]:
     """Build every graph of ``bundle`` for every target, and put the plans into it.
 
@@ -64,7 +69,7 @@ def build(
         require_precision(target, manifest.precision, elsewhere(manifest))
         library(target.library)
     tell("writing TensorRT's flavour of the graphs")
-    graphs = tensorrt_graphs(bundle)
+    graphs = tensorrt_graphs(bundle, attention)
     tell("holding it against the bundle")
     check_flavour(bundle, graphs)
     models = {name: graph.serialized() for name, graph in graphs.items()}
@@ -88,6 +93,7 @@ def build(
             "library": NAMES[target.library],
             "version": library(target.library).__version__,
             **({"sm": find_gpu().sm} if target.capability is None else {}),
+            "attention": attention,
             "plans": names,
             "graphs": {engine.graph: engine.to_json() for engine in engines if engine.target == target.name},
         }

@@ -10,12 +10,15 @@ import onnx_ir as ir
 from transom.export.engine.profiles import cache_sizes, require_tables
 from transom.export.passes.decompose_attention import decompose_attention
 from transom.export.passes.fixed_axes import fix_axes
+from transom.export.passes.length_attention import OPERATOR, length_attention
 from transom.export.passes.split_products import split_products
 from transom.export.quantization.stored import stored_graphs
 from transom.runtime.bundle import Bundle
+from transom.runtime.errors import ExportError
 from transom.runtime.inputs import is_decoder
 from transom.runtime.spec import Graph
 
+MASK, LENGTHS = "mask", "lengths"  # how attention knows which positions of a cache hold something
 # What TensorRT's kernels of attention want: so many heads for a single query, heads of such a size
 STEP_HEADS = 4
 LEAST_SIZE, MOST_SIZE, MASKED_SIZES = 9, 256, 8
@@ -52,12 +55,13 @@ def is_dequantized(value: ir.Value | None) -> bool:
     return producer is not None and producer.op_type == "DequantizeLinear"
 
 
-def tensorrt_graphs(bundle: Bundle) -> dict[str, TensorRTGraph]:
+def tensorrt_graphs(bundle: Bundle, attention: str = MASK) -> dict[str, TensorRTGraph]:
     """The graphs of the file for TensorRT, by name, rewritten where its builder asks for it.
 
     A KV cache gets its greatest length, for TensorRT writes into no other; attention is written out where it has no
     kernel of it; an integer product that is cut into parts becomes a product for each, for TensorRT makes no
-    integers of the one. Everything else stays as it ships. Raises BundleError for axes that go beyond the graph.
+    integers of the one. With ``attention`` LENGTHS a cache is read by lengths instead of a mask. Everything else stays
+    as it ships. Raises BundleError for axes that go beyond the graph, ExportError where LENGTHS has nothing to work on.
     """
     models = stored_graphs(bundle, "default")
     graphs = {}
@@ -70,7 +74,14 @@ def tensorrt_graphs(bundle: Bundle) -> dict[str, TensorRTGraph]:
         written_out = {str(node.name): reason for node, reason in reasons.items() if reason is not None}
         decompose_attention(model, lambda node, names=written_out: str(node.name) in names)  # type: ignore[misc]
         split_products(model)
+        if attention == LENGTHS:
+            length_attention(model)
         graphs[file.graph.name] = TensorRTGraph(model, written_out)
+    if attention == LENGTHS and not any(OPERATOR in graph.operators.values() for graph in graphs.values()):
+        raise ExportError(
+            f"--attention {LENGTHS} is for caches in half precision that a fused attention reads, and {bundle.folder} "
+            "has none. Leave it out, or export a decoder with --precision fp16."
+        )
     return graphs
 
 

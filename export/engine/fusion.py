@@ -20,7 +20,8 @@ MEMORY = re.compile(r"^Total (Activation|Weights) Memory: (\d+) bytes")
 FUSED_ATTENTION = re.compile(r"_mha_v\d")  # _gemm_mha_v2 of many queries, _gemv_mha_v1 of one
 SERIAL = re.compile(r"( \[profile \d+\])?(_myl\d+_\d+)?$")
 PRODUCTS = ("gemm", "correlation")  # kinds of layers that multiply matrices, or convolve
-COMPUTES = ("Attention", "MatMul", "Gemm", "Conv", None)  # operators that have work for a kernel of their own
+ATTENTIONS = ("Attention", "TRT_Attention")
+COMPUTES = (*ATTENTIONS, "MatMul", "Gemm", "Conv", None)  # operators that have work for a kernel of their own
 SHAPES = ("shape_call", "ShapeHostToDevice")  # kinds of layers that compute sizes alone
 
 
@@ -125,7 +126,7 @@ def fusion_of(
     profile: str, kernels: Sequence[Kernel], operators: Mapping[str, str], integer_products: Sequence[str]
 ) -> Fusion:
     """``operators`` are those of the graph that was built, by the name of the node; some products are of integers."""
-    attention = [name for name, operator in operators.items() if operator == "Attention"]
+    attention = [name for name, operator in operators.items() if operator in ATTENTIONS]
     fused = {node for kernel in kernels if FUSED_ATTENTION.search(kernel.name) for node in kernel.nodes}
     gelus = [name for name, operator in operators.items() if operator == "Gelu"]
     shared = {node for kernel in kernels if len(kernel.nodes) > 1 for node in kernel.nodes}
