@@ -184,18 +184,21 @@ class Caller:
         profile = engine.profile_for(sizes)
         context = self._context(profile)
         bound: dict[str, int] = {}
+
+        def bind(name: str, address: int) -> None:
+            bound[name] = address
+            engine.require(context.set_tensor_address(name, address), f"refuses the address of {name!r} of")
+
         for tensor in self._graph.inputs:
-            bound[tensor.name] = self._fed(tensor, feeds[tensor.name], sizes[tensor.name])
             engine.require(context.set_input_shape(tensor.name, sizes[tensor.name]), f"refuses {tensor.name!r} of")
+            bind(tensor.name, self._fed(tensor, feeds[tensor.name], sizes[tensor.name]))
         missing = context.infer_shapes()
         engine.require(not missing, f"has no shape for {', '.join(missing)} of")
         made: dict[str, Sizes] = {}
         for tensor in self._graph.outputs:
             made[tensor.name] = tuple(context.get_tensor_shape(tensor.name))
             size = prod(made[tensor.name]) * storage(tensor).itemsize
-            bound[tensor.name] = bound[tensor.writes] if tensor.writes else self._staging[tensor.name].room(size)
-        for name, address in bound.items():
-            engine.require(context.set_tensor_address(name, address), f"refuses the address of {name!r} of")
+            bind(tensor.name, bound[tensor.writes] if tensor.writes else self._staging[tensor.name].room(size))
         kept = all(isinstance(feeds[tensor.name], DeviceArray) for tensor in engine.caches)
         self._execute(context, (*bound.items(), *sizes.items()), repeats=profile > 0 and kept)
         return self._fetched(feeds, shapes, made)

@@ -219,6 +219,7 @@ class EmulatedTensorRT:
     real: Any
     cuda: EmulatedCuda
     plans: dict[str, Plan] = field(default_factory=dict)
+    on_host: frozenset[str] = frozenset()  # inputs that shapes are computed of
     records_graphs: bool = True  # as TensorRT-RTX does; full TensorRT leaves that to its caller
     contexts: int = 0
     compiled: int = 0  # contexts that found nothing in a runtime cache
@@ -282,7 +283,8 @@ class EmulatedEngine:
         return [-1 if isinstance(dim, str) else dim for dim in self.dims(name)]
 
     def get_tensor_location(self, name: str) -> Any:
-        return self.library.TensorLocation.DEVICE
+        locations = self.library.TensorLocation
+        return locations.HOST if name in self.library.on_host else locations.DEVICE
 
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[list[int]]:
         return [list(sizes) for sizes in self.plan.profiles[profile_index][name]]
@@ -345,7 +347,8 @@ class EmulatedContext:
         return fine
 
     def infer_shapes(self) -> list[str]:
-        return [name for name in self._engine.inputs if name not in self._shapes]
+        host = self._engine.library.on_host & {*self._engine.inputs}
+        return [name for name in self._engine.inputs if name not in self._shapes] + [*(host - self._addresses.keys())]
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         sizes = {

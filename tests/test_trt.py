@@ -168,6 +168,13 @@ def test_a_raw_run_writes_the_callers_own_caches(put: Put, gpt_bundle: Path) -> 
                 assert not cache[:, :, 4:].any()
 
 
+def test_what_shapes_are_computed_of_is_read_on_the_host(put: Put, gpu: EmulatedTensorRT, gpt_bundle: Path) -> None:
+    """TensorRT reads it before anything runs: it is there when shapes are asked for."""
+    gpu.on_host = frozenset({"write_indices"})
+    with load(put(gpt_bundle), device="tensorrt") as ours, load(gpt_bundle) as theirs:
+        assert ours.generate("It is", max_new_tokens=6) == theirs.generate("It is", max_new_tokens=6)
+
+
 def test_a_step_past_the_end_is_refused(put: Put, gpt_bundle: Path) -> None:
     """TensorRT would drop it silently: the check is ours, in the backend as well as before it."""
     with load(put(gpt_bundle), device="tensorrt") as gpt:
