@@ -19,6 +19,8 @@ import pytest
 
 # Before anything imports huggingface_hub: no test reaches for the network; those of the hub set it themselves.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# And before torch imports triton: our kernels are interpreted, on the CPU; what compiles them runs in its own process.
+os.environ["TRITON_INTERPRET"] = "1"
 pytest.register_assert_rewrite("command_line", "decoder_definitions", "tiny_models")
 
 WORDS = """

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 import subprocess
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +20,10 @@ from rtx import needs_rtx
 from transom.export.engine import builder
 from transom.export.engine.build import build
 from transom.export.engine.flavour import tensorrt_graphs
+from transom.export.engine.profiles import profiles_of
 from transom.export.engine.targets import TARGETS, find_targets
 from transom.runtime.bundle import Bundle
-from transom.runtime.errors import BundleError
+from transom.runtime.errors import BundleError, EngineError
 
 ALL = [word for name in TARGETS if name.startswith("rtx") for word in ("--target", name)]
 
@@ -125,3 +129,81 @@ def test_axes_beyond_the_model_are_refused(gpt_bundle: Path, tmp_path: Path, axe
     assert said in result.stderr.splitlines()[-1]
     with pytest.raises(BundleError, match="Export the bundle again"):
         tensorrt_graphs(Bundle(folder))
+
+
+def axis(**sizes: int) -> Callable[[dict[str, Any]], object]:
+    return lambda words: [words["axes"][name].update(max=size) for name, size in sizes.items()]
+
+
+def vocabulary(size: int) -> Callable[[dict[str, Any]], object]:
+    return lambda words: words["graphs"][0]["inputs"][0].update(below=size)
+
+
+@pytest.mark.parametrize(
+    ("fixture", "change", "table"),
+    [
+        ("gpt_bundle", axis(C=257), "256 rows of its table 'wpe.weight'"),
+        ("gpt_bundle", axis(C=2**31 - 1), "256 rows of its table 'wpe.weight'"),
+        ("gpt_bundle", vocabulary(1025), "1024 rows of its table 'wte.weight'"),
+        ("dates_bundle", axis(S=65), "64 rows of its table 'model.encoder.embed_positions.weight'"),
+        ("dates_bundle", axis(C=65), "64 rows of its table 'model.decoder.embed_positions.weight'"),
+        ("clip_bundle", axis(S=49), "48 rows of its table 'text_model.embeddings.position_embedding.weight'"),
+        ("clip_bundle", axis(S=2**31 - 1), "48 rows of its table 'text_model.embeddings.position_embedding.weight'"),
+    ],
+)
+def test_no_table_is_read_beyond_its_end(
+    fixture: str,
+    change: Callable[[dict[str, Any]], object],
+    table: str,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+) -> None:
+    """By one row or by billions; gathered or sliced; by a prompt, or by a step at the end of a cache."""
+    sound = Path(request.getfixturevalue(fixture))
+    tensorrt_graphs(Bundle(sound))
+    with pytest.raises(BundleError, match=f"reads beyond the {table} where its axes are greatest"):
+        tensorrt_graphs(Bundle(changed_bundle(sound, tmp_path, change)))
+
+
+@needs_rtx
+def test_a_full_disk_under_the_builder_is_said(
+    int8_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel refuses writes past a limit: as near to a full disk as a test gets."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (graph,) = tensorrt_graphs(Bundle(int8_bundle)).values()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, hard))  # bytes
+    try:
+        with pytest.raises(
+            EngineError, match=r"for rtx-sm86 in .*: File too large\. Free some space there, or set TMP"
+        ):
+            builder.build_engine("model", graph.serialized(), (), TARGETS["rtx-sm86"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_rtx
+def test_a_disk_that_is_full_once_the_engine_is_built_costs_the_cache(
+    int8_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    keep = builder.keep
+
+    def keep_nothing(folder: Path, built: builder.Built) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, hard))  # bytes
+        try:
+            keep(folder, built)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    monkeypatch.setattr(builder, "keep", keep_nothing)
+    bundle = Bundle(int8_bundle)
+    (graph,), (file,) = tensorrt_graphs(bundle).values(), bundle.manifest.graphs
+    profiles = profiles_of(file.graph, bundle.manifest.axes)
+    built = builder.build_engine("model", graph.serialized(), profiles, TARGETS["rtx-sm86"])
+    assert len(built.plan) > 1_000
+    assert list((tmp_path / "transom/engines").iterdir()) == []

@@ -37,7 +37,8 @@ def build_engine(graph: str, model: bytes, profiles: Sequence[Profile], target: 
     """An engine of the ONNX ``model`` for ``target``, with TF32 off and the layers in the log.
 
     ``graph`` is its name in messages. The same model, profiles, target and library give the engine that was built
-    before. Raises BackendError where the library is missing, EngineError where it cannot build this.
+    before. Raises BackendError where the library is missing, EngineError where it cannot build this, or has no
+    room to.
     """
     job = {
         "library": target.library,
@@ -50,12 +51,18 @@ def build_engine(graph: str, model: bytes, profiles: Sequence[Profile], target: 
     found = kept_engine(kept) if kept is not None else None
     if found is not None:
         return found
-    with tempfile.TemporaryDirectory(prefix="transom-engine-") as made:
-        folder = Path(made)
-        (folder / JOB).write_text(json.dumps(job))
-        (folder / GRAPH).write_bytes(model)
-        run_worker(folder, graph, target)
-        built = read(folder)
+    try:
+        with tempfile.TemporaryDirectory(prefix="transom-engine-") as made:
+            folder = Path(made)
+            (folder / JOB).write_text(json.dumps(job))
+            (folder / GRAPH).write_bytes(model)
+            run_worker(folder, graph, target)
+            built = read(folder)
+    except OSError as error:
+        raise EngineError(
+            f"the graph {graph!r} cannot be built for {target.name} in {tempfile.gettempdir()}: "
+            f"{error.strerror or error}. Free some space there, or set TMPDIR to another folder."
+        ) from error
     if kept is not None:
         keep(kept, built)
     return built
@@ -69,6 +76,7 @@ def run_worker(folder: Path, graph: str, target: Target) -> None:
             _, said = process.communicate()
         except BaseException:
             process.kill()
+            process.wait()  # it writes into a folder that is removed next
             raise
     if process.returncode != 0:
         raise failure(folder, graph, target, process.returncode, said)

@@ -20,7 +20,7 @@ from onnx.reference import ReferenceEvaluator
 
 from transom.export.passes.linears import is_weight
 from transom.export.passes.splice import is_unused
-from transom.runtime.errors import BundleError
+from transom.runtime.errors import BundleError, one_line
 from transom.runtime.inputs import is_decoder
 from transom.runtime.spec import Axis, Graph
 
@@ -95,20 +95,30 @@ def require_tables(model: ir.Model, graph: Graph, axes: Mapping[str, Axis]) -> N
         return
     enough = 1 + max(read.rows for read in reads)  # of any axis: what is too large is then too large by one
     keep_alone(integers, [read.index for read in reads])
-    evaluator = ReferenceEvaluator(ir.to_proto(integers))
     for known in profiles_of(graph, axes):
-        feeds = greatest(graph, known, enough)
-        found = {str(value.name): value for value in integers.graph.inputs}
-        computed = [str(value.name) for value in integers.graph.outputs]
-        values = dict(zip(computed, evaluator.run(None, {name: feeds[name] for name in found}), strict=True))
+        found = evaluated(integers, greatest(graph, known, enough))
         for read in reads:
-            if np.max({**feeds, **values}[str(read.index.name)], initial=0) > read.most:
-                sizes = {size for tensor in graph.inputs for size in tensor.shape if isinstance(size, str)}
+            if np.max(found[str(read.index.name)], initial=0) > read.most:
+                sizes = sorted({size for tensor in graph.inputs for size in tensor.shape if isinstance(size, str)})
                 raise BundleError(
                     f"the graph {graph.name!r} reads beyond the {read.rows} rows of its table {read.table!r} where its "
-                    f"axes are greatest ({', '.join(f'{name}={axes[name].max}' for name in sorted(sizes))}), or an "
-                    "index is; an engine would compute with whatever lies there. Export the bundle again."
+                    f"axes are greatest ({', '.join(f'{name}={axes[name].max}' for name in sizes)}) and its indices, "
+                    "too; an engine would compute with whatever lies there. Export the bundle again."
                 )
+
+
+def evaluated(integers: ir.Model, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """``feeds`` and what the graph computes of them. Raises BundleError where it cannot."""
+    try:
+        evaluator = ReferenceEvaluator(ir.to_proto(integers))
+        read = {str(value.name): feeds[str(value.name)] for value in integers.graph.inputs}
+        computed = dict(zip(evaluator.output_names, evaluator.run(None, read), strict=True))
+    except Exception as error:  # onnx raises what it likes
+        raise BundleError(
+            f"the graph {integers.graph.name!r} does not compute at its greatest sizes ({one_line(error)}); export "
+            "the bundle again."
+        ) from None
+    return {**feeds, **computed}
 
 
 def require_room(graph: Graph, axes: Mapping[str, Axis]) -> None:
@@ -143,18 +153,21 @@ def table_reads(model: ir.Model) -> list[TableRead]:
     for node in model.graph:
         if node.domain or node.op_type not in ("Gather", "Slice"):
             continue
-        table, axis = node.inputs[0], 0
-        index = node.inputs[1 if node.op_type == "Gather" else 2]
+        table, index = node.inputs[0], node.inputs[1 if node.op_type == "Gather" else 2]
         if table is None or not is_weight(table) or index is None or is_weight(index) or not from_integers(index):
             continue
-        if node.op_type == "Gather":
-            axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
-        elif len(node.inputs) > 3 and node.inputs[3] is not None and node.inputs[3].const_value is not None:
-            axis = int(node.inputs[3].const_value.numpy()[0])
         assert table.const_value is not None
-        rows = int(table.const_value.shape.numpy()[axis])
-        reads.append(TableRead(str(table.name), rows, index, rows - (node.op_type == "Gather")))
+        rows = int(table.const_value.shape.numpy()[axis_of(node)])
+        reads.append(TableRead(str(table.name), rows, index, rows if node.op_type == "Slice" else rows - 1))
     return reads
+
+
+def axis_of(node: ir.Node) -> int:
+    """Which axis a ``Gather`` reads along, or a ``Slice``, which this exporter writes for one axis."""
+    if node.op_type == "Gather":
+        return node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+    given = node.inputs[3] if len(node.inputs) > 3 else None
+    return int(given.const_value.numpy()[0]) if given is not None and given.const_value is not None else 0
 
 
 def from_integers(value: ir.Value) -> bool:
