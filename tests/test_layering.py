@@ -33,7 +33,7 @@ THEIRS = {
     "models": {"torch", "safetensors", "huggingface_hub"},
     "runtime": {"numpy", "onnxruntime", "tokenizers", "PIL", "safetensors", "cuda"},
     "calib": {"numpy", "onnx", "onnx_ir", "onnxruntime", "PIL", "safetensors"},
-    "export": {"numpy", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "ml_dtypes", "polygraphy"}
+    "export": {"numpy", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "ml_dtypes", "polygraphy", "triton"}
     | {"safetensors", "tokenizers", "sentencepiece", "PIL", "huggingface_hub"},
     "cli": {"typer", "rich", "numpy", "PIL"},
 }

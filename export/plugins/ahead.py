@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transom.export.plugins.blocks import blocks_for
 from transom.export.plugins.launch import Blocks, width
 
 CAPABILITIES = (75, 80, 86, 87, 89, 90, 100, 120)
-DTYPES = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16"}
-SHARED_KIB = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # of a block (CUDA C++ guide, table)
-REGISTERS, WARP = 65536, 32  # of an SM, of a warp's threads
+WARP = 32  # threads
 RESOURCES = re.compile(r"Used (\d+) registers")
 SPILLS = re.compile(r"(\d+) bytes spill stores")
 
@@ -47,27 +46,6 @@ class Compiled:
     spilled: int
 
 
-def blocks_for(capability: int, variant: Variant) -> Blocks:
-    """The largest blocks that fit an SM by arithmetic: no GPU has measured them yet.
-
-    A block of queries stays in registers, as does what it has summed up; ``stages`` blocks of keys and values lie in
-    shared memory. The accumulator may have 128 registers of a thread's 255.
-    """
-    depth = width(variant.size)
-    element = 4 if variant.dtype == "fp32" else 2
-    stored = 1 if variant.int8 else element
-    wide = [16] if variant.split else [128, 64, 32, 16]
-    for m in wide:
-        for n in (64, 32, 16):
-            for warps in (8, 4):
-                for stages in (2, 1):
-                    accumulator = m * depth / (warps * WARP)
-                    shared = m * depth * element + stages * 2 * n * depth * stored + m * n * element
-                    if accumulator <= (64 if variant.dtype == "fp32" else 128) and shared <= SHARED_KIB[capability] << 10:
-                        return Blocks(m, n, warps if m >= 64 else 4, stages)
-    return Blocks(16, 16, 4, 1)
-
-
 def compile_attention(capability: int, variant: Variant, blocks: Blocks | None = None) -> Compiled:
     """PTX of one variant for one compute capability, as 89. No GPU is needed."""
     import triton
@@ -76,7 +54,7 @@ def compile_attention(capability: int, variant: Variant, blocks: Blocks | None =
 
     from transom.export.plugins import attention as kernels
 
-    blocks = blocks or blocks_for(capability, variant)
+    blocks = blocks or blocks_for(capability, variant.dtype, variant.size, step=variant.split)
     kernel = kernels.attention_part if variant.split else kernels.attention
     constants = {
         "CAUSAL": variant.causal,
@@ -124,7 +102,14 @@ def assembled(ptx: str, capability: int) -> tuple[int, int]:
         path = Path(made) / "kernel.ptx"
         path.write_text(ptx)
         suffix = "a" if capability >= 90 else ""
-        command = [get_ptxas(capability).path, "-v", f"--gpu-name=sm_{capability}{suffix}", str(path), "-o", "/dev/null"]
+        command = [
+            get_ptxas(capability).path,
+            "-v",
+            f"--gpu-name=sm_{capability}{suffix}",
+            str(path),
+            "-o",
+            "/dev/null",
+        ]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers, spills = RESOURCES.search(said), SPILLS.search(said)
     return int(registers[1]) if registers else 0, int(spills[1]) if spills else 0

@@ -27,7 +27,7 @@ NO_MASK, BOOLEAN, ADDITIVE = 0, 1, 2
 
 
 @triton.jit
-def _attend(  # type: ignore[no-untyped-def]
+def _attend(
     query, key, value, mask, bias, lengths, key_scale, value_scale,
     query_base, key_base, value_base, mask_base, bias_base, scale_base,
     q_m, k_n, v_n, m_m, m_n, b_m, b_n,
@@ -89,7 +89,7 @@ def _attend(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def attention(  # type: ignore[no-untyped-def]
+def attention(
     query, key, value, mask, bias, lengths, key_scale, value_scale, output,
     q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n, m_b, m_h, m_m, m_n, b_h, b_m, b_n, s_b, s_h, o_b, o_h, o_m,
     H, GROUP, S, T, D, scale,
@@ -116,7 +116,7 @@ def attention(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def attention_part(  # type: ignore[no-untyped-def]
+def attention_part(
     query, key, value, mask, bias, lengths, key_scale, value_scale, sums, parts,
     q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n, m_b, m_h, m_m, m_n, b_h, b_m, b_n, s_b, s_h,
     H, GROUP, S, T, D, scale, EACH,
@@ -148,7 +148,7 @@ def attention_part(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def attention_whole(  # type: ignore[no-untyped-def]
+def attention_whole(
     sums, parts, output, o_b, o_h, o_m, H, S, D, COUNT,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
