@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,8 @@ from transom.runtime.errors import BundleError, EngineError
 ALL = [word for name in TARGETS if name.startswith("rtx") for word in ("--target", name)]
 
 
-def processes_about(text: str) -> list[str]:
-    """Command lines of this machine's processes that contain ``text``."""
+def processes_about(text: str) -> list[int]:
+    """This machine's processes whose command lines contain ``text``."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -37,7 +38,7 @@ def processes_about(text: str) -> list[str]:
         except OSError:  # it has ended
             continue
         if text in words:
-            found.append(words)
+            found.append(int(path.parent.name))
     return found
 
 
@@ -47,7 +48,10 @@ def processes_about(text: str) -> list[str]:
 def test_an_interrupted_build_leaves_nothing(
     int8_bundle: Path, tmp_path: Path, sent: signal.Signals, whom: str
 ) -> None:
-    """A terminal sends Ctrl-C to the whole group, the builder's process among it; `kill` sends to one."""
+    """A terminal sends Ctrl-C to the whole group, the builder's process among it; `kill` sends to one.
+
+    The builder is stopped first: a build that would never end, and that nothing but SIGKILL ends.
+    """
     folder, temporary = tmp_path / "bundle", tmp_path / "temporary"
     shutil.copytree(int8_bundle, folder)
     temporary.mkdir()
@@ -65,15 +69,44 @@ def test_an_interrupted_build_leaves_nothing(
     ) as running:
         assert running.stderr is not None
         said = next(line for line in running.stderr if "building model for rtx-sm80" in line)
+        while running.poll() is None and not processes_about(str(temporary)):
+            time.sleep(0.01)
+        (worker,) = processes_about(str(temporary))
+        os.kill(worker, signal.SIGSTOP)
         (os.killpg if whom == "its group" else os.kill)(running.pid, sent)
-        stdout, rest = running.communicate(timeout=60)
+        try:
+            stdout, rest = running.communicate(timeout=60)
+        finally:
+            left = processes_about(str(temporary))
+            for process in left:
+                os.kill(process, signal.SIGKILL)
     assert said
     assert (running.returncode, stdout) == (128 + sent, "")
     assert rest.splitlines()[-1] in ("transom: interrupted", "transom: terminated")
     assert "Traceback" not in rest
     assert listing(folder) == before
     assert list(temporary.iterdir()) == []
+    assert left == []
+
+
+@needs_rtx
+def test_a_killed_build_takes_its_builder_along(int8_bundle: Path, tmp_path: Path) -> None:
+    """Nobody can pass SIGKILL on: the builder sees that it is alone, and removes what it wrote."""
+    folder, temporary = Path(shutil.copytree(int8_bundle, tmp_path / "bundle")), tmp_path / "temporary"
+    temporary.mkdir()
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "TMPDIR": str(temporary)}
+    with subprocess.Popen(
+        command("build", folder, *ALL), cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as running:
+        while running.poll() is None and not any(temporary.rglob("log.txt")):
+            time.sleep(0.01)
+        running.kill()
+    ends = time.monotonic() + 30
+    while processes_about(str(temporary)) and time.monotonic() < ends:
+        time.sleep(0.05)
     assert processes_about(str(temporary)) == []
+    assert list(temporary.iterdir()) == []
+    assert Bundle(folder).manifest.engines == {}
 
 
 @needs_rtx

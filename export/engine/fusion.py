@@ -115,7 +115,7 @@ class Fusion:
         }
 
     def words(self) -> str:
-        """One line: ``decode: attention 4 of 4, GELU 4 of 4, INT8 13 of 17, 54 kernels``."""
+        """One line: ``decode: attention 4 of 4, GELU 4 of 4, INT8 17 of 17, 54 kernels``."""
         parts = [f"attention {self.attention} of {self.attentions}"] if self.attentions else []
         parts += [f"GELU {self.gelus_fused} of {self.gelus}"] if self.gelus else []
         parts += [f"INT8 {self.int8} of {self.linears}"] if self.linears else []

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 from transom.runtime.errors import BackendError, one_line
 from transom.runtime.trt_library import RTX, library
 
+WATCH_S = 0.2
 JOB, GRAPH, PLAN, LOG, ERROR = "job.json", "graph.onnx", "engine.plan", "log.txt", "error.json"
 
 
@@ -75,8 +79,22 @@ def build(folder: Path) -> dict[str, Any] | None:
     return None
 
 
+def end_with_parent(folder: Path) -> None:
+    """End this process, and remove ``folder``, when the one that started it is gone: SIGKILL cannot be passed on."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(WATCH_S)
+        shutil.rmtree(folder, ignore_errors=True)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
+    end_with_parent(folder)
     try:
         wrong = build(folder)
     except BackendError as error:
