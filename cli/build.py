@@ -41,7 +41,7 @@ def build(
         Attention,
         typer.Option(
             help="How a decoder's attention knows what its cache holds: by a mask, checked in ONNX Runtime; or by "
-            "lengths, TensorRT's own operator, an opt-in until a GPU has executed it."
+            "lengths, TensorRT-RTX's own operator for half precision, opt-in until a GPU has executed it."
         ),
     ] = Attention.MASK,
     as_json: Json = False,

@@ -10,14 +10,14 @@ from typing import Any
 from transom.export.bundle import add_to_bundle
 from transom.export.engine.builder import Built, build_engine
 from transom.export.engine.check import check_flavour
-from transom.export.engine.flavour import MASK, TensorRTGraph, tensorrt_graphs
+from transom.export.engine.flavour import LENGTHS, MASK, TensorRTGraph, tensorrt_graphs
 from transom.export.engine.fusion import Fusion, fusion_of, kernels_of, memory_of
 from transom.export.engine.profiles import Profile, profiles_of
 from transom.export.engine.targets import Target, require_precision
 from transom.runtime.bundle import QUANTIZED, Bundle, Manifest
 from transom.runtime.cuda import find_gpu
-from transom.runtime.errors import EngineError
-from transom.runtime.trt_library import NAMES, library
+from transom.runtime.errors import EngineError, ExportError
+from transom.runtime.trt_library import NAMES, RTX, library
 
 FOLDER = "engines"  # in the bundle
 
@@ -60,13 +60,14 @@ def build(
     """Build every graph of ``bundle`` for every target, and put the plans into it.
 
     The graphs are TensorRT's flavour, which first has to compute in ONNX Runtime what the bundle computes. Nothing is
-    written before all engines of all targets are built. Raises ExportError for a precision that a target does not have,
-    BackendError where a library is missing, EngineError for a graph that cannot be built, or one whose attention did
-    not fuse, unless ``allow_unfused``.
+    written before all engines of all targets are built. Raises ExportError for a precision or an ``attention`` that a
+    target does not have, BackendError where a library is missing, EngineError for a graph that cannot be built, or one
+    whose attention did not fuse, unless ``allow_unfused``.
     """
     manifest = bundle.manifest
     for target in targets:
         require_precision(target, manifest.precision, elsewhere(manifest))
+        require_attention(target, attention)
         library(target.library)
     tell("writing TensorRT's flavour of the graphs")
     graphs = tensorrt_graphs(bundle, attention)
@@ -100,6 +101,19 @@ def build(
     tell("writing the plans into the bundle")
     add_to_bundle(bundle.folder, plans, {"engines": described})
     return engines
+
+
+def require_attention(target: Target, attention: str) -> None:
+    """Raise ExportError for LENGTHS where nobody has seen the parser read them.
+
+    TensorRT 11.0's is documented to take the lengths as another input and to scale the scores itself; a parser drops an
+    input that it does not know without a word.
+    """
+    if attention == LENGTHS and target.library != RTX:
+        raise ExportError(
+            f"--attention {LENGTHS} is for the targets of {NAMES[RTX]}, and --target is {target.name!r}, whose parser "
+            "may read the operator otherwise. Leave --attention out."
+        )
 
 
 def elsewhere(manifest: Manifest) -> str:
