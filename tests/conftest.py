@@ -290,6 +290,16 @@ def gpt_bundle(once: Once) -> Path:
 
 
 @pytest.fixture(scope="session")
+def half_gpt_bundle(once: Once) -> Path:
+    """The reference GPT in FP16, of at most two rows (B)."""
+
+    def make(folder: Path) -> None:
+        export_to(folder, reference("gpt"), precision="fp16", max_sizes={"B": 2})
+
+    return once("half-gpt", make) / "bundle"
+
+
+@pytest.fixture(scope="session")
 def clip_bundle(once: Once) -> Path:
     """The reference CLIP, which tells digits by their names, FP32; exported as a folder, so without its score."""
     return once("clip", lambda folder: export_to(folder, reference("clip"))) / "bundle"

@@ -14,7 +14,6 @@ import onnxruntime
 import pytest
 
 from command_line import document, error_line, transom
-from conftest import export_to, reference
 from rtx import needs_rtx
 from tiny_graphs import graph_of, normal, operators, relative_error
 from transom.export.engine import builder
@@ -109,9 +108,10 @@ def test_an_int8_encoder_for_two_generations_of_gpus(int8_bundle: Path, tmp_path
 
 
 @needs_rtx
-def test_a_decoder_has_a_profile_for_prompts_and_one_for_steps(tmp_path: Path) -> None:
-    export_to(tmp_path, reference("gpt"), precision="fp16")
-    (engine,) = build(Bundle(tmp_path / "bundle"), find_targets(["rtx-sm89"]), allow_unfused=False, tell=print)
+def test_a_decoder_has_a_profile_for_prompts_and_one_for_steps(half_gpt_bundle: Path, tmp_path: Path) -> None:
+    (engine,) = build(
+        Bundle(copied(half_gpt_bundle, tmp_path)), find_targets(["rtx-sm89"]), allow_unfused=False, tell=print
+    )
     prefill, decode = engine.fusions
     assert (prefill.profile, prefill.attention, prefill.attentions, prefill.gelus_fused) == ("prefill", 4, 4, 4)
     assert (decode.profile, decode.attention, decode.attentions, decode.gelus_fused) == ("decode", 4, 4, 4)

@@ -13,7 +13,6 @@ import onnxruntime
 import pytest
 
 from command_line import document, error_line, transom
-from conftest import export_to, reference
 from rtx import needs_rtx
 from tiny_graphs import graph_of, normal, operators
 from transom.export.engine.check import check_flavour
@@ -197,17 +196,10 @@ def test_a_transformer_reads_its_own_cache_by_lengths(dates_bundle: Path) -> Non
         check_flavour(bundle, graphs)
 
 
-@pytest.fixture(scope="module")
-def half_gpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("half")
-    export_to(folder, reference("gpt"), precision="fp16", max_sizes={"B": 2})
-    return folder / "bundle"
-
-
 @needs_rtx
-def test_a_gpt_by_lengths_fuses(half_gpt: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpt_by_lengths_fuses(half_gpt_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = Path(shutil.copytree(half_gpt, tmp_path / "bundle"))
+    folder = Path(shutil.copytree(half_gpt_bundle, tmp_path / "bundle"))
     told = document(
         transom("build", folder, "--target", "rtx-sm75", "--target", "rtx-sm120", "--attention", "lengths", "--json")
     )
@@ -217,9 +209,9 @@ def test_a_gpt_by_lengths_fuses(half_gpt: Path, tmp_path: Path, monkeypatch: pyt
 
 
 @needs_rtx
-def test_the_parser_takes_the_lengths_the_kind_and_no_scale(half_gpt: Path) -> None:
+def test_the_parser_takes_the_lengths_the_kind_and_no_scale(half_gpt_bundle: Path) -> None:
     """What TensorRT-RTX's parser makes of the operator, which drops an input that it does not know without a word."""
-    (graph,) = tensorrt_graphs(Bundle(half_gpt), LENGTHS).values()
+    (graph,) = tensorrt_graphs(Bundle(half_gpt_bundle), LENGTHS).values()
     trt = library(RTX)
     log = trt.Logger(trt.Logger.ERROR)
     network = trt.Builder(log).create_network(0)
@@ -238,8 +230,8 @@ def test_the_parser_takes_the_lengths_the_kind_and_no_scale(half_gpt: Path) -> N
 
 
 @pytest.mark.parametrize("wrong", ["one key too few", "no scale", "upper left"])
-def test_a_wrong_rewrite_is_seen_in_a_whole_generation(half_gpt: Path, wrong: str) -> None:
-    bundle = Bundle(half_gpt)
+def test_a_wrong_rewrite_is_seen_in_a_whole_generation(half_gpt_bundle: Path, wrong: str) -> None:
+    bundle = Bundle(half_gpt_bundle)
     graphs = tensorrt_graphs(bundle, LENGTHS)
     assert check_flavour(bundle, graphs) < 5e-3
     (graph,) = graphs.values()

@@ -105,11 +105,8 @@ def test_every_family_computes_its_golden_values(name: str, put: Put, request: p
         assert loaded.device == "tensorrt"
 
 
-def test_half_precision_caches_stay_half(put: Put, tmp_path: Path, gpt_bundle: Path) -> None:
-    from conftest import export_to, reference
-
-    export_to(tmp_path / "half", reference("gpt"), precision="fp16")
-    folder = put(tmp_path / "half" / "bundle")
+def test_half_precision_caches_stay_half(put: Put, half_gpt_bundle: Path) -> None:
+    folder = put(half_gpt_bundle)
     assert selftest(folder, device="tensorrt").worst.error < 1e-2
     with load(folder, device="tensorrt") as gpt:
         assert {t.dtype for t in gpt.backend("decoder").graph.inputs if "cache" in t.name} == {"float16"}
