@@ -117,7 +117,7 @@ sweep: $(STAMP) ## damaged manifests by the million, kill -9 at 200 moments of a
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/threads.py --requests $(REQUESTS) $(REFERENCES:%=bundles/%)
 
 build-matrix: $(STAMP) ## BERT-base, GPT-2, ViT-B, CLIP-B, a Transformer: engines for every RTX target, no GPU needed
-	OMP_NUM_THREADS=2 $(VENV)/bin/python benchmarks/build_matrix.py --out docs/results/build-matrix $(MATRIX_ARGS)
+	OMP_NUM_THREADS=2 $(VENV)/bin/python benchmarks/build_matrix.py --out build/build-matrix $(MATRIX_ARGS)
 
 test-gpu: $(STAMP) ## on a machine with a GPU: parity of every family and precision there, into docs/results/
 	TRANSOM_GPU_RESULTS=docs/results TRANSOM_REPO="$$PWD" $(VENV)/bin/pytest $(PYTEST_ARGS) tests/gpu

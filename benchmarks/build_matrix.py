@@ -1,6 +1,6 @@
 """Models of full size, random weights, built for every target of TensorRT-RTX in FP16 and INT8: what fuses, how large.
 
-    python benchmarks/build_matrix.py --out docs/results/build-matrix
+    python benchmarks/build_matrix.py --out build/build-matrix        (docs/results/ has what came of it)
 
 No GPU is needed. Each model is exported with its parity checked, INT8 is calibrated on real text and photographs (its
 accuracy is no figure: the weights are random), TensorRT's flavour is held against the bundle, and every attention must
@@ -104,6 +104,7 @@ def main() -> None:
     found: dict[str, Any] = {"engines": []}
     if path.exists():
         found = json.loads(path.read_text())
+        print(f"{path} has {len(found['engines'])} engines, which are not built again; remove it to start anew")
     found |= {
         "library": f"{NAMES[KIND]} {library(KIND).__version__}",
         "cpu": cpu_name(),
@@ -135,6 +136,7 @@ def main() -> None:
                     path.write_text(json.dumps(found, indent=1) + "\n")
                     options.out.with_suffix(".md").write_text(markdown(found))
                     shutil.rmtree(f"{made}/cache", ignore_errors=True)
+    print(f"{path.with_suffix('.md')} has the table")
 
 
 if __name__ == "__main__":
