@@ -101,6 +101,7 @@ def main() -> None:
     from transom.runtime.trt_library import RTX as KIND
 
     path = options.out.with_suffix(".json")
+    path.parent.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {"engines": []}
     if path.exists():
         found = json.loads(path.read_text())
@@ -132,11 +133,10 @@ def main() -> None:
                             f"  {target} {engine.graph}: {engine.size / 2**20:.0f} MiB, {engine.seconds:.0f} s, {words}"
                         )
                     found["engines"].sort(key=lambda row: (list(MODELS).index(row["model"]), row["precision"]))
-                    options.out.parent.mkdir(parents=True, exist_ok=True)
                     path.write_text(json.dumps(found, indent=1) + "\n")
-                    options.out.with_suffix(".md").write_text(markdown(found))
                     shutil.rmtree(f"{made}/cache", ignore_errors=True)
-    print(f"{path.with_suffix('.md')} has the table")
+    options.out.with_suffix(".md").write_text(markdown(found))
+    print(f"{options.out.with_suffix('.md')} has the table")
 
 
 if __name__ == "__main__":
