@@ -177,6 +177,14 @@ class Caller:
         self._use_graphs = os.environ.get(GRAPHS_OFF) != "0"
 
     def run(self, feeds: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Array]:
+        """As a backend does. However it ends, no work is left that would write into memory that others have by then."""
+        try:
+            return self._run(feeds, shapes)
+        except BaseException:
+            self._stream.wait()
+            raise
+
+    def _run(self, feeds: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Array]:
         engine = self._engine
         if is_decoder(self._graph):
             require_room(self._graph, feeds)

@@ -192,6 +192,11 @@ class EmulatedStream:
     def put(self, work: Callable[[], bool]) -> None:
         (self._queue if self.recording is None else self.recording).append(work)
 
+    @property
+    def waiting(self) -> int:
+        """How much of it is not done."""
+        return len(self._queue)
+
     def finish(self) -> bool:
         """Do it; whether some of it failed."""
         queue, self._queue = self._queue, []

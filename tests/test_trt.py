@@ -234,6 +234,22 @@ def test_no_memory_is_said_and_survived(put: Put, gpu: EmulatedTensorRT, gpt_bun
         assert gpt.generate("It is", max_new_tokens=4) == answer
 
 
+def test_a_call_that_fails_leaves_no_work_behind(
+    put: Put, gpu: EmulatedTensorRT, gpt_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its caches go back to the pool, and somebody else writes there next."""
+    with load(put(gpt_bundle), device="tensorrt") as gpt:
+        gpt.generate("It is", max_new_tokens=2)
+
+        def interrupted(*given: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(trt.Caller, "_fetched", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            gpt.generate("It is", max_new_tokens=2)
+        assert [stream.waiting for stream in gpu.cuda.streams if stream.waiting] == []
+
+
 ADA = Gpu("NVIDIA GeForce RTX 4090", (8, 9), 24 << 30, 13000)
 HOPPER = Gpu("NVIDIA H200", (9, 0), 141 << 30, 13000)
 
