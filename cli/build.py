@@ -28,6 +28,7 @@ def build(
         list[str],
         typer.Option(
             metavar="TARGET",
+            autocompletion=lambda: target_names(),
             help="rtx-sm75, rtx-sm80, rtx-sm86, rtx-sm89, rtx-sm120, rtx-sm121: on any machine. tensorrt: for the GPU "
             "in this one. Repeatable.",
             show_default=False,
@@ -84,6 +85,12 @@ def build(
     if report:
         for engine in engines:
             print_kernels(engine)
+
+
+def target_names() -> list[str]:
+    from transom.export.engine.targets import TARGETS
+
+    return list(TARGETS)
 
 
 def print_kernels(engine: Engine) -> None:
