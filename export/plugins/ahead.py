@@ -6,110 +6,226 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
+from transom.export.plugins.attention import ADDITIVE, NO_MASK
 from transom.export.plugins.blocks import blocks_for
-from transom.export.plugins.launch import Blocks, width
+from transom.export.plugins.launch import INTERPRETED, Blocks, Variant
+from transom.runtime.errors import BackendError, EngineError, one_line
 
-CAPABILITIES = (75, 80, 86, 87, 89, 90, 100, 120)
 WARP = 32  # threads
+ALIGNED = 16  # bytes, elements: what Triton makes of it are loads of 16 bytes
+# The oldest that has the instructions: a driver takes what its own CUDA knows. 8.0 is CUDA 12.0, 8.7 is CUDA 12.8.
+PTX_VERSIONS = {75: 80, 80: 80, 86: 80, 87: 80, 89: 80, 90: 80, 100: 86, 120: 87}
+POINTERS = ("query", "key", "value", "key_scale", "value_scale", "lengths", "mask", "bias", "output", "sums", "parts")
 RESOURCES = re.compile(r"Used (\d+) registers")
 SPILLS = re.compile(r"(\d+) bytes spill stores")
+# What Triton appends to every kernel's parameters: scratch memory that only its own launcher knows of
+SCRATCH = r",\s*\.param \.u64 \.ptr \.global \.align 1 {name}_param_{index}(?=[,\s])"
+LAYOUTS = ("bhsd", "bshd")
+MASK_AXES = ("", "b", "h", "m", "bh", "bm", "hm", "bhm")
 
 
 @dataclass(frozen=True)
-class Variant:
-    """What is constant in one compilation; ``size`` is that of a head."""
+class Layout:
+    """Contiguous tensors, as an engine has them.
 
-    dtype: str
-    size: int
-    causal: bool = False
-    lengths: bool = False
-    mask: int = 0
-    bias: bool = False
-    int8: bool = False
-    split: bool = False
-    precision: str = "ieee"
+    ``order`` is "bhsd" or "bshd", of queries, keys, values and output; ``mask`` names the axes that a mask has besides
+    T, of b, h and m: "" is (1, 1, 1, T), "bm" is (B, 1, S, T). Scales are (B, H / G, T).
+    """
+
+    order: str = "bhsd"
+    mask: str = "bhm"
+
+    def __post_init__(self) -> None:
+        if self.order not in LAYOUTS or self.mask not in MASK_AXES:
+            raise EngineError(
+                f"a layout of {self.order!r:.20} with a mask of {self.mask!r:.20}; "
+                f"expected {' or '.join(LAYOUTS)}, and of b, h and m those that the mask has, in this order."
+            )
+
+    def strides(self, variant: Variant) -> dict[str, tuple[int, str]]:
+        """Every integer argument as (factor, sizes it is multiplied with), of B, S and T: (64, "S") is 64 S."""
+        H, KV, D = variant.heads, variant.heads // variant.groups, variant.size
+        heads_first = self.order == "bhsd"
+
+        def tensor(name: str, heads: int, axis: str) -> dict[str, tuple[int, str]]:
+            rows = "m" if axis == "S" else "n"
+            within = (D, axis) if heads_first else (D, "")
+            return {
+                f"{name}_b": (heads * D, axis),
+                f"{name}_h": within,
+                f"{name}_{rows}": (D, "") if heads_first else (heads * D, ""),
+            }
+
+        queries, heads = ("S" if "m" in self.mask else ""), (H if "h" in self.mask else 1)
+        none = (0, "")
+        found = {"S": (1, "S"), "T": (1, "T"), "ROWS": (H, "BS")}
+        found |= {**tensor("q", H, "S"), **tensor("k", KV, "T"), **tensor("v", KV, "T"), **tensor("o", H, "S")}
+        found |= {"s_b": (KV, "T"), "s_h": (1, "T"), "s_n": (1, "")}
+        found |= {"m_b": (heads, queries + "T") if "b" in self.mask else none}
+        found |= {"m_h": (1, queries + "T") if "h" in self.mask else none}
+        found |= {"m_m": (1, "T") if "m" in self.mask else none, "m_n": (1, "")}
+        found |= {"b_h": (1, "ST"), "b_m": (1, "T"), "b_n": (1, "")}
+        absent = {"s": not variant.int8, "m": variant.mask == NO_MASK, "b": not variant.bias, "o": variant.split}
+        return {
+            name: none if "_" in name and absent.get(name[0]) else found[name]
+            for name in found
+            if variant.split or name != "ROWS"
+        }
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel's PTX; ``shared`` bytes of shared memory, registers of a thread, bytes spilled to local memory."""
+    """A kernel's PTX and how to launch it.
 
+    ``tensors``, ``integers``, ``outputs`` are the kernel's parameters in this order, and it has no others: pointers,
+    32-bit integers, pointers. ``shared`` is in bytes, and dynamic: beyond 48 KiB a launcher must ask for it
+    (cuFuncSetAttribute, MAX_DYNAMIC_SHARED_SIZE_BYTES).
+    """
+
+    capability: int
+    variant: Variant
+    blocks: Blocks
     name: str
     ptx: bytes
     shared: int
-    warps: int
-    registers: int
-    spilled: int
+    threads: int
+    tensors: tuple[str, ...]
+    integers: tuple[str, ...]
+    outputs: tuple[str, ...]
+    formulas: Mapping[str, tuple[int, str]] = field(repr=False)
+
+    def grid(self, B: Any, S: Any, parts: Any = 1) -> tuple[Any, Any, int]:
+        """Programs of a batch of B rows of S queries; whole numbers or an engine builder's symbols."""
+        return self.variant.programs(self.blocks, B, S), parts, 1
+
+    def sizes(self, B: Any, S: Any, T: Any) -> tuple[Any, ...]:
+        """The values of ``integers``. Raises EngineError for numbers that 32 bits do not hold."""
+        sizes = {"B": B, "S": S, "T": T}
+        found = tuple(prod((sizes[letter] for letter in self.formulas[name][1]), start=self.formulas[name][0])
+                      for name in self.integers)  # fmt: skip
+        for name, value in zip(self.integers, found, strict=True):
+            if isinstance(value, int) and not -(2**31) <= value < 2**31:
+                raise EngineError(
+                    f"{name} is {value} for B={B}, S={S}, T={T}; expected 32 bits. Use fewer rows at once."
+                )
+        return found
+
+    @cached_property
+    def assembled(self) -> tuple[int, int]:
+        """(registers of a thread, bytes a thread spills) by the assembler that Triton brings."""
+        from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+
+        with tempfile.TemporaryDirectory() as made:
+            path = Path(made) / "kernel.ptx"
+            path.write_bytes(self.ptx)
+            target = f"--gpu-name={sm_arch_from_capability(self.capability)}"
+            command = [get_ptxas(self.capability).path, "-v", target, str(path), "-o", f"{path}.cubin"]
+            done = subprocess.run(command, capture_output=True, text=True)
+        registers, spills = RESOURCES.search(done.stderr), SPILLS.search(done.stderr)
+        if done.returncode or registers is None or spills is None:
+            said = one_line(RuntimeError(done.stderr))
+            raise EngineError(f"ptxas did not take the kernel for SM{self.capability}: {said}. Install triton 3.9.")
+        return int(registers[1]), int(spills[1])
 
 
-def compile_attention(capability: int, variant: Variant, blocks: Blocks | None = None) -> Compiled:
-    """PTX of one variant for one compute capability, as 89. No GPU is needed."""
+def attention_ptx(
+    capability: int, variant: Variant, layout: Layout | None = None, blocks: Blocks | None = None
+) -> Compiled:
+    """PTX of one variant for one compute capability, as 89. No GPU is needed.
+
+    Raises EngineError for a capability or a dtype that there is no kernel for, BackendError without triton.
+    """
+    blocks = blocks or blocks_for(capability, variant)
+    if capability == 75 and (variant.dtype == "bf16" or variant.precision == "tf32"):
+        raise EngineError(
+            f"SM75 multiplies neither BF16 nor TF32, and {variant.dtype} in {variant.precision} was asked for; "
+            "use fp16, or fp32 with ieee."
+        )
+    if INTERPRETED:
+        raise BackendError("TRITON_INTERPRET=1 is set, and nothing is compiled; unset it and start again.")
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from transom.export.plugins import attention as kernels
 
-    blocks = blocks or blocks_for(capability, variant.dtype, variant.size, step=variant.split)
-    kernel = kernels.attention_part if variant.split else kernels.attention
-    constants = {
-        "CAUSAL": variant.causal,
-        "LENGTHS": variant.lengths,
-        "MASK": variant.mask,
-        "BIAS": variant.bias,
-        "INT8": variant.int8,
-        "BLOCK_M": blocks.m,
-        "BLOCK_N": blocks.n,
-        "BLOCK_D": width(variant.size),
-        "PRECISION": variant.precision,
-        "WIDEN": False,
+    formulas = (layout or Layout()).strides(variant)
+    kernel = kernels.attention
+    types = pointer_types(variant)
+    constants: dict[str, Any] = variant.constants(blocks)
+    constants |= {name: None for name in POINTERS if name not in types}
+    constants |= {name: factor for name, (factor, sizes) in formulas.items() if not sizes}
+    constants |= {name: 0 for name in kernel.arg_names if name not in types | constants | formulas}
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+    aligned = {  # what a pointer, or an integer of an even factor, is a multiple of
+        (place,): [["tt.divisibility", ALIGNED if name in types else power_of_two(formulas[name][0])]]
+        for place, name in enumerate(kernel.arg_names)
+        if name not in constants
     }
-    signature = signature_of(kernel.arg_names, variant, constants)
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    options = {"num_warps": blocks.warps, "num_stages": blocks.stages, "ptx_version": PTX_VERSIONS[capability]}
+    options["enable_fp_fusion"] = True
     made = triton.compile(source, target=GPUTarget("cuda", capability, WARP), options=options)
-    ptx = made.asm["ptx"]
-    registers, spilled = assembled(ptx, capability)
-    return Compiled(made.metadata.name, ptx.encode(), int(made.metadata.shared), blocks.warps, registers, spilled)
+    given = [name for name in kernel.arg_names if name not in constants]
+    outputs = tuple(name for name in given if name in ("output", "sums", "parts"))
+    return Compiled(
+        capability,
+        variant,
+        blocks,
+        made.metadata.name,
+        without_scratch(made.asm["ptx"], made.metadata, len(given)).encode(),
+        int(made.metadata.shared),
+        int(made.metadata.num_warps) * WARP,
+        tuple(name for name in given if name in types and name not in outputs),
+        tuple(name for name in given if name not in types),
+        outputs,
+        formulas,
+    )
 
 
-def signature_of(names: list[str], variant: Variant, constants: Mapping[str, Any]) -> dict[str, str]:
-    """Triton's type of every argument: pointers, 32-bit sizes and strides, an FP32 scale."""
+def pointer_types(variant: Variant) -> dict[str, str]:
+    """Triton's types of the tensors that a variant has. Additive masks and biases are of the queries' dtype."""
     stored = "i8" if variant.int8 else variant.dtype
-    pointers = {"query": variant.dtype, "output": variant.dtype, "key": stored, "value": stored, "bias": variant.dtype}
-    pointers |= {"mask": "i1" if variant.mask == 1 else variant.dtype, "lengths": "i32"}
-    pointers |= {"key_scale": "fp32", "value_scale": "fp32", "sums": "fp32", "parts": "fp32"}
+    types = {"query": variant.dtype, "key": stored, "value": stored}
+    if variant.int8:
+        types |= {"key_scale": "fp32", "value_scale": "fp32"}
+    if variant.lengths:
+        types["lengths"] = "i32"
+    if variant.mask != NO_MASK:
+        types["mask"] = variant.dtype if variant.mask == ADDITIVE else "i1"
+    if variant.bias:
+        types["bias"] = variant.dtype
+    types |= {"sums": "fp32", "parts": "fp32"} if variant.split else {"output": variant.dtype}
+    return {name: f"*{kind}" for name, kind in types.items()}
 
-    def kind(name: str) -> str:
-        if name in constants:
-            return "constexpr"
-        if name in pointers:
-            return f"*{pointers[name]}"
-        return "fp32" if name == "scale" else "i32"
 
-    return {name: kind(name) for name in names}
+def power_of_two(factor: int) -> int:
+    """The greatest power of two, up to 16, that divides every multiple of ``factor``."""
+    return min(factor & -factor, ALIGNED)
 
 
-def assembled(ptx: str, capability: int) -> tuple[int, int]:
-    """(registers of a thread, bytes spilled) by the assembler that Triton brings."""
-    from triton.backends.nvidia.compiler import get_ptxas
+def without_scratch(ptx: str, metadata: Any, given: int) -> str:
+    """The PTX without the two parameters that Triton appends: TensorRT would leave them to chance.
 
-    with tempfile.TemporaryDirectory() as made:
-        path = Path(made) / "kernel.ptx"
-        path.write_text(ptx)
-        suffix = "a" if capability >= 90 else ""
-        command = [
-            get_ptxas(capability).path,
-            "-v",
-            f"--gpu-name=sm_{capability}{suffix}",
-            str(path),
-            "-o",
-            "/dev/null",
-        ]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    registers, spills = RESOURCES.search(said), SPILLS.search(said)
-    return int(registers[1]) if registers else 0, int(spills[1]) if spills else 0
+    Raises EngineError where the kernel uses them: it would need memory that nobody gives it.
+    """
+    name = metadata.name
+    for index in (given + 1, given):
+        ptx, dropped = re.subn(SCRATCH.format(name=name, index=index), "", ptx)
+        if (
+            dropped != 1
+            or f"{name}_param_{index}" in ptx
+            or metadata.global_scratch_size
+            or metadata.profile_scratch_size
+        ):
+            raise EngineError(
+                f"the compiled {name} has no unused parameter {index} for Triton's scratch memory; "
+                "expected what Triton 3.9 makes. Install triton 3.9."
+            )
+    return ptx
