@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -105,16 +104,23 @@ class Compiled:
         return self.variant.programs(self.blocks, B, S), parts, 1
 
     def sizes(self, B: Any, S: Any, T: Any) -> tuple[Any, ...]:
-        """The values of ``integers``. Raises EngineError for numbers that 32 bits do not hold."""
+        """The values of ``integers``; numbers or an engine builder's symbols.
+
+        Raises EngineError for numbers that 32 bits do not hold.
+        """
         sizes = {"B": B, "S": S, "T": T}
-        found = tuple(prod((sizes[letter] for letter in self.formulas[name][1]), start=self.formulas[name][0])
-                      for name in self.integers)  # fmt: skip
-        for name, value in zip(self.integers, found, strict=True):
+        found = []
+        for name in self.integers:
+            factor, letters = self.formulas[name]
+            value: Any = sizes[letters[0]] * factor  # a symbol stands in front: it multiplies, a number does not
+            for letter in letters[1:]:
+                value = value * sizes[letter]
             if isinstance(value, int) and not -(2**31) <= value < 2**31:
                 raise EngineError(
                     f"{name} is {value} for B={B}, S={S}, T={T}; expected 32 bits. Use fewer rows at once."
                 )
-        return found
+            found.append(value)
+        return tuple(found)
 
     @cached_property
     def assembled(self) -> tuple[int, int]:
