@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from contextlib import redirect_stdout
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
@@ -45,6 +46,13 @@ def build(
             "lengths, TensorRT-RTX's own operator for half precision, opt-in until a GPU has executed it."
         ),
     ] = Attention.MASK,
+    plugin: Annotated[
+        bool,
+        typer.Option(
+            help="For --target tensorrt: compute the attention that TensorRT has no fused kernel of, as that in FP32, "
+            "by ours, which no GPU has executed yet; else it is products and a softmax."
+        ),
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Build TensorRT engines of a bundle and put them into it.
@@ -66,6 +74,7 @@ def build(
             allow_unfused=allow_unfused,
             tell=Steps(tell, 0).more,
             attention=attention.value,
+            plugin=plugin,
         )
     if as_json:
         print_json({"bundle": bundle, "engines": [engine.to_json() for engine in engines]})
@@ -95,9 +104,10 @@ def target_names() -> list[str]:
 
 def print_kernels(engine: Engine) -> None:
     """What the builder made of one graph: its kernels, how often each, and what did not fuse."""
-    for reason in dict.fromkeys(engine.written_out.values()):
-        count = sum(each == reason for each in engine.written_out.values())
-        print(printable(f"\n{engine.target}, {engine.graph}: {count} attentions are written out, no kernel {reason}"))
+    for what, reasons in (("written out", engine.written_out), ("our plugin", engine.plugins)):
+        for reason, count in Counter(reasons.values()).items():
+            where = f"{engine.target}, {engine.graph}"
+            print(printable(f"\n{where}: {count} attentions are {what}, TensorRT has no kernel {reason}"))
     for fusion in engine.fusions:
         print(printable(f"\n{engine.target}, {engine.graph}, {fusion.words()}"))
         for title, count in fusion.alike.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from transom.export.bundle import add_to_bundle
@@ -16,17 +17,19 @@ from transom.export.engine.profiles import Profile, profiles_of
 from transom.export.engine.targets import Target, require_precision
 from transom.runtime.bundle import QUANTIZED, Bundle, Manifest
 from transom.runtime.cuda import find_gpu
-from transom.runtime.errors import EngineError, ExportError
-from transom.runtime.trt_library import NAMES, RTX, library
+from transom.runtime.errors import BackendError, EngineError, ExportError
+from transom.runtime.trt_library import FULL, NAMES, RTX, library
 
 FOLDER = "engines"  # in the bundle
+COMPILER = "triton"
 
 
 @dataclass(frozen=True)
 class Engine:
     """One graph built for one target: the plan's size in bytes, seconds, and what became of it in each profile.
 
-    ``written_out`` are the attentions that have no fused kernel, by their nodes, and why.
+    ``written_out`` are the attentions that have no fused kernel, by their nodes, and why; ``plugins`` those for which
+    TensorRT has none and our own is in the engine.
     """
 
     target: str
@@ -36,6 +39,7 @@ class Engine:
     fusions: tuple[Fusion, ...]
     memory: Mapping[str, int]
     written_out: Mapping[str, str]
+    plugins: Mapping[str, str]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -45,6 +49,7 @@ class Engine:
             "seconds": round(self.seconds, 2),
             "memory": dict(self.memory),
             "written_out": dict(self.written_out),
+            "plugins": dict(self.plugins),
             "profiles": [fusion.to_json() for fusion in self.fusions],
         }
 
@@ -56,11 +61,13 @@ def build(
     allow_unfused: bool,
     tell: Callable[[str], None],
     attention: str = MASK,
+    plugin: bool = True,
 ) -> list[Engine]:
     """Build every graph of ``bundle`` for every target, and put the plans into it.
 
     The graphs are TensorRT's flavour, which first has to compute in ONNX Runtime what the bundle computes. Nothing is
-    written before all engines of all targets are built. Raises ExportError for a precision or an ``attention`` that a
+    written before all engines of all targets are built. For full TensorRT attention that it has no kernel of is our
+    ``plugin``, and without written out. Raises ExportError for a precision or an ``attention`` that a
     target does not have, BackendError where a library is missing, EngineError for a graph that cannot be built, or one
     whose attention did not fuse, unless ``allow_unfused``.
     """
@@ -69,21 +76,21 @@ def build(
         require_precision(target, manifest.precision, elsewhere(manifest))
         require_attention(target, attention)
         library(target.library)
-    tell("writing TensorRT's flavour of the graphs")
-    graphs = tensorrt_graphs(bundle, attention)
-    tell("holding it against the bundle")
-    check_flavour(bundle, graphs)
-    models = {name: graph.serialized() for name, graph in graphs.items()}
+    graphs = {
+        kind: flavour_of(bundle, kind, attention, plugin=plugin, tell=tell)
+        for kind in dict.fromkeys(target.library for target in targets)
+    }
+    models = {kind: {name: graph.serialized() for name, graph in made.items()} for kind, made in graphs.items()}
     profiles = {file.graph.name: profiles_of(file.graph, manifest.axes) for file in manifest.graphs}
     engines: list[Engine] = []
     plans: dict[str, bytes] = {}
     described = dict(manifest.engines)
     for target in targets:
         names = {}
-        for name, graph in graphs.items():
+        for name, graph in graphs[target.library].items():
             tell(f"building {name} for {target.name}")
             started = time.perf_counter()
-            built = build_engine(name, models[name], profiles[name], target)
+            built = build_engine(name, models[target.library][name], profiles[name], target, tuple(graph.plugins))
             engine = engine_of(target, name, graph, built, profiles[name], time.perf_counter() - started)
             if not allow_unfused:
                 require_fused(engine)
@@ -116,6 +123,29 @@ def require_attention(target: Target, attention: str) -> None:
         )
 
 
+def flavour_of(
+    bundle: Bundle, kind: str, attention: str, *, plugin: bool, tell: Callable[[str], None]
+) -> dict[str, TensorRTGraph]:
+    """The graphs of ``bundle`` for a library, which compute what the bundle does."""
+    tell(f"writing {NAMES[kind]}'s flavour of the graphs")
+    graphs = tensorrt_graphs(bundle, attention, plugins=plugin and kind == FULL)
+    require_compiler(graphs)
+    tell("holding it against the bundle")
+    check_flavour(bundle, graphs)
+    return graphs
+
+
+def require_compiler(graphs: Mapping[str, TensorRTGraph]) -> None:
+    """Raise BackendError where a plugin has to be compiled and nothing here does."""
+    count = sum(len(graph.plugins) for graph in graphs.values())
+    if count and find_spec(COMPILER) is None:
+        reason = next(reason for graph in graphs.values() for reason in graph.plugins.values())
+        raise BackendError(
+            f"TensorRT has no fused kernel of {count} attentions {reason}; ours is compiled by {COMPILER}, which is "
+            "not installed. Run `pip install 'transom[plugin]'`, or give --no-plugin to have them written out."
+        )
+
+
 def elsewhere(manifest: Manifest) -> str:
     """The precision of what is not in integers."""
     if manifest.precision not in QUANTIZED or manifest.quantization is None:
@@ -137,7 +167,9 @@ def engine_of(
         fusion_of(profile.name, found, graph.operators, graph.integer_products)
         for profile, found in zip(profiles, kernels, strict=True)
     )
-    return Engine(target.name, name, len(built.plan), seconds, fusions, memory_of(built.log), graph.written_out)
+    return Engine(
+        target.name, name, len(built.plan), seconds, fusions, memory_of(built.log), graph.written_out, graph.plugins
+    )
 
 
 def require_fused(engine: Engine) -> None:

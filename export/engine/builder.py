@@ -33,17 +33,20 @@ class Built:
     log: Sequence[str]
 
 
-def build_engine(graph: str, model: bytes, profiles: Sequence[Profile], target: Target) -> Built:
+def build_engine(
+    graph: str, model: bytes, profiles: Sequence[Profile], target: Target, plugins: Sequence[str] = ()
+) -> Built:
     """An engine of the ONNX ``model`` for ``target``, with TF32 off and the layers in the log.
 
-    ``graph`` is its name in messages. The same model, profiles, target and library give the engine that was built
-    before. Raises BackendError where the library is missing, EngineError where it cannot build this, or has no
-    room to.
+    ``graph`` is its name in messages; ``plugins`` are the nodes that have to be plugins of ours. The same model,
+    profiles, target and library give the engine that was built before. Raises BackendError where the library is
+    missing, EngineError where it cannot build this, or has no room to.
     """
     job = {
         "library": target.library,
         "capability": target.capability,
         "profiles": [{name: list(sizes) for name, sizes in profile.shapes.items()} for profile in profiles],
+        **({"plugins": list(plugins)} if plugins else {}),
     }
     version = library(target.library).__version__
     key = hashlib.sha256(json.dumps([job, version]).encode() + model).hexdigest()
@@ -93,6 +96,11 @@ def failure(folder: Path, graph: str, target: Target, status: int, said: str) ->
         return EngineError(
             f"{what} read the node {wrong.get('node')!r} ({wrong.get('operator')}) of the graph {graph!r}: {message} "
             "Export the bundle again, or use it with device='cpu' or 'cuda'."
+        )
+    if wrong.get("kind") == "plugin":
+        return EngineError(
+            f"{what} build the graph {graph!r} for {target.name} with our attention: {message} "
+            "Build with --no-plugin, where it is written out, and report this."
         )
     if not wrong:
         last = " ".join([*lines_of(folder / LOG)[-LAST_LINES:], *said.split()[-40:]])

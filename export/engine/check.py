@@ -11,6 +11,7 @@ from transom.export.engine.flavour import TensorRTGraph
 from transom.export.engine.profiles import cache_sizes
 from transom.export.flavours import Flavours, emulations, pack
 from transom.export.passes.length_attention import standard_attention
+from transom.export.passes.plugin_attention import inline_functions
 from transom.export.quantization.stored import stored_graphs
 from transom.export.quantization.trial import open_flavours
 from transom.runtime.backend import Array, Backend
@@ -54,7 +55,7 @@ def check_flavour(bundle: Bundle, graphs: Mapping[str, TensorRTGraph]) -> float:
 
     Over every golden case, a decoder's generation step by step. Raises ParityError where it is more than TOLERANCES
     allow, ExportError for a bundle without golden values. Attention by lengths, which ONNX Runtime does not have, is
-    computed as its documentation describes it.
+    computed as its documentation describes it; functions of our own are computed by their bodies.
     """
     golden = read_golden(bundle)
     if not golden:
@@ -68,7 +69,8 @@ def check_flavour(bundle: Bundle, graphs: Mapping[str, TensorRTGraph]) -> float:
         lengths = cache_sizes(backend.graph, axes)
         return FullCache(backend, *lengths.values()) if lengths else backend
 
-    ours, theirs = {name: graph.model.clone() for name, graph in graphs.items()}, stored_graphs(bundle, "default")
+    ours = {name: inline_functions(graph.model.clone()) for name, graph in graphs.items()}
+    theirs = stored_graphs(bundle, "default")
     for model in ours.values():
         standard_attention(model)
     worst = 0.0

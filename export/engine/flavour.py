@@ -11,6 +11,7 @@ from transom.export.engine.profiles import cache_sizes, require_tables
 from transom.export.passes.decompose_attention import decompose_attention
 from transom.export.passes.fixed_axes import fix_axes
 from transom.export.passes.length_attention import OPERATOR, length_attention
+from transom.export.passes.plugin_attention import plugin_attention
 from transom.export.passes.split_products import split_products
 from transom.export.quantization.stored import stored_graphs
 from transom.runtime.bundle import Bundle
@@ -30,6 +31,7 @@ class TensorRTGraph:
 
     model: ir.Model
     written_out: Mapping[str, str] = field(default_factory=dict)  # attentions that have no kernel, and why
+    plugins: Mapping[str, str] = field(default_factory=dict)  # those that our kernel computes, and why TensorRT's not
 
     @property
     def operators(self) -> dict[str, str]:
@@ -55,13 +57,14 @@ def is_dequantized(value: ir.Value | None) -> bool:
     return producer is not None and producer.op_type == "DequantizeLinear"
 
 
-def tensorrt_graphs(bundle: Bundle, attention: str = MASK) -> dict[str, TensorRTGraph]:
+def tensorrt_graphs(bundle: Bundle, attention: str = MASK, *, plugins: bool = False) -> dict[str, TensorRTGraph]:
     """The graphs of the file for TensorRT, by name, rewritten where its builder asks for it.
 
-    A KV cache gets its greatest length, for TensorRT writes into no other; attention is written out where it has no
-    kernel of it; an integer product that is cut into parts becomes a product for each, for TensorRT makes no
-    integers of the one. With ``attention`` LENGTHS a cache is read by lengths instead of a mask. Everything else stays
-    as it ships. Raises BundleError for axes that go beyond the graph, ExportError where LENGTHS has nothing to work on.
+    A KV cache gets its greatest length, for TensorRT writes into no other; attention that it has no kernel of is
+    written out, or with ``plugins``, which full TensorRT takes, a function that our kernel computes; an integer product
+    that is cut into parts becomes a product for each, for TensorRT makes no integers of the one. With ``attention``
+    LENGTHS a cache is read by lengths instead of a mask. Everything else stays as it ships. Raises BundleError for axes
+    that go beyond the graph, ExportError where LENGTHS has nothing to work on.
     """
     models = stored_graphs(bundle, "default")
     graphs = {}
@@ -71,12 +74,18 @@ def tensorrt_graphs(bundle: Bundle, attention: str = MASK) -> dict[str, TensorRT
         if is_decoder(file.graph):
             fix_axes(model, cache_sizes(file.graph, bundle.manifest.axes))
         reasons = {node: without_kernel(node, file.graph) for node in model.graph if node.op_type == "Attention"}
-        written_out = {str(node.name): reason for node, reason in reasons.items() if reason is not None}
+        refused = {str(node.name): reason for node, reason in reasons.items() if reason is not None}
+        ours: dict[str, str] = {}
+        written_out = refused
+        if plugins:
+            left = plugin_attention(model, lambda node, names=refused: str(node.name) in names)  # type: ignore[misc]
+            written_out = {name: f"{refused[name]}, and ours none {reason}" for name, reason in left.items()}
+            ours = {name: reason for name, reason in refused.items() if name not in left}
         decompose_attention(model, lambda node, names=written_out: str(node.name) in names)  # type: ignore[misc]
         split_products(model)
         if attention == LENGTHS:
             length_attention(model)
-        graphs[file.graph.name] = TensorRTGraph(model, written_out)
+        graphs[file.graph.name] = TensorRTGraph(model, written_out, ours)
     if attention == LENGTHS and not any(OPERATOR in graph.operators.values() for graph in graphs.values()):
         raise ExportError(
             f"--attention {LENGTHS} is for caches in half precision that a fused attention reads, and {bundle.folder} "

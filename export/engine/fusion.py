@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from transom.export.passes.plugin_attention import INPUTS as PLUGINS
+
 LAYER = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: .*, Metadata: ?(?P<nodes>.*)$")
 NODE = re.compile(r"\[ONNX Layer: (.*?)\](?=\x1f|$)")
 GROUP = re.compile(r"_myl(\d+)_\d+")  # the compiled subgraph: one per profile, or several
@@ -20,7 +22,8 @@ MEMORY = re.compile(r"^Total (Activation|Weights) Memory: (\d+) bytes")
 FUSED_ATTENTION = re.compile(r"_mha_v\d")  # _gemm_mha_v2 of many queries, _gemv_mha_v1 of one
 SERIAL = re.compile(r"( \[profile \d+\])?(_myl\d+_\d+)?$")
 PRODUCTS = ("gemm", "correlation")  # kinds of layers that multiply matrices, or convolve
-ATTENTIONS = ("Attention", "TRT_Attention")
+PLUGIN = re.compile("plugin", re.IGNORECASE)  # in the kind of its layer: PluginV3 in TensorRT's own inspector
+ATTENTIONS = ("Attention", "TRT_Attention", *PLUGINS)
 COMPUTES = (*ATTENTIONS, "MatMul", "Gemm", "Conv", None)  # operators that have work for a kernel of their own
 SHAPES = ("shape_call", "ShapeHostToDevice")  # kinds of layers that compute sizes alone
 
@@ -125,16 +128,21 @@ class Fusion:
 def fusion_of(
     profile: str, kernels: Sequence[Kernel], operators: Mapping[str, str], integer_products: Sequence[str]
 ) -> Fusion:
-    """``operators`` are those of the graph that was built, by the name of the node; some products are of integers."""
+    """``operators`` are those of the graph that was built, by the name of the node; some products are of integers.
+
+    An attention of ours is one kernel where a layer of the engine is its plugin, and not what its body became.
+    """
     attention = [name for name, operator in operators.items() if operator in ATTENTIONS]
     fused = {node for kernel in kernels if FUSED_ATTENTION.search(kernel.name) for node in kernel.nodes}
+    plugged = {node for kernel in kernels if PLUGIN.search(kernel.kind) for node in (kernel.title, *kernel.nodes)}
+    one = {name: name in (plugged if operators[name] in PLUGINS else fused) for name in attention}
     gelus = [name for name, operator in operators.items() if operator == "Gelu"]
     shared = {node for kernel in kernels if len(kernel.nodes) > 1 for node in kernel.nodes}
     integers = {node for kernel in kernels if kernel.int8 and kernel.kind in PRODUCTS for node in kernel.nodes}
     return Fusion(
         profile=profile,
         attentions=len(attention),
-        unfused=tuple(name for name in attention if name not in fused),
+        unfused=tuple(name for name in attention if not one[name]),
         gelus=len(gelus),
         gelus_fused=sum(name in shared for name in gelus),
         linears=len(integer_products),

@@ -13,11 +13,13 @@ import shutil
 import sys
 import threading
 import time
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from transom.runtime.errors import BackendError, one_line
-from transom.runtime.trt_library import RTX, library
+from transom.runtime.trt_library import FULL, RTX, library
 
 WATCH_S = 0.2
 JOB, GRAPH, PLAN, LOG, ERROR = "job.json", "graph.onnx", "engine.plan", "log.txt", "error.json"
@@ -44,6 +46,10 @@ def build(folder: Path) -> dict[str, Any] | None:
                 log.write(f"{message}\n")
 
         util.TRT_LOGGER = logger = Recorder()
+        failures: list[Exception] = []
+        nodes = job.get("plugins", ())
+        if nodes:
+            register(failures)
         builder = trt.Builder(logger)
         network = builder.create_network(0)
         parser = trt.OnnxParser(network, logger)
@@ -55,6 +61,9 @@ def build(folder: Path) -> dict[str, Any] | None:
                 "operator": error.node_operator(),
                 "message": one_line(RuntimeError(error.desc())),
             }
+        missing = without_plugin(network, nodes, trt.LayerType.PLUGIN_V3) if nodes else None
+        if missing is not None:
+            return {"kind": "plugin", "message": f"the parser made no plugin of the node {missing!r}."}
         profiles = []
         for shapes in job["profiles"]:
             profile = Profile()
@@ -74,9 +83,27 @@ def build(folder: Path) -> dict[str, Any] | None:
         try:
             plan = engine_bytes_from_network((builder, network, parser), config=config)
         except PolygraphyException as failure:
+            if failures:
+                return {"kind": "plugin", "message": one_line(failures[0])}
             return {"kind": "build", "message": one_line(failure)}
         (folder / PLAN).write_bytes(bytes(plan))
     return None
+
+
+def register(failures: list[Exception]) -> None:
+    """Our plugins, for the GPU that is here; what goes wrong in them is added to ``failures``."""
+    from transom.export.plugins.trt_plugin import register_plugins
+    from transom.runtime.cuda import find_gpu
+
+    major, minor = find_gpu().capability
+    register_plugins(import_module(f"{FULL}.plugin"), 10 * major + minor, failures.append)
+
+
+def without_plugin(network: Any, nodes: Sequence[str], kind: Any) -> str | None:
+    """The first of ``nodes`` that is no layer of this ``kind``: the parser may take a function by its body instead."""
+    layers = (network.get_layer(index) for index in range(network.num_layers))
+    found = {layer.name for layer in layers if layer.type == kind}
+    return next((node for node in nodes if node not in found), None)
 
 
 def end_with_parent(folder: Path) -> None:

@@ -45,6 +45,7 @@ GPUS = {  # by compute capability (CUDA C++ Programming Guide, "Technical Specif
     100: Gpu(64, 32, 228 * KIB),
     120: Gpu(48, 24, 100 * KIB),
 }
+FIRST_ALONE = 90  # from here on Triton's PTX is of the kind "sm_90a", which no later GPU takes
 AMPERE, HOPPER, BLACKWELL = "mma", "wgmma", "tcgen05"  # which instructions of tensor cores Triton uses
 FAMILIES = {80: AMPERE, 86: AMPERE, 87: AMPERE, 89: AMPERE, 120: AMPERE, 90: HOPPER, 100: BLACKWELL}
 PROMPT, ADDED, STEP = 0, 1, 2  # nothing but lengths and causality; a mask, a bias or integers besides; keys in parts
@@ -102,6 +103,19 @@ def blocks_for(capability: int, variant: Variant) -> Blocks:
     else:
         table = TURING if capability == 75 else HALVES[FAMILIES[capability]]
     return table[row][column]
+
+
+def portable(capability: int) -> int:
+    """The one of ``GPUS`` whose PTX a GPU of ``capability`` runs: its own, or the greatest that later ones take.
+
+    From SM90 on the PTX is for that very GPU. Raises EngineError for what is older than all of them.
+    """
+    if capability in GPUS:
+        return capability
+    older = [known for known in GPUS if known < min(capability, FIRST_ALONE)]
+    if not older:
+        raise EngineError(f"there is no kernel for SM{capability}; expected SM{min(GPUS)} or later. Use device='cuda'.")
+    return max(older)
 
 
 def resident_warps(gpu: Gpu, warps: int, registers: int, shared: int) -> int:

@@ -1,0 +1,152 @@
+"""``Attention`` -> a function of our own, which TensorRT takes from our kernel and ONNX Runtime from its body.
+
+A function of the domain ``transom`` has a body of standard operators: ONNX Runtime runs it as it runs the node that was
+there before. To TensorRT's parser the node is a plugin, by its operator's name and ``plugin_namespace``, and the body
+is not read where a plugin of that name is registered [TensorRT-RTX 1.7.1's parser, by its log].
+
+Cases:
+1. Keys and values are a cache that was written at ``write_indices``, seen through a mask of what is written
+   (``length_attention`` says which): ``CausalFlashAttention`` by lengths, which does not read what no row has reached.
+2. A mask that spreads over the scores by axes that are known: ``MaskedFlashAttention``.
+3. No mask: ``FlashAttention``.
+
+Everything else is left, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass
+
+from transom.export.passes.length_attention import parts_of, scale_of, size_along, why_not
+from transom.export.passes.splice import Splice
+
+DOMAIN, VERSION = "transom", 1
+PLAIN, MASKED, CAUSAL = "FlashAttention", "MaskedFlashAttention", "CausalFlashAttention"
+TENSORS = ("query", "key", "value")
+INPUTS = {PLAIN: TENSORS, MASKED: (*TENSORS, "mask"), CAUSAL: (*TENSORS, "lengths")}
+# What TensorRT's parser reads: which plugin, and that its kernel is compiled when the engine is built
+PLUGIN: Mapping[str, Any] = {"plugin_namespace": DOMAIN, "plugin_version": "1", "aot": 1}
+DTYPES = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
+MOST_SIZE = 256  # of a head
+QUERIES, KEYS, SIZE = 2, 2, 3  # axes of queries, keys and either: (B, heads, tokens, head size)
+
+
+def plugin_attention(model: ir.Model, chosen: Callable[[ir.Node], bool]) -> Mapping[str, str]:
+    """Rewrite every ``Attention`` that is ``chosen`` in place, by cases 1 to 3; why the others were left, by name."""
+    left: dict[str, str] = {}
+    used: set[str] = set()
+    for node in [node for node in model.graph if node.op_type == "Attention" and chosen(node)]:
+        reason = without_kernel_of_ours(node)
+        if reason is not None:
+            left[str(node.name)] = reason
+            continue
+        used.add(replace(model.graph, node))
+    for operator in sorted(used):
+        function = function_of(operator, model.graph.opset_imports[""])
+        model.functions[function.identifier()] = function
+    if used:
+        model.graph.opset_imports[DOMAIN] = VERSION
+        RemoveUnusedNodesPass()(model)
+    return left
+
+
+def without_kernel_of_ours(node: ir.Node) -> str | None:
+    """Why our kernel does not compute an ``Attention``; None where it does."""
+    query, key, value, mask, *more = [*node.inputs, None][: max(4, len(node.inputs))]
+    others = [name for name, attribute in node.attributes.items() if name != "scale" and attribute.value != 0]
+    if any(other is not None for other in more) or len(node.outputs) > 1 or others:
+        return "with a cache of its own or " + (", ".join(others) or "several results")
+    if query is None or query.dtype not in DTYPES:
+        return "of a dtype that the plugin does not have"
+    heads, shared = size_along(query, 1), size_along(key, 1)
+    if not isinstance(heads, int) or not isinstance(shared, int) or heads % shared:
+        return "of heads whose number is not fixed"
+    sizes = [size_along(each, SIZE) for each in (query, key, value)]
+    if not isinstance(sizes[0], int) or sizes.count(sizes[0]) != len(sizes) or sizes[0] > MOST_SIZE:
+        return f"of heads of {sizes[0]}, which is not 1 to {MOST_SIZE}, or of values of another size"
+    if mask is not None and (mask.dtype not in (ir.DataType.BOOL, query.dtype) or not spreads(mask, query, key)):
+        return "with a mask whose axes are not known to be those of the scores"
+    return None
+
+
+def spreads(mask: ir.Value, query: ir.Value, key: ir.Value | None) -> bool:
+    """Whether every axis of ``mask`` is 1 or, by its number or name, that of the scores; keys are never 1."""
+    wanted = [size_along(query, 0), size_along(query, 1), size_along(query, QUERIES), size_along(key, KEYS)]
+    if mask.shape is None or len(mask.shape) != len(wanted) or None in wanted:
+        return False
+    found = [size_along(mask, axis) for axis in range(len(wanted))]
+    return found[-1] == wanted[-1] and all(a in (1, b) for a, b in zip(found, wanted, strict=True))
+
+
+def replace(graph: ir.Graph, node: ir.Node) -> str:
+    """Put a call of a function in the place of ``node``; the function's name."""
+    query, key, value, mask = [*node.inputs, None][:4]
+    assert query is not None
+    assert query.dtype is not None
+    splice, name = Splice(graph, node), str(node.outputs[0].name)
+    inputs, operator = [query, key, value], PLAIN
+    if mask is not None and why_not(node) is None:
+        found = parts_of(mask)
+        assert found is not None
+        operator = CAUSAL
+        reached = splice.add("Add", [found.write_indices, found.new], f"{name}.reached", dtype=ir.DataType.INT64)
+        narrow = {"to": ir.DataType.INT32}
+        inputs.append(splice.add("Cast", [reached], f"{name}.lengths", narrow, dtype=ir.DataType.INT32))
+    elif mask is not None:
+        operator = MASKED
+        inputs.append(mask)
+    attributes = {"scale": scale_of(node), **PLUGIN}
+    called = splice.add(operator, inputs, f"{name}.attended", attributes, dtype=query.dtype, domain=DOMAIN)
+    called.producer().name = node.name  # type: ignore[union-attr]  # by which reports and engines know it
+    splice.replace_place(called)
+    return operator
+
+
+def function_of(operator: str, opset: int) -> ir.Function:
+    """The function called ``operator``, of standard operators of ``opset``, with the ``scale`` of the call."""
+    inputs = [ir.Value(name=name) for name in INPUTS[operator]]
+    query, key, value, *more = inputs
+    nodes: list[ir.Node] = []
+
+    def add(op_type: str, given: list[ir.Value | None], result: str, **attributes: Any) -> ir.Value:
+        made = ir.node(op_type, given, attributes, name=f"{operator}_{result}")
+        made.outputs[0].name = result
+        nodes.append(made)
+        return made.outputs[0]
+
+    def constant(result: str, number: Any) -> ir.Value:
+        return add("Constant", [], result, value=ir.tensor(np.array(number, np.int64), name=result))
+
+    def size(of: ir.Value, result: str) -> ir.Value:
+        return add("Squeeze", [add("Shape", [of], f"{result}.axis", start=KEYS, end=KEYS + 1)], result)
+
+    mask = more[0] if operator == MASKED else None
+    if operator == CAUSAL:  # key j of the row's length shows to query i where j <= length - S + i
+        zero, one, S, T = constant("zero", 0), constant("one", 1), size(query, "S"), size(key, "T")
+        wide = add("Cast", [more[0]], "wide", to=ir.DataType.INT64)
+        length = add("Unsqueeze", [wide, constant("rows", [1, 2, 3])], "length")  # (B, 1, 1, 1)
+        columns = add("Range", [zero, T, one], "columns")  # (T,)
+        steps = add("Unsqueeze", [add("Range", [zero, S, one], "queries"), constant("last", [1])], "steps")  # (S, 1)
+        most = add("Add", [add("Sub", [length, S], "before"), steps], "most")
+        held, reached = add("Less", [columns, length], "held"), add("LessOrEqual", [columns, most], "reached")
+        mask = add("And", [held, reached], "mask")  # (B, 1, S, T)
+    result = add("Attention", [query, key, value, mask] if mask is not None else [query, key, value], "result")
+    result.producer().attributes["scale"] = ir.RefAttr("scale", "scale", ir.AttributeType.FLOAT)  # type: ignore[union-attr]
+    graph = ir.Graph(inputs, [result], nodes=nodes, opset_imports={"": opset}, name=operator)
+    attributes = [ir.Attr("scale", ir.AttributeType.FLOAT, None)]
+    attributes += [ir.Attr(name, type_of(value), None) for name, value in PLUGIN.items()]
+    return ir.Function(DOMAIN, operator, graph=graph, attributes=attributes)
+
+
+def type_of(value: Any) -> ir.AttributeType:
+    return ir.AttributeType.STRING if isinstance(value, str) else ir.AttributeType.INT
+
+
+def inline_functions(model: ir.Model) -> ir.Model:
+    """The same with every function's body in the place of its calls, for passes that know standard operators alone."""
+    return InlinePass()(model).model if model.functions else model

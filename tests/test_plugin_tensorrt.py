@@ -1,0 +1,162 @@
+"""Our plugins as NVIDIA's own ``tensorrt.plugin`` takes them: what a builder is told of kernels, launches and integers.
+
+In a process of its own, which compiles: this one interprets its kernels. TensorRT itself is not here; the classes below
+that package are emulated.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed: pip install 'transom[plugin]'")
+if find_spec("tensorrt_bindings") is None:
+    pytest.skip("tensorrt-cu13-bindings, which brings tensorrt.plugin, is not installed", allow_module_level=True)
+
+from transom.export.passes.plugin_attention import CAUSAL, MASKED, PLAIN
+from transom.export.plugins.blocks import blocks_for, portable
+from transom.export.plugins.launch import Variant
+from transom.export.plugins.trt_plugin import candidates, variant_of
+from transom.runtime.errors import EngineError
+
+QKV = [["B", 12, "S", 64]] * 3
+CACHE = [["B", 12, "S", 64], ["B", 4, 1024, 64], ["B", 4, 1024, 64]]
+# (operator, trt.DataType of the inputs, their shapes): as bert, vit and gpt have them in engines
+CASES: list[tuple[str, list[str], list[Any]]] = [
+    (MASKED, ["FLOAT"] * 3 + ["BOOL"], [*QKV, ["B", 1, 1, "S"]]),
+    (PLAIN, ["BF16"] * 3, QKV),
+    (CAUSAL, ["HALF"] * 3 + ["INT32"], [*CACHE, ["B"]]),
+    (MASKED, ["HALF"] * 4, [*QKV[:1], ["B", 12, "T", 64], ["B", 12, "T", 64], [1, 12, "S", "T"]]),
+]
+SIZES = {"B": 3, "S": 50, "T": 70}
+SCRIPT = """
+import json, sys
+import emulated_tensorrt as emulated
+from transom.export.plugins.trt_plugin import register_plugins
+failed = []
+register_plugins(emulated.install(), 89, failed.append)
+sizes = json.loads(sys.argv[2])
+launch = ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared_mem")
+for operator, dtypes, shapes in json.loads(sys.argv[1]):
+    made = emulated.planned(operator, dtypes, shapes, {"scale": 0.125})
+    print(json.dumps([
+        {
+            "name": each["name"], "ptx": each["ptx"],
+            "launch": {name: getattr(each["launch"], name).expr.value(sizes) for name in launch},
+            "integers": each["integers"].values_for(sizes), "output": [size.value(sizes) for size in each["output"]],
+        }
+        for each in made
+    ]))
+try:
+    emulated.planned("FlashAttention", ["FLOAT"] * 3, [["B", "H", "S", 64]] * 3, {"scale": 1.0})
+except Exception:
+    print(json.dumps([str(error) for error in failed]))
+"""
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[list[dict[str, Any]]], list[str]]:
+    """What was told of each case, by tactic; and what went wrong where the number of heads is not fixed."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    environment["PYTHONPATH"] = str(Path(__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SCRIPT, json.dumps(CASES), json.dumps(SIZES)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    *cases, failed = [json.loads(line) for line in done.stdout.splitlines()]
+    return cases, failed
+
+
+def test_nvidias_package_takes_our_plugins(planned: Any) -> None:
+    """It checks signatures and types; the result is like the queries; each tactic is another kernel."""
+    cases, _ = planned
+    for (_, _, shapes), tactics in zip(CASES, cases, strict=True):
+        assert [each["name"] for each in tactics] == ["attention", "attention"]
+        assert tactics[0]["ptx"] != tactics[1]["ptx"]
+        for each in tactics:
+            assert each["output"] == [SIZES.get(str(size), size) for size in shapes[0]] == [3, 12, 50, 64]
+            assert ".target sm_89\n" in each["ptx"]
+            assert f".reqntid {each['launch']['block_x']}\n" in each["ptx"]
+
+
+def test_the_launch_by_hand(planned: Any) -> None:
+    """B = 3, S = 50, 12 heads: 36 programs of 64 queries in FP32, of 128 in halves; a step's are of 16."""
+    cases, _ = planned
+    blocks = [
+        candidates(89, variant_of(operator, dtypes, numbers(shapes), 0.125)[0]) for operator, dtypes, shapes in CASES
+    ]
+    assert [[each.m for each in both] for both in blocks] == [[64, 16], [128, 16], [128, 16], [64, 16]]
+    for both, tactics in zip(blocks, cases, strict=True):
+        for each, made in zip(both, tactics, strict=True):
+            launch = made["launch"]
+            tiles = -(-50 // each.m)
+            assert [launch[f"grid_{axis}"] for axis in "xyz"] == [tiles * 3 * 12, 1, 1]
+            assert [launch[f"block_{axis}"] for axis in "xyz"] == [32 * each.warps, 1, 1]
+            assert 0 < launch["shared_mem"] <= 48 * 1024
+
+
+def test_the_integers_by_hand(planned: Any) -> None:
+    """S, T, then the strides of rows and heads that a size changes: of Q, K, V, of the mask, of the output."""
+    cases, _ = planned
+    q, k = [12 * 50 * 64, 50 * 64], [12 * 70 * 64, 70 * 64]
+    cache = [4 * 1024 * 64, 1024 * 64]
+    expected = [
+        [50, 50, *q, *q, *q, 50, *q],  # a mask (B, 1, 1, T) moves by T from row to row
+        [50, 50, *q, *q, *q, *q],
+        [50, 1024, *q, *cache, *cache, *q],
+        [50, 70, *q, *k, *k, 50 * 70, 70, *q],  # (1, H, S, T): by S T from head to head, by T from query to query
+    ]
+    for integers, tactics in zip(expected, cases, strict=True):
+        for made in tactics:
+            assert made["integers"] == integers
+
+
+def test_parameters_are_inputs_integers_and_the_output(planned: Any) -> None:
+    cases, _ = planned
+    for (operator, dtypes, _), tactics in zip(CASES, cases, strict=True):
+        for made in tactics:
+            entry = made["ptx"].split(".entry attention(")[1].split(")")[0]
+            kinds = [word for word in entry.split() if word in (".u64", ".u32")]
+            assert kinds == [".u64"] * len(dtypes) + [".u32"] * len(made["integers"]) + [".u64"], operator
+
+
+def test_what_goes_wrong_inside_is_told(planned: Any) -> None:
+    """TensorRT says that something did; what, the worker hears from us."""
+    _, failed = planned
+    assert failed[0].startswith("the plugin FlashAttention was given queries of FLOAT (None, None, None, 64) and keys")
+
+
+def numbers(shapes: list[Any]) -> list[list[int | None]]:
+    return [[size if isinstance(size, int) else None for size in shape] for shape in shapes]
+
+
+def test_variants_by_hand() -> None:
+    masked, layout = variant_of(MASKED, ["FLOAT"] * 3 + ["BOOL"], numbers(CASES[0][2]), 0.5)
+    assert masked == Variant("fp32", 64, 12, 1, 0.5, mask=1)
+    assert layout.mask == "b"
+    added, layout = variant_of(MASKED, ["HALF"] * 4, numbers(CASES[3][2]), 0.5)
+    assert added.mask == 2
+    assert layout.mask == "hm"
+    causal, _ = variant_of(CAUSAL, ["HALF"] * 3 + ["INT32"], numbers(CASES[2][2]), 0.5)
+    assert causal == Variant("fp16", 64, 12, 3, 0.5, causal=True, lengths=True)
+    with pytest.raises(EngineError, match=r"queries of INT8 .* Build with --no-plugin"):
+        variant_of(PLAIN, ["INT8"] * 3, numbers(QKV), 0.5)
+
+
+def test_gpus_that_the_table_does_not_have() -> None:
+    """Thor, B300 and GB10 run the PTX of SM89; from SM90 on PTX is for its own GPU."""
+    assert [portable(sm) for sm in (75, 86, 88, 90, 103, 110, 120, 121)] == [75, 86, 87, 90, 89, 89, 120, 89]
+    assert candidates(121, Variant("fp16", 64))[0] == blocks_for(89, Variant("fp16", 64))
+    with pytest.raises(EngineError, match="no kernel for SM70; expected SM75 or later"):
+        portable(70)
