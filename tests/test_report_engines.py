@@ -189,8 +189,13 @@ def test_everything_fused_and_fp32() -> None:
     assert Page(html).headings == ["TensorRT engines"]
     none = {"fused": 0, "of": 0}
     plain = profile("all", attention=none, gelu=none, int8={"products": 0, "of": 0}, alone=[])
-    html = engines_section(manifest({"rtx-sm89": engine("rtx-sm89", plain, plain)}, "fp32"))
-    assert "In FP32 attention is written out as two products and a softmax" in html
+    made = engine("rtx-sm89", plain, plain)
+    made["graphs"]["decoder"]["written_out"] = {"node_1": "in FP32", "node_2": "in FP32", "node_3": f"of {EVIL}"}
+    made["graphs"]["decoder"]["plugins"] = {"node_4": "in FP32"}
+    html = engines_section(manifest({"rtx-sm89": made}, "fp32"))
+    assert Page(html).headings == ["TensorRT engines", "Attention that TensorRT has no kernel of"]
+    assert "2 in FP32: two products and a softmax<br>1 of &lt;script&gt;" in html
+    assert "<br>1 in FP32: a kernel of our own</div>" in html
     assert "is fused" not in html
     assert Page(html).table("TensorRT engines")[1][6:] == ["–", "–", "–", "10"]
     assert engines_section(manifest({})) == ""

@@ -36,7 +36,8 @@ def variant_of(operator: str, dtypes: Sequence[str], shapes: Sequence[Sizes], sc
     if dtypes[0] not in DTYPES or not heads or not shared or size is None:
         raise EngineError(
             f"the plugin {operator} was given queries of {dtypes[0]} {tuple(shapes[0])} and keys of "
-            f"{tuple(shapes[1])}; expected {', '.join(DTYPES)}, and heads whose number and size are fixed. Build with --no-plugin."
+            f"{tuple(shapes[1])}; expected {', '.join(DTYPES)}, and heads whose number and size are fixed. "
+            "Build with --no-plugin."
         )
     mask, axes = NO_MASK, ""
     if operator == MASKED:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -59,10 +60,10 @@ PROOF = (
     '<p class="soft">What fused is read from the builder\'s log. That needs no GPU, and it is no measurement: it '
     "says what an engine does, not how fast.</p>"
 )
-FP32 = (
-    "<p>In FP32 attention is written out as two products and a softmax and does not count: TensorRT fuses that for a "
-    "single query at most.</p>"
-)
+WITHOUT = {  # what became of attention that TensorRT has no kernel of, by the key of bundle.json
+    "written_out": "two products and a softmax",
+    "plugins": "a kernel of our own",
+}
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Built:
     unfused: tuple[str, ...]
     wide: tuple[str, ...]
     alone: tuple[str, ...]
+    without: tuple[str, ...]  # what became of attention that TensorRT has no kernel of, and why
     kernels: Kernels
 
     @property
@@ -113,7 +115,7 @@ def engines_section(manifest: Manifest) -> str:
         f"<p>{makers(manifest)}</p>{PROOF}",
         engine_table(built),
         left,
-        FP32 if manifest.precision == "fp32" else "",
+        pairs("Attention that TensorRT has no kernel of", without_kernel(alike)),
         bars(alike),
         not_fused(built, alike),
         kernel_lists(alike),
@@ -147,6 +149,7 @@ def built_from_json(manifest: Manifest, target: str, engine: Any, graph: str, pr
         unfused=texts(at(profile, "attention", "unfused")),
         wide=texts(at(profile, "int8", "dequantized")),
         alone=texts(at(profile, "alone")),
+        without=tuple(line for key in WITHOUT for line in refusals(key, at(engine, "graphs", graph, key))),
         kernels=kernels_from_json(profile),
     )
 
@@ -154,6 +157,12 @@ def built_from_json(manifest: Manifest, target: str, engine: Any, graph: str, pr
 def name(told: Any) -> str:
     """A string, escaped; a dash for anything else."""
     return words(told if isinstance(told, str) else None, 40)
+
+
+def refusals(key: str, told: Any) -> list[str]:
+    """Why TensorRT has no kernel, how often, and what is there instead. Such attention is not among what fused."""
+    reasons = [words(reason, 80) for reason in list(items(told).values())[:MOST_LISTED] if isinstance(reason, str)]
+    return [f"{count:,} {reason}: {WITHOUT[key]}" for reason, count in Counter(reasons).most_common(MOST_NODES)]
 
 
 def share(told: Any, key: str) -> tuple[int, int] | None:
@@ -166,7 +175,7 @@ def grouped(built: Sequence[Built]) -> list[Alike]:
     """Targets whose kernels are the same stand together; graph by graph and profile by profile."""
     found: dict[Any, Alike] = {}
     for each in sorted(built, key=lambda each: order(each, built)):
-        what = (each.attention, each.gelu, each.int8, each.unfused, each.wide, each.alone)
+        what = (each.attention, each.gelu, each.int8, each.unfused, each.wide, each.alone, each.without)
         same = (each.place, what, each.kernels.named, each.kernels.total)
         found.setdefault(same, Alike(each)).targets.append(each.target)
     return list(found.values())
@@ -224,6 +233,10 @@ def not_fused(built: Sequence[Built], alike: Sequence[Alike]) -> str:
     listed = " and ".join(filter(None, [", ".join(counted[:-1]), *counted[-1:]]))
     every = f"<p>Every {listed} that was counted is fused.</p>" if counted and not missing else ""
     return every + pairs("What did not fuse", missing) + pairs("Nodes that are a kernel by themselves", alone)
+
+
+def without_kernel(alike: Sequence[Alike]) -> list[tuple[str, str]]:
+    return [(each.title, "<br>".join(each.built.without)) for each in alike if each.built.without]
 
 
 def shortfalls(built: Built) -> list[str]:
