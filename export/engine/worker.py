@@ -56,7 +56,7 @@ def build(folder: Path) -> dict[str, Any] | None:
         if not parser.parse_from_file(str(folder / GRAPH)):
             error = parser.get_error(0)
             return {
-                "kind": "parse",
+                "kind": "plugin" if error.node_name() in nodes else "parse",
                 "node": error.node_name(),
                 "operator": error.node_operator(),
                 "message": one_line(RuntimeError(error.desc())),
