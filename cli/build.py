@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from contextlib import redirect_stdout
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -53,6 +54,14 @@ def build(
             "by ours, which no GPU has executed yet; else it is products and a softmax."
         ),
     ] = True,
+    repository: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="For --target tensorrt: also put the plans into a model repository of Triton Inference Server.",
+            file_okay=False,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Build TensorRT engines of a bundle and put them into it.
@@ -75,6 +84,7 @@ def build(
             tell=Steps(tell, 0).more,
             attention=attention.value,
             plugin=plugin,
+            repository=repository,
         )
     if as_json:
         print_json({"bundle": bundle, "engines": [engine.to_json() for engine in engines]})

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from transom.export.bundle import add_to_bundle
@@ -14,10 +15,12 @@ from transom.export.engine.check import check_flavour
 from transom.export.engine.flavour import LENGTHS, MASK, TensorRTGraph, tensorrt_graphs
 from transom.export.engine.fusion import Fusion, fusion_of, kernels_of, memory_of
 from transom.export.engine.profiles import Profile, profiles_of
+from transom.export.engine.repository import require_servable, write_repository
 from transom.export.engine.targets import Target, require_precision
 from transom.runtime.bundle import QUANTIZED, Bundle, Manifest
 from transom.runtime.cuda import find_gpu
 from transom.runtime.errors import BackendError, EngineError, ExportError
+from transom.runtime.plans import FULL_TARGET
 from transom.runtime.trt_library import FULL, NAMES, RTX, library
 
 FOLDER = "engines"  # in the bundle
@@ -62,20 +65,23 @@ def build(
     tell: Callable[[str], None],
     attention: str = MASK,
     plugin: bool = True,
+    repository: Path | None = None,
 ) -> list[Engine]:
     """Build every graph of ``bundle`` for every target, and put the plans into it.
 
     The graphs are TensorRT's flavour, which first has to compute in ONNX Runtime what the bundle computes. Nothing is
     written before all engines of all targets are built. For full TensorRT attention that it has no kernel of is our
-    ``plugin``, and without written out. Raises ExportError for a precision or an ``attention`` that a
-    target does not have, BackendError where a library is missing, EngineError for a graph that cannot be built, or one
-    whose attention did not fuse, unless ``allow_unfused``.
+    ``plugin``, and without written out. Its plans go into a ``repository`` of Triton Inference Server as well. Raises
+    ExportError for what a target does not have, BackendError where a library is missing, EngineError for a graph that
+    cannot be built, or one whose attention did not fuse, unless ``allow_unfused``.
     """
     manifest = bundle.manifest
     for target in targets:
         require_precision(target, manifest.precision, elsewhere(manifest))
         require_attention(target, attention)
         library(target.library)
+    if repository is not None:
+        require_servable(manifest, targets)
     graphs = {
         kind: flavour_of(bundle, kind, attention, plugin=plugin, tell=tell)
         for kind in dict.fromkeys(target.library for target in targets)
@@ -107,6 +113,10 @@ def build(
         }
     tell("writing the plans into the bundle")
     add_to_bundle(bundle.folder, plans, {"engines": described})
+    if repository is not None:
+        tell("writing the model repository")
+        served = {graph: plans[name] for graph, name in described[FULL_TARGET]["plans"].items()}
+        write_repository(repository, bundle.folder.resolve().name, manifest, served)
     return engines
 
 
