@@ -114,10 +114,13 @@ def target_names() -> list[str]:
 
 def print_kernels(engine: Engine) -> None:
     """What the builder made of one graph: its kernels, how often each, and what did not fuse."""
-    for what, reasons in (("written out", engine.written_out), ("our plugin", engine.plugins)):
+    for reasons, what in (
+        (engine.written_out, "are written out, TensorRT has no kernel"),
+        (engine.plugins, "are our plugin, TensorRT has no kernel"),
+        (engine.by_mask, "know what they see by a mask and not by lengths:"),
+    ):
         for reason, count in Counter(reasons.values()).items():
-            where = f"{engine.target}, {engine.graph}"
-            print(printable(f"\n{where}: {count} attentions are {what}, TensorRT has no kernel {reason}"))
+            print(printable(f"\n{engine.target}, {engine.graph}: {count} attentions {what} {reason}"))
     for fusion in engine.fusions:
         print(printable(f"\n{engine.target}, {engine.graph}, {fusion.words()}"))
         for title, count in fusion.alike.items():

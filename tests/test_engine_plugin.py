@@ -17,6 +17,7 @@ import pytest
 from command_line import error_line, transom
 from test_engine_fusion import layer
 from tiny_graphs import graph_of, normal
+from transom.cli.build import print_kernels
 from transom.export.engine import build, builder, worker
 from transom.export.engine.check import check_flavour
 from transom.export.engine.flavour import tensorrt_graphs
@@ -183,10 +184,20 @@ def test_the_engine_must_hold_the_plugin_and_not_the_body() -> None:
     fusion = fusion_of("all", kernels, operators, [])
     assert fusion.unfused == ("c",)
     assert fusion.words() == "all: attention 2 of 3, 3 kernels"
-    engine = build.Engine("tensorrt", "model", 1, 0.0, (fusion,), {}, {}, dict.fromkeys(operators, "in FP32"))
+    engine = build.Engine("tensorrt", "model", 1, 0.0, (fusion,), {}, {}, dict.fromkeys(operators, "in FP32"), {})
     with pytest.raises(EngineError, match="2 of 3 attentions became one kernel each in the profile all; c did not"):
         build.require_fused(engine)
     assert engine.to_json()["plugins"]["a"] == "in FP32"
+
+
+def test_the_report_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    reasons = ({"a": "in FP32", "b": "in FP32"}, {"c": "in FP32"}, {"d": "it has no mask"})
+    print_kernels(build.Engine("tensorrt", "decoder", 1, 0.0, (), {}, *reasons))
+    assert capsys.readouterr().out.strip().split("\n\n") == [
+        "tensorrt, decoder: 2 attentions are written out, TensorRT has no kernel in FP32",
+        "tensorrt, decoder: 1 attentions are our plugin, TensorRT has no kernel in FP32",
+        "tensorrt, decoder: 1 attentions know what they see by a mask and not by lengths: it has no mask",
+    ]
 
 
 class Layers:

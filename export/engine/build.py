@@ -32,7 +32,7 @@ class Engine:
     """One graph built for one target: the plan's size in bytes, seconds, and what became of it in each profile.
 
     ``written_out`` are the attentions that have no fused kernel, by their nodes, and why; ``plugins`` those for which
-    TensorRT has none and our own is in the engine.
+    TensorRT has none and our own is in the engine; ``by_mask`` those that lengths were asked for and that have none.
     """
 
     target: str
@@ -43,6 +43,7 @@ class Engine:
     memory: Mapping[str, int]
     written_out: Mapping[str, str]
     plugins: Mapping[str, str]
+    by_mask: Mapping[str, str]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -53,6 +54,7 @@ class Engine:
             "memory": dict(self.memory),
             "written_out": dict(self.written_out),
             "plugins": dict(self.plugins),
+            "by_mask": dict(self.by_mask),
             "profiles": [fusion.to_json() for fusion in self.fusions],
         }
 

@@ -32,6 +32,7 @@ class TensorRTGraph:
     model: ir.Model
     written_out: Mapping[str, str] = field(default_factory=dict)  # attentions that have no kernel, and why
     plugins: Mapping[str, str] = field(default_factory=dict)  # those that our kernel computes, and why TensorRT's not
+    by_mask: Mapping[str, str] = field(default_factory=dict)  # those that were not read by lengths though asked to
 
     @property
     def operators(self) -> dict[str, str]:
@@ -83,9 +84,8 @@ def tensorrt_graphs(bundle: Bundle, attention: str = MASK, *, plugins: bool = Fa
             ours = {name: reason for name, reason in refused.items() if name not in left}
         decompose_attention(model, lambda node, names=written_out: str(node.name) in names)  # type: ignore[misc]
         split_products(model)
-        if attention == LENGTHS:
-            length_attention(model)
-        graphs[file.graph.name] = TensorRTGraph(model, written_out, ours)
+        by_mask = length_attention(model) if attention == LENGTHS else {}
+        graphs[file.graph.name] = TensorRTGraph(model, written_out, ours, by_mask)
     if attention == LENGTHS and not any(OPERATOR in graph.operators.values() for graph in graphs.values()):
         raise ExportError(
             f"--attention {LENGTHS} is for caches in half precision that a fused attention reads, and {bundle.folder} "

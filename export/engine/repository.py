@@ -41,8 +41,8 @@ def require_servable(manifest: Manifest, targets: Sequence[Target]) -> None:
     for target in targets:
         if target.library != FULL:
             raise ExportError(
-                "--repository is for plans of full TensorRT, which are what Triton Inference Server loads, and --target "
-                f"is {target.name!r}. Give --target tensorrt on the machine with the GPU, or leave --repository out."
+                "--repository is for plans of full TensorRT, which are what Triton Inference Server loads, and "
+                f"--target is {target.name!r}. Give --target tensorrt on the machine with the GPU, or leave --repository out."
             )
     for file in manifest.graphs:
         if is_decoder(file.graph):
