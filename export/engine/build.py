@@ -179,9 +179,8 @@ def engine_of(
         fusion_of(profile.name, found, graph.operators, graph.integer_products)
         for profile, found in zip(profiles, kernels, strict=True)
     )
-    return Engine(
-        target.name, name, len(built.plan), seconds, fusions, memory_of(built.log), graph.written_out, graph.plugins
-    )
+    refused = (graph.written_out, graph.plugins, graph.by_mask)
+    return Engine(target.name, name, len(built.plan), seconds, fusions, memory_of(built.log), *refused)
 
 
 def require_fused(engine: Engine) -> None:

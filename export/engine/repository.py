@@ -42,7 +42,8 @@ def require_servable(manifest: Manifest, targets: Sequence[Target]) -> None:
         if target.library != FULL:
             raise ExportError(
                 "--repository is for plans of full TensorRT, which are what Triton Inference Server loads, and "
-                f"--target is {target.name!r}. Give --target tensorrt on the machine with the GPU, or leave --repository out."
+                f"--target is {target.name!r}. Give --target tensorrt on the machine with the GPU, or leave "
+                "--repository out."
             )
     for file in manifest.graphs:
         if is_decoder(file.graph):
