@@ -122,8 +122,9 @@ build-matrix: $(STAMP) ## BERT-base, GPT-2, ViT-B, CLIP-B, a Transformer: engine
 test-gpu: $(STAMP) ## on a machine with a GPU: parity of every family and precision there, into docs/results/
 	TRANSOM_GPU_RESULTS=docs/results TRANSOM_REPO="$$PWD" $(VENV)/bin/pytest $(PYTEST_ARGS) tests/gpu
 
-bench-gpu: $(STAMP) ## on a machine with a GPU: latency beside PyTorch and ONNX Runtime, into docs/results/
+bench-gpu: $(STAMP) ## on a machine with a GPU: latency beside PyTorch and ONNX Runtime, then attention, into docs/results/
 	$(VENV)/bin/python benchmarks/gpu_latency.py --out docs/results
+	$(VENV)/bin/python benchmarks/gpu_attention.py --out docs/results
 
 clean: ## removes what was made here, except .venv, bundles/ and reports/
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -53,6 +53,13 @@ def runtime() -> ModuleType:
         ) from None
 
 
+@cache
+def driver() -> ModuleType:
+    """``cuda.bindings.driver`` of the same package, which loads kernels and launches them."""
+    runtime()
+    return import_module("cuda.bindings.driver")
+
+
 class OutOfMemory(BackendError):
     """The GPU has no room for what was asked."""
 

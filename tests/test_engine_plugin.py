@@ -116,6 +116,10 @@ def test_every_attention_of_every_family_in_fp32(
             assert "Attention" not in graph.operators.values()
             assert {name for name, operator in graph.operators.items() if operator in INPUTS} == set(graph.plugins)
         assert check_flavour(bundle, graphs) < 2e-5
+    (graph,) = tensorrt_graphs(Bundle(bert_bundle), plugins=True).values()
+    (mask,) = {node.inputs[3] for node in graph.model.graph if node.op_type == MASKED}
+    assert str(mask.shape) == "[B,1,1,S]"  # type: ignore[union-attr]  # one for all queries: the kernel reads it so
+    assert "Expand" not in graph.operators.values()
 
 
 def test_the_file_for_the_engine_gives_the_golden_values(vit_bundle: Path, bert_bundle: Path) -> None:

@@ -6,6 +6,7 @@ that package are emulated.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -14,16 +15,28 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'transom[plugin]'")
 if find_spec("tensorrt_bindings") is None:
     pytest.skip("tensorrt-cu13-bindings, which brings tensorrt.plugin, is not installed", allow_module_level=True)
 
-from transom.export.passes.plugin_attention import CAUSAL, MASKED, PLAIN
+import torch
+from cuda.bindings import driver as real_driver
+from cuda.bindings import runtime as real_runtime
+
+from emulated_driver import EmulatedDriver, Memories
+from test_plugin_kernel import normal, require_close
+from test_plugin_launch import to_gpu
+from transom.export.passes.plugin_attention import CAUSAL, DOMAIN, INPUTS, MASKED, PLAIN, function_of
+from transom.export.plugins.ahead import compiled_from_json
 from transom.export.plugins.blocks import blocks_for, portable
 from transom.export.plugins.launch import Variant
 from transom.export.plugins.trt_plugin import candidates, variant_of
+from transom.runtime import cuda
 from transom.runtime.errors import EngineError
 
 QKV = [["B", 12, "S", 64]] * 3
@@ -39,20 +52,24 @@ SIZES = {"B": 3, "S": 50, "T": 70}
 SCRIPT = """
 import json, sys
 import emulated_tensorrt as emulated
-from transom.export.plugins.trt_plugin import register_plugins
+from transom.export.plugins.ahead import json_from_compiled
+from transom.export.plugins.trt_plugin import kernel_of, register_plugins, variant_of
 failed = []
 register_plugins(emulated.install(), 89, failed.append)
 sizes = json.loads(sys.argv[2])
 launch = ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared_mem")
 for operator, dtypes, shapes in json.loads(sys.argv[1]):
     made = emulated.planned(operator, dtypes, shapes, {"scale": 0.125})
+    fixed = [[size if isinstance(size, int) else None for size in shape] for shape in shapes]
+    about = variant_of(operator, dtypes, fixed, 0.125)
     print(json.dumps([
         {
+            "source": json_from_compiled(kernel_of(*about, 89, tactic)),
             "name": each["name"], "ptx": each["ptx"],
             "launch": {name: getattr(each["launch"], name).expr.value(sizes) for name in launch},
             "integers": each["integers"].values_for(sizes), "output": [size.value(sizes) for size in each["output"]],
         }
-        for each in made
+        for tactic, each in enumerate(made, start=1)
     ]))
 try:
     emulated.planned("FlashAttention", ["FLOAT"] * 3, [["B", "H", "S", 64]] * 3, {"scale": 1.0})
@@ -129,6 +146,64 @@ def test_parameters_are_inputs_integers_and_the_output(planned: Any) -> None:
             entry = made["ptx"].split(".entry attention(")[1].split(")")[0]
             kinds = [word for word in entry.split() if word in (".u64", ".u32")]
             assert kinds == [".u64"] * len(dtypes) + [".u32"] * len(made["integers"]) + [".u64"], operator
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_what_the_plugin_launches_is_what_the_function_computes(
+    case: int, planned: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel, with the grid and the integers that TensorRT was told, against the body in ONNX Runtime."""
+    operator, dtypes, shapes = CASES[case]
+    given = inputs(operator, dtypes, shapes)
+    expected = torch.from_numpy(by_the_body(operator, given)).double()
+    for made in planned[0][case]:
+        source = compiled_from_json(made["source"])
+        emulated = EmulatedDriver(real_driver, Memories(real_runtime), [source])
+        monkeypatch.setattr(cuda, "runtime", lambda emulated=emulated: emulated.cuda)
+        options = [real_driver.CUjit_option.CU_JIT_ERROR_LOG_BUFFER]
+        options += [real_driver.CUjit_option.CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES]
+        _, module = emulated.cuModuleLoadDataEx(made["ptx"].encode() + b"\0", 2, options, [bytearray(99), 99])
+        _, function = emulated.cuModuleGetFunction(module, made["name"].encode())
+        tensors = [to_gpu(tensor) for tensor in (*given, torch.full_like(given[0], torch.nan))]
+        addresses = [ctypes.c_uint64(tensor.data_ptr()) for tensor in tensors]
+        values = [*addresses[:-1], *map(ctypes.c_int32, made["integers"]), addresses[-1]]
+        parameters = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        (code,) = emulated.cuLaunchKernel(function, *made["launch"].values(), 0, ctypes.addressof(parameters), 0)
+        assert code.name == "CUDA_SUCCESS"
+        require_close(tensors[-1].host(), expected)
+
+
+def inputs(operator: str, dtypes: list[str], shapes: list[Any]) -> list[torch.Tensor]:
+    """Numbers for these shapes; masks leave every query something, caches hold as many tokens as there are queries."""
+    kinds = {"FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16}
+    given = []
+    for seed, (dtype, shape) in enumerate(zip(dtypes, shapes, strict=True)):
+        sizes = [SIZES.get(str(size), size) for size in shape]
+        if dtype == "BOOL":
+            given.append(normal(*sizes, seed=seed) > -0.5)
+        elif dtype == "INT32":
+            given.append(torch.tensor([50, 60, 1000], dtype=torch.int32))
+        else:
+            given.append(normal(*sizes, seed=seed, dtype=kinds[dtype]))
+    return given
+
+
+def by_the_body(operator: str, given: list[torch.Tensor]) -> Any:
+    """In FP32."""
+    names = INPUTS[operator]
+    feeds = {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in zip(names, given, strict=True)}
+    values = []
+    for name, array in feeds.items():
+        dtype = ir.DataType.from_numpy(array.dtype)
+        values.append(ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(array.shape)))
+    call = ir.node(operator, values, {"scale": 0.125}, domain=DOMAIN)
+    call.outputs[0].name, call.outputs[0].type = "y", ir.TensorType(ir.DataType.FLOAT)
+    call.outputs[0].shape = values[0].shape
+    graph = ir.Graph(values, call.outputs, nodes=[call], opset_imports={"": 24, DOMAIN: 1}, name="g")
+    model = ir.Model(graph, ir_version=10, functions=[function_of(operator, 24)])
+    data = ir.to_proto(model).SerializeToString()
+    (found,) = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"]).run(None, feeds)
+    return np.asarray(found)
 
 
 def test_what_goes_wrong_inside_is_told(planned: Any) -> None:

@@ -7,7 +7,8 @@ is not read where a plugin of that name is registered [TensorRT-RTX 1.7.1's pars
 Cases:
 1. Keys and values are a cache that was written at ``write_indices``, seen through a mask of what is written
    (``length_attention`` says which): ``CausalFlashAttention`` by lengths, which does not read what no row has reached.
-2. A mask that spreads over the scores by axes that are known: ``MaskedFlashAttention``.
+2. A mask that spreads over the scores by axes that are known: ``MaskedFlashAttention``. One that was spread over the
+   queries before is taken as it was, for the kernel reads it once for all of them.
 3. No mask: ``FlashAttention``.
 
 Everything else is left, with the reason.
@@ -22,7 +23,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass
 
-from transom.export.passes.length_attention import parts_of, scale_of, size_along, why_not
+from transom.export.passes.length_attention import made_by, parts_of, scale_of, size_along, why_not
 from transom.export.passes.splice import Splice
 
 DOMAIN, VERSION = "transom", 1
@@ -99,12 +100,21 @@ def replace(graph: ir.Graph, node: ir.Node) -> str:
         inputs.append(splice.add("Cast", [reached], f"{name}.lengths", narrow, dtype=ir.DataType.INT32))
     elif mask is not None:
         operator = MASKED
-        inputs.append(mask)
+        narrow_mask = unspread(mask)
+        inputs.append(narrow_mask if spreads(narrow_mask, query, key) else mask)
     attributes = {"scale": scale_of(node), **PLUGIN}
     called = splice.add(operator, inputs, f"{name}.attended", attributes, dtype=query.dtype, domain=DOMAIN)
     called.producer().name = node.name  # type: ignore[union-attr]  # by which reports and engines know it
     splice.replace_place(called)
     return operator
+
+
+def unspread(mask: ir.Value) -> ir.Value:
+    """What ``mask`` was before it was expanded, of as many axes; itself where it was not."""
+    made = made_by(mask, "Expand")
+    source = made.inputs[0] if made is not None else None
+    known = source is not None and source.shape is not None and mask.shape is not None
+    return source if known and len(source.shape) == len(mask.shape) else mask  # type: ignore[union-attr, arg-type, return-value]
 
 
 def function_of(operator: str, opset: int) -> ir.Function:
@@ -125,7 +135,10 @@ def function_of(operator: str, opset: int) -> ir.Function:
     def size(of: ir.Value, result: str) -> ir.Value:
         return add("Squeeze", [add("Shape", [of], f"{result}.axis", start=KEYS, end=KEYS + 1)], result)
 
-    mask = more[0] if operator == MASKED else None
+    mask = None
+    if operator == MASKED:  # over all queries, which ONNX Runtime does not do by itself
+        one, S = constant("one", [1]), add("Shape", [query], "S", start=QUERIES, end=QUERIES + 1)
+        mask = add("Expand", [more[0], add("Concat", [one, one, S, one], "shape", axis=0)], "seen")
     if operator == CAUSAL:  # key j of the row's length shows to query i where j <= length - S + i
         zero, one, S, T = constant("zero", 0), constant("one", 1), size(query, "S"), size(key, "T")
         wide = add("Cast", [more[0]], "wide", to=ir.DataType.INT64)
@@ -134,7 +147,7 @@ def function_of(operator: str, opset: int) -> ir.Function:
         steps = add("Unsqueeze", [add("Range", [zero, S, one], "queries"), constant("last", [1])], "steps")  # (S, 1)
         most = add("Add", [add("Sub", [length, S], "before"), steps], "most")
         held, reached = add("Less", [columns, length], "held"), add("LessOrEqual", [columns, most], "reached")
-        mask = add("And", [held, reached], "mask")  # (B, 1, S, T)
+        mask = add("And", [held, reached], "seen")  # (B, 1, S, T)
     result = add("Attention", [query, key, value, mask] if mask is not None else [query, key, value], "result")
     result.producer().attributes["scale"] = ir.RefAttr("scale", "scale", ir.AttributeType.FLOAT)  # type: ignore[union-attr]
     graph = ir.Graph(inputs, [result], nodes=nodes, opset_imports={"": opset}, name=operator)

@@ -170,9 +170,9 @@ def attention(
 @triton.jit
 def attention_whole(
     sums, parts,
-    S, ROWS, o_b, o_h, o_m,
+    S, ROWS, COUNT, o_b, o_h, o_m,
     output,
-    H: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr, COUNT: tl.constexpr, BLOCK_D: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Grid (ROWS,): the COUNT parts of one query put together."""
     row = tl.program_id(0).to(tl.int64)

@@ -19,7 +19,7 @@ DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 PRECISIONS = ("ieee", "tf32")
 MOST_SIZE = 256  # of a head
 LEAST = 16  # rows and columns of the smallest product that tensor cores have
-MOST_PROGRAMS = 2**31 - 1  # of a grid's first axis; its second has 65535
+MOST_PROGRAMS, MOST_PARTS = 2**31 - 1, 65535  # the axes of a grid
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,9 @@ class Blocks:
     n: int
     warps: int = 4
     stages: int = 2
+
+
+WHOLE = Blocks(1, 1, 1, 1)  # of the kernel that puts parts together: a program has one query, and one warp
 
 
 @dataclass(frozen=True)
@@ -92,10 +95,9 @@ class Variant:
             "WIDEN": INTERPRETED and self.dtype == "bf16",
         }
 
-    def constants_of_whole(self, parts: int) -> dict[str, Any]:
-        """The constants of the kernel that puts ``parts`` parts together."""
-        sizes = {"H": self.heads, "D": self.size, "UNIT": self.unit}
-        return {**sizes, "COUNT": parts, "BLOCK_D": width(self.size)}
+    def constants_of_whole(self) -> dict[str, Any]:
+        """The constants of the kernel that puts parts together."""
+        return {"H": self.heads, "D": self.size, "UNIT": self.unit, "BLOCK_D": width(self.size)}
 
     def programs(self, blocks: Blocks, rows: Any, queries: Any) -> Any:
         """The first axis of the grid, of a batch of ``rows`` with ``queries`` each; the second is the number of parts.
@@ -196,10 +198,10 @@ def launches(
     sums, partial = parts
     arguments = {**tensors, **sizes, **strides, **dict.fromkeys(out, 0), "output": None, "sums": sums, "parts": partial}
     count = sums.shape[0]
-    whole = {"sums": sums, "parts": partial, "S": S, "ROWS": B * H * S, **out, "output": output}
+    whole = {"sums": sums, "parts": partial, "S": S, "ROWS": B * H * S, "COUNT": count, **out, "output": output}
     return [
         Launch(attention, (programs, count), arguments, constants, blocks),
-        Launch(attention_whole, (B * H * S,), whole, variant.constants_of_whole(count), Blocks(1, 1, 1, 1)),
+        Launch(attention_whole, (B * H * S,), whole, variant.constants_of_whole(), WHOLE),
     ]
 
 
@@ -238,7 +240,7 @@ def check(
         tuple(parts[0].shape)[1:] == (2, B, H, S)
         and tuple(parts[1].shape) == (parts[0].shape[0], B, H, S, D)
         and all(kind(each) == "float32" and each.is_contiguous() for each in parts)
-        and 1 <= parts[0].shape[0] <= 65535
+        and 1 <= parts[0].shape[0] <= MOST_PARTS
     ):
         given = [tuple(each.shape) for each in parts]
         wrong = f"workspaces of {given}; expected {('n', 2, B, H, S)} and {('n', B, H, S, D)}, float32, contiguous"

@@ -1,0 +1,664 @@
+"""Our fused attention on the GPU that is here, beside PyTorch's scaled_dot_product_attention, in one run.
+
+    python benchmarks/gpu_attention.py --out docs/results
+
+What is timed is the PTX that was compiled ahead of time, launched by CUDA's driver, and every backend of PyTorch's by
+itself; one that refuses is listed with its reason. Every side is held against float64 before it is timed. Sides take
+turns, round by round, each call timed by CUDA events behind a write over the whole L2 cache. What a GPU can reach is
+measured in the same run: a large product, a large copy. Blocks are tuned first, and the rows of the table in
+``export/plugins/blocks.py`` that would be better are written out. Without a GPU it says so and ends with status 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from transom.export.plugins.ahead import Compiled, attention_ptx, whole_ptx
+from transom.export.plugins.blocks import ADDED, FAMILIES, PROMPT, STEP, blocks_for, portable
+from transom.export.plugins.gpu import Kernel
+from transom.export.plugins.launch import Blocks, Variant, width
+from transom.runtime.cuda import Gpu, find_gpu
+from transom.runtime.errors import TransomError, one_line
+
+ROUNDS, TURN, WARMUP = 12, 8, 3
+TIMED_MS = 400.0  # that a side of one case may take, unless one call a round takes more
+TUNED_ROUNDS = 4
+TOKENS = 16384  # of a batch: as many rows of S as that gives
+WIDTH = 2048  # of a model: 32 heads of 64, 16 of 128
+LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
+CACHES = (1024, 4096, 16384, 32768)
+STEP_HEADS, STEP_GROUPS, STEP_ROWS = 32, (1, 4), (1, 8)
+BIASED = (256, 1024, 4096)
+PRECISIONS = ("fp16", "bf16", "fp32", "tf32")
+ELEMENT = {"fp16": 2, "bf16": 2, "fp32": 4, "tf32": 4}  # bytes
+BACKENDS = {"flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "cudnn": "CUDNN_ATTENTION", "math": "MATH"}
+# Largest error of a sampled slice, in units of roundoff of its largest value; sums are as long as T
+TOLERANCE = {"fp16": (2**-11, 8), "bf16": (2**-8, 8), "fp32": (2**-24, 100), "tf32": (2**-10, 24)}
+SAMPLED = 16  # queries of one head of the last row
+AIMS = {"halves": 0.9, "fp32 and biased": 1.5}  # times the speed of the best backend
+FLUSHED = 256 << 20  # bytes at least: while they are written, the launches behind them are queued
+PRODUCT, COPIED = 8192, 1 << 30  # sizes of what measures the GPU
+BETTER = 0.97  # of the table's time: what is nearer to it is noise
+MOST_PARTS, LEAST_PART = 128, 128  # parts of a cache, and keys in one
+COLUMNS = {PROMPT: "prompt", ADDED: "added", STEP: "step"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention: "prompt", "biased" or "step", in a precision, of B rows of S queries and T keys."""
+
+    kind: str
+    precision: str
+    B: int
+    S: int
+    T: int
+    heads: int
+    size: int
+    groups: int = 1
+    causal: bool = False
+    int8: bool = False
+
+    @property
+    def name(self) -> str:
+        what = [self.kind, self.precision, f"head {self.size}", f"B={self.B} S={self.S} T={self.T}"]
+        flags = {"causal": self.causal, "int8 cache": self.int8, f"{self.groups} heads share keys": self.groups > 1}
+        return " ".join([*what, *(flag for flag, given in flags.items() if given)])
+
+    @property
+    def flops(self) -> int:
+        """Two products, of a multiplication and an addition each, of every query with every key that it sees."""
+        seen = self.S * self.T - (self.S * (self.S - 1) // 2 if self.causal else 0)
+        return 4 * self.B * self.heads * self.size * seen
+
+    @property
+    def bytes(self) -> int:
+        """Everything read or written once."""
+        element, shared = ELEMENT[self.precision], self.heads // self.groups
+        queries = 2 * self.B * self.heads * self.S * self.size * element  # and the output
+        keys = 2 * self.B * shared * self.T * (self.size + 4 if self.int8 else self.size * element)
+        bias = self.heads * self.S * self.T * element if self.kind == "biased" else 0
+        return queries + keys + bias
+
+    @property
+    def variant(self) -> Variant:
+        dtype = "fp32" if self.precision == "tf32" else self.precision
+        return Variant(
+            dtype,
+            self.size,
+            self.heads,
+            self.groups,
+            causal=self.causal,
+            bias=self.kind == "biased",
+            int8=self.int8,
+            split=self.kind == "step",
+            precision="tf32" if self.precision == "tf32" else "ieee",
+        )
+
+    @property
+    def column(self) -> int:
+        """Of the table of blocks; an INT8 cache in parts is a step's."""
+        return {"prompt": PROMPT, "biased": ADDED, "step": STEP}[self.kind]
+
+    @property
+    def aim(self) -> float | None:
+        """Ours against the best backend; None where no backend has it."""
+        if self.int8:
+            return None
+        return AIMS["halves" if self.precision in ("fp16", "bf16") and self.kind != "biased" else "fp32 and biased"]
+
+
+def cases(*, quick: bool, only: Sequence[str] = ()) -> list[Case]:
+    """All that is measured, or what ``only`` names by parts of the names."""
+    found = list(quick_cases() if quick else all_cases())
+    return [case for case in found if not only or any(part in case.name for part in only)]
+
+
+def all_cases() -> Iterator[Case]:
+    for precision in PRECISIONS:
+        for size in (64, 128):
+            for causal in (False, True):
+                for S in LENGTHS:
+                    yield Case("prompt", precision, TOKENS // S, S, S, WIDTH // size, size, causal=causal)
+            for S in BIASED:
+                yield Case("biased", precision, TOKENS // S, S, S, WIDTH // size, size)
+    for B in STEP_ROWS:
+        for groups in STEP_GROUPS:
+            for T in CACHES:
+                for precision, int8 in (("fp16", False), ("fp16", True), ("bf16", False)):
+                    yield Case("step", precision, B, 1, T, STEP_HEADS, 128, groups, int8=int8)
+
+
+def quick_cases() -> Iterator[Case]:
+    for size in (64, 128):
+        yield Case("prompt", "fp16", 16, 1024, 1024, WIDTH // size, size, causal=True)
+    yield Case("prompt", "tf32", 16, 1024, 1024, 32, 64)
+    yield Case("prompt", "fp32", 16, 1024, 1024, 32, 64)
+    yield Case("biased", "fp16", 16, 1024, 1024, 32, 64)
+    for int8 in (False, True):
+        yield Case("step", "fp16", 8, 1, 4096, STEP_HEADS, 128, 4, int8=int8)
+
+
+def candidates(entry: Blocks, *, step: bool, quick: bool) -> list[Blocks]:
+    """The table's entry first, then each of its numbers halved and doubled, and what others use; nothing twice."""
+    m, n, warps, stages = entry.m, entry.n, entry.warps, entry.stages
+    near = [Blocks(m, n // 2, warps, stages), Blocks(m, 2 * n, warps, stages)]
+    near += [Blocks(m, n, 12 - warps if warps in (4, 8) else 4, stages)]
+    if not quick:
+        near += [Blocks(m, n, warps, each) for each in (stages - 1, stages + 1)]
+        near += [Blocks(m, 2 * n, 4, 2), Blocks(m, 2 * n, 4, 3)]
+        if not step:  # a step has few queries
+            near += [Blocks(m // 2, n, warps, stages), Blocks(2 * m, n, warps, stages), Blocks(m // 2, n, 4, stages)]
+            near += [Blocks(128, 64, 8, 3), Blocks(128, 128, 8, 2), Blocks(64, 64, 4, 3)]
+    found = [entry, *near]
+    return [
+        each
+        for each in dict.fromkeys(found)
+        if 16 <= each.m <= 128 and 16 <= each.n <= 128 and 1 <= each.stages <= 4 and each.warps in (1, 2, 4, 8)
+    ]
+
+
+def parts_of(case: Case) -> list[int]:
+    """Into how many parts a cache may be cut: powers of two, of LEAST_PART keys at least."""
+    most = min(MOST_PARTS, max(1, case.T // LEAST_PART))
+    return [1 << power for power in range(most.bit_length())]
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """What this GPU was seen to reach: FLOP/s by precision, bytes/s."""
+
+    flops: Mapping[str, float]
+    bytes: float
+
+    def least_ms(self, case: Case) -> float:
+        return 1e3 * max(case.flops / self.flops[case.precision], case.bytes / self.bytes)
+
+
+@dataclass
+class Side:
+    """Something that computes a case: ``run`` puts it on PyTorch's stream, ``output`` is where it lies, heads first."""
+
+    name: str
+    run: Callable[[], None]
+    output: Callable[[], Any]
+    about: str = ""
+    times: list[float] = field(default_factory=list)  # ms
+
+
+def told_of(case: Case, name: str, times: Sequence[float], roofline: Roofline, about: str = "") -> dict[str, Any]:
+    """A row of the result: percentiles in ms, TFLOP/s, GB/s, and the part of what this GPU reaches."""
+    p10, p50, p90 = np.percentile(times, (10, 50, 90)).tolist()
+    return {
+        "side": name,
+        "about": about,
+        "p10_ms": round(p10, 5),
+        "p50_ms": round(p50, 5),
+        "p90_ms": round(p90, 5),
+        "tflops": round(case.flops / p50 / 1e9, 2),
+        "gb_per_s": round(case.bytes / p50 / 1e6, 1),
+        "of_roofline": round(roofline.least_ms(case) / p50, 3),
+    }
+
+
+def ratio_of(rows: Sequence[Mapping[str, Any]]) -> tuple[float | None, str]:
+    """The best backend's time over our best, and who it was; None where either is missing."""
+    ours = [row["p50_ms"] for row in rows if row["side"].startswith("ours")]
+    theirs = sorted((row["p50_ms"], row["side"]) for row in rows if not row["side"].startswith("ours"))
+    if not ours or not theirs:
+        return None, "none"
+    return round(theirs[0][0] / min(ours), 3), str(theirs[0][1])
+
+
+def better_rows(tuned: Sequence[Mapping[str, Any]], sm: int) -> list[str]:
+    """Lines for the table in blocks.py, where something was faster than what stands there."""
+    known = {
+        (each["precision"], each["width"], each["column"]): Blocks(**each["best"])
+        for each in tuned
+        if each["best_ms"] is not None and (each["entry_ms"] is None or each["best_ms"] < BETTER * each["entry_ms"])
+    }
+    lines = []
+    for precision, row in dict.fromkeys((precision, row) for precision, row, _ in known):
+        variants = [Case(kind, precision, 1, 1, 1, 1, row).variant for kind in ("prompt", "biased", "step")]
+        now = [blocks_for(sm, variant) for variant in variants]
+        best = [known.get((precision, row, COLUMNS[column]), now[column]) for column in COLUMNS]
+        if best != now:
+            halves = f"HALVES[{FAMILIES[sm]!r}]" if sm in FAMILIES else "TURING"
+            table = {"fp32": "FP32_UNITS", "tf32": "TF32"}.get(precision, halves)
+            written = ", ".join(f"Blocks({b.m}, {b.n}, {b.warps}, {b.stages})" for b in best)
+            lines.append(f"{table}, from {precision}: {row}: ({written}),")
+    return lines
+
+
+def markdown(told: Mapping[str, Any]) -> str:
+    lines = [f"# Attention on {told['gpu']}", ""]
+    lines += [f"{told['date']}, driver for CUDA {told['driver'] / 1000:g}, " + versions(told["versions"]) + ".", ""]
+    peaks = ", ".join(f"{flops / 1e12:.1f} TFLOP/s in {name}" for name, flops in told["roofline"]["flops"].items())
+    lines += [
+        f"Reached in this run by PyTorch's product and copy: {peaks}, {told['roofline']['bytes'] / 1e9:.0f} GB/s."
+    ]
+    lines += [
+        "Milliseconds are medians by CUDA events, caches flushed; *of roofline* is the time that these would need,"
+    ]
+    lines += ["over the time it took. *Ratio* is the best backend's time over ours: more than 1 is faster.", ""]
+    lines += ["| case | ours | best backend | ratio | aim | TFLOP/s | GB/s | of roofline |", "| --- " * 8 + "|"]
+    for each in told["cases"]:
+        ours = min(
+            (row for row in each["rows"] if row["side"].startswith("ours")), key=lambda r: r["p50_ms"], default=None
+        )
+        theirs = min(
+            (row for row in each["rows"] if row["side"] == each["best_backend"]),
+            key=lambda r: r["p50_ms"],
+            default=None,
+        )
+        if ours is None:
+            lines.append(f"| {each['name']} | {each['refused'].get('ours', 'not measured')} |" + " – |" * 6)
+            continue
+        against = "–" if theirs is None else f"{theirs['side']} {theirs['p50_ms']:.4f}"
+        reached = f"| {each['name']} | {ours['p50_ms']:.4f} ({ours['about']}) | {against} "
+        reached += f"| {number(each['ratio'])} | {number(each['aim'])} "
+        lines.append(reached + f"| {ours['tflops']:.1f} | {ours['gb_per_s']:.0f} | {ours['of_roofline']:.0%} |")
+    aimed = [each for each in told["cases"] if each["ratio"] is not None and each["aim"] is not None]
+    met = sum(each["ratio"] >= each["aim"] for each in aimed)
+    lines += ["", f"The aim is met in {met} of {len(aimed)} cases.", "", "## Refused", ""]
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for each in told["cases"]:
+        for side, reason in each["refused"].items():
+            reasons.setdefault((side, reason), []).append(each["name"])
+    lines += [f"- {side}, {len(names)} cases, as {names[0]}: {reason}" for (side, reason), names in reasons.items()]
+    lines += [
+        "",
+        "## Blocks",
+        "",
+        "| precision | head size | column | table, ms | best, ms | best |",
+        "| --- " * 6 + "|",
+    ]
+    for each in told["tuned"]:
+        best = "{m}x{n}, {warps}, {stages}".format(**each["best"])
+        lines.append(
+            f"| {each['precision']} | {each['width']} | {each['column']} | {number(each['entry_ms'], 4)} "
+            f"| {number(each['best_ms'], 4)} | {best} |"
+        )
+    lines += ["", *(f"    {line}" for line in told["better_rows"])]
+    left = [f"Not measured, for the time was up: {', '.join(told['left'])}."] if told["left"] else []
+    return "\n".join([*lines, "", *left, ""])
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def versions(given: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in given.items())
+
+
+def reason_of(error: Exception, warned: Sequence[str]) -> str:
+    """Why a side refuses: PyTorch warns of its reasons, of those of backends that were not asked for too."""
+    told = [one_line(RuntimeError(each), 160) for each in warned]
+    told = [each for each in told if "not used because" not in each and "disabled" not in each]
+    return "; ".join(dict.fromkeys(told))[:300] or one_line(error, 160)
+
+
+# From here on a GPU is needed
+
+
+@dataclass
+class Tensors:
+    """A case's tensors, on the GPU; ``k`` and ``v`` are what PyTorch is given, of the queries' dtype."""
+
+    given: dict[str, Any]
+    q: Any
+    k: Any
+    v: Any
+    bias: Any
+
+
+class Bench:
+    """What is kept for the whole run: the GPU, the flushed buffer, kernels that were compiled."""
+
+    def __init__(self, gpu: Gpu, device: str = "cuda") -> None:
+        import torch
+
+        self.torch, self.device = torch, device
+        self.sm = portable(10 * gpu.capability[0] + gpu.capability[1])
+        self.dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32}
+        l2 = int(getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0))
+        self.flushed = torch.empty(max(FLUSHED, 2 * l2), dtype=torch.uint8, device=device)
+        self.kernels: dict[tuple[Variant, Blocks | None], Kernel] = {}
+        self.best: dict[tuple[str, int, int], Blocks] = {}
+
+    def precise(self, precision: str) -> None:
+        self.torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+
+    def kernel(self, variant: Variant, blocks: Blocks | None) -> Kernel:
+        """The kernel in these blocks, or for None what puts its parts together; compiled and loaded once."""
+        if (variant, blocks) not in self.kernels:
+            made: Compiled = (
+                whole_ptx(self.sm, variant) if blocks is None else attention_ptx(self.sm, variant, None, blocks)
+            )
+            self.kernels[variant, blocks] = Kernel(made)
+        return self.kernels[variant, blocks]
+
+    def tensors(self, case: Case) -> Tensors:
+        torch = self.torch
+        generator = torch.Generator(self.device).manual_seed(0)
+
+        def normal(*shape: int) -> Any:
+            return torch.randn(*shape, generator=generator, device=self.device, dtype=self.dtypes[case.precision])
+
+        shared = case.heads // case.groups
+        q = normal(case.B, case.heads, case.S, case.size)
+        k, v = (normal(case.B, shared, case.T, case.size) for _ in range(2))
+        given = {"query": q, "key": k, "value": v}
+        if case.int8:
+            for name in ("key", "value"):
+                largest = given[name].abs().amax(-1).float()
+                given[f"{name}_scale"] = largest / 127
+                given[name] = (given[name] / given[f"{name}_scale"][..., None]).round().clamp(-127, 127).to(torch.int8)
+            k, v = ((given[name] * given[f"{name}_scale"][..., None]).to(q.dtype) for name in ("key", "value"))
+        bias = normal(case.heads, case.S, case.T) if case.kind == "biased" else None
+        return Tensors(given | ({} if bias is None else {"bias": bias}), q, k, v, bias)
+
+    def expected(self, case: Case, tensors: Tensors) -> Any:
+        """In float64, of the last row's last head: SAMPLED queries, the first and the last among them."""
+        torch = self.torch
+        rows = self.sampled(case)
+        k, v = (each[-1, -1].double() for each in (tensors.k, tensors.v))
+        scores = tensors.q[-1, -1, rows].double() @ k.T * case.size**-0.5
+        if tensors.bias is not None:
+            scores += tensors.bias[-1, rows].double()
+        if case.causal:
+            keys = torch.arange(case.T, device=self.device)
+            scores = scores.masked_fill(keys > case.T - case.S + rows[:, None], -torch.inf)
+        return torch.softmax(scores, -1) @ v
+
+    def sampled(self, case: Case) -> Any:
+        return self.torch.linspace(0, case.S - 1, min(SAMPLED, case.S), device=self.device).round().long()
+
+    def wrong(self, case: Case, side: Side, expected: Any) -> str | None:
+        """Run once; what is wrong with the result, against float64."""
+        side.run()
+        found = side.output()[-1, -1, self.sampled(case)].double()
+        unit, units = TOLERANCE[case.precision]
+        error = float((found - expected).abs().max() / expected.abs().max()) / unit
+        return None if error <= units else f"wrong: {error:.0f} units of roundoff, at most {units}"
+
+    def ours(self, case: Case, tensors: Tensors, blocks: Blocks, parts: int, name: str) -> Side:
+        torch, variant = self.torch, case.variant
+        output = torch.full_like(tensors.q, torch.nan)
+        B, S, T, H, D = case.B, case.S, case.T, case.heads, case.size
+        first = self.kernel(variant, blocks)
+        if variant.split:
+            sums = torch.empty(parts, 2, B, H, S, device=self.device)
+            partial = torch.empty(parts, B, H, S, D, device=self.device)
+            pair = {"sums": sums, "parts": partial}
+            bound = [
+                first.bind(tensors.given | pair, B, S, T, parts),
+                self.kernel(variant, None).bind({**pair, "output": output}, B, S, T, parts),
+            ]
+        else:
+            bound = [first.bind({**tensors.given, "output": output}, B, S, T)]
+        stream = torch.cuda.current_stream().cuda_stream
+
+        def run() -> None:
+            for each in bound:
+                each.launch(stream)
+
+        about = f"{blocks.m}x{blocks.n}, {blocks.warps}, {blocks.stages}" + (
+            f", {parts} parts" if variant.split else ""
+        )
+        return Side(name, run, lambda: output, about)
+
+    def theirs(self, case: Case, tensors: Tensors, backend: str) -> Side:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        torch, found = self.torch, []
+        options: dict[str, Any] = {"is_causal": case.causal}
+        if case.groups > 1:
+            options["enable_gqa"] = True
+        if tensors.bias is not None:
+            options["attn_mask"] = tensors.bias[None].expand(case.B, -1, -1, -1)
+        wanted = getattr(SDPBackend, BACKENDS[backend])
+
+        def run() -> None:
+            with sdpa_kernel(wanted):
+                found[:] = [
+                    torch.nn.functional.scaled_dot_product_attention(tensors.q, tensors.k, tensors.v, **options)
+                ]
+
+        return Side(f"torch {backend}", run, lambda: found[0])
+
+    def measure(self, sides: Sequence[Side], rounds: int, timed_ms: float) -> None:
+        """Fill every side's ``times``: they take turns, each call behind a write over the cache."""
+        torch = self.torch
+        for side in sides:
+            for _ in range(WARMUP):
+                side.run()
+        turns = {id(side): TURN for side in sides}
+        for number_of_round in range(rounds + 1):  # the first tells how long a call takes, and does not count
+            for index in np.random.default_rng(number_of_round).permutation(len(sides)).tolist():
+                side, marks = sides[index], []
+                for _ in range(turns[id(side)] if number_of_round else 1):
+                    marks.append([torch.cuda.Event(enable_timing=True) for _ in range(2)])
+                    self.flushed.zero_()
+                    marks[-1][0].record()
+                    side.run()
+                    marks[-1][1].record()
+                torch.cuda.synchronize()
+                took = [start.elapsed_time(end) for start, end in marks]
+                if number_of_round:
+                    side.times += took
+                else:
+                    turns[id(side)] = max(1, min(TURN, int(timed_ms / rounds / max(took[0], 1e-3))))
+
+    def roofline(self) -> Roofline:
+        """A large product in every precision, and a large copy: the medians of what PyTorch reaches."""
+        torch, flops = self.torch, {}
+        for precision, dtype in self.dtypes.items():
+            if precision == "bf16" and not torch.cuda.is_bf16_supported():
+                continue
+            self.precise(precision)
+            one, other = (torch.randn(PRODUCT, PRODUCT, device=self.device).to(dtype) for _ in range(2))
+            result = torch.empty_like(one)
+            side = Side(precision, lambda a=one, b=other, c=result: torch.matmul(a, b, out=c), lambda: None)
+            self.measure([side], 4, TIMED_MS)
+            flops[precision] = 2 * PRODUCT**3 / float(np.median(side.times)) * 1e3
+        source = torch.zeros(COPIED, dtype=torch.uint8, device=self.device)
+        to = torch.empty_like(source)
+        side = Side("copy", lambda: to.copy_(source), lambda: None)
+        self.measure([side], 4, TIMED_MS)
+        return Roofline(flops, 2 * COPIED / float(np.median(side.times)) * 1e3)
+
+    def tune(self, group: Sequence[Case], *, quick: bool) -> dict[str, Any]:
+        """The best blocks for cases of one precision, head size and column: by the geometric mean of their times."""
+        first = group[0]
+        step, entry = first.kind == "step", blocks_for(self.sm, first.variant)
+        times: dict[Blocks, list[float]] = {}
+        for case in group:
+            tensors, sides = self.tensors(case), {}
+            expected = self.expected(case, tensors)
+            for blocks in candidates(entry, step=step, quick=quick):
+                try:
+                    for parts in parts_of(case)[-3:] if step else (1,):
+                        side = self.ours(case, tensors, blocks, parts, "ours")
+                        if self.wrong(case, side, expected) is None:
+                            sides[blocks, parts] = side
+                except (TransomError, RuntimeError) as error:  # more shared memory than there is
+                    print(f"    {blocks}: {one_line(error, 120)}", file=sys.stderr)
+            self.measure(list(sides.values()), TUNED_ROUNDS, TIMED_MS / 8)
+            for blocks in {blocks for blocks, _ in sides}:
+                fastest = min(float(np.median(side.times)) for (each, _), side in sides.items() if each == blocks)
+                times.setdefault(blocks, []).append(fastest)
+        means = {b: math.exp(float(np.mean(np.log(each)))) for b, each in times.items() if len(each) == len(group)}
+        best = min(means, key=lambda blocks: means[blocks], default=entry)
+        self.best[key_of(first)] = best
+        measured = [{"blocks": asdict(b), "ms": round(means[b], 5)} for b in sorted(means, key=lambda b: means[b])]
+        return {
+            "precision": first.precision,
+            "width": width(first.size),
+            "column": COLUMNS[first.column],
+            "cases": [case.name for case in group],
+            "entry": asdict(entry),
+            "entry_ms": means.get(entry),
+            "best": asdict(best),
+            "best_ms": means.get(best),
+            "measured": measured,
+        }
+
+    def run(self, case: Case, roofline: Roofline) -> dict[str, Any]:
+        """Everything about one case: rows of the sides that compute it, reasons of those that do not."""
+        torch = self.torch
+        self.precise(case.precision)
+        torch.cuda.empty_cache()
+        refused: dict[str, str] = {}
+        sides: list[Side] = []
+        tensors = self.tensors(case)
+        expected = self.expected(case, tensors)
+        for name, make in self.makers(case, tensors):
+            if name == "torch math" and any(each.name.startswith("torch") for each in sides):
+                continue
+            try:
+                with warnings.catch_warnings(record=True) as reasons:
+                    warnings.simplefilter("always")
+                    side = make()
+                    wrong = self.wrong(case, side, expected)
+                    torch.cuda.synchronize()
+            except (TransomError, RuntimeError) as error:  # torch.OutOfMemoryError is one
+                refused[name] = "; ".join(one_line(RuntimeError(each.message), 160) for each in reasons) or one_line(
+                    error
+                )
+                continue
+            if wrong is not None:
+                refused[name] = wrong
+            elif name != "torch math" or not any(each.name.startswith("torch") for each in sides):
+                sides.append(side)
+        self.measure(sides, ROUNDS, TIMED_MS)
+        rows = [told_of(case, side.name, side.times, roofline, side.about) for side in sides]
+        ratio, best = ratio_of(rows)
+        about = {"name": case.name, "flops": case.flops, "bytes": case.bytes, "aim": case.aim}
+        return {**asdict(case), **about, "ratio": ratio, "best_backend": best, "rows": rows, "refused": refused}
+
+    def makers(self, case: Case, tensors: Tensors) -> Iterator[tuple[str, Callable[[], Side]]]:
+        """Ours by the table and as tuned, and the backends; PyTorch's own products last."""
+        entry = blocks_for(self.sm, case.variant)
+        tried = {"ours": entry, "ours, tuned": self.best.get(key_of(case), entry)}
+        for name, blocks in tried.items():
+            if name == "ours" or blocks != entry:
+                yield name, lambda name=name, blocks=blocks: self.in_best_parts(case, tensors, blocks, name)
+        for backend in BACKENDS:
+            yield f"torch {backend}", lambda backend=backend: self.theirs(case, tensors, backend)
+
+    def in_best_parts(self, case: Case, tensors: Tensors, blocks: Blocks, name: str) -> Side:
+        if case.kind != "step":
+            return self.ours(case, tensors, blocks, 1, name)
+        tried = [self.ours(case, tensors, blocks, parts, name) for parts in parts_of(case)]
+        self.measure(tried, TUNED_ROUNDS, TIMED_MS / 8)
+        best = min(tried, key=lambda side: float(np.median(side.times)))
+        return replace(best, times=[])
+
+
+def key_of(case: Case) -> tuple[str, int, int]:
+    return case.precision, width(case.size), case.column
+
+
+def tuned_on(measured: Sequence[Case], *, quick: bool) -> list[list[Case]]:
+    """By precision, head size and column: the case whose length is nearest to 2048, with and without causality."""
+    groups: dict[tuple[str, int, int], list[Case]] = {}
+    for case in measured:
+        groups.setdefault(key_of(case), []).append(case)
+    found = []
+    for group in groups.values():
+        kinds: dict[tuple[bool, bool, int], list[Case]] = {}
+        for case in group:
+            kinds.setdefault((case.causal, case.int8, case.groups), []).append(case)
+        nearest = [min(kind, key=lambda case: abs(math.log2(case.T / 2048))) for kind in kinds.values()]
+        found.append(nearest[:1] if quick else nearest)
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for gpu-<name>-attention.json and .md")
+    parser.add_argument("--quick", action="store_true", help="a few cases, in less than three minutes")
+    parser.add_argument("--only", nargs="+", default=[], metavar="PART", help='of a name, as "step" or "fp16 head 64"')
+    parser.add_argument("--minutes", type=float, default=45.0, help="after which no further case is begun")
+    parser.add_argument("--no-tuning", action="store_true", help="the blocks of the table alone")
+    options = parser.parse_args()
+    try:
+        gpu = find_gpu()
+    except TransomError as error:
+        print(f"nothing was measured: {error}", file=sys.stderr)
+        return 0
+    import torch
+    import triton
+
+    if not torch.cuda.is_available():
+        print(
+            "nothing was measured: PyTorch here has no CUDA; install one that has: pip install torch", file=sys.stderr
+        )
+        return 0
+    try:
+        bench = Bench(gpu)
+    except TransomError as error:  # a GPU that there is no kernel for
+        print(f"nothing was measured: {error}", file=sys.stderr)
+        return 0
+    return measure_all(bench, gpu, options, {"torch": str(torch.__version__), "triton": str(triton.__version__)})
+
+
+def measure_all(bench: Bench, gpu: Gpu, options: argparse.Namespace, libraries: Mapping[str, str]) -> int:
+    began, limit_s = time.monotonic(), 60 * min(options.minutes, 2.5 if options.quick else options.minutes)
+    measured = cases(quick=options.quick, only=options.only)
+    if gpu.capability == (7, 5):
+        measured = [case for case in measured if case.precision not in ("bf16", "tf32")]
+    roofline = bench.roofline()
+    told: dict[str, Any] = {"gpu": str(gpu), "driver": gpu.driver, "date": time.strftime("%Y-%m-%d")}
+    told |= {"versions": dict(libraries), "aims": AIMS, "roofline": asdict(roofline)}
+    told |= {"cases": [], "tuned": [], "better_rows": [], "left": []}
+    path = options.out / f"gpu-{'-'.join(gpu.name.lower().split())}-attention"
+    options.out.mkdir(parents=True, exist_ok=True)
+    for group in [] if options.no_tuning else tuned_on(measured, quick=options.quick):
+        if time.monotonic() - began > limit_s / 2:
+            print("  half of the time is up: no further blocks are tuned", file=sys.stderr)
+            break
+        bench.precise(group[0].precision)
+        try:
+            tuned = bench.tune(group, quick=options.quick)
+        except (TransomError, RuntimeError) as error:
+            print(f"  {group[0].name} cannot be tuned: {one_line(error)}", file=sys.stderr)
+            continue
+        told["tuned"].append(tuned)
+        print(f"tuned {group[0].name}: {tuned['best']}, {number(tuned['best_ms'], 4)} ms", flush=True)
+    told["better_rows"] = better_rows(told["tuned"], bench.sm)
+    for index, case in enumerate(measured):
+        if time.monotonic() - began > limit_s:
+            told["left"] = [left.name for left in measured[index:]]
+            break
+        try:
+            found = bench.run(case, roofline)
+        except (TransomError, RuntimeError) as error:  # not even its tensors have room
+            found = {**asdict(case), "name": case.name, "aim": case.aim, "ratio": None, "best_backend": "none"}
+            found |= {"rows": [], "refused": {"ours": one_line(error)}}
+        told["cases"].append(found)
+        best = min((row["p50_ms"] for row in found["rows"] if row["side"].startswith("ours")), default=None)
+        about = f"ours {number(best, 4)} ms, {number(found['ratio'])} times {found['best_backend']}"
+        print(f"[{index + 1}/{len(measured)}, {time.monotonic() - began:.0f} s] {case.name}: {about}", flush=True)
+        path.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n")
+        path.with_suffix(".md").write_text(markdown(told))
+    failed = [each["name"] for each in told["cases"] if str(each["refused"].get("ours", "")).startswith("wrong")]
+    if failed:
+        print(f"ours is wrong in {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
