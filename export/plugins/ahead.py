@@ -172,7 +172,7 @@ class CompiledWhole(Compiled):
     """The kernel that puts parts together: a program for every query of every head."""
 
     def grid(self, B: Any, S: Any, parts: Any = 1) -> tuple[Any, Any, int]:
-        return B * S, 1, 1
+        return B * S * self.variant.heads, 1, 1
 
 
 Made = TypeVar("Made", bound=Compiled)
