@@ -97,8 +97,8 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", choices=RTX, default=list(RTX))
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     options = parser.parse_args()
-    from transom.runtime.trt_library import NAMES, library
-    from transom.runtime.trt_library import RTX as KIND
+    from transom.runtime.backends.trt_library import NAMES, library
+    from transom.runtime.backends.trt_library import RTX as KIND
 
     path = options.out.with_suffix(".json")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What the length of a cache's buffer costs, and which step it should grow by (runtime/cache.py: STEP).
+"""What the length of a cache's buffer costs, and which step it should grow by (runtime/decoder/cache.py: STEP).
 
     python benchmarks/cache_step.py BUNDLE       a decoder-only bundle, GPT-2 of 124 M parameters for example
 
@@ -14,8 +14,9 @@ import time
 
 import numpy as np
 
-from transom.runtime import cache, load
-from transom.runtime.decoding import Decoding
+from transom.runtime import load
+from transom.runtime.decoder import cache
+from transom.runtime.decoder.decoding import Decoding
 
 STEPS = (32, 64, 128, 256, 1024)
 ROUNDS = 3

@@ -35,8 +35,8 @@ from transom.calib.observe import ObservingBackend
 from transom.calib.table import GraphRanges, RangeTable
 from transom.export.passes.linears import find_linears
 from transom.models.references import reference_folder
+from transom.runtime.backends.ort import onnxruntime
 from transom.runtime.bundle import Bundle
-from transom.runtime.ort import onnxruntime
 from transom.runtime.tasks import task_class
 
 SIDES = {"ours": "Transom, 4096 bins", "theirs": "onnxruntime.quantization, Entropy"}

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from transom.runtime.backends.ort import onnxruntime
 from transom.runtime.bundle import Bundle
-from transom.runtime.ort import onnxruntime
 
 STEPS = 30
 CAPACITIES = (128, 1024)

@@ -28,7 +28,7 @@ from transom.export.plugins.ahead import Compiled, attention_ptx, whole_ptx
 from transom.export.plugins.blocks import ADDED, FAMILIES, PROMPT, STEP, blocks_for, portable
 from transom.export.plugins.gpu import Kernel
 from transom.export.plugins.launch import Blocks, Variant, width
-from transom.runtime.cuda import Gpu, find_gpu
+from transom.runtime.backends.cuda import Gpu, find_gpu
 from transom.runtime.errors import TransomError, one_line
 
 ROUNDS, TURN, WARMUP = 12, 8, 3

@@ -27,11 +27,11 @@ from transom.export.engine.targets import find_targets
 from transom.export.pipeline import export
 from transom.export.quantization.options import QuantizeOptions
 from transom.runtime import load
+from transom.runtime.backends.cuda import Event, find_gpu
+from transom.runtime.backends.plans import target_for
+from transom.runtime.backends.trt import Caller
 from transom.runtime.bundle import Bundle
-from transom.runtime.cuda import Event, find_gpu
 from transom.runtime.errors import TransomError
-from transom.runtime.plans import target_for
-from transom.runtime.trt import Caller
 
 ROUNDS, WARMUP, TIMED = 20, 10, 20
 NEW_TOKENS = 64
@@ -213,7 +213,7 @@ def main() -> None:
     except TransomError as error:
         print(f"nothing was measured: {error}", file=sys.stderr)
         return
-    import transom.runtime.trt as trt
+    import transom.runtime.backends.trt as trt
 
     trt.Caller = TimedCaller  # type: ignore[misc]
     rows: list[dict[str, Any]] = []

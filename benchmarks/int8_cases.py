@@ -19,9 +19,9 @@ from outliers import outlier_checkpoint
 from transom.export.inputs import heldout_dates, heldout_text, masked_text, wordnet_pairs
 from transom.export.scores import DIGIT_NAMES, blocks, heldout_images
 from transom.runtime.backend import Array, Backend, Read, open_backend
+from transom.runtime.backends.ort import OrtBackend
 from transom.runtime.bundle import Bundle, GraphFile
-from transom.runtime.ort import OrtBackend
-from transom.runtime.replay import NOTHING, Greedy, greedy, logits_along
+from transom.runtime.decoder.replay import NOTHING, Greedy, greedy, logits_along
 from transom.runtime.session import Opener
 from transom.runtime.tasks import task_class
 from transom.runtime.tasks.generator import Generator

@@ -23,7 +23,7 @@ from transom.runtime.tasks.generator import Generator, Row
 from transom.runtime.tasks.gpt import GPT
 from transom.runtime.tasks.transformer import Transformer
 from transom.runtime.tasks.vit import ViT
-from transom.runtime.text import EncodedBatch
+from transom.runtime.text.tokenizer import EncodedBatch
 
 NEW_TOKENS = 64  # of a generated text, at most: most sentences end before
 GAP_EVERY = 7  # tokens, where a masked-language model is given a text without a gap: about the 15 % of BERT's paper

@@ -39,10 +39,11 @@ QUERIES = (  # the second for drivers that do not tell the compute capability
     {"name": "name", "memory": "memory.total", "driver": "driver_version"},
 )
 ASK_TIMEOUT_S = 20
-VERSION = "from transom.runtime.trt_library import library; told = {{'version': library({!r}).__version__}}"
+VERSION = "from transom.runtime.backends.trt_library import library; told = {{'version': library({!r}).__version__}}"
 GPU = (
-    "from transom.runtime.cuda import find_gpu; g = find_gpu(); told = {'gpu': {'name': g.name, 'compute_capability': "
-    "'{}.{}'.format(*g.capability), 'memory': f'{g.memory >> 20} MiB', "
+    "from transom.runtime.backends.cuda import find_gpu; g = find_gpu(); "
+    "told = {'gpu': {'name': g.name, 'compute_capability': '{}.{}'.format(*g.capability), "
+    "'memory': f'{g.memory >> 20} MiB', "
     "'driver': f'CUDA {g.driver // 1000}.{g.driver % 1000 // 10}'}}"
 )
 ASK = """
@@ -109,7 +110,7 @@ def version(distribution: str) -> str | None:
 def examine_onnxruntime() -> tuple[list[str], list[str]]:
     """The execution providers that the library offers, and what is wrong with it."""
     try:
-        from transom.runtime.ort import onnxruntime
+        from transom.runtime.backends.ort import onnxruntime
 
         return list(onnxruntime().get_available_providers()), []
     except (BackendError, ImportError) as error:  # ImportError: numpy
@@ -120,7 +121,7 @@ def choose(providers: Sequence[str], gpus: Sequence[Mapping[str, Any]]) -> tuple
     """What ``auto`` means here, and why."""
     if not providers:
         return None, "onnxruntime cannot be used"
-    from transom.runtime.ort import best_device
+    from transom.runtime.backends.ort import best_device
 
     device = best_device()
     if device != "cpu":
@@ -175,7 +176,7 @@ def capability_of(gpu: Mapping[str, Any]) -> tuple[int, int] | None:
 
 def target_for(gpu: Mapping[str, Any]) -> str | None:
     """What ``transom build --target`` takes for a GPU; None where its compute capability is not known."""
-    from transom.runtime.trt_library import RTX_CAPABILITIES
+    from transom.runtime.backends.trt_library import RTX_CAPABILITIES
 
     capability = capability_of(gpu)
     if capability is None:
@@ -188,7 +189,7 @@ def ask_libraries() -> dict[str, dict[str, Any]]:
 
     Each that is installed is loaded in a process of its own: one that is broken may end its process, or hang.
     """
-    from transom.runtime.trt_library import BINDINGS, INSTALL, LIBRARIES, NAMES
+    from transom.runtime.backends.trt_library import BINDINGS, INSTALL, LIBRARIES, NAMES
 
     names = {**NAMES, CUDA: RUN}
     there = {name: is_there(name) for name in names}
@@ -230,7 +231,7 @@ def ask(name: str, question: str) -> dict[str, Any]:
 
 def can_build(found: Mapping[str, Mapping[str, Any]], versions: Mapping[str, str | None]) -> dict[str, Any]:
     """The targets that ``transom build`` can build here, and why there are not more."""
-    from transom.runtime.trt_library import INSTALL, RTX_CAPABILITIES
+    from transom.runtime.backends.trt_library import INSTALL, RTX_CAPABILITIES
 
     missing = [name for name in BUILD if not versions[name]]
     if missing:

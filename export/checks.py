@@ -14,10 +14,10 @@ from transom.export.golden import Golden
 from transom.export.parity import TOLERANCES, Case, PyTorchBackend, require_parity
 from transom.export.ranges import RangeBackend
 from transom.export.source import Loaded
+from transom.runtime.backends.ort import OrtBackend
 from transom.runtime.bundle import QUANTIZED, Bundle
 from transom.runtime.compare import compare_outputs, largest_scales, on_scales
-from transom.runtime.ort import OrtBackend
-from transom.runtime.replay import Divergence, as_arrays, greedy, logits_along, require_same_tokens
+from transom.runtime.decoder.replay import Divergence, as_arrays, greedy, logits_along, require_same_tokens
 from transom.runtime.selftest import GENERATION
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks import task_class

@@ -9,8 +9,8 @@ import onnx_ir as ir
 from transom.export.passes.precision import FP16_MAX, KEEP_FP32
 from transom.export.passes.probe import PREFIX, probe_ranges
 from transom.runtime.backend import Array
+from transom.runtime.backends.ort import onnxruntime
 from transom.runtime.errors import PrecisionError
-from transom.runtime.ort import onnxruntime
 from transom.runtime.spec import Graph
 
 

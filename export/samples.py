@@ -14,7 +14,7 @@ from transom.runtime.images import open_image
 from transom.runtime.inputs import shape_of
 from transom.runtime.preprocess import ImagePreprocess
 from transom.runtime.spec import Graph, Tensor
-from transom.runtime.text import TextEncoder
+from transom.runtime.text.tokenizer import TextEncoder
 
 
 class Samples:

@@ -18,7 +18,7 @@ from transom.runtime.generate import GenerationSettings
 from transom.runtime.inputs import is_decoder
 from transom.runtime.preprocess import ImagePreprocess
 from transom.runtime.spec import Axis, Graph
-from transom.runtime.text import MAX_LENGTH, TextEncoder, TextSpec
+from transom.runtime.text.tokenizer import MAX_LENGTH, TextEncoder, TextSpec
 
 LABELLED = ("text-classification", "token-classification", "image-classification")
 

@@ -1,5 +1,12 @@
 """How an artefact runs: load a bundle, hand it text or images, get numpy arrays back.
 
+    session, bundle, inputs     what a loaded bundle is, and what it is given
+    tasks/                      what each family offers
+    text/, images, preprocess   words and pictures become numbers
+    decoder/, generate/         steps over a cache; which token is next
+    backends/                   ONNX Runtime, TensorRT, the GPU below them
+    selftest, compare, bench    what it is held to
+
 Needs numpy, onnxruntime, tokenizers and pillow; never torch or onnx. Importing this package costs
 next to nothing: the libraries are imported when the first bundle is loaded.
 """

@@ -42,7 +42,7 @@ def open_backend(graph: GraphFile, read: Read, device: str, threads: int | None)
 
     Raises BackendError when the device or its library is not there.
     """
-    from transom.runtime import ort
+    from transom.runtime.backends import ort
 
     if device not in DEVICES:
         raise BackendError(f"device is {device!r}; this version runs on {', '.join(DEVICES)}.")
@@ -50,7 +50,7 @@ def open_backend(graph: GraphFile, read: Read, device: str, threads: int | None)
         raise BackendError(f"threads is {threads!r}; expected 1..{MAX_THREADS}, or None for one per core.")
     chosen = best_device(graph) if device == "auto" else device
     if chosen == "tensorrt":
-        from transom.runtime.trt import TrtBackend
+        from transom.runtime.backends.trt import TrtBackend
 
         return TrtBackend(graph, read)
     return ort.OrtBackend(graph, read, chosen, threads)
@@ -59,12 +59,12 @@ def open_backend(graph: GraphFile, read: Read, device: str, threads: int | None)
 def best_device(graph: GraphFile) -> str:
     """What ``auto`` chooses: an engine for the GPU that is here, else CUDA where this onnxruntime offers it, else the
     CPU."""
-    from transom.runtime import ort
+    from transom.runtime.backends import ort
 
     if graph.plans:
-        from transom.runtime.cuda import find_gpu
-        from transom.runtime.plans import kind_of, pick_plan
-        from transom.runtime.trt_library import library
+        from transom.runtime.backends.cuda import find_gpu
+        from transom.runtime.backends.plans import kind_of, pick_plan
+        from transom.runtime.backends.trt_library import library
 
         with suppress(BackendError):  # no GPU, no cuda-python, no plan for it, no library that loads it
             library(kind_of(pick_plan(graph, find_gpu())))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from transom.runtime.backends.trt_library import RTX, library
 from transom.runtime.errors import BackendError
-from transom.runtime.trt_library import RTX, library
 
 
 def has_rtx() -> bool:

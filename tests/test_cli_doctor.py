@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from command_line import document, process, transom
-from transom.runtime import trt_library
+from transom.runtime.backends import trt_library
 from transom.runtime.cpu import instruction_set
 from transom.runtime.errors import BackendError
 
@@ -38,7 +38,7 @@ def test_doctor_exits_1_when_the_runtime_cannot_work(monkeypatch: pytest.MonkeyP
     def absent() -> None:
         raise BackendError("onnxruntime cannot be imported. Install it.")
 
-    monkeypatch.setattr("transom.runtime.ort.onnxruntime", absent)
+    monkeypatch.setattr("transom.runtime.backends.ort.onnxruntime", absent)
     result = transom("doctor")
     assert result.exit_code == 1
     assert re.search(r"^problem +onnxruntime cannot be imported. Install it.$", result.stdout, re.MULTILINE)
@@ -50,7 +50,7 @@ def test_doctor_finds_a_gpu_that_onnxruntime_does_not_use(tmp_path: Path, monkey
     tool.write_text("#!/bin/sh\necho 'NVIDIA X9, 8.9, 24564 MiB, 570.1'\n")
     tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr("transom.runtime.ort.best_device", lambda: "cpu")
+    monkeypatch.setattr("transom.runtime.backends.ort.best_device", lambda: "cpu")
     told = document(transom("doctor", "--json"))
     (gpu,) = told["gpus"]
     assert gpu == {

@@ -23,10 +23,10 @@ from transom.export.engine.flavour import TensorRTGraph, tensorrt_graphs
 from transom.export.engine.targets import find_targets
 from transom.export.passes.decompose_attention import decompose_attention
 from transom.runtime import load
+from transom.runtime.backends.trt_library import FULL
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import BundleError, EngineError, ExportError, ParityError
 from transom.runtime.selftest import selftest
-from transom.runtime.trt_library import FULL
 
 ATTENTION = """model (float[B, 2, S, 8] q, float[B, 2, T, 8] k, float[B, 2, T, 8] v, bool[B, 1, S, T] m)
     => (float[B, 2, S, 8] y) {

@@ -21,9 +21,9 @@ from transom.export.engine.profiles import cache_sizes
 from transom.export.passes.fixed_axes import fix_axes
 from transom.export.passes.length_attention import OPERATOR, length_attention, standard_attention
 from transom.export.quantization.stored import stored_graphs
+from transom.runtime.backends.trt_library import RTX, library
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import ExportError, ParityError
-from transom.runtime.trt_library import RTX, library
 
 CAPACITY, HEADS, SIZE = 12, 2, 8
 NEW, HELD = f"float[B, {HEADS}, S, {SIZE}]", f"float[B, {HEADS}, C, {SIZE}]"

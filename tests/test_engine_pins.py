@@ -29,8 +29,8 @@ from transom.export.quantization.calibrate import calibrate
 from transom.export.quantization.options import PLAIN, REFERENCE_DATA
 from transom.export.quantization.quantizer import Quantizer
 from transom.export.quantization.stored import canonical_graphs
+from transom.runtime.backends.trt_library import RTX, library
 from transom.runtime.bundle import Bundle
-from transom.runtime.trt_library import RTX, library
 
 Once = Callable[[str, Callable[[Path], object]], Path]
 

@@ -30,7 +30,7 @@ from transom.runtime import load
 from transom.runtime.bundle import MANIFEST, manifest_sha256
 from transom.runtime.errors import BundleError, CheckpointError, InputError, TransomError
 from transom.runtime.preprocess import ImagePreprocess
-from transom.runtime.text import TextEncoder, TextSpec
+from transom.runtime.text.tokenizer import TextEncoder, TextSpec
 
 resource = pytest.importorskip("resource")  # of POSIX
 

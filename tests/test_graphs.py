@@ -22,8 +22,8 @@ from transom.export.passes.emulate import emulate_half
 from transom.export.passes.precision import convert_precision
 from transom.export.ranges import RangeBackend, require_fp16_range
 from transom.export.source import load_source
+from transom.runtime.backends.ort import OrtBackend
 from transom.runtime.errors import PrecisionError
-from transom.runtime.ort import OrtBackend
 from transom.runtime.spec import Graph
 
 MakeCheckpoint = Callable[..., Path]

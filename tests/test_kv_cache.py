@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from transom.runtime.cache import STEP, KVCache
+from transom.runtime.decoder.cache import STEP, KVCache
 from transom.runtime.spec import Tensor
 
 

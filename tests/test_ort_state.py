@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from transom.runtime import load
-from transom.runtime.ort import OrtBackend, onnxruntime
-from transom.runtime.ort_state import OrtState
-from transom.runtime.state import State, cache_inputs
+from transom.runtime.backends.ort import OrtBackend, onnxruntime
+from transom.runtime.backends.ort_state import OrtState
+from transom.runtime.decoder.state import State, cache_inputs
 
 
 @pytest.fixture

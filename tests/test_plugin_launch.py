@@ -35,8 +35,8 @@ from transom.export.plugins import gpu as plugin_gpu
 from transom.export.plugins.ahead import Compiled, compiled_from_json, json_from_compiled
 from transom.export.plugins.gpu import Kernel
 from transom.export.plugins.launch import Blocks, Variant
-from transom.runtime import cuda
-from transom.runtime.cuda import Memory, Stream
+from transom.runtime.backends import cuda
+from transom.runtime.backends.cuda import Memory, Stream
 from transom.runtime.errors import BackendError, EngineError, InputError
 
 STEP = {"dtype": "fp16", "size": 32, "heads": 4, "groups": 2, "lengths": True, "int8": True, "split": True}

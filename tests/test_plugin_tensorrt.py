@@ -36,7 +36,7 @@ from transom.export.plugins.ahead import compiled_from_json
 from transom.export.plugins.blocks import blocks_for, portable
 from transom.export.plugins.launch import Variant
 from transom.export.plugins.trt_plugin import candidates, variant_of
-from transom.runtime import cuda
+from transom.runtime.backends import cuda
 from transom.runtime.errors import EngineError
 
 QKV = [["B", 12, "S", 64]] * 3

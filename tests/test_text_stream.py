@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
-from transom.runtime.marian_text import Added, MarianSpec
-from transom.runtime.text import TextEncoder, TextSpec
-from transom.runtime.text_stream import LastStream, byte_of_character, clean_up, stream_of
-from transom.runtime.unigram import UnigramSpec
+from transom.runtime.text.marian import Added, MarianSpec
+from transom.runtime.text.stream import LastStream, byte_of_character, clean_up, stream_of
+from transom.runtime.text.tokenizer import TextEncoder, TextSpec
+from transom.runtime.text.unigram import UnigramSpec
 
 SPEC = TextSpec("t.json", 1000, None, 0, None, None)
 BYTE = {byte: character for character, byte in byte_of_character().items()}

@@ -26,8 +26,8 @@ from transformers import AutoTokenizer, MarianTokenizer
 from tokenizer_cases import LIMIT, LINES, encoder_of, write
 from transom.export.tokenizers.checkpoint import target_tokenizer_from_checkpoint, tokenizer_from_checkpoint
 from transom.runtime.errors import BundleError, CheckpointError, InputError
-from transom.runtime.marian_text import MarianSpec
-from transom.runtime.text import TextEncoder, TextSpec
+from transom.runtime.text.marian import MarianSpec
+from transom.runtime.text.tokenizer import TextEncoder, TextSpec
 
 # It is never called when a text is tokenized
 pytestmark = pytest.mark.filterwarnings("ignore:Recommended. pip install sacremoses")
@@ -309,7 +309,7 @@ def test_the_runtime_needs_no_sentencepiece(english: bytes, tmp_path: Path) -> N
     code = f"""
 import json, sys
 sys.modules.update(sentencepiece=None, tokenizers=None)
-from transom.runtime.text import TextEncoder, TextSpec
+from transom.runtime.text.tokenizer import TextEncoder, TextSpec
 encoder = TextEncoder(open({str(tmp_path / "file")!r}, "rb").read(), TextSpec.from_json({found[1].to_json()!r}), 512)
 print(json.dumps(encoder.encode(["Ann met him"], truncate=False).input_ids.tolist()))
 """

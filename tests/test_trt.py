@@ -30,12 +30,13 @@ from emulated_gpu import (
 from transom.export.bundle import add_to_bundle
 from transom.export.engine.flavour import tensorrt_graphs
 from transom.export.engine.profiles import profiles_of
-from transom.runtime import cuda, load, trt, trt_library
+from transom.runtime import load
+from transom.runtime.backends import cuda, trt, trt_library
+from transom.runtime.backends.cuda import Gpu
+from transom.runtime.backends.plans import pick_plan, require_version
 from transom.runtime.bundle import Bundle, GraphFile
 from transom.runtime.bundle import Plan as PlanFile
-from transom.runtime.cuda import Gpu
 from transom.runtime.errors import BackendError, BundleError, ShapeError
-from transom.runtime.plans import pick_plan, require_version
 from transom.runtime.selftest import selftest
 from transom.runtime.spec import Graph
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from transom.export.tokenizers.checkpoint import tokenizer_from_checkpoint
-from transom.runtime.text import TextEncoder, TextSpec
+from transom.runtime.text.tokenizer import TextEncoder, TextSpec
 
 LIMIT = 100_000  # tokens; so far away that nothing is cut
 

@@ -17,11 +17,11 @@ from transom.export.engine.fusion import Fusion, fusion_of, kernels_of, memory_o
 from transom.export.engine.profiles import Profile, profiles_of
 from transom.export.engine.repository import require_servable, write_repository
 from transom.export.engine.targets import Target, require_precision
+from transom.runtime.backends.cuda import find_gpu
+from transom.runtime.backends.plans import FULL_TARGET
+from transom.runtime.backends.trt_library import FULL, NAMES, RTX, library
 from transom.runtime.bundle import QUANTIZED, Bundle, Manifest
-from transom.runtime.cuda import find_gpu
 from transom.runtime.errors import BackendError, EngineError, ExportError
-from transom.runtime.plans import FULL_TARGET
-from transom.runtime.trt_library import FULL, NAMES, RTX, library
 
 FOLDER = "engines"  # in the bundle
 COMPILER = "triton"

@@ -16,9 +16,9 @@ from typing import Any
 from transom.export.engine.profiles import Profile
 from transom.export.engine.targets import Target
 from transom.export.engine.worker import ERROR, GRAPH, JOB, LOG, PLAN
+from transom.runtime.backends.runtime_cache import cache_folder
+from transom.runtime.backends.trt_library import NAMES, library
 from transom.runtime.errors import BackendError, EngineError
-from transom.runtime.runtime_cache import cache_folder
-from transom.runtime.trt_library import NAMES, library
 
 CACHE = "engines"  # below the user's cache folder
 SUMS = "sha256.json"  # of what lies beside it there

@@ -16,11 +16,11 @@ from pathlib import Path
 
 from transom.export.bundle import write
 from transom.export.engine.targets import Target
+from transom.runtime.backends.trt_library import FULL
 from transom.runtime.bundle import Manifest
 from transom.runtime.errors import ExportError
 from transom.runtime.inputs import is_decoder
 from transom.runtime.spec import Axis, Graph, Tensor
-from transom.runtime.trt_library import FULL
 
 CONFIG, PLAN = "config.pbtxt", "model.plan"
 DTYPES = {  # of numpy, as Triton names them

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from transom.runtime.backends.plans import FULL_TARGET, rtx_target
+from transom.runtime.backends.trt_library import FULL, RTX, RTX_CAPABILITIES
 from transom.runtime.errors import ExportError
-from transom.runtime.plans import FULL_TARGET, rtx_target
-from transom.runtime.trt_library import FULL, RTX, RTX_CAPABILITIES
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from transom.runtime.backends.trt_library import FULL, RTX, library
 from transom.runtime.errors import BackendError, one_line
-from transom.runtime.trt_library import FULL, RTX, library
 
 WATCH_S = 0.2
 JOB, GRAPH, PLAN, LOG, ERROR = "job.json", "graph.onnx", "engine.plan", "log.txt", "error.json"
@@ -93,7 +93,7 @@ def build(folder: Path) -> dict[str, Any] | None:
 def register(failures: list[Exception]) -> None:
     """Our plugins, for the GPU that is here; what goes wrong in them is added to ``failures``."""
     from transom.export.plugins.trt_plugin import register_plugins
-    from transom.runtime.cuda import find_gpu
+    from transom.runtime.backends.cuda import find_gpu
 
     major, minor = find_gpu().capability
     register_plugins(import_module(f"{FULL}.plugin"), 10 * major + minor, failures.append)

@@ -19,8 +19,8 @@ from typing import Any
 from transom.export.plugins.ahead import ALIGNED, Compiled
 from transom.export.plugins.blocks import FIRST_ALONE, SHARED
 from transom.export.plugins.launch import MOST_PARTS, MOST_PROGRAMS, kind
-from transom.runtime import cuda
-from transom.runtime.cuda import Gpu, OutOfMemory, Stream, find_gpu, quietly
+from transom.runtime.backends import cuda
+from transom.runtime.backends.cuda import Gpu, OutOfMemory, Stream, find_gpu, quietly
 from transom.runtime.errors import BackendError, InputError, one_line
 
 LOG = 8192  # bytes of what the driver's compiler may say

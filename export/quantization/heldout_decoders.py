@@ -18,7 +18,7 @@ from transom.export.quantization.heldout import (
     naming,
     text_of,
 )
-from transom.runtime.decoding import CHUNK
+from transom.runtime.decoder.decoding import CHUNK
 from transom.runtime.errors import CalibrationError
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks.generator import Generator, Row

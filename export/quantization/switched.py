@@ -15,8 +15,8 @@ from transom.export.passes.restore import RESTORED, restore_linears, restore_mod
 from transom.export.quantization.agreement import Agreement, Reference
 from transom.export.quantization.quantizer import Layer
 from transom.runtime.backend import Array, Backend, Read
+from transom.runtime.backends.ort import OrtBackend
 from transom.runtime.bundle import Bundle, GraphFile
-from transom.runtime.ort import OrtBackend
 from transom.runtime.spec import Graph, Tensor
 from transom.runtime.tasks import task_class
 

@@ -17,8 +17,8 @@ from transom.export.quantization.quantizer import DYNAMIC, NONE, STATIC, Layer, 
 from transom.export.quantization.switched import SwitchedBundle
 from transom.export.quantization.verdict import Verdict
 from transom.runtime.backend import Backend, Read
+from transom.runtime.backends.ort import OrtBackend
 from transom.runtime.bundle import Bundle, GraphFile
-from transom.runtime.ort import OrtBackend
 from transom.runtime.session import LoadedBundle
 from transom.runtime.spec import Graph
 from transom.runtime.tasks import task_class

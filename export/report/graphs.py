@@ -10,9 +10,9 @@ import onnx
 import onnx_ir as ir
 
 from transom.export.figures import operator_counts
+from transom.runtime.backends.ort import FATAL, PROVIDERS, SLOW_FUSIONS, onnxruntime
 from transom.runtime.bundle import Bundle, GraphFile
 from transom.runtime.errors import BundleError, one_line
-from transom.runtime.ort import FATAL, PROVIDERS, SLOW_FUSIONS, onnxruntime
 
 DEVICE = "cpu"
 

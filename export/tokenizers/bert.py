@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transom.export.tokenizers.settings import FILE, class_name, names, no_stand_in, refusal
-from transom.runtime.tokenizer_json import parse_tokenizer
+from transom.runtime.text.tokenizer_json import parse_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -33,8 +33,8 @@ from transom.export.tokenizers.settings import (
 )
 from transom.models.json_files import read_object
 from transom.runtime.errors import BundleError, CheckpointError
-from transom.runtime.text import MAX_LENGTH, TextEncoder, TextSpec
-from transom.runtime.tokenizer_json import parse_tokenizer
+from transom.runtime.text.tokenizer import MAX_LENGTH, TextEncoder, TextSpec
+from transom.runtime.text.tokenizer_json import parse_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer

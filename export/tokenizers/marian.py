@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from transom.export.tokenizers.settings import names
 from transom.export.tokenizers.spm import read_spm
 from transom.export.tokenizers.vocabulary import read_vocabulary
-from transom.runtime.marian_text import Added, MarianSpec
+from transom.runtime.text.marian import Added, MarianSpec
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken

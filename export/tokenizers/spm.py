@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from transom.runtime.errors import one_line
-from transom.runtime.unigram import MAX_SCORE, Unigram, UnigramSpec, float32
+from transom.runtime.text.unigram import MAX_SCORE, Unigram, UnigramSpec, float32
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor

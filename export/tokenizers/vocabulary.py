@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from transom.export.tokenizers.settings import FILE, refusal
 from transom.models.json_files import read_object
-from transom.runtime.tokenizer_json import parse_tokenizer
+from transom.runtime.text.tokenizer_json import parse_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers.processors import PostProcessor

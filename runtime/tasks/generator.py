@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.runtime.decoding import Decoding
+from transom.runtime.decoder.decoding import Decoding
 from transom.runtime.errors import BundleError, InputError
 from transom.runtime.generate import GenerationSettings, generate, stream
 from transom.runtime.inputs import WRITE_INDICES
 from transom.runtime.session import LoadedBundle
-from transom.runtime.text import MAX_LENGTH, TextEncoder, TextSpec
+from transom.runtime.text.tokenizer import MAX_LENGTH, TextEncoder, TextSpec
 
 if TYPE_CHECKING:
     from transom.runtime.backend import Array

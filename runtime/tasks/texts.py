@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from transom.runtime.errors import BundleError, InputError
 from transom.runtime.session import LoadedBundle
-from transom.runtime.text import EncodedBatch, TextEncoder, TextSpec
+from transom.runtime.text.tokenizer import EncodedBatch, TextEncoder, TextSpec
 
 Floats = NDArray[np.float32]
 

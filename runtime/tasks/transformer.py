@@ -13,7 +13,7 @@ from transom.runtime.tasks.generator import Begun, Generator, Row, padded
 
 if TYPE_CHECKING:
     from transom.runtime.spec import Tensor
-    from transom.runtime.text import TextEncoder
+    from transom.runtime.text.tokenizer import TextEncoder
 
 
 class Transformer(Generator):

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 from conftest import Once, export_to, reference
-from transom.runtime.cuda import Gpu, find_gpu
+from transom.runtime.backends.cuda import Gpu, find_gpu
+from transom.runtime.backends.ort import PROVIDERS, onnxruntime
+from transom.runtime.backends.plans import target_for
+from transom.runtime.backends.trt_library import FULL, NAMES, RTX, library
 from transom.runtime.errors import BackendError
-from transom.runtime.ort import PROVIDERS, onnxruntime
-from transom.runtime.plans import target_for
-from transom.runtime.trt_library import FULL, NAMES, RTX, library
 
 Ready = Callable[..., Path]
 

@@ -25,7 +25,7 @@ from transom.export.plugins.ahead import Compiled
 from transom.export.plugins.blocks import portable
 from transom.export.plugins.gpu import Kernel
 from transom.export.plugins.launch import Blocks, width
-from transom.runtime.cuda import Gpu
+from transom.runtime.backends.cuda import Gpu
 
 # Units of roundoff of max|exact|, as in test_plugin_kernel.py, with more for what a GPU does besides: ex2.approx is
 # within 2 units of FP32, above and below the line of the fraction. TF32 cuts both operands of both products off at 10

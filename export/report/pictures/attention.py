@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from transom.export.passes.attention import expose_weights
 from transom.export.report.graphs import DEVICE, parsed
 from transom.runtime.backend import Array
+from transom.runtime.backends.ort import open_session
 from transom.runtime.bundle import Bundle, GraphFile
 from transom.runtime.errors import BackendError, BundleError, one_line
-from transom.runtime.ort import open_session
 
 Weights = NDArray[np.float32]
 

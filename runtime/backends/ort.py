@@ -14,12 +14,12 @@ from typing import Any, cast
 import numpy as np
 
 from transom.runtime.backend import Array, Read
+from transom.runtime.backends.ort_state import OrtState
 from transom.runtime.bundle import GraphFile
+from transom.runtime.decoder.state import HostState, State, cache_inputs
 from transom.runtime.errors import BackendError, BundleError, one_line
 from transom.runtime.inputs import storage
-from transom.runtime.ort_state import OrtState
 from transom.runtime.spec import Graph, Tensor
-from transom.runtime.state import HostState, State, cache_inputs
 
 OLDEST = (1, 28)  # 1.26 and 1.27 align causal attention top-left when the cache is longer than the query
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.runtime.backend import Array
-from transom.runtime.cache import KVCache
+from transom.runtime.decoder.cache import KVCache
+from transom.runtime.decoder.state import Source
 from transom.runtime.spec import Tensor
-from transom.runtime.state import Source
 
 
 class OrtState:

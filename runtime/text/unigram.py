@@ -16,8 +16,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from transom.runtime.charsmap import Charsmap
 from transom.runtime.fields import Fields
+from transom.runtime.text.charsmap import Charsmap
 
 SPACE = "\u2581"  # how a space is written within pieces
 FLOAT32 = struct.Struct("f")

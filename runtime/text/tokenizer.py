@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from transom.runtime.errors import BundleError, InputError, ShapeError, one_line
 from transom.runtime.fields import Fields
-from transom.runtime.marian_text import MarianDecoder, MarianSpec, MarianText
-from transom.runtime.text_stream import CleanStream, TextStream, clean_up, stream_of
-from transom.runtime.tokenizer_json import parse_tokenizer, raise_unless_tokenizers
+from transom.runtime.text.marian import MarianDecoder, MarianSpec, MarianText
+from transom.runtime.text.stream import CleanStream, TextStream, clean_up, stream_of
+from transom.runtime.text.tokenizer_json import parse_tokenizer, raise_unless_tokenizers
 
 if TYPE_CHECKING:
     from tokenizers import Encoding

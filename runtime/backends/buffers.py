@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.runtime.backend import Array
-from transom.runtime.cuda import Memory, OutOfMemory, PinnedMemory, Stream
+from transom.runtime.backends.cuda import Memory, OutOfMemory, PinnedMemory, Stream
+from transom.runtime.decoder.state import Source
 from transom.runtime.errors import BackendError
 from transom.runtime.inputs import storage
 from transom.runtime.spec import Tensor
-from transom.runtime.state import Source
 
 GRAIN = 1 << 16  # bytes: staging grows in such steps, so that a few bytes more do not mean another allocation
 

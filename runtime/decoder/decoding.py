@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.runtime.backend import Array, Backend
+from transom.runtime.decoder.state import new_state
 from transom.runtime.errors import InputError
 from transom.runtime.inputs import LOGITS_POSITIONS, WRITE_INDICES, token_input
-from transom.runtime.state import new_state
 
 CHUNK = 256  # tokens of a prompt read at once: the scores inside attention grow with chunk times capacity
 

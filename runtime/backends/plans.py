@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from transom.runtime.backends.cuda import Gpu
+from transom.runtime.backends.trt_library import FULL, INSTALL, NAMES, RTX, RTX_CAPABILITIES
 from transom.runtime.bundle import GraphFile, Plan
-from transom.runtime.cuda import Gpu
 from transom.runtime.errors import BackendError
-from transom.runtime.trt_library import FULL, INSTALL, NAMES, RTX, RTX_CAPABILITIES
 
 FULL_TARGET = "tensorrt"  # built by full TensorRT for the GPU that was present
 

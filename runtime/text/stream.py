@@ -11,7 +11,7 @@ import codecs
 import re
 from typing import TYPE_CHECKING, Protocol
 
-from transom.runtime.tokenizer_json import decoder_steps, special_ids
+from transom.runtime.text.tokenizer_json import decoder_steps, special_ids
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

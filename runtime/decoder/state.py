@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.runtime.backend import Array, Backend
-from transom.runtime.cache import KVCache
+from transom.runtime.decoder.cache import KVCache
 from transom.runtime.spec import Tensor
 
 

@@ -1,6 +1,6 @@
 """Marian's tokenizer: SentencePiece cuts the text, vocab.json numbers the pieces.
 
-``MarianText`` has the methods of the tokenizers library's ``Tokenizer`` that ``runtime.text`` calls. The behaviour
+``MarianText`` has the methods of the tokenizers library's ``Tokenizer`` that ``text.tokenizer`` calls. The behaviour
 followed is that of transformers 5.23, ``models.marian.tokenization_marian`` and ``tokenization_python``.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from transom.runtime.fields import Fields, parse_json
-from transom.runtime.unigram import SPACE, Unigram, UnigramSpec, is_text
+from transom.runtime.text.unigram import SPACE, Unigram, UnigramSpec, is_text
 
 MAX_ID = 2**31 - 1
 
