@@ -27,6 +27,7 @@ ONNXRUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 OTHERS = ("transformers",)  # needed by nothing, useful in a report
 BUILD = ("onnx", "onnx-ir", "ml-dtypes", "polygraphy")  # that building an engine takes beside TensorRT
 RUN = "cuda-bindings"  # that running one takes
+COMPILE = "triton"  # that our attention takes in an engine of full TensorRT
 RTX, FULL, CUDA = "tensorrt_rtx", "tensorrt", "cuda"  # modules, and what the report calls them
 FLAGS = (  # of instructions that decide how fast INT8 and half precision are, x86 first
     *("avx2", "f16c", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16"),
@@ -75,7 +76,7 @@ def doctor(as_json: Json = False) -> None:
 
 def examine() -> dict[str, Any]:
     """Everything doctor knows, as plain data. Libraries are asked for their version, not imported."""
-    versions = {name: version(name) for name in (*RUNTIME, *ONNXRUNTIMES, *EXPORT_EXTRA, *OTHERS, *BUILD, RUN)}
+    versions = {name: version(name) for name in (*RUNTIME, *ONNXRUNTIMES, *EXPORT_EXTRA, *OTHERS, *BUILD, RUN, COMPILE)}
     providers, problems = examine_onnxruntime()
     problems += [f"{name} is not installed. Run `pip install {name}`." for name in RUNTIME if not versions[name]]
     found = ask_libraries()
