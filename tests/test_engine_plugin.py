@@ -194,6 +194,24 @@ def test_the_engine_must_hold_the_plugin_and_not_the_body() -> None:
     assert engine.to_json()["plugins"]["a"] == "in FP32"
 
 
+@pytest.mark.parametrize("marked", [True, False])
+@pytest.mark.parametrize("groups", [(0, 1, 3, 4), (0, 3)])
+def test_plugins_of_two_profiles(marked: bool, groups: tuple[int, ...]) -> None:
+    """Layers outside of the compiled subgraphs, with the marks that those of TensorRT-RTX have, and without."""
+    first, second = groups[: len(groups) // 2], groups[len(groups) // 2 :]
+    mark = " [profile 1]" if marked else ""
+    log = [layer(f"__myl_Fc_myl{group}_1", "up") for group in first]
+    log += [layer(name, kind="PluginV3") for name in "ab"]
+    log += [layer(f"up.product [profile 1]_myl{group}_1", "up", kind="gemm") for group in second]
+    log += [layer(f"{name}{mark}", name, kind="PluginV3") for name in "ab"]
+    operators = {"a": CAUSAL, "b": CAUSAL, "up": "MatMul"}
+    fusions = [fusion_of(name, kernels, operators, []) for name, kernels in zip("pd", kernels_of(log, 2), strict=True)]
+    assert [fusion.attention for fusion in fusions] == [2, 2]
+    assert [fusion.kernels for fusion in fusions] == [2 + len(first), 2 + len(second)]
+    lost = [line for line in log if "Name: b" not in line]
+    assert [fusion_of("p", kernels, operators, []).unfused for kernels in kernels_of(lost, 2)] == [("b",), ("b",)]
+
+
 def test_the_report_says_why(capsys: pytest.CaptureFixture[str]) -> None:
     reasons = ({"a": "in FP32", "b": "in FP32"}, {"c": "in FP32"}, {"d": "it has no mask"})
     print_kernels(build.Engine("tensorrt", "decoder", 1, 0.0, (), {}, *reasons))

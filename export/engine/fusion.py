@@ -44,25 +44,53 @@ class Kernel:
 
 
 def kernels_of(log: Iterable[str], profiles: int) -> list[list[Kernel]]:
-    """The layers of the engine that compute, by profile, in the order they run."""
+    """The layers of the engine that compute, by profile, in the order they run.
+
+    A compiled subgraph belongs to one profile, which a mark in any of its layers tells. A layer outside of them, as a
+    plugin may be, belongs to that of its own mark; without marks, layers of one name are dealt to the profiles in turn,
+    or count for each where they cannot be.
+    """
     found: dict[str, list[Kernel]] = {}
+    alone: list[tuple[Kernel, str | None]] = []
     marks: dict[str, int] = {}
     for line in log:
         match = LAYER.match(line)
         if match is None or match["kind"] in SHAPES:
             continue
         serial, mark = GROUP.search(match["name"]), MARK.search(match["name"])
-        group = serial[1] if serial is not None else ""
-        if mark is not None:
-            marks[group] = int(mark[1])
         nodes = tuple(dict.fromkeys(NODE.findall(match["nodes"])))
-        found.setdefault(group, []).append(Kernel(match["name"], match["kind"], nodes, "Datatype: Int8" in line))
+        kernel = Kernel(match["name"], match["kind"], nodes, "Datatype: Int8" in line)
+        if serial is None:
+            alone.append((kernel, mark[1] if mark is not None else None))
+            continue
+        if mark is not None:
+            marks[serial[1]] = int(mark[1])
+        found.setdefault(serial[1], []).append(kernel)
     if len(found) == profiles:  # the usual case; then no mark is needed
-        return list(found.values())
-    by_profile: list[list[Kernel]] = [[] for _ in range(profiles)]
-    for group, kernels in found.items():
-        by_profile[min(marks.get(group, 0), profiles - 1)] += kernels
+        by_profile = list(found.values())
+    else:
+        by_profile = [[] for _ in range(profiles)]
+        for group, kernels in found.items():
+            by_profile[min(marks.get(group, 0), profiles - 1)] += kernels
+    for place, kernels in enumerate(by_profile):
+        kernels += outside(alone, place, profiles)
     return by_profile
+
+
+def outside(alone: Sequence[tuple[Kernel, str | None]], profile: int, profiles: int) -> list[Kernel]:
+    """Of the layers outside of compiled subgraphs, with their marks, those of a profile; the first has no mark."""
+    by_name: dict[str, list[tuple[Kernel, str | None]]] = {}
+    for kernel, mark in alone:
+        by_name.setdefault(kernel.title, []).append((kernel, mark))
+    found = []
+    for layers in by_name.values():
+        if any(mark is not None for _, mark in layers):
+            found += [kernel for kernel, mark in layers if int(mark or 0) == profile]
+            continue
+        each, left = divmod(len(layers), profiles)
+        dealt = layers if left else layers[profile * each : (profile + 1) * each]
+        found += [kernel for kernel, _ in dealt]
+    return found
 
 
 def memory_of(log: Iterable[str]) -> dict[str, int]:

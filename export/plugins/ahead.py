@@ -164,7 +164,9 @@ class Compiled:
         registers, spills = RESOURCES.search(done.stderr), SPILLS.search(done.stderr)
         if done.returncode or registers is None or spills is None:
             said = one_line(RuntimeError(done.stderr))
-            raise EngineError(f"ptxas did not take the kernel for SM{self.capability}: {said}. Install triton 3.9.")
+            raise EngineError(
+                f"ptxas did not take the kernel for SM{self.capability}: {said}. Install triton 3.7 or 3.9."
+            )
         return int(registers[1]), int(spills[1])
 
 
@@ -322,6 +324,6 @@ def without_scratch(ptx: str, metadata: Any, given: int) -> str:
         ):
             raise EngineError(
                 f"the compiled {name} has no unused parameter {index} for Triton's scratch memory; "
-                "expected what Triton 3.9 makes. Install triton 3.9."
+                "expected what Triton 3.7 and 3.9 make. Install triton 3.7 or 3.9."
             )
     return ptx
