@@ -162,8 +162,12 @@ def planned(
     name: str, dtypes: Sequence[str], shapes: Sequence[Sequence[int | str]], attributes: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """What a builder is told of the plugin ``name`` of our namespace, for each tactic; sizes that vary have names."""
-    kind = PluginFieldType.FLOAT32  # what the parser makes of an ONNX FLOAT
-    fields = [PluginField(key, np.array([value], np.float32), kind) for key, value in attributes.items()]
+    fields = [
+        PluginField(key, np.frombuffer(value.encode(), np.int8), PluginFieldType.CHAR)
+        if isinstance(value, str)
+        else PluginField(key, np.array([value], np.float32), PluginFieldType.FLOAT32)
+        for key, value in attributes.items()
+    ]  # as the parser makes them of an ONNX STRING and an ONNX FLOAT
     creator = REGISTRY.get_creator(name, "1", "transom")
     request = QuickPluginCreationRequest.STRICT_AOT
     plugin = creator.create_plugin(name, "transom", fields, TensorRTPhase.BUILD, request)

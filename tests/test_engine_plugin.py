@@ -23,6 +23,7 @@ from transom.export.engine.check import check_flavour
 from transom.export.engine.flavour import tensorrt_graphs
 from transom.export.engine.fusion import fusion_of, kernels_of
 from transom.export.engine.targets import find_targets
+from transom.export.passes.decompose_attention import decompose_attention
 from transom.export.passes.plugin_attention import (
     CAUSAL,
     DOMAIN,
@@ -145,13 +146,14 @@ def test_half_precision_that_tensorrt_has_a_kernel_of_stays(half_gpt_bundle: Pat
     [
         (("float[B, 4, S, 8] q", "float[B, N, S, 8] q"), "of heads whose number is not fixed"),
         (("float[B, 2, T, 8] k", "float[B, 3, T, 8] k"), "of heads whose number is not fixed"),
+        (("float[B, 2, T, 8] v", "float[B, 4, T, 8] v"), "of keys and values that do not fit the queries"),
         (("float[B, 2, T, 8] v", "float[B, 2, T, 9] v"), "of values of another size"),
         (("float[B, 4, S, 8]", "float[B, 4, S, 264]"), "of heads of 264, which is not 1 to 256"),
         (("bool[B, 1, S, T]", "bool[B, 1, S, U]"), "with a mask whose axes are not known to be those of the scores"),
         (("bool[B, 1, S, T]", "bool[B, 1, S, 1]"), "with a mask whose axes are not known to be those of the scores"),
         (("bool[B, 1, S, T]", "bool[S, T]"), "with a mask whose axes are not known to be those of the scores"),
-        (("bool[B, 1, S, T]", "float16[B, 1, S, T]"), "with a mask whose axes"),
-        (("scale = 0.3", "is_causal = 1"), "is_causal"),
+        (("bool[B, 1, S, T]", "float16[B, 1, S, T]"), "with a mask that is neither boolean nor of the queries' dtype"),
+        (("scale = 0.3", "is_causal = 1"), "with is_causal"),
         (("float[", "double["), "of a dtype that the plugin does not have"),
     ],
 )
@@ -163,6 +165,16 @@ def test_what_our_kernel_does_not_compute_is_left(change: tuple[str, str], said:
     assert said in left[str(node.name)]
     assert not model.functions
     assert [node.op_type for node in model.graph] == ["Attention"]
+
+
+def test_operators_of_others_stay() -> None:
+    """ONNX Runtime has an Attention of its own, with other inputs."""
+    model = graph_of(ATTENTION)
+    (node,) = model.graph
+    node.domain = "com.microsoft"
+    assert plugin_attention(model, lambda node: True) == {}
+    assert decompose_attention(model) == 0
+    assert list(model.graph) == [node]
 
 
 def test_what_neither_computes_is_written_out_with_both_reasons(

@@ -14,6 +14,7 @@ from transom.runtime.bundle import Bundle
 from transom.runtime.errors import ExportError
 from transom.runtime.spec import Axis, Graph, Tensor
 
+TENSORRT = find_targets(["tensorrt"])
 BERT = """name: "minilm_en"
 platform: "tensorrt_plan"
 max_batch_size: 16
@@ -35,17 +36,16 @@ def test_a_repository_and_its_versions(bert_bundle: Path, tmp_path: Path) -> Non
     """The second build is version 2 beside version 1; a configuration that someone changed is left alone."""
     manifest = Bundle(bert_bundle).manifest
     (folder,) = write_repository(tmp_path / "models", "minilm (en)", manifest, {"model": b"first"})
-    assert folder == tmp_path / "models/minilm_en_"
-    assert (folder / "config.pbtxt").read_text() == BERT.replace("minilm_en", "minilm_en_")
+    assert folder == tmp_path / "models/minilm_en"
+    assert (folder / "config.pbtxt").read_text() == BERT
     write_repository(tmp_path / "models", "minilm (en)", manifest, {"model": b"second"})
     found = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.plan")}
     assert found == {"1/model.plan": b"first", "2/model.plan": b"second"}
     assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "config.pbtxt"]
     (folder / "config.pbtxt").write_text("name: 'mine'")
     with pytest.raises(ExportError, match=r"config\.pbtxt describes another model, or was changed by hand"):
-        write_repository(tmp_path / "models", "minilm (en)", manifest, {"model": b"third"})
+        require_servable(tmp_path / "models", "minilm (en)", manifest, TENSORRT)
     assert (folder / "config.pbtxt").read_text() == "name: 'mine'"
-    assert not (folder / "3").exists()
 
 
 def test_two_graphs_are_two_models(clip_bundle: Path, tmp_path: Path) -> None:
@@ -69,14 +69,20 @@ def test_tensors_without_rows_are_not_batched() -> None:
 
 
 def test_what_a_server_does_not_take_is_refused(bert_bundle: Path, gpt_bundle: Path, tmp_path: Path) -> None:
+    bert, gpt = (Bundle(folder).manifest for folder in (bert_bundle, gpt_bundle))
     with pytest.raises(ExportError, match=r"--target is 'rtx-sm86'\. Give --target tensorrt"):
-        require_servable(Bundle(bert_bundle).manifest, find_targets(["tensorrt", "rtx-sm86"]))
+        require_servable(tmp_path, "bert", bert, find_targets(["tensorrt", "rtx-sm86"]))
     with pytest.raises(ExportError, match="the graph 'decoder' writes its cache where it lies"):
-        require_servable(Bundle(gpt_bundle).manifest, find_targets(["tensorrt"]))
-    require_servable(Bundle(bert_bundle).manifest, find_targets(["tensorrt"]))
+        require_servable(tmp_path, "gpt", gpt, TENSORRT)
+    with pytest.raises(ExportError, match="the bundle is called 'мини', of which nothing can be a model's name"):
+        require_servable(tmp_path, "мини", bert, TENSORRT)
+    require_servable(tmp_path / "new" / "folder", "bert", bert, TENSORRT)
+    assert not (tmp_path / "new").exists()  # nothing is written before the engines are built
     (tmp_path / "file").touch()
-    with pytest.raises(ExportError, match=r"cannot write into .*file: .* The engines are in the bundle"):
-        write_repository(tmp_path / "file", "x", Bundle(bert_bundle).manifest, {"model": b""})
+    with pytest.raises(ExportError, match=r"cannot write into .*file: .*file is no folder that can be written"):
+        require_servable(tmp_path / "file", "bert", bert, TENSORRT)
+    with pytest.raises(ExportError, match=r"cannot write into .*file: .* engines that were built are in the bundle"):
+        write_repository(tmp_path / "file", "x", bert, {"model": b""})
 
 
 def test_the_command_says_so_before_it_builds(bert_bundle: Path, tmp_path: Path) -> None:

@@ -186,6 +186,15 @@ def test_ones_by_hand() -> None:
     assert ours(q, k, v, 1.0, lengths=lengths)[0, 0, :, 0].tolist() == [4.0, 4.0]
 
 
+@pytest.mark.parametrize("split", [0, 2])
+def test_causality_counts_from_lengths_beyond_the_room(split: int) -> None:
+    """A length of T + 3 is as if three keys more had been there: query i sees up to T + 3 - S + i, of what there is."""
+    S, T, lengths = 6, 16, [16, 19, 25, 40]
+    q, k, v = (normal(4, 2, n, 16, seed=seed) for seed, n in enumerate((S, T, T)))
+    found = ours(q, k, v, 0.25, lengths=torch.tensor(lengths, dtype=torch.int32), causal=True, split=split)
+    require_close(found, exact(q, k, v, 0.25, seen=visible(lengths, S, T, causal=True)))
+
+
 def test_nothing_to_compute() -> None:
     k = normal(1, 1, 5, 16)
     assert launches(k[:, :, :0], k, k, k[:, :, :0], blocks=SMALL) == []

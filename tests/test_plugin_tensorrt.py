@@ -33,35 +33,35 @@ from test_plugin_kernel import normal, require_close
 from test_plugin_launch import to_gpu
 from transom.export.passes.plugin_attention import CAUSAL, DOMAIN, INPUTS, MASKED, PLAIN, function_of
 from transom.export.plugins.ahead import compiled_from_json
-from transom.export.plugins.blocks import blocks_for, portable
+from transom.export.plugins.blocks import SPILLED, blocks_for, portable
 from transom.export.plugins.launch import Variant
-from transom.export.plugins.trt_plugin import candidates, variant_of
+from transom.export.plugins.trt_plugin import candidates, layout_of, variant_of
 from transom.runtime.backends import cuda
 from transom.runtime.errors import EngineError
 
 QKV = [["B", 12, "S", 64]] * 3
 CACHE = [["B", 12, "S", 64], ["B", 4, 1024, 64], ["B", 4, 1024, 64]]
-# (operator, trt.DataType of the inputs, their shapes): as bert, vit and gpt have them in engines
-CASES: list[tuple[str, list[str], list[Any]]] = [
-    (MASKED, ["FLOAT"] * 3 + ["BOOL"], [*QKV, ["B", 1, 1, "S"]]),
-    (PLAIN, ["BF16"] * 3, QKV),
-    (CAUSAL, ["HALF"] * 3 + ["INT32"], [*CACHE, ["B"]]),
-    (MASKED, ["HALF"] * 4, [*QKV[:1], ["B", 12, "T", 64], ["B", 12, "T", 64], [1, 12, "S", "T"]]),
+# (operator, trt.DataType of the inputs, their shapes, the mask's axes): as bert, vit and gpt have them in engines
+CASES: list[tuple[str, list[str], list[Any], str]] = [
+    (MASKED, ["FLOAT"] * 3 + ["BOOL"], [*QKV, ["B", 1, 1, "S"]], "bn"),
+    (PLAIN, ["BF16"] * 3, QKV, ""),
+    (CAUSAL, ["HALF"] * 3 + ["INT32"], [*CACHE, ["B"]], ""),
+    (MASKED, ["HALF"] * 4, [*QKV[:1], ["B", 12, "T", 64], ["B", 12, "T", 64], [1, 12, "S", "T"]], "hmn"),
 ]
 SIZES = {"B": 3, "S": 50, "T": 70}
 SCRIPT = """
 import json, sys
 import emulated_tensorrt as emulated
 from transom.export.plugins.ahead import json_from_compiled
-from transom.export.plugins.trt_plugin import kernel_of, register_plugins, variant_of
+from transom.export.plugins.trt_plugin import kernel_of, layout_of, register_plugins, variant_of
 failed = []
 register_plugins(emulated.install(), 89, failed.append)
 sizes = json.loads(sys.argv[2])
 launch = ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared_mem")
-for operator, dtypes, shapes in json.loads(sys.argv[1]):
-    made = emulated.planned(operator, dtypes, shapes, {"scale": 0.125})
+for operator, dtypes, shapes, axes in json.loads(sys.argv[1]):
+    made = emulated.planned(operator, dtypes, shapes, {"scale": 0.125, **({"mask_axes": axes} if axes else {})})
     fixed = [[size if isinstance(size, int) else None for size in shape] for shape in shapes]
-    about = variant_of(operator, dtypes, fixed, 0.125)
+    about = variant_of(operator, dtypes, fixed, 0.125), layout_of(operator, fixed, *([axes] if axes else []))
     print(json.dumps([
         {
             "source": json_from_compiled(kernel_of(*about, 89, tactic)),
@@ -71,6 +71,11 @@ for operator, dtypes, shapes in json.loads(sys.argv[1]):
         }
         for tactic, each in enumerate(made, start=1)
     ]))
+steps = []
+for sm in (75, 80, 90, 100, 120):
+    made = kernel_of(*about, sm, 2)
+    steps.append([sm, made.capability, made.shared, *made.assembled])
+print(json.dumps(steps))
 try:
     emulated.planned("FlashAttention", ["FLOAT"] * 3, [["B", "H", "S", 64]] * 3, {"scale": 1.0})
 except Exception:
@@ -79,8 +84,8 @@ except Exception:
 
 
 @pytest.fixture(scope="module")
-def planned(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[list[dict[str, Any]]], list[str]]:
-    """What was told of each case, by tactic; and what went wrong where the number of heads is not fixed."""
+def planned(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[list[dict[str, Any]]], list[Any], list[str]]:
+    """What was told of each case, by tactic; the last case for other GPUs; what went wrong for unknown heads."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     environment["PYTHONPATH"] = str(Path(__file__).parent)
@@ -91,14 +96,14 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[list[dict[st
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    *cases, failed = [json.loads(line) for line in done.stdout.splitlines()]
-    return cases, failed
+    *cases, steps, failed = [json.loads(line) for line in done.stdout.splitlines()]
+    return cases, steps, failed
 
 
 def test_nvidias_package_takes_our_plugins(planned: Any) -> None:
     """It checks signatures and types; the result is like the queries; each tactic is another kernel."""
-    cases, _ = planned
-    for (_, _, shapes), tactics in zip(CASES, cases, strict=True):
+    cases, *_ = planned
+    for (_, _, shapes, _), tactics in zip(CASES, cases, strict=True):
         assert [each["name"] for each in tactics] == ["attention", "attention"]
         assert tactics[0]["ptx"] != tactics[1]["ptx"]
         for each in tactics:
@@ -109,9 +114,9 @@ def test_nvidias_package_takes_our_plugins(planned: Any) -> None:
 
 def test_the_launch_by_hand(planned: Any) -> None:
     """B = 3, S = 50, 12 heads: 36 programs of 64 queries in FP32, of 128 in halves; a step's are of 16."""
-    cases, _ = planned
+    cases, *_ = planned
     blocks = [
-        candidates(89, variant_of(operator, dtypes, numbers(shapes), 0.125)[0]) for operator, dtypes, shapes in CASES
+        candidates(89, variant_of(operator, dtypes, numbers(shapes), 0.125)) for operator, dtypes, shapes, _ in CASES
     ]
     assert [[each.m for each in both] for both in blocks] == [[64, 16], [128, 16], [128, 16], [64, 16]]
     for both, tactics in zip(blocks, cases, strict=True):
@@ -125,7 +130,7 @@ def test_the_launch_by_hand(planned: Any) -> None:
 
 def test_the_integers_by_hand(planned: Any) -> None:
     """S, T, then the strides of rows and heads that a size changes: of Q, K, V, of the mask, of the output."""
-    cases, _ = planned
+    cases, *_ = planned
     q, k = [12 * 50 * 64, 50 * 64], [12 * 70 * 64, 70 * 64]
     cache = [4 * 1024 * 64, 1024 * 64]
     expected = [
@@ -140,8 +145,8 @@ def test_the_integers_by_hand(planned: Any) -> None:
 
 
 def test_parameters_are_inputs_integers_and_the_output(planned: Any) -> None:
-    cases, _ = planned
-    for (operator, dtypes, _), tactics in zip(CASES, cases, strict=True):
+    cases, *_ = planned
+    for (operator, dtypes, _, _), tactics in zip(CASES, cases, strict=True):
         for made in tactics:
             entry = made["ptx"].split(".entry attention(")[1].split(")")[0]
             kinds = [word for word in entry.split() if word in (".u64", ".u32")]
@@ -153,7 +158,7 @@ def test_what_the_plugin_launches_is_what_the_function_computes(
     case: int, planned: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The kernel, with the grid and the integers that TensorRT was told, against the body in ONNX Runtime."""
-    operator, dtypes, shapes = CASES[case]
+    operator, dtypes, shapes, _ = CASES[case]
     given = inputs(operator, dtypes, shapes)
     expected = torch.from_numpy(by_the_body(operator, given)).double()
     for made in planned[0][case]:
@@ -206,10 +211,19 @@ def by_the_body(operator: str, given: list[torch.Tensor]) -> Any:
     return np.asarray(found)
 
 
+def test_the_kernel_of_a_step_for_other_gpus(planned: Any) -> None:
+    """The blocks of keys in parts, on a kernel that has none: shared memory that is there, next to nothing spilled."""
+    _, steps, _ = planned
+    for sm, capability, shared, _, spilled in steps:
+        assert capability == sm
+        assert 0 < shared <= 48 * 1024, sm
+        assert spilled <= SPILLED, sm
+
+
 def test_what_goes_wrong_inside_is_told(planned: Any) -> None:
     """TensorRT says that something did; what, the worker hears from us."""
-    _, failed = planned
-    assert failed[0].startswith("the plugin FlashAttention was given queries of FLOAT (None, None, None, 64) and keys")
+    *_, failed = planned
+    assert failed[0].startswith("the plugin FlashAttention was given queries and keys whose heads have no fixed number")
 
 
 def numbers(shapes: list[Any]) -> list[list[int | None]]:
@@ -217,16 +231,47 @@ def numbers(shapes: list[Any]) -> list[list[int | None]]:
 
 
 def test_variants_by_hand() -> None:
-    masked, layout = variant_of(MASKED, ["FLOAT"] * 3 + ["BOOL"], numbers(CASES[0][2]), 0.5)
+    masked = variant_of(MASKED, ["FLOAT"] * 3 + ["BOOL"], numbers(CASES[0][2]), 0.5)
     assert masked == Variant("fp32", 64, 12, 1, 0.5, mask=1)
-    assert layout.mask == "b"
-    added, layout = variant_of(MASKED, ["HALF"] * 4, numbers(CASES[3][2]), 0.5)
-    assert added.mask == 2
-    assert layout.mask == "hm"
-    causal, _ = variant_of(CAUSAL, ["HALF"] * 3 + ["INT32"], numbers(CASES[2][2]), 0.5)
+    assert layout_of(MASKED, numbers(CASES[0][2]), "bn").mask == "b"
+    assert variant_of(MASKED, ["HALF"] * 4, numbers(CASES[3][2]), 0.5).mask == 2
+    assert layout_of(MASKED, numbers(CASES[3][2]), "hmn").mask == "hm"
+    fixed = [[1, 4, 1, 8], [1, 4, 1, 8], [1, 4, 1, 8], [1, 4, 1, 1]]  # sizes of one are axes all the same
+    assert layout_of(MASKED, fixed, "bhmn").mask == "bhm"
+    causal = variant_of(CAUSAL, ["HALF"] * 3 + ["INT32"], numbers(CASES[2][2]), 0.5)
     assert causal == Variant("fp16", 64, 12, 3, 0.5, causal=True, lengths=True)
-    with pytest.raises(EngineError, match=r"queries of INT8 .* Build with --no-plugin"):
-        variant_of(PLAIN, ["INT8"] * 3, numbers(QKV), 0.5)
+
+
+Q, T7 = [None, 4, None, 64], [None, 4, 7, 64]
+
+
+@pytest.mark.parametrize(
+    ("operator", "dtypes", "shapes", "said"),
+    [
+        (PLAIN, ["INT8"] * 3, [Q] * 3, "queries, keys and values of INT8, INT8, INT8; expected one of FLOAT"),
+        (PLAIN, ["HALF", "FLOAT", "FLOAT"], [Q] * 3, "of HALF, FLOAT, FLOAT"),
+        (PLAIN, ["HALF"] * 3, [Q, Q, [None, 4, None, 32]], r"values of \(None, 4, None, 32\); expected some that fit"),
+        (PLAIN, ["HALF"] * 3, [Q, *[[None, 3, None, 64]] * 2], "expected some that fit"),
+        (PLAIN, ["HALF"] * 3, [Q, *[[None, 8, None, 64]] * 2], "expected some that fit"),
+        (PLAIN, ["HALF"] * 3, [[None, None, None, 64]] * 3, "heads have no fixed number and size"),
+        (MASKED, ["HALF"] * 3 + ["FLOAT"], [Q] * 3 + [[None, 1, None, None]], "expected four axes, in BOOL or HALF"),
+        (MASKED, ["HALF"] * 3 + ["INT8"], [Q] * 3 + [[None, 1, None, None]], "expected four axes, in BOOL or HALF"),
+        (MASKED, ["HALF"] * 3 + ["BOOL"], [Q] * 3 + [[None, None, None]], "expected four axes"),
+        (MASKED, ["HALF"] * 3 + ["BOOL"], [Q, T7, T7, [None, 1, None, 1]], "with the axes 'bmn' for scores of"),
+        (MASKED, ["HALF"] * 3 + ["BOOL"], [Q] * 3 + [[None, 3, None, None]], "with the axes 'bmn' for scores of"),
+        (CAUSAL, ["HALF"] * 3 + ["INT64"], [Q] * 3 + [[None]], r"lengths of INT64 \(None,\); expected \(B,\) in INT32"),
+    ],
+)
+def test_inputs_that_do_not_fit_together(operator: str, dtypes: list[str], shapes: Any, said: str) -> None:
+    """Nothing behind this looks at them before the GPU reads."""
+
+    def understood() -> None:
+        variant_of(operator, dtypes, shapes, 0.5)
+        layout_of(operator, shapes, "bmn")
+
+    with pytest.raises(EngineError, match=said) as refused:
+        understood()
+    assert str(refused.value).endswith("Build with --no-plugin.")
 
 
 def test_gpus_that_the_table_does_not_have() -> None:

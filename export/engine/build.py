@@ -81,9 +81,11 @@ def build(
     for target in targets:
         require_precision(target, manifest.precision, elsewhere(manifest))
         require_attention(target, attention)
-        library(target.library)
+    called = bundle.folder.resolve().name
     if repository is not None:
-        require_servable(manifest, targets)
+        require_servable(repository, called, manifest, targets)
+    for target in targets:
+        library(target.library)
     graphs = {
         kind: flavour_of(bundle, kind, attention, plugin=plugin, tell=tell)
         for kind in dict.fromkeys(target.library for target in targets)
@@ -118,7 +120,7 @@ def build(
     if repository is not None:
         tell("writing the model repository")
         served = {graph: plans[name] for graph, name in described[FULL_TARGET]["plans"].items()}
-        write_repository(repository, bundle.folder.resolve().name, manifest, served)
+        write_repository(repository, called, manifest, served)
     return engines
 
 

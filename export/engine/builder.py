@@ -98,10 +98,9 @@ def failure(folder: Path, graph: str, target: Target, status: int, said: str) ->
             "Export the bundle again, or use it with device='cpu' or 'cuda'."
         )
     if wrong.get("kind") == "plugin":
-        return EngineError(
-            f"{what} build the graph {graph!r} for {target.name} with our attention: {message} "
-            "Build with --no-plugin, where it is written out, and report this."
-        )
+        told = message.rstrip(". ") + "."
+        advice = "" if "--no-plugin" in told else " Build with --no-plugin, where it is written out, and report this."
+        return EngineError(f"{what} build the graph {graph!r} for {target.name} with our attention: {told}{advice}")
     if not wrong:
         last = " ".join([*lines_of(folder / LOG)[-LAST_LINES:], *said.split()[-40:]])
         message = f"its process ended with status {status}: {last:.400}"

@@ -11,7 +11,7 @@ from transom.export.engine.profiles import cache_sizes, require_tables
 from transom.export.passes.decompose_attention import decompose_attention
 from transom.export.passes.fixed_axes import fix_axes
 from transom.export.passes.length_attention import OPERATOR, length_attention
-from transom.export.passes.plugin_attention import plugin_attention
+from transom.export.passes.plugin_attention import is_attention, plugin_attention
 from transom.export.passes.split_products import split_products
 from transom.export.quantization.stored import stored_graphs
 from transom.runtime.bundle import Bundle
@@ -74,15 +74,15 @@ def tensorrt_graphs(bundle: Bundle, attention: str = MASK, *, plugins: bool = Fa
         require_tables(model, file.graph, bundle.manifest.axes)
         if is_decoder(file.graph):
             fix_axes(model, cache_sizes(file.graph, bundle.manifest.axes))
-        reasons = {node: without_kernel(node, file.graph) for node in model.graph if node.op_type == "Attention"}
-        refused = {str(node.name): reason for node, reason in reasons.items() if reason is not None}
+        reasons = {node: without_kernel(node, file.graph) for node in model.graph if is_attention(node)}
+        refused = {node: reason for node, reason in reasons.items() if reason is not None}
+        written_out = {str(node.name): reason for node, reason in refused.items()}
         ours: dict[str, str] = {}
-        written_out = refused
         if plugins:
-            left = plugin_attention(model, lambda node, names=refused: str(node.name) in names)  # type: ignore[misc]
-            written_out = {name: f"{refused[name]}, and ours none {reason}" for name, reason in left.items()}
-            ours = {name: reason for name, reason in refused.items() if name not in left}
-        decompose_attention(model, lambda node, names=written_out: str(node.name) in names)  # type: ignore[misc]
+            left = plugin_attention(model, refused.__contains__)
+            ours = {name: reason for name, reason in written_out.items() if name not in left}
+            written_out = {name: f"{written_out[name]}, and ours none {reason}" for name, reason in left.items()}
+        decompose_attention(model, refused.__contains__)
         split_products(model)
         by_mask = length_attention(model) if attention == LENGTHS else {}
         graphs[file.graph.name] = TensorRTGraph(model, written_out, ours, by_mask)

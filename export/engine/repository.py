@@ -36,8 +36,12 @@ BATCH = "B"
 STRANGE = re.compile(r"[^A-Za-z0-9_.-]+")  # in a name that becomes a folder and a part of an address
 
 
-def require_servable(manifest: Manifest, targets: Sequence[Target]) -> None:
-    """Raise ExportError for targets or graphs that Triton Inference Server does not take, before anything is built."""
+def require_servable(folder: Path, name: str, manifest: Manifest, targets: Sequence[Target]) -> None:
+    """Raise ExportError for what Triton Inference Server does not take, before anything is built.
+
+    Targets other than full TensorRT, graphs that write a cache, a model in ``folder`` that has other tensors, a
+    ``folder`` that cannot be written, a ``name`` of which nothing can stand in an address.
+    """
     for target in targets:
         if target.library != FULL:
             raise ExportError(
@@ -51,35 +55,52 @@ def require_servable(manifest: Manifest, targets: Sequence[Target]) -> None:
                 f"the graph {file.graph.name!r} writes its cache where it lies, which a request to Triton Inference "
                 "Server cannot. Leave --repository out, and serve it with the runtime, as examples/serve.py does."
             )
+    for model, graph in models_of(name, manifest).items():
+        known = folder / model / CONFIG
+        if known.is_file() and known.read_text(encoding="utf-8", errors="replace") != config_of(
+            model, graph, manifest.axes
+        ):
+            raise ExportError(
+                f"{known} describes another model, or was changed by hand; expected what this bundle needs. Move "
+                f"{folder / model} away, or give another --repository."
+            )
+    there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise unwritable(folder, f"{there} is no folder that can be written")
+
+
+def models_of(name: str, manifest: Manifest) -> dict[str, Graph]:
+    """The graphs by the names of their models: ``name``, or where there are several ``name_image``."""
+    stem = STRANGE.sub("_", name).strip("._-")
+    if not stem:
+        raise ExportError(
+            f"the bundle is called {name!r:.60}, of which nothing can be a model's name in a repository; expected "
+            "letters of A to Z or digits. Rename its folder, or leave --repository out."
+        )
+    several = len(manifest.graphs) > 1
+    return {f"{stem}_{file.graph.name}" if several else stem: file.graph for file in manifest.graphs}
 
 
 def write_repository(folder: Path, name: str, manifest: Manifest, plans: Mapping[str, bytes]) -> list[Path]:
     """Put ``plans``, by graph, into the repository ``folder`` as models called after ``name``; their folders.
 
     A model that is there gets one version more, which is whole before it is visible; Triton serves the newest. Raises
-    ExportError where the model that is there has other tensors, and for a folder that cannot be written.
+    ExportError for a folder that cannot be written.
     """
-    models = {}
-    for file in manifest.graphs:
-        which = f"_{file.graph.name}" if len(manifest.graphs) > 1 else ""
-        model = STRANGE.sub("_", f"{name}{which}").strip(".") or "model"
-        models[model] = (config_of(model, file.graph, manifest.axes), plans[file.graph.name])
-    for model, (config, _) in models.items():
-        known = folder / model / CONFIG
-        if known.is_file() and known.read_text(encoding="utf-8", errors="replace") != config:
-            raise ExportError(
-                f"{known} describes another model, or was changed by hand; expected what this bundle needs. Move "
-                f"{folder / model} away, or give another --repository. The engines are in the bundle."
-            )
+    models = models_of(name, manifest)
     try:
-        for model, (config, plan) in models.items():
-            add_version(folder / model, config, plan)
+        for model, graph in models.items():
+            add_version(folder / model, config_of(model, graph, manifest.axes), plans[graph.name])
     except OSError as error:
-        raise ExportError(
-            f"cannot write into {folder}: {error.strerror or error}. Check the folder, its permissions and space. The "
-            "engines are in the bundle."
-        ) from error
+        raise unwritable(folder, error.strerror or str(error)) from error
     return [folder / model for model in models]
+
+
+def unwritable(folder: Path, why: str) -> ExportError:
+    return ExportError(
+        f"cannot write into {folder}: {why}. Check the folder, its permissions and space; engines "
+        "that were built are in the bundle."
+    )
 
 
 def add_version(folder: Path, config: str, plan: bytes) -> None:

@@ -82,9 +82,11 @@ def build(folder: Path) -> dict[str, Any] | None:
         config = PostprocessConfig(config, without_tf32)
         try:
             plan = engine_bytes_from_network((builder, network, parser), config=config)
-        except PolygraphyException as failure:
-            if failures:
+        except Exception as failure:
+            if failures:  # raised in a plugin of ours; what comes back through the builder says less
                 return {"kind": "plugin", "message": one_line(failures[0])}
+            if not isinstance(failure, PolygraphyException):
+                raise
             return {"kind": "build", "message": one_line(failure)}
         (folder / PLAN).write_bytes(bytes(plan))
     return None

@@ -26,7 +26,7 @@ def decompose_attention(model: ir.Model, chosen: Callable[[ir.Node], bool] = lam
 
     Raises ExportError for one that has what this exporter never writes: a cache, a soft cap, three axes.
     """
-    nodes = [node for node in model.graph if node.op_type == "Attention" and chosen(node)]
+    nodes = [node for node in model.graph if node.op_type == "Attention" and not node.domain and chosen(node)]
     for node in nodes:
         require_plain(node)
         query, key, value, mask = [*node.inputs, None, None][:OPERANDS]

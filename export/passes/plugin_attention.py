@@ -32,7 +32,15 @@ TENSORS = ("query", "key", "value")
 INPUTS = {PLAIN: TENSORS, MASKED: (*TENSORS, "mask"), CAUSAL: (*TENSORS, "lengths")}
 # What TensorRT's parser reads: which plugin, and that its kernel is compiled when the engine is built
 PLUGIN: Mapping[str, Any] = {"plugin_namespace": DOMAIN, "plugin_version": "1", "aot": 1}
+SCALE, MASK_AXES = "scale", "mask_axes"  # attributes that the plugin itself has
+ATTRIBUTES: Mapping[str, Mapping[str, type]] = {
+    PLAIN: {SCALE: float},
+    MASKED: {SCALE: float, MASK_AXES: str},
+    CAUSAL: {SCALE: float},
+}
+AXES = "bhmn"  # of the scores: rows, heads, queries, keys
 DTYPES = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
+ATTRIBUTE_TYPES = {float: ir.AttributeType.FLOAT, str: ir.AttributeType.STRING, int: ir.AttributeType.INT}
 MOST_SIZE = 256  # of a head
 QUERIES, KEYS, SIZE = 2, 2, 3  # axes of queries, keys and either: (B, heads, tokens, head size)
 
@@ -41,7 +49,7 @@ def plugin_attention(model: ir.Model, chosen: Callable[[ir.Node], bool]) -> Mapp
     """Rewrite every ``Attention`` that is ``chosen`` in place, by cases 1 to 3; why the others were left, by name."""
     left: dict[str, str] = {}
     used: set[str] = set()
-    for node in [node for node in model.graph if node.op_type == "Attention" and chosen(node)]:
+    for node in [node for node in model.graph if is_attention(node) and chosen(node)]:
         reason = without_kernel_of_ours(node)
         if reason is not None:
             left[str(node.name)] = reason
@@ -56,21 +64,32 @@ def plugin_attention(model: ir.Model, chosen: Callable[[ir.Node], bool]) -> Mapp
     return left
 
 
+def is_attention(node: ir.Node) -> bool:
+    """ONNX's own; others have operators of this name too."""
+    return node.op_type == "Attention" and not node.domain
+
+
 def without_kernel_of_ours(node: ir.Node) -> str | None:
     """Why our kernel does not compute an ``Attention``; None where it does."""
     query, key, value, mask, *more = [*node.inputs, None][: max(4, len(node.inputs))]
     others = [name for name, attribute in node.attributes.items() if name != "scale" and attribute.value != 0]
-    if any(other is not None for other in more) or len(node.outputs) > 1 or others:
-        return "with a cache of its own or " + (", ".join(others) or "several results")
+    if any(other is not None for other in more) or len(node.outputs) > 1:
+        return "with a cache of its own"
+    if others:
+        return f"with {', '.join(others)}"
     if query is None or query.dtype not in DTYPES:
         return "of a dtype that the plugin does not have"
     heads, shared = size_along(query, 1), size_along(key, 1)
     if not isinstance(heads, int) or not isinstance(shared, int) or heads % shared:
         return "of heads whose number is not fixed"
+    if size_along(value, 1) != shared or {each.dtype for each in (key, value) if each is not None} != {query.dtype}:
+        return "of keys and values that do not fit the queries"
     sizes = [size_along(each, SIZE) for each in (query, key, value)]
     if not isinstance(sizes[0], int) or sizes.count(sizes[0]) != len(sizes) or sizes[0] > MOST_SIZE:
         return f"of heads of {sizes[0]}, which is not 1 to {MOST_SIZE}, or of values of another size"
-    if mask is not None and (mask.dtype not in (ir.DataType.BOOL, query.dtype) or not spreads(mask, query, key)):
+    if mask is not None and mask.dtype not in (ir.DataType.BOOL, query.dtype):
+        return "with a mask that is neither boolean nor of the queries' dtype"
+    if mask is not None and not spreads(mask, query, key):
         return "with a mask whose axes are not known to be those of the scores"
     return None
 
@@ -101,12 +120,23 @@ def replace(graph: ir.Graph, node: ir.Node) -> str:
     elif mask is not None:
         operator = MASKED
         narrow_mask = unspread(mask)
-        inputs.append(narrow_mask if spreads(narrow_mask, query, key) else mask)
-    attributes = {"scale": scale_of(node), **PLUGIN}
+        mask = narrow_mask if spreads(narrow_mask, query, key) else mask
+        inputs.append(mask)
+    attributes = {SCALE: scale_of(node), **PLUGIN}
+    if operator == MASKED and mask is not None:
+        attributes[MASK_AXES] = axes_of(mask)
     called = splice.add(operator, inputs, f"{name}.attended", attributes, dtype=query.dtype, domain=DOMAIN)
     called.producer().name = node.name  # type: ignore[union-attr]  # by which reports and engines know it
     splice.replace_place(called)
     return operator
+
+
+def axes_of(mask: ir.Value) -> str:
+    """Which axes of the scores a mask has: "bn" is (B, 1, 1, T). Keys it always has.
+
+    They stand in the node, for an engine's builder may know some sizes in one profile and not in another.
+    """
+    return "".join(axis for place, axis in enumerate(AXES) if axis == AXES[-1] or size_along(mask, place) != 1)
 
 
 def unspread(mask: ir.Value) -> ir.Value:
@@ -149,15 +179,11 @@ def function_of(operator: str, opset: int) -> ir.Function:
         held, reached = add("Less", [columns, length], "held"), add("LessOrEqual", [columns, most], "reached")
         mask = add("And", [held, reached], "seen")  # (B, 1, S, T)
     result = add("Attention", [query, key, value, mask] if mask is not None else [query, key, value], "result")
-    result.producer().attributes["scale"] = ir.RefAttr("scale", "scale", ir.AttributeType.FLOAT)  # type: ignore[union-attr]
+    result.producer().attributes[SCALE] = ir.RefAttr(SCALE, SCALE, ir.AttributeType.FLOAT)  # type: ignore[union-attr]
     graph = ir.Graph(inputs, [result], nodes=nodes, opset_imports={"": opset}, name=operator)
-    attributes = [ir.Attr("scale", ir.AttributeType.FLOAT, None)]
-    attributes += [ir.Attr(name, type_of(value), None) for name, value in PLUGIN.items()]
+    kinds = {**ATTRIBUTES[operator], **{name: type(value) for name, value in PLUGIN.items()}}
+    attributes = [ir.Attr(name, ATTRIBUTE_TYPES[kind], None) for name, kind in kinds.items()]
     return ir.Function(DOMAIN, operator, graph=graph, attributes=attributes)
-
-
-def type_of(value: Any) -> ir.AttributeType:
-    return ir.AttributeType.STRING if isinstance(value, str) else ir.AttributeType.INT
 
 
 def inline_functions(model: ir.Model) -> ir.Model:

@@ -64,17 +64,18 @@ def attention(
     columns, depth = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     deep = depth < D
 
-    length = T
+    told = T  # may be more than there is room for: causality counts from it all the same
     if lengths is not None:
-        length = tl.minimum(tl.maximum(tl.load(lengths + b).to(tl.int32), 0), T)
-    last = length - S + m  # the last key that a query sees
+        told = tl.maximum(tl.load(lengths + b).to(tl.int32), 0)
+    length = tl.minimum(told, T)
+    last = told - S + m  # the last key that a query sees
     begin, end = 0, length
     checked = length  # from here on, keys are compared
     if CAUSAL:
-        checked = length - S + 1 if PARTS else length - S + tile * BLOCK_M + 1
+        checked = told - S + 1 if PARTS else told - S + tile * BLOCK_M + 1
         checked = tl.maximum(checked, 0)
         if not PARTS:
-            end = tl.minimum(length, tl.maximum(length - S + (tile + 1) * BLOCK_M, 0))
+            end = tl.minimum(length, tl.maximum(told - S + (tile + 1) * BLOCK_M, 0))
     if PARTS:
         each = tl.cdiv(tl.cdiv(length, tl.num_programs(1)), BLOCK_N) * BLOCK_N
         begin = tl.program_id(1) * each

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from transom.export.passes.plugin_attention import CAUSAL, DOMAIN, INPUTS, MASKED
+from transom.export.passes.plugin_attention import ATTRIBUTES, AXES, CAUSAL, DOMAIN, INPUTS, MASKED
 from transom.export.plugins.ahead import Compiled, Layout, attention_ptx
 from transom.export.plugins.attention import ADDITIVE, BOOLEAN, NO_MASK
 from transom.export.plugins.blocks import SHARED, blocks_for, portable
@@ -24,28 +24,50 @@ from transom.runtime.errors import EngineError
 
 DTYPES = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16"}  # of trt.DataType, by the names of its members
 TYPES = {"FLOAT": "FP32", "HALF": "FP16", "BF16": "BF16", "BOOL": "BOOL", "INT32": "INT32"}  # as autotune writes them
-MASK_AXES = "bhm"  # and the keys
-SCALE = "scale"
+INSTEAD = "Build with --no-plugin."
 
 Sizes = Sequence[int | None]  # of a tensor; None for one that is known when the engine runs
 
 
-def variant_of(operator: str, dtypes: Sequence[str], shapes: Sequence[Sizes], scale: float) -> tuple[Variant, Layout]:
-    """The kernel that a node of ``operator`` is, by the dtypes (of trt.DataType) and the shapes of its inputs."""
-    (_, heads, _, size), (_, shared, _, _) = shapes[:2]
-    if dtypes[0] not in DTYPES or not heads or not shared or size is None:
-        raise EngineError(
-            f"the plugin {operator} was given queries of {dtypes[0]} {tuple(shapes[0])} and keys of "
-            f"{tuple(shapes[1])}; expected {', '.join(DTYPES)}, and heads whose number and size are fixed. "
-            "Build with --no-plugin."
-        )
-    mask, axes = NO_MASK, ""
-    if operator == MASKED:
-        mask = BOOLEAN if dtypes[3] == "BOOL" else ADDITIVE
-        axes = "".join(axis for axis, length in zip(MASK_AXES, shapes[3], strict=False) if length != 1)
+def variant_of(operator: str, dtypes: Sequence[str], shapes: Sequence[Sizes], scale: float) -> Variant:
+    """The kernel that a node of ``operator`` is, by the dtypes (of trt.DataType) and the shapes of its inputs.
+
+    Raises EngineError for inputs that do not fit together: a kernel would read beside them.
+    """
+    query, key, value, *more = shapes
+    wrong = None
+    if dtypes[0] not in DTYPES or len(set(dtypes[:3])) > 1:
+        wrong = f"queries, keys and values of {', '.join(dtypes[:3])}; expected one of {', '.join(DTYPES)}"
+    elif [len(shape) for shape in shapes[:3]] != [4, 4, 4] or None in (query[1], key[1], query[3]):
+        wrong = "queries and keys whose heads have no fixed number and size; expected (B, H, S, D)"
+    elif query[1] % key[1] or value[1] != key[1] or {key[3], value[3]} != {query[3]}:  # type: ignore[operator]
+        wrong = f"queries of {tuple(query)}, keys of {tuple(key)} and values of {tuple(value)}; expected some that fit"
+    elif operator == MASKED and (dtypes[3] not in ("BOOL", dtypes[0]) or len(more[0]) != len(AXES)):
+        wrong = f"a mask of {dtypes[3]} {tuple(more[0])}; expected four axes, in BOOL or {dtypes[0]}"
+    elif operator == CAUSAL and (dtypes[3] != "INT32" or len(more[0]) != 1):
+        wrong = f"lengths of {dtypes[3]} {tuple(more[0])}; expected (B,) in INT32"
+    if wrong is not None:
+        raise EngineError(f"the plugin {operator} was given {wrong}. {INSTEAD}")
+    heads, shared, size = query[1] or 1, key[1] or 1, query[3] or 0
+    mask = NO_MASK if operator != MASKED else BOOLEAN if dtypes[3] == "BOOL" else ADDITIVE
     causal = operator == CAUSAL
-    variant = Variant(DTYPES[dtypes[0]], size, heads, heads // shared, scale, causal=causal, lengths=causal, mask=mask)
-    return variant, Layout(mask=axes)
+    return Variant(DTYPES[dtypes[0]], size, heads, heads // shared, scale, causal=causal, lengths=causal, mask=mask)
+
+
+def layout_of(operator: str, shapes: Sequence[Sizes], mask_axes: str = AXES) -> Layout:
+    """``mask_axes`` are those of the node. Raises EngineError where the mask's sizes say otherwise."""
+    if operator != MASKED:
+        return Layout()
+    query, key, _, mask = shapes
+    scores = (query[0], query[1], query[2], key[2])
+    for axis, size, wanted in zip(AXES, mask, scores, strict=True):
+        expected = wanted if axis in mask_axes else 1
+        if size is not None and expected is not None and size != expected:
+            raise EngineError(
+                f"the plugin {operator} was given a mask of {tuple(mask)} with the axes {mask_axes!r:.20} for scores "
+                f"of {scores}; expected sizes that are equal, and 1 along the other axes. {INSTEAD}"
+            )
+    return Layout(mask=mask_axes.removesuffix(AXES[-1]))
 
 
 def candidates(sm: int, variant: Variant) -> tuple[Blocks, ...]:
@@ -64,7 +86,7 @@ def kernel_of(variant: Variant, layout: Layout, sm: int, tactic: int) -> Compile
     if made.shared > SHARED:
         raise EngineError(
             f"the attention kernel of {variant} wants {made.shared} bytes of shared memory for SM{sm}; expected at "
-            f"most {SHARED}. Build with --no-plugin, and report this."
+            f"most {SHARED}. {INSTEAD}"
         )
     return made
 
@@ -79,35 +101,31 @@ def register_plugins(trtp: Any, sm: int, failed: Callable[[Exception], None]) ->
 
 
 def register_plugin(trtp: Any, operator: str, sm: int, failed: Callable[[Exception], None]) -> None:
-    tensors, name = INPUTS[operator], f"{DOMAIN}::{operator}"
+    tensors, attributes, name = INPUTS[operator], ATTRIBUTES[operator], f"{DOMAIN}::{operator}"
     count = len(tensors)
 
-    def describe(*given: Any, **attributes: Any) -> Any:
+    def describe(*given: Any, **_: Any) -> Any:
         return given[0].like()
 
     def combinations(*given: Any) -> list[Any]:
-        query, *others = given[:count]
-        types = [type_of(query), *(type_of(other) for other in others), type_of(query)]
-        variant, _ = understood(given[:count], scale=1.0)
+        dtypes, shapes = told_of(given[:count])
+        variant = variant_of(operator, dtypes, shapes, 1.0)
         tactics = list(range(1, len(candidates(sm, variant)) + 1))
-        return [trtp.AutoTuneCombination(", ".join(TYPES[each] for each in types), "LINEAR", tactics)]
+        types = [TYPES[dtype] for dtype in (*dtypes, dtypes[0])]
+        return [trtp.AutoTuneCombination(", ".join(types), "LINEAR", tactics)]
 
     def compiled(*given: Any) -> Any:
-        scale, _, tactic = given[count:]
-        inputs = given[:count]
-        variant, layout = understood(inputs, scale)
-        made = kernel_of(variant, layout, sm, tactic)
-        query, key = (tensor.shape_expr for tensor in inputs[:2])
+        scale, *axes, _, tactic = given[count:]
+        dtypes, shapes = told_of(given[:count])
+        layout = layout_of(operator, shapes, *axes)
+        made = kernel_of(variant_of(operator, dtypes, shapes, scale), layout, sm, tactic)
+        query, key = (tensor.shape_expr for tensor in given[:2])
         B, S, T = query[0], query[2], key[2]
         launch = trtp.KernelLaunchParams()
         launch.grid_x, launch.grid_y, launch.grid_z = made.grid(B, S)
         launch.block_x, launch.shared_mem = made.threads, made.shared
         integers = trtp.SymIntExprs.from_tuple([trtp.SymInt32(value) for value in made.sizes(B, S, T)])
         return made.name, made.ptx, launch, integers
-
-    def understood(inputs: Sequence[Any], scale: float) -> tuple[Variant, Layout]:
-        dtypes = [type_of(tensor) for tensor in inputs]
-        return variant_of(operator, dtypes, [sizes_of(tensor) for tensor in inputs], scale)
 
     def telling(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*given: Any) -> Any:
@@ -123,9 +141,9 @@ def register_plugin(trtp: Any, operator: str, sm: int, failed: Callable[[Excepti
     described = [(tensor, trtp.TensorDesc) for tensor in tensors]
     outputs, tactic = ("outputs", tuple[trtp.TensorDesc]), ("tactic", int)
     result = tuple[str, bytes, trtp.KernelLaunchParams, trtp.SymIntExprs]
-    trtp.register(name)(signed(describe, [*described, (SCALE, float)], trtp.TensorDesc))
+    trtp.register(name)(signed(describe, [*described, *attributes.items()], trtp.TensorDesc))
     trtp.autotune(name)(signed(telling(combinations), [*described, outputs], list[trtp.AutoTuneCombination]))
-    trtp.aot_impl(name)(signed(telling(compiled), [*described, (SCALE, float), outputs, tactic], result))
+    trtp.aot_impl(name)(signed(telling(compiled), [*described, *attributes.items(), outputs, tactic], result))
 
 
 def signed(function: Callable[..., Any], parameters: Sequence[tuple[str, Any]], result: Any) -> Callable[..., Any]:
@@ -135,10 +153,9 @@ def signed(function: Callable[..., Any], parameters: Sequence[tuple[str, Any]], 
     return function
 
 
-def type_of(tensor: Any) -> str:
-    """The name of a trt.DataType: "HALF"."""
-    return str(tensor.dtype).rpartition(".")[2]
-
-
-def sizes_of(tensor: Any) -> Sizes:
-    return [size.constant_value() if size.is_constant else None for size in tensor.shape_expr]
+def told_of(tensors: Sequence[Any]) -> tuple[list[str], list[Sizes]]:
+    """The names of the dtypes, such as "HALF", and the shapes."""
+    shapes: list[Sizes] = [
+        [n.constant_value() if n.is_constant else None for n in tensor.shape_expr] for tensor in tensors
+    ]
+    return [str(tensor.dtype).rpartition(".")[2] for tensor in tensors], shapes
