@@ -213,7 +213,7 @@ def tensor_from_json(where: str, value: Any, problems: list[str]) -> TensorRange
         problems.append(
             f"{where}.channels has a min above its max, or {len(least)} of one and {len(most)} of the other"
         )
-    elif (channels.minimum.min(), channels.maximum.max()) != (histogram.minimum, histogram.maximum):
+    elif [float(channels.minimum.min()), float(channels.maximum.max())] != [histogram.minimum, histogram.maximum]:
         problems.append(f"{where}.channels reach from another min to another max than the histogram")
     return TensorRanges(histogram, channels)
 
