@@ -23,9 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from attention_cases import AIMS, COLUMNS, Case, candidates, cases, key_of, parts_of, tuned_on
+from attention_tables import Roofline, better_rows, markdown, number, ratio_of, told_of
 
 from transom.export.plugins.ahead import Compiled, attention_ptx, whole_ptx
-from transom.export.plugins.blocks import ADDED, FAMILIES, PROMPT, STEP, blocks_for, portable
+from transom.export.plugins.blocks import blocks_for, portable
 from transom.export.plugins.gpu import Kernel
 from transom.export.plugins.launch import Blocks, Variant, width
 from transom.runtime.backends.cuda import Gpu, find_gpu
@@ -34,155 +36,12 @@ from transom.runtime.errors import TransomError, one_line
 ROUNDS, TURN, WARMUP = 12, 8, 3
 TIMED_MS = 400.0  # that a side of one case may take, unless one call a round takes more
 TUNED_ROUNDS = 4
-TOKENS = 16384  # of a batch: as many rows of S as that gives
-WIDTH = 2048  # of a model: 32 heads of 64, 16 of 128
-LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
-CACHES = (1024, 4096, 16384, 32768)
-STEP_HEADS, STEP_GROUPS, STEP_ROWS = 32, (1, 4), (1, 8)
-BIASED = (256, 1024, 4096)
-PRECISIONS = ("fp16", "bf16", "fp32", "tf32")
-ELEMENT = {"fp16": 2, "bf16": 2, "fp32": 4, "tf32": 4}  # bytes
 BACKENDS = {"flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "cudnn": "CUDNN_ATTENTION", "math": "MATH"}
 # Largest error of a sampled slice, in units of roundoff of its largest value; sums are as long as T
 TOLERANCE = {"fp16": (2**-11, 8), "bf16": (2**-8, 8), "fp32": (2**-24, 100), "tf32": (2**-10, 24)}
 SAMPLED = 16  # queries of one head of the last row
-AIMS = {"halves": 0.9, "fp32 and biased": 1.5}  # times the speed of the best backend
 FLUSHED = 256 << 20  # bytes at least: while they are written, the launches behind them are queued
 PRODUCT, COPIED = 8192, 1 << 30  # sizes of what measures the GPU
-BETTER = 0.97  # of the table's time: what is nearer to it is noise
-MOST_PARTS, LEAST_PART = 128, 128  # parts of a cache, and keys in one
-COLUMNS = {PROMPT: "prompt", ADDED: "added", STEP: "step"}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One attention: "prompt", "biased" or "step", in a precision, of B rows of S queries and T keys."""
-
-    kind: str
-    precision: str
-    B: int
-    S: int
-    T: int
-    heads: int
-    size: int
-    groups: int = 1
-    causal: bool = False
-    int8: bool = False
-
-    @property
-    def name(self) -> str:
-        what = [self.kind, self.precision, f"head {self.size}", f"B={self.B} S={self.S} T={self.T}"]
-        flags = {"causal": self.causal, "int8 cache": self.int8, f"{self.groups} heads share keys": self.groups > 1}
-        return " ".join([*what, *(flag for flag, given in flags.items() if given)])
-
-    @property
-    def flops(self) -> int:
-        """Two products, of a multiplication and an addition each, of every query with every key that it sees."""
-        seen = self.S * self.T - (self.S * (self.S - 1) // 2 if self.causal else 0)
-        return 4 * self.B * self.heads * self.size * seen
-
-    @property
-    def bytes(self) -> int:
-        """Everything read or written once."""
-        element, shared = ELEMENT[self.precision], self.heads // self.groups
-        queries = 2 * self.B * self.heads * self.S * self.size * element  # and the output
-        keys = 2 * self.B * shared * self.T * (self.size + 4 if self.int8 else self.size * element)
-        bias = self.heads * self.S * self.T * element if self.kind == "biased" else 0
-        return queries + keys + bias
-
-    @property
-    def variant(self) -> Variant:
-        dtype = "fp32" if self.precision == "tf32" else self.precision
-        return Variant(
-            dtype,
-            self.size,
-            self.heads,
-            self.groups,
-            causal=self.causal,
-            bias=self.kind == "biased",
-            int8=self.int8,
-            split=self.kind == "step",
-            precision="tf32" if self.precision == "tf32" else "ieee",
-        )
-
-    @property
-    def column(self) -> int:
-        """Of the table of blocks; an INT8 cache in parts is a step's."""
-        return {"prompt": PROMPT, "biased": ADDED, "step": STEP}[self.kind]
-
-    @property
-    def aim(self) -> float | None:
-        """Ours against the best backend; None where no backend has it."""
-        if self.int8:
-            return None
-        return AIMS["halves" if self.precision in ("fp16", "bf16") and self.kind != "biased" else "fp32 and biased"]
-
-
-def cases(*, quick: bool, only: Sequence[str] = ()) -> list[Case]:
-    """All that is measured, or what ``only`` names by parts of the names."""
-    found = list(quick_cases() if quick else all_cases())
-    return [case for case in found if not only or any(part in case.name for part in only)]
-
-
-def all_cases() -> Iterator[Case]:
-    for precision in PRECISIONS:
-        for size in (64, 128):
-            for causal in (False, True):
-                for S in LENGTHS:
-                    yield Case("prompt", precision, TOKENS // S, S, S, WIDTH // size, size, causal=causal)
-            for S in BIASED:
-                yield Case("biased", precision, TOKENS // S, S, S, WIDTH // size, size)
-    for B in STEP_ROWS:
-        for groups in STEP_GROUPS:
-            for T in CACHES:
-                for precision, int8 in (("fp16", False), ("fp16", True), ("bf16", False)):
-                    yield Case("step", precision, B, 1, T, STEP_HEADS, 128, groups, int8=int8)
-
-
-def quick_cases() -> Iterator[Case]:
-    for size in (64, 128):
-        yield Case("prompt", "fp16", 16, 1024, 1024, WIDTH // size, size, causal=True)
-    yield Case("prompt", "tf32", 16, 1024, 1024, 32, 64)
-    yield Case("prompt", "fp32", 16, 1024, 1024, 32, 64)
-    yield Case("biased", "fp16", 16, 1024, 1024, 32, 64)
-    for int8 in (False, True):
-        yield Case("step", "fp16", 8, 1, 4096, STEP_HEADS, 128, 4, int8=int8)
-
-
-def candidates(entry: Blocks, *, step: bool, quick: bool) -> list[Blocks]:
-    """The table's entry first, then each of its numbers halved and doubled, and what others use; nothing twice."""
-    m, n, warps, stages = entry.m, entry.n, entry.warps, entry.stages
-    near = [Blocks(m, n // 2, warps, stages), Blocks(m, 2 * n, warps, stages)]
-    near += [Blocks(m, n, 12 - warps if warps in (4, 8) else 4, stages)]
-    if not quick:
-        near += [Blocks(m, n, warps, each) for each in (stages - 1, stages + 1)]
-        near += [Blocks(m, 2 * n, 4, 2), Blocks(m, 2 * n, 4, 3)]
-        if not step:  # a step has few queries
-            near += [Blocks(m // 2, n, warps, stages), Blocks(2 * m, n, warps, stages), Blocks(m // 2, n, 4, stages)]
-            near += [Blocks(128, 64, 8, 3), Blocks(128, 128, 8, 2), Blocks(64, 64, 4, 3)]
-    found = [entry, *near]
-    return [
-        each
-        for each in dict.fromkeys(found)
-        if 16 <= each.m <= 128 and 16 <= each.n <= 128 and 1 <= each.stages <= 4 and each.warps in (1, 2, 4, 8)
-    ]
-
-
-def parts_of(case: Case) -> list[int]:
-    """Into how many parts a cache may be cut: powers of two, of LEAST_PART keys at least."""
-    most = min(MOST_PARTS, max(1, case.T // LEAST_PART))
-    return [1 << power for power in range(most.bit_length())]
-
-
-@dataclass(frozen=True)
-class Roofline:
-    """What this GPU was seen to reach: FLOP/s by precision, bytes/s."""
-
-    flops: Mapping[str, float]
-    bytes: float
-
-    def least_ms(self, case: Case) -> float:
-        return 1e3 * max(case.flops / self.flops[case.precision], case.bytes / self.bytes)
 
 
 @dataclass
@@ -194,112 +53,6 @@ class Side:
     output: Callable[[], Any]
     about: str = ""
     times: list[float] = field(default_factory=list)  # ms
-
-
-def told_of(case: Case, name: str, times: Sequence[float], roofline: Roofline, about: str = "") -> dict[str, Any]:
-    """A row of the result: percentiles in ms, TFLOP/s, GB/s, and the part of what this GPU reaches."""
-    p10, p50, p90 = np.percentile(times, (10, 50, 90)).tolist()
-    return {
-        "side": name,
-        "about": about,
-        "p10_ms": round(p10, 5),
-        "p50_ms": round(p50, 5),
-        "p90_ms": round(p90, 5),
-        "tflops": round(case.flops / p50 / 1e9, 2),
-        "gb_per_s": round(case.bytes / p50 / 1e6, 1),
-        "of_roofline": round(roofline.least_ms(case) / p50, 3),
-    }
-
-
-def ratio_of(rows: Sequence[Mapping[str, Any]]) -> tuple[float | None, str]:
-    """The best backend's time over our best, and who it was; None where either is missing."""
-    ours = [row["p50_ms"] for row in rows if row["side"].startswith("ours")]
-    theirs = sorted((row["p50_ms"], row["side"]) for row in rows if not row["side"].startswith("ours"))
-    if not ours or not theirs:
-        return None, "none"
-    return round(theirs[0][0] / min(ours), 3), str(theirs[0][1])
-
-
-def better_rows(tuned: Sequence[Mapping[str, Any]], sm: int) -> list[str]:
-    """Lines for the table in blocks.py, where something was faster than what stands there."""
-    known = {
-        (each["precision"], each["width"], each["column"]): Blocks(**each["best"])
-        for each in tuned
-        if each["best_ms"] is not None and (each["entry_ms"] is None or each["best_ms"] < BETTER * each["entry_ms"])
-    }
-    lines = []
-    for precision, row in dict.fromkeys((precision, row) for precision, row, _ in known):
-        variants = [Case(kind, precision, 1, 1, 1, 1, row).variant for kind in ("prompt", "biased", "step")]
-        now = [blocks_for(sm, variant) for variant in variants]
-        best = [known.get((precision, row, COLUMNS[column]), now[column]) for column in COLUMNS]
-        if best != now:
-            halves = f"HALVES[{FAMILIES[sm]!r}]" if sm in FAMILIES else "TURING"
-            table = {"fp32": "FP32_UNITS", "tf32": "TF32"}.get(precision, halves)
-            written = ", ".join(f"Blocks({b.m}, {b.n}, {b.warps}, {b.stages})" for b in best)
-            lines.append(f"{table}, from {precision}: {row}: ({written}),")
-    return lines
-
-
-def markdown(told: Mapping[str, Any]) -> str:
-    lines = [f"# Attention on {told['gpu']}", ""]
-    lines += [f"{told['date']}, driver for CUDA {told['driver'] / 1000:g}, " + versions(told["versions"]) + ".", ""]
-    peaks = ", ".join(f"{flops / 1e12:.1f} TFLOP/s in {name}" for name, flops in told["roofline"]["flops"].items())
-    lines += [
-        f"Reached in this run by PyTorch's product and copy: {peaks}, {told['roofline']['bytes'] / 1e9:.0f} GB/s."
-    ]
-    lines += [
-        "Milliseconds are medians by CUDA events, caches flushed; *of roofline* is the time that these would need,"
-    ]
-    lines += ["over the time it took. *Ratio* is the best backend's time over ours: more than 1 is faster.", ""]
-    lines += ["| case | ours | best backend | ratio | aim | TFLOP/s | GB/s | of roofline |", "| --- " * 8 + "|"]
-    for each in told["cases"]:
-        ours = min(
-            (row for row in each["rows"] if row["side"].startswith("ours")), key=lambda r: r["p50_ms"], default=None
-        )
-        theirs = min(
-            (row for row in each["rows"] if row["side"] == each["best_backend"]),
-            key=lambda r: r["p50_ms"],
-            default=None,
-        )
-        if ours is None:
-            lines.append(f"| {each['name']} | {each['refused'].get('ours', 'not measured')} |" + " – |" * 6)
-            continue
-        against = "–" if theirs is None else f"{theirs['side']} {theirs['p50_ms']:.4f}"
-        reached = f"| {each['name']} | {ours['p50_ms']:.4f} ({ours['about']}) | {against} "
-        reached += f"| {number(each['ratio'])} | {number(each['aim'])} "
-        lines.append(reached + f"| {ours['tflops']:.1f} | {ours['gb_per_s']:.0f} | {ours['of_roofline']:.0%} |")
-    aimed = [each for each in told["cases"] if each["ratio"] is not None and each["aim"] is not None]
-    met = sum(each["ratio"] >= each["aim"] for each in aimed)
-    lines += ["", f"The aim is met in {met} of {len(aimed)} cases.", "", "## Refused", ""]
-    reasons: dict[tuple[str, str], list[str]] = {}
-    for each in told["cases"]:
-        for side, reason in each["refused"].items():
-            reasons.setdefault((side, reason), []).append(each["name"])
-    lines += [f"- {side}, {len(names)} cases, as {names[0]}: {reason}" for (side, reason), names in reasons.items()]
-    lines += [
-        "",
-        "## Blocks",
-        "",
-        "| precision | head size | column | table, ms | best, ms | best |",
-        "| --- " * 6 + "|",
-    ]
-    for each in told["tuned"]:
-        best = "{m}x{n}, {warps}, {stages}".format(**each["best"])
-        lines.append(
-            f"| {each['precision']} | {each['width']} | {each['column']} | {number(each['entry_ms'], 4)} "
-            f"| {number(each['best_ms'], 4)} | {best} |"
-        )
-    lines += ["", *(f"    {line}" for line in told["better_rows"])]
-    left = [f"Not measured, for the time was up: {', '.join(told['left'])}."] if told["left"] else []
-    return "\n".join([*lines, "", *left, ""])
-
-
-def number(value: float | None, digits: int = 2) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
-def versions(given: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in given.items())
 
 
 def reason_of(error: Exception, warned: Sequence[str]) -> str:
@@ -565,25 +318,6 @@ class Bench:
         self.measure(tried, TUNED_ROUNDS, TIMED_MS / 8)
         best = min(tried, key=lambda side: float(np.median(side.times)))
         return replace(best, times=[])
-
-
-def key_of(case: Case) -> tuple[str, int, int]:
-    return case.precision, width(case.size), case.column
-
-
-def tuned_on(measured: Sequence[Case], *, quick: bool) -> list[list[Case]]:
-    """By precision, head size and column: the case whose length is nearest to 2048, with and without causality."""
-    groups: dict[tuple[str, int, int], list[Case]] = {}
-    for case in measured:
-        groups.setdefault(key_of(case), []).append(case)
-    found = []
-    for group in groups.values():
-        kinds: dict[tuple[bool, bool, int], list[Case]] = {}
-        for case in group:
-            kinds.setdefault((case.causal, case.int8, case.groups), []).append(case)
-        nearest = [min(kind, key=lambda case: abs(math.log2(case.T / 2048))) for kind in kinds.values()]
-        found.append(nearest[:1] if quick else nearest)
-    return found
 
 
 def main() -> int:

@@ -28,6 +28,7 @@ import torch
 from emulated_gpu import GARBAGE, STREAMS, EmulatedCuda
 from transom.export.plugins import attention as kernels
 from transom.export.plugins.ahead import POINTERS, Compiled, CompiledWhole, compiled_from_json
+from transom.runtime.backends.cuda import Memory
 
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "i8": torch.int8, "i32": torch.int32}
 TYPES |= {"i1": torch.bool}
@@ -206,6 +207,40 @@ class EmulatedDriver:
                 size = (start + len(block) - address) // dtype.itemsize
                 return torch.frombuffer(block, dtype=dtype, offset=address - start, count=size)
         return None
+
+
+@dataclass
+class OnGpu:
+    """A tensor of the emulated GPU: what PyTorch's would tell of itself."""
+
+    memory: Memory
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    contiguous: bool = True
+
+    def data_ptr(self) -> int:
+        return self.memory.address
+
+    def is_contiguous(self) -> bool:
+        return self.contiguous
+
+    def host(self) -> torch.Tensor:
+        found = torch.empty(self.shape, dtype=self.dtype)
+        ctypes.memmove(found.data_ptr(), self.memory.address, found.nbytes)
+        return found
+
+
+def to_gpu(tensor: torch.Tensor) -> OnGpu:
+    tensor = tensor.contiguous()
+    memory = Memory(tensor.nbytes)
+    ctypes.memmove(memory.address, tensor.data_ptr(), tensor.nbytes)
+    return OnGpu(memory, tuple(tensor.shape), tensor.dtype)
+
+
+def empty(made: Compiled, name: str, *shape: int) -> OnGpu:
+    """Garbage, which is NaN: an element that the kernel leaves out shows."""
+    dtype = TYPES[made.types[name].removeprefix("*")]
+    return OnGpu(Memory(torch.Size(shape).numel() * dtype.itemsize), shape, dtype)
 
 
 def memory_at(address: int, size: int) -> bytes:

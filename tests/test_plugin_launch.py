@@ -1,23 +1,14 @@
 """From a compiled kernel's description to its launch: an emulated driver reads what is packed as the PTX declares it.
 
-The one thing that is not executed here is the PTX: see emulated_driver. The packing goes through the real cuda-python
-besides, to a libcuda of a few lines.
+The one thing that is not executed here is the PTX: see emulated_driver.
 """
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import importlib.util
 import json
-import os
 import re
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,12 +20,12 @@ import torch
 from cuda.bindings import driver as real_driver
 from cuda.bindings import runtime as real_runtime
 
-from emulated_driver import TYPES, EmulatedDriver, Memories, compile_elsewhere
+from emulated_driver import TYPES, EmulatedDriver, Memories, OnGpu, compile_elsewhere, empty, to_gpu
 from test_plugin_kernel import exact, normal, require_close, visible
 from transom.export.plugins import gpu as plugin_gpu
 from transom.export.plugins.ahead import Compiled, compiled_from_json, json_from_compiled
 from transom.export.plugins.gpu import Kernel
-from transom.export.plugins.launch import Blocks, Variant
+from transom.export.plugins.launch import Variant
 from transom.runtime.backends import cuda
 from transom.runtime.backends.cuda import Memory, Stream
 from transom.runtime.errors import BackendError, EngineError, InputError
@@ -79,40 +70,6 @@ def driver(compiled: dict[str, tuple[Compiled, ...]], monkeypatch: pytest.Monkey
     monkeypatch.setattr(cuda, "driver", lambda: emulated)
     yield emulated
     gc.collect()  # what holds memory or a module gives it back to this GPU
-
-
-@dataclass
-class OnGpu:
-    """A tensor of the emulated GPU: what PyTorch's would tell of itself."""
-
-    memory: Memory
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    contiguous: bool = True
-
-    def data_ptr(self) -> int:
-        return self.memory.address
-
-    def is_contiguous(self) -> bool:
-        return self.contiguous
-
-    def host(self) -> torch.Tensor:
-        found = torch.empty(self.shape, dtype=self.dtype)
-        ctypes.memmove(found.data_ptr(), self.memory.address, found.nbytes)
-        return found
-
-
-def to_gpu(tensor: torch.Tensor) -> OnGpu:
-    tensor = tensor.contiguous()
-    memory = Memory(tensor.nbytes)
-    ctypes.memmove(memory.address, tensor.data_ptr(), tensor.nbytes)
-    return OnGpu(memory, tuple(tensor.shape), tensor.dtype)
-
-
-def empty(made: Compiled, name: str, *shape: int) -> OnGpu:
-    """Garbage, which is NaN: an element that the kernel leaves out shows."""
-    dtype = TYPES[made.types[name].removeprefix("*")]
-    return OnGpu(Memory(torch.Size(shape).numel() * dtype.itemsize), shape, dtype)
 
 
 def laid_out(tensor: torch.Tensor, order: str) -> torch.Tensor:
@@ -359,157 +316,3 @@ def test_parts_are_put_together_of_parts_alone() -> None:
         whole_ptx(70, Variant("fp16", 64, split=True))
     with pytest.raises(BackendError, match="TRITON_INTERPRET=1 is set"):
         whole_ptx(89, Variant("fp16", 64, split=True))
-
-
-@pytest.fixture
-def benchmark() -> Any:
-    script = Path(os.environ.get("TRANSOM_REPO") or Path(__file__).resolve().parents[1]) / "benchmarks/gpu_attention.py"
-    spec = importlib.util.spec_from_file_location("gpu_attention", script)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_attention"] = module  # its dataclasses look there
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_benchmark_s_arithmetic_by_hand(benchmark: Any) -> None:
-    """FLOP and bytes of small cases, the roofline, what is tried; and no case twice."""
-    Case = benchmark.Case
-    whole = Case("prompt", "fp16", 2, 4, 4, 3, 64)
-    assert whole.flops == 4 * 2 * 3 * 64 * 16  # two products of 16 pairs, a multiplication and an addition each
-    assert replace(whole, causal=True).flops == 4 * 2 * 3 * 64 * 10  # 1 + 2 + 3 + 4 pairs
-    assert replace(whole, causal=True, S=1).flops == replace(whole, S=1).flops  # a step sees every key
-    assert whole.bytes == 2 * (2 * 3 * 4 * 64) * 4  # Q, K, V, O
-    assert replace(whole, kind="biased").bytes == whole.bytes + 2 * 3 * 16
-    step = Case("step", "fp16", 1, 1, 100, 4, 64, groups=2)
-    assert step.bytes == 2 * 2 * 4 * 64 + 2 * 2 * 2 * 100 * 64
-    assert replace(step, int8=True).bytes == 2 * 2 * 4 * 64 + 2 * 2 * 100 * (64 + 4)
-    roofline = benchmark.Roofline({"fp16": 1e12}, 1e9)
-    assert roofline.least_ms(replace(step, B=10)) == pytest.approx(1e3 * 10 * step.bytes / 1e9)
-    row = benchmark.told_of(whole, "ours", [1.0, 2.0, 3.0], roofline)
-    assert (row["p50_ms"], row["p10_ms"], row["p90_ms"]) == (2.0, 1.2, 2.8)
-    sides = [
-        {"side": "ours", "p50_ms": 2.0},
-        {"side": "torch flash", "p50_ms": 3.0},
-        {"side": "torch math", "p50_ms": 9},
-    ]
-    assert benchmark.ratio_of(sides) == (1.5, "torch flash")
-    assert benchmark.ratio_of(sides[:1]) == (None, "none")
-    assert benchmark.parts_of(replace(step, T=1100)) == [1, 2, 4, 8]
-    names = [case.name for case in benchmark.cases(quick=False)]
-    assert len(names) == len({*names}) == 4 * 2 * (2 * 7 + 3) + 2 * 2 * 4 * 3
-    assert [case.name for case in benchmark.cases(quick=True, only=["biased"])] == [
-        "biased fp16 head 64 B=16 S=1024 T=1024"
-    ]
-    tried = benchmark.candidates(Blocks(128, 64, 8, 2), step=False, quick=False)
-    assert tried[0] == Blocks(128, 64, 8, 2)
-    assert {Blocks(128, 32, 8, 2), Blocks(128, 64, 4, 2), Blocks(64, 64, 8, 2), Blocks(128, 64, 8, 3)} <= {*tried}
-    assert all(each.m == 16 for each in benchmark.candidates(Blocks(16, 64, 4, 3), step=True, quick=False))
-
-
-def test_rows_of_the_table_that_would_be_better(benchmark: Any) -> None:
-    """A column that was tuned, beside what stands there; none for what is 1% faster."""
-    found = {"precision": "fp16", "width": 64, "column": "prompt", "best": asdict(Blocks(128, 128, 8, 3))}
-    assert benchmark.better_rows([found | {"entry_ms": 1.0, "best_ms": 0.8}], 90) == [
-        "HALVES['wgmma'], from fp16: 64: (Blocks(128, 128, 8, 3), Blocks(64, 64, 4, 2), Blocks(16, 64, 4, 3)),"
-    ]
-    assert benchmark.better_rows([found | {"entry_ms": 1.0, "best_ms": 0.99}], 90) == []
-
-
-# What cuda-python looks for in libcuda.so.1, and a launch that prints what it was given
-LIBCUDA = """
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-int cuGetProcAddress_v2(const char *name, void **found, int version, unsigned long flags, int *status) {
-    void *here = dlopen("libcuda.so.1", RTLD_NOW | RTLD_NOLOAD);
-    *found = here ? dlsym(here, name) : 0;
-    if (status) *status = *found ? 0 : 1;
-    return 0;
-}
-int cuGetProcAddress(const char *name, void **found, int version, unsigned long flags) {
-    return cuGetProcAddress_v2(name, found, version, flags, 0);
-}
-int cuInit(unsigned flags) { return 0; }
-int cuDriverGetVersion(int *version) { *version = 13000; return 0; }
-int cuModuleLoadDataEx(void **module, const char *image, unsigned n, const int *options, void **values) {
-    printf("%zu %u %d %d %zu\\n", strlen(image), n, options[0], options[1], (size_t)values[1]);
-    if (!strstr(image, ".entry")) { strcpy(values[0], "line 1; no entry"); return 218; }
-    *module = (void *)7;
-    return 0;
-}
-int cuModuleGetFunction(void **function, void *module, const char *name) {
-    printf("%zu %s\\n", (size_t)module, name);
-    *function = (void *)9;
-    return 0;
-}
-int cuModuleUnload(void *module) { return 0; }
-int cuFuncSetAttribute(void *function, int attribute, int value) {
-    printf("%zu %d %d\\n", (size_t)function, attribute, value);
-    return 0;
-}
-int cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned more, unsigned most,
-                   unsigned shared, void *stream, void **parameters, void **extra) {
-    printf("%zu %u %u %u %u %u %u %u %zu %d\\n", (size_t)function, x, y, z, threads, more, most, shared, (size_t)stream,
-           extra == 0);
-    for (const char *kind = getenv("PARAMETERS"); *kind; kind++, parameters++)
-        if (*kind == 'p') printf("%ld ", *(long *)*parameters); else printf("%d ", *(int *)*parameters);
-    printf("\\n");
-    fflush(stdout);
-    return 0;
-}
-"""
-THROUGH_CUDA_PYTHON = """
-import sys
-from transom.export.plugins import gpu
-from transom.export.plugins.ahead import compiled_from_json
-gpu.find_gpu, gpu.use_primary_context = lambda: gpu.Gpu("none", (8, 9), 0, 13000), lambda: None
-for line in sys.stdin:
-    made = compiled_from_json(line)
-    try:
-        kernel = gpu.Kernel(made)
-        addresses = {name: 2**40 + 4096 * n for n, name in enumerate((*made.tensors, *made.outputs))}
-        kernel.launch(addresses, 2, 5, 37, stream=77)
-    except gpu.BackendError as error:
-        sys.stdout.flush()
-        print(error, flush=True)
-"""
-
-
-@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
-def test_the_packing_through_cuda_python(compiled: Any, tmp_path: Path) -> None:
-    """The real library hands on what we pack: JIT's log, the attribute, the launch, and each parameter in its width."""
-    (made,) = compiled["large"]
-    (tmp_path / "libcuda.c").write_text(LIBCUDA)
-    library = ["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", tmp_path / "libcuda.so.1", tmp_path / "libcuda.c"]
-    subprocess.run(["cc", *library, "-ldl"], check=True)
-    environment = os.environ | {"LD_LIBRARY_PATH": str(tmp_path), "PARAMETERS": "ppp" + "i" * len(made.integers) + "p"}
-    broken = json.dumps(json.loads(json_from_compiled(made)) | {"ptx": "nothing"})
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", THROUGH_CUDA_PYTHON],
-        input=f"{json_from_compiled(made)}\n{broken}\n",
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    log, room = (
-        int(getattr(real_driver.CUjit_option, f"CU_JIT_ERROR_LOG_BUFFER{more}")) for more in ("", "_SIZE_BYTES")
-    )
-    most = int(real_driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES)
-    addresses = [2**40 + 4096 * n for n in range(4)]
-    assert (
-        done.stdout.splitlines()[:6]
-        == [
-            f"{len(made.ptx)} 2 {log} {room} 8192",
-            "7 attention",
-            f"9 {most} {made.shared}",
-            f"9 2 1 1 {made.threads} 1 1 {made.shared} 77 1",  # one tile of 5 queries for each of two rows
-            " ".join(map(str, [*addresses[:3], *made.sizes(2, 5, 37), addresses[3]])) + " ",
-            f"7 2 {log} {room} 8192",
-        ]
-    )
-    assert "CUDA_ERROR_INVALID_PTX, and its compiler said: line 1; no entry; expected" in done.stdout

@@ -28,10 +28,11 @@ import torch
 from cuda.bindings import driver as real_driver
 from cuda.bindings import runtime as real_runtime
 
-from emulated_driver import EmulatedDriver, Memories
+from emulated_driver import EmulatedDriver, Memories, to_gpu
 from test_plugin_kernel import normal, require_close
-from test_plugin_launch import to_gpu
+from transom.export.passes import plugin_attention
 from transom.export.passes.plugin_attention import CAUSAL, DOMAIN, INPUTS, MASKED, PLAIN, function_of
+from transom.export.plugins import launch
 from transom.export.plugins.ahead import compiled_from_json
 from transom.export.plugins.blocks import SPILLED, blocks_for, portable
 from transom.export.plugins.launch import Variant
@@ -272,6 +273,11 @@ def test_inputs_that_do_not_fit_together(operator: str, dtypes: list[str], shape
     with pytest.raises(EngineError, match=said) as refused:
         understood()
     assert str(refused.value).endswith("Build with --no-plugin.")
+
+
+def test_heads_that_the_pass_takes_have_a_kernel() -> None:
+    """One bound in two places: the pass needs no compiler, the kernel no graph."""
+    assert plugin_attention.MOST_SIZE == launch.MOST_SIZE == 256
 
 
 def test_gpus_that_the_table_does_not_have() -> None:

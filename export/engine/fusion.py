@@ -44,7 +44,7 @@ class Kernel:
 
 
 def kernels_of(log: Iterable[str], profiles: int) -> list[list[Kernel]]:
-    """The layers of the engine that compute, by profile, in the order they run.
+    """The layers of the engine that compute, by profile, in the order they run; last those outside of subgraphs.
 
     A compiled subgraph belongs to one profile, which a mark in any of its layers tells. A layer outside of them, as a
     plugin may be, belongs to that of its own mark; without marks, layers of one name are dealt to the profiles in turn,

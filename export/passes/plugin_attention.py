@@ -39,7 +39,7 @@ ATTRIBUTES: Mapping[str, Mapping[str, type]] = {
     CAUSAL: {SCALE: float},
 }
 AXES = "bhmn"  # of the scores: rows, heads, queries, keys
-DTYPES = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
+DTYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 ATTRIBUTE_TYPES = {float: ir.AttributeType.FLOAT, str: ir.AttributeType.STRING, int: ir.AttributeType.INT}
 MOST_SIZE = 256  # of a head
 QUERIES, KEYS, SIZE = 2, 2, 3  # axes of queries, keys and either: (B, heads, tokens, head size)

@@ -1,8 +1,7 @@
 """Kernels compiled ahead of time, launched through CUDA's driver: the very PTX, with the parameters it declares.
 
-A ``Kernel`` is the PTX in the primary context of the current device, the one of PyTorch and of the CUDA runtime. What
-it is given is anything with data_ptr(), as PyTorch's tensors, or plain addresses of the GPU's memory; torch is not
-needed, nor is a compiler.
+A ``Kernel`` is the PTX in the primary context of the current device, the one of PyTorch and of the CUDA runtime. It
+takes anything with data_ptr(), as PyTorch's tensors, or plain addresses of the GPU's memory; torch is not needed.
 
 **No GPU has executed this for us.** What is tested is the packing: an emulated driver reads every parameter as the PTX
 declares it, also behind the real cuda-python.

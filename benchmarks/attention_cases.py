@@ -1,0 +1,161 @@
+"""Which attentions are measured on a GPU, what each costs, and which blocks are tried for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from transom.export.plugins.blocks import ADDED, PROMPT, STEP
+from transom.export.plugins.launch import Blocks, Variant, width
+
+TOKENS = 16384  # of a batch: as many rows of S as that gives
+WIDTH = 2048  # of a model: 32 heads of 64, 16 of 128
+LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
+CACHES = (1024, 4096, 16384, 32768)
+STEP_HEADS, STEP_GROUPS, STEP_ROWS = 32, (1, 4), (1, 8)
+BIASED = (256, 1024, 4096)
+PRECISIONS = ("fp16", "bf16", "fp32", "tf32")
+ELEMENT = {"fp16": 2, "bf16": 2, "fp32": 4, "tf32": 4}  # bytes
+AIMS = {"halves": 0.9, "fp32 and biased": 1.5}  # times the speed of the best backend
+MOST_PARTS, LEAST_PART = 128, 128  # parts of a cache, and keys in one
+COLUMNS = {PROMPT: "prompt", ADDED: "added", STEP: "step"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention: "prompt", "biased" or "step", in a precision, of B rows of S queries and T keys."""
+
+    kind: str
+    precision: str
+    B: int
+    S: int
+    T: int
+    heads: int
+    size: int
+    groups: int = 1
+    causal: bool = False
+    int8: bool = False
+
+    @property
+    def name(self) -> str:
+        what = [self.kind, self.precision, f"head {self.size}", f"B={self.B} S={self.S} T={self.T}"]
+        flags = {"causal": self.causal, "int8 cache": self.int8, f"{self.groups} heads share keys": self.groups > 1}
+        return " ".join([*what, *(flag for flag, given in flags.items() if given)])
+
+    @property
+    def flops(self) -> int:
+        """Two products, of a multiplication and an addition each, of every query with every key that it sees."""
+        seen = self.S * self.T - (self.S * (self.S - 1) // 2 if self.causal else 0)
+        return 4 * self.B * self.heads * self.size * seen
+
+    @property
+    def bytes(self) -> int:
+        """Everything read or written once."""
+        element, shared = ELEMENT[self.precision], self.heads // self.groups
+        queries = 2 * self.B * self.heads * self.S * self.size * element  # and the output
+        keys = 2 * self.B * shared * self.T * (self.size + 4 if self.int8 else self.size * element)
+        bias = self.heads * self.S * self.T * element if self.kind == "biased" else 0
+        return queries + keys + bias
+
+    @property
+    def variant(self) -> Variant:
+        dtype = "fp32" if self.precision == "tf32" else self.precision
+        return Variant(
+            dtype,
+            self.size,
+            self.heads,
+            self.groups,
+            causal=self.causal,
+            bias=self.kind == "biased",
+            int8=self.int8,
+            split=self.kind == "step",
+            precision="tf32" if self.precision == "tf32" else "ieee",
+        )
+
+    @property
+    def column(self) -> int:
+        """Of the table of blocks; an INT8 cache in parts is a step's."""
+        return {"prompt": PROMPT, "biased": ADDED, "step": STEP}[self.kind]
+
+    @property
+    def aim(self) -> float | None:
+        """Ours against the best backend; None where no backend has it."""
+        if self.int8:
+            return None
+        return AIMS["halves" if self.precision in ("fp16", "bf16") and self.kind != "biased" else "fp32 and biased"]
+
+
+def cases(*, quick: bool, only: Sequence[str] = ()) -> list[Case]:
+    """All that is measured, or what ``only`` names by parts of the names."""
+    found = list(quick_cases() if quick else all_cases())
+    return [case for case in found if not only or any(part in case.name for part in only)]
+
+
+def all_cases() -> Iterator[Case]:
+    for precision in PRECISIONS:
+        for size in (64, 128):
+            for causal in (False, True):
+                for S in LENGTHS:
+                    yield Case("prompt", precision, TOKENS // S, S, S, WIDTH // size, size, causal=causal)
+            for S in BIASED:
+                yield Case("biased", precision, TOKENS // S, S, S, WIDTH // size, size)
+    for B in STEP_ROWS:
+        for groups in STEP_GROUPS:
+            for T in CACHES:
+                for precision, int8 in (("fp16", False), ("fp16", True), ("bf16", False)):
+                    yield Case("step", precision, B, 1, T, STEP_HEADS, 128, groups, int8=int8)
+
+
+def quick_cases() -> Iterator[Case]:
+    for size in (64, 128):
+        yield Case("prompt", "fp16", 16, 1024, 1024, WIDTH // size, size, causal=True)
+    yield Case("prompt", "tf32", 16, 1024, 1024, 32, 64)
+    yield Case("prompt", "fp32", 16, 1024, 1024, 32, 64)
+    yield Case("biased", "fp16", 16, 1024, 1024, 32, 64)
+    for int8 in (False, True):
+        yield Case("step", "fp16", 8, 1, 4096, STEP_HEADS, 128, 4, int8=int8)
+
+
+def candidates(entry: Blocks, *, step: bool, quick: bool) -> list[Blocks]:
+    """The table's entry first, then each of its numbers halved and doubled, and what others use; nothing twice."""
+    m, n, warps, stages = entry.m, entry.n, entry.warps, entry.stages
+    near = [Blocks(m, n // 2, warps, stages), Blocks(m, 2 * n, warps, stages)]
+    near += [Blocks(m, n, 12 - warps if warps in (4, 8) else 4, stages)]
+    if not quick:
+        near += [Blocks(m, n, warps, each) for each in (stages - 1, stages + 1)]
+        near += [Blocks(m, 2 * n, 4, 2), Blocks(m, 2 * n, 4, 3)]
+        if not step:  # a step has few queries
+            near += [Blocks(m // 2, n, warps, stages), Blocks(2 * m, n, warps, stages), Blocks(m // 2, n, 4, stages)]
+            near += [Blocks(128, 64, 8, 3), Blocks(128, 128, 8, 2), Blocks(64, 64, 4, 3)]
+    found = [entry, *near]
+    return [
+        each
+        for each in dict.fromkeys(found)
+        if 16 <= each.m <= 128 and 16 <= each.n <= 128 and 1 <= each.stages <= 4 and each.warps in (1, 2, 4, 8)
+    ]
+
+
+def parts_of(case: Case) -> list[int]:
+    """Into how many parts a cache may be cut: powers of two, of LEAST_PART keys at least."""
+    most = min(MOST_PARTS, max(1, case.T // LEAST_PART))
+    return [1 << power for power in range(most.bit_length())]
+
+
+def key_of(case: Case) -> tuple[str, int, int]:
+    return case.precision, width(case.size), case.column
+
+
+def tuned_on(measured: Sequence[Case], *, quick: bool) -> list[list[Case]]:
+    """By precision, head size and column: the case whose length is nearest to 2048, with and without causality."""
+    groups: dict[tuple[str, int, int], list[Case]] = {}
+    for case in measured:
+        groups.setdefault(key_of(case), []).append(case)
+    found = []
+    for group in groups.values():
+        kinds: dict[tuple[bool, bool, int], list[Case]] = {}
+        for case in group:
+            kinds.setdefault((case.causal, case.int8, case.groups), []).append(case)
+        nearest = [min(kind, key=lambda case: abs(math.log2(case.T / 2048))) for kind in kinds.values()]
+        found.append(nearest[:1] if quick else nearest)
+    return found
