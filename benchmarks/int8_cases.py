@@ -21,7 +21,7 @@ from transom.export.scores import DIGIT_NAMES, blocks, heldout_images
 from transom.runtime.backend import Array, Backend, Read, open_backend
 from transom.runtime.backends.ort import OrtBackend
 from transom.runtime.bundle import Bundle, GraphFile
-from transom.runtime.decoder.replay import NOTHING, Greedy, greedy, logits_along
+from transom.runtime.replay import NOTHING, Greedy, greedy, logits_along
 from transom.runtime.session import Opener
 from transom.runtime.tasks import task_class
 from transom.runtime.tasks.generator import Generator

@@ -17,7 +17,7 @@ from transom.export.source import Loaded
 from transom.runtime.backends.ort import OrtBackend
 from transom.runtime.bundle import QUANTIZED, Bundle
 from transom.runtime.compare import compare_outputs, largest_scales, on_scales
-from transom.runtime.decoder.replay import Divergence, as_arrays, greedy, logits_along, require_same_tokens
+from transom.runtime.replay import Divergence, as_arrays, greedy, logits_along, require_same_tokens
 from transom.runtime.selftest import GENERATION
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks import task_class

@@ -16,8 +16,8 @@ from transom.export.parity import grid
 from transom.export.samples import Samples, single_rows
 from transom.runtime.backend import Array
 from transom.runtime.decoder.cache import STEP
-from transom.runtime.decoder.replay import forced_logits
 from transom.runtime.inputs import is_decoder
+from transom.runtime.replay import forced_logits
 from transom.runtime.session import LoadedBundle
 from transom.runtime.spec import Graph
 from transom.runtime.tasks.generator import Generator, Row

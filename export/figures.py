@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from transom.export.parity import TOLERANCES, Case
 from transom.runtime.compare import BIAS, largest_scales
-from transom.runtime.decoder.replay import Divergence
+from transom.runtime.replay import Divergence
 
 
 def operator_counts(model: ir.Model) -> dict[str, int]:

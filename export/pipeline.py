@@ -34,8 +34,8 @@ from transom.export.scores import score_both
 from transom.export.source import Loaded, load_source
 from transom.export.steps import Progress, Steps, silent
 from transom.runtime.bundle import PRECISIONS, QUANTIZED, Bundle, Manifest
-from transom.runtime.decoder.replay import Divergence
 from transom.runtime.errors import AccuracyError, ExportError
+from transom.runtime.replay import Divergence
 from transom.runtime.selftest import GOLDEN
 from transom.runtime.session import LoadedBundle
 

@@ -5,7 +5,7 @@
     text/, images, preprocess   words and pictures become numbers
     decoder/, generate/         steps over a cache; which token is next
     backends/                   ONNX Runtime, TensorRT, the GPU below them
-    selftest, compare, bench    what it is held to
+    selftest, replay, compare, bench    what it is held to
 
 Needs numpy, onnxruntime, tokenizers and pillow; never torch or onnx. Importing this package costs
 next to nothing: the libraries are imported when the first bundle is loaded.

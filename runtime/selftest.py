@@ -132,7 +132,7 @@ def run_case(
 
 def run_generation(loaded: LoadedBundle, arrays: Mapping[str, Mapping[str, Array]], rule: Yardstick) -> SelftestCase:
     """The golden generation: the same tokens again, and the logits along PyTorch's."""
-    from transom.runtime.decoder.replay import from_arrays, greedy, logits_along, require_same_tokens
+    from transom.runtime.replay import from_arrays, greedy, logits_along, require_same_tokens
     from transom.runtime.tasks.generator import Generator
 
     given, theirs, built, expected = arrays["input"], arrays[PYTORCH], arrays[BUNDLE], arrays[rule.side]

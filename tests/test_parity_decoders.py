@@ -20,8 +20,8 @@ from command_line import as_quantized, changed_bundle
 from transom.export import checks, pipeline
 from transom.export.parity import TOLERANCES, Case
 from transom.runtime.bundle import manifest_sha256
-from transom.runtime.decoder.replay import NOTHING, divergences, require_same_tokens
 from transom.runtime.errors import BundleError, ParityError
+from transom.runtime.replay import NOTHING, divergences, require_same_tokens
 from transom.runtime.selftest import GENERATION, GOLDEN, selftest
 
 MakeCheckpoint = Callable[..., Path]

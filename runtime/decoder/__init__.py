@@ -1,1 +1,1 @@
-"""A decoder's rows between steps: what they read, what they keep, and what they are held to."""
+"""A decoder's rows between steps: what they read, and what they keep."""

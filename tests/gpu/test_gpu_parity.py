@@ -15,8 +15,8 @@ from transom.export.pipeline import verify
 from transom.runtime import load
 from transom.runtime.backends import cuda
 from transom.runtime.backends.cuda import Gpu
-from transom.runtime.decoder.replay import logits_along
 from transom.runtime.errors import BackendError, ExportError
+from transom.runtime.replay import logits_along
 
 Ready = Callable[..., Path]
 FAMILIES = ("vit", "minilm", "bert", "gpt", "transformer", "clip")
