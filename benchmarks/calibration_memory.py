@@ -35,7 +35,7 @@ from transom.calib.observe import ObservingBackend
 from transom.calib.table import GraphRanges, RangeTable
 from transom.export.passes.linears import find_linears
 from transom.models.references import reference_folder
-from transom.runtime.backends.ort import onnxruntime
+from transom.runtime.backends.ort_library import onnxruntime
 from transom.runtime.bundle import Bundle
 from transom.runtime.tasks import task_class
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from transom.runtime.backends.ort import onnxruntime
+from transom.runtime.backends.ort_library import onnxruntime
 from transom.runtime.bundle import Bundle
 
 STEPS = 30

@@ -41,7 +41,7 @@ from int8_cases import CASES, THREADS, Case, HeldOut, Side, bundle_of, calibrati
 from int8_measures import HEAD, Row, first_line, line, machine, measured
 
 from transom.runtime.backend import Array
-from transom.runtime.backends import ort
+from transom.runtime.backends import ort_library
 from transom.runtime.bundle import Bundle
 
 SAMPLES = 128
@@ -223,7 +223,9 @@ def main() -> None:
     parser.add_argument("--only", default="", help="peers whose name has this")
     parser.add_argument("--json", type=Path, help="the figures as JSON as well")
     options = parser.parse_args()
-    ort.onnxruntime().set_default_logger_severity(ort.FATAL)  # a calibrating session warns of every cache it copies
+    ort_library.onnxruntime().set_default_logger_severity(
+        ort_library.FATAL
+    )  # a calibrating session warns of every cache it copies
     logging.getLogger().setLevel(logging.ERROR)  # onnxruntime.quantization advises about pre-processing in every call
     chosen = [peer for peer in peers(options.modelopt_python) if options.only in peer.name]
     versions = {name: version(name) for name in ("onnxruntime", "onnx", "numpy")}

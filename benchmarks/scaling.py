@@ -31,7 +31,7 @@ from scaling_models import LAYERS, save_checkpoint
 from scaling_plot import draw
 
 from transom.runtime import load
-from transom.runtime.backends.ort import onnxruntime
+from transom.runtime.backends.ort_library import onnxruntime
 from transom.runtime.bench import example_feeds, sizes_of
 from transom.runtime.decoder.decoding import CHUNK
 from transom.runtime.machine import cpu_name

@@ -15,7 +15,7 @@ from transom.calib.identity import MODULE
 from transom.calib.noise import NoiseCheck
 from transom.calib.table import ChannelRanges, TensorRanges
 from transom.runtime.backend import Array
-from transom.runtime.backends.ort import onnxruntime
+from transom.runtime.backends.ort_library import onnxruntime
 from transom.runtime.errors import BackendError, CalibrationError, one_line
 from transom.runtime.spec import Graph
 

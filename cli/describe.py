@@ -174,7 +174,11 @@ def quantization_fields(quantization: Mapping[str, Any]) -> Iterator[tuple[str, 
     yield "activations", f"{modes}; ranges by {figure(quantization.get('method'))}"
     if data is not None:
         yield "calibrated on", f"{figure(at(data, 'name'))}, {figure(at(data, 'samples'))} samples"
-    yield "built with", figure(quantization.get("instruction_set"))
+    sums = quantization.get("integer_sums")
+    yield (
+        "built with",
+        figure(quantization.get("instruction_set")) + (f", {figure(sums)} sums" if isinstance(sums, str) else ""),
+    )
     layers = list_of(quantization.get("layers"))
     kept = [layer for layer in layers if at(layer, "kept") is True]
     yield "kept layers", f"{len(kept)} of {len(layers)}"

@@ -111,7 +111,7 @@ def version(distribution: str) -> str | None:
 def examine_onnxruntime() -> tuple[list[str], list[str]]:
     """The execution providers that the library offers, and what is wrong with it."""
     try:
-        from transom.runtime.backends.ort import onnxruntime
+        from transom.runtime.backends.ort_library import onnxruntime
 
         return list(onnxruntime().get_available_providers()), []
     except (BackendError, ImportError) as error:  # ImportError: numpy
@@ -136,17 +136,38 @@ def choose(providers: Sequence[str], gpus: Sequence[Mapping[str, Any]]) -> tuple
 
 
 def examine_cpu() -> dict[str, Any]:
-    from transom.runtime.cpu import cpu_flags, this_cpu
+    from transom.runtime.cpu import cpu_flags
     from transom.runtime.machine import cpu_name, usable_cores
 
-    int8 = this_cpu()
     return {
         "name": cpu_name(),
         "architecture": platform.machine(),
         "cores": usable_cores(),
         "instructions": [flag for flag in FLAGS if flag in cpu_flags()],
-        "int8": {"instruction_set": int8.name, "meaning": int8.meaning, "saturates": int8.saturates},
+        "int8": examine_int8(),
     }
+
+
+def examine_int8() -> dict[str, Any]:
+    """What multiplies 8-bit integers here, and whether their sums are exact: a product with known sums is run.
+
+    ``exact``, ``means`` and ``runs`` are None where onnxruntime cannot be used.
+    """
+    from transom.runtime.cpu import ADDS_IN_32_BITS, this_cpu
+
+    here = this_cpu()
+    told: dict[str, Any] = {"instruction_set": here.name, "meaning": here.meaning}
+    try:
+        from transom.runtime.backends.integer_sums import integer_sums
+        from transom.runtime.backends.ort_library import onnxruntime
+
+        sums = integer_sums()
+        if sums.saturates_alone and here.name in ADDS_IN_32_BITS:
+            told["meaning"] = "says the system, but this process does not have it, as under emulation"
+        runs = f"onnxruntime {onnxruntime().__version__}"
+    except (BackendError, ImportError):
+        return {**told, "exact": None, "saturates": None, "means": None, "runs": None}
+    return {**told, "exact": sums.exact, "saturates": not sums.exact, "means": sums.means, "runs": runs}
 
 
 def find_gpus() -> list[dict[str, str | None]]:
@@ -267,7 +288,9 @@ def lines(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     cpu = report["cpu"]
     yield "cpu", f"{cpu['name']}, {cpu['architecture']}, {cpu['cores']} cores usable"
     yield "instructions", " ".join(cpu["instructions"]) or "none of those that matter here"
-    yield "int8", f"{cpu['int8']['instruction_set']}: {cpu['int8']['meaning']}"
+    int8 = cpu["int8"]
+    sums = "sums were not tried" if int8["runs"] is None else f"sums in {int8['runs']} are {int8['means']}"
+    yield "int8", f"{int8['instruction_set']}, {int8['meaning']}; {sums}"
     for gpu in report["gpus"]:
         yield "gpu", gpu_text(gpu)
     libraries = report["engines"]["libraries"]

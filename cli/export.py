@@ -138,21 +138,23 @@ def export(
         ),
     ] = None,
     weight_bits: Annotated[
-        int,
+        int | None,
         typer.Option(
             metavar="8|7",
-            help="7 for x86 processors without VNNI, whose 8-bit products saturate.",
+            help="7 is faster on x86 without VNNI, where exact sums of 8 bits cost time, and less accurate.",
+            show_default="8",
             rich_help_panel=INTEGERS,
         ),
-    ] = 8,
+    ] = None,
     block_size: Annotated[
-        int,
+        int | None,
         typer.Option(
             metavar="32|64|128|256",
             help="How many weights share a scale where weights alone are integers.",
+            show_default="32",
             rich_help_panel=INTEGERS,
         ),
-    ] = 32,
+    ] = None,
     also: Annotated[
         list[Also] | None,
         typer.Option(

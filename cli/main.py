@@ -65,7 +65,7 @@ class Commands(TyperGroup):
 @contextmanager
 def warnings_told() -> Iterator[None]:
     """Each warning of ours is a line on stderr; those of libraries stay what ``main`` made of them."""
-    from transom.runtime.cpu import SaturationWarning
+    from transom.runtime.saturation import SaturationWarning
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", SaturationWarning)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from transom.cli.options import BundlePath, Device, Json, Threads
-from transom.cli.show import comparison_cells, print_json, print_table
+from transom.cli.show import comparison_cells, print_json, print_table, printable
 
 
 def selftest(bundle: BundlePath, device: Device = "cpu", threads: Threads = None, as_json: Json = False) -> None:
@@ -25,6 +25,7 @@ def selftest(bundle: BundlePath, device: Device = "cpu", threads: Threads = None
                 "side": report.side,
                 "tolerance": report.tolerance,
                 "worst": report.worst.to_json(),
+                "integer_sums": report.sums and vars(report.sums),
                 "cases": [
                     {
                         "name": case.name,
@@ -46,6 +47,8 @@ def selftest(bundle: BundlePath, device: Device = "cpu", threads: Threads = None
     print_table(columns, rows, right=("error", "here", "PyTorch", "since build"))
     for line in (line for case in report.cases for line in case.near_ties):
         print(f"a near tie: {line}")
+    if report.sums is not None:
+        print(printable(str(report.sums)))
     told = f"worst error {report.worst.error:.2e} of {report.tolerance:g} allowed"
     if report.side == runtime.PYTORCH:
         print(f"agrees with PyTorch: {told}")

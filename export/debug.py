@@ -30,7 +30,7 @@ from transom.export.quantization.trial import CPU, RANKING_SAMPLES, open_flavour
 from transom.export.samples import samples_for, single_rows
 from transom.export.source import Loaded
 from transom.export.steps import Progress, Steps, silent
-from transom.runtime.bundle import QUANTIZED, Bundle, Manifest
+from transom.runtime.bundle import BLOCKS, QUANTIZED, SIMULATED, Bundle, Manifest
 from transom.runtime.errors import CalibrationError, ExportError
 from transom.runtime.fields import parse_json
 
@@ -137,7 +137,8 @@ def debug_accuracy(
     steps.next("building the graph whose layers can be restored")
     agreements: dict[frozenset[Layer], Agreement] = {}
     shipped = stored_graphs(bundle, flavour)
-    with SwitchedBundle(bundle, shipped, fp32, half=table is None, threads=threads) as switched:
+    integers = None if table is None else integers_of(manifest, flavour)
+    with SwitchedBundle(bundle, shipped, fp32, half=table is None, integers=integers, threads=threads) as switched:
 
         def error(restored: frozenset[Layer]) -> float:
             steps.more("searching for the layers that break it")
@@ -164,6 +165,14 @@ def debug_accuracy(
         target=found.target,
         worst=tuple(worst),
     )
+
+
+def integers_of(manifest: Manifest, flavour: str) -> dict[str, str]:
+    """What a CPU session makes of the integers of each graph, by name, in a quantised bundle's ``flavour``."""
+    return {
+        file.graph.name: file.integers if file.integers and (flavour == CPU or file.integers == BLOCKS) else SIMULATED
+        for file in manifest.graphs
+    }
 
 
 def top1(agreement: Agreement) -> float | None:

@@ -89,7 +89,7 @@ def bench(
     follow. Raises what ``load`` raises, InputError for an unknown axis, ShapeError for a size out of
     its bounds.
     """
-    from transom.runtime.backends.ort import onnxruntime
+    from transom.runtime.backends.ort_library import onnxruntime
     from transom.runtime.session import load
 
     version = str(onnxruntime().__version__)

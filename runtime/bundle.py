@@ -29,6 +29,9 @@ DTYPES = ("int64", "float32")  # half precision stays inside the graph: the edge
 STATE_DTYPES = ("float32", "float16", "bfloat16")  # but for state, which is the graph's own
 QUANTIZED = ("int8", "int4")  # of the weights; accuracy is judged by a gate, not by parity
 PRECISIONS = ("fp32", "fp16", "bf16", *QUANTIZED)
+# What a CPU session makes of the integers of a graph: products of U8 x S8; weights in blocks (MatMulNBits); or Q/DQ
+# pairs computed in float32, as of the graph for TensorRT, whose S8 x S8 no CPU is to multiply.
+PRODUCTS, BLOCKS, SIMULATED = "products", "blocks", "simulated"
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,13 @@ class Plan:
 @dataclass(frozen=True)
 class GraphFile:
     """A graph and where it lies: ``files`` maps a flavour ("default", "cpu") to an ONNX file, ``plans`` a target to an
-    engine."""
+    engine. ``integers`` is PRODUCTS, BLOCKS, SIMULATED, or None where the graph has none."""
 
     graph: Graph
     files: Mapping[str, str]
     weights: str | None  # external data shared by all of ``files``
     plans: Mapping[str, Plan] = field(default_factory=dict)
+    integers: str | None = None
 
     def file_for(self, device: str) -> str:
         return self.files.get(device, self.files["default"])
@@ -161,9 +165,13 @@ def manifest_from_json(value: dict[str, Any]) -> Manifest:
         if axis.like is not None and axis.like not in axes
     ]
     engines = engines_from_json(top.mapping("engines", {}), names, files, top.problems)
-    if not top.problems:
-        graphs = tuple(replace(file, plans=plans_of(file.graph.name, engines)) for file in graphs)
     precision = top.text("precision", among=PRECISIONS)
+    quantization = quantization_from_json(top.mapping("quantization", None), precision, names, top.problems)
+    if not top.problems:
+        graphs = tuple(
+            replace(file, plans=plans_of(file.graph.name, engines), integers=integers_of(file, quantization))
+            for file in graphs
+        )
     manifest = Manifest(
         name=top.text("name"),
         family=top.text("family"),
@@ -184,7 +192,7 @@ def manifest_from_json(value: dict[str, Any]) -> Manifest:
         operators=top.mapping("operators", {}),
         parity=parity_from_json(top.mapping("parity"), top.problems),
         score=top.mapping("score", None),
-        quantization=quantization_from_json(top.mapping("quantization", None), precision, names, top.problems),
+        quantization=quantization,
         engines=engines,
     )
     top.done()
@@ -199,6 +207,15 @@ def plans_of(graph: str, engines: Mapping[str, Any]) -> dict[str, Plan]:
         target: Plan(engine["plans"][graph], engine["library"], engine["version"], engine.get("sm"))
         for target, engine in engines.items()
     }
+
+
+def integers_of(file: GraphFile, quantization: Mapping[str, Any] | None) -> str | None:
+    """What a CPU session makes of the integers of one graph, from fields that were checked."""
+    if quantization is None:
+        return None
+    if quantization["activations"][file.graph.name] == "none":
+        return BLOCKS
+    return PRODUCTS if "cpu" in file.files else SIMULATED
 
 
 def manifest_sha256(value: Mapping[str, Any]) -> str:

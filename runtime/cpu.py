@@ -1,20 +1,16 @@
-"""Which integer instructions the processor has: an INT8 figure is worth nothing without them.
+"""Name the integer instructions of the processor: an INT8 time is worth nothing without them.
 
-ONNX Runtime chooses its kernel of U8 x S8 products by them (MLAS, ``platform.cpp``), in the order of INSTRUCTION_SETS.
+ONNX Runtime chooses its kernel of 8-bit products by them (MLAS, ``platform.cpp``), in the order of INSTRUCTION_SETS.
+They say how fast products are. Whether sums of them are exact is measured (``transom.runtime.backends.integer_sums``).
 """
 
 from __future__ import annotations
 
 import platform
 import subprocess
-import warnings
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from transom.runtime.bundle import Manifest
 
 CPUINFO = Path("/proc/cpuinfo")
 SYSCTL_TIMEOUT_S = 5
@@ -31,36 +27,30 @@ MACOS_FLAGS = {  # what Linux calls them
     "hw.optional.arm.FEAT_DotProd": "asimddp",
     "hw.optional.arm.FEAT_I8MM": "i8mm",
 }
-EXACT = "sums are exact"
-SATURATING = "without VNNI, pairs of products saturate at 16 bits: export with --weight-bits 7"
 
 
 @dataclass(frozen=True)
 class InstructionSet:
-    """``flags`` are Linux's names of what the processor must have; ``meaning`` is what it means for INT8."""
+    """``flags`` are Linux's names of what the processor must have; ``meaning`` says how fast it multiplies."""
 
     name: str
     flags: frozenset[str]
     meaning: str
-    saturates: bool = False
 
 
 INSTRUCTION_SETS = (  # best first, of either architecture
-    InstructionSet("amx_int8", frozenset({"amx_tile", "amx_int8"}), f"tiles of INT8 products, {EXACT}"),
-    InstructionSet("avx512_vnni", frozenset({"avx512_vnni"}), f"64 INT8 products an instruction, {EXACT}"),
-    InstructionSet("avx_vnni", frozenset({"avx_vnni"}), f"32 INT8 products an instruction, {EXACT}"),
-    InstructionSet("avx512", frozenset({"avx512bw"}), SATURATING, saturates=True),
-    InstructionSet("avx2", frozenset({"avx2"}), SATURATING, saturates=True),
-    InstructionSet("sse", frozenset({"sse2"}), SATURATING, saturates=True),
-    InstructionSet("neon_i8mm", frozenset({"asimd", "i8mm"}), f"32 INT8 products an instruction, {EXACT}"),
-    InstructionSet("neon_dotprod", frozenset({"asimd", "asimddp"}), f"16 INT8 products an instruction, {EXACT}"),
-    InstructionSet("neon", frozenset({"asimd"}), f"8 INT8 products an instruction, {EXACT}"),
+    InstructionSet("amx_int8", frozenset({"amx_tile", "amx_int8"}), "tiles of 8-bit products"),
+    InstructionSet("avx512_vnni", frozenset({"avx512_vnni"}), "64 8-bit products an instruction"),
+    InstructionSet("avx_vnni", frozenset({"avx_vnni"}), "32 8-bit products an instruction"),
+    InstructionSet("avx512", frozenset({"avx512bw"}), "64 8-bit products in three instructions"),
+    InstructionSet("avx2", frozenset({"avx2"}), "32 8-bit products in three instructions"),
+    InstructionSet("sse", frozenset({"sse2"}), "8 products of 16 bits an instruction"),
+    InstructionSet("neon_i8mm", frozenset({"asimd", "i8mm"}), "32 8-bit products an instruction"),
+    InstructionSet("neon_dotprod", frozenset({"asimd", "asimddp"}), "16 8-bit products an instruction"),
+    InstructionSet("neon", frozenset({"asimd"}), "8 8-bit products an instruction"),
 )
+ADDS_IN_32_BITS = ("amx_int8", "avx512_vnni", "avx_vnni")  # of x86: these alone are exact at U8 x S8
 UNKNOWN = InstructionSet("unknown", frozenset(), "this system does not say which instructions it has")
-
-
-class SaturationWarning(UserWarning):
-    """The processor may add up a bundle's INT8 products wrongly."""
 
 
 def instruction_set_of(flags: frozenset[str]) -> InstructionSet:
@@ -106,27 +96,3 @@ def this_cpu() -> InstructionSet:
 def instruction_set() -> str:
     """Its name, as figures record it: ``avx512_vnni``."""
     return this_cpu().name
-
-
-def saturates() -> bool:
-    """Whether sums of U8 x S8 products may saturate here, unless weights have 7 bits."""
-    return this_cpu().saturates
-
-
-def warn_of_saturation(manifest: Manifest, device: str) -> None:
-    """One SaturationWarning where ``device`` may saturate on this bundle.
-
-    On x86 without VNNI ``vpmaddubsw`` adds two products U8 x S8 in 16 bits: 2 x 255 x 127 does not fit, 2 x 255 x 63
-    of 7-bit weights does. Weights in blocks with activations in FP32 ("none") are multiplied another way.
-    """
-    made = manifest.quantization
-    multiplies = made is not None and made["weight_bits"] == 8 and {*made["activations"].values()} - {"none"}
-    here = this_cpu()
-    if device == "cpu" and multiplies and here.saturates:
-        warnings.warn(
-            f"{manifest.name} has 8-bit weights, and this processor ({here.name}) may saturate when it adds up their "
-            "products: answers may be worse than the export measured. Check with `transom selftest`, or export again "
-            "with --weight-bits 7.",
-            SaturationWarning,
-            stacklevel=3,
-        )

@@ -9,6 +9,7 @@ from collections.abc import Collection
 from typing import Any
 
 MODES = ("static", "dynamic", "none")  # how the activations before integer weights become integers
+SUMS = EXACT, SATURATED = "exact", "saturated"  # of 8-bit products, as they were added up at the export
 WEIGHT_BITS = {"int8": (7, 8), "int4": (4,)}
 
 
@@ -40,6 +41,9 @@ def quantization_from_json(
     if possible and (type(bits) is not int or bits not in possible):
         expected = " or ".join(map(str, possible))
         problems.append(f"quantization.weight_bits is {repr(bits)[:60]}, expected {expected} of {precision}")
+    sums = value.get("integer_sums", EXACT)
+    if sums not in SUMS:
+        problems.append(f"quantization.integer_sums is {repr(sums)[:60]}, expected one of {', '.join(SUMS)}")
     return value
 
 

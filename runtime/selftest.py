@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from os import PathLike
 
 from transom.runtime.backend import Array
+from transom.runtime.backends.integer_sums import integer_sums
 from transom.runtime.bundle import QUANTIZED, Bundle, Manifest
 from transom.runtime.compare import Comparison, compare_outputs, on_scales
+from transom.runtime.cpu import instruction_set
 from transom.runtime.errors import BundleError, ParityError
+from transom.runtime.saturation import multiplies_integers, recorded_sums, saturated_export, sums_here
 from transom.runtime.session import LoadedBundle, load
 
 GOLDEN = "golden.safetensors"
@@ -39,6 +42,27 @@ class Yardstick:
 
 
 @dataclass(frozen=True)
+class Sums:
+    """How 8-bit products are added up here and were at the export, and with which instructions.
+
+    ``here`` and ``export`` are "exact" or "saturated"; ``export`` is None where bundle.json does not tell, and so is
+    ``export_set``. ``means`` says what makes them exact here.
+    """
+
+    here: str
+    means: str
+    export: str | None
+    instruction_set: str
+    export_set: str | None
+
+    def __str__(self) -> str:
+        at_export = "bundle.json does not say how they were at the export"
+        if self.export is not None:
+            at_export = f"at the export they were {self.export} ({self.export_set or 'instruction set unknown'})"
+        return f"8-bit products on this processor ({self.instruction_set}): {self.means}; {at_export}"
+
+
+@dataclass(frozen=True)
 class SelftestCase:
     """One set of golden inputs: each output against PyTorch's, and against the bundle's own when it was built."""
 
@@ -53,11 +77,15 @@ class SelftestCase:
 
 @dataclass(frozen=True)
 class SelftestReport:
-    """``tolerance`` bounds the error against ``side``, "pytorch" or "bundle"; the one against the other is told."""
+    """``tolerance`` bounds the error against ``side``, "pytorch" or "bundle"; the one against the other is told.
+
+    ``sums`` is None but for a bundle whose 8-bit products run on the CPU.
+    """
 
     side: str
     tolerance: float
     cases: tuple[SelftestCase, ...]
+    sums: Sums | None = None
 
     @property
     def worst(self) -> Comparison:
@@ -71,18 +99,36 @@ class SelftestReport:
 def selftest(path: str | PathLike[str], device: str = "cpu", threads: int | None = None) -> SelftestReport:
     """Run a bundle's golden inputs and hold the outputs against what its ``yardstick`` names.
 
-    Raises ParityError beyond the tolerance, BundleError when there are no golden values.
+    Raises ParityError beyond the tolerance and for golden values of saturated sums where sums are exact here,
+    BundleError when there are no golden values.
     """
     with load(path, device, threads) as loaded:
         golden = read_golden(Bundle(str(path)))
         if not golden:
             raise BundleError(f"{path} holds no golden values; export it again.")
-        rule = yardstick(loaded.manifest, loaded.device)
+        manifest = loaded.manifest
+        rule = yardstick(manifest, loaded.device)
+        sums = sums_of(manifest, loaded.device)
+        problem = saturated_export(manifest) if sums is not None else None
+        if problem is not None:
+            raise ParityError(f"{path} on {device} cannot be tested: {problem}")
         cases = tuple(run_case(loaded, name, arrays, rule) for name, arrays in sorted(golden.items()))
-        report = SelftestReport(rule.side, rule.tolerance, cases)
+        report = SelftestReport(rule.side, rule.tolerance, cases, sums)
     if not report.worst.error <= report.tolerance:
         raise ParityError(f"{path} on {device} {broken(report)}")
     return report
+
+
+def sums_of(manifest: Manifest, device: str) -> Sums | None:
+    """Describe the bundle's 8-bit sums on ``device``; None where it multiplies no integers there."""
+    if device != "cpu" or not multiplies_integers(manifest):
+        return None
+    made = manifest.quantization or {}
+    seven = "exact, as products with 7-bit weights are everywhere"
+    means = seven if made["weight_bits"] == 7 else integer_sums().means
+    known = made.get("instruction_set")
+    export_set = known[:40] if isinstance(known, str) and known != "unknown" else None
+    return Sums(sums_here(manifest), means, recorded_sums(manifest), instruction_set(), export_set)
 
 
 def yardstick(manifest: Manifest, device: str) -> Yardstick:
@@ -99,12 +145,11 @@ def yardstick(manifest: Manifest, device: str) -> Yardstick:
 def broken(report: SelftestReport) -> str:
     """What is wrong and what to do about it."""
     if report.side == BUNDLE:
-        from transom.runtime.cpu import this_cpu
-
-        here = this_cpu()
+        sums = "" if report.sums is None else f" {str(report.sums)[0].upper()}{str(report.sums)[1:]}."
         return (
-            f"differs from what it gave when it was built: {report.worst}; {report.tolerance:g} is allowed. This "
-            f"processor has {here.name} ({here.meaning}); bundle.json says what it was built with. Export again here."
+            f"differs from what it gave when it was built: {report.worst}; {report.tolerance:g} is allowed.{sums} "
+            "Is the onnxruntime here the one that bundle.json names under tools? Export again if it is not, or if "
+            "bundle.json does not say that sums were exact."
         )
     return (
         f"differs from PyTorch: {report.worst}; the bundle allows {report.tolerance:g}. "

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from transom.runtime.backend import Array, Backend, Read, open_backend
 from transom.runtime.bundle import Bundle, GraphFile
-from transom.runtime.cpu import warn_of_saturation
 from transom.runtime.errors import BackendError, BundleError, InputError
 from transom.runtime.inputs import checked_feeds, wanted_outputs
+from transom.runtime.saturation import warn_of_saturation
 from transom.runtime.spec import Graph
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ def load(path: str | PathLike[str], device: str = "cpu", threads: int | None = N
     CPU threads per call, None for one per core.
 
     Raises BundleError when the folder is damaged, hostile or of another format version, BackendError
-    when the device or its library is not there. Warns (SaturationWarning) where the processor may add up the
-    products of an INT8 bundle wrongly.
+    when the device or its library is not there. Warns (SaturationWarning), once, where the 8-bit products of an INT8
+    bundle add up otherwise than they did at its export.
     """
     from transom.runtime.tasks import task_class
 

@@ -38,7 +38,7 @@ def test_doctor_exits_1_when_the_runtime_cannot_work(monkeypatch: pytest.MonkeyP
     def absent() -> None:
         raise BackendError("onnxruntime cannot be imported. Install it.")
 
-    monkeypatch.setattr("transom.runtime.backends.ort.onnxruntime", absent)
+    monkeypatch.setattr("transom.runtime.backends.ort_library.onnxruntime", absent)
     result = transom("doctor")
     assert result.exit_code == 1
     assert re.search(r"^problem +onnxruntime cannot be imported. Install it.$", result.stdout, re.MULTILINE)

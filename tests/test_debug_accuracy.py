@@ -23,7 +23,7 @@ from transom.export.debug import debug_accuracy
 from transom.export.passes.restore import RESTORED, restore_linears, restore_modules
 from transom.export.quantization.bisect import bisect_layers
 from transom.export.source import load_source
-from transom.runtime.backends.ort import onnxruntime
+from transom.runtime.backends.ort_library import onnxruntime
 from transom.runtime.bundle import MANIFEST, manifest_sha256
 from transom.runtime.errors import BundleError, CalibrationError, CheckpointError, ExportError
 

@@ -117,7 +117,14 @@ def test_a_model_that_is_no_reference_needs_data(bert_checkpoint: Path, tmp_path
 def test_options_of_quantisation_need_a_quantised_precision(
     bert_checkpoint: Path, tmp_path: Path, precision: str
 ) -> None:
-    for options in ({"method": "minmax"}, {"gate": False}, {"calibration_data": ("austen",)}, {"weight_bits": 7}):
+    for options in (
+        {"method": "minmax"},
+        {"gate": False},
+        {"calibration_data": ("austen",)},
+        {"weight_bits": 7},
+        {"weight_bits": 8},  # the default, but said
+        {"block_size": 32},
+    ):
         said = refused(bert_checkpoint, tmp_path / "out", ExportError, precision=precision, **options)
         assert f"--precision is {precision}, which is not quantised" in said
 

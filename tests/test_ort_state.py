@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from transom.runtime import load
-from transom.runtime.backends.ort import OrtBackend, onnxruntime
+from transom.runtime.backends.ort import OrtBackend
+from transom.runtime.backends.ort_library import onnxruntime
 from transom.runtime.backends.ort_state import OrtState
 from transom.runtime.decoder.state import State, cache_inputs
 

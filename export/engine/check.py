@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from transom.export.engine.flavour import TensorRTGraph
 from transom.export.engine.profiles import cache_sizes
-from transom.export.flavours import Flavours, emulations, pack
+from transom.export.flavours import Flavours, emulations, pack, simulated
 from transom.export.passes.length_attention import standard_attention
 from transom.export.passes.plugin_attention import inline_functions
 from transom.export.quantization.stored import stored_graphs
@@ -63,7 +63,7 @@ def check_flavour(bundle: Bundle, graphs: Mapping[str, TensorRTGraph]) -> float:
     axes, specs = bundle.manifest.axes, tuple(file.graph for file in bundle.manifest.graphs)
 
     def rounded(models: Mapping[str, ir.Model]) -> Flavours:
-        return pack(specs, emulations(models), "float32")
+        return simulated(pack(specs, emulations(models), "float32"))
 
     def full(backend: Backend) -> Backend:
         lengths = cache_sizes(backend.graph, axes)

@@ -12,6 +12,7 @@ from transom.runtime.errors import ExportError
 from transom.runtime.inputs import is_decoder
 from transom.runtime.spec import Graph
 
+WEIGHT_BITS, BLOCK_SIZE = 8, 32  # where nothing is said
 REFERENCE_DATA = {  # the reference models' own training inputs, names of transom.calib.named
     "vit": "digits",
     "clip": "digit-captions",
@@ -24,14 +25,17 @@ REFERENCE_DATA = {  # the reference models' own training inputs, names of transo
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """``activations`` None: by graph, see ``recipe``. ``ranges`` is a table that was made before, in place of data."""
+    """``activations``, ``weight_bits`` and ``block_size`` are None where nothing was said: see ``recipe``.
+
+    ``ranges`` is a table that was made before, in place of data.
+    """
 
     calibration_data: tuple[str, ...] = ()
     method: str = "mse"
     smooth: bool = True
     activations: str | None = None
-    weight_bits: int = 8
-    block_size: int = 32
+    weight_bits: int | None = None
+    block_size: int | None = None
     extras: tuple[str, ...] = ()
     ranges: Path | None = None
     gate: bool = True
@@ -58,16 +62,27 @@ class QuantizeOptions:
         for what, value, known in (
             ("--method", self.method, METHODS),
             ("--activations", self.activations or STATIC, ACTIVATIONS),
-            ("--weight-bits", self.weight_bits, (8, 7)),
-            ("--block-size", self.block_size, BLOCKS),
+            ("--weight-bits", self.weight_bits or WEIGHT_BITS, (8, 7)),
+            ("--block-size", self.block_size or BLOCK_SIZE, BLOCKS),
             *(("--also", extra, EXTRAS) for extra in self.extras),
         ):
             if value not in known:
                 raise ExportError(f"{what} is {value!r}; expected one of {', '.join(map(str, known))}.")
-        if precision == "int4" and (self.activations not in (None, NONE) or self.weight_bits != 8 or self.extras):
+        if precision == "int4" and (self.activations not in (None, NONE) or self.weight_bits or self.extras):
             raise ExportError(
                 "--precision int4 is of weights alone; leave out --activations, --weight-bits and --also, or "
                 "choose --precision int8."
+            )
+        weights_alone = precision == "int4" or self.activations == NONE
+        if weights_alone and self.weight_bits:
+            raise ExportError(
+                f"--weight-bits is {self.weight_bits}, and --activations none stores weights in blocks of 8 bits, "
+                "whose products never saturate; leave it out, or choose --activations static or dynamic."
+            )
+        if self.block_size and not weights_alone:
+            raise ExportError(
+                f"--block-size is {self.block_size}, and weights in blocks are for weights alone; leave it out, or "
+                "choose --activations none or --precision int4."
             )
 
     def recipe(self, precision: str, graphs: tuple[Graph, ...]) -> Recipe:
@@ -77,11 +92,12 @@ class QuantizeOptions:
         """
         self.check(precision)
         if precision == "int4":
-            return Recipe({graph.name: NONE for graph in graphs}, self.method, 4, self.block_size)
+            return Recipe({graph.name: NONE for graph in graphs}, self.method, 4, self.block_size or BLOCK_SIZE)
         modes = {graph.name: self.activations or (DYNAMIC if is_decoder(graph) else STATIC) for graph in graphs}
         if self.extras and STATIC not in modes.values():
             raise ExportError("--also needs ranges fixed beforehand; choose --activations static, or leave it out.")
-        return Recipe(modes, self.method, self.weight_bits, self.block_size, self.extras)
+        bits, block_size = self.weight_bits or WEIGHT_BITS, self.block_size or BLOCK_SIZE
+        return Recipe(modes, self.method, bits, block_size, self.extras)
 
 
 PLAIN = QuantizeOptions()  # nothing was said

@@ -21,9 +21,11 @@ from transom.export.quantization.search import Found, search_layers
 from transom.export.quantization.trial import CPU, Trial, ranking_reference
 from transom.export.ranges import beyond_fp16
 from transom.export.scores import SCORES
+from transom.runtime.backends.integer_sums import integer_sums
 from transom.runtime.bundle import Bundle, Manifest
-from transom.runtime.cpu import this_cpu
+from transom.runtime.cpu import instruction_set
 from transom.runtime.errors import CalibrationError
+from transom.runtime.records import EXACT
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks import task_class
 
@@ -134,7 +136,8 @@ class Quantization:
             "also": list(recipe.extras),
             "elsewhere": {"cpu": "fp32"} | ({} if recipe.weights_only else {"default": "fp16" if half else "fp32"}),
             "data": dict(table.data),
-            "instruction_set": this_cpu().name,
+            "instruction_set": instruction_set(),
+            "integer_sums": integer_sums().kind if recipe.weight_bits == 8 and not recipe.weights_only else EXACT,
             "ranges": RANGES,
             "smoothing": {
                 f"{name}/{norm}": smoothing.alpha

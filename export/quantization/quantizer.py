@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from transom.calib.histogram import Histogram
 from transom.calib.scales import Scale, activation_scale, clip_range
-from transom.export.flavours import Flavours, emulations, pack, state_names
+from transom.export.flavours import Flavours, emulations, pack, simulated, state_names, with_integers
 from transom.export.passes.dynamic import quantize_dynamic
 from transom.export.passes.embeddings import halve_embeddings
 from transom.export.passes.extras import extra_places
@@ -19,6 +19,7 @@ from transom.export.passes.precision import convert_precision
 from transom.export.passes.static import quantize_static
 from transom.export.passes.weight_only import quantize_weights
 from transom.export.quantization.weights import QuantizedWeights
+from transom.runtime.bundle import BLOCKS, PRODUCTS
 from transom.runtime.spec import Graph
 
 STATIC, DYNAMIC, NONE = "static", "dynamic", "none"
@@ -145,7 +146,21 @@ class Quantizer:
         models = self.tensorrt(kept)
         if not self._half:
             return pack(self._graphs, models, "float32", cpu=cpu)
-        return pack(self._graphs, models, "float16", cpu=cpu, emulated=emulations(models))
+        return simulated(pack(self._graphs, models, "float16", cpu=cpu, emulated=emulations(models)))
+
+    def cpu_flavour(self, kept: Collection[Layer] = ()) -> Flavours:
+        """The graphs for ONNX Runtime's CPU alone, to be measured."""
+        return with_integers(pack(self._graphs, self.cpu(kept), "float32"), self.integers)
+
+    def tensorrt_flavour(self, kept: Collection[Layer] = ()) -> Flavours:
+        """The graphs for TensorRT alone, to be measured on a CPU: every FP16 tensor rounded as a GPU would round it."""
+        models = self.tensorrt(kept)
+        return simulated(pack(self._graphs, emulations(models) if self._half else models, "float32"))
+
+    @property
+    def integers(self) -> dict[str, str]:
+        """What a CPU session makes of the integers of each graph for the CPU."""
+        return {name: BLOCKS if mode == NONE else PRODUCTS for name, mode in self.recipe.activations.items()}
 
 
 def observed_tensors(model: ir.Model, recipe: Recipe) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Self
 import numpy as np
 import onnx_ir as ir
 
-from transom.export.flavours import pack
+from transom.export.flavours import pack, with_integers
 from transom.export.passes.restore import RESTORED, restore_linears, restore_modules
 from transom.export.quantization.agreement import Agreement, Reference
 from transom.export.quantization.quantizer import Layer
@@ -40,6 +40,7 @@ class SwitchedBackend:
 class SwitchedBundle:
     """``bundle`` around ``models`` in place of its own graphs, which are used up, with a switch for each of ``layers``.
 
+    ``integers`` says what a CPU session makes of the integers of each graph, where there are any.
     ``fp32`` are the graphs that they were made of, by name: of quantised ones with smoothing folded in, and then the
     layers are the linear ones; of ``half`` precision the canonical graphs, and the layers are the modules. Raises
     BundleError where ``models`` are not made of them.
@@ -52,6 +53,7 @@ class SwitchedBundle:
         fp32: Mapping[str, ir.Model],
         *,
         half: bool = False,
+        integers: Mapping[str, str] | None = None,
         threads: int | None = None,
     ) -> None:
         restore = restore_modules if half else restore_linears
@@ -60,6 +62,8 @@ class SwitchedBundle:
         self._names = names
         graphs = tuple(with_switches(file.graph, len(names[file.graph.name])) for file in bundle.manifest.graphs)
         flavours = pack(graphs, models, "float32", external_above=0)
+        if integers is not None:
+            flavours = with_integers(flavours, integers)
         files = {file.graph.name: file for file in flavours.graphs}
         self._backends: dict[str, SwitchedBackend] = {}
 

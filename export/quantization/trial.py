@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from transom.calib.data import Sample
 from transom.calib.table import RangeTable
-from transom.export.flavours import Flavours, emulations, pack
+from transom.export.flavours import Flavours
 from transom.export.quantization.agreement import Reference
 from transom.export.quantization.calibrate import smoothed
 from transom.export.quantization.gate import Gate
@@ -45,14 +45,14 @@ class Trial:
         *,
         half: bool,
     ) -> None:
-        self._bundle, self._gate, self._half = bundle, gate, half
-        self._graphs: tuple[Graph, ...] = tuple(file.graph for file in bundle.manifest.graphs)
+        self._bundle, self._gate = bundle, gate
+        graphs: tuple[Graph, ...] = tuple(file.graph for file in bundle.manifest.graphs)
         smoothing = {name: table.graphs[name].smoothing for name in canonical}
         ranges = {
             name: {tensor: found.histogram for tensor, found in table.graphs[name].tensors.items()}
             for name in canonical
         }
-        self.quantizer = Quantizer(smoothed(canonical, smoothing), self._graphs, recipe, ranges, half=half)
+        self.quantizer = Quantizer(smoothed(canonical, smoothing), graphs, recipe, ranges, half=half)
         self._verdicts: dict[tuple[str, frozenset[Layer]], Verdict] = {}
         self.kinds = {CPU: gated(recipe.activations.values())}
         if not recipe.weights_only:
@@ -68,7 +68,8 @@ class Trial:
 
     def errors_alone(self, reference: Reference) -> Iterator[tuple[Layer, float]]:
         """Each layer with the relative output error of the CPU's flavour where it alone is quantised."""
-        with SwitchedBundle(self._bundle, self.quantizer.cpu(), self.quantizer.models) as switched:
+        quantizer = self.quantizer
+        with SwitchedBundle(self._bundle, quantizer.cpu(), quantizer.models, integers=quantizer.integers) as switched:
             for layer in switched.layers:
                 restored = [other for other in switched.layers if other != layer]
                 yield layer, switched.measure(restored, reference).error.value
@@ -76,14 +77,9 @@ class Trial:
     @contextmanager
     def candidate(self, kind: str, kept: Collection[Layer]) -> Iterator[LoadedBundle]:
         """A flavour as the runtime would load it: the one for TensorRT rounds as a GPU would."""
-        with open_flavours(self._bundle, self._packed(kind, kept)) as loaded:
+        made = self.quantizer.cpu_flavour(kept) if kind == CPU else self.quantizer.tensorrt_flavour(kept)
+        with open_flavours(self._bundle, made) as loaded:
             yield loaded
-
-    def _packed(self, kind: str, kept: Collection[Layer]) -> Flavours:
-        if kind == CPU:
-            return pack(self._graphs, self.quantizer.cpu(kept), "float32")
-        models = self.quantizer.tensorrt(kept)
-        return pack(self._graphs, emulations(models) if self._half else models, "float32")
 
 
 def gated(modes: Collection[str]) -> str:

@@ -10,7 +10,8 @@ import onnx
 import onnx_ir as ir
 
 from transom.export.figures import operator_counts
-from transom.runtime.backends.ort import FATAL, PROVIDERS, SLOW_FUSIONS, onnxruntime
+from transom.runtime.backends.ort import PROVIDERS, SLOW_FUSIONS, session_entries
+from transom.runtime.backends.ort_library import FATAL, onnxruntime
 from transom.runtime.bundle import Bundle, GraphFile
 from transom.runtime.errors import BundleError, one_line
 
@@ -46,6 +47,8 @@ def executed_operators(bundle: Bundle, file: GraphFile) -> Mapping[str, int]:
     library = onnxruntime()
     options = library.SessionOptions()
     options.log_severity_level = FATAL
+    for key, setting in session_entries(file, DEVICE).items():
+        options.add_session_config_entry(key, setting)
     if file.weights is not None:
         weights = bundle.read(file.weights)
         options.add_external_initializers_from_files_in_memory([file.weights], [weights], [len(weights)])

@@ -2,63 +2,27 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cache
-from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from transom.runtime.backend import Array, Read
+from transom.runtime.backends.integer_sums import integer_sums
+from transom.runtime.backends.ort_library import FATAL, onnxruntime
 from transom.runtime.backends.ort_state import OrtState
-from transom.runtime.bundle import GraphFile
+from transom.runtime.bundle import PRODUCTS, SIMULATED, GraphFile
 from transom.runtime.decoder.state import HostState, State, cache_inputs
 from transom.runtime.errors import BackendError, BundleError, one_line
 from transom.runtime.inputs import storage
 from transom.runtime.spec import Graph, Tensor
 
-OLDEST = (1, 28)  # 1.26 and 1.27 align causal attention top-left when the cache is longer than the query
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # Of ONNX Runtime's fusions, those it is not to make. On the CPU SkipLayerNormalization takes five times as long as Add
 # and LayerNormalization apart: without it BERT-base at S=128 on two cores is 2 to 6 % faster, 9 to 10 % in INT8.
 SLOW_FUSIONS = {"cpu": ["SkipLayerNormFusion"]}
-FATAL = 4  # log level: errors reach the caller as exceptions, once, not on stderr as well
-
-
-@cache
-def onnxruntime() -> ModuleType:
-    """The library, imported once with telemetry off; BackendError where it is absent, doubled or too old."""
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # official wheels send it; the variable is read at import
-    installed = [name for name in ("onnxruntime", "onnxruntime-gpu") if _version(name)]
-    if len(installed) == 2:
-        raise BackendError(
-            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files. "
-            "Run `pip uninstall -y onnxruntime onnxruntime-gpu`, then install the one you want."
-        )
-    try:
-        import onnxruntime as library
-    except ImportError as error:
-        raise BackendError(
-            f"onnxruntime cannot be imported ({error}). Run `pip install 'onnxruntime>=1.28'`."
-        ) from None
-    version = tuple(int(part) for part in library.__version__.split(".")[:2])
-    if version < OLDEST:
-        raise BackendError(
-            f"onnxruntime is {library.__version__}; older than 1.28 computes causal attention wrongly. "
-            "Run `pip install --upgrade 'onnxruntime>=1.28'`."
-        )
-    return cast(ModuleType, library)
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def best_device() -> str:
@@ -152,6 +116,17 @@ def as_loaded(graph: GraphFile, device: str, session: Any) -> Graph:
     return replace(graph.graph, inputs=loaded(graph.graph.inputs), outputs=loaded(graph.graph.outputs))
 
 
+def session_entries(graph: GraphFile, device: str) -> Mapping[str, str]:
+    """Return the session configuration that a graph needs on a device, as ONNX Runtime names its keys."""
+    if device != "cpu":
+        return {"session.disable_cpu_ep_fallback": "1"}
+    if graph.integers == PRODUCTS:
+        return integer_sums().entries
+    if graph.integers == SIMULATED:  # S8 x S8 saturates too: Q/DQ pairs stay as they are, in float32
+        return {"session.disable_quant_qdq": "1"}
+    return {}
+
+
 def open_session(graph: GraphFile, read: Read, device: str, threads: int | None) -> Any:
     """A session over bytes that were hashed as they were read; ONNX Runtime is given no path to follow."""
     library = onnxruntime()
@@ -165,8 +140,8 @@ def open_session(graph: GraphFile, read: Read, device: str, threads: int | None)
     options.log_severity_level = FATAL
     options.intra_op_num_threads = threads or 0  # 0: one per physical core
     options.inter_op_num_threads = 1
-    if device != "cpu":
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    for key, setting in session_entries(graph, device).items():
+        options.add_session_config_entry(key, setting)
     model = read(graph.file_for(device))
     if graph.weights is not None:
         weights = read(graph.weights)
