@@ -32,13 +32,15 @@ def multiplies_integers(manifest: Manifest) -> bool:
     return made is not None and bool({*made["activations"].values()} - {"none"})
 
 
-def recorded_sums(manifest: Manifest) -> str | None:
-    """How 8-bit products were added up at the export, EXACT or SATURATED; None where bundle.json does not tell.
+def may_saturate(manifest: Manifest) -> bool:
+    """Whether pairs of the bundle's products may pass 16 bits: 2 x 255 x 63 of 7-bit weights does not."""
+    return multiplies_integers(manifest) and (manifest.quantization or {})["weight_bits"] == 8
 
-    Products with 7-bit weights are exact everywhere: 2 x 255 x 63 fits in 16 bits.
-    """
+
+def recorded_sums(manifest: Manifest) -> str | None:
+    """How 8-bit products were added up at the export, EXACT or SATURATED; None where bundle.json does not tell."""
     made: Mapping[str, Any] = manifest.quantization or {}
-    if not multiplies_integers(manifest) or made["weight_bits"] == 7:
+    if not may_saturate(manifest):
         return EXACT
     if made.get("integer_sums") in (EXACT, SATURATED):
         return str(made["integer_sums"])
@@ -50,9 +52,7 @@ def recorded_sums(manifest: Manifest) -> str | None:
 
 def sums_here(manifest: Manifest) -> str:
     """How the bundle's 8-bit products are added up on this processor, EXACT or SATURATED."""
-    if not multiplies_integers(manifest) or (manifest.quantization or {})["weight_bits"] == 7:
-        return EXACT
-    return integer_sums().kind
+    return integer_sums().kind if may_saturate(manifest) else EXACT
 
 
 def saturated_export(manifest: Manifest) -> str | None:

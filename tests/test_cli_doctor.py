@@ -11,11 +11,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 from PIL import Image
 
 from command_line import document, process, transom
-from transom.runtime.backends import trt_library
+from transom.runtime.backends import integer_sums, trt_library
 from transom.runtime.cpu import instruction_set
 from transom.runtime.errors import BackendError
 
@@ -30,7 +31,10 @@ def test_doctor_reports_versions_and_what_auto_chooses() -> None:
     text = transom("doctor").stdout
     int8 = told["cpu"]["int8"]
     assert int8["instruction_set"] == instruction_set()
-    assert re.search(rf"^int8 +{int8['instruction_set']}: {re.escape(int8['meaning'])}$", text, re.MULTILINE)
+    assert (int8["exact"], int8["saturates"]) == (True, False)
+    assert int8["runs"] == f"onnxruntime {onnxruntime.__version__}"
+    said = f"{int8['instruction_set']}, {int8['meaning']}; sums in {int8['runs']} are {int8['means']}"
+    assert re.search(rf"^int8 +{re.escape(said)}$", text, re.MULTILINE)
     assert re.search(rf"^auto +{told['auto']['device']}: ", text, re.MULTILINE)
 
 
@@ -43,6 +47,18 @@ def test_doctor_exits_1_when_the_runtime_cannot_work(monkeypatch: pytest.MonkeyP
     assert result.exit_code == 1
     assert re.search(r"^problem +onnxruntime cannot be imported. Install it.$", result.stdout, re.MULTILINE)
     assert document(transom("doctor", "--json"))["auto"]["device"] is None
+
+
+def test_doctor_names_an_option_that_has_no_effect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the known sums are wrong with it and without."""
+    monkeypatch.setattr(integer_sums, "sums_right", lambda entries: False)
+    integer_sums.integer_sums.cache_clear()
+    int8 = document(transom("doctor", "--json"))["cpu"]["int8"]
+    integer_sums.integer_sums.cache_clear()
+    assert (int8["exact"], int8["saturates"]) == (False, True)
+    assert int8["means"] == (
+        "wrong: pairs of products saturate at 16 bits, and session.x64quantprecision has no effect here"
+    )
 
 
 def test_doctor_finds_a_gpu_that_onnxruntime_does_not_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

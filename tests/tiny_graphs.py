@@ -14,6 +14,9 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from transom.calib.histogram import Histogram
+from transom.runtime.backends.ort import session_entries
+from transom.runtime.bundle import PRODUCTS, GraphFile
+from transom.runtime.spec import Graph
 
 Float = NDArray[np.float32]
 
@@ -33,10 +36,17 @@ def normal(*shape: int, seed: int = 0) -> Float:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def run(model: ir.Model, optimized: Path | None = None, **feeds: Any) -> dict[str, NDArray[Any]]:
-    """Its outputs by ONNX Runtime on the CPU, which may write down what it made of the graph."""
+def run(
+    model: ir.Model, optimized: Path | None = None, *, integers: str = PRODUCTS, **feeds: Any
+) -> dict[str, NDArray[Any]]:
+    """Its outputs by ONNX Runtime on the CPU, which may write down what it made of the graph.
+
+    ``integers`` is the runtime's word for what a session makes of Q/DQ pairs: SIMULATED for int8 activations.
+    """
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 4, 1
+    for key, setting in session_entries(GraphFile(Graph("g", (), ()), {}, None, integers=integers), "cpu").items():
+        options.add_session_config_entry(key, setting)
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     proto = ir.to_proto(model)

@@ -45,7 +45,7 @@ class IntegerSums:
 
 NATIVE = IntegerSums(EXACT, "exact as the processor multiplies")
 WIDENED = IntegerSums(EXACT, f"exact by {U8U8}, because U8 x S8 saturates here", {U8U8: "1"})
-LOST = IntegerSums(SATURATED, f"pairs of products saturate at 16 bits, and {U8U8} has no effect here")
+LOST = IntegerSums(SATURATED, f"wrong: pairs of products saturate at 16 bits, and {U8U8} has no effect here")
 
 
 @cache
