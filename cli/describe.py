@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from transom.runtime.spec import Tensor
 
 GPU_FORMATS = ("fp16", "bf16")
-GPU_NOTE = "GPU format: on a CPU it proves the graph, not the speed"
+GPU_NOTE = "GPU format: on a CPU its files are smaller, nothing is faster"
+FP16_MAX = 65504.0  # IEEE 754 binary16
 
 
 def manifest_json(path: Path, manifest: Manifest) -> dict[str, Any]:
@@ -131,6 +132,26 @@ def worst_error(parity: Mapping[str, Any]) -> float | None:
     worst = parity.get("worst")
     error = worst.get("error") if isinstance(worst, Mapping) else None
     return error if isinstance(error, float) and isinstance(parity.get("tolerance"), float) else None
+
+
+def fp16_fields(parity: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """How near an FP16 bundle comes to the end of FP16: its largest tensor, and what its sums may pass on their way."""
+    for key, name in (("fp16_largest", "largest value"), ("fp16_largest_sum", "largest sum")):
+        found = parity.get(key)
+        value = at(found, "value")
+        if type(value) is not float:
+            continue
+        said = f"{figure(value)} in {figure(at(found, 'tensor'))} (module {figure(at(found, 'module')) or 'top'})"
+        if name == "largest value":
+            yield name, f"{said}; fp16 ends at {FP16_MAX:g}"
+        elif value <= FP16_MAX:
+            yield name, f"no sum of products passes {said}, in whatever order it is added"
+        else:
+            yield (
+                name,
+                f"up to {said} on the way: a target that adds in half precision could overflow there. On a CPU this "
+                "bundle adds in float32; how TensorRT's kernels add is not known",
+            )
 
 
 def score_value(score: Mapping[str, Any] | None, side: str) -> str:

@@ -101,8 +101,8 @@ def export(
     precision: Annotated[
         Precision,
         typer.Option(
-            help="fp16 and bf16 are GPU formats; a CPU computes them slowly. int8 is calibrated and its accuracy "
-            "gated; int4 is of weights alone, for decoding."
+            help="fp16 and bf16 are GPU formats; a CPU computes fp16 in FP32, from weights of half the size, and bf16 "
+            "slowly. int8 is calibrated and its accuracy gated; int4 is of weights alone, for decoding."
         ),
     ] = Precision.fp32,
     task: Annotated[

@@ -11,6 +11,7 @@ from transom.cli.describe import (
     GPU_FORMATS,
     GPU_NOTE,
     engine_rows,
+    fp16_fields,
     generation_text,
     manifest_json,
     near_ties,
@@ -73,6 +74,7 @@ def summary(path: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
     if manifest.quantization is not None:
         yield from quantization_fields(manifest.quantization)
     yield "parity", f"worst error {parity_text(manifest.parity, manifest.quantization is not None)}"
+    yield from fp16_fields(manifest.parity)
     for tie in near_ties(manifest.parity):
         yield "near tie", tie
     if manifest.score:

@@ -33,7 +33,8 @@ def verify(
     Over a grid of shapes, on real inputs. A decoder reads prompts, then chunks and single tokens; the
     table has the worst of the single ones. Needs torch and the checkpoint; on a device without them
     there is `transom selftest`. Exit status 1 and the worst element where an output is beyond the
-    tolerance of the bundle's precision. A quantised bundle goes through its accuracy gate again.
+    tolerance of the bundle's precision. An fp16 bundle is compared as a CPU computes it, then with every
+    tensor rounded as a GPU would. A quantised bundle goes through its accuracy gate again.
     """
     with progress(quiet=as_json) as report, redirect_stdout(sys.stderr), export_extra():
         from transom.export import pipeline
@@ -53,7 +54,11 @@ def verify(
             {
                 "bundle": bundle,
                 "cases": [
-                    {"shape": case.shape, "comparisons": [each.to_json() for each in case.comparisons]}
+                    {
+                        "shape": case.shape,
+                        "emulated": case.emulated,
+                        "comparisons": [each.to_json() for each in case.comparisons],
+                    }
                     for case in cases
                 ],
                 "greedy_near_ties": ties,
@@ -75,14 +80,19 @@ def shown(cases: Sequence[Case]) -> Iterator[tuple[str, Sequence[Comparison]]]:
     """What each case is called, and its comparisons; tokens fed one by one are one line, of the worst of them.
 
     The shape of a decoder's case is rows, tokens of the prompt, the number of a chunk and its tokens. Chunk 0 is the
-    prompt itself, so that steps of two prompts never meet.
+    prompt itself, so that steps of two prompts never meet. What is rounded as a GPU would round it comes last.
     """
-    for single, group in groupby(cases, key=lambda case: case.shape.get("chunk", 0) > 0 and case.shape["tokens"] == 1):
+
+    def kind(case: Case) -> tuple[bool, bool]:
+        return case.emulated, case.shape.get("chunk", 0) > 0 and case.shape["tokens"] == 1
+
+    for (emulated, single), group in groupby(sorted(cases, key=lambda case: case.emulated), key=kind):
         found = list(group)
+        rounded = " rounded" if emulated else ""
         if not single or len(found) == 1:
-            yield from ((sizes_text(case.shape), case.comparisons) for case in found)
+            yield from ((f"{sizes_text(case.shape)}{rounded}", case.comparisons) for case in found)
             continue
         worst = max(found, key=lambda case: case.worst.error)
         rows, prompt = worst.shape["B"], worst.shape["prompt"]
         steps = f"chunk={found[0].shape['chunk']}..{found[-1].shape['chunk']}"
-        yield f"B={rows},prompt={prompt},{steps},tokens=1", worst.comparisons
+        yield f"B={rows},prompt={prompt},{steps},tokens=1{rounded}", worst.comparisons

@@ -12,11 +12,12 @@ from transom.export.exercises import Exercises
 from transom.export.flavours import Flavours
 from transom.export.golden import Golden
 from transom.export.parity import TOLERANCES, Case, PyTorchBackend, require_parity
-from transom.export.ranges import RangeBackend
+from transom.export.ranges import RangeBackend, Ranges
 from transom.export.source import Loaded
 from transom.runtime.backends.ort import OrtBackend
-from transom.runtime.bundle import QUANTIZED, Bundle
+from transom.runtime.bundle import QUANTIZED, SIMULATED, Bundle
 from transom.runtime.compare import compare_outputs, largest_scales, on_scales
+from transom.runtime.errors import BackendError, BundleError, ExportError
 from transom.runtime.replay import Divergence, as_arrays, greedy, logits_along, require_same_tokens
 from transom.runtime.selftest import GENERATION
 from transom.runtime.session import LoadedBundle
@@ -122,17 +123,55 @@ def open_emulated(bundle: Bundle, flavours: Flavours) -> LoadedBundle:
     )
 
 
-def measure_ranges(
-    bundle: Bundle, canonical: Mapping[str, ir.Model], loaded: Loaded, exercises: Exercises
-) -> dict[str, tuple[float, str]]:
-    """The largest absolute value of every intermediate of the FP32 graphs over the exercises: (value, module path).
+def open_default_files(bundle: Bundle) -> None:
+    """Build an ONNX Runtime session of each default file that has a variant for the CPU beside it.
 
-    ``canonical`` is consumed.
+    Parity opens the variant alone, so nothing else would show that what ships for other devices loads at all. Types and
+    the graph's edges are checked and kernels found; nothing is computed, for how half precision adds depends on the
+    processor. ONNX Runtime's CPU has no kernels of BF16: of such a file only operators, types and shapes were checked,
+    when it was serialised. Raises ExportError.
     """
-    backends = {graph.name: RangeBackend(canonical[graph.name], graph) for graph in loaded.graphs}
+    if bundle.manifest.precision == "bf16":
+        return
+    for file in bundle.manifest.graphs:
+        default = file.files["default"]
+        if file.file_for("cpu") == default:
+            continue
+        alone = replace(file, files={"default": default}, integers=file.integers and SIMULATED)
+        try:
+            opened = OrtBackend(alone, bundle.read, "cpu", None)
+        except (BackendError, BundleError) as error:
+            raise ExportError(
+                f"{default}, which would ship for GPUs, does not load: {error} Report this, with the checkpoint's "
+                "config.json; --precision fp32 ships no such file."
+            ) from None
+        wrong = {*opened.graph.inputs, *opened.graph.outputs} - {*file.graph.inputs, *file.graph.outputs}
+        if wrong:
+            raise ExportError(
+                f"{default}, which would ship for GPUs, has {', '.join(sorted(each.name for each in wrong))} in "
+                "another dtype than bundle.json says. Report this, with the checkpoint's config.json."
+            )
+
+
+def measure_ranges(
+    bundle: Bundle,
+    canonical: Mapping[str, ir.Model],
+    loaded: Loaded,
+    exercises: Exercises,
+    *,
+    sums: bool = False,
+) -> Ranges:
+    """The largest absolute value of every intermediate of the FP32 graphs over the exercises.
+
+    With ``sums`` also bounds of partial sums. ``canonical`` is consumed.
+    """
+    backends = {graph.name: RangeBackend(canonical[graph.name], graph, sums=sums) for graph in loaded.graphs}
     with task_class(bundle.manifest.family)(
         bundle, opener=lambda graph, read, device, threads: backends[graph.graph.name]
     ) as measured:
         for _ in exercises.runs(measured, by_row=True):
             pass
-    return {name: found for backend in backends.values() for name, found in backend.largest.items()}
+    return Ranges(
+        {name: found for backend in backends.values() for name, found in backend.largest.items()},
+        {name: found for backend in backends.values() for name, found in backend.sums.items()},
+    )

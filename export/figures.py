@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from transom.export.parity import TOLERANCES, Case
+from transom.export.ranges import Ranges
 from transom.runtime.compare import BIAS, largest_scales
 from transom.runtime.replay import Divergence
 
@@ -25,9 +26,10 @@ def operator_counts(model: ir.Model) -> dict[str, int]:
 
 
 def parity_to_json(
-    cases: Sequence[Case], precision: str, largest: Mapping[str, tuple[float, str]], near_ties: Sequence[Divergence]
+    cases: Sequence[Case], precision: str, ranges: Ranges, near_ties: Sequence[Divergence]
 ) -> dict[str, Any]:
-    """The figures of the parity run; ``fp16_largest`` is the tensor nearest to the end of FP16."""
+    """The figures of the parity run; ``fp16_largest`` is the tensor nearest to the end of FP16, ``fp16_largest_sum``
+    the product whose partial sums come nearest to it, or past it."""
     worst = max(cases, key=lambda case: case.worst.error)
     figures: dict[str, Any] = {
         "metric": "max|ours - pytorch| at a shape / max|pytorch| over all shapes (logits: at least 1), per output",
@@ -39,9 +41,10 @@ def parity_to_json(
     }
     if near_ties:
         figures["greedy_near_ties"] = [asdict(divergence) for divergence in near_ties]
-    if largest:
-        name, (value, module) = max(largest.items(), key=lambda item: item[1][0])
-        figures["fp16_largest"] = {"tensor": name, "module": module, "value": value}
+    for key, found in (("fp16_largest", ranges.tensors), ("fp16_largest_sum", ranges.sums)):
+        if found:
+            name, (value, module) = max(found.items(), key=lambda item: item[1][0])
+            figures[key] = {"tensor": name, "module": module, "value": value}
     return figures
 
 

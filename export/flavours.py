@@ -11,7 +11,9 @@ import onnx_ir as ir
 from transom.export.external import EXTERNAL_ABOVE, externalize, weight_bytes
 from transom.export.passes.emulate import emulate_half
 from transom.export.passes.precision import HALF, convert_precision
-from transom.runtime.bundle import GraphFile
+from transom.export.passes.widen import widen_half
+from transom.runtime.bundle import SIMULATED, GraphFile
+from transom.runtime.errors import ExportError, one_line
 from transom.runtime.spec import Graph, Tensor
 
 WEIGHTS = "model.weights"
@@ -22,7 +24,7 @@ STATE_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 class Flavours:
     """``graphs`` and their ``files`` ship. ``emulated`` are the half-precision graphs as a GPU would round them,
 
-    for parity and accuracy alone (BF16 ships them as the CPU's flavour); they read from ``emulated_files``.
+    for parity and accuracy alone (BF16 ships them as the CPU's variant); they read from ``emulated_files``.
     """
 
     graphs: tuple[GraphFile, ...]
@@ -36,7 +38,8 @@ def make_flavours(
 ) -> Flavours:
     """Convert copies of the canonical graphs to ``precision`` and serialise what ships.
 
-    Raises PrecisionError when a weight does not fit FP16.
+    In half precision a variant for the CPU ships beside them: of FP16 one that computes in FP32, of BF16 the
+    emulation. Raises PrecisionError when a weight does not fit FP16.
     """
     models = {graph.name: canonical[graph.name].clone() for graph in graphs}
     for graph in graphs:
@@ -44,7 +47,16 @@ def make_flavours(
     emulated = emulations(models) if precision in HALF else {}
     if precision == "bf16":  # ONNX Runtime's CPU has no BF16 kernels: it gets the emulation
         return pack(graphs, models, STATE_DTYPES[precision], cpu=emulated)
-    return pack(graphs, models, STATE_DTYPES[precision], emulated=emulated, external_above=external_above)
+    cpu = widened(models) if precision == "fp16" else {}
+    return pack(graphs, models, STATE_DTYPES[precision], cpu=cpu, emulated=emulated, external_above=external_above)
+
+
+def widened(models: Mapping[str, ir.Model]) -> dict[str, ir.Model]:
+    """Copies of half-precision graphs that compute in FP32, whatever the CPU has."""
+    wide = {name: model.clone() for name, model in models.items()}
+    for model in wide.values():
+        widen_half(model)
+    return wide
 
 
 def emulations(models: Mapping[str, ir.Model]) -> dict[str, ir.Model]:
@@ -98,6 +110,20 @@ def pack(
     )
 
 
+def with_integers(flavours: Flavours, integers: Mapping[str, str]) -> Flavours:
+    """The same files, with what a CPU session makes of their integers: a word of runtime.bundle for each graph."""
+
+    def marked(files: tuple[GraphFile, ...]) -> tuple[GraphFile, ...]:
+        return tuple(replace(file, integers=integers[file.graph.name]) for file in files)
+
+    return replace(flavours, graphs=marked(flavours.graphs), emulated=marked(flavours.emulated))
+
+
+def simulated(flavours: Flavours) -> Flavours:
+    """The same, their graphs for TensorRT marked as such: a CPU session then computes their Q/DQ in float32."""
+    return with_integers(flavours, dict.fromkeys((file.graph.name for file in flavours.graphs), SIMULATED))
+
+
 def state_names(graph: Graph) -> frozenset[str]:
     return frozenset(tensor.name for tensor in (*graph.inputs, *graph.outputs) if tensor.state)
 
@@ -112,9 +138,31 @@ def with_state(graph: Graph, dtype: str) -> Graph:
 
 
 def serialized(model: ir.Model) -> bytes:
-    """The model as protobuf, checked against the operator specifications unless its weights lie outside."""
+    """The model as protobuf, its operators, types and shapes checked against their specifications.
+
+    Raises ExportError where they do not hold together, whether or not anything here could execute it.
+    """
     proto = ir.to_proto(model)
     data: bytes = proto.SerializeToString()
-    if not any(isinstance(w.const_value, ir.ExternalTensor) for w in model.graph.initializers.values()):
-        onnx.checker.check_model(proto, full_check=True)
+    try:
+        onnx.checker.check_model(self_contained(proto), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(
+            f"the graph {proto.graph.name} is no valid ONNX model: {one_line(error)}. Nothing was written; report "
+            "this, with the checkpoint's config.json."
+        ) from None
     return data
+
+
+def self_contained(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """A model whose weights lie outside with inputs of their types and shapes in their place: the checker, which would
+    look for the file, then needs none of the numbers."""
+    outside = [w for w in proto.graph.initializer if w.data_location == onnx.TensorProto.EXTERNAL]
+    if not outside:
+        return proto
+    bare = onnx.ModelProto()
+    bare.CopyFrom(proto)
+    del bare.graph.initializer[:]
+    bare.graph.initializer.extend(w for w in proto.graph.initializer if w.data_location != onnx.TensorProto.EXTERNAL)
+    bare.graph.input.extend(onnx.helper.make_tensor_value_info(w.name, w.data_type, w.dims) for w in outside)
+    return bare

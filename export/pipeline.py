@@ -16,19 +16,28 @@ from transom.calib.drive import check_reach
 from transom.calib.table import RANGES, RangeTable, load_table
 from transom.export.again import load_again
 from transom.export.bundle import BundleWriter, axes_to_json, check_out, graph_to_json, new_bundle
-from transom.export.checks import check_greedy, check_parity, measure_ranges, open_bundle, open_emulated, open_pytorch
+from transom.export.checks import (
+    check_greedy,
+    check_parity,
+    measure_ranges,
+    open_bundle,
+    open_default_files,
+    open_emulated,
+    open_pytorch,
+)
 from transom.export.exercises import Exercises
 from transom.export.figures import operator_counts, parity_to_json
-from transom.export.flavours import Flavours, make_flavours
+from transom.export.flavours import Flavours, emulations, make_flavours, pack
 from transom.export.golden import Golden
 from transom.export.leftovers import PARTIAL, hidden_folder
 from transom.export.onnx import onnx_from_module
 from transom.export.parity import TOLERANCES, Case
 from transom.export.quantization.options import PLAIN, QuantizeOptions
 from transom.export.quantization.quantize import Quantization, Quantized, gate_again
-from transom.export.quantization.trial import gated
+from transom.export.quantization.stored import stored_graphs
+from transom.export.quantization.trial import gated, open_flavours
 from transom.export.quantization.verdict import Verdict
-from transom.export.ranges import require_fp16_range
+from transom.export.ranges import Largest, Ranges, require_fp16_range
 from transom.export.samples import samples_for
 from transom.export.scores import score_both
 from transom.export.source import Loaded, load_source
@@ -118,14 +127,15 @@ def export(
         write_files(writer, loaded, flavours)
         writer.describe(description)
         bundle, golden = Bundle(writer.folder), Golden()
+        open_default_files(bundle)
         with open_pytorch(bundle, loaded) as theirs:
             exercises = Exercises(theirs, samples_for(loaded.graphs, loaded.text_encoder(), loaded.preprocess))
             steps.expect(len(exercises))
-            largest: dict[str, tuple[float, str]] = {}
+            ranges = Ranges()
             if precision == "fp16":
                 steps.next("measuring every tensor's range")
-                largest = measure_ranges(bundle, canonical, loaded, exercises)
-                require_fp16_range(largest)
+                ranges = measure_ranges(bundle, canonical, loaded, exercises, sums=True)
+                require_fp16_range(ranges.tensors)
             del canonical
             with open_bundle(bundle) as ours, contextlib.ExitStack() as stack:
                 rounded = stack.enter_context(open_emulated(bundle, flavours)) if flavours.emulated else None
@@ -136,7 +146,7 @@ def export(
         writer.add(GOLDEN, golden.to_bytes())
         figures = {
             "operators": operators,
-            "parity": parity_to_json(cases, precision, largest, near_ties),
+            "parity": parity_to_json(cases, precision, ranges, near_ties),
             **({"score": score} if score else {}),
         }
         writer.describe({**description, **figures})
@@ -186,10 +196,10 @@ def quantized(
 ) -> Quantized:
     """Integer graphs whose accuracy was measured, beside an FP32 bundle that exists for as long as this takes."""
 
-    def measure(models: Mapping[str, ir.Model]) -> dict[str, tuple[float, str]]:
+    def measure(models: Mapping[str, ir.Model]) -> Largest:
         with open_pytorch(original, loaded) as theirs:
             exercises = Exercises(theirs, samples_for(loaded.graphs, loaded.text_encoder(), loaded.preprocess))
-        return measure_ranges(original, models, loaded, exercises)
+        return measure_ranges(original, models, loaded, exercises).tensors
 
     with hidden_folder(folder, PARTIAL) as beside:
         writer = BundleWriter(beside)
@@ -221,6 +231,8 @@ def verify(
 ) -> Verified:
     """Hold a bundle against PyTorch again, through everything that its export put it through.
 
+    Of FP16 on a CPU that is its variant for the CPU, and the file for GPUs with every tensor rounded as one would.
+
     ``source`` says where the checkpoint lies now, if it moved, ``calibration_data`` what a quantised bundle was
     calibrated on, a quarter of which was held out for its gate; a reference model's is known. Raises ParityError
     beyond tolerance, AccuracyError where the gate no longer holds, CheckpointError when the checkpoint is gone or is
@@ -231,10 +243,19 @@ def verify(
     manifest = opened.manifest
     steps.next("reading the checkpoint")
     loaded = load_again(opened, source)
-    with open_bundle(opened, device, threads) as ours, open_pytorch(opened, loaded) as theirs:
+    open_default_files(opened)
+    with (
+        open_bundle(opened, device, threads) as ours,
+        open_pytorch(opened, loaded) as theirs,
+        contextlib.ExitStack() as stack,
+    ):
         exercises = Exercises(theirs, samples_for(loaded.graphs, loaded.text_encoder(), loaded.preprocess))
         steps.expect(len(exercises))
-        cases = check_parity(ours, theirs, None, exercises, Golden(), steps.next)
+        rounded = None
+        if manifest.precision == "fp16" and ours.device == "cpu":  # where the variant for the CPU alone has run
+            emulated = emulations(stored_graphs(opened, "default"))
+            rounded = stack.enter_context(open_flavours(opened, pack(loaded.graphs, emulated, "float32")))
+        cases = check_parity(ours, theirs, rounded, exercises, Golden(), steps.next)
         near_ties = check_greedy(ours, theirs, exercises, cases, Golden())
         verdict = judged_again(ours, theirs, calibration_data, steps) if manifest.quantization is not None else None
     steps.next("done")

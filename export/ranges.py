@@ -3,28 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
 from transom.export.passes.precision import FP16_MAX, KEEP_FP32
-from transom.export.passes.probe import PREFIX, probe_ranges
+from transom.export.passes.probe import PREFIX, SUM, probe_ranges, probe_sums
 from transom.runtime.backend import Array
-from transom.runtime.backends.ort import onnxruntime
+from transom.runtime.backends.ort_library import onnxruntime
 from transom.runtime.errors import PrecisionError
 from transom.runtime.spec import Graph
+
+Largest = Mapping[str, tuple[float, str]]  # tensor -> (value, path of the module it comes from)
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """What was measured of FP32 graphs: the ``tensors``' largest absolute values, and bounds of partial ``sums``.
+
+    A bound is the largest sum of the absolute values of the terms of any element: what an accumulator may reach on the
+    way, in whatever order it adds.
+    """
+
+    tensors: Largest = field(default_factory=dict)
+    sums: Largest = field(default_factory=dict)
 
 
 class RangeBackend:
     """An FP32 graph as a backend that notes the largest absolute value of every intermediate it computes.
 
-    ``model`` is consumed: it gets probes as outputs. ``largest`` is tensor -> (value, module path).
+    ``model`` is consumed: it gets probes as outputs; with ``sums`` those of partial sums too, which are as many
+    products again.
     """
 
     device = "cpu"
 
-    def __init__(self, model: ir.Model, graph: Graph) -> None:
+    def __init__(self, model: ir.Model, graph: Graph, *, sums: bool = False) -> None:
         self.graph = graph
-        self._modules = probe_ranges(model)
+        self._modules = probe_ranges(model) | (probe_sums(model) if sums else {})
         self._values = dict.fromkeys(self._modules, 0.0)
         library = onnxruntime()
         options = library.SessionOptions()
@@ -48,19 +64,36 @@ class RangeBackend:
 
     @property
     def largest(self) -> dict[str, tuple[float, str]]:
-        return {name.removeprefix(PREFIX): (value, self._modules[name]) for name, value in self._values.items()}
+        """Of every intermediate: tensor -> (value, module path)."""
+        return self._found(PREFIX)
+
+    @property
+    def sums(self) -> dict[str, tuple[float, str]]:
+        """Of every sum of products whose module does not stay in FP32."""
+        return {name: found for name, found in self._found(SUM).items() if not stays_fp32(found[1])}
+
+    def _found(self, prefix: str) -> dict[str, tuple[float, str]]:
+        return {
+            name.removeprefix(prefix): (value, self._modules[name])
+            for name, value in self._values.items()
+            if name.startswith(prefix)
+        }
 
 
-def beyond_fp16(largest: Mapping[str, tuple[float, str]]) -> dict[str, tuple[float, str]]:
+def stays_fp32(module: str) -> bool:
+    return module.split(".")[0] in KEEP_FP32
+
+
+def beyond_fp16(largest: Largest) -> dict[str, tuple[float, str]]:
     """The tensors that FP16 would turn into infinity, but for those of modules that stay in FP32."""
     return {
         name: (value, module)
         for name, (value, module) in largest.items()
-        if not value < FP16_MAX and module.split(".")[0] not in KEEP_FP32
+        if not value < FP16_MAX and not stays_fp32(module)
     }
 
 
-def require_fp16_range(largest: Mapping[str, tuple[float, str]]) -> None:
+def require_fp16_range(largest: Largest) -> None:
     """Raise PrecisionError naming the tensors that FP16 would turn into infinity."""
     over = beyond_fp16(largest)
     if over:

@@ -1,15 +1,15 @@
 """Half-precision graph -> a graph any CPU can execute that rounds like it.
 
-ONNX Runtime's CPU computes an FP16 graph in FP32 and has no kernels for BF16 at all. Here every node
-computes in FP32 and its result is rounded to half precision and back, which is what a GPU that
-accumulates in FP32 does (but for the inside of fused attention). The weights stay in half precision
-and are shared with the graph this is made from.
+ONNX Runtime's CPU computes an FP16 graph in FP32 or in half precision, as the processor has it, and has no
+kernels for BF16 at all. Here every node computes in FP32 and its result is rounded to half precision and
+back, which is what a GPU that accumulates in FP32 does (but for the inside of fused attention). Weights and
+inputs are those of export/passes/widen.py.
 
 Cases:
-1. A half-precision weight is cast to FP32 where it is read.
+1. A half-precision weight is cast to FP32 where it is read: its case 1.
 2. A node's half-precision result is computed in FP32 and rounded: Cast to half, Cast to FP32.
 3. A node that only moves values (MOVES) needs no rounding: its inputs were rounded.
-4. An input in half precision (state) is read in FP32; whoever made its values rounded them.
+4. An input in half precision (state) is read in FP32, its case 2; whoever made its values rounded them.
 5. A Cast to half keeps rounding and is cast back; a Cast from half reads the rounded FP32.
 """
 
@@ -18,30 +18,20 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from transom.export.passes.casts import cast_of
+from transom.export.passes.widen import HALVES, widen_filling, widen_inputs, widen_weights
 
 MOVES = {"Reshape", "Transpose", "Gather", "Slice", "Concat", "Expand", "Squeeze", "Unsqueeze", "Split", "Flatten"}
 MOVES |= {"Identity", "ConstantOfShape", "TensorScatter", "GatherND"}
-HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 def emulate_half(model: ir.Model) -> bool:
     """Rewrite ``model`` in place; True if it had anything in half precision."""
     graph = model.graph
-    nodes = list(graph)
-    weights = [weight for weight in graph.initializers.values() if weight.dtype in HALVES]
-    results = [(node, output) for node in nodes for output in node.outputs if output.dtype in HALVES]
-    for weight in weights:  # case 1
-        readers = list(weight.uses())
-        wide = cast_of(weight, ir.DataType.FLOAT, f"{weight.name}_wide")
-        graph.insert_before(nodes[0], wide)
-        for reader, index in readers:
-            reader.replace_input_with(index, wide.outputs[0])
-    for entering in graph.inputs:
-        if entering.dtype in HALVES:  # case 4
-            entering.type = ir.TensorType(ir.DataType.FLOAT)
+    results = [(node, output) for node in graph for output in node.outputs if output.dtype in HALVES]
+    changed = any((widen_weights(graph), widen_inputs(graph), results))  # cases 1 and 4
     for node, output in results:
         round_output(graph, node, output)
-    return bool(weights or results)
+    return changed
 
 
 def round_output(graph: ir.Graph, node: ir.Node, output: ir.Value) -> None:
@@ -56,8 +46,7 @@ def round_output(graph: ir.Graph, node: ir.Node, output: ir.Value) -> None:
         output.type = ir.TensorType(ir.DataType.FLOAT)
         if node.op_type in MOVES:  # case 3
             if node.op_type == "ConstantOfShape":
-                filled = node.attributes["value"].as_tensor().numpy().astype("float32")
-                node.attributes["value"] = ir.AttrTensor("value", ir.Tensor(filled))
+                widen_filling(node)
             return
         rounded = cast_of(output, half, f"{output.name}_rounded")
         back = cast_of(rounded.outputs[0], ir.DataType.FLOAT, f"{output.name}_wide")

@@ -1,9 +1,13 @@
-"""A graph -> the same graph with one more output per tensor: its largest absolute value.
+"""A graph -> the same graph with one more output per tensor: its largest absolute value; and one per sum of products.
 
 Cases:
 1. A float32 result of any node gets ``ReduceMax(Abs(x))`` as a scalar output named ``max:<tensor>``.
 2. The scores inside ``Attention`` (query times key, scaled) come out through its fourth output and are
    probed like any other tensor; FP16 kernels may hold them.
+3. A ``MatMul``, ``Gemm`` or ``Conv`` gets the ``ReduceMax`` of the same operator over ``Abs`` of its inputs as
+   ``sum:<tensor>``: no partial sum of its terms, in whatever order, is larger.
+4. The scores of an ``Attention`` of heads (B, H, S, D) get the same, before they are scaled, for kernels scale them
+   before or after. Its other product needs none: weights that add up to 1 make no sum larger than the largest value.
 """
 
 from __future__ import annotations
@@ -12,8 +16,10 @@ import onnx_ir as ir
 
 from transom.calib.identity import MODULE
 from transom.export.passes.attention import expose_scores
+from transom.export.passes.splice import Splice
 
-PREFIX = "max:"
+PREFIX, SUM = "max:", "sum:"
+PRODUCTS = ("MatMul", "Gemm", "Conv")
 
 
 def probe_ranges(model: ir.Model) -> dict[str, str]:
@@ -29,6 +35,36 @@ def probe_ranges(model: ir.Model) -> dict[str, str]:
             modules[str(probes[-1].name)] = node.metadata_props.get(MODULE, "")
     model.graph.outputs.extend(probes)
     return modules
+
+
+def probe_sums(model: ir.Model) -> dict[str, str]:
+    """Add the bounds of partial sums to the outputs of ``model``, in place; their names -> paths of their modules."""
+    modules: dict[str, str] = {}
+    for node in list(model.graph):
+        name = f"{SUM}{node.outputs[0].name}"
+        if node.op_type in PRODUCTS and node.outputs[0].dtype == ir.DataType.FLOAT:
+            splice = Splice(model.graph, node)
+            inputs = [
+                value and splice.add("Abs", [value], f"{name}.{place}") for place, value in enumerate(node.inputs)
+            ]
+            sums = splice.add(node.op_type, inputs, f"{name}.terms", dict(node.attributes))
+        elif node.op_type == "Attention" and all(rank(value) == 4 for value in node.inputs[:2]):
+            name += "_scores"
+            splice = Splice(model.graph, node)
+            query, key = (splice.add("Abs", [value], f"{name}.{place}") for place, value in enumerate(node.inputs[:2]))
+            turned = splice.add("Transpose", [key], f"{name}.turned", {"perm": [0, 1, 3, 2]})
+            sums = splice.add("MatMul", [query, turned], f"{name}.terms")
+        else:
+            continue
+        bound = splice.add("ReduceMax", [sums], name, {"keepdims": 0})
+        bound.shape = ir.Shape([])
+        model.graph.outputs.append(bound)
+        modules[name] = node.metadata_props.get(MODULE, "")
+    return modules
+
+
+def rank(value: ir.Value | None) -> int | None:
+    return None if value is None or value.shape is None else len(value.shape)
 
 
 def probe(graph: ir.Graph, node: ir.Node, value: ir.Value) -> ir.Value:

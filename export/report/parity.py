@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from transom.export.passes.precision import FP16_MAX
 from transom.export.report.drawing.chart import LogAxis, bar, drawing, tick_label, upright
 from transom.export.report.drawing.markup import folded, numeric, section, table, words
 from transom.export.report.drawing.numbers import (
@@ -112,12 +113,36 @@ def parity_section(manifest: Manifest) -> str:
     )
     if manifest.quantization is not None:
         told += " Of a quantised bundle that catches what is broken; its accuracy is judged by the gate below."
+    told += fp16_range(manifest.parity)
     parts = [f"<p>{told}</p>", histograms(shown or outputs, axis, tolerance)]
     if shown and states:
         parts.append(
             folded(f"{len(states)} tensors that pass from graph to graph", histograms(states, axis, tolerance))
         )
     return section("Against PyTorch", *parts, strips(outputs, tolerance), worst_elements(outputs), case_table(manifest))
+
+
+def fp16_range(parity: Mapping[str, Any]) -> str:
+    """How near FP16 comes to its end: the largest tensor, and the largest sum on its way; empty where not recorded."""
+    said = ""
+    tensor, total = (at(parity, key) for key in ("fp16_largest", "fp16_largest_sum"))
+    if number(at(tensor, "value")) is not None:
+        said += f" FP16 ends at {short(FP16_MAX)}; the largest value of any tensor is {place_of(tensor)}."
+    value = number(at(total, "value"))
+    if value is not None and value <= FP16_MAX:
+        said += f" No sum of products passes {place_of(total)}, in whatever order it is added."
+    elif value is not None:
+        said += (
+            f' <b class="limit">A sum of products may reach {place_of(total)} on its way:</b> a target that adds in '
+            "half precision could overflow there. On a CPU this bundle adds in FP32; how TensorRT's kernels add is not "
+            "known."
+        )
+    return said
+
+
+def place_of(found: Any) -> str:
+    module = words(at(found, "module"), 120) or "top"
+    return f"{short(at(found, 'value'))} in {words(at(found, 'tensor'), 80)} (module {module})"
 
 
 def error_axis(outputs: Iterable[Output], tolerance: float) -> LogAxis:
