@@ -109,14 +109,14 @@ def test_the_option_is_set_only_where_it_helps(right: object, way: object, monke
 
 
 def test_which_sessions_get_the_option() -> None:
-    """The CPU's products alone: weights in blocks have none, and a graph for TensorRT stays in float32."""
+    """The CPU's products alone: a graph for TensorRT stays in float32, weights in blocks do without KleidiAI."""
 
     def entries(integers: str | None, device: str = "cpu") -> Mapping[str, str]:
         return session_entries(GraphFile(Graph("g", (), ()), {"default": "g.onnx"}, None, integers=integers), device)
 
     assert entries(PRODUCTS) == integer_sums().entries
     assert entries(SIMULATED) == {"session.disable_quant_qdq": "1"}
-    assert U8U8 not in entries(BLOCKS)
+    assert entries(BLOCKS) == {"mlas.disable_kleidiai": "1"}
     assert entries(None) == {}
     for integers in (None, PRODUCTS, SIMULATED, BLOCKS):
         assert entries(integers, "cuda") == {"session.disable_cpu_ep_fallback": "1"}

@@ -61,7 +61,10 @@ def test_zero_shot_is_transformers(tiny: Any, images: list[Image.Image], theirs:
     expected = theirs(LABELS).logits_per_image.softmax(-1)
     with load(tiny[1]) as clip:
         found = clip.zero_shot(images, LABELS)
-        assert clip.zero_shot(images[1], LABELS, top_k=2) == found[1][:2]
+        alone = clip.zero_shot(images[1], LABELS, top_k=2)
+    assert [label for label, _ in alone] == [label for label, _ in found[1][:2]]
+    # a product of one row has kernels of its own, which may add in another order
+    np.testing.assert_allclose([p for _, p in alone], [p for _, p in found[1][:2]], rtol=1e-6)
     for row, answer in zip(expected, found, strict=True):
         assert [label for label, _ in answer] == [LABELS[i] for i in row.argsort(descending=True)]
         np.testing.assert_allclose([p for _, p in answer], row.sort(descending=True).values, rtol=1e-4)

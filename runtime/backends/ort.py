@@ -13,7 +13,7 @@ from transom.runtime.backend import Array, Read
 from transom.runtime.backends.integer_sums import integer_sums
 from transom.runtime.backends.ort_library import FATAL, onnxruntime
 from transom.runtime.backends.ort_state import OrtState
-from transom.runtime.bundle import PRODUCTS, SIMULATED, GraphFile
+from transom.runtime.bundle import BLOCKS, PRODUCTS, SIMULATED, GraphFile
 from transom.runtime.decoder.state import HostState, State, cache_inputs
 from transom.runtime.errors import BackendError, BundleError, one_line
 from transom.runtime.inputs import storage
@@ -122,6 +122,8 @@ def session_entries(graph: GraphFile, device: str) -> Mapping[str, str]:
         return {"session.disable_cpu_ep_fallback": "1"}
     if graph.integers == PRODUCTS:
         return integer_sums().entries
+    if graph.integers == BLOCKS:  # KleidiAI, on Arm, rounds whole rows to 8 bits and scales to bfloat16
+        return {"mlas.disable_kleidiai": "1"}
     if graph.integers == SIMULATED:  # S8 x S8 saturates too: Q/DQ pairs stay as they are, in float32
         return {"session.disable_quant_qdq": "1"}
     return {}
