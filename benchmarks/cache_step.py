@@ -17,6 +17,7 @@ import numpy as np
 from transom.runtime import load
 from transom.runtime.decoder import cache
 from transom.runtime.decoder.decoding import Decoding
+from transom.runtime.machine import processor
 
 STEPS = (32, 64, 128, 256, 1024)
 ROUNDS = 3
@@ -32,6 +33,7 @@ def step_ms(decoding: Decoding, runs: int = 20) -> float:
 
 
 def main() -> None:
+    print(f"on {processor()}", flush=True)
     with load(sys.argv[1], threads=2) as gpt:
         context = gpt.context
         print("| capacity | decode step, ms |\n|---|---|")

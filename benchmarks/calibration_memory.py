@@ -37,6 +37,7 @@ from transom.export.passes.linears import find_linears
 from transom.models.references import reference_folder
 from transom.runtime.backends.ort_library import onnxruntime
 from transom.runtime.bundle import Bundle
+from transom.runtime.machine import processor
 from transom.runtime.tasks import task_class
 
 SIDES = {"ours": "Transom, 4096 bins", "theirs": "onnxruntime.quantization, Entropy"}
@@ -203,6 +204,7 @@ def main() -> None:
     if options.json:
         print(json.dumps(found, indent=1))
         return
+    print(f"on {processor()}", flush=True)
     print("| calibration | samples | s | CPU s per 100 | peak MiB | MiB more per sample | ended |")
     print(f"|{'---|' * 7}")
     for side, figures in found.items():

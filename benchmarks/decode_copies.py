@@ -22,6 +22,7 @@ import numpy as np
 
 from transom.runtime.backends.ort_library import onnxruntime
 from transom.runtime.bundle import Bundle
+from transom.runtime.machine import processor
 
 STEPS = 30
 CAPACITIES = (128, 1024)
@@ -82,6 +83,7 @@ def profile(bundle: Bundle, capacity: int, *, in_place: bool) -> dict[str, tuple
 
 
 def main() -> None:
+    print(f"on {processor()}", flush=True)
     bundle = Bundle(sys.argv[1])
     weights = sum(file.size for name, file in bundle.manifest.files.items() if name.endswith((".weights", ".onnx")))
     print(f"weights: {weights / 2**20:.1f} MiB")

@@ -22,6 +22,7 @@ import transformers
 
 from transom.export.pipeline import export
 from transom.runtime import load
+from transom.runtime.machine import processor
 
 CASES = ((64, 64), (900, 100))  # tokens of the prompt, new tokens
 
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
+    print(f"on {processor()}", flush=True)
     checkpoint = options.checkpoint or random_gpt2(options.work / "gpt2-124m")
     bundle = options.work / f"{checkpoint.name}-bundle"
     if not bundle.exists():

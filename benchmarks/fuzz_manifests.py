@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from diskless_bundles import load_manifest, slim
 from json_mutations import mutated
+from transom.runtime.machine import processor
 
 
 class Reader:
@@ -124,6 +125,7 @@ def main() -> None:
     parser.add_argument("--most-seconds", type=float, default=2.0)
     parser.add_argument("--no-coverage", action="store_true", help="blindly, though atheris may be there")
     options = parser.parse_args()
+    print(f"on {processor()}", flush=True)
     reader = Reader(options.runs, options.most_seconds)
     atheris = None
     if not options.no_coverage:

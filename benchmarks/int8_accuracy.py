@@ -65,19 +65,21 @@ class Quantised:
         }
         self._tables: dict[str, RangeTable] = {}
 
-    def files(self, precision: str, options: QuantizeOptions, *, smooth: bool, folder: Path) -> dict[str, Path]:
-        """The CPU's graphs by name, written to ``folder``."""
+    def files(
+        self, precision: str, options: QuantizeOptions, *, smooth: bool, folder: Path
+    ) -> tuple[dict[str, Path], dict[str, str]]:
+        """The CPU's graphs by name, written to ``folder``, and what a session makes of their integers."""
         recipe = options.recipe(precision, self._graphs)
         table = self._table(options.method if smooth else "")
         models = smoothed(self._canonical, {name: table.graphs[name].smoothing for name in self._canonical})
         ranges = {
             name: {tensor: found.histogram for tensor, found in table.graphs[name].tensors.items()} for name in models
         }
-        found = {}
-        for name, model in Quantizer(models, self._graphs, recipe, ranges).cpu().items():
+        quantizer, found = Quantizer(models, self._graphs, recipe, ranges), {}
+        for name, model in quantizer.cpu().items():
             found[name] = folder / f"{name}.onnx"
             found[name].write_bytes(ir.to_proto(model).SerializeToString())
-        return found
+        return found, quantizer.integers
 
     def _table(self, smoothing: str) -> RangeTable:
         """Ranges on all of the data; ``smoothing`` is the method that factors are searched for, or empty."""
@@ -125,9 +127,9 @@ def rows_of(case: Case, work: Path, *, outliers: bool, gated: bool) -> list[Row]
         def way(who: str, precision: str, options: QuantizeOptions, *, smooth: bool) -> None:
             def measure() -> Row:
                 with tempfile.TemporaryDirectory() as folder:
-                    files = ours.files(precision, options, smooth=smooth, folder=Path(folder))
+                    files, integers = ours.files(precision, options, smooth=smooth, folder=Path(folder))
                     size = sum(path.stat().st_size for path in files.values())
-                    with open_side(case, bundle, in_place(files), size=size) as side:
+                    with open_side(case, bundle, in_place(files, integers), size=size) as side:
                         return measured(who, side, fp32, held_out)
 
             add(rows, case, who, measure)

@@ -128,14 +128,17 @@ def open_side(
         yield Side(case, loaded, recorder, found)
 
 
-def in_place(files: Mapping[str, Path]) -> Opener:
-    """An opener that runs these files, by graph, in place of the bundle's."""
+def in_place(files: Mapping[str, Path], integers: Mapping[str, str] | None = None) -> Opener:
+    """An opener that runs these files, by graph, in place of the bundle's.
+
+    ``integers`` is what a session makes of those of ours; other tools' graphs run as ONNX Runtime does by default.
+    """
 
     def opener(graph: GraphFile, read: Read, device: str, threads: int | None) -> Backend:
         path = files[str(graph.graph.name)]
-        return OrtBackend(
-            GraphFile(graph.graph, {"default": path.name}, None), lambda _: path.read_bytes(), device, threads
-        )
+        made = None if integers is None else integers[graph.graph.name]
+        file = GraphFile(graph.graph, {"default": path.name}, None, integers=made)
+        return OrtBackend(file, lambda _: path.read_bytes(), device, threads)
 
     return opener
 

@@ -22,8 +22,10 @@ from int8_cases import HeldOut, Side
 from transom.export.measures import Rate
 from transom.export.scores import SCORES
 from transom.runtime.backend import Array
+from transom.runtime.backends.integer_sums import integer_sums
 from transom.runtime.bench import example_feeds, sizes_of
-from transom.runtime.machine import cpu_info, cpu_name
+from transom.runtime.cpu import instruction_set
+from transom.runtime.machine import cpu_name
 from transom.runtime.tasks.generator import Generator
 
 S_TIMED = 128  # tokens of a text that is timed, or as many as the bundle allows
@@ -128,7 +130,5 @@ def line(row: Row) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What INT8 figures depend on: the processor and those of its instructions that multiply 8-bit integers."""
-    flags = cpu_info().get("flags", cpu_info().get("Features", "")).split()
-    known = ("avx2", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm")
-    return {"cpu": cpu_name(), "instructions": [flag for flag in known if flag in flags]}
+    """Name what INT8 figures depend on: the processor, what it multiplies 8-bit integers with, and how it adds them."""
+    return {"cpu": cpu_name(), "instruction_set": instruction_set(), "sums": integer_sums().means}

@@ -38,6 +38,7 @@ from pathlib import Path
 from transom.export.leftovers import NAME, clear_leftovers
 from transom.runtime.bundle import MANIFEST, Bundle, manifest_sha256
 from transom.runtime.errors import BundleError
+from transom.runtime.machine import processor
 
 COUNTED = ("tempfile.mkdtemp", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.listdir", "os.scandir")
 COMMAND = (sys.executable, "-m", "transom.cli.main")
@@ -164,6 +165,7 @@ def main() -> int:
     parser.add_argument("--source", default="vit")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    print(f"on {processor()}", flush=True)
     import transom.cli.main
     import transom.export.pipeline  # noqa: F401  what forks need not import again
 

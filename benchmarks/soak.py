@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from transom.runtime import load
+from transom.runtime.machine import processor
 
 
 def resident_mib() -> float:
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("bundle")
     parser.add_argument("--generations", type=int, default=1000)
     options = parser.parse_args()
+    print(f"on {processor()}", flush=True)
     answers = {}
     memory = []
     with load(options.bundle, threads=1) as model:

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from mixed_requests import different_answers, requests
 from transom.runtime import load
+from transom.runtime.machine import processor
 
 
 def main() -> int:
@@ -30,6 +31,7 @@ def main() -> int:
     parser.add_argument("--distinct", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    print(f"on {processor()}", flush=True)
     wrong = 0
     for bundle in options.bundles:
         with load(bundle, threads=1) as model:

@@ -195,11 +195,7 @@ def quantization_fields(quantization: Mapping[str, Any]) -> Iterator[tuple[str, 
     yield "activations", f"{modes}; ranges by {figure(quantization.get('method'))}"
     if data is not None:
         yield "calibrated on", f"{figure(at(data, 'name'))}, {figure(at(data, 'samples'))} samples"
-    sums = quantization.get("integer_sums")
-    yield (
-        "built with",
-        figure(quantization.get("instruction_set")) + (f", {figure(sums)} sums" if isinstance(sums, str) else ""),
-    )
+    yield "built with", built_with(quantization)
     layers = list_of(quantization.get("layers"))
     kept = [layer for layer in layers if at(layer, "kept") is True]
     yield "kept layers", f"{len(kept)} of {len(layers)}"
@@ -207,6 +203,13 @@ def quantization_fields(quantization: Mapping[str, Any]) -> Iterator[tuple[str, 
         yield "kept", f"{figure(at(layer, 'name'))}: {figure(at(layer, 'why'))}"
     for flavour, verdict in verdicts(quantization):
         yield f"gate {flavour}", verdict_text(verdict)
+
+
+def built_with(quantization: Mapping[str, Any]) -> str:
+    """``AMD EPYC, avx512_vnni, exact sums``: what the export measured on, as far as bundle.json tells."""
+    sums = quantization.get("integer_sums")
+    known = (quantization.get("processor"), quantization.get("instruction_set"), sums and f"{figure(sums)} sums")
+    return ", ".join(figure(each) for each in known if isinstance(each, str)) or "–"
 
 
 def gate_line(quantization: Mapping[str, Any]) -> str:

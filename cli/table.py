@@ -10,6 +10,7 @@ import typer
 from transom.cli.describe import (
     GPU_FORMATS,
     GPU_NOTE,
+    built_with,
     gate_line,
     precision_text,
     score_data,
@@ -37,7 +38,7 @@ def table(
     Its columns are size, worst error, score in PyTorch and in the bundle, and p50. That median latency is
     measured here and now, on the CPU, at the sizes that each bundle is tuned for; of a bundle that
     generates it is that of one token, of a CLIP that of one image. Quantised bundles are judged by their
-    accuracy gate, which is told below the table with the processor's instruction set.
+    accuracy gate, which is told below the table with the processor it was measured on.
     Exit status 1 when a bundle cannot be loaded; its row says why.
     """
     with progress(quiet=as_json) as report:
@@ -56,8 +57,10 @@ def table(
 def row_of(path: Path) -> dict[str, Any]:
     """One bundle's row; an ``error`` in place of the figures where it cannot be loaded or run."""
     from transom.runtime import load
+    from transom.runtime.backends.ort_library import onnxruntime
     from transom.runtime.bench import Effort, measurements
     from transom.runtime.cpu import instruction_set
+    from transom.runtime.machine import processor
     from transom.runtime.tasks.generator import Generator
 
     try:
@@ -77,7 +80,10 @@ def row_of(path: Path) -> dict[str, Any]:
         "gpu_format": manifest.precision in GPU_FORMATS,
         "quantized": manifest.quantization is not None,
         "gate": manifest.quantization and manifest.quantization.get("gate"),
+        "built_with": manifest.quantization and built_with(manifest.quantization),
+        "processor": processor(),
         "instruction_set": instruction_set(),
+        "onnxruntime": str(onnxruntime().__version__),
         "size_bytes": folder_bytes(path),
         "worst_error": worst_error(manifest.parity),
         "tolerance": manifest.parity.get("tolerance"),
@@ -91,6 +97,8 @@ def row_of(path: Path) -> dict[str, Any]:
 def show(rows: list[dict[str, Any]]) -> None:
     good = [row for row in rows if "error" not in row]
     print_table(COLUMNS, map(cells, rows), right=COLUMNS[3:])
+    for found in dict.fromkeys(f"{row['processor']}, onnxruntime {row['onnxruntime']}" for row in good):
+        print(printable(f"p50 measured here, on {found}"))
     for data in dict.fromkeys(score_data(row["score"]) for row in good if row["score"]):
         print(printable(f"score: {data}"))
     for row in good:
@@ -101,7 +109,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         print(GPU_NOTE)
     for row in good:
         if row["quantized"]:
-            print(printable(f"{row['bundle']} on {row['instruction_set']}; {gate_line({'gate': row['gate']})}"))
+            print(printable(f"{row['bundle']}, built with {row['built_with']}; {gate_line({'gate': row['gate']})}"))
     for row in rows:
         if "error" in row:
             say(f"transom.runtime.errors.{row['error']['type']}: {row['error']['message']}")

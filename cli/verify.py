@@ -38,6 +38,7 @@ def verify(
     """
     with progress(quiet=as_json) as report, redirect_stdout(sys.stderr), export_extra():
         from transom.export import pipeline
+        from transom.runtime.machine import processor
 
         verified = pipeline.verify(
             bundle,
@@ -72,7 +73,7 @@ def verify(
     for line in near_ties({"greedy_near_ties": ties}):
         print(line)
     if verified.verdict is not None:
-        print(printable(f"accuracy gate holds: {verified.verdict.words()}"))
+        print(printable(f"accuracy gate holds: {verified.verdict.words()}; on {processor()}"))
     print(f"agrees with PyTorch; the worst element: {worst}")
 
 

@@ -6,6 +6,8 @@ import os
 import platform
 from pathlib import Path
 
+from transom.runtime.cpu import instruction_set
+
 MIB = 1 << 20
 
 
@@ -53,3 +55,8 @@ def cpu_name() -> str:
     if board.is_file():
         return board.read_text(errors="replace").strip("\0 \n")
     return platform.processor() or platform.machine() or "unknown"
+
+
+def processor() -> str:
+    """The processor and what it multiplies 8-bit integers with, as every printed figure names it."""
+    return f"{cpu_name()}, {instruction_set()}"

@@ -18,7 +18,7 @@ from transom.runtime.errors import ParityError
 from transom.runtime.saturation import EXACT_ON, SATURATED_ON, SaturationWarning, recorded_sums, warn_of_saturation
 from transom.runtime.selftest import selftest
 
-KEPT = Path(__file__).parent / "bundles"  # written by earlier versions
+KEPT = Path(__file__).parent / "bundles" / "0.1.0"  # written by earlier versions
 
 Here = Callable[[IntegerSums], None]
 

@@ -25,6 +25,7 @@ from transom.runtime.backends.integer_sums import integer_sums
 from transom.runtime.bundle import Bundle, Manifest
 from transom.runtime.cpu import instruction_set
 from transom.runtime.errors import CalibrationError
+from transom.runtime.machine import cpu_name
 from transom.runtime.records import EXACT
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks import task_class
@@ -136,6 +137,7 @@ class Quantization:
             "also": list(recipe.extras),
             "elsewhere": {"cpu": "fp32"} | ({} if recipe.weights_only else {"default": "fp16" if half else "fp32"}),
             "data": dict(table.data),
+            "processor": cpu_name(),
             "instruction_set": instruction_set(),
             "integer_sums": integer_sums().kind if recipe.weight_bits == 8 and not recipe.weights_only else EXACT,
             "ranges": RANGES,

@@ -133,10 +133,12 @@ def recipe(quantization: Mapping[str, Any]) -> str:
     blocks = f" in blocks of {block}" if block is not None else ""
     ranges = f"; ranges by {words(quantization.get('method'), 40)}" if quantization.get("method") is not None else ""
     observed = f" from {count_text(at(data, 'samples'))} samples of {words(at(data, 'name'), 80)}" if data else ""
+    measured_with = [quantization[key] for key in ("processor", "instruction_set") if key in quantization]
+    sums = " Sums of 8-bit products are the same on every processor." * (quantization.get("integer_sums") == "exact")
     return (
         f"Weights of {words(quantization.get('weight_bits'), 8)} bits{blocks}, activations {activations}{ranges}"
-        f'{observed}. <span class="soft">Measured with {words(quantization.get("instruction_set"), 40)}. Other '
-        "processors' sums are the same, except that on x86 without VNNI 8-bit weights may saturate.</span>"
+        f'{observed}. <span class="soft">Measured with {", ".join(words(each, 60) for each in measured_with)}.'
+        f"{sums}</span>"
     )
 
 
