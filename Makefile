@@ -11,6 +11,8 @@ FUZZ_RUNS  ?= 1000000
 KILLS      ?= 200
 REQUESTS   ?= 1000
 MATRIX_ARGS ?=
+BUNDLES    ?=
+PROCESSOR_ARGS ?=
 
 ROOMS      := models export runtime calib cli
 REFERENCES := vit minilm bert gpt transformer clip
@@ -33,20 +35,26 @@ PYTEST := OMP_NUM_THREADS=1 TRANSOM_REPO="$$PWD"
 # What a wheel may lack is a module, a data file or a command. These look for every file, import every module, and do
 # with the families what their users do; the rest would compare numbers of code that is the same in both.
 ON_WHEEL := packaging families references readme cli_doctor cli_run examples int8_export debug_accuracy
+# The runtime's own tests that need neither torch nor onnx, or whose bundles can be exported beforehand: a device has
+# neither. The last are on x86, where onnx is.
+ON_ARM := runtime ort_state kv_cache threads text_stream cpu_instructions cli_run cli_generate
+ON_X86 := integer_sums
 PYTEST_PARALLEL := -n $(WORKERS) --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help dev export check test suite wheel test-wheel sweep build-matrix test-gpu bench-gpu clean typing again
+.PHONY: help dev export check test suite wheel test-wheel sweep build-matrix test-gpu bench-gpu test-arm test-x86 \
+        clean typing again
 
 help: ## this table of contents
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo '  make export PRECISION=int8                                            or int4, bf16, "fp32 int8", ...'
 	@echo '  make export CHECKPOINT=path-or-hub-id [CALIBRATION_DATA=file]         your own model, into bundles/'
 	@echo '  make test PYTEST_ARGS="-k bert"                                       a part of the suite'
 	@echo '  make sweep FUZZ_RUNS=20000 KILLS=20 REQUESTS=50                       minutes instead of an hour'
 	@echo '  make build-matrix MATRIX_ARGS="--models vit --targets rtx-sm86"       a part of the matrix'
+	@echo '  make test-arm PROCESSOR_ARGS="--parts selftest --models vit gpt"      a part; --processors, --precisions'
 	@echo '  make dev PYTHON=python3.12 PIP_ARGS="--extra-index-url URL"           another Python, a smaller torch'
 
 dev: $(STAMP) ## .venv with everything that export, tests and checks need, .venv/bin/transom among it
@@ -125,6 +133,15 @@ test-gpu: $(STAMP) ## on a machine with a GPU: parity of every family and precis
 bench-gpu: $(STAMP) ## on a machine with a GPU: latency beside PyTorch and ONNX Runtime, then attention, into docs/results/
 	$(VENV)/bin/python benchmarks/gpu_latency.py --out docs/results
 	$(VENV)/bin/python benchmarks/gpu_attention.py --out docs/results
+
+# The machine needs Debian's or Ubuntu's packages and a network the first time, no more.
+test-arm: $(STAMP) ## on three emulated Arm processors: every bundle's self-test, the runtime's tests, the commands
+	PYTHONPATH=tests $(VENV)/bin/python -m processors arm $(if $(BUNDLES),--bundles "$(BUNDLES)") \
+	    --tests $(ON_ARM) $(PROCESSOR_ARGS)
+
+test-x86: $(STAMP) ## on emulated Haswell and Nehalem, which have no VNNI: integer bundles, sums of integers
+	PYTHONPATH=tests $(VENV)/bin/python -m processors x86 $(if $(BUNDLES),--bundles "$(BUNDLES)") \
+	    --tests $(ON_X86) $(PROCESSOR_ARGS)
 
 clean: ## removes what was made here, except .venv, bundles/ and reports/
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
