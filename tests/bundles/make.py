@@ -1,0 +1,216 @@
+"""Make a small bundle of every family and precision, with the transom that is installed.
+
+    python tests/bundles/make.py tests/bundles/0.2.0              # all of them: one for each family and precision
+    python tests/bundles/make.py tests/bundles/0.2.0 gpt-int8     # these alone
+    python tests/bundles/make.py tests/bundles/0.1.0 vit-int8-exact
+
+Checkpoints have random weights and are made here. The reference ViT, in INT8 alone, is made where it is named.
+bundle.json records where the checkpoint was; ``forget_folder`` takes the path of the machine out of it again.
+README.md beside this file describes the bundles and says when to make new ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import string
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from typer.testing import CliRunner
+
+from transom.cli.main import app
+from transom.runtime.bundle import MANIFEST, PRECISIONS, QUANTIZED, manifest_sha256
+from transom.runtime.cpu import instruction_set
+from transom.runtime.tasks import FAMILIES
+
+TESTS = Path(__file__).resolve().parents[1]
+SAMPLES = 12  # for calibration, a quarter of them held out; at least 8 are asked for
+LENGTH = 7  # bound of S, and the number of token ids in a sample
+VOCABULARY = 32  # tokens, where there is no tokenizer
+LABELS = ("bad", "good", "mixed")
+WORDS = ("the", "a", "of", "in", "is", "man", "city", "paris", "water", "day", "eats", "sees", "red", "green", "blue")
+
+HIDDEN, INTERMEDIATE, SIDE = 16, 40, 8  # 40: two INT4 blocks of 32, the second one padded. SIDE in pixels
+SIZES = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": INTERMEDIATE,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+VISION = {**SIZES, "image_size": SIDE, "patch_size": 4}
+HEAD = {"id2label": dict(enumerate(LABELS)), "label2id": {name: number for number, name in enumerate(LABELS)}}
+
+# The reference ViT in INT8: options of its export, and whether sums of 8-bit products saturate on the processor that
+# makes it. They did in version 0.1.0 on the instruction sets SATURATING; later versions add them up exactly.
+SATURATING = ("avx512", "avx2")
+REFERENCE: dict[str, tuple[list[str], bool]] = {
+    "vit-int8-exact": ([], False),
+    "vit-int8-saturated": ([], True),
+    "vit-int8-7bits": (["--weight-bits", "7"], True),
+}
+
+
+def bert(folder: Path) -> None:
+    """Write a classifier of texts with a WordPiece vocabulary of 23 tokens."""
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, "##s", ".", "!"]
+    save(folder, "BertForSequenceClassification", vocab_size=len(tokens), max_position_embeddings=8, **SIZES, **HEAD)
+    (folder / "vocab.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text('{"do_lower_case": true}')
+
+
+def clip(folder: Path) -> None:
+    """Write both towers with a BPE vocabulary of letters: each alone, and each at the end of a word."""
+    letters = string.ascii_lowercase
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    last = len(tokens) - 1
+    special = {"bos_token_id": last - 1, "eos_token_id": last, "pad_token_id": last}
+    text = {**SIZES, **special, "vocab_size": len(tokens), "max_position_embeddings": LENGTH}
+    save(folder, "CLIPModel", projection_dim=8, text_config=text, vision_config=VISION)
+    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": LENGTH}))
+    pixels = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
+    write_processor(folder, {"image_processor_type": "CLIPImageProcessor", **pixels})
+
+
+def gpt(folder: Path) -> None:
+    """Write a GPT-2 without a tokenizer: it takes token ids."""
+    sizes = {"n_embd": HIDDEN, "n_inner": INTERMEDIATE, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    save(folder, "GPT2LMHeadModel", vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=VOCABULARY - 1, **sizes)
+
+
+def transformer(folder: Path) -> None:
+    """Write a Marian without a tokenizer: it takes token ids."""
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    sizes = {"d_model": HIDDEN, "encoder_ffn_dim": INTERMEDIATE, "decoder_ffn_dim": INTERMEDIATE}
+    last = {"pad_token_id": VOCABULARY - 1, "decoder_start_token_id": VOCABULARY - 1}
+    save(folder, "MarianMTModel", vocab_size=VOCABULARY, max_position_embeddings=16, **layers, **sizes, **last)
+
+
+def vit(folder: Path) -> None:
+    """Write a classifier of images of 8x8 pixels in four patches."""
+    save(folder, "ViTForImageClassification", **VISION, **HEAD)
+    write_processor(folder, {"image_processor_type": "ViTImageProcessor", "size": {"height": SIDE, "width": SIDE}})
+
+
+CHECKPOINTS: dict[str, Callable[[Path], None]] = {
+    "bert": bert,
+    "clip": clip,
+    "gpt": gpt,
+    "transformer": transformer,
+    "vit": vit,
+}
+BOUNDS = {"vit": ["B=2"]}  # of axes; the others' are B=2 and S
+DATA = {  # files of ``write_data``
+    "bert": ["sentences.txt"],
+    "clip": ["words.txt", "pixels.npz"],
+    "gpt": ["ids.npz"],
+    "transformer": ["ids.npz"],
+    "vit": ["pixels.npz"],
+}
+
+
+def save(folder: Path, architecture: str, **config: object) -> None:
+    """Write a checkpoint with random weights as the tests do, then raise them.
+
+    In layers this narrow, weights of deviation 0.2 would make outputs that hardly depend on the inputs: matrices are
+    doubled, the weights of LayerNorm are around one, and CLIP's cosines count e^2 times.
+    """
+    from safetensors.numpy import load_file, save_file
+
+    sys.path.insert(0, str(TESTS))
+    from conftest import save_checkpoint
+
+    save_checkpoint(folder, architecture, tokenizer=False, **config)
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    for name, array in weights.items():
+        if array.ndim == 0:
+            weights[name] = np.asarray(2.0, array.dtype)
+        elif array.ndim > 1:
+            weights[name] = 2 * array
+        elif name.endswith(".weight"):
+            weights[name] = 1 + array
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def write_processor(folder: Path, settings: dict[str, object]) -> None:
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+
+
+def write_data(folder: Path) -> None:
+    """Write SAMPLES calibration samples of each kind; neighbouring pixels are alike, as those of photographs are."""
+    random = np.random.default_rng(0)
+    places = ("city", "water")
+    sentences = [f"the {who} {does} the {where}" for who in WORDS[5:8] for does in WORDS[10:12] for where in places]
+    assert len(sentences) == SAMPLES
+    (folder / "sentences.txt").write_text("\n".join(sentences))
+    words = ("cat", "dog", "cow", "fox", "hen", "owl", "pig", "rat", "bat", "bee", "ant", "elk")
+    assert len(words) == SAMPLES
+    (folder / "words.txt").write_text("\n".join(words))
+    pixels = random.standard_normal((SAMPLES, 3, SIDE, SIDE)).cumsum(3) / 2
+    np.savez(folder / "pixels.npz", pixel_values=pixels.astype(np.float32))
+    np.savez(folder / "ids.npz", input_ids=random.integers(2, VOCABULARY - 1, (SAMPLES, LENGTH)))
+
+
+def export(source: str, out: Path, *options: str) -> None:
+    """Run ``transom export`` in this process; raise SystemExit where it fails."""
+    done = CliRunner().invoke(app, ["export", source, "--out", str(out), *options], prog_name="transom")
+    if done.exit_code != 0:
+        sys.exit(f"{out.name}: {done.output}")
+    print(out.name, sum(path.stat().st_size for path in out.iterdir()), "bytes", flush=True)
+
+
+def forget_folder(bundle: Path, folder: Path) -> None:
+    """Make source.checkpoint of a bundle relative to ``folder``; all else in bundle.json but its hash stays."""
+    text = (bundle / MANIFEST).read_text(encoding="utf-8")
+    before = json.loads(text)
+    text = text.replace(f"{folder.resolve().as_posix()}/", "")
+    text = text.replace(before["manifest_sha256"], manifest_sha256(json.loads(text)))
+    (bundle / MANIFEST).write_text(text, encoding="utf-8", newline="\n")
+
+
+def make(name: str, out: Path) -> None:
+    """Make a bundle; the current folder holds the calibration data and receives the checkpoint."""
+    if name in REFERENCE:
+        options, saturates = REFERENCE[name]
+        if (instruction_set() in SATURATING) != saturates:
+            kind = f"one of {', '.join(SATURATING)}" if saturates else f"none of {', '.join(SATURATING)}"
+            sys.exit(f"{name}: this processor has {instruction_set()}, expected {kind}; make it on such a one.")
+        export("vit", out, "--max", "B=2", "--precision", "int8", "--calibration-data", "digits", *options)
+        return
+    family, _, precision = name.rpartition("-")
+    checkpoint = Path("checkpoints", family)
+    if not checkpoint.exists():
+        CHECKPOINTS[family](checkpoint)
+    options = [word for bound in BOUNDS.get(family, ["B=2", f"S={LENGTH}"]) for word in ("--max", bound)]
+    if precision in QUANTIZED:
+        options += [word for file in DATA[family] for word in ("--calibration-data", file)] + ["--no-gate"]
+    export(checkpoint.as_posix(), out, "--precision", precision, *options)
+    forget_folder(out, Path())
+
+
+def main() -> None:
+    small = [f"{family}-{precision}" for family in FAMILIES for precision in PRECISIONS]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder of the bundles, called like the version: tests/bundles/0.2.0")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join([*small, *REFERENCE])}")
+    arguments = parser.parse_args()
+    unknown = sorted({*arguments.names} - {*small, *REFERENCE})
+    if unknown:
+        parser.error(f"unknown bundles: {', '.join(unknown)}")
+    out = arguments.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
+        write_data(Path())
+        for name in arguments.names or small:
+            make(name, out / name)
+
+
+if __name__ == "__main__":
+    main()
