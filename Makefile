@@ -35,10 +35,9 @@ PYTEST := OMP_NUM_THREADS=1 TRANSOM_REPO="$$PWD"
 # What a wheel may lack is a module, a data file or a command. These look for every file, import every module, and do
 # with the families what their users do; the rest would compare numbers of code that is the same in both.
 ON_WHEEL := packaging families references readme cli_doctor cli_run examples int8_export debug_accuracy
-# The runtime's own tests that need neither torch nor onnx, or whose bundles can be exported beforehand: a device has
-# neither. The last are on x86, where onnx is.
-ON_ARM := runtime ort_state kv_cache threads text_stream cpu_instructions cli_run cli_generate
-ON_X86 := integer_sums
+# On emulated processors: the runtime's own tests. None needs torch there: what they export, a run here exports first.
+ON_X86 := integer_sums saturation earlier_bundles
+ON_ARM := $(ON_X86) runtime ort_state kv_cache threads text_stream cpu_instructions cli_run cli_generate cli_bench
 PYTEST_PARALLEL := -n $(WORKERS) --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help

@@ -32,10 +32,10 @@ from processors.cases import (
     scientific,
 )
 from processors.emulated import PROCESSORS, arm_cpuinfo, make_environment, processors_of, x86_cpuinfo
-from processors.prepare import SEVEN, Workshop, draw_seven, name_of, requirements, sources_hash
+from processors.prepare import ONNX, SEVEN, TOOLS, Workshop, draw_seven, name_of, requirements, sources_hash
 from processors.running import Done, Processes, run_all
 from processors.table import page
-from processors.without_torch import imports_libraries
+from processors.without_torch import libraries_of
 from transom.runtime.compare import Comparison
 from transom.runtime.cpu import flags_of_cpuinfo, instruction_set_of
 from transom.runtime.selftest import BUNDLE, PYTORCH, SelftestCase, SelftestReport, broken
@@ -173,7 +173,7 @@ def test_the_page() -> None:
         outcomes,
         ["cortex-a72", "cortex-a76"],
         facts="2026-11-29; qemu 7.2.",
-        built_with={"vit-int8": "avx512_vnni"},
+        built_on={"vit-int8": "AMD EPYC, avx512_vnni"},
         tests_here=Outcome(True, "5"),
     )
     assert text == (
@@ -183,10 +183,10 @@ def test_the_page() -> None:
         "\n"
         "## Self-tests\n"
         "\n"
-        "| model | precision | compared with | allowed | cortex-a72 | cortex-a76 | built with |\n"
+        "| model | precision | compared with | allowed | cortex-a72 | cortex-a76 | built on |\n"
         "| --- | --- | --- | --- | --- | --- | --- |\n"
         "| vit | fp16 | PyTorch | 1.0e-2 | 2.3e-3 | **1.1e-2** | – |\n"
-        "| vit | int8 | its build | 1.0e-1 | 0 | – | avx512_vnni |\n"
+        "| vit | int8 | its build | 1.0e-1 | 0 | – | AMD EPYC, avx512_vnni |\n"
         "\n"
         "The largest error of each; in bold what is beyond the allowed one.\n"
         "\n"
@@ -272,24 +272,27 @@ def test_processes_end_with_what_they_started(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("def f():\n    import torch", True),
-        ("    def f():\n        from transom.export.pipeline import export", True),
-        ("def f():\n    from transom.export import pipeline", True),
-        ("def f():\n    import numpy, onnx.helper", True),
-        ("def f():\n    from transom.runtime import load\n    import onnxruntime", False),
-        ("def f():\n    'import torch'", False),
+        ("def f():\n    import torch", {"torch"}),
+        ("    def f():\n        from transom.export.pipeline import export", {"transom.export"}),
+        ("def f():\n    if True:\n        from transom import models", {"transom.models"}),
+        ("def f():\n    import numpy, onnx.helper", {"onnx"}),
+        ("def f():\n    from transom.runtime import load\n    import onnxruntime", set()),
+        ("def f():\n    'import torch'", set()),
+        ("import onnx\n\ndef f():\n    import torch", {"onnx"}),
     ],
 )
-def test_which_tests_need_torch(source: str, expected: bool) -> None:
-    assert imports_libraries(source) == expected
+def test_which_tests_need_torch(source: str, expected: set[str]) -> None:
+    assert libraries_of(source) == expected
 
 
 def test_requirements_are_those_of_the_runtime_and_of_the_tests() -> None:
-    names = [name_of(each) for each in requirements(REPO)]
+    wanted = requirements(REPO, TOOLS, dependencies=True)
+    names = [name_of(each) for each in wanted]
     assert names[:3] == ["numpy", "onnxruntime", "tokenizers"]
-    assert {"typer", "rich", "pytest", "pytest-timeout", "hypothesis"} <= {*names}
+    assert names[-3:] == list(TOOLS)
     assert not {"torch", "onnx", "transformers"} & {*names}
-    assert re.fullmatch(r"onnxruntime==[\d.]+", requirements(REPO)[1])
+    assert re.fullmatch(r"onnxruntime==[\d.]+", wanted[1])
+    assert [name_of(each) for each in requirements(REPO, ONNX)] == list(ONNX)
 
 
 def test_bundles_are_stale_when_the_sources_change(tmp_path: Path) -> None:
@@ -312,8 +315,10 @@ def test_the_digit(tmp_path: Path) -> None:
 
 
 def test_every_file_of_the_makefile_is_there() -> None:
-    (line,) = re.findall(r"^ON_ARM := (.*)$", (REPO / "Makefile").read_text("utf-8"), re.MULTILINE)
-    assert [name for name in line.split() if not (Path(__file__).parent / f"test_{name}.py").is_file()] == []
+    lines = re.findall(r"^ON_(?:ARM|X86) := (.*)$", (REPO / "Makefile").read_text("utf-8"), re.MULTILINE)
+    assert len(lines) == 2
+    names = {name for line in lines for name in line.split() if name != "$(ON_X86)"}
+    assert [name for name in sorted(names) if not (Path(__file__).parent / f"test_{name}.py").is_file()] == []
 
 
 def test_a_machine_without_the_tools_is_told_in_one_line(tmp_path: Path) -> None:

@@ -41,13 +41,13 @@ from processors.cases import (
 from processors.emulated import PROCESSORS, Environment, clean_variables, processors_of
 from processors.prepare import (
     AT_A_TIME,
-    WITHOUT_TORCH,
     NotReady,
     Workshop,
     alone,
     copy_checkout,
     export_bundles,
     host_processor,
+    libraries_for,
     make_environments,
     pytest_arguments,
     run_tests_here,
@@ -117,8 +117,8 @@ def run(workshop: Workshop, options: argparse.Namespace) -> int:
         raise NotReady(f"{bundles} has no {', '.join(missing)}.")
     exported, tests_here = None, None
     files = list(dict.fromkeys(case.name for case in cases if case.part == TESTS))
-    if files and architecture == "aarch64":
-        exported, tests_here = run_tests_here(workshop, files)
+    if files:
+        exported, tests_here = run_tests_here(workshop, files, architecture)
         say(f"tests here: {tests_here.says} {tests_here.reason}")
     host = {name: answer_here(workshop, name, bundles) for name in commands_compared(cases)}
 
@@ -128,7 +128,7 @@ def run(workshop: Workshop, options: argparse.Namespace) -> int:
         outcomes,
         [each.name for each in used],
         facts=facts(workshop, environments[used[0].name]),
-        built_with={name: instructions_of(bundles / name) for name in needed},
+        built_on={name: processor_of(bundles / name) for name in needed},
         tests_here=tests_here,
     )
     print(f"\n{text}")
@@ -178,10 +178,9 @@ def command_of(
         words = command_words(case.name, bundles, workshop.digit)
         return [environment.transom, *words], clean_variables(workshop.build / "home")
     base = workshop.build / "temporary" / f"{case.processor}-{case.name}"
-    options: tuple[str | Path, ...] = ("-o", f"timeout={TEST_TIMEOUT_S}")
-    if exported is not None:
-        options += (*WITHOUT_TORCH, "--exported", exported)
-    return [environment.python, *pytest_arguments([case.name], base, *options)], test_variables(workshop)
+    words = pytest_arguments([case.name], base, "-o", f"timeout={TEST_TIMEOUT_S}", "--exported", exported or base)
+    libraries = libraries_for(workshop, case.name, environment.processor.architecture)
+    return [environment.python, *words], test_variables(workshop, *libraries)
 
 
 def read(case: Case, done: Done, environment: Environment, host: Mapping[str, Any]) -> Outcome:
@@ -213,10 +212,10 @@ def answer_here(workshop: Workshop, name: str, bundles: Path) -> Any:
     return parsed(done.stdout)
 
 
-def instructions_of(bundle: Path) -> str:
-    """Return with which integer instructions a quantised bundle was built; what it says of it."""
+def processor_of(bundle: Path) -> str:
+    """Return what a quantised bundle records of the processor that built it; nothing of another one."""
     quantization = json.loads((bundle / "bundle.json").read_text("utf-8")).get("quantization") or {}
-    return str(quantization.get("instruction_set") or "–")
+    return ", ".join(filter(None, map(quantization.get, ("processor", "instruction_set"))))
 
 
 def facts(workshop: Workshop, environment: Environment) -> str:

@@ -21,7 +21,7 @@ TIMEOUTS_S = {SELFTEST: 1800, TESTS: 5400, COMMAND: 900}
 LARGE_TIMEOUT_S = 7200
 TEST_TIMEOUT_S = 1800  # of one test, which pytest-timeout allows 300 s here
 THREADS = "1"  # two emulated processes share two cores
-DIGIT, TEXT, PROMPT, DATE = "digit.png", "the capital of france", "It is a truth", "3 May 1979"
+DIGIT, TEXT, PROMPT, DATE = "digit.png", "The capital of France is [MASK].", "It is a truth", "3 May 1979"
 
 # What the command line is asked, by name; {bundles} is the folder of bundles, {digit} an image. Every one answers in
 # JSON, which is compared with what the same command gives on the host; CHECKED are those that describe the machine.

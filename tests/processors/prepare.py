@@ -5,11 +5,12 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import importlib.metadata
+import os
 import re
 import shutil
 import sys
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,14 @@ from pathlib import Path
 from processors.cases import DIGIT, Outcome, last_line, read_tests
 from processors.emulated import Environment, Processor, clean_variables, make_environment
 from processors.running import Done, Processes
+from processors.without_torch import libraries_of
 
 PACKAGES = ("models", "runtime", "calib", "export", "cli")  # of transom
-TEST_TOOLS = ("pytest", "pytest-timeout", "hypothesis")  # what the tests need beside the runtime's dependencies
-EXACT = ("onnxruntime",)  # whose numbers are compared: the version that is installed here
+TOOLS = ("pytest", "pytest-timeout", "hypothesis")  # what the tests need beside the runtime's dependencies
+ONNX = ("onnx", "onnx-ir", "ml-dtypes")  # in a folder apart: only files of tests that import onnx themselves see it
+EXACT = ("onnxruntime", "onnx")  # whose numbers are compared: the version that is installed here
 EXPORT_TIMEOUT_S = 3600
 AT_A_TIME = 2  # processes: emulated ones are slow, and memory is not endless
-WITHOUT_TORCH = ("-p", "processors.without_torch")
 SEVEN = ("01111110", "01111110", "00000110", "00001100", "00011000", "00011000", "00110000", "00110000")  # 8x8 pixels
 METADATA = "Metadata-Version: 2.1\nName: transom\nVersion: {}\n"
 
@@ -52,8 +54,14 @@ class Workshop:
     def digit(self) -> Path:
         return self.build / DIGIT
 
-    def run(self, command: Sequence[str | Path], timeout_s: float, variables: dict[str, str] | None = None) -> Done:
-        return self.processes.run(command, folder=self.copy, variables=variables, timeout_s=timeout_s)
+    def run(
+        self,
+        command: Sequence[str | Path],
+        timeout_s: float,
+        variables: dict[str, str] | None = None,
+        shown: bool = False,
+    ) -> Done:
+        return self.processes.run(command, folder=self.copy, variables=variables, timeout_s=timeout_s, shown=shown)
 
 
 @contextmanager
@@ -71,12 +79,15 @@ def alone(build: Path) -> Iterator[None]:
 def make_environments(workshop: Workshop, processors: Sequence[Processor]) -> dict[str, Environment]:
     """Make the emulators and a Python for each of the processors, all of one architecture; keys are their names."""
     architecture = processors[0].architecture
-    sysroot(workshop, "qemu")
+    arm = workshop.build / "arm"
+    sysroot(workshop, "qemu", workshop.build / "qemu")
     if architecture == "aarch64":
-        sysroot(workshop, "arm", sys.executable, *requirements(workshop.repo))
-        root = workshop.build / "arm" / "root"
+        sysroot(workshop, "arm", arm)
+        runtime, onnx = requirements(workshop.repo, TOOLS, dependencies=True), requirements(workshop.repo, ONNX)
+        sysroot(workshop, "wheels", workshop.build / "wheels", arm, sys.executable, *runtime)
+        sysroot(workshop, "wheels", workshop.build / "onnx", arm, sys.executable, *onnx)
+        root, libraries = arm / "root", workshop.build / "wheels" / "site"
         (python,) = (root / "usr" / "bin").glob("python3.[0-9]*[0-9]")
-        libraries = workshop.build / "arm" / "site"
     else:
         root, libraries = None, Path(importlib.metadata.distribution("onnxruntime").locate_file(""))
         python = Path(sys.base_prefix) / "bin" / f"python{sys.version_info[0]}.{sys.version_info[1]}"
@@ -93,22 +104,17 @@ def make_environments(workshop: Workshop, processors: Sequence[Processor]) -> di
     }
 
 
-def sysroot(workshop: Workshop, part: str, *arguments: str) -> None:
-    script = Path(__file__).with_name("sysroot.sh")
-    folder = workshop.build / part
-    if not (folder / "stamp").exists():
-        workshop.say(f"making {folder}")
-    done = workshop.run([script, part, folder, *arguments], EXPORT_TIMEOUT_S)
+def sysroot(workshop: Workshop, part: str, *arguments: str | Path) -> None:
+    done = workshop.run([Path(__file__).with_name("sysroot.sh"), part, *arguments], EXPORT_TIMEOUT_S, shown=True)
     if done.status:
         raise NotReady(done.stderr.strip().removeprefix("sysroot.sh: ") or f"sysroot.sh ended with {done.status}")
 
 
-def requirements(repo: Path) -> list[str]:
-    """Return what pip installs for Arm: the runtime's dependencies and the tests' tools, from pyproject.toml."""
+def requirements(repo: Path, names: Collection[str], *, dependencies: bool = False) -> list[str]:
+    """Return what pip gets for Arm: the extras of pyproject.toml with these names, and the runtime's dependencies."""
     project = tomllib.loads((repo / "pyproject.toml").read_text("utf-8"))["project"]
-    wanted = project["dependencies"] + [
-        each for each in project["optional-dependencies"]["dev"] if name_of(each) in TEST_TOOLS
-    ]
+    extras = [each for extra in project["optional-dependencies"].values() for each in extra if name_of(each) in names]
+    wanted = dict.fromkeys((*(project["dependencies"] if dependencies else ()), *extras))
     return [f"{name_of(each)}=={version_here(name_of(each))}" if name_of(each) in EXACT else each for each in wanted]
 
 
@@ -191,19 +197,21 @@ def transom_here() -> Path:
     return Path(sys.executable).with_name("transom")
 
 
-def run_tests_here(workshop: Workshop, names: Sequence[str]) -> tuple[Path, Outcome]:
+def run_tests_here(workshop: Workshop, names: Sequence[str], architecture: str) -> tuple[Path, Outcome]:
     """Run the files of tests here, where torch is; return the folder of what their fixtures exported.
 
     A run of equal sources is not repeated.
     """
-    base, stamp = workshop.build / "exported", workshop.build / "exported.sources"
+    base = workshop.build / "exported" / architecture
+    stamp = base.with_suffix(".sources")
+    base.parent.mkdir(exist_ok=True)
     sources = hashlib.sha256(f"{sources_hash(workshop, tests=True)} {' '.join(names)}".encode()).hexdigest()
     if stamp.exists() and stamp.read_text().startswith(sources):
         return base / "shared", Outcome(True, stamp.read_text().split(" ", 1)[1])
     workshop.say(f"running {len(names)} files of tests here, which exports the bundles that they share")
     stamp.unlink(missing_ok=True)
     parallel = ("-n", str(AT_A_TIME), "--dist", "loadfile")
-    command = [sys.executable, *pytest_arguments(names, base, *WITHOUT_TORCH, *parallel)]
+    command = [sys.executable, *pytest_arguments(names, base, *parallel)]
     done = workshop.run(command, EXPORT_TIMEOUT_S, test_variables(workshop))
     outcome = read_tests(done.status, done.stdout)
     if outcome.ok:
@@ -214,13 +222,21 @@ def run_tests_here(workshop: Workshop, names: Sequence[str]) -> tuple[Path, Outc
 def pytest_arguments(names: Sequence[str], base: Path, *options: str | Path) -> list[str]:
     """Return pytest's command line behind Python's; ``base`` is the folder for what the tests write."""
     files = [f"tests/test_{name}.py" for name in names]
-    return ["-P", "-m", "pytest", "-p", "no:cacheprovider", "-q", f"--basetemp={base}", *map(str, options), *files]
+    plugins = ["-p", "processors.without_torch", "-p", "no:cacheprovider"]
+    return ["-P", "-m", "pytest", *plugins, "-q", f"--basetemp={base}", *map(str, options), *files]
 
 
-def test_variables(workshop: Workshop) -> dict[str, str]:
+def test_variables(workshop: Workshop, *libraries: Path) -> dict[str, str]:
     """Return the variables of a process that runs tests: they import tests/processors, and ask for the checkout."""
-    own = {"PYTHONPATH": str(workshop.copy / "tests"), "TRANSOM_REPO": str(workshop.repo)}
-    return {**clean_variables(workshop.build / "home"), **own}
+    path = os.pathsep.join(map(str, (workshop.copy / "tests", *libraries)))
+    return {**clean_variables(workshop.build / "home"), "PYTHONPATH": path, "TRANSOM_REPO": str(workshop.repo)}
+
+
+def libraries_for(workshop: Workshop, name: str, architecture: str) -> list[Path]:
+    """Return where a file of tests finds onnx on Arm; on x86 it is where the other libraries are."""
+    source = (workshop.copy / "tests" / f"test_{name}.py").read_text("utf-8")
+    needs = "onnx" in libraries_of(source) and architecture == "aarch64"
+    return [workshop.build / "onnx" / "site"] if needs else []
 
 
 def host_processor() -> str:

@@ -40,9 +40,18 @@ class Processes:
         self._ended = False
 
     def run(
-        self, command: Sequence[str | Path], *, folder: Path, variables: Mapping[str, str] | None, timeout_s: float
+        self,
+        command: Sequence[str | Path],
+        *,
+        folder: Path,
+        variables: Mapping[str, str] | None,
+        timeout_s: float,
+        shown: bool = False,
     ) -> Done:
-        """Run a command to its end; one that takes longer than ``timeout_s`` is ended."""
+        """Run a command to its end; one that takes longer than ``timeout_s`` is ended.
+
+        What it prints on stdout is returned, or ``shown`` as it comes.
+        """
         began = time.monotonic()
         with self._lock:
             if self._ended:
@@ -52,7 +61,7 @@ class Processes:
                 cwd=folder,
                 env=variables,
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
+                stdout=None if shown else subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
                 errors="replace",
@@ -70,7 +79,7 @@ class Processes:
         finally:
             with self._lock:
                 self._running.discard(process)
-        return Done(process.returncode, stdout, stderr, time.monotonic() - began, late)
+        return Done(process.returncode, stdout or "", stderr, time.monotonic() - began, late)
 
     def end_all(self) -> None:
         """End what runs, and let nothing else begin."""

@@ -19,16 +19,16 @@ def page(
     processors: Sequence[str],
     *,
     facts: str,
-    built_with: Mapping[str, str],
+    built_on: Mapping[str, str],
     tests_here: Outcome | None = None,
 ) -> str:
-    """Return the page: ``facts`` are date and versions, ``built_with`` the instructions by a bundle's name.
+    """Return the page: ``facts`` are date and versions, ``built_on`` the processor by a bundle's name.
 
     ``tests_here`` is what came of the same tests on this machine, not emulated.
     """
     lines = [f"# {title}", "", f"{EMULATED} {facts}"]
     for heading, table in (
-        ("Self-tests", selftests(outcomes, processors, built_with)),
+        ("Self-tests", selftests(outcomes, processors, built_on)),
         ("Tests of the runtime", tests(outcomes, processors, tests_here)),
         ("The command line", commands(outcomes, processors)),
     ):
@@ -38,7 +38,7 @@ def page(
     return "\n".join(lines) + "\n"
 
 
-def selftests(outcomes: Outcomes, processors: Sequence[str], built_with: Mapping[str, str]) -> list[str]:
+def selftests(outcomes: Outcomes, processors: Sequence[str], built_on: Mapping[str, str]) -> list[str]:
     """Return a row for each bundle: what is allowed, and the largest error on each processor."""
     rows = []
     for name in names_of(SELFTEST, outcomes):
@@ -48,8 +48,8 @@ def selftests(outcomes: Outcomes, processors: Sequence[str], built_with: Mapping
         allowed = ABSENT if known is None or known.allowed is None else scientific(known.allowed)
         errors = cells(SELFTEST, name, outcomes, processors)
         side = SIDES[known.side if known else None]
-        rows.append([model, precision, side, allowed, *errors, built_with.get(name, ABSENT)])
-    head = ["model", "precision", "compared with", "allowed", *processors, "built with"]
+        rows.append([model, precision, side, allowed, *errors, built_on.get(name) or ABSENT])
+    head = ["model", "precision", "compared with", "allowed", *processors, "built on"]
     lines = markdown(head, rows)
     return [*lines, "", "The largest error of each; in bold what is beyond the allowed one."] if lines else []
 
