@@ -42,18 +42,19 @@ from transom.runtime.selftest import BUNDLE, PYTORCH, SelftestCase, SelftestRepo
 
 REPO = Path(os.environ.get("TRANSOM_REPO") or Path(__file__).resolve().parents[1])
 SYSROOT = Path(__file__).parent / "processors" / "sysroot.sh"
-A72, A76, MAX, HASWELL, NEHALEM = PROCESSORS
+A72, A76, NO_SME, MAX, HASWELL, NEHALEM = PROCESSORS
+ARM = ("cortex-a72", "cortex-a76", "max-no-sme", "max")
 
 
 def test_arm_self_tests_every_bundle_and_the_large_model_on_one_processor() -> None:
     cases = plan("aarch64", ["runtime", "kv_cache"])
-    assert [each.name for each in processors_of("aarch64")] == ["cortex-a72", "cortex-a76", "max"]
-    assert len(cases) == len(set(cases)) == 3 * len(COMMANDS) + 3 * 5 * 4 + 3 * 2 + 4
+    assert [each.name for each in processors_of("aarch64")] == list(ARM)
+    assert len(cases) == len(set(cases)) == 4 * len(COMMANDS) + 4 * 5 * 4 + 4 * 2 + 4
     assert cases[-4:] == [
         Case("cortex-a76", SELFTEST, f"minilm-{precision}", LARGE_TIMEOUT_S)
         for precision in ("fp32", "fp16", "int8", "int4")
     ]
-    assert [case.processor for case in cases if case.name == "kv_cache"] == ["cortex-a72", "cortex-a76", "max"]
+    assert [case.processor for case in cases if case.name == "kv_cache"] == list(ARM)
 
 
 def test_x86_self_tests_integers_alone() -> None:
@@ -212,7 +213,14 @@ def test_the_page() -> None:
 
 @pytest.mark.parametrize(
     ("processor", "expected"),
-    [(A72, "neon"), (A76, "neon_dotprod"), (MAX, "neon_i8mm"), (HASWELL, "avx2"), (NEHALEM, "sse")],
+    [
+        (A72, "neon"),
+        (A76, "neon_dotprod"),
+        (NO_SME, "neon_i8mm"),
+        (MAX, "neon_i8mm"),
+        (HASWELL, "avx2"),
+        (NEHALEM, "sse"),
+    ],
     ids=lambda value: getattr(value, "name", value),
 )
 def test_the_runtime_sees_the_emulated_processor(processor: Any, expected: str) -> None:

@@ -14,13 +14,15 @@ from pathlib import Path
 
 CORES = 2  # of an emulated Arm: onnxruntime reads them in /sys/devices/system/cpu
 
-# Linux's names of what each has, as its kernel would write them.
-A72 = "fp asimd evtstrm aes pmull sha1 sha2 crc32 cpuid"
-A76 = f"{A72} atomics fphp asimdhp asimdrdm lrcpc dcpop asimddp"
-MAX = (
-    f"{A76} jscvt fcma sha3 sm3 sm4 sha512 sve asimdfhm uscat ilrcpc flagm sb dcpodp sve2 sveaes svepmull svebitperm "
-    "svesha3 svesm4 flagm2 frint svei8mm svef32mm svef64mm svebf16 i8mm bf16 rng"
+# Linux's names of what each has, in the order of its kernel.
+A72 = "fp asimd aes pmull sha1 sha2 crc32 cpuid"
+A76 = "fp asimd aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop asimddp"
+NO_SME = (
+    "fp asimd aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm jscvt fcma lrcpc dcpop sha3 sm3 sm4 "
+    "asimddp sha512 sve asimdfhm ilrcpc flagm sb paca pacg dcpodp sve2 sveaes svepmull svebitperm svesha3 svesm4 "
+    "flagm2 frint svei8mm svef32mm svef64mm svebf16 i8mm bf16 rng bti mte"
 )
+MAX = f"{NO_SME} sme smei16i64 smef64f64 smei8i32 smef16f32 smeb16f32 smef32f32 smefa64"
 NEHALEM = (
     "fpu de pse tsc msr pae mce cx8 apic sep mtrr pge mca cmov pat pse36 clflush mmx fxsr sse sse2 syscall nx lm pni "
     "ssse3 cx16 sse4_1 sse4_2 popcnt lahf_lm"
@@ -30,24 +32,18 @@ HASWELL = f"{NEHALEM} pclmulqdq fma movbe aes xsave avx f16c rdrand abm fsgsbase
 
 @dataclass(frozen=True)
 class Processor:
-    """An emulated processor: QEMU's ``name``, and what /proc/cpuinfo says of it: ``flags`` and ``model``.
+    """An emulated processor: ``qemu`` is what QEMU calls it, ``flags`` and ``model`` what /proc/cpuinfo says.
 
-    ``seen`` are the flags that ``transom doctor`` must report, and ``unseen`` those that it must not. ``less`` are
-    features of QEMU's model that its emulation lacks: it warns of each that is not taken away.
+    ``seen`` are the flags that ``transom doctor`` must report, and ``unseen`` those that it must not.
     """
 
     name: str
+    qemu: str
     architecture: str
     flags: str
     model: tuple[tuple[str, str], ...]
     seen: frozenset[str]
     unseen: frozenset[str]
-    less: tuple[str, ...] = ()
-
-    @property
-    def cpu(self) -> str:
-        """What QEMU's option ``-cpu`` takes."""
-        return ",".join([self.name, *(f"-{feature}" for feature in self.less)])
 
 
 def arm_model(implementer: str, variant: str, part: str, revision: str) -> tuple[tuple[str, str], ...]:
@@ -67,6 +63,7 @@ def x86_model(family: str, model: str, name: str) -> tuple[tuple[str, str], ...]
 PROCESSORS = (
     Processor(  # Raspberry Pi 4: no dot product, no arithmetic in half precision
         "cortex-a72",
+        "cortex-a72",
         "aarch64",
         A72,
         arm_model("0x41", "0x0", "0xd08", "3"),
@@ -75,13 +72,24 @@ PROCESSORS = (
     ),
     Processor(  # Raspberry Pi 5: dot products, sums in half precision
         "cortex-a76",
+        "cortex-a76",
         "aarch64",
         A76,
         arm_model("0x41", "0x4", "0xd0b", "1"),
         seen=frozenset({"asimd", "asimddp", "asimdhp"}),
         unseen=frozenset({"i8mm", "bf16", "sve"}),
     ),
-    Processor(  # all that QEMU has: matrix products of INT8, SVE2, BF16; it looks like a Neoverse V2
+    Processor(  # Arm servers: matrix products of INT8, SVE2, BF16; to onnxruntime a Neoverse V2
+        "max-no-sme",
+        "max,sme=off",
+        "aarch64",
+        NO_SME,
+        arm_model("0x41", "0x0", "0xd4f", "1"),
+        seen=frozenset({"asimd", "asimddp", "asimdhp", "i8mm", "bf16", "sve"}),
+        unseen=frozenset(),
+    ),
+    Processor(  # all that QEMU has, SME as well
+        "max",
         "max",
         "aarch64",
         MAX,
@@ -89,16 +97,17 @@ PROCESSORS = (
         seen=frozenset({"asimd", "asimddp", "asimdhp", "i8mm", "bf16", "sve"}),
         unseen=frozenset(),
     ),
-    Processor(  # AVX2, but no VNNI: products U8 x S8 saturate
+    Processor(  # AVX2, but no VNNI: products U8 x S8 saturate; less what QEMU would warn that it cannot emulate
         "Haswell",
+        "Haswell,-pcid,-x2apic,-tsc-deadline,-hle,-rtm,-invpcid",
         "x86_64",
         HASWELL,
         x86_model("6", "60", "Intel Core Processor (Haswell)"),
         seen=frozenset({"avx2", "f16c"}),
         unseen=frozenset({"avx512f", "avx512_vnni", "avx_vnni"}),
-        less=("pcid", "x2apic", "tsc-deadline", "hle", "rtm", "invpcid"),
     ),
     Processor(  # SSE 4.2, no AVX
+        "Nehalem",
         "Nehalem",
         "x86_64",
         NEHALEM,
@@ -178,7 +187,7 @@ def make_environment(
     (own_root / "proc" / "cpuinfo").write_text(cpuinfo)
     (site_packages / "packages.pth").write_text("".join(f"{path.absolute()}\n" for path in packages))
     (folder / "pyvenv.cfg").write_text(f"home = {python.parent}\ninclude-system-site-packages = false\n")
-    named = {"qemu": qemu.absolute(), "cpu": processor.cpu, "root": own_root, "own": environment.python}
+    named = {"qemu": qemu.absolute(), "cpu": processor.qemu, "root": own_root, "own": environment.python}
     for path, text in ((environment.python, PYTHON), (environment.transom, TRANSOM)):
         path.write_text(text.format(**named, python=python))
         path.chmod(0o755)
