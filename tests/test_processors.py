@@ -264,7 +264,7 @@ def test_processes_end_with_what_they_started(tmp_path: Path) -> None:
     began = time.monotonic()
     found: dict[str, Done] = {}
     begun = []
-    for name, done in run_all(jobs, 2):
+    for name, done in run_all(jobs, 2, processes):
         if done is None:
             begun.append(name)
         else:
@@ -273,8 +273,17 @@ def test_processes_end_with_what_they_started(tmp_path: Path) -> None:
     assert (found["quick"].status, found["quick"].stdout, found["quick"].late) == (0, "yes\n", False)
     assert found["slow"].late
     assert time.monotonic() - began < 30
-    processes.end_all()
-    assert job(["true"], timeout_s=1).status != 0
+
+
+def test_whoever_stops_looking_ends_the_processes(tmp_path: Path) -> None:
+    processes = Processes()
+    sleep = partial(processes.run, ["sleep", "60"], folder=tmp_path, variables=None, timeout_s=60)
+    began = time.monotonic()
+    going = run_all({1: sleep, 2: sleep, 3: sleep}, 2, processes)
+    assert [next(going), next(going)] == [(1, None), (2, None)]
+    going.close()
+    assert time.monotonic() - began < 30
+    assert sleep().stderr == "ended before it began"
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ def run_cases(
         command, variables = command_of(workshop, case, environments[case.processor], bundles, exported)
         jobs[case] = partial(workshop.run, command, case.timeout_s, variables)
     found: dict[Case, Outcome] = {}
-    for case, done in run_all(jobs, AT_A_TIME):
+    for case, done in run_all(jobs, AT_A_TIME, workshop.processes):
         if done is None:
             say(f"begins: {case}")
             continue

@@ -104,19 +104,28 @@ def send(process: subprocess.Popen[str], which: signal.Signals) -> None:
         os.killpg(process.pid, which)
 
 
-def run_all(jobs: Mapping[Key, Callable[[], Done]], at_a_time: int) -> Iterator[tuple[Key, Done | None]]:
-    """Run the jobs in their order; yield (key, None) when one begins, and (key, what it left) when it is over."""
+def run_all(
+    jobs: Mapping[Key, Callable[[], Done]], at_a_time: int, processes: Processes
+) -> Iterator[tuple[Key, Done | None]]:
+    """Run the jobs in their order; yield (key, None) when one begins, and (key, what it left) when it is over.
+
+    Whatever stops this, Ctrl-C or a caller that wants no more, ends ``processes``: the pool would wait for them.
+    """
     waiting = list(jobs.items())
     running: dict[Future[Done], Key] = {}
     with ThreadPoolExecutor(at_a_time) as pool:
-        while waiting or running:
-            while waiting and len(running) < at_a_time:
-                key, job = waiting.pop(0)
-                yield key, None
-                running[pool.submit(job)] = key
-            finished, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
-            for future in finished:
-                yield running.pop(future), future.result()
+        try:
+            while waiting or running:
+                while waiting and len(running) < at_a_time:
+                    key, job = waiting.pop(0)
+                    yield key, None
+                    running[pool.submit(job)] = key
+                finished, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    yield running.pop(future), future.result()
+        except BaseException:
+            processes.end_all()
+            raise
 
 
 @contextmanager
