@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -341,19 +342,17 @@ def test_every_file_of_the_makefile_is_there() -> None:
 def test_a_machine_without_the_tools_is_told_in_one_line(tmp_path: Path) -> None:
     tools = tmp_path / "tools"
     tools.mkdir()
-    for name in ("uname", "cat", "sha256sum", "bash"):
-        (tools / name).symlink_to(f"/usr/bin/{name}")
-    folder = tmp_path / "qemu"
+    uname, folder = tools / "uname", tmp_path / "qemu"
 
-    def make() -> str:
-        command = ["bash", str(SYSROOT), "qemu", str(folder)]
+    def make(system: str, machine: str) -> str:
+        uname.write_text(f'#!/bin/sh\n[ "$1" = -s ] && echo {system} || echo {machine}\n')
+        uname.chmod(0o755)
+        command = [str(shutil.which("bash")), str(SYSROOT), "qemu", str(folder)]
         done = subprocess.run(command, env={"PATH": str(tools)}, capture_output=True, text=True, timeout=60)
         assert done.returncode == 1
         return done.stderr
 
-    assert make() == "sysroot.sh: needs Debian or Ubuntu, whose packages it unpacks; there is no apt-get here.\n"
-    (tools / "uname").unlink()
-    (tools / "uname").write_text('#!/bin/sh\n[ "$1" = -s ] && echo Darwin || echo arm64\n')
-    (tools / "uname").chmod(0o755)
-    assert make() == "sysroot.sh: needs Linux on x86-64; this is Darwin on arm64.\n"
+    lacking = "sysroot.sh: needs Debian or Ubuntu, whose packages it unpacks; there is no apt-get here.\n"
+    assert make("Linux", "x86_64") == lacking
+    assert make("Darwin", "arm64") == "sysroot.sh: needs Linux on x86-64; this is Darwin on arm64.\n"
     assert not folder.exists()

@@ -10,12 +10,6 @@
 # it is left as it is, any other is made anew, so that one whose making was interrupted is never used.
 set -euo pipefail
 
-part=$1 folder=$2
-shift 2
-arm=${1:-} # of wheels alone
-wanted=$(cat "$0" ${arm:+"$arm/versions"} - <<<"$part ${*:3}" | sha256sum)
-[ "$(cat "$folder/stamp" 2>/dev/null)" != "$wanted" ] || exit 0
-
 fail() {
     echo "sysroot.sh: $*" >&2
     exit 1
@@ -25,6 +19,12 @@ fail() {
 for tool in apt-get dpkg; do
     command -v $tool >/dev/null || fail "needs Debian or Ubuntu, whose packages it unpacks; there is no $tool here."
 done
+
+part=$1 folder=$2
+shift 2
+arm=${1:-} # of wheels alone
+wanted=$(cat "$0" ${arm:+"$arm/versions"} - <<<"$part ${*:3}" | sha256sum)
+[ "$(cat "$folder/stamp" 2>/dev/null)" != "$wanted" ] || exit 0
 
 echo "making $folder"
 rm -rf "$folder"
