@@ -218,14 +218,13 @@ def test_bf16_ships_a_flavour_that_the_cpu_runs_and_shares_its_weights(traced: A
     assert {w.data_type for w in stored.graph.initializer} == {TensorProto.BFLOAT16, TensorProto.INT64}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_large_weights_lie_outside_and_compute_the_same(traced: Any, precision: str) -> None:
+def test_large_weights_lie_outside_and_compute_the_same(traced: Any) -> None:
     loaded, model = traced("BertForMaskedLM")
     feeds = feeds_for(loaded, 2, 7)
     shapes = {"logits": (2, 7, loaded.config.vocab_size)}
     answers = []
     for above in (0, 1 << 30):
-        flavours = make_flavours({"model": model}, loaded.graphs, precision, external_above=above)
+        flavours = make_flavours({"model": model}, loaded.graphs, "fp32", external_above=above)
         assert (flavours.graphs[0].weights is None) == (above > 0)
         backend = OrtBackend(flavours.graphs[0], flavours.files.__getitem__, "cpu", 1)
         answers.append(backend.run(feeds, shapes)["logits"])

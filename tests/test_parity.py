@@ -146,7 +146,7 @@ def test_every_precision_exports_verifies_and_passes_its_selftest(
     cases = pipeline.verify(tmp_path / "out").cases
     named = [{size for tensor in file.graph.inputs for size in tensor.shape} for file in manifest.graphs]
     grids = [grid({name: axis for name, axis in manifest.axes.items() if name in names}) for names in named]
-    assert len(cases) == sum(map(len, grids))
+    assert len(cases) == sum(map(len, grids)) * (2 if precision == "fp16" else 1)  # again, as a GPU rounds
     report = selftest(tmp_path / "out")
     assert report.tolerance == TOLERANCES[precision]
     assert report.worst.error <= report.tolerance

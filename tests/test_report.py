@@ -136,6 +136,11 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], object]] = {
         },
         scales={"logits": 1e-320, "x": 0},
     ),
+    "odd ends of FP16": lambda w: w["parity"].update(
+        fp16_largest={"value": 1e308, "tensor": [EVIL] * 999, "module": 3},
+        fp16_largest_sum={"value": 7e4, "tensor": EVIL, "module": EVIL * 99},
+    ),
+    "other odd ends of FP16": lambda w: w["parity"].update(fp16_largest=EVIL, fp16_largest_sum={"value": 10**400}),
     "an odd score": lambda w: w.update(
         score={"name": EVIL, "n": EVIL, "bundle": {"value": 1e308, "interval": [-1e308, 1e308], "correct": EVIL}}
     ),
