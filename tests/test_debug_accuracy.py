@@ -151,10 +151,10 @@ def half_bundle(once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
 
 
 def damaged(bundle: Path, folder: Path, file: str, change: Callable[[onnx.ModelProto], None]) -> Path:
-    """A copy with one of its graphs changed, signed again as an exporter with a fault would."""
+    """A copy with one of its graphs changed, signed again as an exporter with a fault would; its weights lie inside."""
     copy = folder / "damaged"
     shutil.copytree(bundle, copy)
-    model = onnx.load(copy / file, load_external_data=False)
+    model = onnx.load(copy / file)
     change(model)
     data = model.SerializeToString()
     (copy / file).write_bytes(data)
@@ -166,11 +166,10 @@ def damaged(bundle: Path, folder: Path, file: str, change: Callable[[onnx.ModelP
 
 
 def times_three(name: str) -> Callable[[onnx.ModelProto], None]:
-    """Three times the initializer, which lies in the graph's file."""
+    """Three times the initializer."""
 
     def change(model: onnx.ModelProto) -> None:
         (found,) = (each for each in model.graph.initializer if each.name == name)
-        assert not found.external_data
         array = numpy_helper.to_array(found)
         found.CopyFrom(numpy_helper.from_array((3 * array).astype(array.dtype), name))
 
