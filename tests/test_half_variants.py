@@ -29,6 +29,7 @@ from transom.export.passes.precision import convert_precision
 from transom.export.passes.widen import widen_half
 from transom.export.quantization.stored import canonical_graphs, stored_graphs
 from transom.export.ranges import RangeBackend
+from transom.export.report.graphs import executed_operators, graph_file
 from transom.export.report.parity import fp16_range
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import ExportError, ParityError
@@ -165,6 +166,15 @@ def test_the_cpu_variant_computes_the_fp32_graph_of_rounded_weights(made: Any, a
             assert ours[output].dtype == np.float32
             assert relative_error(ours[output], expected) < 2e-6
         assert max(relative_error(ours[output], exact[output]) for output in exact) > 1e-4
+
+
+def test_onnxruntime_executes_what_it_executes_of_fp32(exported: Exported, half_bundle: Path) -> None:
+    """Every weight's Cast is folded when the file is loaded: the same operators are left, as many of each."""
+    bundles = [Bundle(exported("ViTForImageClassification")[1]), Bundle(half_bundle)]
+    theirs, ours = (executed_operators(bundle, graph_file(bundle, "model")) for bundle in bundles)
+    assert ours == theirs
+    assert ours["Attention"] == 3
+    assert "Cast" not in ours
 
 
 def test_each_case_of_the_pass() -> None:
