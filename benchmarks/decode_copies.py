@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from transom.runtime.backends.ort import as_loaded
 from transom.runtime.backends.ort_library import onnxruntime
 from transom.runtime.bundle import Bundle
 from transom.runtime.machine import processor
@@ -46,7 +47,8 @@ def profile(bundle: Bundle, capacity: int, *, in_place: bool) -> dict[str, tuple
     """Operator -> (median µs per step over all its nodes, bytes of the largest tensor it wrote)."""
     with tempfile.TemporaryDirectory() as folder:
         session = session_of(bundle, folder)
-        graph = next(file.graph for file in bundle.manifest.graphs if file.graph.name == "decoder")
+        file = next(file for file in bundle.manifest.graphs if file.graph.name == "decoder")
+        graph = as_loaded(file, "cpu", session)  # state is in the dtype of the CPU's file
         feeds: dict[str, Any] = {
             "input_ids": np.zeros((1, 1), np.int64),
             "write_indices": np.array([5], np.int64),

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from transom.export.parity import TOLERANCES, Case
-from transom.export.ranges import Ranges
+from transom.export.ranges import Ranges, in_half
 from transom.runtime.compare import BIAS, largest_scales
 from transom.runtime.replay import Divergence
 
@@ -41,7 +41,8 @@ def parity_to_json(
     }
     if near_ties:
         figures["greedy_near_ties"] = [asdict(divergence) for divergence in near_ties]
-    for key, found in (("fp16_largest", ranges.tensors), ("fp16_largest_sum", ranges.sums)):
+    for key, measured in (("fp16_largest", ranges.tensors), ("fp16_largest_sum", ranges.sums)):
+        found = in_half(measured)
         if found:
             name, (value, module) = max(found.items(), key=lambda item: item[1][0])
             figures[key] = {"tensor": name, "module": module, "value": value}

@@ -69,8 +69,8 @@ class RangeBackend:
 
     @property
     def sums(self) -> dict[str, tuple[float, str]]:
-        """Of every sum of products whose module does not stay in FP32."""
-        return {name: found for name, found in self._found(SUM).items() if not stays_fp32(found[1])}
+        """Of every sum of products: tensor -> (bound, module path)."""
+        return self._found(SUM)
 
     def _found(self, prefix: str) -> dict[str, tuple[float, str]]:
         return {
@@ -80,17 +80,14 @@ class RangeBackend:
         }
 
 
-def stays_fp32(module: str) -> bool:
-    return module.split(".")[0] in KEEP_FP32
+def in_half(largest: Largest) -> dict[str, tuple[float, str]]:
+    """Those that FP16 holds: all but those of modules that stay in FP32."""
+    return {name: found for name, found in largest.items() if found[1].split(".")[0] not in KEEP_FP32}
 
 
 def beyond_fp16(largest: Largest) -> dict[str, tuple[float, str]]:
-    """The tensors that FP16 would turn into infinity, but for those of modules that stay in FP32."""
-    return {
-        name: (value, module)
-        for name, (value, module) in largest.items()
-        if not value < FP16_MAX and not stays_fp32(module)
-    }
+    """The tensors that FP16 would turn into infinity."""
+    return {name: found for name, found in in_half(largest).items() if not found[0] < FP16_MAX}
 
 
 def require_fp16_range(largest: Largest) -> None:

@@ -28,7 +28,7 @@ from transom.export.flavours import make_flavours, serialized
 from transom.export.passes.precision import convert_precision
 from transom.export.passes.widen import widen_half
 from transom.export.quantization.stored import canonical_graphs, stored_graphs
-from transom.export.ranges import RangeBackend
+from transom.export.ranges import RangeBackend, beyond_fp16, in_half
 from transom.export.report.graphs import executed_operators, graph_file
 from transom.export.report.parity import fp16_range
 from transom.runtime.bundle import Bundle
@@ -358,14 +358,18 @@ def test_scores_of_attention_are_bounded_before_they_are_scaled() -> None:
     assert backend.largest["y_scores"][0] == pytest.approx(8 / 2)  # scaled by 1 / sqrt(4)
 
 
-def test_sums_of_modules_that_stay_in_fp32_do_not_count() -> None:
+def test_modules_that_stay_in_fp32_do_not_count() -> None:
     paths = ["sentence_pooling.product", "encoder.product"]
     model = graph_of(
         "g (float[1, 1] x) => (float[1, 1] z) { y = MatMul(x, w) z = MatMul(y, v) }",
         {"w": [[9.0]], "v": [[2.0]]},
         paths,
     )
-    assert sums_of(model, x=[[1.0]]) == {"z": 18.0}
+    backend = RangeBackend(model, Graph("model", (), ()), sums=True)
+    backend.run({"x": np.float32([[1.0]])}, {})
+    assert {name: value for name, (value, _) in backend.sums.items()} == {"y": 9.0, "z": 18.0}
+    assert in_half(backend.sums) == {"z": (18.0, "encoder.product")}
+    assert beyond_fp16({"a": (7e4, "sentence_pooling"), "b": (6e4, ""), "c": (7e4, "")}) == {"c": (7e4, "")}
 
 
 @pytest.fixture(scope="module")
