@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from processors.cases import (
     TIMEOUTS_S,
     Case,
     Outcome,
+    bundle_of,
     bundles_needed,
     parsed,
     plan,
@@ -57,6 +58,7 @@ from processors.prepare import (
 )
 from processors.running import Done, Processes, ended_with, run_all
 from processors.table import page
+from transom.runtime.bundle import MANIFEST
 
 ARCHITECTURES = {"arm": "aarch64", "x86": "x86_64"}
 TITLES = {"arm": "Emulated Arm processors", "x86": "Emulated x86 processors without VNNI"}
@@ -112,29 +114,36 @@ def run(workshop: Workshop, options: argparse.Namespace) -> int:
     environments = make_environments(workshop, used)
     needed = bundles_needed(cases)
     bundles = options.bundles.absolute() if options.bundles else export_bundles(workshop, needed)
-    missing = [name for name in needed if not (bundles / name / "bundle.json").is_file()]
-    if missing:
-        raise NotReady(f"{bundles} has no {', '.join(missing)}.")
+    missing = {name for name in needed if not (bundles / name / MANIFEST).is_file()}
+    if missing == {*needed} != set():
+        raise NotReady(f"{bundles} has none of the bundles {', '.join(needed)}.")
     exported, tests_here = None, None
     files = list(dict.fromkeys(case.name for case in cases if case.part == TESTS))
     if files:
         exported, tests_here = run_tests_here(workshop, files, architecture)
         say(f"tests here: {tests_here.says} {tests_here.reason}")
-    host = {name: answer_here(workshop, name, bundles) for name in commands_compared(cases)}
+    outcomes = {case: Outcome(False, "**no bundle**", "it is missing") for case in cases if bundle_of(case) in missing}
+    possible = [case for case in cases if case not in outcomes]
+    host = {name: answer_here(workshop, name, bundles) for name in commands_compared(possible)}
 
-    outcomes = run_cases(workshop, cases, environments, bundles, exported, host)
-    text = page(
-        TITLES[options.architecture],
-        outcomes,
-        [each.name for each in used],
-        facts=facts(workshop, environments[used[0].name]),
-        built_on={name: processor_of(bundles / name) for name in needed},
-        tests_here=tests_here,
-    )
-    print(f"\n{text}")
+    def text() -> str:
+        return page(
+            TITLES[options.architecture],
+            {case: outcomes[case] for case in cases if case in outcomes},
+            [each.name for each in used],
+            facts=facts(workshop, environments[used[0].name]),
+            built_on={name: processor_of(bundles / name) for name in needed if name not in missing},
+            tests_here=tests_here,
+        )
+
+    try:
+        for case, outcome in run_cases(workshop, possible, environments, bundles, exported, host):
+            outcomes[case] = outcome
+    finally:
+        print(f"\n{text()}", flush=True)
     out = options.out or (None if any(choice.values()) else workshop.repo / RESULTS.format(options.architecture))
     if out:
-        out.write_text(text)
+        out.write_text(text())
         say(f"written to {out}")
     failed = sum(not outcome.ok for outcome in (*outcomes.values(), *filter(None, [tests_here])))
     say(f"{len(outcomes)} cases, {failed} failed")
@@ -148,23 +157,31 @@ def run_cases(
     bundles: Path,
     exported: Path | None,
     host: Mapping[str, Any],
-) -> dict[Case, Outcome]:
-    """Run the cases, AT_A_TIME at a time, and say what begins and what came of it."""
+) -> Iterator[tuple[Case, Outcome]]:
+    """Run the cases, AT_A_TIME at a time, say what begins, and yield what came of each.
+
+    What a case printed that failed is kept.
+    """
     jobs: dict[Case, Callable[[], Done]] = {}
     for case in cases:
         command, variables = command_of(workshop, case, environments[case.processor], bundles, exported)
         jobs[case] = partial(workshop.run, command, case.timeout_s, variables)
-    found: dict[Case, Outcome] = {}
+    over = 0
     for case, done in run_all(jobs, AT_A_TIME, workshop.processes):
         if done is None:
             say(f"begins: {case}")
             continue
         outcome = read(case, done, environments[case.processor], host)
-        found[case] = outcome
+        over += 1
         of = f" of {outcome.allowed:g}" if outcome.ok and outcome.allowed is not None else ""
         why = f": {outcome.reason[:SHOWN_CHARACTERS]}" if outcome.reason else ""
-        say(f"{len(found)} of {len(cases)}, {done.seconds:.0f} s: {case}: {outcome.says.strip('*')}{of}{why}")
-    return {case: found[case] for case in cases}
+        say(f"{over} of {len(cases)}, {done.seconds:.0f} s: {case}: {outcome.says.strip('*')}{of}{why}")
+        if not outcome.ok:
+            log = workshop.build / "failed" / f"{case.processor}, {case.part} {case.name}.txt"
+            log.parent.mkdir(exist_ok=True)
+            log.write_text(f"{done.stdout}\n{done.stderr}")
+            say(f"what it printed is in {log}")
+        yield case, outcome
 
 
 def command_of(
@@ -204,17 +221,15 @@ def commands_compared(cases: Sequence[Case]) -> list[str]:
 
 
 def answer_here(workshop: Workshop, name: str, bundles: Path) -> Any:
-    """Return what a command answers on this machine, not emulated."""
+    """Return what a command answers on this machine, not emulated; of a failure the error."""
     command = [transom_here(), *command_words(name, bundles, workshop.digit)]
     done = workshop.run(command, TIMEOUTS_S[COMMAND], clean_variables(workshop.build / "home"))
-    if done.status:
-        raise NotReady(f"`transom {name}` fails on this machine, too: {done.stderr.strip() or done.stdout.strip()}")
     return parsed(done.stdout)
 
 
 def processor_of(bundle: Path) -> str:
     """Return what a quantised bundle records of the processor that built it; nothing of another one."""
-    quantization = json.loads((bundle / "bundle.json").read_text("utf-8")).get("quantization") or {}
+    quantization = json.loads((bundle / MANIFEST).read_text("utf-8")).get("quantization") or {}
     return ", ".join(filter(None, map(quantization.get, ("processor", "instruction_set"))))
 
 

@@ -21,6 +21,7 @@ TIMEOUTS_S = {SELFTEST: 1800, TESTS: 5400, COMMAND: 900}
 LARGE_TIMEOUT_S = 7200
 TEST_TIMEOUT_S = 1800  # of one test, which pytest-timeout allows 300 s here
 THREADS = "1"  # two emulated processes share two cores
+IN_BUNDLES = "{bundles}/"
 DIGIT, TEXT, PROMPT, DATE = "digit.png", "The capital of France is [MASK].", "It is a truth", "3 May 1979"
 
 # What the command line is asked, by name; {bundles} is the folder of bundles, {digit} an image. Every one answers in
@@ -113,14 +114,16 @@ def bundles_of(architecture: str) -> Iterator[tuple[str, str]]:
         yield "gpt", "int4"
 
 
+def bundle_of(case: Case) -> str | None:
+    """Return the name of the bundle that a case reads."""
+    if case.part == COMMAND:
+        return next((word[len(IN_BUNDLES) :] for word in COMMANDS[case.name] if word.startswith(IN_BUNDLES)), None)
+    return case.name if case.part == SELFTEST else None
+
+
 def bundles_needed(cases: Sequence[Case]) -> list[str]:
     """Return the names of the bundles that the cases read, each once, in their order."""
-    names = [case.name for case in cases if case.part == SELFTEST]
-    for case in cases:
-        if case.part == COMMAND:
-            words = (word.removeprefix("{bundles}/") for word in COMMANDS[case.name] if word.startswith("{bundles}/"))
-            names += words
-    return list(dict.fromkeys(names))
+    return list(dict.fromkeys(name for name in map(bundle_of, cases) if name))
 
 
 ERROR = re.compile(r"\(error ([-+.\w]+)\)")

@@ -147,7 +147,7 @@ def copy_checkout(workshop: Workshop) -> None:
     metadata.write_text(METADATA.format(project["version"]))
     shutil.copytree(workshop.repo / "tests", workshop.copy / "tests", ignore=caches)
     shutil.copy(workshop.repo / "pyproject.toml", workshop.copy)
-    for name in ("temporary", "home"):
+    for name in ("temporary", "failed", "home"):
         shutil.rmtree(workshop.build / name, ignore_errors=True)
         (workshop.build / name).mkdir()
     draw_seven(workshop.digit)
@@ -174,7 +174,10 @@ def sources_hash(workshop: Workshop, *, tests: bool = False) -> str:
 
 
 def export_bundles(workshop: Workshop, names: Sequence[str]) -> Path:
-    """Export the bundles that are missing or of other sources, one after the other; return their folder."""
+    """Export the bundles that are missing or of other sources, one after the other; return their folder.
+
+    One that cannot be exported is not there afterwards.
+    """
     folder, sources = workshop.build / "bundles", sources_hash(workshop)
     folder.mkdir(exist_ok=True)
     stale = [name for name in names if not is_of(folder / f"{name}.sources", sources)]
@@ -184,8 +187,10 @@ def export_bundles(workshop: Workshop, names: Sequence[str]) -> Path:
         options = ["--precision", precision, "--out", folder / name, "--force"]
         done = workshop.run([transom_here(), "export", model, *options], EXPORT_TIMEOUT_S)
         if done.status:
-            raise NotReady(f"{name} cannot be exported: {last_line(done.stderr) or 'it said nothing'}")
-        (folder / f"{name}.sources").write_text(sources)
+            workshop.say(f"{name} cannot be exported: {last_line(done.stderr) or f'status {done.status}'}")
+            shutil.rmtree(folder / name, ignore_errors=True)
+        else:
+            (folder / f"{name}.sources").write_text(sources)
     return folder
 
 
