@@ -15,6 +15,7 @@ SELFTEST, TESTS, COMMAND = PARTS = ("selftest", "tests", "command")
 SMALL = ("vit", "clip", "gpt", "transformer", "bert")
 LARGE = "minilm"  # takes minutes where the others take seconds: on one processor alone
 LARGE_ON = "cortex-a76"
+TESTS_ON = ("cortex-a76", "Haswell", "Nehalem")  # the others run tests where they are asked for by name
 MODELS = (*SMALL, LARGE)
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
 TIMEOUTS_S = {SELFTEST: 1800, TESTS: 5400, COMMAND: 900}
@@ -95,7 +96,8 @@ def plan(
         if model != LARGE
     ]
     if not parts or TESTS in parts:
-        cases += [Case(each.name, TESTS, name, TIMEOUTS_S[TESTS]) for name in tests for each in chosen]
+        tested = [each for each in chosen if processors or each.name in TESTS_ON]
+        cases += [Case(each.name, TESTS, name, TIMEOUTS_S[TESTS]) for name in tests for each in tested]
     cases += [
         Case(each.name, SELFTEST, f"{model}-{precision}", LARGE_TIMEOUT_S)
         for model, precision in bundles
