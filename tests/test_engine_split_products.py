@@ -10,6 +10,7 @@ import pytest
 
 from tiny_graphs import graph_of, normal, operators, run, weights_of
 from transom.export.passes.split_products import split_products
+from transom.runtime.bundle import SIMULATED
 
 # Query, key and value of three channels each, in one product of rows of four numbers.
 CUT = """
@@ -100,7 +101,7 @@ def test_every_form_computes_the_same_numbers(changes: list[tuple[str, str]], we
     assert split_products(parts) == 1
     assert (operators(parts)["Split"], operators(parts)["MatMul"]) == (0, len(whole.graph.outputs))
     x = normal(2, 5, 4)
-    expected, found = run(whole, x=x), run(parts, x=x)
+    expected, found = run(whole, integers=SIMULATED, x=x), run(parts, integers=SIMULATED, x=x)
     assert list(found) == list(expected)
     for name, array in expected.items():
         assert np.ptp(array) > 0.1
@@ -118,12 +119,12 @@ def test_two_products_of_one_weight_share_its_parts() -> None:
     again = "p_2 = MatMul (x_deq, W_deq) q_2, k_2, v_2 = Split <axis = 2, num_outputs = 3> (p_2) }"
     model = cut(("3] v)", "3] v, float[B, S, 3] q_2, float[B, S, 3] k_2, float[B, S, 3] v_2)"), ("}", again))
     x = normal(2, 5, 4)
-    expected = run(model, x=x)
+    expected = run(model, integers=SIMULATED, x=x)
     assert split_products(model) == 2
     assert sum(name.startswith("W") for name in weights_of(model)) == 3
     names = [node.name for node in model.graph if node.name]
     assert len(names) == len(set(names))
-    for name, array in run(model, x=x).items():
+    for name, array in run(model, integers=SIMULATED, x=x).items():
         np.testing.assert_array_equal(array, expected[name])
 
 

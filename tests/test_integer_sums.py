@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 from numpy.typing import NDArray
@@ -21,9 +22,9 @@ from transom.export.quantization.weights import QuantizedWeights
 from transom.runtime.backends import integer_sums as measured
 from transom.runtime.backends.integer_sums import LOST, NATIVE, U8U8, WIDENED, integer_sums, sums_right
 from transom.runtime.backends.known_sum import K, N, known_product, qdq_model
-from transom.runtime.backends.ort import session_entries
+from transom.runtime.backends.ort import OrtBackend, session_entries
 from transom.runtime.bundle import BLOCKS, PRODUCTS, SIMULATED, GraphFile
-from transom.runtime.spec import Graph
+from transom.runtime.spec import Graph, Tensor
 
 ROWS = (1, 2, 5, 64)  # one row has kernels of its own
 SIZES = ((1, 1), (2, 5), (7, 16), (31, 33), (64, 17), (256, 64))  # K, N
@@ -176,3 +177,60 @@ def test_weights_in_blocks_never_saturate(bits: int) -> None:
         for rows in ROWS:
             x = np.where(np.random.default_rng(rows).random((rows, k)) < 0.5, -1, 1).astype(np.float32)
             np.testing.assert_allclose(run(model, integers=BLOCKS, x=x)["y"], x @ w, rtol=0, atol=1e-5 * k * high)
+
+
+def backend_of(model: ir.Model) -> OrtBackend:
+    """The model as the runtime opens a graph of integer products."""
+    data = ir.to_proto(model).SerializeToString()
+    inputs, outputs = (
+        tuple(Tensor(str(each.name), "float32", ("R", each.shape[1])) for each in side)
+        for side in (model.graph.inputs, model.graph.outputs)
+    )
+    file = GraphFile(Graph("g", inputs, outputs), {"default": "g.onnx"}, None, integers=PRODUCTS)
+    return OrtBackend(file, lambda name: data, "cpu", 1)
+
+
+@pytest.mark.parametrize("version", ["now", "0.1.0"])
+def test_a_weight_that_two_layers_share(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The option makes each initializer unsigned once, so each layer has its own; 0.1.0's graph runs in float32.
+
+    The option rewrites graphs on every processor, so that its limits show on every processor.
+    """
+    monkeypatch.setattr("transom.runtime.backends.ort.integer_sums", lambda: WIDENED)
+    k, n = 64, 17
+    w = weights(k, n, 1)
+    edges = f"(float[R, {k}] x, float[R, {k}] z) => (float[R, {n}] y, float[R, {n}] s)"
+    text = f"g {edges} {{ y = MatMul (x, W)  s = MatMul (z, W) }}"
+    model = graph_of(text, {"W": w})
+    scales = {"x": Scale(1.0, 7), "z": Scale(1.0, 200)}
+    quantize_static(model, find_linears(model), QuantizedWeights(8), scales, signed=False)
+    if version == "0.1.0":
+        as_version_0_1_0(model)
+    x, z = integers(5, k, low=-7, high=248, seed=2), integers(5, k, low=-200, high=55, seed=3)
+    found = backend_of(model).run({"x": x, "z": z}, {"y": (5, n), "s": (5, n)})
+    np.testing.assert_array_equal(found["y"], product(x, w))
+    np.testing.assert_array_equal(found["s"], product(z, w))
+
+
+@pytest.mark.parametrize("version", ["now", "0.1.0"])
+def test_a_weight_that_no_integer_product_took(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bias makes a Gemm in float32 of a two-dimensional MatMul, before ONNX Runtime looks for integers."""
+    monkeypatch.setattr("transom.runtime.backends.ort.integer_sums", lambda: WIDENED)
+    k, n = 64, 17
+    w = weights(k, n, 1)
+    text = f"g (float[R, {k}] x) => (float[R, {n}] y) {{ p = MatMul (x, W)  y = Add (p, bias) }}"
+    model = graph_of(text, {"W": w, "bias": np.ones(n, np.float32)})
+    quantize_static(model, find_linears(model), QuantizedWeights(8), {"x": Scale(1.0, 7)}, signed=False)
+    if version == "0.1.0":
+        as_version_0_1_0(model)
+    x = integers(5, k, low=-7, high=248, seed=2)
+    np.testing.assert_array_equal(backend_of(model).run({"x": x}, {"y": (5, n)})["y"], product(x, w) + 1)
+
+
+def as_version_0_1_0(model: ir.Model) -> None:
+    """Weights without zero points, and one initializer for all layers that share one."""
+    for node in model.graph:
+        name = str(node.inputs[0].name) if node.inputs[0] is not None else ""
+        if node.op_type == "DequantizeLinear" and name.endswith(".int8"):
+            node.resize_inputs(2)
+            node.replace_input_with(0, model.graph.initializers["W.int8"])

@@ -154,9 +154,17 @@ def test_layers_that_are_kept_read_what_they_read_before() -> None:
     assert operators(untouched) == operators(block())
 
 
-def test_layers_that_share_a_weight_share_its_integers() -> None:
+def test_layers_that_share_a_weight_have_its_integers_each() -> None:
+    """For the CPU an initializer of its own, with zero points of 0; for TensorRT they share one, without."""
     model = static(graph_of(TWICE, {"W": W}), {"x": Scale(0.5, 2), "z": Scale(0.25, 0)})
-    assert sorted(name for name in weights_of(model) if name.startswith("W")) == ["W.int8", "W.scale"]
+    weights = weights_of(model)
+    assert sorted(name for name in weights if name.startswith("W")) == [
+        "W.2.int8", "W.2.int8_zero", "W.int8", "W.int8_zero", "W.scale"
+    ]  # fmt: skip
+    assert weights["W.int8"].tolist() == weights["W.2.int8"].tolist() == W_INT8
+    assert (weights["W.int8_zero"].tolist(), weights["W.int8_zero"].dtype) == ([0, 0, 0], np.int8)
+    signed = static(graph_of(TWICE, {"W": W}), {"x": Scale(0.5, 0), "z": Scale(0.25, 0)}, signed=True)
+    assert sorted(name for name in weights_of(signed) if name.startswith("W")) == ["W.int8", "W.scale"]
     found = run(model, x=[[1.0, -0.6]], z=[[0.5, 0.0]])
     assert (found["y"] * [128, 256, 1]).tolist() == [[286, -292, 0]]
     assert (found["w"] * [256, 512, 1]).tolist() == [[254, -254, 0]]

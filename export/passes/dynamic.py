@@ -6,7 +6,7 @@ times int8, and the row's scale multiplies the sums. ``DynamicQuantizeLinear`` w
 tensor.
 
 Cases:
-1. A weight becomes int8 with a scale per output channel, as in the static pass.
+1. A weight becomes int8 with a scale per output channel, as in the static pass for uint8.
 2. An activation is divided by its rows' scales and quantised once for all layers that read it.
 3. ``Gemm`` becomes ``MatMul`` and its bias, as in the static pass.
 """
@@ -36,7 +36,7 @@ def quantize_dynamic(model: ir.Model, linears: Sequence[Linear], weights: Quanti
         if value.name not in rows:
             rows[str(value.name)] = quantized_rows(splice, value)
         activation, scale = rows[str(value.name)]
-        weight = dequantized_weight(splice, linear, weights)
+        weight = dequantized_weight(splice, linear, weights, signed=False)
         product = splice.add("MatMul", [activation, weight], name_of_product(linear))
         replace_product(splice, linear, splice.add("Mul", [product, scale], f"{product.name}.scaled"))
     drop_unused(model)

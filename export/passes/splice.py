@@ -26,6 +26,14 @@ class Splice:
         self._graph.register_initializer(value)
         return value
 
+    def unused(self, name: str, ending: str) -> str:
+        """``name``, or that with a number, of which no initializer with ``ending`` has been made."""
+        found, number = name, 1
+        while f"{found}{ending}" in self._graph.initializers:
+            number += 1
+            found = f"{name}.{number}"
+        return found
+
     def add(
         self,
         operator: str,

@@ -5,7 +5,10 @@ TensorRT each fuse into one integer product. There is no Q/DQ behind a layer: it
 do the residual stream, LayerNormalization and Softmax. Wu et al. (2020, arXiv:2004.09602), section 3.
 
 Cases:
-1. A weight becomes int8 with a scale per output channel; layers that share one share its int8 form.
+1. A weight becomes int8 with a scale per output channel. For int8 activations, which TensorRT takes, layers that
+   share one share its int8 form. For uint8, which the CPU takes, each layer has an initializer of its own, with zero
+   points that are 0: ONNX Runtime makes both unsigned where U8 x S8 would saturate, initializer by initializer, and
+   without zero points fails at a weight that no integer product took. Equal bytes lie once on disk.
 2. An activation gets one Q/DQ pair, which all quantised layers behind it share. Layers that are kept, and
    everybody else, go on reading the FP32 value.
 3. ``Gemm`` becomes ``MatMul`` and ``Sub`` of the negated bias: an integer Gemm would need a quantised result, and
@@ -46,7 +49,7 @@ def quantize_static(
     for linear in linears:
         splice = Splice(model.graph, linear.node)
         activation = quantized_pair(splice, linear.activation, scales, pairs, signed=signed)
-        weight = dequantized_weight(splice, linear, weights)
+        weight = dequantized_weight(splice, linear, weights, signed=signed)
         replace_product(splice, linear, splice.add("MatMul", [activation, weight], f"{name_of_product(linear)}"))
     for node, index in places:
         value = node.inputs[index]
@@ -57,16 +60,21 @@ def quantize_static(
     return bool(linears or places)
 
 
-def dequantized_weight(splice: Splice, linear: Linear, weights: QuantizedWeights) -> ir.Value:
-    """Case 1: the int8 weight behind its DQ."""
+def dequantized_weight(splice: Splice, linear: Linear, weights: QuantizedWeights, *, signed: bool) -> ir.Value:
+    """Case 1: the int8 weight behind its DQ, for products with int8 activations if ``signed``, else with uint8."""
     stored, scale = weights.int8(linear)
-    name = linear.weight_name
-    return splice.add(
-        "DequantizeLinear",
-        [splice.weight(f"{name}.int8", stored), splice.weight(f"{name}.scale", scale)],
-        f"{linear.node.outputs[0].name}.weight",
-        {"axis": 1},
-    )
+    name, result = linear.weight_name, f"{linear.node.outputs[0].name}.weight"
+    if signed:
+        inputs = [splice.weight(f"{name}.int8", stored), splice.weight(f"{name}.scale", scale)]
+    else:
+        own = splice.unused(name, ".int8")
+        zeros = np.zeros(len(scale), np.int8)
+        inputs = [
+            splice.weight(f"{own}.int8", stored),
+            splice.weight(f"{name}.scale", scale),
+            splice.weight(f"{own}.int8_zero", zeros),
+        ]
+    return splice.add("DequantizeLinear", inputs, result, {"axis": 1})
 
 
 def quantized_pair(
