@@ -98,18 +98,14 @@ def test_completion_knows_the_commands_and_the_precisions(tmp_path: Path) -> Non
         assert process(tmp_path, env={**os.environ, **asked}).stdout.split() == [expected]
 
 
-def test_the_command_line_starts_in_a_third_of_a_second(tmp_path: Path) -> None:
-    """The best of five, a busy machine slows some; rich and numpy wait until a command needs them."""
-    code = "import sys, transom.cli.main; sys.exit(bool({'rich', 'numpy', 'torch'} & set(sys.modules)))"
-    best_us = math.inf
-    for _ in range(5):
-        done = subprocess.run(
-            [sys.executable, "-X", "importtime", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60
-        )
-        assert done.returncode == 0
-        (cumulative,) = re.findall(r"\|\s*(\d+) \| +transom\.cli\.main$", done.stderr, re.MULTILINE)
-        best_us = min(best_us, int(cumulative))
-    assert best_us < 300_000
+def test_the_command_line_starts_with_few_modules(tmp_path: Path) -> None:
+    """rich, numpy and every library behind them wait until a command needs them; a bare Python has some 30 modules."""
+    heavy = "{'rich', 'numpy', 'torch', 'onnx', 'onnxruntime', 'PIL', 'tokenizers'}"
+    code = f"import sys, transom.cli.main; print(len(sys.modules), *({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    count, *loaded = done.stdout.split()
+    assert (done.returncode, loaded) == (0, [])
+    assert int(count) < 600
 
 
 def test_json_has_no_nan() -> None:
