@@ -105,7 +105,7 @@ def test_the_command_line_starts_with_few_modules(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     count, *loaded = done.stdout.split()
     assert (done.returncode, loaded) == (0, [])
-    assert int(count) < 600
+    assert int(count) < 350  # 232 on Python 3.11
 
 
 def test_json_has_no_nan() -> None:
