@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from transom.cli.answers import TASKS
 from transom.cli.show import bytes_text, folder_bytes
+from transom.runtime.records import worst_error
 
 if TYPE_CHECKING:
     from transom.runtime.bundle import Manifest
@@ -124,14 +125,8 @@ def parity_text(parity: Mapping[str, Any], quantized: bool = False) -> str:
     worst, tolerance = worst_error(parity), parity.get("tolerance")
     if worst is None:
         return "not recorded"
-    return f"{worst:.2e}; the gate judges accuracy" if quantized else f"{worst:.2e} of {tolerance:g} allowed"
-
-
-def worst_error(parity: Mapping[str, Any]) -> float | None:
-    """The largest error of the export's parity run, on the scale of its tolerance."""
-    worst = parity.get("worst")
-    error = worst.get("error") if isinstance(worst, Mapping) else None
-    return error if isinstance(error, float) and isinstance(parity.get("tolerance"), float) else None
+    told = f"{worst:.2e} of {tolerance:g} allowed"
+    return f"{told}; the gate judges accuracy" if quantized else told
 
 
 def fp16_fields(parity: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -15,13 +15,13 @@ from transom.cli.describe import (
     precision_text,
     score_data,
     score_value,
-    worst_error,
 )
 from transom.cli.failures import FAILED
 from transom.cli.options import Json
 from transom.cli.progress import progress
 from transom.cli.show import bytes_text, folder_bytes, print_json, print_table, printable, say, sizes_text
 from transom.runtime.errors import TransomError
+from transom.runtime.records import worst_error
 
 RUNS, WARMUP, SECONDS = 30, 5, 10.0  # of the p50 column: enough for a median
 COLUMNS = ("bundle", "family", "precision", "size", "worst error", "allowed", "score PyTorch", "score bundle", "p50 ms")

@@ -7,13 +7,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from transom.cli.describe import near_ties
 from transom.cli.extras import export_extra
+from transom.cli.failures import FAILED
 from transom.cli.options import BundlePath, CalibratedOn, Device, Json, Source, Threads
 from transom.cli.progress import progress
-from transom.cli.show import comparison_cells, print_json, print_table, printable, sizes_text
+from transom.cli.show import comparison_cells, print_json, print_table, printable, say, sizes_text
 
 if TYPE_CHECKING:
     from transom.export.parity import Case
@@ -24,17 +27,23 @@ def verify(
     bundle: BundlePath,
     source: Source = None,
     calibration_data: CalibratedOn = None,
+    accuracy: Annotated[
+        bool,
+        typer.Option(help="Measure the accuracy of a quantised bundle; without its calibration data that cannot be."),
+    ] = True,
     device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Hold a bundle against PyTorch again.
+    """Compare a bundle with PyTorch again.
 
     Over a grid of shapes, on real inputs. A decoder reads prompts, then chunks and single tokens; the
     table has the worst of the single ones. Needs torch and the checkpoint; on a device without them
     there is `transom selftest`. Exit status 1 and the worst element where an output is beyond the
-    tolerance of the bundle's precision. An fp16 bundle is compared as a CPU computes it, then with every
-    tensor rounded as a GPU would. A quantised bundle goes through its accuracy gate again.
+    tolerance of the bundle's precision, which of a quantised one is twice the worst error of its export.
+    The file for other devices is compared too, as those would compute it. A quantised bundle goes through
+    its accuracy gate again: exit status 1 too where its calibration data is not at hand, unless
+    --no-accuracy is given.
     """
     with progress(quiet=as_json) as report, redirect_stdout(sys.stderr), export_extra():
         from transom.export import pipeline
@@ -44,11 +53,13 @@ def verify(
             bundle,
             source=source,
             calibration_data=calibration_data or (),
+            accuracy=accuracy,
             device=device,
             threads=threads,
             progress=report,
         )
     cases = verified.cases
+    missing = accuracy and verified.accuracy == pipeline.NOT_CHECKED
     ties = [asdict(tie) for tie in verified.near_ties]
     if as_json:
         print_json(
@@ -64,9 +75,10 @@ def verify(
                 ],
                 "greedy_near_ties": ties,
                 "gate": verified.verdict and verified.verdict.to_json(),
+                "accuracy": verified.accuracy,
             }
         )
-        return
+        raise typer.Exit(FAILED * missing)
     rows = [[shape, *comparison_cells(each)] for shape, found in shown(cases) for each in found]
     print_table(("shape", "output", "error", "worst at", "bundle", "PyTorch"), rows, ("error", "bundle", "PyTorch"))
     worst = max((each for case in cases for each in case.comparisons), key=lambda each: each.error)
@@ -74,7 +86,15 @@ def verify(
         print(line)
     if verified.verdict is not None:
         print(printable(f"accuracy gate holds: {verified.verdict.words()}; on {processor()}"))
-    print(f"agrees with PyTorch; the worst element: {worst}")
+    if verified.accuracy != pipeline.NOT_CHECKED:
+        print(f"agrees with PyTorch; the worst element: {worst}")
+        return
+    print(f"every output is within its tolerance of PyTorch's; the worst element: {worst}")
+    say(
+        "accuracy not checked: give --calibration-data what the bundle was calibrated on"
+        + (", or --no-accuracy to leave it out" if missing else "")
+    )
+    raise typer.Exit(FAILED * missing)
 
 
 def shown(cases: Sequence[Case]) -> Iterator[tuple[str, Sequence[Comparison]]]:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
 
-from transom.export.exercises import Exercises
+from transom.export.exercises import Exercises, Run
 from transom.export.flavours import Flavours
 from transom.export.golden import Golden
 from transom.export.parity import TOLERANCES, Case, PyTorchBackend, require_parity
 from transom.export.ranges import RangeBackend, Ranges
 from transom.export.source import Loaded
+from transom.runtime.backend import Array
 from transom.runtime.backends.ort import OrtBackend
 from transom.runtime.bundle import QUANTIZED, SIMULATED, Bundle
 from transom.runtime.compare import compare_outputs, largest_scales, on_scales
 from transom.runtime.errors import BackendError, BundleError, ExportError
+from transom.runtime.references import BUNDLE, PYTORCH
 from transom.runtime.replay import Divergence, as_arrays, greedy, logits_along, require_same_tokens
 from transom.runtime.selftest import GENERATION
 from transom.runtime.session import LoadedBundle
@@ -25,74 +27,112 @@ from transom.runtime.tasks import task_class
 from transom.runtime.tasks.generator import Generator
 
 
+@dataclass(frozen=True)
+class Limit:
+    """The error at which parity fails, on each output's scale, and what to do then."""
+
+    tolerance: float
+    advice: str
+
+
+def export_limit(precision: str) -> Limit:
+    """What an export refuses."""
+    more = "try more calibration data like what the model will see, or --activations dynamic" * (precision in QUANTIZED)
+    advice = f"Nothing was written. If the model is sound, report it; {more or 'if it is badly scaled'}, or"
+    return Limit(TOLERANCES[precision], f"{advice} a wider precision.")
+
+
 def check_parity(
     ours: LoadedBundle,
     theirs: LoadedBundle,
-    rounded: LoadedBundle | None,
+    simulated: LoadedBundle | None,
     exercises: Exercises,
     golden: Golden,
+    limit: Limit,
     tell: Callable[[str], None],
 ) -> list[Case]:
-    """Put both sides through the exercises; ParityError if any is beyond tolerance.
+    """Put both sides through the exercises; ParityError if any is beyond ``limit``.
 
-    ``rounded`` is a third side, where there is one: our half-precision graphs as a GPU would round them.
-    Errors are taken on each output's scale over all exercises.
+    ``simulated`` is a third side, where there is one: our graphs for other devices as those would compute them. Errors
+    are taken on each output's scale over all exercises. Raises ExportError where a side answers fewer cases.
     """
-    cases = []
-    third = iter(()) if rounded is None else exercises.runs(rounded, by_row=True)
+    cases: list[Case] = []
+    third = None if simulated is None else exercises.runs(simulated, by_row=True)
     for expected, found in zip(exercises.runs(theirs), exercises.runs(ours), strict=True):
         shown = " ".join(f"{axis}={size}" for axis, size in expected.sizes.items())
         tell("parity at " + shown.partition(" chunk=")[0])
-        if expected.feeds:
-            read = [tensor.name for tensor in found.graph.outputs if not tensor.state]  # state is large, and seen below
-            golden.offer(
-                shown, expected.feeds, *({name: side.outputs[name] for name in read} for side in (expected, found))
-            )
         cases.append(Case(expected.sizes, compare_outputs(found.graph, found.feeds, found.outputs, expected.outputs)))
+        sides = {PYTORCH: small(expected, golden), BUNDLE: small(found, golden)}
         del found  # outputs at the maximum can be gigabytes
-        for run in third:
+        if third is not None:
+            run = next(third, None)
+            if run is None or run.sizes != expected.sizes:
+                raise ExportError(f"the simulated graphs were not compared with PyTorch at {shown}; report this.")
             compared = compare_outputs(run.graph, run.feeds, run.outputs, expected.outputs)
             cases.append(Case(run.sizes, compared, emulated=True))
-            break
+            if ours.manifest.precision in QUANTIZED:
+                sides[SIMULATED] = small(run, golden)
+            del run
+        if expected.feeds and all(sides.values()):
+            golden.offer(shown, expected.feeds, sides)
+    if len(cases) != len(exercises) * (1 if third is None else 2):
+        raise ExportError(f"{len(cases)} parity cases were run of {len(exercises)} on each side; report this.")
     scales = largest_scales(comparison for case in cases for comparison in case.comparisons)
     cases = [replace(case, comparisons=on_scales(case.comparisons, scales)) for case in cases]
-    require_parity(cases, ours.manifest.precision, f"{ours.manifest.name} in {ours.manifest.precision}")
+    require_parity(cases, limit.tolerance, f"{ours.manifest.name} in {ours.manifest.precision}", limit.advice)
     return cases
 
 
+def small(run: Run, golden: Golden) -> dict[str, Array]:
+    """The outputs that golden values may keep: none of a large case, and no state, which is seen in what follows."""
+    read = {tensor.name: run.outputs[tensor.name] for tensor in run.graph.outputs if not tensor.state}
+    return read if golden.fits(sum(array.nbytes for array in read.values())) else {}
+
+
 def check_greedy(
-    ours: LoadedBundle, theirs: LoadedBundle, exercises: Exercises, cases: list[Case], golden: Golden
+    ours: LoadedBundle,
+    theirs: LoadedBundle,
+    simulated: LoadedBundle | None,
+    exercises: Exercises,
+    cases: list[Case],
+    golden: Golden,
 ) -> list[Divergence]:
     """Greedy generations of both sides, equal token by token; the rows that part where PyTorch was unsure itself.
 
     Nothing where the family does not generate. Raises ParityError for any other difference, but of a quantised
-    bundle: its tokens are its own, and what they are worth is for the accuracy gate to say.
+    bundle: its tokens are its own, and what they are worth is for the accuracy gate to say. ``simulated`` generates for
+    the golden values of such a bundle alone.
     """
     if not (isinstance(ours, Generator) and isinstance(theirs, Generator)):
         return []
+    quantized = ours.manifest.precision in QUANTIZED
+    sides: dict[str, Generator] = {PYTORCH: theirs, BUNDLE: ours}
+    if quantized and isinstance(simulated, Generator):
+        sides[SIMULATED] = simulated
     prompts, new_tokens = exercises.greedy_prompts, exercises.greedy_tokens
     if new_tokens == 0:  # a context of one token: nothing to generate, and one token's logits to remember
         tokens = ours.prompt_tokens()
         if tokens in ours.backend("decoder").graph.inputs:
             feeds = {tokens.name: np.array([prompts[0][:1]])}
-            golden.offer("one token", feeds, theirs.run(feeds, ["logits"]), ours.run(feeds, ["logits"]))
+            golden.offer("one token", feeds, {name: side.run(feeds, ["logits"]) for name, side in sides.items()})
         return []
-    expected, found = greedy(theirs, prompts, new_tokens), greedy(ours, prompts, new_tokens)
-    logits = largest_scales(comparison for case in cases for comparison in case.comparisons)["logits"]
+    found = {name: greedy(side, prompts, new_tokens) for name, side in sides.items()}
+    expected = found[PYTORCH].chosen
     near_ties = []
-    if ours.manifest.precision not in QUANTIZED:
-        near_ties = require_same_tokens(
-            found.tokens, expected.tokens, expected.margins, TOLERANCES[ours.manifest.precision] * logits
-        )
-    steps = golden.steps(expected.logits[:, :1].nbytes)
+    if not quantized:
+        scale = largest_scales(comparison for case in cases for comparison in case.comparisons)["logits"]
+        tolerance = TOLERANCES[ours.manifest.precision] * scale
+        near_ties = require_same_tokens(found[BUNDLE], expected, tolerance)
+    steps = golden.steps(found[PYTORCH].logits[:, :1].nbytes, len(sides))
     golden.offer(
         GENERATION,
         as_arrays(prompts),
-        {"tokens": expected.tokens, "margins": expected.margins, "logits": expected.logits[:, :steps]},
         {
-            "tokens": found.tokens,
-            "margins": found.margins,
-            "logits": logits_along(ours, prompts, expected.tokens)[:, :steps],
+            name: {
+                **generation.chosen.to_arrays(),
+                "logits": logits_along(sides[name], prompts, expected.tokens)[:, :steps],
+            }
+            for name, generation in found.items()
         },
     )
     return near_ties
@@ -113,7 +153,7 @@ def open_pytorch(bundle: Bundle, loaded: Loaded) -> LoadedBundle:
 
 
 def open_emulated(bundle: Bundle, flavours: Flavours) -> LoadedBundle:
-    """The same runtime around the half-precision graphs as a GPU would round them."""
+    """The same runtime around the graphs for other devices as those would compute them."""
     emulated = {graph.graph.name: graph for graph in flavours.emulated}
     return task_class(bundle.manifest.family)(
         bundle,

@@ -20,24 +20,26 @@ class Golden:
         self._tensors: dict[str, Array] = {}
         self._bytes = 0
 
-    def offer(
-        self, case: str, inputs: Mapping[str, Array], theirs: Mapping[str, Array], ours: Mapping[str, Array]
-    ) -> None:
-        """Keep a case as ``<case>/input|pytorch|bundle/<tensor>`` if it fits."""
+    def offer(self, case: str, inputs: Mapping[str, Array], sides: Mapping[str, Mapping[str, Array]]) -> None:
+        """Keep a case as ``<case>/input|<side>/<tensor>`` if it fits; ``sides`` are of transom.runtime.references."""
         tensors = {
             f"{case}/{side}/{name}": np.ascontiguousarray(array)  # safetensors writes the memory as it lies
-            for side, arrays in (("input", inputs), ("pytorch", theirs), ("bundle", ours))
+            for side, arrays in {"input": inputs, **sides}.items()
             for name, array in arrays.items()
         }
         size = sum(array.nbytes for array in tensors.values())
-        if self._tensors and (size > CASE_BYTES or self._bytes + size > TOTAL_BYTES):
+        if not self.fits(size):
             return
         self._tensors |= tensors
         self._bytes += size
 
-    def steps(self, step_bytes: int) -> int:
-        """How many steps of ``step_bytes`` on each side fit into one case; at least one."""
-        return max(1, CASE_BYTES // (2 * step_bytes + 1))
+    def fits(self, size: int) -> bool:
+        """Whether ``size`` bytes more may be kept: always those of the first case."""
+        return not self._tensors or (size <= CASE_BYTES and self._bytes + size <= TOTAL_BYTES)
+
+    def steps(self, step_bytes: int, sides: int) -> int:
+        """How many steps of ``step_bytes`` on each of ``sides`` fit into one case; at least one."""
+        return max(1, CASE_BYTES // (sides * step_bytes + 1))
 
     def to_bytes(self) -> bytes:
         return save(self._tensors)

@@ -17,8 +17,10 @@ from transom.calib.table import RANGES, RangeTable, load_table
 from transom.export.again import load_again
 from transom.export.bundle import BundleWriter, axes_to_json, check_out, graph_to_json, new_bundle
 from transom.export.checks import (
+    Limit,
     check_greedy,
     check_parity,
+    export_limit,
     measure_ranges,
     open_bundle,
     open_default_files,
@@ -27,7 +29,7 @@ from transom.export.checks import (
 )
 from transom.export.exercises import Exercises
 from transom.export.figures import operator_counts, parity_to_json
-from transom.export.flavours import Flavours, emulations, make_flavours, pack
+from transom.export.flavours import Flavours, emulations, make_flavours, pack, simulated
 from transom.export.golden import Golden
 from transom.export.leftovers import PARTIAL, hidden_folder
 from transom.export.onnx import onnx_from_module
@@ -44,6 +46,7 @@ from transom.export.source import Loaded, load_source
 from transom.export.steps import Progress, Steps, silent
 from transom.runtime.bundle import PRECISIONS, QUANTIZED, Bundle, Manifest
 from transom.runtime.errors import AccuracyError, ExportError
+from transom.runtime.references import pytorch_tolerance
 from transom.runtime.replay import Divergence
 from transom.runtime.selftest import GOLDEN
 from transom.runtime.session import LoadedBundle
@@ -61,17 +64,21 @@ TOOLS = (
     "numpy",
 )
 
+CHECKED, NOT_CHECKED = "checked", "not checked"  # the accuracy of a quantised bundle
+
 
 @dataclass(frozen=True)
 class Verified:
     """The worst elements, case by case, and the rows whose greedy generation left PyTorch's at a near tie.
 
-    ``verdict`` is the accuracy gate's, of a quantised bundle; None where there was no data for it.
+    ``verdict`` is the accuracy gate's, of a quantised bundle; None where it was not measured. ``accuracy`` is CHECKED,
+    NOT_CHECKED, or None of a bundle that is not quantised, whose parity says it all.
     """
 
     cases: list[Case]
     near_ties: list[Divergence]
-    verdict: Verdict | None = None
+    verdict: Verdict | None
+    accuracy: str | None
 
 
 def export(
@@ -138,9 +145,9 @@ def export(
                 require_fp16_range(ranges.tensors)
             del canonical
             with open_bundle(bundle) as ours, contextlib.ExitStack() as stack:
-                rounded = stack.enter_context(open_emulated(bundle, flavours)) if flavours.emulated else None
-                cases = check_parity(ours, theirs, rounded, exercises, golden, steps.next)
-                near_ties = check_greedy(ours, theirs, exercises, cases, golden)
+                third = stack.enter_context(open_emulated(bundle, flavours)) if flavours.emulated else None
+                cases = check_parity(ours, theirs, third, exercises, golden, export_limit(precision), steps.next)
+                near_ties = check_greedy(ours, theirs, third, exercises, cases, golden)
                 steps.next("scoring")
                 score = score_both(loaded.checkpoint.source, theirs, ours)
         writer.add(GOLDEN, golden.to_bytes())
@@ -225,16 +232,19 @@ def verify(
     *,
     source: str | None = None,
     calibration_data: Sequence[str] = (),
+    accuracy: bool = True,
     device: str = "cpu",
     threads: int | None = None,
     progress: Progress = silent,
 ) -> Verified:
-    """Hold a bundle against PyTorch again, through everything that its export put it through.
+    """Compare a bundle with PyTorch again, through everything that its export put it through.
 
-    Of FP16 on a CPU that is its variant for the CPU, and the file for GPUs with every tensor rounded as one would.
+    Of a bundle with a variant for the CPU that is the variant, and on a CPU the file for other devices too, as those
+    would compute it: half precision rounded after every operator, Q/DQ pairs in float32.
 
     ``source`` says where the checkpoint lies now, if it moved, ``calibration_data`` what a quantised bundle was
-    calibrated on, a quarter of which was held out for its gate; a reference model's is known. Raises ParityError
+    calibrated on, a quarter of which was held out for its gate; a reference model's is known. Without that data, and
+    without ``accuracy``, the accuracy of a quantised bundle is not checked: ``verdict`` is None. Raises ParityError
     beyond tolerance, AccuracyError where the gate no longer holds, CheckpointError when the checkpoint is gone or is
     not the one the bundle was made from.
     """
@@ -251,15 +261,38 @@ def verify(
     ):
         exercises = Exercises(theirs, samples_for(loaded.graphs, loaded.text_encoder(), loaded.preprocess))
         steps.expect(len(exercises))
-        rounded = None
-        if manifest.precision == "fp16" and ours.device == "cpu":  # where the variant for the CPU alone has run
-            emulated = emulations(stored_graphs(opened, "default"))
-            rounded = stack.enter_context(open_flavours(opened, pack(loaded.graphs, emulated, "float32")))
-        cases = check_parity(ours, theirs, rounded, exercises, Golden(), steps.next)
-        near_ties = check_greedy(ours, theirs, exercises, cases, Golden())
-        verdict = judged_again(ours, theirs, calibration_data, steps) if manifest.quantization is not None else None
+        others = other_devices(opened) if ours.device == "cpu" else None
+        third = None if others is None else stack.enter_context(open_flavours(opened, others))
+        cases = check_parity(ours, theirs, third, exercises, Golden(), verify_limit(manifest), steps.next)
+        near_ties = check_greedy(ours, theirs, None, exercises, cases, Golden())
+        verdict = None
+        if accuracy and manifest.quantization is not None:
+            verdict = judged_again(ours, theirs, calibration_data, steps)
     steps.next("done")
-    return Verified(cases, near_ties, verdict)
+    checked = CHECKED if verdict is not None else NOT_CHECKED
+    return Verified(cases, near_ties, verdict, checked if manifest.precision in QUANTIZED else None)
+
+
+def other_devices(bundle: Bundle) -> Flavours | None:
+    """The graphs of a bundle for other devices as those would compute them; None where the CPU has none of its own.
+
+    None of BF16 either, whose variant for the CPU is just that.
+    """
+    manifest = bundle.manifest
+    if manifest.precision == "bf16" or not any("cpu" in file.files for file in manifest.graphs):
+        return None
+    graphs = tuple(file.graph for file in manifest.graphs)
+    made = pack(graphs, emulations(stored_graphs(bundle, "default")), "float32")
+    return simulated(made) if manifest.precision in QUANTIZED else made
+
+
+def verify_limit(manifest: Manifest) -> Limit:
+    """What a verification refuses: of a quantised bundle twice the worst error of its export."""
+    return Limit(
+        pytorch_tolerance(manifest),
+        "This bundle does not compute what its checkpoint does here. Export it again; if a fresh one verifies on "
+        "another machine and not on this one, report it with `transom doctor`.",
+    )
 
 
 def judged_again(ours: LoadedBundle, theirs: LoadedBundle, data: Sequence[str], steps: Steps) -> Verdict | None:

@@ -17,6 +17,8 @@ from transom.runtime.errors import ParityError
 from transom.runtime.tasks.generator import Generator, Row, padded
 
 NOTHING = -1  # fills rows of tokens that ended early
+TOP = 16  # logits of each step that golden values keep: whoever chose another token chose one of these
+SLACK = 1e-3  # of the largest logit: what a row's logits differ by between a generation and its replay
 PYTORCH = "PyTorch's"  # whose generation ours is held against, in words
 
 
@@ -29,16 +31,30 @@ def forced_logits(bundle: Generator, prompts: Sequence[Row], chunks: Sequence[ND
 
 
 @dataclass(frozen=True)
-class Greedy:
-    """A greedy generation per prompt.
+class Chosen:
+    """What a greedy generation of each prompt chose, and from what.
 
-    tokens    int64 (R, n), NOTHING behind a row's end
-    margins   float32 (R, n): by how much each token's logit was above the best of the others
-    logits    float32 (R, n, V): of each step
+    tokens      int64 (R, n), NOTHING behind a row's end
+    margins     float32 (R, n): by how much each token's logit was above the best of the others
+    top_ids     int64 (R, n, K): the tokens of the K largest logits of each step; None where they were not kept
+    top_logits  float32 (R, n, K): those logits
     """
 
     tokens: NDArray[np.int64]
     margins: NDArray[np.float32]
+    top_ids: NDArray[np.int64] | None = None
+    top_logits: NDArray[np.float32] | None = None
+
+    def to_arrays(self) -> dict[str, Array]:
+        """Return the arrays by name, as golden values hold them."""
+        return {name: array for name, array in vars(self).items() if array is not None}
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """A greedy generation per prompt: ``chosen``, and the ``logits`` of each step, float32 (R, n, V)."""
+
+    chosen: Chosen
     logits: NDArray[np.float32]
 
 
@@ -59,7 +75,9 @@ def greedy(bundle: Generator, prompts: Sequence[Row], new_tokens: int) -> Greedy
     others = logits.copy()
     np.put_along_axis(others, chosen, -np.inf, axis=2)
     margins = np.take_along_axis(logits, chosen, axis=2)[:, :, 0] - others.max(2)
-    return Greedy(tokens, np.where(tokens == NOTHING, np.float32(0), margins), logits)
+    top_ids = np.argsort(-logits, axis=2, kind="stable")[:, :, :TOP]
+    top_logits = np.take_along_axis(logits, top_ids, axis=2)
+    return Greedy(Chosen(tokens, np.where(tokens == NOTHING, np.float32(0), margins), top_ids, top_logits), logits)
 
 
 def logits_along(bundle: Generator, prompts: Sequence[Row], tokens: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -90,37 +108,48 @@ class Divergence:
         )
 
 
-def divergences(ours: NDArray[np.int64], theirs: NDArray[np.int64], margins: NDArray[np.float32]) -> list[Divergence]:
-    """The first step at which each row of ``ours`` leaves ``theirs``."""
+def divergences(ours: NDArray[np.int64], theirs: Chosen) -> list[Divergence]:
+    """The first step at which each row of ``ours``, int64 (R, n), leaves ``theirs``."""
     found = []
-    for row in range(len(theirs)):
-        steps = np.flatnonzero(ours[row] != theirs[row])
+    for row in range(len(theirs.tokens)):
+        steps = np.flatnonzero(ours[row] != theirs.tokens[row])
         if len(steps):
             step = int(steps[0])
-            token = int(theirs[row, step])
-            margin = math.inf if token == NOTHING else float(abs(margins[row, step]))
+            token = int(theirs.tokens[row, step])
+            margin = math.inf if token == NOTHING else float(abs(theirs.margins[row, step]))
             found.append(Divergence(row, step, int(ours[row, step]), token, margin))
     return found
 
 
-def require_same_tokens(
-    ours: NDArray[np.int64],
-    theirs: NDArray[np.int64],
-    margins: NDArray[np.float32],
-    tolerance: float,
-    other: str = PYTORCH,
-) -> list[Divergence]:
-    """The rows that part where the other side itself was unsure, by less than both sides' ``tolerance`` of a logit.
+def explained(ours: Greedy, theirs: Chosen, divergence: Divergence) -> float:
+    """The largest margin of ``theirs`` that the logits of both sides explain where they part.
 
-    ``other`` says whose ``theirs`` are. Raises ParityError for a row that parts elsewhere.
+    Twice the largest difference between them, for one token may have lost as much as another won, and SLACK. No margin
+    where our token is none of the largest there; any where the other side's logits were not kept.
     """
-    found = divergences(ours, theirs, margins)
-    wrong = [divergence for divergence in found if not divergence.margin <= 2 * tolerance]  # NaN explains nothing
-    if wrong:
-        raise ParityError(
-            f"{wrong[0].told(other)}; only a margin below {2 * tolerance:.2e} would explain that. The decoder's cache "
-            f"is not what {other} is: export again, or report it."
-        )
+    if theirs.top_ids is None or theirs.top_logits is None:
+        return math.inf
+    ids, expected = (array[divergence.row, divergence.step] for array in (theirs.top_ids, theirs.top_logits))
+    if divergence.ours != NOTHING and divergence.ours not in ids:
+        return 0.0
+    found = ours.logits[divergence.row, divergence.step, ids]
+    return float(2 * np.abs(found - expected).max() + SLACK * np.abs(expected).max())
+
+
+def require_same_tokens(ours: Greedy, theirs: Chosen, tolerance: float, other: str = PYTORCH) -> list[Divergence]:
+    """The rows that part where the other side itself was unsure: by less than both sides' ``tolerance`` of a logit,
+
+    and by no more than their logits there differ. ``other`` says whose ``theirs`` are. Raises ParityError for a row
+    that parts elsewhere.
+    """
+    found = divergences(ours.chosen.tokens, theirs)
+    for divergence in found:
+        allowed = min(2 * tolerance, explained(ours, theirs, divergence))
+        if not divergence.margin <= allowed:  # NaN explains nothing
+            raise ParityError(
+                f"{divergence.told(other)}; only a margin below {allowed:.2e} would explain that. The decoder's cache "
+                f"is not what {other} is: export again, or report it."
+            )
     return found
 
 

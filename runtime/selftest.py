@@ -1,44 +1,27 @@
-"""The golden values again, on the device, without torch: does this bundle still compute what it should?
-
-FP32, FP16 and BF16 are held against PyTorch. A quantised bundle is further from PyTorch than any parity could allow;
-how much that costs, the accuracy gate measured. Here it is held against what the bundle itself gave when it was built.
-"""
+"""Run a bundle's golden values on the device, without torch: does it still compute what it should?"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 
+import numpy as np
+
 from transom.runtime.backend import Array
 from transom.runtime.backends.integer_sums import integer_sums
-from transom.runtime.bundle import QUANTIZED, Bundle, Manifest
+from transom.runtime.bundle import SIMULATED, Bundle, Manifest
 from transom.runtime.compare import Comparison, compare_outputs, on_scales
 from transom.runtime.cpu import instruction_set
 from transom.runtime.errors import BundleError, ParityError
+from transom.runtime.references import BUNDLE, PYTORCH, Reference, references
 from transom.runtime.saturation import may_saturate, multiplies_integers, recorded_sums, saturated_export, sums_here
 from transom.runtime.session import LoadedBundle, load
 
 GOLDEN = "golden.safetensors"
 GENERATION = "generation"  # the case that holds whole greedy generations
-PYTORCH, BUNDLE = "pytorch", "bundle"  # sides of golden.safetensors: what computed the values
-# max|here - built| / max|built| of a quantised bundle on another CPU. Sums of integers are exact. The FP32 around them
-# is not: what lies between two integers may be rounded to the other one, and the layers behind carry that on. Nearly
-# every output repeats to 1e-6, a few do not: with FP32 arithmetic in place of the integer kernels the worst of the
-# reference models are 3e-7 (ViT), 2.5e-3 (BERT), 7e-3 (Transformer), 1.1e-2 (GPT), 1.4e-2 (CLIP), 5.1e-2 (MiniLM).
-INT8_REPEAT = 0.1
 
-
-@dataclass(frozen=True)
-class Yardstick:
-    """Which side of the golden values a bundle is held against, and how far off it may be."""
-
-    side: str
-    tolerance: float
-
-    @property
-    def whose(self) -> str:
-        return {PYTORCH: "PyTorch's", BUNDLE: "the build's"}[self.side]
+Sides = Mapping[str, Mapping[str, Array]]  # of one case: "input" and each side, tensor name -> array
 
 
 @dataclass(frozen=True)
@@ -64,42 +47,59 @@ class Sums:
 
 @dataclass(frozen=True)
 class SelftestCase:
-    """One set of golden inputs: each output against PyTorch's, and against the bundle's own when it was built."""
+    """One set of golden inputs: each output compared with every side of the golden values."""
 
     name: str
-    against_pytorch: tuple[Comparison, ...]
-    against_build: tuple[Comparison, ...]
-    near_ties: tuple[str, ...] = ()  # where a greedy generation left the one it is held against, itself undecided there
+    comparisons: Mapping[str, tuple[Comparison, ...]]  # by side
+    near_ties: tuple[
+        str, ...
+    ] = ()  # where a greedy generation left the one it is compared with, itself undecided there
 
     def against(self, side: str) -> tuple[Comparison, ...]:
-        return self.against_build if side == BUNDLE else self.against_pytorch
+        """Return the comparisons with one side; nothing where the golden values have no such side."""
+        return self.comparisons.get(side, ())
 
 
 @dataclass(frozen=True)
 class SelftestReport:
-    """``tolerance`` bounds the error against ``side``, "pytorch" or "bundle"; the one against the other is told.
+    """Every golden case, and the ``references`` that had to hold; the first is the narrowest.
 
     ``sums`` is None but for a bundle whose 8-bit products run on the CPU.
     """
 
-    side: str
-    tolerance: float
+    references: tuple[Reference, ...]
     cases: tuple[SelftestCase, ...]
     sums: Sums | None = None
 
     @property
+    def side(self) -> str:
+        """The side of the first reference: "pytorch", "bundle" or "simulated"."""
+        return self.references[0].side
+
+    @property
+    def tolerance(self) -> float:
+        """The largest error allowed against ``side``."""
+        return self.references[0].tolerance
+
+    @property
+    def notes(self) -> list[str]:
+        """Why tolerances are not narrower."""
+        return [reference.note for reference in self.references if reference.note]
+
+    @property
     def worst(self) -> Comparison:
-        """The worst element of those that are judged."""
+        """The worst element against ``side``."""
         return self.worst_against(self.side)
 
     def worst_against(self, side: str) -> Comparison:
+        """The worst element against any side that the golden values have."""
         return max((each for case in self.cases for each in case.against(side)), key=lambda each: each.error)
 
 
 def selftest(path: str | PathLike[str], device: str = "cpu", threads: int | None = None) -> SelftestReport:
-    """Run a bundle's golden inputs and hold the outputs against what its ``yardstick`` names.
+    """Run a bundle's golden inputs and compare the outputs with its ``references``.
 
-    Raises ParityError beyond the tolerance and for golden values of saturated sums where sums are exact here,
+    Raises ParityError beyond a tolerance and for golden values of saturated sums where sums are exact here,
     BundleError when there are no golden values.
     """
     with load(path, device, threads) as loaded:
@@ -107,16 +107,26 @@ def selftest(path: str | PathLike[str], device: str = "cpu", threads: int | None
         if not golden:
             raise BundleError(f"{path} holds no golden values; export it again.")
         manifest = loaded.manifest
-        rule = yardstick(manifest, loaded.device)
+        rules = references(manifest, loaded.device, sides_of(golden))
         sums = sums_of(manifest, loaded.device)
         problem = saturated_export(manifest) if sums is not None else None
         if problem is not None:
             raise ParityError(f"{path} on {device} cannot be tested: {problem}")
-        cases = tuple(run_case(loaded, name, arrays, rule) for name, arrays in sorted(golden.items()))
-        report = SelftestReport(rule.side, rule.tolerance, cases, sums)
-    if not report.worst.error <= report.tolerance:
-        raise ParityError(f"{path} on {device} {broken(report)}")
+        cases = tuple(run_case(loaded, name, arrays, rules[0]) for name, arrays in sorted(golden.items()))
+        report = SelftestReport(rules, cases, sums)
+    for rule in rules:
+        if not report.worst_against(rule.side).error <= rule.tolerance:
+            raise ParityError(f"{path} on {device} {broken(report, rule)}")
     return report
+
+
+def sides_of(golden: Mapping[str, Sides]) -> frozenset[str]:
+    """Return the sides that every case has. Raises BundleError where PyTorch's or the build's are missing."""
+    sides = frozenset.intersection(*(frozenset(arrays) for arrays in golden.values()))
+    for needed in (PYTORCH, BUNDLE):
+        if needed not in sides:
+            raise BundleError(f"{GOLDEN}: a case has no outputs of the side {needed!r}; export the bundle again.")
+    return sides
 
 
 def sums_of(manifest: Manifest, device: str) -> Sums | None:
@@ -130,83 +140,81 @@ def sums_of(manifest: Manifest, device: str) -> Sums | None:
     return Sums(sums_here(manifest), means, recorded_sums(manifest), instruction_set(), export_set)
 
 
-def yardstick(manifest: Manifest, device: str) -> Yardstick:
-    """What a bundle is held against on ``device``.
-
-    A quantised one repeats on any CPU what it gave when it was built; elsewhere another flavour of it runs, of which
-    only the distance from PyTorch is known.
-    """
-    if manifest.precision in QUANTIZED and device == "cpu":
-        return Yardstick(BUNDLE, INT8_REPEAT)
-    return Yardstick(PYTORCH, float(manifest.parity["tolerance"]))
-
-
-def broken(report: SelftestReport) -> str:
-    """What is wrong and what to do about it."""
-    if report.side == BUNDLE:
+def broken(report: SelftestReport, rule: Reference) -> str:
+    """Say which reference does not hold, and what to do about it."""
+    worst = report.worst_against(rule.side)
+    note = f" ({rule.note})" if rule.note else ""
+    if rule.side == BUNDLE:
         sums = "" if report.sums is None else f" {str(report.sums)[0].upper()}{str(report.sums)[1:]}."
         return (
-            f"differs from what it gave when it was built: {report.worst}; {report.tolerance:g} is allowed.{sums} "
+            f"differs from what it gave when it was built: {worst}; {rule.tolerance:g} is allowed{note}.{sums} "
             "Is the onnxruntime here the one that bundle.json names under tools? Export again if it is not, or if "
             "bundle.json does not say that sums were exact."
         )
+    if rule.side == SIMULATED:
+        return (
+            f"differs from its TensorRT graph simulated in float32: {worst}; {rule.tolerance:g} is allowed. The "
+            "device computes something else: build the engine again (`transom build --force`), and report it if that "
+            "does not help."
+        )
     return (
-        f"differs from PyTorch: {report.worst}; the bundle allows {report.tolerance:g}. "
+        f"differs from PyTorch: {worst}; the bundle allows {rule.tolerance:g}{note}. "
         "Is the library on this device the one bundle.json names under tools? Export again if it is not."
     )
 
 
-def run_case(
-    loaded: LoadedBundle, name: str, arrays: Mapping[str, Mapping[str, Array]], rule: Yardstick
-) -> SelftestCase:
+def run_case(loaded: LoadedBundle, name: str, arrays: Sides, rule: Reference) -> SelftestCase:
     """One case, on the scales that the outputs have over the whole parity grid."""
     if name == GENERATION:
         return run_generation(loaded, arrays, rule)
-    if not arrays[PYTORCH] or arrays[BUNDLE].keys() != arrays[PYTORCH].keys():
-        raise BundleError(f"{GOLDEN}: case {name!r} has not the same outputs on both sides; export the bundle again.")
+    sides = [side for side in (PYTORCH, BUNDLE, SIMULATED) if side in arrays]
+    if not arrays[PYTORCH] or any(arrays[side].keys() != arrays[PYTORCH].keys() for side in sides):
+        raise BundleError(f"{GOLDEN}: case {name!r} has not the same outputs on all sides; export the bundle again.")
     graph, inputs = loaded.graph_for(arrays["input"]), arrays["input"]
     ours = loaded.run(inputs, list(arrays[PYTORCH]))
     scales = loaded.manifest.parity.get("scales", {})
     return SelftestCase(
-        name,
-        against_pytorch=on_scales(compare_outputs(graph, inputs, ours, arrays[PYTORCH]), scales),
-        against_build=on_scales(compare_outputs(graph, inputs, ours, arrays[BUNDLE]), scales),
+        name, {side: on_scales(compare_outputs(graph, inputs, ours, arrays[side]), scales) for side in sides}
     )
 
 
-def run_generation(loaded: LoadedBundle, arrays: Mapping[str, Mapping[str, Array]], rule: Yardstick) -> SelftestCase:
-    """The golden generation: the same tokens again, and the logits along PyTorch's."""
-    from transom.runtime.replay import from_arrays, greedy, logits_along, require_same_tokens
+def run_generation(loaded: LoadedBundle, arrays: Sides, rule: Reference) -> SelftestCase:
+    """The golden generation: the tokens of ``rule``'s side again, and every side's logits along PyTorch's tokens."""
+    from transom.runtime.replay import Chosen, from_arrays, greedy, logits_along, require_same_tokens
     from transom.runtime.tasks.generator import Generator
 
-    given, theirs, built, expected = arrays["input"], arrays[PYTORCH], arrays[BUNDLE], arrays[rule.side]
-    if not isinstance(loaded, Generator) or not is_generation(given, theirs, built, expected):
+    given, theirs, expected = arrays["input"], arrays[PYTORCH], arrays[rule.side]
+    sides = [side for side in (PYTORCH, BUNDLE, SIMULATED) if side in arrays]
+    if not isinstance(loaded, Generator) or not is_generation(given, [arrays[side] for side in sides], expected):
         raise BundleError(f"{GOLDEN}: case {GENERATION!r} is not complete; export the bundle again.")
     prompts = from_arrays(given)
     ours = greedy(loaded, prompts, expected["tokens"].shape[1])
     scales = loaded.manifest.parity.get("scales", {})
-    tolerance = rule.tolerance * scales.get("logits", 1.0)
-    near_ties = require_same_tokens(ours.tokens, expected["tokens"], expected["margins"], tolerance, rule.whose)
+    chosen = Chosen(expected["tokens"], expected["margins"], expected.get("top_ids"), expected.get("top_logits"))
+    near_ties = require_same_tokens(ours, chosen, rule.tolerance * scales.get("logits", 1.0), rule.whose)
     graph = loaded.backend("decoder").graph
     logits = {"logits": logits_along(loaded, prompts, theirs["tokens"])[:, : theirs["logits"].shape[1]]}
     return SelftestCase(
         GENERATION,
-        against_pytorch=on_scales(compare_outputs(graph, {}, logits, {"logits": theirs["logits"]}), scales),
-        against_build=on_scales(compare_outputs(graph, {}, logits, {"logits": built["logits"]}), scales),
-        near_ties=tuple(divergence.told(rule.whose) for divergence in near_ties),
+        {
+            side: on_scales(compare_outputs(graph, {}, logits, {"logits": arrays[side]["logits"]}), scales)
+            for side in sides
+        },
+        tuple(divergence.told(rule.whose) for divergence in near_ties),
     )
 
 
-def is_generation(
-    given: Mapping[str, Array], theirs: Mapping[str, Array], built: Mapping[str, Array], judge: Mapping[str, Array]
-) -> bool:
-    """Whether the arrays of a golden generation are there and fit each other; ``judge`` is one of the sides."""
+def is_generation(given: Mapping[str, Array], sides: Sequence[Mapping[str, Array]], judge: Mapping[str, Array]) -> bool:
+    """Whether the arrays of a golden generation are there and fit each other; PyTorch's are the first of ``sides``.
+
+    ``judge`` is the side whose tokens are compared.
+    """
+    theirs = sides[0]
     needed = (
         (given, "prompts", "int64", 2),
         (given, "lengths", "int64", 1),
         (theirs, "tokens", "int64", 2),
-        (theirs, "logits", "float32", 3),
-        (built, "logits", "float32", 3),
+        *((side, "logits", "float32", 3) for side in sides),
         (judge, "tokens", "int64", 2),
         (judge, "margins", "float32", 2),
     )
@@ -219,12 +227,31 @@ def is_generation(
         and 0 < int(lengths.min()) <= int(lengths.max()) <= prompts.shape[1]
         and 0 < logits.shape[1] <= tokens.shape[1]
         and tokens.shape == judge["tokens"].shape == judge["margins"].shape
-        and logits.shape == built["logits"].shape
+        and all(side["logits"].shape == logits.shape for side in sides)
+        and has_top(judge, logits.shape[2])
+    )
+
+
+def has_top(judge: Mapping[str, Array], vocabulary: int) -> bool:
+    """Whether the largest logits of each step fit the tokens; bundles of version 0.1.0 have none."""
+    if "top_ids" not in judge and "top_logits" not in judge:
+        return True
+    ids, logits = judge.get("top_ids"), judge.get("top_logits")
+    return (
+        ids is not None
+        and logits is not None
+        and ids.dtype == np.int64
+        and logits.dtype == np.float32
+        and ids.shape == logits.shape
+        and ids.ndim == 3
+        and ids.shape[:2] == judge["tokens"].shape
+        and ids.size > 0
+        and 0 <= int(ids.min()) <= int(ids.max()) < vocabulary
     )
 
 
 def read_golden(bundle: Bundle) -> dict[str, dict[str, dict[str, Array]]]:
-    """golden.safetensors as case -> "input" | "pytorch" | "bundle" -> tensor name -> array."""
+    """golden.safetensors as case -> "input" | "pytorch" | "bundle" | "simulated" -> tensor name -> array."""
     from safetensors import SafetensorError
     from safetensors.numpy import load as parse
 
@@ -238,5 +265,5 @@ def read_golden(bundle: Bundle) -> dict[str, dict[str, dict[str, Array]]]:
     for key, array in tensors.items():
         case, _, rest = key.partition("/")
         side, _, name = rest.partition("/")
-        cases.setdefault(case, {"input": {}, "pytorch": {}, "bundle": {}}).setdefault(side, {})[name] = array
+        cases.setdefault(case, {"input": {}}).setdefault(side, {})[name] = array
     return cases

@@ -17,8 +17,9 @@ from transom.export.quantization.trial import open_flavours
 from transom.runtime.backend import Array, Backend
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import ExportError, ParityError
+from transom.runtime.references import PYTORCH
 from transom.runtime.replay import from_arrays, logits_along
-from transom.runtime.selftest import GENERATION, PYTORCH, read_golden
+from transom.runtime.selftest import GENERATION, read_golden
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks.generator import Generator
 

@@ -140,6 +140,7 @@ class Quantization:
             "processor": cpu_name(),
             "instruction_set": instruction_set(),
             "integer_sums": integer_sums().kind if recipe.weight_bits == 8 and not recipe.weights_only else EXACT,
+            "integer_means": None if recipe.weights_only else integer_sums().way,
             "ranges": RANGES,
             "smoothing": {
                 f"{name}/{norm}": smoothing.alpha

@@ -144,9 +144,8 @@ class Quantizer:
         if self.recipe.weights_only:
             return pack(self._graphs, cpu, "float32")
         models = self.tensorrt(kept)
-        if not self._half:
-            return pack(self._graphs, models, "float32", cpu=cpu)
-        return simulated(pack(self._graphs, models, "float16", cpu=cpu, emulated=emulations(models)))
+        state = "float16" if self._half else "float32"
+        return simulated(pack(self._graphs, models, state, cpu=cpu, emulated=emulations(models)))
 
     def cpu_flavour(self, kept: Collection[Layer] = ()) -> Flavours:
         """The graphs for ONNX Runtime's CPU alone, to be measured."""
@@ -154,8 +153,7 @@ class Quantizer:
 
     def tensorrt_flavour(self, kept: Collection[Layer] = ()) -> Flavours:
         """The graphs for TensorRT alone, to be measured on a CPU: every FP16 tensor rounded as a GPU would round it."""
-        models = self.tensorrt(kept)
-        return simulated(pack(self._graphs, emulations(models) if self._half else models, "float32"))
+        return simulated(pack(self._graphs, emulations(self.tensorrt(kept)), "float32"))
 
     @property
     def integers(self) -> dict[str, str]:

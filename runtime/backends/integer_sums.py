@@ -24,11 +24,12 @@ U8U8 = "session.x64quantprecision"
 
 @dataclass(frozen=True)
 class IntegerSums:
-    """How sums of 8-bit products come out here: ``kind`` is EXACT or SATURATED.
+    """How sums of 8-bit products come out here: ``kind`` is EXACT or SATURATED, ``way`` the short name of how.
 
     ``entries`` are the session's configuration that this takes; ``means`` says it in words.
     """
 
+    way: str
     kind: str
     means: str
     entries: Mapping[str, str] = field(default_factory=dict)
@@ -43,9 +44,11 @@ class IntegerSums:
         return not self.exact or bool(self.entries)
 
 
-NATIVE = IntegerSums(EXACT, "exact as the processor multiplies")
-WIDENED = IntegerSums(EXACT, f"exact by {U8U8}, because U8 x S8 saturates here", {U8U8: "1"})
-LOST = IntegerSums(SATURATED, f"wrong: pairs of products saturate at 16 bits, and {U8U8} has no effect here")
+NATIVE = IntegerSums("native", EXACT, "exact as the processor multiplies")
+WIDENED = IntegerSums("u8u8", EXACT, f"exact by {U8U8}, because U8 x S8 saturates here", {U8U8: "1"})
+LOST = IntegerSums(
+    "saturating", SATURATED, f"wrong: pairs of products saturate at 16 bits, and {U8U8} has no effect here"
+)
 
 
 @cache
