@@ -65,5 +65,5 @@ def selftest(bundle: BundlePath, device: Device = "cpu", threads: Threads = None
         print(printable(f"compared {note}"))
     for reference in report.references:
         error = report.worst_against(reference.side).error
-        allowed = f"{reference.tolerance:.3g} allowed" if reference.tolerance else "nothing allowed: bit for bit"
-        print(f"agrees with {AGREES[reference.side]}: worst error {error:.2e}, {allowed}")
+        told = f"worst error {error:.2e} of {reference.tolerance:.3g} allowed"
+        print(f"agrees with {AGREES[reference.side]}{'' if reference.tolerance else ' bit for bit'}: {told}")

@@ -96,6 +96,7 @@ def as_quantized(words: dict[str, Any], mode: str = "static", bits: int = 7) -> 
     modes = {graph["name"]: mode for graph in words["graphs"]}
     words["precision"] = "int8"
     words["parity"]["tolerance"] = 0.5
+    words["parity"]["worst"]["error"] = 0.25  # at the export; twice that is allowed from then on
     words["quantization"] = {**copy.deepcopy(QUANTIZATION), "activations": modes, "weight_bits": bits}
 
 

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from transom.export import checks, pipeline
 from transom.export.parity import TOLERANCES, Case
 from transom.runtime.bundle import manifest_sha256
 from transom.runtime.errors import BundleError, ParityError
-from transom.runtime.replay import NOTHING, divergences, require_same_tokens
+from transom.runtime.replay import NOTHING, Chosen, Greedy, divergences, require_same_tokens
 from transom.runtime.selftest import GENERATION, GOLDEN, selftest
 
 MakeCheckpoint = Callable[..., Path]
@@ -182,11 +183,16 @@ def rows(*tokens: list[int]) -> NDArray[np.int64]:
     return np.array(tokens, np.int64)
 
 
+def chose(tokens: NDArray[np.int64]) -> Greedy:
+    """A generation of which nothing is known but its tokens."""
+    return Greedy(Chosen(tokens, np.zeros(tokens.shape, np.float32)), np.zeros((*tokens.shape, 10), np.float32))
+
+
 def test_the_first_step_that_differs_is_what_counts() -> None:
     theirs = rows([5, 6, 7, NOTHING], [1, 2, 3, 4])
     margins = np.array([[9, 8, 7, 0], [3, 0.25, 2, 1]], np.float32)
-    assert divergences(theirs, theirs, margins) == []
-    (found,) = divergences(rows([5, 6, 7, NOTHING], [1, 9, 9, NOTHING]), theirs, margins)
+    assert divergences(theirs, Chosen(theirs, margins)) == []
+    (found,) = divergences(rows([5, 6, 7, NOTHING], [1, 9, 9, NOTHING]), Chosen(theirs, margins))
     assert (found.row, found.step, found.ours, found.theirs, found.margin) == (1, 1, 9, 2, 0.25)
     assert str(found) == "greedy token 1 of row 1 is 9, PyTorch's is 2 (its margin 2.50e-01)"
 
@@ -197,35 +203,54 @@ def test_a_margin_below_both_sides_tolerance_explains_another_token(tolerance: f
     theirs, ours = rows([1, 2, 3]), rows([1, 9, 9])
     margins = np.array([[3, 0.25, 2]], np.float32)
     if passes:
-        assert [found.step for found in require_same_tokens(ours, theirs, margins, tolerance)] == [1]
+        assert [found.step for found in require_same_tokens(chose(ours), Chosen(theirs, margins), tolerance)] == [1]
     else:
         with pytest.raises(ParityError, match=r"greedy token 1 of row 0 is 9, PyTorch's is 2 .*only a margin below"):
-            require_same_tokens(ours, theirs, margins, tolerance)
+            require_same_tokens(chose(ours), Chosen(theirs, margins), tolerance)
 
 
 def test_a_row_that_ends_early_differs_where_it_ends() -> None:
     theirs, margins = rows([1, 2, 3]), np.full((1, 3), 5, np.float32)
     with pytest.raises(ParityError, match=f"token 2 of row 0 is {NOTHING}, PyTorch's is 3"):
-        require_same_tokens(rows([1, 2, NOTHING]), theirs, margins, 0.1)
+        require_same_tokens(chose(rows([1, 2, NOTHING])), Chosen(theirs, margins), 0.1)
 
 
 def test_going_on_where_pytorch_ended_differs_by_the_ends_margin() -> None:
     """PyTorch chose the end with a margin of 5: what we chose instead is told, at the step where it ended."""
     theirs, margins = rows([1, 2, NOTHING]), np.array([[5, 5, 0]], np.float32)
     with pytest.raises(ParityError, match="token 2 of row 0 is 7"):
-        require_same_tokens(rows([1, 2, 7]), theirs, margins, 0.1)
+        require_same_tokens(chose(rows([1, 2, 7])), Chosen(theirs, margins), 0.1)
 
 
 def test_a_margin_that_is_no_number_excuses_nothing() -> None:
     with pytest.raises(ParityError, match="token 1 of row 0 is 3"):
-        require_same_tokens(rows([1, 3]), rows([1, 2]), np.full((1, 2), np.nan, np.float32), 0.1)
+        require_same_tokens(chose(rows([1, 3])), Chosen(rows([1, 2]), np.full((1, 2), np.nan, np.float32)), 0.1)
 
 
 def test_one_wrong_row_is_not_excused_by_another() -> None:
     theirs, ours = rows([1, 2], [3, 4]), rows([9, 2], [3, 8])
     margins = np.array([[0.01, 5], [5, 5]], np.float32)
     with pytest.raises(ParityError, match="token 1 of row 1 is 8"):
-        require_same_tokens(ours, theirs, margins, 0.1)
+        require_same_tokens(chose(ours), Chosen(theirs, margins), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("lost", "ours", "passes"),
+    [
+        (0.2, 2, True),  # token 2 won 0.2 and token 1 lost 0.2: a margin of 0.4 is explained
+        (0.1, 2, False),  # 0.2 of 0.4 is explained, however wide the tolerance is
+        (0.2, 0, False),  # token 0 is none of the largest: nothing explains it
+    ],
+)
+def test_a_margin_is_explained_by_what_the_logits_differ_there(lost: float, ours: int, passes: bool) -> None:
+    """An error that is allowed and did not happen excuses no token."""
+    theirs = Chosen(rows([1]), np.array([[0.4]], np.float32), rows([1, 2])[None], np.array([[[3.0, 2.6]]], np.float32))
+    found = Greedy(chose(rows([ours])).chosen, np.array([[[0.0, 3.0 - lost, 2.6 + lost]]], np.float32))
+    if passes:
+        assert [each.step for each in require_same_tokens(found, theirs, 5.0)] == [0]
+    else:
+        with pytest.raises(ParityError, match="greedy token 0 of row 0 is"):
+            require_same_tokens(found, theirs, 5.0)
 
 
 @pytest.mark.usefixtures("traced_once")
@@ -239,7 +264,7 @@ def test_other_greedy_tokens_fail_the_export(
         found = greedy(*arguments)
         calls.append(found)
         if len(calls) == 2:  # ours; PyTorch's was first
-            found.tokens[0, 3] = (found.tokens[0, 3] + 1) % 101
+            found.chosen.tokens[0, 3] = (found.chosen.tokens[0, 3] + 1) % 101
         return found
 
     monkeypatch.setattr(checks, "greedy", other)
@@ -247,8 +272,8 @@ def test_other_greedy_tokens_fail_the_export(
         pipeline.export(str(folder), tmp_path / "out", max_sizes={"B": 3})
     assert list(tmp_path.iterdir()) == []
     calls.clear()
-    monkeypatch.setattr(checks, "require_same_tokens", lambda ours, theirs, margins, tolerance: [
-        *divergences(ours, theirs, margins * 0)
+    monkeypatch.setattr(checks, "require_same_tokens", lambda ours, theirs, tolerance: [
+        *divergences(ours.chosen.tokens, replace(theirs, margins=theirs.margins * 0))
     ])  # fmt: skip
     manifest = pipeline.export(str(folder), tmp_path / "near", max_sizes={"B": 3})
     (told,) = manifest.parity["greedy_near_ties"]
