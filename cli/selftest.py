@@ -19,7 +19,7 @@ def selftest(bundle: BundlePath, device: Device = "cpu", threads: Threads = None
     """
     from transom.runtime import selftest as runtime
     from transom.runtime.bundle import SIMULATED
-    from transom.runtime.references import BUNDLE, PYTORCH
+    from transom.runtime.references import BUNDLE
 
     report = runtime.selftest(bundle, device, threads)
     simulated = any(case.against(SIMULATED) for case in report.cases)
@@ -38,7 +38,7 @@ def selftest(bundle: BundlePath, device: Device = "cpu", threads: Threads = None
                 "cases": [
                     {
                         "name": case.name,
-                        "against_pytorch": [each.to_json() for each in case.against(PYTORCH)],
+                        "against_pytorch": [each.to_json() for each in case.against_pytorch],
                         "against_build": [each.to_json() for each in case.against(BUNDLE)],
                         "against_simulated": [each.to_json() for each in case.against(SIMULATED)],
                         "near_ties": case.near_ties,
@@ -52,7 +52,7 @@ def selftest(bundle: BundlePath, device: Device = "cpu", threads: Threads = None
     rows = []
     for case in report.cases:
         errors = [{each.tensor: f"{each.error:.2e}" for each in case.against(side)} for _, side in others]
-        for each in sorted(case.against(PYTORCH), key=lambda each: each.tensor):
+        for each in sorted(case.against_pytorch, key=lambda each: each.tensor):
             rows.append([case.name, *comparison_cells(each), *(told.get(each.tensor, "–") for told in errors)])
     more = [name for name, _ in others]
     columns = ("case", "output", "error", "worst at", "here", "PyTorch", *more)

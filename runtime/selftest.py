@@ -59,6 +59,16 @@ class SelftestCase:
         """Return the comparisons with one side; nothing where the golden values have no such side."""
         return self.comparisons.get(side, ())
 
+    @property
+    def against_pytorch(self) -> tuple[Comparison, ...]:
+        """Each output against PyTorch's."""
+        return self.against(PYTORCH)
+
+    @property
+    def against_build(self) -> tuple[Comparison, ...]:
+        """Each output against the bundle's own of its export, on the CPU."""
+        return self.against(BUNDLE)
+
 
 @dataclass(frozen=True)
 class SelftestReport:

@@ -22,7 +22,7 @@ from bad_bundles import replaced
 from command_line import as_quantized, changed_bundle
 from transom.export import pipeline
 from transom.export.parity import TOLERANCES, Case, grid, require_parity
-from transom.runtime.bundle import Bundle, manifest_sha256
+from transom.runtime.bundle import manifest_sha256
 from transom.runtime.compare import compare
 from transom.runtime.errors import CheckpointError, ParityError, PrecisionError
 from transom.runtime.references import REPEAT
@@ -81,7 +81,9 @@ def test_beyond_tolerance_names_the_worst_element() -> None:
     ours = {"logits": np.array([[1.0, 1.0, 1.001]], np.float32)}
     case = Case({"B": 1, "S": 7}, (compare("logits", ours["logits"], theirs["logits"]),))
     require_parity([case], TOLERANCES["fp16"], "x", "")
-    expected = r"x differs from PyTorch at B=1 S=7: logits\[0, 2\] is 1\.001, expected 1 .* below 2e-05\. Do something\."
+    expected = (
+        r"x differs from PyTorch at B=1 S=7: logits\[0, 2\] is 1\.001, expected 1 .* below 2e-05\. Do something\."
+    )
     with pytest.raises(ParityError, match=expected):
         require_parity([case], TOLERANCES["fp32"], "x", "Do something.")
     with pytest.raises(ParityError, match=r"x, simulated as another device computes it, differs"):

@@ -39,7 +39,8 @@ from processors.table import page
 from processors.without_torch import libraries_of
 from transom.runtime.compare import Comparison
 from transom.runtime.cpu import flags_of_cpuinfo, instruction_set_of
-from transom.runtime.selftest import BUNDLE, PYTORCH, SelftestCase, SelftestReport, broken
+from transom.runtime.references import BUNDLE, PYTORCH, Reference
+from transom.runtime.selftest import SelftestCase, SelftestReport, broken
 
 REPO = Path(os.environ.get("TRANSOM_REPO") or Path(__file__).resolve().parents[1])
 SYSROOT = Path(__file__).parent / "processors" / "sysroot.sh"
@@ -101,8 +102,8 @@ def test_a_selftest_that_holds() -> None:
 
 @pytest.mark.parametrize(("side", "allowed"), [(PYTORCH, 0.01), (BUNDLE, 0.1)])
 def test_a_selftest_that_fails_is_read_from_its_message(side: str, allowed: float) -> None:
-    case = SelftestCase("B=1", (worst(0.25),), (worst(0.25),))
-    message = f"bundles/vit on cpu {broken(SelftestReport(side, allowed, (case,)))}"
+    case, rule = SelftestCase("B=1", {side: (worst(0.25),)}), Reference(side, allowed, "not bit for bit")
+    message = f"bundles/vit on cpu {broken(SelftestReport((rule,), (case,)), rule)}"
     found = read_selftest(1, failure("ParityError", message), "")
     assert found == Outcome(False, "**2.5e-1**", message, allowed, side)
 

@@ -11,9 +11,11 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from emulated_gpu import (
@@ -36,7 +38,7 @@ from transom.runtime.backends.cuda import Gpu
 from transom.runtime.backends.plans import pick_plan, require_version
 from transom.runtime.bundle import Bundle, GraphFile
 from transom.runtime.bundle import Plan as PlanFile
-from transom.runtime.errors import BackendError, BundleError, ShapeError
+from transom.runtime.errors import BackendError, BundleError, ParityError, ShapeError
 from transom.runtime.selftest import selftest
 from transom.runtime.spec import Graph
 
@@ -104,6 +106,30 @@ def test_every_family_computes_its_golden_values(name: str, put: Put, request: p
     assert selftest(folder, device="tensorrt").worst.error < 2e-5
     with load(folder, device="auto") as loaded:
         assert loaded.device == "tensorrt"
+
+
+def zeros(data: bytes) -> bytes:
+    """The same graph, its output of logits multiplied by zero."""
+    model = onnx.load_from_string(data)
+    (node,) = (node for node in model.graph.node if "logits" in node.output)
+    node.output[list(node.output).index("logits")] = "logits.before"
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(1, np.float32), "nothing"))
+    model.graph.node.append(onnx.helper.make_node("Mul", ["logits.before", "nothing"], ["logits"]))
+    return bytes(model.SerializeToString())
+
+
+def test_an_int8_engine_is_compared_with_its_simulated_graph(
+    put: Put, gpu: EmulatedTensorRT, int8_bundle: Path
+) -> None:
+    """Both compute one graph; an engine of zeros is no INT8 engine, however far INT8 is from PyTorch."""
+    folder = put(int8_bundle)
+    report = selftest(folder, device="tensorrt")
+    assert (report.side, report.tolerance) == ("simulated", 0.1)
+    assert 0 < report.worst.error <= 0.1  # half precision rounds otherwise, and integers carry that on
+    for key, plan in gpu.plans.items():
+        gpu.plans[key] = replace(plan, model=zeros(plan.model))
+    with pytest.raises(ParityError, match=r"on tensorrt differs from its TensorRT graph simulated in float32: logits"):
+        selftest(folder, device="tensorrt")
 
 
 def test_half_precision_caches_stay_half(put: Put, half_gpt_bundle: Path) -> None:
