@@ -120,6 +120,11 @@ def test_every_task_of_every_family_is_above() -> None:
     assert {TextBundle, ImageBundle, Generator} <= {base for f in FAMILIES for base in task_class(f).mro()}
 
 
+def test_beams_never_choose_from_nan() -> None:
+    with load(KEPT / "gpt-fp32", threads=1) as gpt, pytest.raises(NotFiniteError, match="logits for prompt 0 are NaN"):
+        spoilt(gpt, np.nan).generate([1, 2], max_new_tokens=2, num_beams=2)
+
+
 def test_a_raw_run_hands_out_what_the_model_gave() -> None:
     with load(KEPT / "bert-fp32", threads=1) as bert:
         found = spoilt(bert, np.nan).run({"input_ids": np.ones((2, 3), np.int64)})
