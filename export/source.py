@@ -74,19 +74,20 @@ def load_source(
     names = stored_names(checkpoint.weight_files)
     config = family.config(Source(checkpoint.raw, names, chosen, checkpoint.pooling, image_size))
     graphs = family.graphs(config, chosen)
-    axes = with_bounds(family.axes(config), max_sizes)
+    longest = family.axes(config)  # the model's own bounds: a tokenizer says what an export with others would take
+    axes = with_bounds(longest, max_sizes)
     inputs = {tensor.name: tensor for graph in graphs for tensor in graph.inputs}
     if image_size is not None and "pixel_values" not in inputs:
         raise ExportError(f"--image-size is given, but a {family.name} takes {', '.join(inputs)}; leave it out.")
     tokenizer = target_tokenizer = preprocess = None
     if "input_ids" in inputs:
-        tokenizer = tokenizer_for(checkpoint, chosen, axes["S"].max, inputs["input_ids"].below or 0)
+        tokenizer = tokenizer_for(checkpoint, chosen, longest["S"].max, inputs["input_ids"].below or 0)
     if "pixel_values" in inputs:
         preprocess = preprocess_for(checkpoint, inputs["pixel_values"].shape)
     labels = label_names(checkpoint.raw) if chosen in LABELLED else ()
     if "decoder_input_ids" in inputs:
         target = inputs["decoder_input_ids"]
-        target_tokenizer = target_tokenizer_from_checkpoint(checkpoint.folder, axes["T"].max, target.below)
+        target_tokenizer = target_tokenizer_from_checkpoint(checkpoint.folder, longest["T"].max, target.below)
     decoders = [graph for graph in graphs if is_decoder(graph)]
     generation = None
     if decoders:

@@ -29,6 +29,8 @@ DTYPES = ("int64", "float32")  # half precision stays inside the graph: the edge
 STATE_DTYPES = ("float32", "float16", "bfloat16")  # but for state, which is the graph's own
 QUANTIZED = ("int8", "int4")  # of the weights; accuracy is judged by a gate, not by parity
 PRECISIONS = ("fp32", "fp16", "bf16", *QUANTIZED)
+POSITIONS = ("max_position_embeddings", "n_positions")  # of a config: tokens of the longest row the model can read
+ROWS = "B"
 # What a CPU session makes of the integers of a graph: products of U8 x S8; weights in blocks (MatMulNBits); or Q/DQ
 # pairs computed in float32, as of the graph for TensorRT, whose S8 x S8 no CPU is to multiply.
 PRODUCTS, BLOCKS, SIMULATED = "products", "blocks", "simulated"
@@ -165,6 +167,7 @@ def manifest_from_json(value: dict[str, Any]) -> Manifest:
         if axis.like is not None and axis.like not in axes
     ]
     engines = engines_from_json(top.mapping("engines", {}), names, files, top.problems)
+    config = top.mapping("config")
     precision = top.text("precision", among=PRECISIONS)
     quantization = quantization_from_json(top.mapping("quantization", None), precision, names, top.problems)
     if not top.problems:
@@ -177,8 +180,8 @@ def manifest_from_json(value: dict[str, Any]) -> Manifest:
         family=top.text("family"),
         task=top.text("task"),
         precision=precision,
-        config=top.mapping("config"),
-        axes=axes,
+        config=config,
+        axes=with_ceilings(axes, config),
         graphs=graphs,
         labels=tuple(top.take("labels", _strings, "an array of strings", [])),
         options=top.mapping("options", {}),
@@ -199,6 +202,19 @@ def manifest_from_json(value: dict[str, Any]) -> Manifest:
     if recorded != manifest_sha256(value):
         raise BundleError(f"{MANIFEST} does not match its own manifest_sha256; it was changed. Copy the bundle again.")
     return manifest
+
+
+def with_ceilings(axes: Mapping[str, Axis], config: Mapping[str, Any]) -> dict[str, Axis]:
+    """The axes with the model's number of positions as the ceiling of those that count tokens: all but the rows."""
+    found = [
+        words[name]
+        for words in (config, config.get("text_config"))
+        if isinstance(words, Mapping)
+        for name in POSITIONS
+        if type(words.get(name)) is int
+    ]
+    positions = found[0] if found else None
+    return {name: axis if name == ROWS else replace(axis, ceiling=positions) for name, axis in axes.items()}
 
 
 def plans_of(graph: str, engines: Mapping[str, Any]) -> dict[str, Plan]:

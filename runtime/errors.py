@@ -10,8 +10,9 @@ TransomError
 │   └── EngineError     no engine can be built of a graph, or not the one that was asked for
 ├── BundleError         a bundle is damaged, hostile, or of a format this version does not know
 ├── InputError          a value handed to a loaded bundle cannot be used
-│   └── ShapeError      ... because of its rank or one of its axes
-└── BackendError        the device or library that was asked for is not there
+│   ├── ShapeError      ... because of its rank or one of its axes
+│   └── NotFiniteError  ... because the model gives NaN or infinity for it
+└── BackendError        the device or library that was asked for is not there, or not any more
 
 A message says what was received, what was expected, and what to do next, on one line.
 """
@@ -63,8 +64,12 @@ class ShapeError(InputError):
     """An input has the wrong rank, or an axis outside the bounds of the bundle."""
 
 
+class NotFiniteError(InputError):
+    """What a task reads from the model is NaN or infinite."""
+
+
 class BackendError(TransomError):
-    """The device or library that was asked for is not there."""
+    """The device or library that was asked for is not there, or a loaded bundle is not: closed, in another process."""
 
 
 def one_line(error: BaseException, limit: int = 400) -> str:

@@ -97,8 +97,12 @@ def check_shape(tensor: Tensor, value: Array, axes: Mapping[str, Axis], sizes: d
 
 
 def allowed_sizes(name: str, axis: Axis, size: int) -> str:
-    """``1..67. Export again with --max S=68.``: the bounds, and how to have a ``size`` beyond them."""
-    hint = f" Export again with --max {name}={size}." if size > axis.max else ""
+    """``1..67. Export again with --max S=68.``: the bounds, and how to have a ``size`` beyond them, if at all."""
+    hint = ""
+    if size > axis.max:
+        hint = f" Export again with --max {name}={size}."
+        if axis.ceiling is not None and size > axis.ceiling:
+            hint = f" The model has {axis.ceiling} positions; give no more."
     return f"{axis.min}..{axis.max}.{hint}"
 
 

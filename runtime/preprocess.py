@@ -6,7 +6,7 @@ and ``image_transforms``, 5.23) after ``image_utils.load_image``, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -165,10 +165,11 @@ class ImagePreprocess:
                 table = (table - mean[:, np.newaxis]) / std[:, np.newaxis]
         return table
 
-    def __call__(self, images: Sequence[ImageSource]) -> NDArray[np.float32]:
+    def __call__(self, images: Sequence[ImageSource], name: Callable[[int], str] | None = None) -> NDArray[np.float32]:
         """``pixel_values`` float32 (N, channels, height, width) of anything that ``open_image`` takes.
 
-        Raises InputError naming the image when one cannot be opened or does not fit.
+        Raises InputError naming the image when one cannot be opened or does not fit, as ``name`` says or by its
+        place in ``images``.
         """
         if not isinstance(images, (list, tuple)) or not images:
             got = "an empty list" if isinstance(images, (list, tuple)) else f"a {type(images).__name__}"
@@ -178,7 +179,8 @@ class ImagePreprocess:
             try:
                 pixels = self._fit(open_image(source))
             except InputError as error:
-                raise InputError(f"image {index} of {len(images)}: {error}") from None
+                which = f"image {index} of {len(images)}" if name is None else name(index)
+                raise InputError(f"{which}: {error}") from None
             for channel, table in enumerate(self.levels):
                 out[index, channel] = table[pixels[:, :, channel]]
         return out

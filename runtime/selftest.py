@@ -13,7 +13,7 @@ from transom.runtime.backends.integer_sums import integer_sums
 from transom.runtime.bundle import SIMULATED, Bundle, Manifest
 from transom.runtime.compare import Comparison, compare_outputs, on_scales
 from transom.runtime.cpu import instruction_set
-from transom.runtime.errors import BundleError, ParityError
+from transom.runtime.errors import BundleError, NotFiniteError, ParityError
 from transom.runtime.references import BUNDLE, PYTORCH, Reference, references
 from transom.runtime.saturation import may_saturate, multiplies_integers, recorded_sums, saturated_export, sums_here
 from transom.runtime.session import LoadedBundle, load
@@ -198,7 +198,13 @@ def run_generation(loaded: LoadedBundle, arrays: Sides, rule: Reference) -> Self
     if not isinstance(loaded, Generator) or not is_generation(given, [arrays[side] for side in sides], expected):
         raise BundleError(f"{GOLDEN}: case {GENERATION!r} is not complete; export the bundle again.")
     prompts = from_arrays(given)
-    ours = greedy(loaded, prompts, expected["tokens"].shape[1])
+    try:
+        ours = greedy(loaded, prompts, expected["tokens"].shape[1])
+    except NotFiniteError:
+        raise ParityError(
+            "the golden generation meets logits that are NaN or infinite. Load the bundle on another device, or export "
+            "it again; one in half precision may need --precision fp32."
+        ) from None
     scales = loaded.manifest.parity.get("scales", {})
     chosen = Chosen(expected["tokens"], expected["margins"], expected.get("top_ids"), expected.get("top_logits"))
     near_ties = require_same_tokens(ours, chosen, rule.tolerance * scales.get("logits", 1.0), rule.whose)

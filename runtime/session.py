@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from os import PathLike, cpu_count
-from threading import Lock
+from threading import Lock, local
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -13,6 +13,7 @@ from transom.runtime.backend import Array, Backend, Read, open_backend
 from transom.runtime.bundle import Bundle, GraphFile
 from transom.runtime.errors import BackendError, BundleError, InputError
 from transom.runtime.inputs import checked_feeds, wanted_outputs
+from transom.runtime.process_bound import ProcessBound
 from transom.runtime.saturation import warn_of_saturation
 from transom.runtime.spec import Graph
 
@@ -43,7 +44,11 @@ def load(path: str | PathLike[str], device: str = "cpu", threads: int | None = N
     return loaded
 
 
-class LoadedBundle:
+class Submitted(ProcessBound, Future[dict[str, Array]]):
+    """The future of a ``run`` in a worker thread."""
+
+
+class LoadedBundle(ProcessBound):
     """What every family's loaded bundle can do. Use it in a ``with``, or call ``close``.
 
     GRAPHS says which graphs the family's methods run, and what they give them beside caches and what another graph
@@ -61,6 +66,7 @@ class LoadedBundle:
         self._backends = [opener(graph, bundle.read, device, threads) for graph in bundle.manifest.graphs]
         self._workers: ThreadPoolExecutor | None = None
         self._lock = Lock()
+        self._thread = local()  # of a worker, has ``works``
         self._open = True
         self.device: str = self._backends[0].device  # never "auto"
 
@@ -85,12 +91,24 @@ class LoadedBundle:
 
     def submit(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> Future[dict[str, Array]]:
         """``run`` in a worker thread; errors come out of the future's ``result``."""
+        future = Submitted()
+
+        def work() -> None:
+            self._thread.works = True
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(self.run(inputs, outputs))
+            except BaseException as error:
+                future.set_exception(error)
+
         with self._lock:
             if not self._open:
                 raise BackendError(CLOSED)
             if self._workers is None:
                 self._workers = ThreadPoolExecutor(max_workers=cpu_count() or 1, thread_name_prefix="transom")
-            return self._workers.submit(self.run, inputs, outputs)
+            self._workers.submit(work)
+        return future
 
     def graph_for(self, inputs: Mapping[str, Array]) -> Graph:
         """The graph that ``run`` would execute for these inputs."""
@@ -98,26 +116,34 @@ class LoadedBundle:
 
     def backend(self, name: str) -> Backend:
         """The backend of the graph called ``name``; BundleError where the bundle has none."""
-        if not self._backends:
-            raise BackendError(CLOSED)
-        for backend in self._backends:
+        for backend in self._opened():
             if backend.graph.name == name:
                 return backend
         raise BundleError(f"bundle.json has no graph {name!r}; export the bundle again.")
 
     def _pick(self, inputs: Mapping[str, Array]) -> Backend:
         """The backend whose inputs these are: the only one, or the one that knows the most of the names."""
-        if not self._backends:
+        return max(self._opened(), key=lambda backend: sum(t.name in inputs for t in backend.graph.inputs))
+
+    def _opened(self) -> list[Backend]:
+        """The backends, read once: ``close`` may take them away at any moment, but not from a call that has them."""
+        backends = self._backends
+        if not backends:
             raise BackendError(CLOSED)
-        return max(self._backends, key=lambda backend: sum(t.name in inputs for t in backend.graph.inputs))
+        return backends
 
     def close(self) -> None:
-        """Free the sessions; waits for what was submitted. Closing twice is fine."""
+        """Free the sessions; waits for what was submitted. Closing twice is fine.
+
+        Any thread may close, a callback of a submitted run too, which does not wait. A call that runs in another
+        thread finishes, or raises the BackendError of a closed bundle before its next run of a graph; its session is
+        freed when it ends.
+        """
         with self._lock:
             workers, self._workers = self._workers, None
             self._open = False
         if workers is not None:
-            workers.shutdown(wait=True)
+            workers.shutdown(wait=not getattr(self._thread, "works", False))  # a thread cannot wait for itself
         self._backends = []
 
     def __enter__(self) -> Self:
@@ -133,7 +159,7 @@ class LoadedBundle:
         if self.manifest.task not in tasks:
             raise InputError(
                 f"this bundle was exported for {self.manifest.task}; the call needs {' or '.join(tasks)}. "
-                f"Export again with --task {tasks[0]}."
+                f"Export a checkpoint that has this head, with --task {tasks[0]}."
             )
 
     def max_size(self, axis: str) -> int:

@@ -5,7 +5,7 @@ Every room speaks these three words; they import nothing but the standard librar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 COUNT = "count"  # a Tensor.default: 0, 1, 2, ... along the last axis
 
@@ -14,13 +14,15 @@ COUNT = "count"  # a Tensor.default: 0, 1, 2, ... along the last axis
 class Axis:
     """Bounds of a named dynamic axis, in elements; ``opt`` is the size to tune for.
 
-    ``like`` names the axis whose size this one takes where no input that was given has it.
+    ``like`` names the axis whose size this one takes where no input that was given has it. ``ceiling`` is the largest
+    ``max`` that another export of the model could have, None where nothing but memory limits it.
     """
 
     min: int
     opt: int
     max: int
     like: str | None = None
+    ceiling: int | None = field(default=None, compare=False)  # read from the model's config, no bound of this export
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ RAW: tuple[tuple[str, str, dict[str, Any], type[TransomError], str], ...] = (
     ("rank 3", "bert", {"input_ids": ids(1, 1, 1)}, ShapeError, "expected 2 axes"),
     ("no rows", "bert", {"input_ids": ids(0, 4)}, ShapeError, "axis B allows 1"),
     ("no tokens", "bert", {"input_ids": ids(1, 0)}, ShapeError, "axis S allows 1"),
-    ("too many tokens", "bert", {"input_ids": ids(1, 68)}, ShapeError, r"axis S allows 1\.\.67\. Export again with --max"),
+    ("too many tokens", "bert", {"input_ids": ids(1, 68)}, ShapeError, r"axis S allows 1\.\.67\. The model has 67 positions; give no more"),
     ("two lengths", "bert", {"input_ids": ids(1, 4), "attention_mask": ids(1, 5)}, ShapeError, "another input has S=4"),
     ("a negative token", "bert", {"input_ids": ids(1, 1, value=-1)}, InputError, "holds -1; expected values in 0"),
     ("a token past the table", "bert", {"input_ids": ids(1, 1, value=2**40)}, InputError, "holds 1099511627776"),

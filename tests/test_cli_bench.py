@@ -53,7 +53,7 @@ def test_bench_refuses_axes_that_the_bundle_does_not_have(bert_bundle: Path) -> 
         transom("bench", bert_bundle, "--shape", "Q=1")
     )
     line = error_line(transom("bench", bert_bundle, "--shape", "S=68"))
-    assert "ShapeError: axis S is 68; this bundle allows 1..67. Export again with --max S=68." in line
+    assert "ShapeError: axis S is 68; this bundle allows 1..67. The model has 67 positions; give no more." in line
 
 
 def test_bench_of_a_bundle_that_generates_measures_what_a_user_waits_for(

@@ -78,6 +78,28 @@ def test_fill_mask(exported: Exported) -> None:
             bert.fill_mask("nothing is missing")
 
 
+def test_fill_mask_nests_as_transformers(exported: Exported) -> None:
+    """Texts, gaps, answers; a list of one text stays a list, where the pipeline takes it out."""
+    folder, bundle = exported("BertForMaskedLM")
+    pipeline = transformers.pipeline("fill-mask", model=str(folder), device="cpu")
+
+    def words(found: Any) -> Any:
+        if isinstance(found, list):
+            return [words(part) for part in found]
+        return found["token_str"] if isinstance(found, dict) else found[0]
+
+    one, two = "the capital of [MASK] is paris", "[MASK] is the [MASK]"
+    with load(bundle) as bert:
+        for texts in ([one, two, one], [two, two], [one, one], one, two):
+            assert words(bert.fill_mask(texts)) == words(pipeline(texts))
+        assert bert.fill_mask([one]) == [bert.fill_mask(one)]
+        assert bert.fill_mask((two,)) == [bert.fill_mask(two)]
+        with pytest.raises(InputError, match=r"text 1 has no \[MASK\]; put one"):
+            bert.fill_mask([one, "nothing is missing"])
+        with pytest.raises(InputError, match="texts is empty"):
+            bert.fill_mask([])
+
+
 def test_token_classification(exported: Exported) -> None:
     folder, bundle = exported("BertForTokenClassification")
     pipeline = transformers.pipeline("token-classification", model=str(folder), device="cpu")
@@ -116,11 +138,80 @@ def test_question_answering(exported: Exported) -> None:
             assert " ".join([context] * 12)[a.start : a.end] == a.text
 
 
+def test_questions_and_contexts_in_lists(exported: Exported) -> None:
+    _, bundle = exported("BertForQuestionAnswering")
+    questions = ["which city is the capital", "how many people"]
+    contexts = ["the capital of france is paris, a city on the water", "two people, and a day"]
+    with load(bundle) as bert:
+        both = [bert.answer(*pair, top_k=2) for pair in zip(questions, contexts, strict=True)]
+        assert bert.answer(questions, contexts, top_k=2) == both
+        assert bert.answer(questions[:1], contexts[:1], top_k=2) == both[:1]
+        shared = [bert.answer(question, contexts[0]) for question in questions]
+        assert bert.answer(questions, contexts[0]) == shared
+        assert bert.answer(questions[0], contexts) == [bert.answer(questions[0], context) for context in contexts]
+        for wrong, said in (
+            ((questions, [*contexts, "a"]), "2 questions and 3 contexts; expected as many of each"),
+            (([], contexts[0]), "questions is empty"),
+            ((questions, [contexts[0], ""]), "context 1, '', has no tokens"),
+            ((["", "a"], contexts), "question 0, '', has no tokens"),
+        ):
+            with pytest.raises(InputError, match=said):
+                bert.answer(*wrong)
+
+
+def test_a_question_beside_which_the_context_does_not_fit(exported: Exported) -> None:
+    """S is 67, half of which is what windows share: 33. Beside q tokens and 3 special ones there is room for 64 - q."""
+    _, bundle = exported("BertForQuestionAnswering")
+    with load(bundle) as bert:
+        assert len(bert.answer("way " * 60, "water of the city")) == 1  # it fits whole: nothing is shared
+        assert bert.answer("way " * 30, "city " * 300)  # windows of 34
+        with pytest.raises(InputError) as caught:
+            bert.answer("way " * 31, "city " * 300)
+        assert str(caught.value) == (
+            "the question is 31 tokens and leaves 33 of the 67 of a row for the context, which is 300; windows over it "
+            "share 33. Shorten it to 30."
+        )
+        with pytest.raises(
+            InputError, match=r"question 1 is 64 tokens and leaves none of the 67 .* Shorten it to 61\.$"
+        ):
+            bert.answer(["a", "way " * 64], "the water city")
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_advice_to_export_with_more_tokens_can_be_followed(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    folder = make_checkpoint("BertForQuestionAnswering", num_hidden_layers=1)
+    question, context = "way " * 12, "city " * 100
+    export(str(folder), tmp_path / "short", max_sizes={"S": 24})
+    with load(tmp_path / "short") as bert:
+        with pytest.raises(
+            InputError, match=r"windows over it share 12\. Shorten it to 8, or export again with --max S=31"
+        ):
+            bert.answer(question, context)
+        assert bert.answer("way " * 8, context)
+        with pytest.raises(ShapeError, match=r"text 0 is 27 tokens.*truncate=True, or export again with --max S=27\.$"):
+            bert.encoder().encode(["way " * 25], truncate=False)
+        with pytest.raises(ShapeError, match=r"The checkpoint was made for 67 at most: pass truncate=True, or split"):
+            bert.encoder().encode(["way " * 99], truncate=False)
+        with pytest.raises(ShapeError, match=r"axis S allows 1\.\.24\. Export again with --max S=67\."):
+            bert.run({"input_ids": np.ones((1, 67), np.int64)})
+        with pytest.raises(ShapeError, match=r"axis S allows 1\.\.24\. The model has 67 positions; give no more\."):
+            bert.run({"input_ids": np.ones((1, 68), np.int64)})
+    export(str(folder), tmp_path / "longer", max_sizes={"S": 31})
+    with load(tmp_path / "longer") as bert:
+        assert bert.answer(question, context)
+
+
 def test_next_sentence(exported: Exported) -> None:
     folder, bundle = exported("BertForNextSentencePrediction")
     expected = logits_of("BertForNextSentencePrediction", folder, TEXTS[0], TEXTS[2]).logits[0].softmax(-1)[0]
     with load(bundle) as bert:
         assert bert.next_sentence(TEXTS[0], TEXTS[2]) == pytest.approx(float(expected), rel=1e-4)
+        found = bert.next_sentence(TEXTS, TEXTS[::-1])  # more than a batch, and in the caller's order
+        each = [bert.next_sentence(*pair) for pair in zip(TEXTS, TEXTS[::-1], strict=True)]
+        assert found == pytest.approx(each, abs=1e-6)
+        assert bert.next_sentence([TEXTS[0]], [TEXTS[2]]) == [bert.next_sentence(TEXTS[0], TEXTS[2])]
+        with pytest.raises(InputError, match="2 texts and 1 pairs"):
+            bert.next_sentence(TEXTS[:2], TEXTS[2])
 
 
 def test_embed_pools_as_stated(bert_checkpoint: Path, bert_bundle: Path) -> None:

@@ -129,7 +129,7 @@ def test_raw_runs_of_one_tower_and_of_both(tiny: Any, processor: Any, images: li
         (lambda c, i: c.zero_shot(i, "a dog"), InputError, "labels is a str; expected a list of str"),
         (lambda c, i: c.zero_shot(i, []), InputError, "labels is empty; give at least one"),
         (lambda c, i: c.zero_shot(i, ["a", 7]), InputError, r"labels\[1\] is a int; expected a str"),
-        (lambda c, i: c.zero_shot(i, ["a", ""]), InputError, "text 1, '', has no tokens"),
+        (lambda c, i: c.zero_shot(i, ["a", ""]), InputError, "label 1, '', has no tokens"),
         (lambda c, i: c.zero_shot(i, ["a"], templates=[]), InputError, "templates is empty"),
         (lambda c, i: c.zero_shot(i, ["a"], templates="a photo"), InputError, r"templates\[0\] is 'a photo'; expected"),
         (lambda c, i: c.zero_shot(i, ["a"], templates=["{}", "{0.x}"]), InputError, r"templates\[1\] is '{0.x}'"),
@@ -150,7 +150,7 @@ def test_raw_runs_of_one_tower_and_of_both(tiny: Any, processor: Any, images: li
         (
             lambda c, i: c.zero_shot(i, ["a " * 30]),
             ShapeError,
-            "text 0 is 32 tokens, 2 of them special; at most 23 fit",
+            "label 0 is 32 tokens, 2 of them special; at most 23 fit",
         ),
         (lambda c, i: c.embed_text("a " * 30), ShapeError, "truncate=True"),
         (lambda c, i: c.embed_text([]), InputError, "empty"),

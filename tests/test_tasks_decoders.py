@@ -232,7 +232,7 @@ def test_windows_by_pencil(
     """Tokens are 0, 1, 2, ... and each is "judged" as minus itself: nothing is left out, nothing comes twice."""
     seen = []
 
-    def window(self: GPT, read: Any, following: Any, skip: int) -> Any:
+    def window(self: GPT, read: Any, following: Any, skip: int, name: str) -> Any:
         seen.append(((int(read[0]), int(read[-1]) + 1), skip))
         assert following.tolist() == [token + 1 for token in read.tolist() if token + 1 < tokens]
         return -following[skip:].astype(np.float64)

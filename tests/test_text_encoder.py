@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -180,6 +181,32 @@ def test_windows_that_cannot_be(digits: Digits) -> None:
         ours.windows("", "0", max_length=9, stride=0)
     with pytest.raises(InputError, match="context is a NoneType, expected a str"):
         ours.windows("7", None, max_length=9, stride=0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("length", [7, 12, 13, 24, 25, 40, 300])
+def test_what_a_question_too_long_is_advised_would_do(length: int, digits: Digits) -> None:
+    """As few tokens more, or less, as possible: one off and it is refused again."""
+
+    def said(asked: int, given: int, max_length: int) -> str:
+        try:
+            digits.ours(max_length).windows(count_up(asked), count_up(given))
+        except InputError as error:
+            return str(error)
+        return ""
+
+    for asked in (1, length // 2, length - 4, length, length + 90):
+        for context in (1, 9, 500):
+            refused = said(asked, context, length)
+            export = re.search(r"export again with --max S=(\d+)", refused, re.IGNORECASE)
+            shorten = re.search(r"Shorten it to (\d+)", refused)
+            if export:
+                assert int(export[1]) > length
+                assert not said(asked, context, int(export[1]))
+                assert said(asked, context, int(export[1]) - 1)
+            if shorten:
+                assert not said(int(shorten[1]), context, length)
+                assert said(int(shorten[1]) + 1, context, length)
+            assert not refused or export or shorten or asked + 3 + min(context, 129) > 512
 
 
 def test_too_long_says_how_long_and_what_to_do(digits: Digits) -> None:

@@ -200,10 +200,10 @@ def image_rows(bundle: ImageBundle, samples: Sequence[Sample], output: str) -> I
         with naming(batch):
             pictures = [sample.image for sample in batch if sample.image is not None]
             if len(pictures) == len(batch):
-                found = bundle.image_rows(pictures, output)
+                pixels = bundle.preprocess()(pictures)
             else:
                 pixels = np.concatenate([pixels_of(sample) for sample in batch])
-                found = bundle.run({"pixel_values": pixels}, [output])[output]
+            found = bundle.run({"pixel_values": pixels}, [output])[output]
         yield from zip(batch, found, strict=True)
 
 
@@ -251,13 +251,13 @@ def clip_questions(fp32: Clip, samples: Sequence[Sample]) -> Questions:
 
 def text_vectors(bundle: Clip, samples: Sequence[Sample]) -> Iterator[tuple[Sample, Floats]]:
     """Each sample's text, or its raw ``input_ids``, as CLIP embeds it: float32 (E,) of unit length."""
-    written = [sample for sample in samples if sample.text is not None]
-    if written:
-        with naming(written):
-            yield from zip(written, bundle.embed_text([text_of(each) for each in written], truncate=True), strict=True)
     for sample in samples:
-        if sample.text is None:
-            taken = ("input_ids", "attention_mask")
-            with naming([sample]):
+        with naming([sample]):
+            if sample.text is not None:
+                batch = bundle.encoder().encode([text_of(sample)], truncate=True)
+                found = bundle.run_texts(batch, "text_embeds")
+            else:
+                taken = ("input_ids", "attention_mask")
                 feeds = {name: array for name, array in (sample.feeds or {}).items() if name in taken}
-                yield sample, bundle.run(feeds, ["text_embeds"])["text_embeds"][0]
+                found = bundle.run(feeds, ["text_embeds"])
+            yield sample, found["text_embeds"][0]

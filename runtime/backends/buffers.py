@@ -16,6 +16,7 @@ from transom.runtime.backends.cuda import Memory, OutOfMemory, PinnedMemory, Str
 from transom.runtime.decoder.state import Source
 from transom.runtime.errors import BackendError
 from transom.runtime.inputs import storage
+from transom.runtime.process_bound import ProcessBound
 from transom.runtime.spec import Tensor
 
 GRAIN = 1 << 16  # bytes: staging grows in such steps, so that a few bytes more do not mean another allocation
@@ -38,7 +39,7 @@ class DeviceArray:
         return prod(self.shape) * self.dtype.itemsize
 
 
-class Pool:
+class Pool(ProcessBound):
     """Device memory that is given back and taken again: after the first calls nothing is allocated any more."""
 
     def __init__(self) -> None:
@@ -141,7 +142,7 @@ def as_bytes(array: Array) -> NDArray[np.uint8]:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
-class DeviceState:
+class DeviceState(ProcessBound):
     """What a decoder's rows keep on the GPU between steps: caches written in place, and what they read beside them.
 
     A cache (rows, H, C, D) has the one length C that the engine was built for. Every method waits for its own work, so

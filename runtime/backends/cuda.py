@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.runtime.errors import BackendError, one_line
+from transom.runtime.process_bound import ProcessBound
 
 INSTALL = "pip install 'transom[rtx]'"
 NO_GPU = ("cudaErrorNoDevice", "cudaErrorInsufficientDriver", "cudaErrorSystemDriverMismatch")
@@ -104,7 +105,7 @@ def find_gpu() -> Gpu:
     )
 
 
-class Memory:
+class Memory(ProcessBound):
     """Bytes of the GPU's memory, freed when nobody holds this any more."""
 
     def __init__(self, size: int) -> None:
@@ -116,7 +117,7 @@ class Memory:
         self._free()
 
 
-class PinnedMemory:
+class PinnedMemory(ProcessBound):
     """Bytes of host memory that the GPU copies from and to by itself, as one array of uint8."""
 
     def __init__(self, size: int) -> None:
@@ -134,7 +135,7 @@ def quietly(free: Callable[[int], Any], address: int) -> None:
     free(address)
 
 
-class Stream:
+class Stream(ProcessBound):
     """A queue of work on the GPU: what is put there runs in order, until ``wait`` sees its end."""
 
     def __init__(self) -> None:
@@ -175,7 +176,7 @@ class Stream:
             call("cudaGraphDestroy", graph)
 
 
-class Event:
+class Event(ProcessBound):
     """A mark in a stream, with the time at which the GPU reached it."""
 
     def __init__(self) -> None:
@@ -190,7 +191,7 @@ class Event:
         return float(call("cudaEventElapsedTime", self._event, later._event))
 
 
-class CapturedGraph:
+class CapturedGraph(ProcessBound):
     """Work that was recorded once and is launched as a whole: the same kernels on the same addresses."""
 
     def __init__(self, executable: Any, stream: Any) -> None:

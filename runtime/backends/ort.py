@@ -17,6 +17,7 @@ from transom.runtime.bundle import BLOCKS, PRODUCTS, SIMULATED, GraphFile
 from transom.runtime.decoder.state import HostState, State, cache_inputs
 from transom.runtime.errors import BackendError, BundleError, one_line
 from transom.runtime.inputs import storage
+from transom.runtime.process_bound import ProcessBound
 from transom.runtime.spec import Graph, Tensor
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -36,7 +37,7 @@ DTYPES |= {"tensor(int64)": "int64"}
 BFLOAT16 = 16  # TensorProto.DataType: numpy has no word for it
 
 
-class OrtBackend:
+class OrtBackend(ProcessBound):
     """A graph in an ONNX Runtime session."""
 
     def __init__(self, graph: GraphFile, read: Read, device: str, threads: int | None) -> None:

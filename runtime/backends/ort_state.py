@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from transom.runtime.backend import Array
 from transom.runtime.decoder.cache import KVCache
 from transom.runtime.decoder.state import Source
+from transom.runtime.process_bound import ProcessBound
 from transom.runtime.spec import Tensor
 
 
-class OrtState:
+class OrtState(ProcessBound):
     """Caches and source as OrtValues on ``device``, "cuda" or "cpu"."""
 
     def __init__(

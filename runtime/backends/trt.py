@@ -25,6 +25,7 @@ from transom.runtime.bundle import GraphFile
 from transom.runtime.decoder.state import cache_inputs
 from transom.runtime.errors import BackendError, BundleError, ShapeError, one_line
 from transom.runtime.inputs import LOGITS_POSITIONS, WRITE_INDICES, is_decoder, storage, token_input
+from transom.runtime.process_bound import ProcessBound
 from transom.runtime.spec import Graph, Tensor
 
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64"}
@@ -35,7 +36,7 @@ MESSAGES = 20  # of TensorRT's, kept for the next error
 Sizes = tuple[int, ...]
 
 
-class Engine:
+class Engine(ProcessBound):
     """A deserialised plan: what all threads share."""
 
     def __init__(self, file: GraphFile, read: Read) -> None:
@@ -143,7 +144,7 @@ def as_built(graph: Graph, engine: Any, file: str) -> Graph:
     return replace(graph, inputs=built(graph.inputs), outputs=built(graph.outputs))
 
 
-class TrtBackend:
+class TrtBackend(ProcessBound):
     """A graph in a TensorRT engine."""
 
     device = "tensorrt"
@@ -165,7 +166,7 @@ class TrtBackend:
         return DeviceState(self._pool, self._engine.caches, self._engine.length, rows, limit, source)
 
 
-class Caller:
+class Caller(ProcessBound):
     """One thread's use of an engine: a stream, a context for each profile, buffers that are allocated once."""
 
     def __init__(self, engine: Engine) -> None:

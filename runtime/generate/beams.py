@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from transom.runtime.generate.processors import log_softmax, processed, processors
 from transom.runtime.generate.rows import Continuation, Rows, reorder
-from transom.runtime.generate.search import check_choice, check_finite, streams_of
+from transom.runtime.generate.search import check_choice, check_logits, streams_of
 from transom.runtime.generate.settings import GenerationSettings
 from transom.runtime.generate.stopping import Stopping
 from transom.runtime.generate.top import largest
@@ -113,7 +113,7 @@ def beam_search(
     rows.select(at)
     step = 1
     while True:
-        check_finite(logits, first + np.repeat(live, len(logits) // len(live)), step)
+        check_logits(logits, first + np.repeat(live, len(logits) // len(live)), step)
         log_probabilities = log_softmax(logits)
         if len(logits) < len(rows):  # the beams of the first step are still one row
             log_probabilities = log_probabilities[at]

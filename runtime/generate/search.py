@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.runtime.errors import InputError
+from transom.runtime.finite import check_finite
 from transom.runtime.generate.processors import alive, processed, processors
 from transom.runtime.generate.rows import Continuation, Rows, reorder
 from transom.runtime.generate.settings import GenerationSettings
@@ -38,7 +39,7 @@ def tokens_of_rows(
     streams = streams_of(settings, prompts) if settings.do_sample else []
     step = 1
     while True:
-        check_finite(logits, prompts[live], step)
+        check_logits(logits, prompts[live], step)
         scores = processed(logits, rows, chain)
         tokens = draw(scores, [streams[row] for row in live]) if settings.do_sample else scores.argmax(axis=1)
         if chain:
@@ -89,16 +90,9 @@ def draw(scores: NDArray[np.float32], streams: Sequence[np.random.Generator]) ->
     return tokens
 
 
-def check_finite(logits: NDArray[np.float32], prompts: NDArray[np.intp], step: int) -> None:
-    """InputError if a row of the logits (R, V) has NaN or +inf, or nothing but -inf; -inf among others may be."""
-    highest = logits.max(axis=1)  # NaN if there is one
-    if not np.isfinite(highest).all():
-        row = int(np.flatnonzero(~np.isfinite(highest))[0])
-        kind = "NaN" if np.isnan(highest[row]) else "infinite"
-        raise InputError(
-            f"the model's logits for prompt {prompts[row]} are {kind} at new token {step}, expected finite numbers. "
-            "Run `transom verify` on the bundle; a half-precision one may need --precision fp32."
-        )
+def check_logits(logits: NDArray[np.float32], prompts: NDArray[np.intp], step: int) -> None:
+    """Raise NotFiniteError if a row of the logits (R, V) has NaN or +inf, or nothing but -inf."""
+    check_finite(logits, "logits", lambda row: f"prompt {prompts[row]}", when=f" at new token {step}", ruled_out=True)
 
 
 def check_choice(scores: NDArray[np.float32], prompts: NDArray[np.intp], step: int) -> None:

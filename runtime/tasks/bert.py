@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from transom.runtime.errors import InputError
+from transom.runtime.finite import check_finite
 from transom.runtime.tasks.answers import Answer, Entity, Ranked, best, label_scores, many, ranked, softmax
 from transom.runtime.tasks.spans import best_spans
-from transom.runtime.tasks.texts import TextBundle, take
+from transom.runtime.tasks.texts import TEXT, TextBundle, take
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
 
+    from transom.runtime.text.tokenizer import EncodedBatch
+
 Floats = NDArray[np.float32]
-DOC_STRIDE = 128  # tokens two neighbouring windows of a long context share, as in transformers' pipeline
 
 
 class Bert(TextBundle):
@@ -34,8 +36,7 @@ class Bert(TextBundle):
         """One vector per text, pooled as the checkpoint says: float32 (E,) for one text, (N, E) for a list."""
         single, batch = many(texts)
         prompt = str(self.manifest.options.get("prompt", ""))
-        prompted = [prompt + text if isinstance(text, str) else text for text in batch]
-        vectors = self.text_rows(prompted, None, "sentence_embedding", truncate=True)
+        vectors = self.text_rows(batch, "sentence_embedding", truncate=True, prefix=prompt)
         return vectors[0] if single else vectors
 
     def classify(
@@ -54,62 +55,114 @@ class Bert(TextBundle):
         self.need_task("text-classification")
         single, batch = many(texts)
         seconds = None if pairs is None else many(pairs)[1]
-        logits = self.text_rows(batch, seconds, "logits", truncate=truncate)
-        scores = label_scores(logits, self.manifest.options.get("problem_type"))
-        labels = self.labels(scores.shape[1])
-        answers: list[Ranked] = [ranked(row, labels, len(labels) if top_k is None else top_k) for row in scores]
+        answers: list[Ranked] = [[]] * len(batch)
+        for places, logits in self.text_batches(batch, seconds, "logits", truncate=truncate):
+            scores = label_scores(logits, self.manifest.options.get("problem_type"))
+            labels = self.labels(scores.shape[1])
+            for place, row in zip(places, scores, strict=True):
+                answers[place] = ranked(row, labels, len(labels) if top_k is None else top_k)
         return answers[0] if single else answers
 
-    def next_sentence(self, text: str, following: str, *, truncate: bool = False) -> float:
-        """The probability that ``following`` comes after ``text``."""
+    def next_sentence(
+        self, text: str | Sequence[str], following: str | Sequence[str], *, truncate: bool = False
+    ) -> Any:
+        """The probability that ``following`` comes after ``text``; for lists of equal length a list of them."""
         self.need_task("next-sentence-prediction")
-        logits = self.text_rows([text], [following], "logits", truncate=truncate)
-        return float(softmax(logits)[0, 0])
+        single, batch = many(text)
+        answers = [0.0] * len(batch)
+        for places, logits in self.text_batches(batch, many(following)[1], "logits", truncate=truncate):
+            for place, row in zip(places, softmax(logits), strict=True):
+                answers[place] = float(row[0])
+        return answers[0] if single else answers
 
-    def fill_mask(self, text: str, *, top_k: int = 5, truncate: bool = False) -> Any:
-        """``[(token, probability), ...]`` for the gap in ``text``; a list of such lists where it has several."""
+    def fill_mask(self, text: str | Sequence[str], *, top_k: int = 5, truncate: bool = False) -> Any:
+        """``[(token, probability), ...]`` per text for the gap in it; a list of such lists where it has several.
+
+        Nested as in transformers' pipeline, but that a list of one text gets a list of one answer.
+        """
         self.need_task("fill-mask")
         encoder = self.encoder()
-        batch = encoder.encode([text], truncate=truncate)
-        gaps = np.flatnonzero(batch.input_ids[0] == encoder.spec.mask_id)
-        if encoder.spec.mask_id is None or not len(gaps):
-            word = encoder.spec.mask_token or "mask token"
-            raise InputError(f"the text has no {word}; put one where a word is missing.")
-        probabilities = softmax(self.run_texts(batch, "logits")["logits"][0, gaps])
-        answers = [
-            [(encoder.decode([token], skip_special_tokens=False), float(row[token])) for token in best(row, top_k)]
-            for row in probabilities
-        ]
-        return answers[0] if len(answers) == 1 else answers
+        mask_id = encoder.spec.mask_id
+        single, batch = many(text)
+        answers: list[Any] = []
+        for place, row in enumerate(self._encodings(batch, truncate=truncate)):
+            gaps = [position for position, token in enumerate(row.ids) if token == mask_id]
+            if not gaps:
+                word = encoder.spec.mask_token or "mask token"
+                raise InputError(f"{TEXT(place)} has no {word}; put one where a word is missing.")
+            (logits,) = self._read(encoder.padded([row]), TEXT(place), "logits", positions=gaps)
+            found = [self._words(of_gap, top_k) for of_gap in softmax(logits)]
+            answers.append(found[0] if len(gaps) == 1 else found)
+        return answers[0] if single else answers
 
     def tag(self, texts: str | Sequence[str], *, truncate: bool = False, ignore: Sequence[str] = ("O",)) -> Any:
         """The labelled tokens of each text, in order; labels in ``ignore`` are left out."""
         self.need_task("token-classification")
         single, batch = many(texts)
         answers = []
-        for text in batch:
-            encoded = self.encoder().encode([text], truncate=truncate)
-            probabilities = softmax(self.run_texts(encoded, "logits")["logits"][0])
-            found = entities(text, encoded.rows[0], probabilities, self.labels(probabilities.shape[1]))
+        for place, row in enumerate(self._encodings(batch, truncate=truncate)):
+            (logits,) = self._read(self.encoder().padded([row]), TEXT(place), "logits")
+            probabilities = softmax(logits)
+            found = entities(batch[place], row, probabilities, self.labels(probabilities.shape[1]))
             answers.append([entity for entity in found if entity.label not in ignore])
         return answers[0] if single else answers
 
-    def answer(self, question: str, context: str, *, top_k: int = 1, max_tokens: int = 15) -> list[Answer]:
+    def answer(
+        self, question: str | Sequence[str], context: str | Sequence[str], *, top_k: int = 1, max_tokens: int = 15
+    ) -> Any:
         """The ``top_k`` most probable spans of ``context``, at most ``max_tokens`` tokens long, best first.
 
-        A long context is read in windows that share 128 tokens; probabilities are softmax over a
-        window, start times end, as in transformers' question-answering pipeline.
+        ``[Answer, ...]``; for lists of equal length a list of those, where a single question or context goes with
+        each of the others. A long context is read in windows that share 128 tokens, half a row where S is below 256;
+        probabilities are softmax over a window, start times end, as in transformers' question-answering pipeline.
+        InputError for a question so long that there is no room for the context, with what would do.
         """
         self.need_task("question-answering")
-        encoder = self.encoder()
-        length = encoder.max_tokens
-        windows = encoder.windows(question, context, max_length=length, stride=min(length // 2, DOC_STRIDE))
+        asked, given = many(question), many(context)
+        count = max(len(asked[1]), len(given[1]))
+        questions, contexts = (each * count if single else each for single, each in (asked, given))
+        for what, texts in (("questions", questions), ("contexts", contexts)):
+            if not texts:
+                raise InputError(f"{what} is empty; give at least one.")
+        if len(questions) != len(contexts):
+            raise InputError(
+                f"{len(questions)} questions and {len(contexts)} contexts; expected as many of each, or one of either."
+            )
+        if asked[0] and given[0]:
+            return self._spans(question, context, "", top_k, max_tokens)
+        pairs = zip(questions, contexts, strict=True)
+        return [self._spans(*pair, f" {place}", top_k, max_tokens) for place, pair in enumerate(pairs)]
+
+    def _spans(self, question: Any, context: Any, place: str, top_k: int, max_tokens: int) -> list[Answer]:
+        """The answers to one question; ``place`` tells it from others in errors."""
+        windows = self.encoder().windows(question, context, place=place)
         found: list[Answer] = []
         for index, encoding in enumerate(windows.rows):
-            outputs = self.run_texts(take(windows, [index]), "start_logits", "end_logits")
-            starts, ends = outputs["start_logits"][0], outputs["end_logits"][0]
+            starts, ends = self._read(take(windows, [index]), f"question{place}", "start_logits", "end_logits")
             found += best_spans(encoding, starts, ends, context, top_k, max_tokens)
         return sorted(found, key=lambda span: -span.probability)[:top_k]
+
+    def _words(self, probabilities: Floats, top_k: int) -> Ranked:
+        """The ``top_k`` most probable tokens of (V,), as text."""
+        decode, chosen = self.encoder().decode, best(probabilities, top_k)
+        return [(decode([token], skip_special_tokens=False), float(probabilities[token])) for token in chosen]
+
+    def _encodings(self, texts: Sequence[str], *, truncate: bool) -> Iterator[Encoding]:
+        """Encode the texts one by one: what is told by tokens runs a text at a time."""
+        encoder = self.encoder()
+        encoder.check(texts)
+        for place, text in enumerate(texts):
+            yield encoder.row(text, truncate=truncate, name=TEXT(place))
+
+    def _read(
+        self, row: EncodedBatch, name: str, *outputs: str, positions: Sequence[int] | slice = slice(None)
+    ) -> list[Floats]:
+        """Compute ``outputs`` of one row at ``positions``, (S, ...) each; NotFiniteError calls the row ``name``."""
+        found = self.run_texts(row, *outputs)
+        values = [found[output][0, positions] for output in outputs]
+        for output, array in zip(outputs, values, strict=True):
+            check_finite(array, output, lambda _: name)
+        return values
 
 
 def entities(text: str, encoding: Encoding, probabilities: Floats, labels: Sequence[str]) -> list[Entity]:

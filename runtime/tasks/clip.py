@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from transom.runtime.errors import BundleError, InputError
 from transom.runtime.tasks.answers import Ranked, many, ranked, softmax
+from transom.runtime.tasks.batches import Rows, collected
 from transom.runtime.tasks.pictures import ImageBundle
 from transom.runtime.tasks.texts import TextBundle
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float32]
 BLANK = "{}"  # of a template: where the label goes
 MOST_SCALED = 3e38  # the range of float32
+LABEL_TEXTS = 1024  # labels in their templates that are embedded before their means are taken
 LOGITS = ("logits_per_image", "logits_per_text")
 
 
@@ -68,15 +71,17 @@ class Clip(TextBundle, ImageBundle):
             labels = self.embed_labels(labels, templates, truncate=truncate)
         elif templates is not None or truncate:
             raise InputError("templates and truncate belong to embed_labels, whose result is given here already.")
-        vectors = self.image_rows(batch, "image_embeds")
-        if labels.embeds.shape[1:] != vectors.shape[1:]:
-            raise InputError(
-                f"the labels have vectors of {labels.embeds.shape[-1]} numbers, this bundle's have {vectors.shape[1]}; "
-                "call this bundle's own embed_labels."
-            )
-        logits = self._logits(vectors, labels.embeds)
         count = len(labels.names) if top_k is None else top_k
-        answers: list[Ranked] = [ranked(row, labels.names, count) for row in softmax(logits)]
+        answers: list[Ranked] = [[]] * len(batch)
+        for places, vectors in self.image_batches(batch, "image_embeds"):
+            if labels.embeds.shape[1:] != vectors.shape[1:]:
+                raise InputError(
+                    f"the labels have vectors of {labels.embeds.shape[-1]} numbers, this bundle's have "
+                    f"{vectors.shape[1]}; call this bundle's own embed_labels."
+                )
+            probabilities = softmax(self._logits(vectors, labels.embeds))
+            for place, row in zip(places, probabilities, strict=True):
+                answers[place] = ranked(row, labels.names, count)
         return answers[0] if single else answers
 
     def embed_image(self, images: ImageSource | Sequence[ImageSource]) -> Floats:
@@ -88,7 +93,7 @@ class Clip(TextBundle, ImageBundle):
     def embed_text(self, texts: str | Sequence[str], *, truncate: bool = False) -> Floats:
         """Vectors of unit length: float32 (E,) for one text, (N, E) for a list."""
         single, batch = many(texts)
-        vectors = self.text_rows(batch, None, "text_embeds", truncate=truncate)
+        vectors = self.text_rows(batch, "text_embeds", truncate=truncate)
         return vectors[0] if single else vectors
 
     def embed_labels(
@@ -103,11 +108,22 @@ class Clip(TextBundle, ImageBundle):
             raise InputError(f"labels is a {type(labels).__name__}; expected a list of str.")
         wanted = [BLANK] if templates is None else many(templates)[1]
         check_labels(names, wanted)
-        texts = [template.replace(BLANK, name) for name in names for template in wanted]
-        rows = self.text_rows(texts, None, "text_embeds", truncate=truncate)
-        means = rows.reshape(len(names), len(wanted), -1).mean(1)
-        lengths = np.linalg.norm(means, axis=1, keepdims=True)
-        return Labels(tuple(names), np.asarray(means / np.maximum(lengths, np.float32(1e-12)), np.float32))
+        return Labels(tuple(names), collected(self._label_batches(names, wanted, truncate=truncate), len(names)))
+
+    def _label_batches(self, names: Sequence[str], templates: Sequence[str], *, truncate: bool) -> Iterator[Rows]:
+        """Compute the vectors of as many labels at a time as LABEL_TEXTS allows: one row each, of unit length."""
+        each = len(templates)
+        step = max(LABEL_TEXTS // each, 1)
+        for first in range(0, len(names), step):
+            some = names[first : first + step]
+            texts = [template.replace(BLANK, name) for name in some for template in templates]
+            rows = self.text_rows(texts, "text_embeds", truncate=truncate, name=partial(name_of_label, first, each))
+            means = rows.reshape(len(some), each, -1).mean(1)
+            lengths = np.linalg.norm(means, axis=1, keepdims=True)
+            yield (
+                np.arange(first, first + len(some)),
+                np.asarray(means / np.maximum(lengths, np.float32(1e-12)), np.float32),
+            )
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """As ``LoadedBundle.run``; the inputs of both towers give both vectors, and the logits between them.
@@ -131,6 +147,12 @@ class Clip(TextBundle, ImageBundle):
     def _logits(self, image_embeds: Floats, text_embeds: Floats) -> Floats:
         """(images, texts), in FP32."""
         return np.asarray(np.float32(self.logit_scale) * (image_embeds @ text_embeds.T), np.float32)
+
+
+def name_of_label(first: int, each: int, text: int) -> str:
+    """What errors call a text: ``each`` of them, one per template, make a label, of which ``first`` came before."""
+    label = f"label {first + text // each}"
+    return label if each == 1 else f"{label} in template {text % each}"
 
 
 def check_labels(names: Sequence[Any], templates: Sequence[Any]) -> None:

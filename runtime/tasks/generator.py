@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
+from collections.abc import Generator as Pieces
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -14,8 +16,9 @@ from transom.runtime.decoder.decoding import Decoding
 from transom.runtime.errors import BundleError, InputError
 from transom.runtime.generate import GenerationSettings, generate, stream
 from transom.runtime.inputs import WRITE_INDICES
+from transom.runtime.process_bound import ProcessBound
 from transom.runtime.session import LoadedBundle
-from transom.runtime.text.tokenizer import MAX_LENGTH, TextEncoder, TextSpec
+from transom.runtime.text.tokenizer import TextEncoder, TextSpec
 
 if TYPE_CHECKING:
     from transom.runtime.backend import Array
@@ -32,6 +35,36 @@ class Begun:
     decoding: Decoding
     starts: list[Row]
     logits: Floats
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of one call, checked, and how many tokens each has; ``given`` are texts or ids, as ``text`` says.
+
+    ``single``: one prompt was handed in, not a list of them.
+    """
+
+    single: bool
+    text: bool
+    given: Sequence[Any]
+    lengths: Sequence[int]
+
+    def name(self, place: int) -> str:
+        """What errors call a prompt."""
+        return f"{'text' if self.text else 'prompt'} {place}"
+
+
+class Stream(ProcessBound, Iterator[Any]):
+    """The pieces of one generation, each made when it is asked for; ``close`` frees the cache early."""
+
+    def __init__(self, pieces: Pieces[Any]) -> None:
+        self._pieces = pieces
+
+    def __next__(self) -> Any:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        self._pieces.close()
 
 
 class Generator(LoadedBundle, ABC):
@@ -65,8 +98,8 @@ class Generator(LoadedBundle, ABC):
         InputError, before the first step, for keywords that contradict each other, ids outside the
         vocabulary, an empty prompt, and a prompt that with the new tokens is longer than the context.
         """
-        single, text, rows = self._rows(prompts)
-        settings = self._settings(keywords, rows, text=text)
+        asked = self._prompts(prompts)
+        settings = self._settings(keywords, asked)
         each = settings.rows(1)
         if each > self.max_size("B"):
             raise InputError(
@@ -74,10 +107,10 @@ class Generator(LoadedBundle, ABC):
                 f"Export again with --max B={each}."
             )
         size = self.max_size("B") // each
-        found: list[Row] = []
-        for first in range(0, len(rows), size):
-            begun = self.begin(rows[first : first + size])
-            found += generate(
+        answers: list[Any] = []
+        for first in range(0, len(asked.given), size):
+            begun = self.begin(self._ids(asked, first, first + size))
+            found = generate(
                 begun.starts,
                 begun.logits,
                 begun.decoding,
@@ -86,23 +119,23 @@ class Generator(LoadedBundle, ABC):
                 positions=self.context,
                 first=first,
             )
-        answers = [self.target_encoder().decode(row) for row in found] if text else found
-        return in_kind(answers, single=single, each=settings.num_return_sequences)
+            answers += [self.target_encoder().decode(row) for row in found] if asked.text else found
+        return in_kind(answers, single=asked.single, each=settings.num_return_sequences)
 
-    def stream(self, prompt: Any, **keywords: Any) -> Iterator[Any]:
+    def stream(self, prompt: Any, **keywords: Any) -> Stream:
         """``generate`` for one prompt, piece by piece as it is made: whole characters, or ids where ids were given.
 
         The pieces joined are what ``generate`` returns. The call itself checks everything; leaving the
         loop early frees the cache.
         """
-        single, text, rows = self._rows(prompt)
-        if not single:
-            raise InputError(f"stream takes one prompt, received a list of {len(rows)}; call it once for each.")
-        settings = self._settings(keywords, rows, text=text, streaming=True)
-        tokens = self._tokens(rows, settings)
-        return self._pieces(tokens) if text else tokens
+        asked = self._prompts(prompt)
+        if not asked.single:
+            raise InputError(f"stream takes one prompt, received a list of {len(asked.given)}; call it once for each.")
+        settings = self._settings(keywords, asked, streaming=True)
+        tokens = self._tokens(self._ids(asked, 0, 1), settings)
+        return Stream(self._pieces(tokens) if asked.text else tokens)
 
-    def _tokens(self, rows: list[Row], settings: GenerationSettings) -> Iterator[int]:
+    def _tokens(self, rows: list[Row], settings: GenerationSettings) -> Pieces[int]:
         begun = self.begin(rows)
         yield from stream(
             begun.starts[0],
@@ -113,7 +146,7 @@ class Generator(LoadedBundle, ABC):
             positions=self.context,
         )
 
-    def _pieces(self, tokens: Iterator[int]) -> Iterator[str]:
+    def _pieces(self, tokens: Iterator[int]) -> Pieces[str]:
         text = self.target_encoder().stream()
         for token in tokens:
             piece = text.add(token)
@@ -132,7 +165,7 @@ class Generator(LoadedBundle, ABC):
         return Decoding(self.backend("decoder"), rows, self.context, source, most_logits=self.max_size("P"))
 
     @abstractmethod
-    def decoder_length(self, row: Row) -> int:
+    def decoder_length(self, row: Sequence[int]) -> int:
         """Tokens that a prompt takes of the decoder's context."""
 
     def encoder(self) -> TextEncoder:
@@ -150,11 +183,14 @@ class Generator(LoadedBundle, ABC):
         if words is None:
             return None
         # Of any length: scores read windows, and prompts are checked where prompts of ids are
-        spec = replace(TextSpec.from_json(words), max_length=MAX_LENGTH)
-        return TextEncoder(self._bundle.read(spec.file), spec, max_tokens=MAX_LENGTH)
+        spec = replace(TextSpec.from_json(words), max_length=sys.maxsize)
+        return TextEncoder(self._bundle.read(spec.file), spec, max_tokens=sys.maxsize)
 
-    def _rows(self, prompts: Any) -> tuple[bool, bool, list[Row]]:
-        """(was it a single one, was it text, the prompts as ids); InputError for anything else."""
+    def _prompts(self, prompts: Any) -> Prompts:
+        """Check the prompts and measure them; InputError for anything but texts or ids.
+
+        They become ids batch by batch (``_ids``): those of all of a long list would be many times what it holds.
+        """
         given = prompts.tolist() if isinstance(prompts, np.ndarray) else prompts
         if not isinstance(given, str | list | tuple):
             raise InputError(f"prompts is a {type(given).__name__}; expected a str, a list of ids, or a list of those.")
@@ -165,11 +201,18 @@ class Generator(LoadedBundle, ABC):
         kinds = {isinstance(prompt, str) for prompt in batch}
         if len(kinds) == 2:
             raise InputError("prompts holds both texts and ids; give one kind in one call.")
-        if kinds == {True}:
-            texts = [str(prompt) for prompt in batch]
-            encoded = self.encoder().encode(texts, truncate=False).rows
-            return single, True, [self._checked(row.ids) for row in encoded]  # added tokens may lie past the model's
-        return single, False, [self._checked(prompt) for prompt in batch]
+        lengths = [len(self._row(prompt, place)) for place, prompt in enumerate(batch)]
+        return Prompts(single, kinds == {True}, batch, lengths)
+
+    def _ids(self, prompts: Prompts, start: int, stop: int) -> list[Row]:
+        """The prompts from ``start`` on, ``stop`` excluded, as ids."""
+        return [self._row(prompt, start + index) for index, prompt in enumerate(prompts.given[start:stop])]
+
+    def _row(self, prompt: Any, place: int) -> Row:
+        """A prompt as ids; a text's are checked too: added tokens may lie past the model's."""
+        if isinstance(prompt, str):
+            return self._checked(self.encoder().row(prompt, truncate=False, name=f"text {place}").ids)
+        return self._checked(prompt)
 
     def _checked(self, prompt: Any) -> Row:
         """One prompt of ids."""
@@ -187,26 +230,25 @@ class Generator(LoadedBundle, ABC):
             )
         return [int(token) for token in ids]
 
-    def _settings(
-        self, keywords: dict[str, Any], rows: list[Row], *, text: bool, streaming: bool = False
-    ) -> GenerationSettings:
+    def _settings(self, keywords: dict[str, Any], prompts: Prompts, *, streaming: bool = False) -> GenerationSettings:
         """Keywords over the checkpoint's own settings, checked against this bundle and these prompts."""
         settings = self._defaults.with_keywords(**keywords)
         settings.check(
             int(self.backend("decoder").graph.outputs[0].shape[2]), text=self._text is not None, streaming=streaming
         )
         axis = str(self.prompt_tokens().shape[1])
-        for index, row in enumerate(rows):
-            length = self.decoder_length(row)
-            if length < len(row) > self.max_size(axis):  # a source, which the context does not bound
-                which = "a source" if len(rows) == 1 else f"source {index}"
+        alone = len(prompts.lengths) == 1
+        for index, tokens in enumerate(prompts.lengths):
+            length = self.decoder_length(range(tokens))
+            if length < tokens > self.max_size(axis):  # a source, which the context does not bound
+                which = "a source" if alone else f"source {index}"
                 raise InputError(
-                    f"{which} is {len(row)} tokens; axis {axis} allows {self.max_size(axis)}. Shorten it, or "
-                    f"{self._longer(len(row), axis)}."
+                    f"{which} is {tokens} tokens; axis {axis} allows {self.max_size(axis)}. Shorten it, or "
+                    f"{self._longer(tokens, axis)}."
                 )
             new = settings.new_tokens(length, self.context)
             if length + new > self.context:
-                which = "a prompt" if len(rows) == 1 else f"prompt {index}"
+                which = "a prompt" if alone else f"prompt {index}"
                 room = f" Ask for max_new_tokens={self.context - length} at most," if length < self.context else ""
                 axes = "C", str(self._decoder_tokens().shape[1])
                 raise InputError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -11,6 +10,7 @@ from numpy.typing import NDArray
 
 from transom.runtime.decoder.decoding import CHUNK
 from transom.runtime.errors import InputError
+from transom.runtime.finite import check_finite
 from transom.runtime.inputs import LOGITS_POSITIONS, WRITE_INDICES
 from transom.runtime.tasks.generator import Begun, Generator, Row, padded
 
@@ -25,7 +25,7 @@ class GPT(Generator):
         logits = decoding.read(*padded(rows))
         return Begun(decoding, [list(row) for row in rows], logits)
 
-    def decoder_length(self, row: Row) -> int:
+    def decoder_length(self, row: Sequence[int]) -> int:
         return len(row)
 
     def score(self, text: Any) -> Any:
@@ -33,22 +33,26 @@ class GPT(Generator):
 
         As transformers' loss, over every token but the first. A list of texts gets a list.
         """
-        single, _, rows = self._rows(text)
-        found = [math.exp(-float(self._log_probabilities(row).mean())) for row in rows]
-        return found[0] if single else found
+        prompts = self._prompts(text)
+        found = [
+            perplexity(self._log_probabilities(row, prompts.name(place)))
+            for place in range(len(prompts.given))
+            for row in self._ids(prompts, place, place + 1)
+        ]
+        return found[0] if prompts.single else found
 
     def log_probabilities(self, text: Any) -> NDArray[np.float64]:
         """Natural logarithms of the probability of each token but the first, given those before it: (tokens - 1,).
 
         A text longer than the context is read in windows that share half of it; each token is then
-        given at least half a context.
+        given at least half a context. Raises NotFiniteError, as ``score`` does.
         """
-        single, _, rows = self._rows(text)
-        if not single:
-            raise InputError(f"log_probabilities takes one text, received {len(rows)}; call it once for each.")
-        return self._log_probabilities(rows[0])
+        prompts = self._prompts(text)
+        if not prompts.single:
+            raise InputError(f"log_probabilities takes one text, received {len(prompts.given)}; call it once for each.")
+        return self._log_probabilities(self._ids(prompts, 0, 1)[0], prompts.name(0))
 
-    def _log_probabilities(self, row: Row) -> NDArray[np.float64]:
+    def _log_probabilities(self, row: Row, name: str) -> NDArray[np.float64]:
         if len(row) < 2:
             raise InputError("a text of one token has no token that could be predicted; give a longer one.")
         ids = np.array(row)
@@ -58,22 +62,31 @@ class GPT(Generator):
         for first in range(0, len(ids), stride):
             window = ids[first : first + self.context]
             following = ids[first + 1 : first + len(window) + 1]
-            scored = self._window(window, following, skip=known - first)
+            scored = self._window(window, following, skip=known - first, name=name)
             found[known : known + len(scored)] = scored
             known += len(scored)
             if known == len(found):
                 break
         return found
 
-    def _window(self, window: NDArray[np.int64], following: NDArray[np.int64], skip: int) -> NDArray[np.float64]:
+    def _window(
+        self, window: NDArray[np.int64], following: NDArray[np.int64], skip: int, name: str
+    ) -> NDArray[np.float64]:
         """The log-probability of each of ``following`` behind its token of ``window``, but for the first ``skip``."""
         decoding = self.decoding(1)
         parts = []
         for first in range(0, len(following), CHUNK):
-            logits = decoding.read_all(window[None, first : first + CHUNK])[0].astype(np.float64)
             targets = following[first : first + CHUNK]
-            logits = logits[: len(targets)]
+            found = decoding.read_all(window[None, first : first + CHUNK])[0, : len(targets)]
+            check_finite(found, "logits", lambda _: name, ruled_out=True)
+            logits = found.astype(np.float64)
             top = logits.max(-1, keepdims=True)
             normaliser = np.log(np.exp(logits - top).sum(-1)) + top[:, 0]
             parts.append(logits[np.arange(len(targets)), targets] - normaliser)
         return np.concatenate(parts)[skip:]
+
+
+def perplexity(log_probabilities: NDArray[np.float64]) -> float:
+    """exp of the mean negative log-probability; infinite past float64's range, as for a token that is ruled out."""
+    with np.errstate(over="ignore"):
+        return float(np.exp(-log_probabilities.mean()))

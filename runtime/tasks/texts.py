@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from transom.runtime.errors import BundleError, InputError
+from transom.runtime.finite import check_finite
 from transom.runtime.session import LoadedBundle
-from transom.runtime.text.tokenizer import EncodedBatch, TextEncoder, TextSpec
+from transom.runtime.tasks.batches import Name, Rows, batches, collected, name_of_row
+from transom.runtime.text.tokenizer import CompactRow, EncodedBatch, TextEncoder, TextSpec
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
 
 Floats = NDArray[np.float32]
+TEXT: Name = "text {}".format
+KEPT_BYTES = 16 << 20  # of rows that wait for their batch; others are tokenized again when it comes
+ROW_BYTES = 400  # of a CompactRow, beside 8 for each token
 
 
 class TextBundle(LoadedBundle):
@@ -27,16 +36,51 @@ class TextBundle(LoadedBundle):
                 raise BundleError(f"tokenizer.kind is {spec.kind!r}, expected 'tokenizers'; export the bundle again.")
             self._text = TextEncoder(self._bundle.read(spec.file), spec, max_tokens=self.max_size("S"))
 
-    def text_rows(self, texts: Sequence[str], pairs: Sequence[str] | None, output: str, *, truncate: bool) -> Floats:
-        """An output with one row per text, computed in batches of texts of like length."""
-        encoded = self.encoder().encode(texts, pairs, truncate=truncate)
-        order = np.argsort(encoded.attention_mask.sum(1), kind="stable")
-        rows: list[Floats] = [np.empty(0, np.float32)] * len(texts)
-        for start in range(0, len(order), self.max_size("B")):
-            chosen = order[start : start + self.max_size("B")]
-            for index, row in zip(chosen, self.run_texts(take(encoded, chosen), output)[output], strict=True):
-                rows[index] = row
-        return np.stack(rows)
+    def text_rows(
+        self, texts: Sequence[str], output: str, *, truncate: bool, prefix: str = "", name: Name = TEXT
+    ) -> Floats:
+        """An output with one row per text, (N, ...) in the order of the texts; as ``text_batches``."""
+        parts = self.text_batches(texts, None, output, truncate=truncate, prefix=prefix, name=name)
+        return collected(parts, len(texts))
+
+    def text_batches(
+        self,
+        texts: Sequence[str],
+        pairs: Sequence[str] | None,
+        output: str,
+        *,
+        truncate: bool,
+        prefix: str = "",
+        name: Name = TEXT,
+    ) -> Iterator[Rows]:
+        """Compute an output with one row per text, batch by batch; ``prefix`` goes before each text.
+
+        All texts are tokenized first, so that a wrong one is an error before anything runs, but beyond KEPT_BYTES
+        only their lengths are kept. Raises as ``TextEncoder.encode`` does, and NotFiniteError; ``name`` is what errors
+        call the text at a place.
+        """
+        encoder = self.encoder()
+        encoder.check(texts, pairs)
+
+        def row(place: int) -> Encoding:
+            text, pair = texts[place], None if pairs is None else pairs[place]
+            prefixed = prefix + text if prefix and isinstance(text, str) else text
+            return encoder.row(prefixed, pair, truncate=truncate, name=name(place), pair_name=f"pair {place}")
+
+        lengths: list[int] = []
+        kept: dict[int, CompactRow] = {}
+        room = KEPT_BYTES
+        for place in range(len(texts)):
+            encoding = row(place)
+            lengths.append(len(encoding))
+            room -= ROW_BYTES + 8 * len(encoding)
+            if room >= 0:
+                kept[place] = CompactRow.of(encoding)
+        for places in batches(lengths, self.max_size("B")):
+            batch = encoder.padded([kept.pop(place) if place in kept else row(place) for place in places.tolist()])
+            rows = self.run_texts(batch, output)[output]
+            check_finite(rows, output, partial(name_of_row, places, name))
+            yield places, rows
 
     def run_texts(self, batch: EncodedBatch, *outputs: str) -> dict[str, Floats]:
         """The graph's ``outputs`` for one batch."""

@@ -60,7 +60,7 @@ class Transformer(Generator):
         starts = [list(self.start) for _ in range(R)]
         return Begun(decoding, starts, decoding.read(np.array(starts, np.int64)))
 
-    def decoder_length(self, row: Row) -> int:
+    def decoder_length(self, row: Sequence[int]) -> int:
         return 1  # the start token
 
     def target_encoder(self) -> TextEncoder:

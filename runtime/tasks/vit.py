@@ -27,13 +27,16 @@ class ViT(ImageBundle):
         """The ``top_k`` most probable labels: ``[(label, probability), ...]`` per image, best first."""
         self.need_task("image-classification")
         single, batch = many(images)
-        scores = label_scores(self.image_rows(batch, "logits"), self.manifest.options.get("problem_type"))
-        labels = self.labels(scores.shape[1])
-        answers: list[Ranked] = [ranked(row, labels, top_k) for row in scores]
+        answers: list[Ranked] = [[]] * len(batch)
+        for places, logits in self.image_batches(batch, "logits"):
+            scores = label_scores(logits, self.manifest.options.get("problem_type"))
+            labels = self.labels(scores.shape[1])
+            for place, row in zip(places, scores, strict=True):
+                answers[place] = ranked(row, labels, top_k)
         return answers[0] if single else answers
 
     def features(self, images: ImageSource | Sequence[ImageSource]) -> NDArray[np.float32]:
         """The class token after the last LayerNorm: float32 (E,) for one image, (N, E) for a list."""
         single, batch = many(images)
-        hidden = self.image_rows(batch, "last_hidden_state")[:, 0]
-        return cast(NDArray[np.float32], hidden[0] if single else hidden)
+        rows = self.image_rows(batch, "last_hidden_state", lambda hidden: hidden[:, 0])
+        return cast(NDArray[np.float32], rows[0] if single else rows)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 MAX_ID = 2**31 - 1  # ids are int64 in the graph, but no embedding table is longer than this
 MAX_LENGTH = 1_000_000  # tokens; far past any position table
+DOC_STRIDE = 128  # tokens two neighbouring windows of a long context share, as in transformers' pipeline
 KINDS = ("tokenizers", "marian")
 
 
@@ -32,7 +33,7 @@ class TextSpec:
     """The object ``tokenizer`` of bundle.json: what the file itself does not say.
 
     file         name of the tokenizer's JSON file, beside bundle.json
-    max_length   tokens of the longest row the checkpoint was made for, special ones included
+    max_length   tokens of the longest row the checkpoint was made for, special ones included, whatever the bundle's S
     pad_token    fills a shorter row, on the right, under an attention mask of zeros; None: id 0 does
     mask_token   what ``fill_mask`` replaces, or None
     truncation_side       "right" or "left": the end that is cut off
@@ -40,7 +41,7 @@ class TextSpec:
     token_types           False: token_type_ids are 0 in a pair's second text too, because the
                           checkpoint's own tokenizer hands none to the model
     kind                  what ``file`` is: "tokenizers" (that library's own format) or "marian"
-                          (``runtime.marian_text.MarianSpec``)
+                          (``runtime.text.marian.MarianSpec``)
     clean_up_spaces       decoded text loses the spaces before punctuation, as in transformers'
                           clean_up_tokenization_spaces
     """
@@ -92,13 +93,28 @@ class EncodedBatch:
 
     ``rows`` are the tokenizers library's encodings without padding: ``offsets`` into the text in
     characters, ``special_tokens_mask``, ``sequence_ids``, ``word_ids``, ``tokens``. Those of a Marian
-    tokenizer have ``ids`` alone.
+    tokenizer have ``ids`` alone, a ``CompactRow`` ``ids`` and ``type_ids``.
     """
 
     input_ids: NDArray[np.int64]
     attention_mask: NDArray[np.int64]
     token_type_ids: NDArray[np.int64]
-    rows: tuple[Encoding, ...]
+    rows: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class CompactRow:
+    """What a graph reads of one encoding, int32: a tenth of the memory, for rows that wait for their batch."""
+
+    ids: NDArray[np.int32]
+    type_ids: NDArray[np.int32]
+
+    @classmethod
+    def of(cls, encoding: Encoding) -> CompactRow:
+        return cls(*np.array([encoding.ids, encoding.type_ids], np.int32))
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 class TextEncoder:
@@ -160,57 +176,93 @@ class TextEncoder:
     def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, truncate: bool) -> EncodedBatch:
         """Encode texts, or texts with their pairs, each to one row padded to the longest.
 
-        Too long a row is cut with ``truncate``, a pair from its longer side first ('longest_first' in
-        transformers), else it is a ShapeError. InputError: not a list of str, an empty list, lists of
-        unequal length, a text that is no Unicode or without any token.
+        Raises as ``check`` and ``row`` do.
         """
-        firsts = self._tokens(texts, "text")
-        seconds = None if pairs is None else self._tokens(pairs, "pair")
-        if seconds is not None and len(firsts) != len(seconds):
-            raise InputError(f"{len(firsts)} texts and {len(seconds)} pairs; expected as many of each.")
-        added = self._processor.num_special_tokens_to_add(seconds is not None)
-        room = self.max_tokens - added
-        rows = []
-        for index, first in enumerate(firsts):
-            second = None if seconds is None else seconds[index]
-            length = len(first) + (0 if second is None else len(second))
-            if length > room:
-                if not truncate or room < (1 if second is None else 2):
-                    raise ShapeError(self._too_long(f"text {index}", length + added, added))
-                keep_first, keep_second = longest_first(len(first), length - len(first), room)
-                first.truncate(keep_first, direction=self.spec.truncation_side)
-                if second is not None:
-                    second.truncate(keep_second, direction=self.spec.truncation_side)
-            rows.append(self._processor.process(first, second, True))
-        return self._batch(rows)
+        self.check(texts, pairs)
+        seconds: Sequence[str | None] = [None] * len(texts) if pairs is None else pairs
+        rows = [
+            self.row(text, pair, truncate=truncate, name=f"text {index}", pair_name=f"pair {index}")
+            for index, (text, pair) in enumerate(zip(texts, seconds, strict=True))
+        ]
+        return self.padded(rows)
 
-    def windows(self, question: str, context: str, max_length: int, stride: int) -> EncodedBatch:
+    def check(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> None:
+        """Raise InputError unless these are lists, of at least one text, and of equal length."""
+        for what, given in (("text", texts), ("pair", pairs)):
+            if given is None:
+                continue
+            if isinstance(given, str) or not isinstance(given, Sequence):
+                raise InputError(f"{what}s is a {type(given).__name__}, expected a list of str. Put it into a list.")
+            if not given:
+                raise InputError(f"{what}s is empty, expected a list of at least one str.")
+        if pairs is not None and len(texts) != len(pairs):
+            raise InputError(f"{len(texts)} texts and {len(pairs)} pairs; expected as many of each.")
+
+    def row(
+        self, text: str, pair: str | None = None, *, truncate: bool, name: str = "text 0", pair_name: str = "pair 0"
+    ) -> Encoding:
+        """Encode one text, or a text with its pair, special tokens included.
+
+        Too long a row is cut with ``truncate``, a pair from its longer side first ('longest_first' in
+        transformers), else it is a ShapeError. InputError: no str, no Unicode, or not a single token. Errors call
+        the text ``name`` and its pair ``pair_name``.
+        """
+        first = self._tokens(text, name)
+        second = None if pair is None else self._tokens(pair, pair_name)
+        added = self._processor.num_special_tokens_to_add(second is not None)
+        room = self.max_tokens - added
+        length = len(first) + (0 if second is None else len(second))
+        if length > room:
+            least = 1 if second is None else 2
+            if not truncate or room < least:
+                raise ShapeError(self._too_long(name, length + added, added, can_cut=room >= least))
+            keep_first, keep_second = longest_first(len(first), length - len(first), room)
+            first.truncate(keep_first, direction=self.spec.truncation_side)
+            if second is not None:
+                second.truncate(keep_second, direction=self.spec.truncation_side)
+        framed: Encoding = self._processor.process(first, second, True)
+        return framed
+
+    def windows(
+        self,
+        question: str,
+        context: str,
+        max_length: int | None = None,
+        stride: int | None = None,
+        *,
+        place: str = "",
+    ) -> EncodedBatch:
         """The question with as many overlapping pieces of the context as it takes, one row each.
 
-        ``max_length`` bounds a row in tokens, ``stride`` is the overlap of two pieces: transformers'
-        ``truncation="only_second", return_overflowing_tokens=True``. Raises as ``encode`` does, and
-        InputError where the question leaves no room or the overlap is no smaller than the room.
+        ``max_length`` bounds a row in tokens, as many as the bundle allows by default; ``stride`` is the overlap of
+        two pieces, by default that of transformers' pipeline: DOC_STRIDE, or half a short row. The rows are those of
+        transformers' ``truncation="only_second", return_overflowing_tokens=True``. Raises as ``row`` does, and
+        InputError where the question leaves no room for the context, or the context needs several rows and the room
+        is no larger than the overlap. ``place`` tells the question from others in errors.
         """
-        (asked,), (given,) = self._tokens([question], "question"), self._tokens([context], "context")
-        if not 0 < max_length <= self.max_tokens:
-            raise ShapeError(f"max_length is {max_length}, expected 1..{self.max_tokens}, the most a row holds.")
-        room = max_length - len(asked) - self._processor.num_special_tokens_to_add(True)
-        if room < 1:
+        asked, given = self._tokens(question, f"question{place}"), self._tokens(context, f"context{place}")
+        length = self.max_tokens if max_length is None else max_length
+        if not 0 < length <= self.max_tokens:
+            raise ShapeError(f"max_length is {length}, expected 1..{self.max_tokens}, the most a row holds.")
+        overlap = min(length // 2, DOC_STRIDE) if stride is None else stride
+        added = self._processor.num_special_tokens_to_add(True)
+        room = length - len(asked) - added
+        if room < 1 or (stride is None and room <= overlap and room < len(given)):
+            taken = len(asked) + added
             raise InputError(
-                f"the question is {len(asked)} tokens and leaves none of the {max_length} of a row for the "
-                "context. Shorten it."
+                f"the question{place} {self._question_too_long(taken, added, len(given), length, overlap)}"
             )
-        if not 0 <= stride < room:
+        if overlap < 0 or (overlap >= room and len(given) > room):
             raise InputError(
                 f"stride is {stride}, expected 0..{room - 1}: a row has room for {room} tokens of the context "
                 "beside this question. Choose a smaller one."
             )
         if len(given) > room:
-            given.truncate(room, stride=stride, direction=self.spec.truncation_side)
+            given.truncate(room, stride=overlap, direction=self.spec.truncation_side)
         row = self._processor.process(asked, given, True)
         if 1 not in row.sequence_ids:
             raise BundleError(f"{self.spec.file} leaves out the second text of a pair; export the bundle again.")
-        batch = self._batch([row, *row.overflowing])
+        batch = self.padded([row, *row.overflowing])
         if self.spec.token_types:  # the template sets the context's type in the first piece only
             context_type = row.type_ids[row.sequence_ids.index(1)]
             for index, piece in enumerate(batch.rows):
@@ -218,46 +270,8 @@ class TextEncoder:
                 batch.token_type_ids[index, of_context] = context_type
         return batch
 
-    def _tokens(self, texts: Sequence[str], what: str) -> list[Encoding]:
-        """Encodings without special tokens, of texts that are checked first."""
-        if isinstance(texts, str) or not isinstance(texts, Sequence):
-            raise InputError(f"{what}s is a {type(texts).__name__}, expected a list of str. Put it into a list.")
-        if not texts:
-            raise InputError(f"{what}s is empty, expected a list of at least one str.")
-        found = []
-        for index, text in enumerate(texts):
-            where = what if what in ("question", "context") else f"{what} {index}"
-            if not isinstance(text, str):
-                raise InputError(f"{where} is a {type(text).__name__}, expected a str.")
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise InputError(
-                    f"{where} has a lone surrogate, {text[error.start]!r}, at character {error.start}, which is no "
-                    "Unicode text. Decode the bytes it came from with errors='replace'."
-                ) from None
-            try:
-                encoding = self._tokenizer.encode(text)  # one by one: encode_batch starts threads of its own
-            except BaseException as error:
-                raise_unless_tokenizers(error)
-                raise InputError(f"{where} cannot be tokenized ({one_line(error)}). Shorten it.") from None
-            if len(encoding) == 0:
-                raise InputError(
-                    f"{where}, {text[:40]!r}, has no tokens: it is empty, or all blank or control characters. "
-                    "Leave it out."
-                )
-            found.append(encoding)
-        return found
-
-    def _too_long(self, where: str, length: int, added: int) -> str:
-        said = f"{where} is {length} tokens, {added} of them special; at most {self.max_tokens} fit."
-        if self.max_tokens <= added + 1:
-            return f"{said} Export again with --max S={length}."
-        if self._axis < self.spec.max_length:
-            return f"{said} Pass truncate=True, or export again with --max S={length}."
-        return f"{said} The checkpoint was made for no more: pass truncate=True, or split the text."
-
-    def _batch(self, rows: Sequence[Encoding]) -> EncodedBatch:
+    def padded(self, rows: Sequence[Encoding | CompactRow]) -> EncodedBatch:
+        """Rows of ``row`` as one batch, padded to the longest of them."""
         shape = (len(rows), max(len(row) for row in rows))
         ids = np.full(shape, self.spec.pad_id, dtype=np.int64)
         mask, types = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
@@ -267,6 +281,52 @@ class TextEncoder:
             if self.spec.token_types:
                 types[index, : len(row)] = row.type_ids
         return EncodedBatch(ids, mask, types, tuple(rows))
+
+    def _tokens(self, text: str, name: str) -> Encoding:
+        """The encoding, without special tokens, of a text that is checked first."""
+        if not isinstance(text, str):
+            raise InputError(f"{name} is a {type(text).__name__}, expected a str.")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"{name} has a lone surrogate, {text[error.start]!r}, at character {error.start}, which is no "
+                "Unicode text. Decode the bytes it came from with errors='replace'."
+            ) from None
+        try:
+            encoding: Encoding = self._tokenizer.encode(text)  # alone: encode_batch starts threads of its own
+        except BaseException as error:
+            raise_unless_tokenizers(error)
+            raise InputError(f"{name} cannot be tokenized ({one_line(error)}). Shorten it.") from None
+        if len(encoding) == 0:
+            raise InputError(
+                f"{name}, {text[:40]!r}, has no tokens: it is empty, or all blank or control characters. Leave it out."
+            )
+        return encoding
+
+    def _too_long(self, name: str, length: int, added: int, *, can_cut: bool) -> str:
+        said = f"{name} is {length} tokens, {added} of them special; at most {self.max_tokens} fit."
+        longest = min(length, self.spec.max_length)  # of any export of this checkpoint
+        more = longest > self.max_tokens
+        if not can_cut:  # not to one token of each text
+            return f"{said} {f'Export again with --max S={longest}' if more else 'This model reads no such text'}."
+        if more and longest == length:
+            return f"{said} Pass truncate=True, or export again with --max S={length}."
+        made = f"{longest} at most" if more else "no more"
+        return f"{said} The checkpoint was made for {made}: pass truncate=True, or split the text."
+
+    def _question_too_long(self, taken: int, added: int, context: int, length: int, overlap: int) -> str:
+        """Explain that a question, ``taken`` tokens with the ``added`` ones, leaves too little room for a context."""
+        room = length - taken
+        left = f"{room} of the {length}" if room > 0 else f"none of the {length}"
+        why = f", which is {context}; windows over it share {overlap}" if room > 0 else ""
+        shortest = length - added - min(context, overlap + 1)
+        longest = taken + min(context, taken + 1, DOC_STRIDE + 1)  # of a row that would do
+        ways = [f"Shorten it to {shortest}"] if shortest > 0 else []
+        if longest <= self.spec.max_length:
+            ways.append(f"{'or export' if ways else 'Export'} again with --max S={longest}")
+        said = f"is {taken - added} tokens and leaves {left} of a row for the context{why}."
+        return f"{said} {', '.join(ways) or 'Ask a model that reads longer texts'}."
 
 
 def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
