@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
 
-from transom.export.exercises import Exercises
+from transom.export.exercises import Exercises, Run
 from transom.export.flavours import Flavours
 from transom.export.golden import Golden
 from transom.export.parity import TOLERANCES, Case, PyTorchBackend, require_parity
@@ -17,7 +17,7 @@ from transom.export.source import Loaded
 from transom.runtime.backends.ort import OrtBackend
 from transom.runtime.bundle import QUANTIZED, SIMULATED, Bundle
 from transom.runtime.compare import compare_outputs, largest_scales, on_scales
-from transom.runtime.errors import BackendError, BundleError, ExportError
+from transom.runtime.errors import BackendError, BundleError, ExportError, ParityError
 from transom.runtime.replay import Divergence, as_arrays, greedy, logits_along, require_same_tokens
 from transom.runtime.selftest import GENERATION
 from transom.runtime.session import LoadedBundle
@@ -36,11 +36,12 @@ def check_parity(
     """Put both sides through the exercises; ParityError if any is beyond tolerance.
 
     ``rounded`` is a third side, where there is one: our half-precision graphs as a GPU would round them.
-    Errors are taken on each output's scale over all exercises.
+    Errors are taken on each output's scale over all exercises. Every side has every case: see ``in_step``.
     """
     cases = []
-    third = iter(()) if rounded is None else exercises.runs(rounded, by_row=True)
-    for expected, found in zip(exercises.runs(theirs), exercises.runs(ours), strict=True):
+    sides = [exercises.runs(theirs), exercises.runs(ours)]
+    sides += [exercises.runs(rounded, by_row=True)] if rounded is not None else []
+    for expected, found, *third in in_step(sides, len(exercises)):
         shown = " ".join(f"{axis}={size}" for axis, size in expected.sizes.items())
         tell("parity at " + shown.partition(" chunk=")[0])
         if expected.feeds:
@@ -49,15 +50,36 @@ def check_parity(
                 shown, expected.feeds, *({name: side.outputs[name] for name in read} for side in (expected, found))
             )
         cases.append(Case(expected.sizes, compare_outputs(found.graph, found.feeds, found.outputs, expected.outputs)))
-        del found  # outputs at the maximum can be gigabytes
         for run in third:
             compared = compare_outputs(run.graph, run.feeds, run.outputs, expected.outputs)
             cases.append(Case(run.sizes, compared, emulated=True))
-            break
     scales = largest_scales(comparison for case in cases for comparison in case.comparisons)
     cases = [replace(case, comparisons=on_scales(case.comparisons, scales)) for case in cases]
     require_parity(cases, ours.manifest.precision, f"{ours.manifest.name} in {ours.manifest.precision}")
     return cases
+
+
+def in_step(sides: Sequence[Iterator[Run]], cases: int) -> Iterator[list[Run]]:
+    """Each case's runs, one of each side.
+
+    Raises ParityError where there are no cases, where a side has more or fewer of them than ``cases``, and where two
+    sides give other outputs or none: what is not there cannot differ.
+    """
+    for number in range(cases + 1):
+        runs = [run for side in sides if (run := next(side, None)) is not None]
+        if cases == 0 or len(runs) != (len(sides) if number < cases else 0):
+            raise ParityError(
+                f"{len(runs)} of {len(sides)} sides have a case {number + 1}; expected {cases} cases, at least one, of "
+                "each. Nothing was proven; report this, with the checkpoint's config.json."
+            )
+        if runs and (not runs[0].outputs or any(run.outputs.keys() != runs[0].outputs.keys() for run in runs)):
+            given = " and ".join(", ".join(run.outputs) or "nothing" for run in runs)
+            raise ParityError(
+                f"the sides of case {number + 1} give {given}; expected the same outputs. Nothing was proven; report "
+                "this, with the checkpoint's config.json."
+            )
+        if runs:
+            yield runs
 
 
 def check_greedy(
@@ -171,6 +193,8 @@ def measure_ranges(
     ) as measured:
         for _ in exercises.runs(measured, by_row=True):
             pass
+    for name, backend in backends.items():
+        backend.require_runs(name)
     return Ranges(
         {name: found for backend in backends.values() for name, found in backend.largest.items()},
         {name: found for backend in backends.values() for name, found in backend.sums.items()},
