@@ -151,7 +151,7 @@ def open_default_files(bundle: Bundle) -> None:
     Parity opens the variant alone, so nothing else would show that what ships for other devices loads at all. Types and
     the graph's edges are checked and kernels found; nothing is computed, for how half precision adds depends on the
     processor. ONNX Runtime's CPU has no kernels of BF16: of such a file only operators, types and shapes were checked,
-    when it was serialised. Raises ExportError.
+    when it was written. Raises ExportError.
     """
     if bundle.manifest.precision == "bf16":
         return
