@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from transom.calib.data import CalibrationData
 from transom.calib.samples import IMAGE, TEXT, Sample
@@ -116,17 +117,26 @@ def put_bert(bundle: Bert, sample: Sample) -> None:
 
 
 def with_gaps(batch: EncodedBatch, mask_id: int | None) -> EncodedBatch:
-    """One row, a mask token for every GAP_EVERY-th of its own tokens, unless it has a gap already.
+    """One row, with mask tokens among its own tokens (``gaps_among``), unless it has a gap already.
 
     A masked-language model is never used, and was never trained, without: what [MASK] makes of the activations
-    belongs in their ranges.
+    belongs in their ranges. Calibration and the accuracy gate take the same, for ranges of other tokens than those that
+    are judged would be judged by chance.
     """
     if mask_id is None or mask_id in batch.input_ids:
         return batch
-    ordinary = np.flatnonzero(np.array(batch.rows[0].special_tokens_mask) == 0)
     ids = batch.input_ids.copy()
-    ids[0, ordinary[GAP_EVERY // 2 :: GAP_EVERY]] = mask_id
+    ids[0, gaps_among(np.flatnonzero(np.array(batch.rows[0].special_tokens_mask) == 0))] = mask_id
     return replace(batch, input_ids=ids)
+
+
+def gaps_among(places: NDArray[np.intp]) -> NDArray[np.intp]:
+    """Every GAP_EVERY-th of ``places`` (n,), the first in the middle of its run: a word on both sides tells of it.
+
+    So is a text shorter than that: it has one gap in its middle, where counting from either end would leave none, or
+    take the first word of every text.
+    """
+    return places[min(GAP_EVERY, len(places)) // 2 :: GAP_EVERY]
 
 
 def put_vit(bundle: ViT, sample: Sample) -> None:
@@ -169,11 +179,25 @@ def read(bundle: GPT, ids: Row) -> None:
 
 
 def translate(bundle: Transformer, ids: Row) -> None:
-    """Greedily, and not without end; a source that is cut keeps its last token, which closes it."""
+    """Greedily, and not without end."""
+    bundle.generate(
+        cut_source(bundle, ids),
+        num_beams=1,
+        do_sample=False,
+        num_return_sequences=1,
+        max_new_tokens=most_new_tokens(bundle),
+    )
+
+
+def cut_source(bundle: Transformer, ids: Row) -> Row:
+    """At most as many tokens as the encoder takes; the last stays, which closes a source."""
     most = bundle.max_size(str(bundle.prompt_tokens().shape[1]))
-    source = ids if len(ids) <= most else [*ids[: most - 1], ids[-1]]
-    new = max(1, min(NEW_TOKENS, bundle.context - 1))
-    bundle.generate(source, num_beams=1, do_sample=False, num_return_sequences=1, max_new_tokens=new)
+    return ids if len(ids) <= most else [*ids[: most - 1], ids[-1]]
+
+
+def most_new_tokens(bundle: Transformer) -> int:
+    """How many tokens of a translation are followed."""
+    return max(1, min(NEW_TOKENS, bundle.context - 1))
 
 
 def feed(bundle: LoadedBundle, feeds: Mapping[str, Array]) -> None:

@@ -34,12 +34,12 @@ FLAGS = (  # of instructions that decide how fast INT8 and half precision are, x
     *("amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "asimdhp", "i8mm", "bf16", "sve"),
 )
 NVIDIA_SMI = "nvidia-smi"
-NVIDIA_SMI_TIMEOUT_S = 10
+NVIDIA_SMI_TIMEOUT_S = 60  # it takes up to ten where the driver is loaded for it
 QUERIES = (  # the second for drivers that do not tell the compute capability
     {"name": "name", "compute_capability": "compute_cap", "memory": "memory.total", "driver": "driver_version"},
     {"name": "name", "memory": "memory.total", "driver": "driver_version"},
 )
-ASK_TIMEOUT_S = 20
+ASK_TIMEOUT_S = 120  # a library is loaded within some seconds; a busy machine is no broken library
 VERSION = "from transom.runtime.backends.trt_library import library; told = {{'version': library({!r}).__version__}}"
 GPU = (
     "from transom.runtime.backends.cuda import find_gpu; g = find_gpu(); "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,7 +18,7 @@ from transom.runtime.backend import Array
 from transom.runtime.backends.ort import OrtBackend
 from transom.runtime.bundle import QUANTIZED, SIMULATED, Bundle
 from transom.runtime.compare import compare_outputs, largest_scales, on_scales
-from transom.runtime.errors import BackendError, BundleError, ExportError
+from transom.runtime.errors import BackendError, BundleError, ExportError, ParityError
 from transom.runtime.references import BUNDLE, PYTORCH
 from transom.runtime.replay import Divergence, as_arrays, greedy, logits_along, require_same_tokens
 from transom.runtime.selftest import GENERATION
@@ -54,29 +54,29 @@ def check_parity(
     """Put both sides through the exercises; ParityError if any is beyond ``limit``.
 
     ``simulated`` is a third side, where there is one: our graphs for other devices as those would compute them. Errors
-    are taken on each output's scale over all exercises. Raises ExportError where a side answers fewer cases.
+    are taken on each output's scale over all exercises. Every side has every case: see ``in_step``.
     """
     cases: list[Case] = []
-    third = None if simulated is None else exercises.runs(simulated, by_row=True)
-    for expected, found in zip(exercises.runs(theirs), exercises.runs(ours), strict=True):
+    sides = in_step([exercises.runs(theirs), exercises.runs(ours)], len(exercises))
+    third = None if simulated is None else in_step([exercises.runs(simulated, by_row=True)], len(exercises))
+    for expected, found in sides:
         shown = " ".join(f"{axis}={size}" for axis, size in expected.sizes.items())
         tell("parity at " + shown.partition(" chunk=")[0])
         cases.append(Case(expected.sizes, compare_outputs(found.graph, found.feeds, found.outputs, expected.outputs)))
-        sides = {PYTORCH: small(expected, golden), BUNDLE: small(found, golden)}
+        kept = {PYTORCH: small(expected, golden), BUNDLE: small(found, golden)}
         del found  # outputs at the maximum can be gigabytes
         if third is not None:
-            run = next(third, None)
-            if run is None or run.sizes != expected.sizes:
-                raise ExportError(f"the simulated graphs were not compared with PyTorch at {shown}; report this.")
+            (run,) = next(third)
+            require_outputs([expected, run])
             compared = compare_outputs(run.graph, run.feeds, run.outputs, expected.outputs)
             cases.append(Case(run.sizes, compared, emulated=True))
             if ours.manifest.precision in QUANTIZED:
-                sides[SIMULATED] = small(run, golden)
+                kept[SIMULATED] = small(run, golden)
             del run
-        if expected.feeds and all(sides.values()):
-            golden.offer(shown, expected.feeds, sides)
-    if len(cases) != len(exercises) * (1 if third is None else 2):
-        raise ExportError(f"{len(cases)} parity cases were run of {len(exercises)} on each side; report this.")
+        if expected.feeds and all(kept.values()):
+            golden.offer(shown, expected.feeds, kept)
+    if third is not None:
+        next(third, None)  # which has no more cases either
     scales = largest_scales(comparison for case in cases for comparison in case.comparisons)
     cases = [replace(case, comparisons=on_scales(case.comparisons, scales)) for case in cases]
     require_parity(cases, limit.tolerance, f"{ours.manifest.name} in {ours.manifest.precision}", limit.advice)
@@ -87,6 +87,34 @@ def small(run: Run, golden: Golden) -> dict[str, Array]:
     """The outputs that golden values may keep: none of a large case, and no state, which is seen in what follows."""
     read = {tensor.name: run.outputs[tensor.name] for tensor in run.graph.outputs if not tensor.state}
     return read if golden.fits(sum(array.nbytes for array in read.values())) else {}
+
+
+def in_step(sides: Sequence[Iterator[Run]], cases: int) -> Iterator[list[Run]]:
+    """Each case's runs, one of each side.
+
+    Raises ParityError where there are no cases, where a side has more or fewer of them than ``cases``, and as
+    ``require_outputs`` does.
+    """
+    for number in range(cases + 1):
+        runs = [run for side in sides if (run := next(side, None)) is not None]
+        if cases == 0 or len(runs) != (len(sides) if number < cases else 0):
+            raise ParityError(
+                f"{len(runs)} of {len(sides)} sides have a case {number + 1}; expected {cases} cases, at least one, of "
+                "each. Nothing was proven; report this, with the checkpoint's config.json."
+            )
+        if runs:
+            require_outputs(runs)
+            yield [runs.pop(0) for _ in sides]  # held on to by nothing here: outputs can be gigabytes
+
+
+def require_outputs(runs: Sequence[Run]) -> None:
+    """Raise ParityError where the runs of one case give other outputs or none: what is not there cannot differ."""
+    if not runs[0].outputs or any(run.outputs.keys() != runs[0].outputs.keys() for run in runs):
+        given = " and ".join(", ".join(run.outputs) or "nothing" for run in runs)
+        raise ParityError(
+            f"the sides of a case give {given}; expected the same outputs. Nothing was proven; report this, with the "
+            "checkpoint's config.json."
+        )
 
 
 def check_greedy(
@@ -169,7 +197,7 @@ def open_default_files(bundle: Bundle) -> None:
     Parity opens the variant alone, so nothing else would show that what ships for other devices loads at all. Types and
     the graph's edges are checked and kernels found; nothing is computed, for how half precision adds depends on the
     processor. ONNX Runtime's CPU has no kernels of BF16: of such a file only operators, types and shapes were checked,
-    when it was serialised. Raises ExportError.
+    when it was written. Raises ExportError.
     """
     if bundle.manifest.precision == "bf16":
         return
@@ -211,6 +239,8 @@ def measure_ranges(
     ) as measured:
         for _ in exercises.runs(measured, by_row=True):
             pass
+    for name, backend in backends.items():
+        backend.require_runs(name)
     return Ranges(
         {name: found for backend in backends.values() for name, found in backend.largest.items()},
         {name: found for backend in backends.values() for name, found in backend.sums.items()},

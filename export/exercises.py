@@ -16,6 +16,7 @@ from transom.export.parity import grid
 from transom.export.samples import Samples, single_rows
 from transom.runtime.backend import Array
 from transom.runtime.decoder.cache import STEP
+from transom.runtime.errors import ExportError
 from transom.runtime.inputs import is_decoder
 from transom.runtime.replay import forced_logits
 from transom.runtime.session import LoadedBundle
@@ -60,6 +61,13 @@ class Exercises:
                 named = {size for tensor in file.graph.inputs for size in tensor.shape if isinstance(size, str)}
                 self._grids[file.graph.name] = grid({name: axis for name, axis in axes.items() if name in named})
         self._scenarios = scenarios(bundle, samples["decoder"]) if isinstance(bundle, Generator) else []
+        reached = {*self._grids, *(["decoder"] if self._scenarios else [])}
+        missed = [file.graph.name for file in bundle.manifest.graphs if file.graph.name not in reached]
+        if missed:
+            raise ExportError(
+                f"no case runs the graph {missed[0]!r} of this {bundle.manifest.family}; expected some for each graph. "
+                "Only generators may have a graph that writes caches, called 'decoder'."
+            )
 
     @property
     def greedy_prompts(self) -> list[Row]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import inspect
+import itertools
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -20,6 +22,7 @@ from transom.runtime.spec import Axis, Graph
 
 OPSET = 23  # the first with Attention
 CACHE_OPSET = 24  # the first with TensorScatter, which writes the KV cache
+NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"  # what torch.export 2.13 notes of a node that no module made
 
 
 def onnx_from_module(module: nn.Module, graph: Graph, axes: Mapping[str, Axis]) -> ir.Model:
@@ -29,11 +32,15 @@ def onnx_from_module(module: nn.Module, graph: Graph, axes: Mapping[str, Axis]) 
     with the paths of this machine) are dropped. Raises ExportError when the exporter fails or gives
     back other axes than were asked for.
     """
-    sizes = example_sizes(axes)
+    sizes = example_sizes(graph, axes)
     examples = tuple(
         torch.zeros(shape_of(tensor, sizes), dtype=getattr(torch, tensor.dtype)) for tensor in graph.inputs
     )
-    dims = {name: torch.export.Dim(name, min=axis.min, max=axis.max) for name, axis in axes.items() if axis.max > 1}
+    dims = {  # an example may lie beyond its axis: see example_sizes
+        name: torch.export.Dim(name, min=axis.min, max=max(axis.max, sizes.get(name, 0)))
+        for name, axis in axes.items()
+        if axis.max > 1
+    }
     dynamic = [{i: dims[size] for i, size in enumerate(tensor.shape) if size in dims} for tensor in graph.inputs]
     cached = any(tensor.writes for tensor in graph.outputs)
     try:
@@ -69,11 +76,19 @@ def grouped(module: nn.Module, shapes: list[dict[int, Any]]) -> tuple[Any, ...]:
     return (*shapes[:named], rest) if rest else tuple(shapes)
 
 
-def example_sizes(axes: Mapping[str, Axis]) -> dict[str, int]:
-    """Distinct sizes of at least 2, so that the tracer can neither specialise an axis nor equate two."""
+def example_sizes(graph: Graph, axes: Mapping[str, Axis]) -> dict[str, int]:
+    """Distinct sizes of at least 2, so that the tracer can neither specialise an axis nor equate two.
+
+    Axes of one are constants and stay 1. Where bounds leave fewer sizes than there are axes, one is traced beyond its
+    bound, which the graph doesn't know of; rather the batch than others, for positions are looked up in tables that may
+    end there. Returns a size for each axis of the graph's inputs.
+    """
+    named = [size for tensor in graph.inputs for size in tensor.shape if isinstance(size, str)]
+    batches = {tensor.shape[0] for tensor in graph.inputs if tensor.shape}
     sizes: dict[str, int] = {}
-    for name, axis in sorted(axes.items(), key=lambda item: item[1].max):
-        sizes[name] = min(axis.max, 2 + len(sizes))
+    for name in sorted(dict.fromkeys(named), key=lambda name: (axes[name].max, name in batches)):
+        free = (size for size in itertools.count(max(2, axes[name].min)) if size not in sizes.values())
+        sizes[name] = 1 if axes[name].max == 1 else next(free)
     return sizes
 
 
@@ -96,15 +111,33 @@ def keep_module_paths(model: ir.Model) -> None:
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     for node in model.graph:
-        scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]")
-        path = "".join(scopes.strip("[]").split(", ")[-2:-1]).strip("'\"")  # the last is the operation itself
+        path = module_path(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
         node.metadata_props.clear()
         node.doc_string = None
-        if path and not path.startswith("_"):  # torch's own word for "of no module"
+        if path:
             node.metadata_props[MODULE] = path
     for value in values(model):
         value.metadata_props.clear()
         value.doc_string = None
+
+
+def module_path(scopes: str) -> str:
+    """Path of the innermost module of ``scopes``, the exporter's repr of a list; empty for none.
+
+    The list has every module around the node from the outside in, "" for the outermost, then the operation. Raises
+    ExportError for anything else: which nodes stay in FP32 is decided by their paths.
+    """
+    try:
+        found = ast.literal_eval(scopes)
+    except (ValueError, SyntaxError):
+        found = None
+    if not isinstance(found, list) or not all(isinstance(scope, str) for scope in found):
+        raise ExportError(
+            f"the exporter notes {scopes!r:.200} as the modules around a node; expected a list of strings. Install the "
+            "version of torch that pyproject.toml names."
+        )
+    path = found[-2] if len(found) > 1 else ""
+    return "" if path == NO_MODULE else path
 
 
 def values(model: ir.Model) -> Iterator[ir.Value]:

@@ -29,7 +29,7 @@ from transom.export.checks import (
 )
 from transom.export.exercises import Exercises
 from transom.export.figures import operator_counts, parity_to_json
-from transom.export.flavours import Flavours, emulations, make_flavours, pack, simulated
+from transom.export.flavours import Flavours, check_file, emulations, make_flavours, pack, simulated
 from transom.export.golden import Golden
 from transom.export.leftovers import PARTIAL, hidden_folder
 from transom.export.onnx import onnx_from_module
@@ -311,8 +311,12 @@ def judged_again(ours: LoadedBundle, theirs: LoadedBundle, data: Sequence[str], 
 
 
 def write_files(writer: BundleWriter, loaded: Loaded, flavours: Flavours) -> None:
+    """Put the graphs into a bundle, each checked as it lies there, and the tokenizers."""
     for name, data in flavours.files.items():
         writer.add(name, data)
+    for name in flavours.files:
+        if name.endswith(".onnx"):
+            check_file(writer.folder / name)
     for tokenizer in (loaded.tokenizer, loaded.target_tokenizer):
         if tokenizer is not None:
             data, spec = tokenizer

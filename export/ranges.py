@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import onnx_ir as ir
 
 from transom.export.passes.precision import FP16_MAX, KEEP_FP32
@@ -42,6 +43,7 @@ class RangeBackend:
         self.graph = graph
         self._modules = probe_ranges(model) | (probe_sums(model) if sums else {})
         self._values = dict.fromkeys(self._modules, 0.0)
+        self._runs = 0
         library = onnxruntime()
         options = library.SessionOptions()
         options.log_severity_level = 4
@@ -56,11 +58,20 @@ class RangeBackend:
         written = {tensor.name: tensor.writes for tensor in self.graph.outputs if tensor.writes is not None}
         names = [*self._modules, *shapes, *written]
         found = dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
+        self._runs += 1
         for name in self._modules:
-            self._values[name] = max(self._values[name], float(found[name]))
+            self._values[name] = float(np.maximum(self._values[name], found[name]))  # a NaN stays: max would drop it
         for name, buffer in written.items():
             feeds[buffer][...] = found[name]
         return {name: found[name] for name in shapes}
+
+    def require_runs(self, name: str) -> None:
+        """Raise PrecisionError where the graph, called ``name``, never ran: its ranges are all 0."""
+        if self._runs == 0:
+            raise PrecisionError(
+                f"the graph {name} was never run, so no range of its tensors is known; expected a case of each graph. "
+                "Report this, with the checkpoint's config.json; --precision fp32 needs no ranges."
+            )
 
     @property
     def largest(self) -> dict[str, tuple[float, str]]:

@@ -273,6 +273,8 @@ def graph_from_json(value: Any, axes: Mapping[str, Axis], files: Mapping[str, Fi
         outputs=tuple(tensor_from_json(v, axes, problems) for v in fields.sequence("outputs")),
     )
     fields.done()
+    tensors = [str(tensor.name) for tensor in (*graph.inputs, *graph.outputs)]
+    problems += [f"two tensors are called {n[:60]!r}" for n in sorted(set(tensors)) if tensors.count(n) > 1]
     given = {size for tensor in graph.inputs for size in tensor.shape if isinstance(size, str)}
     asked = {size for tensor in graph.outputs for size in tensor.shape if isinstance(size, str)}
     problems += decoder_problems(graph)

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
-SYSCTL_TIMEOUT_S = 5
+SYSCTL_TIMEOUT_S = 60
 SYSCTL = (  # an unknown name is left out of the answer
     *("machdep.cpu.features", "machdep.cpu.leaf7_features"),  # of Intel's: SSE2 AVX2 AVX512VNNI ...
     *("hw.optional.neon", "hw.optional.arm.FEAT_DotProd", "hw.optional.arm.FEAT_I8MM"),  # of Apple's: 1 or 0

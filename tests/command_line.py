@@ -16,6 +16,7 @@ from typing import Any
 
 from typer.testing import CliRunner, Result
 
+from time_limits import PATIENCE_S
 from transom.cli.main import app
 from transom.runtime.bundle import MANIFEST, manifest_sha256
 
@@ -49,7 +50,7 @@ def command(*arguments: str | Path) -> list[str]:
 def process(folder: Path, *arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
     """A real process, run away from the repository's root, where the rooms could be imported bare."""
     return subprocess.run(
-        command(*arguments), cwd=folder, capture_output=True, text=True, timeout=240, encoding="utf-8", **options
+        command(*arguments), cwd=folder, capture_output=True, text=True, timeout=PATIENCE_S, encoding="utf-8", **options
     )
 
 

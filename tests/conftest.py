@@ -17,6 +17,9 @@ from typing import Any
 
 import pytest
 
+from time_limits import MAKING_S, within
+from time_limits import pytest_fixture_setup as pytest_fixture_setup
+
 # Before anything imports huggingface_hub: no test reaches for the network; those of the hub set it themselves.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # And before torch imports triton: our kernels are interpreted, on the CPU; what compiles them runs in its own process.
@@ -183,7 +186,7 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Once]:
 
     def get(name: str, make: Callable[[Path], object]) -> Path:
         folder, finished = shared / name, shared / f"{name}.finished"
-        with (shared / f"{name}.lock").open("w") as lock:
+        with within(MAKING_S, f"making or waiting for {name}"), (shared / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
             if not finished.exists():
                 shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed half-way

@@ -187,7 +187,7 @@ with new_bundle(Path(sys.argv[1]), force=True) as writer:
     writer.add("bundle.json", b"new")
     print("writing", flush=True)
     match sys.argv[2]:
-        case "never ends": time.sleep(600)
+        case "never ends": time.sleep(3600)
         case "between the renames": Path.rename = dies_between_the_renames
         case "while the old one is deleted": shutil.rmtree = die
 """

@@ -7,18 +7,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from transom.calib.data import CalibrationData, Sample, open_calibration_data
 from transom.calib.drive import NEW_TOKENS, check_reach, put_through, what_reads
+from transom.export.quantization.heldout_decoders import translation_questions
+from transom.export.quantization.heldout_encoders import text_row
 from transom.runtime.backend import Array, Backend, Read, open_backend
 from transom.runtime.bundle import Bundle, GraphFile
 from transom.runtime.errors import BackendError, CalibrationError
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks import task_class
+from transom.runtime.tasks.bert import Bert
 
 Call = tuple[str, dict[str, Array]]
 
@@ -93,6 +96,33 @@ def test_a_masked_language_model_gets_gaps(exported: Any) -> None:
     long, own = (feeds["input_ids"][0] for _, feeds in ids)
     assert np.flatnonzero(long == mask).tolist() == [4, 11, 18]  # position 0 is [CLS]
     assert np.flatnonzero(own == mask).tolist() == [2]
+
+
+@pytest.mark.parametrize("words", [1, 2, 3, 6, 7, 8, 40, 500])
+def test_calibration_reads_the_tokens_that_the_gate_judges(exported: Any, words: int) -> None:
+    """Texts of fewer tokens than there are between two gaps, and one that is cut."""
+    folder = exported("BertForMaskedLM")[1]
+    sample = Sample("a", text="water " * words)
+    with recorded(folder, []) as bert:
+        row = text_row(cast(Bert, bert), sample)
+        assert row.counted.any()
+        calibrated = [feeds["input_ids"][0] for _, feeds in calls_of(folder, sample)]
+        assert [ids.tolist() for ids in calibrated] == [row.feeds["input_ids"].tolist()]
+
+
+def test_calibration_translates_the_sources_that_the_gate_judges(dates_bundle: Path) -> None:
+    """One that is too long loses tokens before its last, which closes it."""
+    sample = Sample("a", text="3 May 1979 " * 200)
+    (source,) = (feeds["input_ids"][0] for name, feeds in calls_of(dates_bundle, sample) if name == "encoder")
+    asked: list[Any] = []
+    with recorded(dates_bundle, []) as transformer:
+        fp32 = cast(Any, transformer)
+        generate = fp32.generate
+        fp32.generate = lambda rows, **options: asked.extend(rows) or generate(rows, **options)
+        translation_questions(fp32, [sample], 9)
+        assert len(source) == fp32.max_size("S")
+        assert source[-1] == fp32.encoder().encode(["3 May 1979"], truncate=False).rows[0].ids[-1]
+    assert asked == [source.tolist()]
 
 
 def test_the_features_of_a_text_are_read_behind_the_prompt(bert_bundle: Path) -> None:

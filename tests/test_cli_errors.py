@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from command_line import command, document, error_line, transom
+from time_limits import PATIENCE_S
 from transom.cli.failures import Terminated
 
 
@@ -89,14 +90,14 @@ def test_an_interruption_is_one_line(
 def test_a_signal_ends_a_long_command_with_one_line(
     vit_bundle: Path, tmp_path: Path, sent: signal.Signals, status: int, said: str
 ) -> None:
-    arguments = command("bench", vit_bundle, "--runs", "100000000", "--seconds", "200")
+    arguments = command("bench", vit_bundle, "--runs", "100000000", "--seconds", "3600")
     with subprocess.Popen(
         arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as running:
         assert running.stderr is not None
         first = running.stderr.readline()  # the measurement has begun
         running.send_signal(sent)
-        stdout, rest = running.communicate(timeout=60)
+        stdout, rest = running.communicate(timeout=PATIENCE_S)
     assert first.endswith("B=1 ...\n")
     assert (running.returncode, stdout, rest) == (status, "", f"{said}\n")
 
@@ -136,7 +137,7 @@ def test_a_full_disk_under_stdout_is_said_once(
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
-            timeout=60,
+            timeout=PATIENCE_S,
             env=BUFFERED | buffering,
         )
     assert done.stderr == "transom: the output cannot be written: No space left on device\n"

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from command_line import ANSI, document, process, transom
+from time_limits import PATIENCE_S
 from transom.cli.show import bytes_text, plain, printable
 
 COMMANDS = ("export", "verify", "selftest", "run", "bench", "inspect", "doctor", "table")
@@ -102,7 +103,9 @@ def test_the_command_line_starts_with_few_modules(tmp_path: Path) -> None:
     """rich, numpy and every library behind them wait until a command needs them; a bare Python has some 30 modules."""
     heavy = "{'rich', 'numpy', 'torch', 'onnx', 'onnxruntime', 'PIL', 'tokenizers'}"
     code = f"import sys, transom.cli.main; print(len(sys.modules), *({heavy} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S
+    )
     count, *loaded = done.stdout.split()
     assert (done.returncode, loaded) == (0, [])
     assert int(count) < 350  # 232 on Python 3.11

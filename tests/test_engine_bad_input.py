@@ -18,6 +18,7 @@ import pytest
 from command_line import changed_bundle, command, transom
 from conftest import listing
 from rtx import needs_rtx
+from time_limits import PATIENCE_S
 from transom.export.engine import builder
 from transom.export.engine.build import build
 from transom.export.engine.flavour import tensorrt_graphs
@@ -75,7 +76,7 @@ def test_an_interrupted_build_leaves_nothing(
         os.kill(worker, signal.SIGSTOP)
         (os.killpg if whom == "its group" else os.kill)(running.pid, sent)
         try:
-            stdout, rest = running.communicate(timeout=60)
+            stdout, rest = running.communicate(timeout=PATIENCE_S)
         finally:
             left = processes_about(str(temporary))
             for process in left:
@@ -101,7 +102,7 @@ def test_a_killed_build_takes_its_builder_along(int8_bundle: Path, tmp_path: Pat
         while running.poll() is None and not any(temporary.rglob("log.txt")):
             time.sleep(0.01)
         running.kill()
-    ends = time.monotonic() + 30
+    ends = time.monotonic() + PATIENCE_S
     while processes_about(str(temporary)) and time.monotonic() < ends:
         time.sleep(0.05)
     assert processes_about(str(temporary)) == []

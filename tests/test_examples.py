@@ -25,6 +25,7 @@ import pytest
 from PIL import Image
 
 from command_line import changed_bundle
+from time_limits import PATIENCE_S
 from transom.runtime import load
 
 REPO = Path(os.environ.get("TRANSOM_REPO") or Path(__file__).resolve().parents[1])
@@ -39,7 +40,7 @@ def run(folder: Path, example: str, *arguments: str | Path) -> subprocess.Comple
     """Away from the repository's root; caches that belong to the user go to the folder."""
     command = [sys.executable, str(REPO / "examples" / example), *map(str, arguments)]
     environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache")}
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, env=environment)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=PATIENCE_S, env=environment)
 
 
 def error_line(done: subprocess.CompletedProcess[str]) -> str:
@@ -176,13 +177,13 @@ def test_interrupted_it_leaves_what_was_there(
     command = [sys.executable, str(REPO / "examples" / "label_folder.py"), str(vit_bundle), str(folder)]
     options = ["--out", str(out), "--batch", "1", "--workers", "2"]
     process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while not list(tmp_path.glob(".labels.csv.*.partial")):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(kind)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == status, stderr
     assert "Traceback" not in stderr
     assert out.read_text() == "from yesterday"
@@ -387,7 +388,7 @@ def test_a_client_that_goes_away_ends_the_generation(
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE_S
         while not server.started:
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -395,10 +396,10 @@ def test_a_client_that_goes_away_ends_the_generation(
         with httpx2.stream("POST", f"http://127.0.0.1:{port}/bundles/gpt/stream", json={"prompt": "on"}) as response:
             assert next(response.iter_lines()) == "event: message"
             assert not ended.is_set()
-        assert ended.wait(30)
+        assert ended.wait(PATIENCE_S)
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(PATIENCE_S)
     assert not thread.is_alive()
 
 
@@ -415,6 +416,6 @@ def test_the_performance_page_shows_the_figures_of_its_file(tmp_path: Path) -> N
     (figures,) = (REPO / "docs" / "results").glob("scaling-*.json")
     script = REPO / "benchmarks" / "scaling.py"
     command = [sys.executable, str(script), "--results", str(figures)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     assert done.stdout in (REPO / "docs" / "performance.md").read_text("utf-8")

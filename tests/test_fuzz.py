@@ -34,7 +34,7 @@ from transom.runtime.text.tokenizer import TextEncoder, TextSpec
 
 resource = pytest.importorskip("resource")  # of POSIX
 
-MOST_SECONDS = 5.0  # of one example; they take milliseconds
+MOST_SECONDS = 60.0  # of one example; they take milliseconds, and a busy machine may stop for a while
 MOST_MIB = 300  # by which all the examples of a test may raise the peak of memory
 ARCHITECTURES = ("BertForMaskedLM", "ViTForImageClassification", "GPT2LMHeadModel", "MarianMTModel", "CLIPModel")
 JSON = st.recursive(

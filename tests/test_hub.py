@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from time_limits import PATIENCE_S
+
 MakeCheckpoint = Callable[..., Path]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OPEN = """
@@ -31,7 +33,11 @@ except CheckpointError as error:
 def open_by_id(source: str, **environment: str) -> str:
     clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     done = subprocess.run(
-        [sys.executable, "-c", OPEN, source], capture_output=True, text=True, env={**clean, **environment}, timeout=120
+        [sys.executable, "-c", OPEN, source],
+        capture_output=True,
+        text=True,
+        env={**clean, **environment},
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

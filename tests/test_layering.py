@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from time_limits import PATIENCE_S
+
 REPO = Path(os.environ.get("TRANSOM_REPO") or Path(__file__).resolve().parents[1])
 ROOMS = ("models", "export", "runtime", "calib", "cli")
 
@@ -184,7 +186,7 @@ def test_the_checker_lets_pass(path: str, source: str) -> None:
 
 def python(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """Runs away from the repository's root, where the rooms could be imported bare."""
-    done = subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     return done
 

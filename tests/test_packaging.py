@@ -21,6 +21,8 @@ from typing import Any
 
 import pytest
 
+from time_limits import PATIENCE_S
+
 REPO = Path(os.environ.get("TRANSOM_REPO") or Path(__file__).resolve().parents[1])
 ROOMS = ("models", "export", "runtime", "calib", "cli")
 if not (REPO / "Makefile").is_file():
@@ -83,7 +85,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(REPO, folder / "source", ignore=shutil.ignore_patterns(*made_here))
     # --no-isolation: the build backend is in the dev extra, so no network is needed
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), "."]
-    built = subprocess.run(command, cwd=folder / "source", capture_output=True, text=True, timeout=240)
+    built = subprocess.run(command, cwd=folder / "source", capture_output=True, text=True, timeout=PATIENCE_S)
     assert built.returncode == 0, built.stdout + built.stderr
     (path,) = folder.glob("*.whl")
     return path
@@ -124,7 +126,9 @@ def test_the_version_is_the_installed_one() -> None:
 @pytest.mark.parametrize("room", ROOMS)
 def test_an_app_never_gets_a_module_called_like_a_room(room: str, tmp_path: Path) -> None:
     code = f"import transom.runtime, {room}"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S
+    )
     assert f"ModuleNotFoundError: No module named '{room}'" in done.stderr
 
 
@@ -153,7 +157,7 @@ def test_the_installed_wheel_has_every_file() -> None:
 
 def test_the_command_is_installed(tmp_path: Path) -> None:
     command = [str(Path(sys.prefix, "bin", "transom")), "--version"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"transom {importlib.metadata.version('transom')}\n"
 
@@ -205,7 +209,7 @@ def make(folder: Path, *arguments: str, **environment: str) -> subprocess.Comple
         env=inherited | environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
 
 

@@ -37,6 +37,7 @@ from processors.prepare import ONNX, SEVEN, TOOLS, Workshop, draw_seven, name_of
 from processors.running import Done, Processes, run_all
 from processors.table import page
 from processors.without_torch import libraries_of
+from time_limits import PATIENCE_S
 from transom.runtime.compare import Comparison
 from transom.runtime.cpu import flags_of_cpuinfo, instruction_set_of
 from transom.runtime.references import BUNDLE, PYTORCH, Reference
@@ -252,17 +253,17 @@ def test_an_environment_takes_itself_for_the_interpreter(tmp_path: Path) -> None
         MAX, tmp_path / "max", qemu=qemu, root=tmp_path, python=here, packages=[tmp_path / "mine", tmp_path]
     )
     code = "import sys, named; print(sys.executable, sys.prefix, named.name)"
-    done = subprocess.run([made.python, "-I", "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([made.python, "-I", "-c", code], capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.stdout == f"{made.python} {made.folder} mine\n", done.stderr
     assert (made.folder / "root/sys/devices/system/cpu/online").read_text() == "0-1\n"
 
 
 def test_processes_end_with_what_they_started(tmp_path: Path) -> None:
     processes = Processes()
-    slow = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    slow = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(3600)'])"
     job = partial(processes.run, folder=tmp_path, variables=None)
     jobs = {
-        "quick": partial(job, [sys.executable, "-c", "print('yes')"], timeout_s=60),
+        "quick": partial(job, [sys.executable, "-c", "print('yes')"], timeout_s=PATIENCE_S),
         "slow": partial(job, [sys.executable, "-c", slow], timeout_s=0.5),
     }
     began = time.monotonic()
@@ -276,17 +277,17 @@ def test_processes_end_with_what_they_started(tmp_path: Path) -> None:
     assert begun == ["quick", "slow"]
     assert (found["quick"].status, found["quick"].stdout, found["quick"].late) == (0, "yes\n", False)
     assert found["slow"].late
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < PATIENCE_S
 
 
 def test_whoever_stops_looking_ends_the_processes(tmp_path: Path) -> None:
     processes = Processes()
-    sleep = partial(processes.run, ["sleep", "60"], folder=tmp_path, variables=None, timeout_s=60)
+    sleep = partial(processes.run, ["sleep", "3600"], folder=tmp_path, variables=None, timeout_s=PATIENCE_S)
     began = time.monotonic()
     going = run_all({1: sleep, 2: sleep, 3: sleep}, 2, processes)
     assert [next(going), next(going)] == [(1, None), (2, None)]
     going.close()
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < PATIENCE_S
     assert sleep().stderr == "ended before it began"
 
 
@@ -351,7 +352,7 @@ def test_a_machine_without_the_tools_is_told_in_one_line(tmp_path: Path) -> None
         uname.write_text(f'#!/bin/sh\n[ "$1" = -s ] && echo {system} || echo {machine}\n')
         uname.chmod(0o755)
         command = [str(shutil.which("bash")), str(SYSROOT), "qemu", str(folder)]
-        done = subprocess.run(command, env={"PATH": str(tools)}, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env={"PATH": str(tools)}, capture_output=True, text=True, timeout=PATIENCE_S)
         assert done.returncode == 1
         return done.stderr
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from time_limits import PATIENCE_S
 from transom.export.report import write
 from transom.export.report.write import write_report
 
@@ -46,7 +47,7 @@ def test_a_browser_finds_nothing_wrong(
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE_S,
     )
     console = re.findall(r'CONSOLE:?\(?\d*\)?\] "(.*?)", source', found.stderr)
     assert console == ["probe wider=0 broken=0"], found.stderr[-2000:]

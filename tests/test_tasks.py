@@ -265,7 +265,7 @@ def test_vit_classifies_and_gives_features(vit_bundle: Path) -> None:
     with load(vit_bundle) as vit:
         answers = vit.classify(pictures)
         assert len(answers) == 40
-        assert sum(answer[0][0] == str(label) for answer, label in zip(answers, labels, strict=False)) >= 38
+        assert sum(answer[0][0] == str(label) for answer, label in zip(answers, labels[:40], strict=True)) >= 38
         assert vit.classify(pictures[0], top_k=3) == answers[0][:3]
         assert sum(p for _, p in vit.classify(pictures[0], top_k=10)) == pytest.approx(1, abs=1e-6)
         features = vit.features(pictures)

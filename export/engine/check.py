@@ -80,7 +80,15 @@ def check_flavour(bundle: Bundle, graphs: Mapping[str, TensorRTGraph]) -> float:
         open_flavours(bundle, rounded(theirs)) as shipped,
     ):
         for case, arrays in sorted(golden.items()):
-            for name, found, expected in outputs(flavour, shipped, case, arrays):
+            compared = list(outputs(flavour, shipped, case, arrays))
+            if not compared:
+                raise ExportError(f"the golden case {case!r} of {bundle.folder} has no outputs; export it again.")
+            for name, found, expected in compared:
+                if found.shape != expected.shape:  # arrays of two shapes may have a difference all the same
+                    raise ParityError(
+                        f"TensorRT's flavour of {bundle.folder} gives {name} of {case} as {found.shape}, the bundle "
+                        f"{expected.shape}; expected the same. No engine was built; report this."
+                    )
                 scale = max(float(np.abs(expected).max(initial=0.0)), float(np.finfo(np.float32).tiny))
                 error = float(np.abs(found - expected).max(initial=0.0)) / scale
                 if not error <= TOLERANCES[bundle.manifest.precision]:

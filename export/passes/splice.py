@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,22 +18,24 @@ class Splice:
         self._graph, self._place = graph, place
 
     def weight(self, name: str, array: NDArray[Any]) -> ir.Value:
-        """The initializer called ``name``; it is made of ``array`` where there is none yet."""
-        known = self._graph.initializers.get(name)
-        if known is not None:
-            return known
-        tensor = ir.Tensor(np.require(array, requirements="C"), name=name)
-        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+        """The initializer of ``array``, made where there is none yet; ``name``, with a number where that is taken.
+
+        Several nodes get one initializer by asking for the same name and contents, never by the name alone.
+        """
+        for found in numbered(name):
+            known = self._graph.initializers.get(found)
+            if known is None:
+                break
+            if holds(known, array):
+                return known
+        tensor = ir.Tensor(np.require(array, requirements="C"), name=found)
+        value = ir.Value(name=found, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         self._graph.register_initializer(value)
         return value
 
     def unused(self, name: str, ending: str) -> str:
         """``name``, or that with a number, of which no initializer with ``ending`` has been made."""
-        found, number = name, 1
-        while f"{found}{ending}" in self._graph.initializers:
-            number += 1
-            found = f"{name}.{number}"
-        return found
+        return next(found for found in numbered(name) if f"{found}{ending}" not in self._graph.initializers)
 
     def add(
         self,
@@ -60,6 +63,19 @@ class Splice:
         value.name = name
         ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)
         self._graph.remove(self._place, safe=True)
+
+
+def numbered(name: str) -> Iterator[str]:
+    """``name``, ``name.2``, ``name.3``, ..."""
+    return itertools.chain([name], (f"{name}.{number}" for number in itertools.count(2)))
+
+
+def holds(weight: ir.Value, array: NDArray[Any]) -> bool:
+    """Whether an initializer has the dtype, the shape and every bit of ``array``."""
+    if weight.const_value is None:
+        return False
+    stored = weight.const_value.numpy()
+    return stored.dtype == array.dtype and stored.shape == array.shape and stored.tobytes() == array.tobytes()
 
 
 def drop_unused(model: ir.Model) -> None:

@@ -8,6 +8,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
+from transom.calib.drive import cut_source, most_new_tokens
 from transom.calib.samples import Sample
 from transom.export.quantization.heldout import (
     BATCH_BYTES,
@@ -24,8 +25,6 @@ from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks.generator import Generator, Row
 from transom.runtime.tasks.gpt import GPT
 from transom.runtime.tasks.transformer import Transformer
-
-MOST_NEW = 64  # tokens of a greedy output that are compared
 
 
 def generation_questions(fp32: GPT, samples: Sequence[Sample], most: int) -> Questions:
@@ -72,8 +71,9 @@ def translation_questions(fp32: Transformer, samples: Sequence[Sample], most: in
     ``most`` tokens.
     """
     vocabulary = int(fp32.backend("decoder").graph.outputs[0].shape[2])
-    size = max(1, min(fp32.max_size("B"), BATCH_BYTES // (4 * vocabulary * MOST_NEW)))
-    sources = sorted(((sample, ids_of(fp32, sample)[: fp32.max_size("S")]) for sample in samples), key=by_length)
+    new_tokens = most_new_tokens(fp32)
+    size = max(1, min(fp32.max_size("B"), BATCH_BYTES // (4 * vocabulary * new_tokens)))
+    sources = sorted(((sample, cut_source(fp32, ids_of(fp32, sample))) for sample in samples), key=by_length)
     batches: list[tuple[list[Sample], list[Row], list[Row]]] = []
     left = most
     for index in np.random.RandomState(0).permutation(-(-len(sources) // size)):
@@ -83,7 +83,7 @@ def translation_questions(fp32: Transformer, samples: Sequence[Sample], most: in
         with naming(chosen):
             outputs = fp32.generate(
                 rows,
-                max_new_tokens=min(MOST_NEW, fp32.context - 1),
+                max_new_tokens=new_tokens,
                 do_sample=False,
                 num_beams=1,
                 num_return_sequences=1,

@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from transom.calib.drive import with_gaps
 from transom.calib.samples import Sample
 from transom.export.quantization.heldout import (
     BATCH_BYTES,
@@ -28,7 +29,6 @@ from transom.runtime.tasks.clip import Clip
 from transom.runtime.tasks.pictures import ImageBundle
 from transom.runtime.tasks.vit import ViT
 
-GAP = 7  # a text without a [MASK] gets one for every seventh token
 NO_CHOICE = np.empty((0, 1), np.int64)
 OUTPUTS = {  # by task; others have logits
     "feature-extraction": ("sentence_embedding",),
@@ -65,8 +65,8 @@ class TextRow:
 def text_questions(fp32: Bert, samples: Sequence[Sample], most: int) -> Questions:
     """BERT's task on texts, cut to the bundle's S; where tokens are asked for, texts are added until they are ``most``.
 
-    fill-mask             the gaps; a text without one gets a [MASK] for every seventh of its tokens, and then it is
-                          known what stood there
+    fill-mask             the gaps; a text without one gets those that calibration gives it, and then it is known what
+                          stood there
     token-classification  every token that stands for characters of the text
     question-answering    one case per text: where the span starts and where it ends
     feature-extraction    the nearest other sample by cosine. No task is as hard on a model: of 1,000 texts many have
@@ -135,15 +135,14 @@ def text_row(bundle: Bert, sample: Sample) -> TextRow:
         prompt = str(bundle.manifest.options.get("prompt", "")) if task == "feature-extraction" else ""
         pairs = None if sample.text_pair is None else [sample.text_pair]
         batch = bundle.encoder().encode([prompt + text], pairs, truncate=True)
-    ids, encoding = batch.input_ids[0].copy(), batch.rows[0]
+    ids, encoding = batch.input_ids[0], batch.rows[0]
     plain = np.array(encoding.special_tokens_mask) == 0
     counted = np.ones(len(ids), np.bool_)
     truth = None
     if task == "fill-mask" and mask_id is not None:
-        if not (ids == mask_id).any():
-            gaps = np.flatnonzero(plain)[::GAP]
-            truth, ids[gaps] = ids[gaps].copy(), mask_id
+        whole, ids = ids, with_gaps(batch, mask_id).input_ids[0]
         counted = ids == mask_id
+        truth = None if mask_id in whole else whole[counted]
     elif task == "token-classification":
         counted = plain & np.array([start < end for start, end in encoding.offsets])
     elif task == "question-answering" and pairs is not None:

@@ -14,7 +14,7 @@ LEVELS = {8: 127, 7: 63}  # of a sign: symmetric, the most negative number unuse
 
 
 class QuantizedWeights:
-    """Of one graph and its clones, by the name of the weight. ``bits`` are 8, or 7 for CPUs that saturate."""
+    """Of graphs and their clones, by the weight itself, not its name. ``bits`` are 8, or 7 for CPUs that saturate."""
 
     def __init__(self, bits: int) -> None:
         self._levels = LEVELS.get(bits, LEVELS[8])  # of 4 bits there are blocks alone
@@ -22,7 +22,7 @@ class QuantizedWeights:
 
     def int8(self, linear: Linear) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
         """int8 (K, N) and the scales (N,)."""
-        key = (linear.weight_name,)
+        key = kernel_of(linear)
         if key not in self._known:
             kernel = linear.kernel()
             scales = weight_scales(kernel, self._levels)
@@ -31,9 +31,14 @@ class QuantizedWeights:
 
     def blocks(self, linear: Linear, bits: int, block_size: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
         """As ``MatMulNBits`` wants them: uint8 (N, blocks, bytes) and the scales (N, blocks)."""
-        key = (linear.weight_name, bits, block_size)
+        key = (*kernel_of(linear), bits, block_size)
         if key not in self._known:
             kernel = linear.kernel()
             scales = block_scales(kernel, bits, block_size)
             self._known[key] = quantize_blocks(kernel, scales, bits, block_size), scales
         return self._known[key]
+
+
+def kernel_of(linear: Linear) -> tuple[Any, bool]:
+    """The tensor, which clones share and which is equal to itself alone, and which way round it is read."""
+    return linear.weight.const_value, linear.stored_transposed
