@@ -188,7 +188,7 @@ app.command(
     )
 )(report)
 app.add_typer(debugging, name="debug", help="Find where a bundle's error comes from.")
-app.command(epilog=examples("transom doctor", "transom doctor --json"))(doctor)
+app.command(epilog=examples("transom doctor", "transom doctor bundles/minilm --json"))(doctor)
 app.command(epilog=examples("transom table bundles/*"))(table)
 
 

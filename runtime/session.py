@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from transom.runtime.backend import Array, Backend, Read, open_backend
 from transom.runtime.bundle import Bundle, GraphFile
+from transom.runtime.devices import ASKED, AUTO, Choice, choose, without_engines
 from transom.runtime.errors import BackendError, BundleError, InputError
 from transom.runtime.inputs import checked_feeds, wanted_outputs
 from transom.runtime.saturation import warn_of_saturation
@@ -28,8 +29,8 @@ def load(path: str | PathLike[str], device: str = "cpu", threads: int | None = N
     """Load a bundle's folder; what comes back has the methods of its family (``Bert``, ``ViT``, ...).
 
     ``device`` is "cpu", "cuda" (ONNX Runtime on the GPU), "tensorrt" (the bundle's engine for this GPU), or "auto",
-    the last of these that is there; a device that is asked for and absent is an error. ``threads`` is the number of
-    CPU threads per call, None for one per core.
+    the last of these on which every graph of the bundle opens: ``choice`` of the loaded bundle says why. A device that
+    is asked for and absent is an error. ``threads`` is the number of CPU threads per call, None for one per core.
 
     Raises BundleError when the folder is damaged, hostile or of another format version, BackendError
     when the device or its library is not there. Warns (SaturationWarning), once, where the 8-bit products of an INT8
@@ -58,7 +59,14 @@ class LoadedBundle:
         self.manifest: Manifest = bundle.manifest
         self._bundle = bundle
         check_graphs(bundle.manifest, self.GRAPHS)
-        self._backends = [opener(graph, bundle.read, device, threads) for graph in bundle.manifest.graphs]
+        graphs = bundle.manifest.graphs
+
+        def open_on(device: str) -> list[Backend]:
+            return [opener(graph, bundle.read, device, threads) for graph in graphs]
+
+        self._backends, self.choice = (
+            choose(open_on, without_engines(graphs)) if device == AUTO else (open_on(device), Choice(device, ASKED))
+        )
         self._workers: ThreadPoolExecutor | None = None
         self._lock = Lock()
         self._open = True

@@ -12,10 +12,12 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from command_line import changed_bundle, document, transom
 from emulated_gpu import (
     EmulatedContext,
     EmulatedCuda,
@@ -27,6 +29,8 @@ from emulated_gpu import (
     Plan,
     names_of,
 )
+from test_devices import ask_here
+from transom.cli import doctor
 from transom.export.bundle import add_to_bundle
 from transom.export.engine.flavour import tensorrt_graphs
 from transom.export.engine.profiles import profiles_of
@@ -323,3 +327,48 @@ def test_without_cuda_python_the_error_names_the_command(vit_bundle: Path, monke
     with pytest.raises(BackendError, match=r"cuda-python cannot be imported .* Run `pip install 'transom\[rtx\]'`"):
         load(vit_bundle, device="tensorrt")
     cuda.runtime.cache_clear()
+
+
+def test_auto_passes_over_an_engine_that_the_library_cannot_read(
+    put: Put, gpu: EmulatedTensorRT, vit_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Built by a newer library; or of bytes that it does not know; or of a graph with other names. Doctor says so."""
+    monkeypatch.setattr(doctor, "ask", ask_here)
+
+    def newer(words: dict[str, Any]) -> None:
+        words["engines"]["rtx-sm89"]["version"] = "99.0.0.1"
+
+    (Path(folder := put(vit_bundle)).parent / "newer").mkdir()
+    folders = {"was built by TensorRT-RTX 99.0.0.1": changed_bundle(folder, folder.parent / "newer", newer)}
+    unknown = put(vit_bundle)
+    gpu.plans.pop(hashlib.sha256((unknown / "engines/rtx-sm89.model.plan").read_bytes()).hexdigest())
+    folders["magic tag does not match"] = unknown
+    for said, bundle in folders.items():
+        with pytest.raises(BackendError, match=said):
+            load(bundle, device="tensorrt")
+        with load(bundle, device="auto") as vit:
+            assert vit.device == "cpu"
+            assert said in vit.choice.passed_over["tensorrt"]
+            choice = vit.choice
+        told = document(transom("doctor", bundle, "--json"))["auto"]
+        assert (told["device"], told["passed_over"]) == (choice.device, choice.passed_over)
+    sound = put(vit_bundle)
+    assert document(transom("doctor", sound, "--json"))["auto"] == {
+        "device": "tensorrt", "reason": "the bundle's engine for this GPU is loaded", "passed_over": {},
+    }  # fmt: skip
+
+
+def test_a_driver_that_cuda_python_raises_for_is_an_absent_gpu(
+    put: Put, gpu: EmulatedTensorRT, vit_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Versions of cuda-python raise where others give a code."""
+
+    def raises() -> None:
+        raise RuntimeError("Failed to dlopen libcuda.so.1")
+
+    folder = put(vit_bundle)
+    monkeypatch.setattr(gpu.cuda, "cudaGetDeviceCount", raises)
+    with pytest.raises(BackendError, match=r"cudaGetDeviceCount cannot be called \(Failed to dlopen libcuda\.so\.1\)"):
+        load(folder, device="tensorrt")
+    with load(folder, device="auto") as vit:
+        assert vit.device == "cpu"
