@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from os import PathLike, cpu_count
+from os import PathLike
 from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -14,6 +14,7 @@ from transom.runtime.bundle import Bundle, GraphFile
 from transom.runtime.devices import ASKED, AUTO, Choice, choose, without_engines
 from transom.runtime.errors import BackendError, BundleError, InputError
 from transom.runtime.inputs import checked_feeds, wanted_outputs
+from transom.runtime.machine import usable_cores
 from transom.runtime.saturation import warn_of_saturation
 from transom.runtime.spec import Graph
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 
 Opener = Callable[[GraphFile, Read, str, int | None], Backend]
+GPU_WORKERS = 4  # of ``submit`` on a GPU, as many calls as the TensorRT backend has there at once
 CLOSED = "this bundle is closed; load it again."
 
 
@@ -92,12 +94,13 @@ class LoadedBundle:
         return backend.run(feeds, fresh) | written
 
     def submit(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> Future[dict[str, Array]]:
-        """``run`` in a worker thread; errors come out of the future's ``result``."""
+        """``run`` in a worker thread, one for each usable core, on a GPU GPU_WORKERS; errors come out of ``result``."""
         with self._lock:
             if not self._open:
                 raise BackendError(CLOSED)
             if self._workers is None:
-                self._workers = ThreadPoolExecutor(max_workers=cpu_count() or 1, thread_name_prefix="transom")
+                workers = usable_cores() if self.device == "cpu" else GPU_WORKERS
+                self._workers = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="transom")
             return self._workers.submit(self.run, inputs, outputs)
 
     def graph_for(self, inputs: Mapping[str, Array]) -> Graph:

@@ -9,6 +9,7 @@ import gc
 import hashlib
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,8 +35,9 @@ from transom.cli import doctor
 from transom.export.bundle import add_to_bundle
 from transom.export.engine.flavour import tensorrt_graphs
 from transom.export.engine.profiles import profiles_of
-from transom.runtime import load
+from transom.runtime import load, session
 from transom.runtime.backends import cuda, trt, trt_library
+from transom.runtime.backends.buffers import Pool
 from transom.runtime.backends.cuda import Gpu
 from transom.runtime.backends.plans import pick_plan, require_version
 from transom.runtime.bundle import Bundle, GraphFile
@@ -372,3 +374,80 @@ def test_a_driver_that_cuda_python_raises_for_is_an_absent_gpu(
         load(folder, device="tensorrt")
     with load(folder, device="auto") as vit:
         assert vit.device == "cpu"
+
+
+def test_many_threads_and_submit_share_few_contexts(put: Put, gpu: EmulatedTensorRT, vit_bundle: Path) -> None:
+    """Twelve threads that are all inside at once, then 24 calls of submit: four contexts, and everybody is served."""
+    with load(put(vit_bundle), device="tensorrt") as ours, load(vit_bundle) as theirs:
+        images = [np.random.default_rng(seed).random((1, 3, 8, 8), np.float32) for seed in range(24)]
+        expected = [theirs.run({"pixel_values": image})["logits"] for image in images]
+        together = threading.Barrier(12)
+
+        def one(image: Any) -> Any:
+            if not together.broken:
+                together.wait(60)
+            return ours.run({"pixel_values": image})["logits"]
+
+        with ThreadPoolExecutor(12) as pool:
+            found = list(pool.map(one, images))
+        assert gpu.contexts <= trt.CALLERS == session.GPU_WORKERS == 4
+        futures = [ours.submit({"pixel_values": image}) for image in images]
+        found += [future.result()["logits"] for future in futures]
+        assert ours._workers._max_workers == 4
+        for a, b in zip(found, expected * 2, strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
+    assert gpu.contexts <= 4
+
+
+def test_a_caller_that_fails_gives_its_turn_back(put: Put, gpu: EmulatedTensorRT, vit_bundle: Path) -> None:
+    image = np.zeros((1, 3, 8, 8), np.float32)
+    with load(put(vit_bundle), device="tensorrt") as vit:
+        backend = vit.backend("model")
+        for _ in range(trt.CALLERS + 1):
+            with pytest.raises(ShapeError):
+                backend.run({"pixel_values": np.zeros((1, 4, 8, 8), np.float32)}, {})
+        assert vit.run({"pixel_values": image})["logits"].shape[0] == 1
+
+
+def test_the_pool_keeps_a_bounded_part_of_what_it_saw(gpu: EmulatedTensorRT) -> None:
+    """Sixteen sizes through a pool of 1000 bytes: the last ones stay, and are taken again."""
+    pool = Pool(1_000)
+    for size in range(100, 1_700, 100):
+        pool.give(pool.take(size))
+        assert gpu.cuda.device_bytes <= 1_000
+    for size in (300, 400, 500):
+        pool.give(pool.take(size))
+    assert gpu.cuda.device_bytes == 900  # 300 was freed
+    before = gpu.cuda.allocations
+    held = [pool.take(500), pool.take(400)]
+    assert gpu.cuda.allocations == before
+    for memory in held:
+        pool.give(memory)
+    pool.clear()
+    del held, memory
+    gc.collect()
+    assert gpu.cuda.device_bytes == 0
+
+
+def test_generations_of_every_size_leave_an_eighth_of_the_memory(
+    put: Put, gpu: EmulatedTensorRT, gpt_bundle: Path
+) -> None:
+    """A service sees every number of rows: caches of each would stay."""
+    with load(put(gpt_bundle), device="tensorrt") as gpt:
+        gpt.generate("It", max_new_tokens=2)
+    one = gpu.cuda.peak
+    gpu.cuda.total = 16 * one
+    with load(put(gpt_bundle), device="tensorrt") as gpt:
+        for rows in (1, 2, 3, 4, 5):
+            gpt.generate(["It"] * rows, max_new_tokens=2)
+        pool = gpt.backend("decoder")._pool
+        assert sum(memory.size for memory in pool._free) == pool._kept <= gpu.cuda.total // 8
+
+
+def test_what_the_pool_keeps_is_in_nobodys_way(put: Put, gpu: EmulatedTensorRT, vit_bundle: Path) -> None:
+    with load(put(vit_bundle), device="tensorrt") as vit:
+        pool = vit.backend("model")._pool
+        pool.give(pool.take(1 << 20))
+        gpu.cuda.total = gpu.cuda.device_bytes  # nothing is left
+        assert vit.run({"pixel_values": np.zeros((1, 3, 8, 8), np.float32)})["logits"].shape[0] == 1
+        assert pool._free == []
