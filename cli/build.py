@@ -38,7 +38,11 @@ def build(
     ],
     report: Annotated[bool, typer.Option("--report", help="Print which nodes ended in which kernels.")] = False,
     allow_unfused: Annotated[
-        bool, typer.Option("--allow-unfused", help="Take an engine in which an attention is not one kernel.")
+        bool,
+        typer.Option(
+            "--allow-unfused",
+            help="Take an engine in which an attention is not one kernel, or of which the builder's log does not tell.",
+        ),
     ] = False,
     attention: Annotated[
         Attention,
@@ -132,3 +136,5 @@ def print_kernels(engine: Engine) -> None:
         ):
             if names:
                 print(printable(f"  {what}: {', '.join(names)}"))
+        for node, seen in fusion.strange.items():
+            print(printable(f"  not understood, which is neither fused nor not: of {node} {seen}"))

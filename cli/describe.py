@@ -267,7 +267,7 @@ def engine_rows(manifest: Manifest) -> list[tuple[str, ...]]:
 def fusion_text(profile: Any) -> str:
     """``decode: attention 4 of 4, GELU 4 of 4, INT8 13 of 17, 54 kernels``, with what is not there left out."""
     parts = [
-        f"{name} {figure(at(profile, key, some))} of {figure(at(profile, key, 'of'))}"
+        f"{name} {figure(at(profile, key, some))} of {figure(at(profile, key, 'of'))}{strange_text(profile, key)}"
         for name, key, some in (
             ("attention", "attention", "fused"),
             ("GELU", "gelu", "fused"),
@@ -276,6 +276,12 @@ def fusion_text(profile: Any) -> str:
         if at(profile, key, "of")
     ]
     return f"{figure(at(profile, 'profile'))}: {', '.join([*parts, figure(at(profile, 'kernels')) + ' kernels'])}"
+
+
+def strange_text(profile: Any, key: str) -> str:
+    """`` (2 not understood)`` where the builder's log did not tell of some nodes."""
+    nodes = at(profile, key, "not_understood")
+    return f" ({len(nodes)} not understood)" if isinstance(nodes, Mapping) and nodes else ""
 
 
 def exponential(nats: Any) -> float | None:

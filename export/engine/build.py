@@ -25,6 +25,7 @@ from transom.runtime.errors import BackendError, EngineError, ExportError
 
 FOLDER = "engines"  # in the bundle
 COMPILER = "triton"
+KNOWN_LOG = "1.7"  # whose names of layers fusion.py was written by
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def build(
     written before all engines of all targets are built. For full TensorRT attention that it has no kernel of is our
     ``plugin``, and without written out. Its plans go into a ``repository`` of Triton Inference Server as well. Raises
     ExportError for what a target does not have, BackendError where a library is missing, EngineError for a graph that
-    cannot be built, or one whose attention did not fuse, unless ``allow_unfused``.
+    cannot be built, or, unless ``allow_unfused``, one whose attention did not fuse or whose log does not tell.
     """
     manifest = bundle.manifest
     for target in targets:
@@ -186,11 +187,20 @@ def engine_of(
 
 
 def require_fused(engine: Engine) -> None:
-    """Raise EngineError where an attention is not one kernel."""
+    """Raise EngineError where an attention is not one kernel, or the builder's log does not tell."""
     for fusion in engine.fusions:
         if fusion.unfused:
             raise EngineError(
                 f"of the graph {engine.graph!r} for {engine.target} {fusion.attention} of {fusion.attentions} "
                 f"attentions became one kernel each in the profile {fusion.profile}; {fusion.unfused[0]} did not. "
                 "Nothing was written. Give --allow-unfused to take the slower engine."
+            )
+    for fusion in engine.fusions:
+        for node, seen in fusion.strange_attention.items():
+            raise EngineError(
+                f"whether attention fused in the graph {engine.graph!r} for {engine.target} is not understood: of "
+                f"{len(fusion.strange_attention)} of {fusion.attentions} attentions in the profile {fusion.profile} "
+                f"the builder's log has names that this version does not know; of {node} {seen}. Nothing was written. "
+                f"Upgrade Transom, or build with {NAMES[RTX]} {KNOWN_LOG}, whose log it knows; or give --allow-unfused "
+                "to take the engine as it is."
             )
