@@ -244,12 +244,12 @@ def verdict_text(verdict: Any) -> str:
     return ", ".join(said)
 
 
-ENGINE_COLUMNS = ("target", "library", "graph", "plan", "size", "fused")
+ENGINE_COLUMNS = ("target", "library", "graph", "plan", "size", "takes", "fused")
 MOST_PROFILES = 8  # of a graph
 
 
 def engine_rows(manifest: Manifest) -> list[tuple[str, ...]]:
-    """ENGINE_COLUMNS of every plan: for what, by what, of which graph, and what fused in each profile."""
+    """ENGINE_COLUMNS of every plan: for what, by what, of which graph, its sizes, and what fused in each profile."""
     return [
         (
             target,
@@ -257,11 +257,17 @@ def engine_rows(manifest: Manifest) -> list[tuple[str, ...]]:
             graph,
             plan,
             bytes_text(manifest.files[plan].size),
+            bounds_text(engine.get("axes", {})),
             "; ".join(map(fusion_text, list_of(at(engine, "graphs", graph, "profiles"))[:MOST_PROFILES])) or "–",
         )
         for target, engine in manifest.engines.items()
         for graph, plan in engine["plans"].items()
     ]
+
+
+def bounds_text(axes: Mapping[str, Mapping[str, int]]) -> str:
+    """``B=1..4, S=1..128``; a dash for an engine of a version that did not record them."""
+    return ", ".join(f"{name}={bounds['min']}..{bounds['max']}" for name, bounds in axes.items()) or "–"
 
 
 def fusion_text(profile: Any) -> str:

@@ -26,6 +26,7 @@ def selftest(bundle: BundlePath, device: Device = "cpu", threads: Threads = None
                 "tolerance": report.tolerance,
                 "worst": report.worst.to_json(),
                 "integer_sums": report.sums and vars(report.sums),
+                "left_out": report.left_out,
                 "cases": [
                     {
                         "name": case.name,
@@ -47,6 +48,8 @@ def selftest(bundle: BundlePath, device: Device = "cpu", threads: Threads = None
     print_table(columns, rows, right=("error", "here", "PyTorch", "since build"))
     for line in (line for case in report.cases for line in case.near_ties):
         print(f"a near tie: {line}")
+    for line in report.left_out:
+        print(printable(f"left out, {line}"))
     if report.sums is not None:
         print(printable(str(report.sums)))
     told = f"worst error {report.worst.error:.2e} of {report.tolerance:g} allowed"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
 
-from transom.runtime.bundle import GraphFile
+from transom.runtime.bundle import GraphFile, Plan
 from transom.runtime.devices import AUTO, FASTEST_FIRST
 from transom.runtime.errors import BackendError
 from transom.runtime.spec import Graph
@@ -35,6 +35,13 @@ class Backend(Protocol):
         array that was fed there, and is not returned.
         """
         ...
+
+
+@runtime_checkable
+class FromPlan(Protocol):
+    """A backend of an engine, whose bounds may be narrower than the bundle's."""
+
+    plan: Plan
 
 
 def open_backend(graph: GraphFile, read: Read, device: str, threads: int | None) -> Backend:

@@ -15,9 +15,11 @@ from transom.runtime.backends.integer_sums import integer_sums
 from transom.runtime.bundle import QUANTIZED, Bundle, Manifest
 from transom.runtime.compare import Comparison, compare_outputs, on_scales
 from transom.runtime.cpu import instruction_set
-from transom.runtime.errors import BundleError, ParityError
+from transom.runtime.errors import BundleError, ParityError, ShapeError
+from transom.runtime.inputs import checked_feeds
 from transom.runtime.saturation import may_saturate, multiplies_integers, recorded_sums, saturated_export, sums_here
 from transom.runtime.session import LoadedBundle, load
+from transom.runtime.spec import EngineAxis
 
 GOLDEN = "golden.safetensors"
 GENERATION = "generation"  # the case that holds whole greedy generations
@@ -86,6 +88,7 @@ class SelftestReport:
     tolerance: float
     cases: tuple[SelftestCase, ...]
     sums: Sums | None = None
+    left_out: tuple[str, ...] = ()  # cases, or parts of one, beyond what the engine on this device takes
 
     @property
     def worst(self) -> Comparison:
@@ -100,7 +103,7 @@ def selftest(path: str | PathLike[str], device: str = "cpu", threads: int | None
     """Run a bundle's golden inputs and hold the outputs against what its ``yardstick`` names.
 
     Raises ParityError beyond the tolerance and for golden values of saturated sums where sums are exact here,
-    BundleError when there are no golden values.
+    BundleError when there are no golden values, ShapeError when the engine's bounds leave none of them.
     """
     with load(path, device, threads) as loaded:
         golden = read_golden(Bundle(str(path)))
@@ -112,11 +115,64 @@ def selftest(path: str | PathLike[str], device: str = "cpu", threads: int | None
         problem = saturated_export(manifest) if sums is not None else None
         if problem is not None:
             raise ParityError(f"{path} on {device} cannot be tested: {problem}")
-        cases = tuple(run_case(loaded, name, arrays, rule) for name, arrays in sorted(golden.items()))
-        report = SelftestReport(rule.side, rule.tolerance, cases, sums)
+        fitting = {name: within_bounds(loaded, name, arrays) for name, arrays in sorted(golden.items())}
+        cases = tuple(run_case(loaded, name, arrays, rule) for name, (arrays, _) in fitting.items() if arrays)
+        if not cases:
+            raise ShapeError(
+                f"the engine of {path} on {device} takes none of its golden values: {fitting[min(fitting)][1]}. Build "
+                "it with wider --min and --max, so that it can be tested."
+            )
+        left_out = tuple(f"{name}: {why}" for name, (_, why) in fitting.items() if why)
+        report = SelftestReport(rule.side, rule.tolerance, cases, sums, left_out)
     if not report.worst.error <= report.tolerance:
         raise ParityError(f"{path} on {device} {broken(report)}")
     return report
+
+
+def within_bounds(
+    loaded: LoadedBundle, name: str, arrays: Mapping[str, Mapping[str, Array]]
+) -> tuple[Mapping[str, Mapping[str, Array]] | None, str]:
+    """What the engine takes of a golden case, None for nothing, and why not all of it; "" where all.
+
+    A generation is cut to the rows and steps that fit, any other case is left out.
+    """
+    if not any(isinstance(axis, EngineAxis) for axis in loaded.axes.values()):
+        return arrays, ""
+    if name != GENERATION:
+        try:
+            checked_feeds(loaded.graph_for(arrays["input"]), loaded.axes, arrays["input"])
+        except ShapeError as error:
+            return None, str(error)
+        return arrays, ""
+    return cut_generation(loaded, arrays)
+
+
+def cut_generation(
+    loaded: LoadedBundle, arrays: Mapping[str, Mapping[str, Array]]
+) -> tuple[Mapping[str, Mapping[str, Array]] | None, str]:
+    """The rows and steps of a golden generation that fit into the engine's rows and its context."""
+    from transom.runtime.replay import from_arrays
+    from transom.runtime.tasks.generator import Generator
+
+    given, tokens = arrays["input"], arrays[PYTORCH].get("tokens")
+    if not isinstance(loaded, Generator) or not {"prompts", "lengths"} <= given.keys() or tokens is None:
+        return arrays, ""  # which is an error of its own
+    longest = loaded.max_size(str(loaded.prompt_tokens().shape[1]))
+    used = [loaded.decoder_length(prompt) for prompt in from_arrays(given)]
+    rows = [
+        row for row, length in enumerate(given["lengths"].tolist()) if length <= longest and used[row] < loaded.context
+    ]
+    rows = rows[: loaded.max_size("B")]
+    steps = min([tokens.shape[1], *(loaded.context - used[row] for row in rows)])
+    if len(rows) < loaded.axes["B"].min:
+        return None, f"of its prompts {len(rows)} fit into {longest} tokens and a context of {loaded.context}"
+    if (len(rows), steps) == tokens.shape:
+        return arrays, ""
+    cut = {
+        side: {key: array[rows] if side == "input" else array[rows][:, :steps] for key, array in held.items()}
+        for side, held in arrays.items()
+    }
+    return cut, f"{len(rows)} of {len(tokens)} rows and {steps} of {tokens.shape[1]} steps fit into the engine"
 
 
 def sums_of(manifest: Manifest, device: str) -> Sums | None:

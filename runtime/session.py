@@ -9,14 +9,14 @@ from threading import Lock
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from transom.runtime.backend import Array, Backend, Read, open_backend
+from transom.runtime.backend import Array, Backend, FromPlan, Read, open_backend
 from transom.runtime.bundle import Bundle, GraphFile
 from transom.runtime.devices import ASKED, AUTO, Choice, choose, without_engines
 from transom.runtime.errors import BackendError, BundleError, InputError
-from transom.runtime.inputs import checked_feeds, wanted_outputs
+from transom.runtime.inputs import checked_feeds, engine_axes, wanted_outputs, wider
 from transom.runtime.machine import usable_cores
 from transom.runtime.saturation import warn_of_saturation
-from transom.runtime.spec import Graph
+from transom.runtime.spec import Axis, Graph
 
 if TYPE_CHECKING:
     from transom.runtime.bundle import Manifest
@@ -69,6 +69,10 @@ class LoadedBundle:
         self._backends, self.choice = (
             choose(open_on, without_engines(graphs)) if device == AUTO else (open_on(device), Choice(device, ASKED))
         )
+        first = self._backends[0]
+        self.axes: Mapping[str, Axis] = (  # what calls may have: the bundle's bounds, or narrower ones of its engine
+            engine_axes(bundle.manifest.axes, first.plan) if isinstance(first, FromPlan) else bundle.manifest.axes
+        )
         self._workers: ThreadPoolExecutor | None = None
         self._lock = Lock()
         self._open = True
@@ -87,7 +91,7 @@ class LoadedBundle:
             raise InputError(f"inputs is a {type(inputs).__name__}; expected a dict of numpy arrays by name.")
         backend = self._pick(inputs)
         graph = backend.graph
-        feeds, sizes = checked_feeds(graph, self.manifest.axes, inputs)
+        feeds, sizes = checked_feeds(graph, self.axes, inputs)
         wanted = wanted_outputs(graph, outputs, sizes)
         written = {name: feeds[name] for name in wanted if name in feeds}
         fresh = {name: shape for name, shape in wanted.items() if name not in written}
@@ -148,10 +152,14 @@ class LoadedBundle:
             )
 
     def max_size(self, axis: str) -> int:
-        """The maximum of a named axis; BundleError where the bundle has no such axis."""
-        if axis not in self.manifest.axes:
+        """The maximum of a named axis, in the engine that is used; BundleError where the bundle has no such axis."""
+        if axis not in self.axes:
             raise BundleError(f"bundle.json has no axis {axis}; export the bundle again.")
-        return self.manifest.axes[axis].max
+        return self.axes[axis].max
+
+    def wider(self, **sizes: int) -> str:
+        """What to do to have axes of ``sizes`` out of their bounds: ``Export again with --max S=600``."""
+        return wider({name: self.axes[name] for name in sizes}, sizes)
 
     def labels(self, count: int) -> tuple[str, ...]:
         """The names of ``count`` classes; BundleError where the bundle names another number of them."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import re
 import shutil
 import sys
 import threading
@@ -35,6 +36,7 @@ from transom.cli import doctor
 from transom.export.bundle import add_to_bundle
 from transom.export.engine.flavour import tensorrt_graphs
 from transom.export.engine.profiles import profiles_of
+from transom.export.engine.shapes import Shapes, bounds_to_json, narrowed
 from transom.runtime import load, session
 from transom.runtime.backends import cuda, trt, trt_library
 from transom.runtime.backends.buffers import Pool
@@ -42,7 +44,7 @@ from transom.runtime.backends.cuda import Gpu
 from transom.runtime.backends.plans import pick_plan, require_version
 from transom.runtime.bundle import Bundle, GraphFile
 from transom.runtime.bundle import Plan as PlanFile
-from transom.runtime.errors import BackendError, BundleError, ShapeError
+from transom.runtime.errors import BackendError, BundleError, InputError, ShapeError
 from transom.runtime.selftest import selftest
 from transom.runtime.spec import Graph
 
@@ -70,17 +72,26 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[EmulatedTen
 def put(gpu: EmulatedTensorRT, tmp_path: Path) -> Put:
     """``put(bundle)`` -> a copy of it with a plan of each graph for SM89, which the emulation knows."""
 
-    def copy(source: Path, target: str = "rtx-sm89", library: str = "TensorRT-RTX", **more: str) -> Path:
+    def copy(
+        source: Path,
+        target: str = "rtx-sm89",
+        library: str = "TensorRT-RTX",
+        shapes: Shapes | None = None,
+        **more: str,
+    ) -> Path:
         folder = Path(shutil.copytree(source, tmp_path / f"bundle{len(list(tmp_path.iterdir()))}"))
         bundle = Bundle(folder)
         plans, names = {}, {}
-        for name, graph in tensorrt_graphs(bundle).items():
+        specs = [file.graph for file in bundle.manifest.graphs]
+        axes = narrowed(bundle.manifest.axes, specs, shapes or Shapes())
+        recorded = {"axes": bounds_to_json(axes, specs)} if shapes is not None else {}
+        for name, graph in tensorrt_graphs(bundle, axes=axes).items():
             spec = next(file.graph for file in bundle.manifest.graphs if file.graph.name == name)
-            profiles = [profile.shapes for profile in profiles_of(spec, bundle.manifest.axes)]
+            profiles = [profile.shapes for profile in profiles_of(spec, axes)]
             names[name] = f"engines/{target}.{name}.plan"
             plans[names[name]] = f"plan of {folder} {name}".encode()
             gpu.plans[hashlib.sha256(plans[names[name]]).hexdigest()] = Plan(graph.serialized(), profiles)
-        described = {"library": library, "version": real_trt.__version__, "plans": names, **more}
+        described = {"library": library, "version": real_trt.__version__, "plans": names, **recorded, **more}
         add_to_bundle(folder, plans, {"engines": {target: described}})
         return folder
 
@@ -451,3 +462,58 @@ def test_what_the_pool_keeps_is_in_nobodys_way(put: Put, gpu: EmulatedTensorRT, 
         gpu.cuda.total = gpu.cuda.device_bytes  # nothing is left
         assert vit.run({"pixel_values": np.zeros((1, 3, 8, 8), np.float32)})["logits"].shape[0] == 1
         assert pool._free == []
+
+
+def test_an_engine_of_narrower_sizes_is_obeyed(put: Put, bert_bundle: Path) -> None:
+    """Rows go in batches that the engine takes; what it does not take names its bounds and the build for more."""
+    folder = put(bert_bundle, shapes=Shapes(max={"B": 2, "S": 9}))
+    texts = ["the first", "of the year", "was the last one", "a"]
+    with load(folder, device="tensorrt") as ours, load(bert_bundle) as theirs:
+        assert (ours.max_size("B"), ours.max_size("S")) == (2, 9)
+        np.testing.assert_allclose(ours.embed(texts), theirs.embed(texts), atol=1e-5)
+        with pytest.raises(
+            ShapeError,
+            match=r"axis S allows 1\.\.9 in the engine for rtx-sm89\. Run `transom build .*-sm89 --max S=10`",
+        ):
+            ours.run({"input_ids": np.ones((1, 10), np.int64), "attention_mask": np.ones((1, 10), np.int64)})
+        with pytest.raises(
+            InputError, match=r"Pass truncate=True, or run `transom build BUNDLE --target rtx-sm89 --max S="
+        ):
+            ours.encoder().encode(["the first of the year was the last one that we had"], truncate=False)
+    told = document(transom("selftest", folder, "--device", "tensorrt", "--json"))
+    assert all("S=1" in case["name"] or "S=7" in case["name"] for case in told["cases"])
+    assert any("axis S allows 1..9 in the engine for rtx-sm89" in line for line in told["left_out"])
+    tight = put(bert_bundle, shapes=Shapes(min={"B": 2, "S": 8}, max={"B": 2, "S": 9}))
+    with pytest.raises(ShapeError, match=r"the engine of .* takes none of its golden values: "):
+        selftest(tight, device="tensorrt")
+    timed = document(transom("bench", folder, "--device", "tensorrt", "--runs", "1", "--json"))["timings"]
+    assert timed[0]["sizes"] == {"B": 1, "S": 9}
+
+
+def test_a_shorter_cache_is_a_shorter_context(put: Put, gpt_bundle: Path) -> None:
+    folder = put(gpt_bundle, shapes=Shapes(max={"B": 1, "C": 100}))
+    with load(folder, device="tensorrt") as ours, load(gpt_bundle) as theirs:
+        assert ours.context == 100
+        assert ours.generate("It is", max_new_tokens=8) == theirs.generate("It is", max_new_tokens=8)
+        with pytest.raises(
+            InputError, match=r"the context holds 100\. .*transom build BUNDLE --target rtx-sm89 --max C="
+        ):
+            ours.generate("It is", max_new_tokens=120)
+        with pytest.raises(InputError, match=r"this bundle allows 1\. Run `transom build .* --max B=2`"):
+            ours.generate("It is", num_beams=2, max_new_tokens=2)
+    report = selftest(folder, device="tensorrt")
+    assert report.worst.error < 2e-5
+    (said,) = report.left_out
+    with pytest.raises(ShapeError, match=r"none of its golden values: of its prompts 0 fit into 24 tokens"):
+        selftest(put(gpt_bundle, shapes=Shapes(max={"C": 24})), device="tensorrt")
+    assert re.match(r"generation: 1 of \d+ rows and \d+ of \d+ steps fit into the engine", said)
+
+
+def test_an_engine_without_recorded_bounds_goes_by_its_profiles(put: Put, bert_bundle: Path) -> None:
+    """As version 0.1.0 wrote them: what bundle.json does not say, the engine does."""
+    with load(put(bert_bundle), device="tensorrt") as bert:
+        assert bert.axes == bert.manifest.axes
+        backend = bert.backend("model")
+        longer = {t.name: np.ones((1, 600), np.int64) for t in backend.graph.inputs}
+        with pytest.raises(ShapeError, match=r"takes \(1, 1\) to .* Run `transom build BUNDLE --target rtx-sm89` with"):
+            backend.run(longer, {})

@@ -45,7 +45,7 @@ class Engine:
 
     def __init__(self, file: GraphFile, read: Read) -> None:
         self.gpu = find_gpu()
-        plan = pick_plan(file, self.gpu)
+        self.plan = plan = pick_plan(file, self.gpu)
         kind = kind_of(plan)
         self.name, self.file, self.trt = NAMES[kind], plan.file, library(kind)
         require_version(plan, str(self.trt.__version__))
@@ -81,8 +81,8 @@ class Engine:
         name, shape = next((n, s) for n, s in shapes.items() if outside(s, *self.profiles[0][n]))
         least, most = self.profiles[0][name]
         raise ShapeError(
-            f"input {name!r} has shape {shape}; the engine takes {least} to {most}. Export again with another --max, "
-            "and build again."
+            f"input {name!r} has shape {shape}; the engine {self.file} takes {least} to {most}. Run `transom build "
+            f"BUNDLE --target {self.plan.target}` with other --min or --max."
         )
 
     def context(self, profile: int, stream: Stream, *, whole_graph: bool) -> Any:
@@ -158,7 +158,7 @@ class TrtBackend:
         self._pool = Pool(self._engine.gpu.memory // KEPT_SHARE)
         self._turn = threading.BoundedSemaphore(CALLERS)
         self._idle: list[Caller] = []
-        self.graph = self._engine.graph
+        self.graph, self.plan = self._engine.graph, self._engine.plan
 
     def run(self, feeds: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Array]:
         """As a backend does; inputs may be what ``new_state`` made as well as numpy arrays.

@@ -6,7 +6,7 @@ and never touched again, so that threads can share one encoder.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -101,15 +101,22 @@ class EncodedBatch:
     rows: tuple[Encoding, ...]
 
 
+def export_again(tokens: int) -> str:
+    return f"Export again with --max S={tokens}"
+
+
 class TextEncoder:
     """A tokenizer and its limits; may be shared by threads.
 
-    ``data`` are the bytes of the file, ``max_tokens`` is the maximum of the bundle's axis S.
+    ``data`` are the bytes of the file, ``max_tokens`` is the maximum of the bundle's axis S, and ``wider`` says what to
+    do for more of them.
     Raises BundleError when the file is damaged or hostile, or disagrees with ``spec``.
     """
 
-    def __init__(self, data: bytes, spec: TextSpec, max_tokens: int) -> None:
-        self.spec = spec
+    def __init__(
+        self, data: bytes, spec: TextSpec, max_tokens: int, wider: Callable[[int], str] = export_again
+    ) -> None:
+        self.spec, self._wider = spec, wider
         self.max_tokens = min(max_tokens, spec.max_length)
         self._axis = max_tokens
         self._tokenizer: Any  # MarianText has those of Tokenizer's methods that are called here
@@ -252,9 +259,10 @@ class TextEncoder:
     def _too_long(self, where: str, length: int, added: int) -> str:
         said = f"{where} is {length} tokens, {added} of them special; at most {self.max_tokens} fit."
         if self.max_tokens <= added + 1:
-            return f"{said} Export again with --max S={length}."
+            return f"{said} {self._wider(length)}."
         if self._axis < self.spec.max_length:
-            return f"{said} Pass truncate=True, or export again with --max S={length}."
+            wider = self._wider(length)
+            return f"{said} Pass truncate=True, or {wider[0].lower()}{wider[1:]}."
         return f"{said} The checkpoint was made for no more: pass truncate=True, or split the text."
 
     def _batch(self, rows: Sequence[Encoding]) -> EncodedBatch:
