@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from transom.cli.options import BundlePath, Json
+from transom.cli.options import BundlePath, Json, sizes
 from transom.cli.progress import progress
 from transom.cli.show import bytes_text, print_json, print_table, printable
 
@@ -38,7 +38,11 @@ def build(
     ],
     report: Annotated[bool, typer.Option("--report", help="Print which nodes ended in which kernels.")] = False,
     allow_unfused: Annotated[
-        bool, typer.Option("--allow-unfused", help="Take an engine in which an attention is not one kernel.")
+        bool,
+        typer.Option(
+            "--allow-unfused",
+            help="Take an engine in which an attention is not one kernel, or of which the builder's log does not tell.",
+        ),
     ] = False,
     attention: Annotated[
         Attention,
@@ -62,6 +66,23 @@ def build(
             file_okay=False,
         ),
     ] = None,
+    least: Annotated[
+        list[str] | None,
+        typer.Option("--min", metavar="S=1", help="Least size of an axis; repeatable.", show_default="the bundle's"),
+    ] = None,
+    tuned: Annotated[
+        list[str] | None,
+        typer.Option("--opt", metavar="S=128", help="The size to tune for; repeatable.", show_default="the bundle's"),
+    ] = None,
+    most: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--max",
+            metavar="S=512",
+            help="Greatest size of an axis, within the bundle's; less takes less memory. Repeatable.",
+            show_default="the bundle's",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Build TensorRT engines of a bundle and put them into it.
@@ -69,9 +90,15 @@ def build(
     For GeForce and RTX GPUs on any x86-64 machine, without a GPU, by TensorRT-RTX; with full TensorRT for the
     GPU that is present. The graphs are first held against the bundle in ONNX Runtime. The builder's log says
     what fused: an attention that did not become one kernel fails the build. Engines are kept in the user's cache.
+    With --min, --opt and --max an engine takes narrower sizes than the bundle. `transom remove-engine` takes it out.
     """
+    bounds = {
+        option: {name: size for text in given or () for name, size in sizes(text, f"--{option}").items()}
+        for option, given in (("min", least), ("opt", tuned), ("max", most))
+    }
     with progress(quiet=as_json) as tell, redirect_stdout(sys.stderr):
         from transom.export.engine.build import build as build_engines
+        from transom.export.engine.shapes import Shapes
         from transom.export.engine.targets import find_targets
         from transom.export.steps import Steps
         from transom.runtime.bundle import Bundle
@@ -85,6 +112,7 @@ def build(
             attention=attention.value,
             plugin=plugin,
             repository=repository,
+            shapes=Shapes(**bounds),
         )
     if as_json:
         print_json({"bundle": bundle, "engines": [engine.to_json() for engine in engines]})
@@ -132,3 +160,5 @@ def print_kernels(engine: Engine) -> None:
         ):
             if names:
                 print(printable(f"  {what}: {', '.join(names)}"))
+        for node, seen in fusion.strange.items():
+            print(printable(f"  not understood, which is neither fused nor not: of {node} {seen}"))

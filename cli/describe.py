@@ -239,12 +239,12 @@ def verdict_text(verdict: Any) -> str:
     return ", ".join(said)
 
 
-ENGINE_COLUMNS = ("target", "library", "graph", "plan", "size", "fused")
+ENGINE_COLUMNS = ("target", "library", "graph", "plan", "size", "takes", "fused")
 MOST_PROFILES = 8  # of a graph
 
 
 def engine_rows(manifest: Manifest) -> list[tuple[str, ...]]:
-    """ENGINE_COLUMNS of every plan: for what, by what, of which graph, and what fused in each profile."""
+    """ENGINE_COLUMNS of every plan: for what, by what, of which graph, its sizes, and what fused in each profile."""
     return [
         (
             target,
@@ -252,6 +252,7 @@ def engine_rows(manifest: Manifest) -> list[tuple[str, ...]]:
             graph,
             plan,
             bytes_text(manifest.files[plan].size),
+            bounds_text(engine.get("axes", {})),
             "; ".join(map(fusion_text, list_of(at(engine, "graphs", graph, "profiles"))[:MOST_PROFILES])) or "–",
         )
         for target, engine in manifest.engines.items()
@@ -259,10 +260,15 @@ def engine_rows(manifest: Manifest) -> list[tuple[str, ...]]:
     ]
 
 
+def bounds_text(axes: Mapping[str, Mapping[str, int]]) -> str:
+    """``B=1..4, S=1..128``; a dash for an engine of a version that did not record them."""
+    return ", ".join(f"{name}={bounds['min']}..{bounds['max']}" for name, bounds in axes.items()) or "–"
+
+
 def fusion_text(profile: Any) -> str:
     """``decode: attention 4 of 4, GELU 4 of 4, INT8 13 of 17, 54 kernels``, with what is not there left out."""
     parts = [
-        f"{name} {figure(at(profile, key, some))} of {figure(at(profile, key, 'of'))}"
+        f"{name} {figure(at(profile, key, some))} of {figure(at(profile, key, 'of'))}{strange_text(profile, key)}"
         for name, key, some in (
             ("attention", "attention", "fused"),
             ("GELU", "gelu", "fused"),
@@ -271,6 +277,12 @@ def fusion_text(profile: Any) -> str:
         if at(profile, key, "of")
     ]
     return f"{figure(at(profile, 'profile'))}: {', '.join([*parts, figure(at(profile, 'kernels')) + ' kernels'])}"
+
+
+def strange_text(profile: Any, key: str) -> str:
+    """`` (2 not understood)`` where the builder's log did not tell of some nodes."""
+    nodes = at(profile, key, "not_understood")
+    return f" ({len(nodes)} not understood)" if isinstance(nodes, Mapping) and nodes else ""
 
 
 def exponential(nats: Any) -> float | None:

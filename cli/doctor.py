@@ -1,4 +1,4 @@
-"""``transom doctor``: what is installed here, what the machine has, and what ``--device auto`` would choose."""
+"""``transom doctor``: what is installed here, what the machine has, and what ``--device auto`` chooses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -40,6 +41,7 @@ QUERIES = (  # the second for drivers that do not tell the compute capability
     {"name": "name", "memory": "memory.total", "driver": "driver_version"},
 )
 ASK_TIMEOUT_S = 120  # a library is loaded within some seconds; a busy machine is no broken library
+LOAD_TIMEOUT_S = 300  # of a bundle: TensorRT may read an engine of some gigabytes
 VERSION = "from transom.runtime.backends.trt_library import library; told = {{'version': library({!r}).__version__}}"
 GPU = (
     "from transom.runtime.backends.cuda import find_gpu; g = find_gpu(); "
@@ -47,6 +49,7 @@ GPU = (
     "'memory': f'{g.memory >> 20} MiB', "
     "'driver': f'CUDA {g.driver // 1000}.{g.driver % 1000 // 10}'}}"
 )
+CHOICE = "from transom.runtime.devices import choice_for; told = choice_for({!r}).to_json()"
 ASK = """
 import json
 from transom.runtime.errors import BackendError
@@ -59,13 +62,24 @@ print("\\ntold", json.dumps(told))
 TOLD = re.compile(r"^told (\{.*\})$", re.MULTILINE)
 
 
-def doctor(as_json: Json = False) -> None:
-    """Show what is installed and what auto would choose.
+def doctor(
+    bundle: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[BUNDLE]",
+            help="Also load this bundle with --device auto.",
+            show_default="a bundle without engines is what auto is told for",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what is installed and what auto chooses.
 
-    Versions, execution providers, the processor and its instructions, GPUs, and why `--device auto`
-    would choose what it would. Exit status 1 when the runtime cannot work here; the line `problem` says what to do.
+    Versions, execution providers, the processor and its instructions, GPUs, what `--device auto` chooses and
+    why, and what is wrong with each device that would be faster. Which engine runs here depends on the bundle: give
+    one to have it loaded. Exit status 1 when the runtime cannot work here; the line `problem` says what to do.
     """
-    report = examine()
+    report = examine(bundle)
     if as_json:
         print_json(report)
     else:
@@ -74,14 +88,21 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(FAILED)
 
 
-def examine() -> dict[str, Any]:
-    """Everything doctor knows, as plain data. Libraries are asked for their version, not imported."""
+def examine(bundle: Path | None = None) -> dict[str, Any]:
+    """Everything doctor knows, as plain data. Libraries are asked for their version, not imported.
+
+    Raises BundleError for a ``bundle`` that is damaged.
+    """
+    if bundle is not None:
+        from transom.runtime.bundle import Bundle
+
+        Bundle(bundle)
     versions = {name: version(name) for name in (*RUNTIME, *ONNXRUNTIMES, *EXPORT_EXTRA, *OTHERS, *BUILD, RUN, COMPILE)}
     providers, problems = examine_onnxruntime()
     problems += [f"{name} is not installed. Run `pip install {name}`." for name in RUNTIME if not versions[name]]
     found = ask_libraries()
     gpus = [{**gpu, "target": target_for(gpu)} for gpu in find_gpus() or [found[CUDA]["gpu"]] if gpu]
-    device, reason = choose(providers, gpus)
+    auto = choose(bundle, providers, gpus)
     return {
         "transom": version("transom"),
         "python": platform.python_version(),
@@ -91,7 +112,7 @@ def examine() -> dict[str, Any]:
         "export": all(versions[name] for name in EXPORT_EXTRA),
         "cpu": examine_cpu(),
         "gpus": gpus,
-        "auto": {"device": device, "reason": reason},
+        "auto": auto,
         "engines": {
             "libraries": found,
             "build": can_build(found, versions),
@@ -118,18 +139,34 @@ def examine_onnxruntime() -> tuple[list[str], list[str]]:
         return [], [str(error)]
 
 
-def choose(providers: Sequence[str], gpus: Sequence[Mapping[str, Any]]) -> tuple[str | None, str]:
-    """What ``auto`` means here, and why."""
-    if not providers:
-        return None, "onnxruntime cannot be used"
-    from transom.runtime.backends.ort import best_device
+def choose(bundle: Path | None, providers: Sequence[str], gpus: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The "device" that ``auto`` is here, the "reason", and "passed_over": what is wrong with faster ones.
 
-    device = best_device()
-    if device != "cpu":
-        return device, f"onnxruntime offers {providers[0]}"
+    ``load`` makes the same choice by the same function. A bundle is loaded in a process of its own, whose libraries may
+    end it. The device is None where none can be used.
+    """
+    if not providers:
+        return {"device": None, "reason": "onnxruntime cannot be used", "passed_over": {}}
+    from transom.runtime.devices import choice_for
+
+    try:
+        told = choice_for(None).to_json() if bundle is None else ask("auto", CHOICE.format(str(bundle)), LOAD_TIMEOUT_S)
+    except BackendError as error:
+        told = {"problem": str(error)}
+    if "problem" in told:
+        return {"device": None, "reason": told["problem"], "passed_over": {}}
+    if told["device"] == "cpu":
+        told["reason"] += f": {cpu_reason(providers, gpus)}"
+    return told
+
+
+def cpu_reason(providers: Sequence[str], gpus: Sequence[Mapping[str, Any]]) -> str:
+    """Why the CPU is left, in view of what the machine has, and what to do."""
     if not gpus:
-        return device, "no NVIDIA GPU was found"
-    return device, (
+        return "no NVIDIA GPU was found"
+    if "CUDAExecutionProvider" in providers:
+        return f"there is one ({gpus[0]['name']}), and neither an engine nor CUDA can be used on it, as below"
+    return (
         f"there is a GPU ({gpus[0]['name']}), but this onnxruntime has no CUDA provider; "
         "run `pip uninstall -y onnxruntime` and `pip install onnxruntime-gpu` to use it"
     )
@@ -235,13 +272,14 @@ def is_there(module: str) -> bool:
         return False
 
 
-def ask(name: str, question: str) -> dict[str, Any]:
+def ask(name: str, question: str, timeout_s: float | None = None) -> dict[str, Any]:
     """What a new Python finds out of ``name``: ``told`` as ``question`` sets it, or ``problem``."""
+    timeout_s = timeout_s or ASK_TIMEOUT_S
     command = [sys.executable or "python3", "-P", "-c", ASK.format(question)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=ASK_TIMEOUT_S)
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        return {"problem": f"{name} is broken: it did not load within {ASK_TIMEOUT_S} s. Install it again."}
+        return {"problem": f"{name} is broken: it did not load within {timeout_s} s. Install it again."}
     except OSError as error:
         return {"problem": f"{name} could not be tried: {error.strerror}"}
     told = TOLD.findall(done.stdout)  # a library may print as well
@@ -300,6 +338,8 @@ def lines(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield what, f"{', '.join(found['targets']) or 'no'}: {found['reason']}"
     yield "providers", ", ".join(report["onnxruntime_providers"]) or "–"
     yield "auto", f"{report['auto']['device'] or '–'}: {report['auto']['reason']}"
+    for device, why in report["auto"]["passed_over"].items():
+        yield f"not {device}", why
     for problem in report["problems"]:
         yield "problem", problem
 

@@ -26,6 +26,7 @@ from transom.cli.export import export
 from transom.cli.failures import Terminated, debug_from_environment, given, reported, without
 from transom.cli.help import GroupedCommand
 from transom.cli.inspect_bundle import inspect
+from transom.cli.remove_engine import remove_engine
 from transom.cli.report import report
 from transom.cli.run import run
 from transom.cli.selftest import selftest
@@ -147,8 +148,10 @@ app.command(
     epilog=examples(
         "transom build bundles/minilm-int8 --target rtx-sm86",
         "transom build bundles/gpt-fp16 --target rtx-sm89 --target rtx-sm120 --report",
+        "transom build bundles/minilm-int8 --target rtx-sm86 --max B=4,S=64",
     )
 )(build)
+app.command(epilog=examples("transom remove-engine bundles/minilm-int8 --target rtx-sm86"))(remove_engine)
 debugging = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 debugging.command(
     "accuracy",
@@ -188,7 +191,7 @@ app.command(
     )
 )(report)
 app.add_typer(debugging, name="debug", help="Find where a bundle's error comes from.")
-app.command(epilog=examples("transom doctor", "transom doctor --json"))(doctor)
+app.command(epilog=examples("transom doctor", "transom doctor bundles/minilm --json"))(doctor)
 app.command(epilog=examples("transom table bundles/*"))(table)
 
 

@@ -35,6 +35,7 @@ def selftest(bundle: BundlePath, device: Device = "cpu", threads: Threads = None
                     {**vars(each), "error": report.worst_against(each.side).error} for each in report.references
                 ],
                 "integer_sums": report.sums and vars(report.sums),
+                "left_out": report.left_out,
                 "cases": [
                     {
                         "name": case.name,
@@ -59,6 +60,8 @@ def selftest(bundle: BundlePath, device: Device = "cpu", threads: Threads = None
     print_table(columns, rows, right=("error", "here", "PyTorch", *more))
     for line in (line for case in report.cases for line in case.near_ties):
         print(f"a near tie: {line}")
+    for line in report.left_out:
+        print(printable(f"left out, {line}"))
     if report.sums is not None:
         print(printable(str(report.sums)))
     for note in report.notes:

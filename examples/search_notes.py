@@ -105,8 +105,16 @@ def write_cache(path: Path, bundle: str, vectors: Vectors) -> None:
         partial.unlink(missing_ok=True)
 
 
-def default_cache(notes: Path) -> Path:
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+def default_cache(notes: Path) -> Path | None:
+    """In the user's cache folder; None where that cannot be had, and every search embeds all passages."""
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        (base / "search_notes").mkdir(parents=True, exist_ok=True)
+        if not os.access(base / "search_notes", os.W_OK):
+            raise PermissionError(f"{base / 'search_notes'} cannot be written")
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
+        print(f"search_notes: vectors are not kept for the next search: {error}. Name a --cache.", file=sys.stderr)
+        return None
     return base / "search_notes" / f"{hashlib.sha256(str(notes.resolve()).encode()).hexdigest()[:16]}.npz"
 
 
@@ -128,7 +136,7 @@ def embed_new(bert: Bert, passages: list[Passage], known: Mapping[str, Floats]) 
     return vectors
 
 
-def search(bundle: Path, notes: Path, question: str, top_k: int, cache: Path) -> list[tuple[float, Passage]]:
+def search(bundle: Path, notes: Path, question: str, top_k: int, cache: Path | None) -> list[tuple[float, Passage]]:
     """The ``top_k`` passages nearest to the question by cosine, best first."""
     passages = [passage for path in note_files(notes) for passage in passages_of(path)]
     if not passages:
@@ -138,9 +146,9 @@ def search(bundle: Path, notes: Path, question: str, top_k: int, cache: Path) ->
             raise NotesError(f"{bundle} is a bundle for {bert.manifest.task}; expected one that embeds texts.")
         asked = unit(bert.embed(question))
         identity = hashlib.sha256((bundle / "bundle.json").read_bytes()).hexdigest()
-        known = read_cache(cache, identity)
+        known = read_cache(cache, identity) if cache is not None else {}
         vectors = embed_new(bert, passages, known)
-    if vectors.keys() != known.keys():
+    if cache is not None and vectors.keys() != known.keys():
         write_cache(cache, identity, vectors)
     cosines = np.stack([vectors[passage.key] for passage in passages]) @ asked
     return [(float(cosines[index]), passages[index]) for index in np.argsort(-cosines, kind="stable")[:top_k]]

@@ -7,7 +7,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -48,7 +48,7 @@ def add_to_bundle(folder: Path, added: Mapping[str, bytes], fields: Mapping[str,
     files = {known: entry for known, entry in manifest["files"].items() if known not in added}
     try:
         if len(files) < len(manifest["files"]):  # never a moment in which the old hash meets the new bytes
-            write_manifest(folder, manifest | {"files": files})
+            write_manifest(folder, without_engines_of(added, manifest) | {"files": files})
         for name, data in added.items():
             parent = (folder / name).parent
             parent.mkdir(exist_ok=True)
@@ -61,6 +61,16 @@ def add_to_bundle(folder: Path, added: Mapping[str, bytes], fields: Mapping[str,
         raise ExportError(
             f"cannot write into {folder}: {error.strerror or error}. Check the folder, its permissions and space."
         ) from error
+
+
+def without_engines_of(plans: Collection[str], manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A bundle.json without the engines that ``plans`` belong to: one that named a file less would not load."""
+    left = {
+        target: engine
+        for target, engine in manifest.get("engines", {}).items()
+        if not {*engine["plans"].values()} & {*plans}
+    }
+    return {**manifest, **({"engines": left} if "engines" in manifest else {})}
 
 
 def entry_of(data: bytes) -> dict[str, Any]:

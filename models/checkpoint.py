@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
+import os
 import re
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +20,8 @@ from transom.runtime.errors import CheckpointError, one_line
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
 HUB_FILES = ["*.json", "*vocab.txt", "*merges.txt", "*.spm", "*.safetensors"]  # never the pickles
+log = logging.getLogger("transom")
+_aside: list[tempfile.TemporaryDirectory[str]] = []  # the one folder of downloads that no cache can keep
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 
 
@@ -89,15 +95,22 @@ def locate(source: str) -> tuple[Path, str, str]:
 
 
 def download(source: str) -> Path:
-    """Fetch a hub id through huggingface_hub, which honours HF_HUB_OFFLINE, HF_ENDPOINT and its cache."""
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.constants import HF_HUB_OFFLINE
+    """Fetch a hub id through huggingface_hub, which honours HF_HUB_OFFLINE, HF_ENDPOINT and its cache.
+
+    Where that cache cannot be written, what it holds is read, and what it lacks goes to a folder that lives as long as
+    this process.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.constants import HF_HUB_CACHE, HF_HUB_OFFLINE
 
     repository, _, revision = source.partition("@")
     try:
-        folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=HUB_FILES))
+        unwritable = cannot_write(Path(HF_HUB_CACHE))
+        folder = (
+            snapshot(repository, revision) if unwritable is None else snapshot_aside(repository, revision, unwritable)
+        )
         if not any(folder.rglob("*.safetensors")) and not HF_HUB_OFFLINE:
-            refuse_pickles(source, HfApi().list_repo_files(repository, revision=revision or None))
+            refuse_pickles(source, HfApi(token=token()).list_repo_files(repository, revision=revision or None))
         return folder
     except CheckpointError:
         raise
@@ -106,6 +119,50 @@ def download(source: str) -> Path:
             f"{source!r} is no folder here and the hub did not give it ({type(error).__name__}: {one_line(error)}). "
             "Check the name and the connection, or download it and pass the folder."
         ) from None
+
+
+def snapshot(repository: str, revision: str, **options: Any) -> Path:
+    from huggingface_hub import snapshot_download
+
+    options |= {"revision": revision or None, "allow_patterns": HUB_FILES, "token": token()}
+    return Path(snapshot_download(repository, **options))
+
+
+def token() -> bool | None:
+    """None, so that the client looks for one itself; False where its file lies in a folder that cannot be had."""
+    from huggingface_hub import get_token
+
+    try:
+        get_token()
+    except OSError:
+        return False
+    return None
+
+
+def snapshot_aside(repository: str, revision: str, reason: str) -> Path:
+    """The snapshot of a cache that cannot be written, or a new one in a folder of this process."""
+    with contextlib.suppress(Exception):  # not there, in one of the client's many ways
+        return snapshot(repository, revision, local_files_only=True)
+    if not _aside:
+        _aside.append(tempfile.TemporaryDirectory(prefix="transom-hub-"))
+        log.warning(
+            "what the hub gives is not kept: %s. It is downloaded to %s and goes with this process. Set HF_HOME to a "
+            "folder that can be written.",
+            reason,
+            _aside[0].name,
+        )
+    return snapshot(repository, revision, cache_dir=_aside[0].name)
+
+
+def cannot_write(folder: Path) -> str | None:
+    """Why nothing can be written into ``folder``, which is made where it is missing; None where it can."""
+    if not folder.is_absolute():  # "~" stays what it is where there is no home
+        return f"there is no home folder, so that the hub's cache would be {folder} below the current one"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return f"{folder} cannot be made: {error.strerror or error}"
+    return None if os.access(folder, os.W_OK | os.X_OK) else f"{folder} cannot be written"
 
 
 def find_weights(folder: Path) -> tuple[Path, ...]:

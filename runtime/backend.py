@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
 
-from transom.runtime.bundle import GraphFile
+from transom.runtime.bundle import GraphFile, Plan
+from transom.runtime.devices import AUTO, FASTEST_FIRST
 from transom.runtime.errors import BackendError
 from transom.runtime.spec import Graph
 
 Array = NDArray[Any]
 Read = Callable[[str], bytes]  # the checked bytes of a bundle's file
 MAX_THREADS = 1024  # more than any machine has cores; ONNX Runtime would try to start a million
-DEVICES = ("cpu", "cuda", "tensorrt", "auto")
+DEVICES = (*reversed(FASTEST_FIRST), AUTO)
 
 
 class Backend(Protocol):
@@ -37,36 +37,26 @@ class Backend(Protocol):
         ...
 
 
+@runtime_checkable
+class FromPlan(Protocol):
+    """A backend of an engine, whose bounds may be narrower than the bundle's."""
+
+    plan: Plan
+
+
 def open_backend(graph: GraphFile, read: Read, device: str, threads: int | None) -> Backend:
-    """Load ``graph`` on ``device``, its files through ``read``.
+    """Load ``graph`` on ``device``, its files through ``read``; "auto" is for ``load``, which opens all graphs on one.
 
     Raises BackendError when the device or its library is not there.
     """
     from transom.runtime.backends import ort
 
-    if device not in DEVICES:
+    if device not in FASTEST_FIRST:
         raise BackendError(f"device is {device!r}; this version runs on {', '.join(DEVICES)}.")
     if threads is not None and (type(threads) is not int or not 1 <= threads <= MAX_THREADS):
         raise BackendError(f"threads is {threads!r}; expected 1..{MAX_THREADS}, or None for one per core.")
-    chosen = best_device(graph) if device == "auto" else device
-    if chosen == "tensorrt":
+    if device == "tensorrt":
         from transom.runtime.backends.trt import TrtBackend
 
         return TrtBackend(graph, read)
-    return ort.OrtBackend(graph, read, chosen, threads)
-
-
-def best_device(graph: GraphFile) -> str:
-    """What ``auto`` chooses: an engine for the GPU that is here, else CUDA where this onnxruntime offers it, else the
-    CPU."""
-    from transom.runtime.backends import ort
-
-    if graph.plans:
-        from transom.runtime.backends.cuda import find_gpu
-        from transom.runtime.backends.plans import kind_of, pick_plan
-        from transom.runtime.backends.trt_library import library
-
-        with suppress(BackendError):  # no GPU, no cuda-python, no plan for it, no library that loads it
-            library(kind_of(pick_plan(graph, find_gpu())))
-            return "tensorrt"
-    return ort.best_device()
+    return ort.OrtBackend(graph, read, device, threads)

@@ -125,7 +125,7 @@ def measurements(
         return [partial(measure_generation, loaded, generation_sizes(loaded, asked, new_tokens))]
     if new_tokens is not None:
         raise InputError(f"new_tokens is {new_tokens}, but a bundle for {loaded.manifest.task} generates nothing.")
-    axes = loaded.manifest.axes
+    axes = loaded.axes
     return [partial(measure, loaded, file.graph, sizes_of(file.graph, axes, asked)) for file in loaded.manifest.graphs]
 
 

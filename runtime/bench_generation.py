@@ -27,7 +27,7 @@ def generation_sizes(loaded: Generator, asked: Mapping[str, int], new_tokens: in
     Raises InputError for another axis and for more tokens than the context holds, ShapeError for a size out
     of its bounds.
     """
-    axes, context = loaded.manifest.axes, loaded.context
+    axes, context = loaded.axes, loaded.context
     for name, size in asked.items():
         if name not in ("B", "S"):
             raise InputError(f"unknown axis {name!r}; a generation has B and S, the tokens of each prompt.")

@@ -46,12 +46,17 @@ class File:
 
 @dataclass(frozen=True)
 class Plan:
-    """An engine of one graph: its file, and what built it. ``sm`` is that of the GPU it was built on, where it was."""
+    """An engine of one graph: its file, and what built it. ``sm`` is that of the GPU it was built on, where it was.
+
+    ``axes`` are the bounds that it was built for, those of the bundle where bundle.json does not say (version 0.1.0).
+    """
 
     file: str
     library: str
     version: str
     sm: str | None = None
+    target: str = ""
+    axes: Mapping[str, Axis] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -166,7 +171,7 @@ def manifest_from_json(value: dict[str, Any]) -> Manifest:
         for name, axis in axes.items()
         if axis.like is not None and axis.like not in axes
     ]
-    engines = engines_from_json(top.mapping("engines", {}), names, files, top.problems)
+    engines = engines_from_json(top.mapping("engines", {}), names, files, axes, top.problems)
     config = top.mapping("config")
     precision = top.text("precision", among=PRECISIONS)
     quantization = quantization_from_json(top.mapping("quantization", None), precision, names, top.problems)
@@ -220,7 +225,14 @@ def with_ceilings(axes: Mapping[str, Axis], config: Mapping[str, Any]) -> dict[s
 def plans_of(graph: str, engines: Mapping[str, Any]) -> dict[str, Plan]:
     """The engines of one graph by target, from fields that were checked."""
     return {
-        target: Plan(engine["plans"][graph], engine["library"], engine["version"], engine.get("sm"))
+        target: Plan(
+            engine["plans"][graph],
+            engine["library"],
+            engine["version"],
+            engine.get("sm"),
+            target,
+            {name: Axis(**bounds) for name, bounds in engine.get("axes", {}).items()},
+        )
         for target, engine in engines.items()
     }
 

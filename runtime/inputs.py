@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from transom.runtime.backend import Array
 from transom.runtime.errors import InputError, ShapeError
-from transom.runtime.spec import COUNT, Axis, Graph, Tensor
+from transom.runtime.spec import COUNT, Axis, EngineAxis, Graph, Tensor
+
+if TYPE_CHECKING:
+    from transom.runtime.bundle import Plan
 
 WRITE_INDICES = "write_indices"  # int64 (B,): where each row's new tokens go in its caches
 LOGITS_POSITIONS = "logits_positions"  # int64 (B, P): which of the new tokens get logits
@@ -98,12 +101,46 @@ def check_shape(tensor: Tensor, value: Array, axes: Mapping[str, Axis], sizes: d
 
 def allowed_sizes(name: str, axis: Axis, size: int) -> str:
     """``1..67. Export again with --max S=68.``: the bounds, and how to have a ``size`` beyond them, if at all."""
-    hint = ""
-    if size > axis.max:
-        hint = f" Export again with --max {name}={size}."
-        if axis.ceiling is not None and size > axis.ceiling:
-            hint = f" The model has {axis.ceiling} positions; give no more."
-    return f"{axis.min}..{axis.max}.{hint}"
+    where = f" in the engine for {axis.target}" if isinstance(axis, EngineAxis) else ""
+    beyond = size > axis.max or (isinstance(axis, EngineAxis) and size >= exported(axis).min)
+    hint = f" {wider({name: axis}, {name: size})}." if beyond else ""
+    ceiling = exported(axis).ceiling
+    if ceiling is not None and size > ceiling:
+        hint = f" The model has {ceiling} positions; give no more."
+    return f"{axis.min}..{axis.max}{where}.{hint}"
+
+
+def wider(axes: Mapping[str, Axis], sizes: Mapping[str, int]) -> str:
+    """``Export again with --max S=68``: the command that lets axes have ``sizes`` that are out of their bounds.
+
+    An engine within the bundle's bounds is built again; beyond them both commands are named.
+    """
+    new = " ".join(f"--max {name}={size}" for name, size in sizes.items() if size > exported(axes[name]).max)
+    built = " ".join(
+        f"--{'max' if size > axes[name].max else 'min'} {name}={size}"
+        for name, size in sizes.items()
+        if not axes[name].min <= size <= axes[name].max
+    )
+    targets = [axis.target for axis in axes.values() if isinstance(axis, EngineAxis)]
+    if not targets:
+        return f"Export again with {new}"
+    command = f"`transom build BUNDLE --target {targets[0]} {built}`"
+    return f"Export again with {new}, then run {command}" if new else f"Run {command}"
+
+
+def exported(axis: Axis) -> Axis:
+    """The bundle's bounds of an axis."""
+    return axis.exported if isinstance(axis, EngineAxis) and axis.exported is not None else axis
+
+
+def engine_axes(axes: Mapping[str, Axis], plan: Plan) -> dict[str, Axis]:
+    """The bundle's ``axes`` within the bounds of an engine; those that it does not narrow are as they were."""
+    narrowed = {
+        name: EngineAxis(axis.min, axis.opt, axis.max, like=axes[name].like, target=plan.target, exported=axes[name])
+        for name, axis in plan.axes.items()
+        if (axis.min, axis.max) != (axes[name].min, axes[name].max)
+    }
+    return {**axes, **narrowed}
 
 
 def check_range(tensor: Tensor, value: Array) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from transom.runtime.spec import Axis
+
 MODES = ("static", "dynamic", "none")  # how the activations before integer weights become integers
 SUMS = EXACT, SATURATED = "exact", "saturated"  # of 8-bit products, as they were added up at the export
 WEIGHT_BITS = {"int8": (7, 8), "int4": (4,)}
@@ -57,9 +59,12 @@ def quantization_from_json(
 
 
 def engines_from_json(
-    value: dict[str, Any], graphs: list[str], files: Collection[str], problems: list[str]
+    value: dict[str, Any], graphs: list[str], files: Collection[str], axes: Mapping[str, Axis], problems: list[str]
 ) -> dict[str, Any]:
-    """Which plan belongs to which graph, by target, and what loads it. What the builder made of it is for people."""
+    """Which plan belongs to which graph, by target, what loads it, and the bounds that it takes.
+
+    What the builder made of it is for people.
+    """
     for target, engine in value.items():
         plans = engine.get("plans") if isinstance(engine, dict) else None
         if (
@@ -73,4 +78,19 @@ def engines_from_json(
         for key in ("library", "version", "sm"):
             if not isinstance(engine.get(key, "" if key == "sm" else None), str):
                 problems.append(f"engines.{target[:60]}.{key} is {repr(engine.get(key))[:60]}, expected a string")
+        bounds = engine.get("axes", {})
+        if not isinstance(bounds, dict) or not all(within(axes.get(name), each) for name, each in bounds.items()):
+            problems.append(
+                f"engines.{target[:60]}.axes is {repr(bounds)[:60]}, expected min, opt and max of axes of the bundle, "
+                "in this order and within the bundle's"
+            )
     return value
+
+
+def within(axis: Axis | None, bounds: Any) -> bool:
+    """Whether ``bounds`` are well-formed and those of an engine that computes sizes of ``axis``."""
+    if axis is None or not isinstance(bounds, dict) or bounds.keys() != {"min", "opt", "max"}:
+        return False
+    if any(type(size) is not int for size in bounds.values()):
+        return False
+    return bool(axis.min <= bounds["min"] <= bounds["opt"] <= bounds["max"] <= axis.max)

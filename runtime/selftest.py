@@ -13,10 +13,12 @@ from transom.runtime.backends.integer_sums import integer_sums
 from transom.runtime.bundle import SIMULATED, Bundle, Manifest
 from transom.runtime.compare import Comparison, compare_outputs, on_scales
 from transom.runtime.cpu import instruction_set
-from transom.runtime.errors import BundleError, NotFiniteError, ParityError
+from transom.runtime.errors import BundleError, NotFiniteError, ParityError, ShapeError
+from transom.runtime.inputs import checked_feeds
 from transom.runtime.references import BUNDLE, PYTORCH, Reference, references
 from transom.runtime.saturation import may_saturate, multiplies_integers, recorded_sums, saturated_export, sums_here
 from transom.runtime.session import LoadedBundle, load
+from transom.runtime.spec import EngineAxis
 
 GOLDEN = "golden.safetensors"
 GENERATION = "generation"  # the case that holds whole greedy generations
@@ -80,6 +82,7 @@ class SelftestReport:
     references: tuple[Reference, ...]
     cases: tuple[SelftestCase, ...]
     sums: Sums | None = None
+    left_out: tuple[str, ...] = ()  # cases, or parts of one, beyond what the engine on this device takes
 
     @property
     def side(self) -> str:
@@ -110,7 +113,7 @@ def selftest(path: str | PathLike[str], device: str = "cpu", threads: int | None
     """Run a bundle's golden inputs and compare the outputs with its ``references``.
 
     Raises ParityError beyond a tolerance and for golden values of saturated sums where sums are exact here,
-    BundleError when there are no golden values.
+    BundleError when there are no golden values, ShapeError when the engine's bounds leave none of them.
     """
     with load(path, device, threads) as loaded:
         golden = read_golden(Bundle(str(path)))
@@ -122,8 +125,15 @@ def selftest(path: str | PathLike[str], device: str = "cpu", threads: int | None
         problem = saturated_export(manifest) if sums is not None else None
         if problem is not None:
             raise ParityError(f"{path} on {device} cannot be tested: {problem}")
-        cases = tuple(run_case(loaded, name, arrays, rules[0]) for name, arrays in sorted(golden.items()))
-        report = SelftestReport(rules, cases, sums)
+        fitting = {name: within_bounds(loaded, name, arrays) for name, arrays in sorted(golden.items())}
+        cases = tuple(run_case(loaded, name, arrays, rules[0]) for name, (arrays, _) in fitting.items() if arrays)
+        if not cases:
+            raise ShapeError(
+                f"the engine of {path} on {device} takes none of its golden values: {fitting[min(fitting)][1]}. Build "
+                "it with wider --min and --max, so that it can be tested."
+            )
+        left_out = tuple(f"{name}: {why}" for name, (_, why) in fitting.items() if why)
+        report = SelftestReport(rules, cases, sums, left_out)
     for rule in rules:
         if not report.worst_against(rule.side).error <= rule.tolerance:
             raise ParityError(f"{path} on {device} {broken(report, rule)}")
@@ -137,6 +147,48 @@ def sides_of(golden: Mapping[str, Sides]) -> frozenset[str]:
         if needed not in sides:
             raise BundleError(f"{GOLDEN}: a case has no outputs of the side {needed!r}; export the bundle again.")
     return sides
+
+
+def within_bounds(loaded: LoadedBundle, name: str, arrays: Sides) -> tuple[Sides | None, str]:
+    """What the engine takes of a golden case, None for nothing, and why not all of it; "" where all.
+
+    A generation is cut to the rows and steps that fit, any other case is left out.
+    """
+    if not any(isinstance(axis, EngineAxis) for axis in loaded.axes.values()):
+        return arrays, ""
+    if name != GENERATION:
+        try:
+            checked_feeds(loaded.graph_for(arrays["input"]), loaded.axes, arrays["input"])
+        except ShapeError as error:
+            return None, str(error)
+        return arrays, ""
+    return cut_generation(loaded, arrays)
+
+
+def cut_generation(loaded: LoadedBundle, arrays: Sides) -> tuple[Sides | None, str]:
+    """The rows and steps of a golden generation that fit into the engine's rows and its context."""
+    from transom.runtime.replay import from_arrays
+    from transom.runtime.tasks.generator import Generator
+
+    given, tokens = arrays["input"], arrays[PYTORCH].get("tokens")
+    if not isinstance(loaded, Generator) or not {"prompts", "lengths"} <= given.keys() or tokens is None:
+        return arrays, ""  # which is an error of its own
+    longest = loaded.max_size(str(loaded.prompt_tokens().shape[1]))
+    used = [loaded.decoder_length(prompt) for prompt in from_arrays(given)]
+    rows = [
+        row for row, length in enumerate(given["lengths"].tolist()) if length <= longest and used[row] < loaded.context
+    ]
+    rows = rows[: loaded.max_size("B")]
+    steps = min([tokens.shape[1], *(loaded.context - used[row] for row in rows)])
+    if len(rows) < loaded.axes["B"].min:
+        return None, f"of its prompts {len(rows)} fit into {longest} tokens and a context of {loaded.context}"
+    if (len(rows), steps) == tokens.shape:
+        return arrays, ""
+    cut = {
+        side: {key: array[rows] if side == "input" else array[rows][:, :steps] for key, array in held.items()}
+        for side, held in arrays.items()
+    }
+    return cut, f"{len(rows)} of {len(tokens)} rows and {steps} of {tokens.shape[1]} steps fit into the engine"
 
 
 def sums_of(manifest: Manifest, device: str) -> Sums | None:

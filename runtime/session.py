@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from os import PathLike, cpu_count
+from os import PathLike
 from threading import Lock, local
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from transom.runtime.backend import Array, Backend, Read, open_backend
+from transom.runtime.backend import Array, Backend, FromPlan, Read, open_backend
 from transom.runtime.bundle import Bundle, GraphFile
+from transom.runtime.devices import ASKED, AUTO, Choice, choose, without_engines
 from transom.runtime.errors import BackendError, BundleError, InputError
-from transom.runtime.inputs import checked_feeds, wanted_outputs
+from transom.runtime.inputs import checked_feeds, engine_axes, wanted_outputs, wider
+from transom.runtime.machine import usable_cores
 from transom.runtime.process_bound import ProcessBound
 from transom.runtime.saturation import warn_of_saturation
-from transom.runtime.spec import Graph
+from transom.runtime.spec import Axis, Graph
 
 if TYPE_CHECKING:
     from transom.runtime.bundle import Manifest
 
 
 Opener = Callable[[GraphFile, Read, str, int | None], Backend]
+GPU_WORKERS = 4  # of ``submit`` on a GPU, as many calls as the TensorRT backend has there at once
 CLOSED = "this bundle is closed; load it again."
 
 
@@ -29,8 +32,8 @@ def load(path: str | PathLike[str], device: str = "cpu", threads: int | None = N
     """Load a bundle's folder; what comes back has the methods of its family (``Bert``, ``ViT``, ...).
 
     ``device`` is "cpu", "cuda" (ONNX Runtime on the GPU), "tensorrt" (the bundle's engine for this GPU), or "auto",
-    the last of these that is there; a device that is asked for and absent is an error. ``threads`` is the number of
-    CPU threads per call, None for one per core.
+    the last of these on which every graph of the bundle opens: ``choice`` of the loaded bundle says why. A device that
+    is asked for and absent is an error. ``threads`` is the number of CPU threads per call, None for one per core.
 
     Raises BundleError when the folder is damaged, hostile or of another format version, BackendError
     when the device or its library is not there. Warns (SaturationWarning), once, where the 8-bit products of an INT8
@@ -63,7 +66,18 @@ class LoadedBundle(ProcessBound):
         self.manifest: Manifest = bundle.manifest
         self._bundle = bundle
         check_graphs(bundle.manifest, self.GRAPHS)
-        self._backends = [opener(graph, bundle.read, device, threads) for graph in bundle.manifest.graphs]
+        graphs = bundle.manifest.graphs
+
+        def open_on(device: str) -> list[Backend]:
+            return [opener(graph, bundle.read, device, threads) for graph in graphs]
+
+        self._backends, self.choice = (
+            choose(open_on, without_engines(graphs)) if device == AUTO else (open_on(device), Choice(device, ASKED))
+        )
+        first = self._backends[0]
+        self.axes: Mapping[str, Axis] = (  # what calls may have: the bundle's bounds, or narrower ones of its engine
+            engine_axes(bundle.manifest.axes, first.plan) if isinstance(first, FromPlan) else bundle.manifest.axes
+        )
         self._workers: ThreadPoolExecutor | None = None
         self._lock = Lock()
         self._thread = local()  # of a worker, has ``works``
@@ -83,14 +97,14 @@ class LoadedBundle(ProcessBound):
             raise InputError(f"inputs is a {type(inputs).__name__}; expected a dict of numpy arrays by name.")
         backend = self._pick(inputs)
         graph = backend.graph
-        feeds, sizes = checked_feeds(graph, self.manifest.axes, inputs)
+        feeds, sizes = checked_feeds(graph, self.axes, inputs)
         wanted = wanted_outputs(graph, outputs, sizes)
         written = {name: feeds[name] for name in wanted if name in feeds}
         fresh = {name: shape for name, shape in wanted.items() if name not in written}
         return backend.run(feeds, fresh) | written
 
     def submit(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> Future[dict[str, Array]]:
-        """``run`` in a worker thread; errors come out of the future's ``result``."""
+        """``run`` in a worker thread, one for each usable core, on a GPU GPU_WORKERS; errors come out of ``result``."""
         future = Submitted()
 
         def work() -> None:
@@ -106,7 +120,8 @@ class LoadedBundle(ProcessBound):
             if not self._open:
                 raise BackendError(CLOSED)
             if self._workers is None:
-                self._workers = ThreadPoolExecutor(max_workers=cpu_count() or 1, thread_name_prefix="transom")
+                workers = usable_cores() if self.device == "cpu" else GPU_WORKERS
+                self._workers = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="transom")
             self._workers.submit(work)
         return future
 
@@ -163,10 +178,14 @@ class LoadedBundle(ProcessBound):
             )
 
     def max_size(self, axis: str) -> int:
-        """The maximum of a named axis; BundleError where the bundle has no such axis."""
-        if axis not in self.manifest.axes:
+        """The maximum of a named axis, in the engine that is used; BundleError where the bundle has no such axis."""
+        if axis not in self.axes:
             raise BundleError(f"bundle.json has no axis {axis}; export the bundle again.")
-        return self.manifest.axes[axis].max
+        return self.axes[axis].max
+
+    def wider(self, **sizes: int) -> str:
+        """What to do to have axes of ``sizes`` out of their bounds: ``Export again with --max S=600``."""
+        return wider({name: self.axes[name] for name in sizes}, sizes)
 
     def labels(self, count: int) -> tuple[str, ...]:
         """The names of ``count`` classes; BundleError where the bundle names another number of them."""

@@ -26,6 +26,14 @@ class Axis:
 
 
 @dataclass(frozen=True)
+class EngineAxis(Axis):
+    """An axis in the narrower bounds of the engine for ``target``; ``exported`` has the bundle's."""
+
+    target: str = ""
+    exported: Axis | None = None
+
+
+@dataclass(frozen=True)
 class Tensor:
     """A graph's input or output: numpy dtype name and a shape of axis names and fixed sizes.
 

@@ -227,10 +227,10 @@ def test_a_disk_that_is_full_once_the_engine_is_built_costs_the_cache(
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     keep = builder.keep
 
-    def keep_nothing(folder: Path, built: builder.Built) -> None:
+    def keep_nothing(*given: Any) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, hard))  # bytes
         try:
-            keep(folder, built)
+            keep(*given)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from transom.export.engine.fusion import fusion_of, kernels_of, memory_of
+from transom.cli.build import print_kernels
+from transom.cli.describe import fusion_text
+from transom.export.engine.build import Engine, require_fused
+from transom.export.engine.fusion import Fusion, fusion_of, kernels_of, memory_of
 from transom.export.engine.profiles import cache_sizes, profiles_of
 from transom.export.engine.targets import TARGETS, find_targets, require_precision
-from transom.runtime.errors import ExportError
+from transom.runtime.errors import EngineError, ExportError
 from transom.runtime.spec import Axis, Graph, Tensor
 
 BETWEEN = "Inputs: [ { Name: x, Datatype: %s } ], Constants: [], Outputs: [], TacticName: t, StreamId: 0"
@@ -59,6 +62,94 @@ def test_layers_are_counted_by_profile() -> None:
     assert "up.product" in decode.alike
     assert decode.to_json()["attention"] == {"fused": 0, "of": 1, "unfused": ["attend"]}
     assert memory_of(LOG) == {"activation": 300, "weights": 7}
+
+
+def renamed(log: list[str], **names: str) -> list[str]:
+    """The log of a version that calls things otherwise."""
+    for old, new in names.items():
+        log = [line.replace(old, new) for line in log]
+    return log
+
+
+def fusion(log: list[str]) -> Fusion:
+    (kernels,) = kernels_of(log, 1)
+    return fusion_of("all", kernels, OPERATORS, ["up", "down"])
+
+
+ONE_PROFILE = LOG[:7]
+
+
+def test_names_that_are_not_known_are_no_verdict() -> None:
+    """Another name of the fused kernel, of the node, or of every layer: neither fused nor not, with what was seen."""
+    sound = fusion(ONE_PROFILE)
+    assert (sound.attention, sound.unfused, sound.strange) == (1, (), {})
+    assert "not_understood" not in sound.to_json()["attention"]
+
+    kernel = fusion(renamed(ONE_PROFILE, _gemm_mha_v2="_flash_fwd"))
+    assert (kernel.attention, kernel.unfused) == (0, ())
+    assert kernel.strange_attention == {"attend": "the layer '_flash_fwd' of kind 'kgen'"}
+    assert kernel.words() == "all: attention 0 of 1 (1 not understood), GELU 1 of 1, INT8 1 of 2, 5 kernels"
+    assert kernel.to_json()["attention"] == {
+        "fused": 0, "of": 1, "unfused": [], "not_understood": {"attend": "the layer '_flash_fwd' of kind 'kgen'"}
+    }  # fmt: skip
+
+    node = fusion(renamed(ONE_PROFILE, **{"ONNX Layer": "ONNX Node"}))
+    assert node.strange == dict.fromkeys(("attend", "gelu", "up", "down"), "no layer names it")
+    assert (node.unfused, node.wide, node.gelus_fused, node.int8) == ((), (), 0, 0)
+
+    nothing = fusion(renamed(ONE_PROFILE, LayerType="Kind"))
+    assert nothing.kernels == 0
+    assert nothing.strange == dict.fromkeys(("attend", "gelu", "up", "down"), "no layer was found in the log")
+
+    product = fusion(renamed(ONE_PROFILE, **{"LayerType: gemm": "LayerType: igemm"}))
+    assert (product.int8, product.wide) == (0, ("down",))  # a kernel of steps is known to be no product of integers
+    assert product.strange_linears == {"up": "the layer 'up.product' of kind 'igemm'"}
+
+
+def test_attention_in_kernels_that_are_known_is_not_fused() -> None:
+    """Steps of the compiler and products: however many other layers are strange, this one is understood."""
+    log = [
+        *ONE_PROFILE[:4],
+        layer("attend_scores_myl0_3", "attend", kind="gemm"),
+        layer("__myl_MaxrSubExp_myl0_4", "attend"),
+        layer("strange_myl0_5", "expand", kind="new"),
+        layer("__myl_CastMulFc_myl0_6", "down", kind="runtime_fusion"),
+    ]
+    found = fusion(log)
+    assert (found.attention, found.unfused, found.strange) == (0, ("attend",), {})
+    mixed = fusion([*log, layer("_flash_fwd_myl0_7", "attend")])
+    assert (mixed.unfused, [*mixed.strange]) == ((), ["attend"])
+
+
+def test_a_log_that_is_not_understood_fails_the_build_in_words_of_its_own() -> None:
+    def engine(*fusions: Fusion) -> Engine:
+        return Engine("rtx-sm86", "model", 1, 0.0, fusions, {}, {}, {}, {})
+
+    strange, lost = (
+        fusion(renamed(ONE_PROFILE, _gemm_mha_v2="_flash_fwd")),
+        fusion(renamed(ONE_PROFILE, _gemm_mha_v2="__myl_Fc")),
+    )
+    require_fused(engine(fusion(ONE_PROFILE)))
+    with pytest.raises(
+        EngineError, match=r"0 of 1 attentions became one kernel each in the profile all; attend did not\."
+    ):
+        require_fused(engine(strange, lost))
+    said = (
+        r"^whether attention fused in the graph 'model' for rtx-sm86 is not understood: .* of attend the layer "
+        r"'_flash_fwd' of kind 'kgen'\. Nothing was written\. Upgrade Transom, or build with TensorRT-RTX 1\.7, "
+        r".* or give --allow-unfused to take the engine as it is\.$"
+    )
+    with pytest.raises(EngineError, match=said):
+        require_fused(engine(fusion(ONE_PROFILE), strange))
+
+
+def test_reports_tell_what_is_not_understood(capsys: pytest.CaptureFixture[str]) -> None:
+    strange = fusion(renamed(ONE_PROFILE, _gemm_mha_v2="_flash_fwd"))
+    assert fusion_text(strange.to_json()) == strange.words()
+    print_kernels(Engine("rtx-sm86", "model", 1, 0.0, (strange,), {}, {}, {}, {}))
+    told = capsys.readouterr().out
+    assert "not understood, which is neither fused nor not: of attend the layer '_flash_fwd'" in told
+    assert "attention that is not one kernel" not in told
 
 
 def test_several_groups_of_one_profile_are_told_by_the_marks() -> None:

@@ -88,6 +88,14 @@ def test_notes_are_found_and_embedded_once(notes: Path, tmp_path: Path, bert_bun
     assert len(np.load(cache)["keys"]) == 6
 
 
+def test_a_search_goes_on_without_a_cache(notes: Path, tmp_path: Path, bert_bundle: Path) -> None:
+    (tmp_path / "cache").write_text("in the way")
+    found = run(tmp_path, "search_notes.py", bert_bundle, notes, "oil", "--json")
+    assert found.returncode == 0
+    assert "vectors are not kept for the next search" in found.stderr
+    assert len(found.stdout.splitlines()) > 0
+
+
 def test_a_cache_belongs_to_its_bundle_and_may_be_damaged(notes: Path, tmp_path: Path, bert_bundle: Path) -> None:
     cache = tmp_path / "cache.npz"
     cache.write_bytes(b"PK\x03\x04 but no more")

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from time_limits import PATIENCE_S
+from transom.models.checkpoint import cannot_write
 
 MakeCheckpoint = Callable[..., Path]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -122,3 +123,19 @@ def test_a_repository_with_pickled_weights_only(hub: str, tmp_path: Path) -> Non
     said = open_by_id("someone/pickled", HF_ENDPOINT=hub, HF_HOME=str(tmp_path), NO_PROXY="127.0.0.1")
     assert said.startswith("CheckpointError: someone/pickled has its weights only as pytorch_model.bin")
     assert "save_pretrained('pickled-safe')" in said
+
+
+def test_a_cache_that_cannot_be_written_fails_no_download(hub: str, tmp_path: Path) -> None:
+    """A file lies where the cache should be: what is downloaded goes with the process."""
+    (tmp_path / "file").write_text("in the way")
+    here = {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "file"), "NO_PROXY": "127.0.0.1", "TMPDIR": str(tmp_path)}
+    assert open_by_id("someone/tiny", **here) == "tiny someone/tiny 1 bert"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert "did not give it" in open_by_id("someone/absent", **here)
+
+
+def test_without_a_home_the_cache_is_not_a_folder_called_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "there is no home folder" in (cannot_write(Path("~/.cache/huggingface/hub")) or "")
+    assert list(tmp_path.iterdir()) == []
+    assert cannot_write(tmp_path / "new" / "cache") is None

@@ -6,6 +6,8 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from transom.calib.named import NAMES
 from transom.calib.scales import METHODS
 from transom.calib.table import RANGES
 from transom.cli.main import app
+from transom.runtime.bundle import Bundle
 
 REPO = Path(os.environ.get("TRANSOM_REPO", Path(__file__).parent.parent))
 DOCUMENTS = ("docs", "export/data", "calib/sets")
@@ -120,6 +123,36 @@ def test_the_commands_of_engines_run(int8_bundle: Path, tmp_path: Path, monkeypa
     assert "attention 3 of 3" in built.stdout
     assert "rtx-sm89" in built.stdout
     assert tested.exit_code == 0 or "no NVIDIA GPU can be used here" in tested.stderr or "this GPU is" in tested.stderr
+
+
+@needs_rtx
+def test_the_commands_of_polygraphy_run(tmp_path: Path) -> None:
+    """As far as they can without a GPU: the engine's to the driver, that of ONNX to its end."""
+    text = (REPO / "docs/tensorrt.md").read_text(encoding="utf-8")
+    bundle = Path(shutil.copytree(REPO / "tests/bundles/0.1.0/vit-int8", tmp_path / "bundle"))
+    assert transom("build", bundle, "--target", "rtx-sm89").exit_code == 0
+    engine, onnx = (
+        subprocess.run(
+            ["bash", "-c", line.strip().replace("BUNDLE", str(bundle))],
+            env={**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        for line in re.findall(r"^  (?:POLYGRAPHY_|polygraphy).* inspect model .*$", text, re.MULTILINE)
+    )
+    said = engine.stdout + engine.stderr
+    assert "Loading bytes from" in said, said
+    assert "could not be imported" not in said
+    assert engine.returncode == 0 or re.search(r"deserializeCudaEngine.*(driver|device)", said), said
+    assert (onnx.returncode, "Graph Input" in onnx.stdout) == (0, True), onnx.stdout + onnx.stderr
+
+
+def test_the_command_of_trtexec_names_every_input() -> None:
+    text = (REPO / "docs/tensorrt.md").read_text(encoding="utf-8")
+    (shapes,) = re.findall(r"`trtexec .*--shapes=(\S+) ", text)
+    (graph,) = Bundle(REPO / "tests/bundles/0.1.0/bert-fp32").manifest.graphs
+    assert [shape.split(":")[0] for shape in shapes.split(",")] == [tensor.name for tensor in graph.graph.inputs]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

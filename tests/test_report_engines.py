@@ -269,6 +269,15 @@ def of_all(**changes: Any) -> Callable[[Words], object]:
     return change
 
 
+def test_what_the_log_does_not_tell_is_no_shortfall() -> None:
+    words = engine("rtx-sm86", profile("prefill", attention=STRANGE), profile("decode"))
+    html = engines_section(manifest({"rtx-sm86": words}))
+    assert "Not understood in the builder&#39;s log" in html or "Not understood in the builder's log" in html
+    assert "<code>attend_1</code>" in html
+    assert "Attention in several kernels" not in html
+
+
+STRANGE = {"fused": 1, "of": 2, "unfused": [], "not_understood": {"attend_1": "the layer '_flash' of kind 'kgen'"}}
 MILLION = 10**6
 HOSTILE: dict[str, Callable[[Words], object]] = {
     **{f"{type(odd).__name__} {odd!r:.20} everywhere": everywhere(odd)
@@ -280,6 +289,10 @@ HOSTILE: dict[str, Callable[[Words], object]] = {
     "very many profiles": lambda w: w["rtx-sm75"]["graphs"]["decoder"].update(profiles=[profile("p")] * MILLION),
     "a million kernels by name": of_all(alike=dict.fromkeys(map(str, range(MILLION)), 1)),
     "a million unfused": of_all(attention={"fused": 0, "of": MILLION, "unfused": ["a"] * MILLION}),
+    "a million not understood": of_all(
+        attention={"fused": 0, "of": MILLION, "not_understood": {f"{EVIL}{i}": EVIL for i in range(MILLION)}}
+    ),
+    "not understood nonsense": of_all(gelu={"fused": 0, "of": 2, "not_understood": [EVIL]}),
     "a million dequantised": of_all(int8={"products": 0, "of": MILLION, "dequantized": ["a"] * MILLION}),
     "a million alone": of_all(alone=["&" * 1000] * MILLION),
     "names of markup": of_all(alike={f"{EVIL}{i}": 1 for i in range(2000)}, alone=[EVIL] * 99),

@@ -7,17 +7,21 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import re
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 
+from command_line import changed_bundle, document, transom
 from emulated_gpu import (
     EmulatedContext,
     EmulatedCuda,
@@ -29,16 +33,20 @@ from emulated_gpu import (
     Plan,
     names_of,
 )
+from test_devices import ask_here
+from transom.cli import doctor
 from transom.export.bundle import add_to_bundle
 from transom.export.engine.flavour import tensorrt_graphs
 from transom.export.engine.profiles import profiles_of
-from transom.runtime import load
+from transom.export.engine.shapes import Shapes, bounds_to_json, narrowed
+from transom.runtime import load, session
 from transom.runtime.backends import cuda, trt, trt_library
+from transom.runtime.backends.buffers import Pool
 from transom.runtime.backends.cuda import Gpu
 from transom.runtime.backends.plans import pick_plan, require_version
 from transom.runtime.bundle import Bundle, GraphFile
 from transom.runtime.bundle import Plan as PlanFile
-from transom.runtime.errors import BackendError, BundleError, ParityError, ShapeError
+from transom.runtime.errors import BackendError, BundleError, InputError, ParityError, ShapeError
 from transom.runtime.selftest import selftest
 from transom.runtime.spec import Graph
 
@@ -66,17 +74,26 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[EmulatedTen
 def put(gpu: EmulatedTensorRT, tmp_path: Path) -> Put:
     """``put(bundle)`` -> a copy of it with a plan of each graph for SM89, which the emulation knows."""
 
-    def copy(source: Path, target: str = "rtx-sm89", library: str = "TensorRT-RTX", **more: str) -> Path:
+    def copy(
+        source: Path,
+        target: str = "rtx-sm89",
+        library: str = "TensorRT-RTX",
+        shapes: Shapes | None = None,
+        **more: str,
+    ) -> Path:
         folder = Path(shutil.copytree(source, tmp_path / f"bundle{len(list(tmp_path.iterdir()))}"))
         bundle = Bundle(folder)
         plans, names = {}, {}
-        for name, graph in tensorrt_graphs(bundle).items():
+        specs = [file.graph for file in bundle.manifest.graphs]
+        axes = narrowed(bundle.manifest.axes, specs, shapes or Shapes())
+        recorded = {"axes": bounds_to_json(axes, specs)} if shapes is not None else {}
+        for name, graph in tensorrt_graphs(bundle, axes=axes).items():
             spec = next(file.graph for file in bundle.manifest.graphs if file.graph.name == name)
-            profiles = [profile.shapes for profile in profiles_of(spec, bundle.manifest.axes)]
+            profiles = [profile.shapes for profile in profiles_of(spec, axes)]
             names[name] = f"engines/{target}.{name}.plan"
             plans[names[name]] = f"plan of {folder} {name}".encode()
             gpu.plans[hashlib.sha256(plans[names[name]]).hexdigest()] = Plan(graph.serialized(), profiles)
-        described = {"library": library, "version": real_trt.__version__, "plans": names, **more}
+        described = {"library": library, "version": real_trt.__version__, "plans": names, **recorded, **more}
         add_to_bundle(folder, plans, {"engines": {target: described}})
         return folder
 
@@ -349,3 +366,180 @@ def test_without_cuda_python_the_error_names_the_command(vit_bundle: Path, monke
     with pytest.raises(BackendError, match=r"cuda-python cannot be imported .* Run `pip install 'transom\[rtx\]'`"):
         load(vit_bundle, device="tensorrt")
     cuda.runtime.cache_clear()
+
+
+def test_auto_passes_over_an_engine_that_the_library_cannot_read(
+    put: Put, gpu: EmulatedTensorRT, vit_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Built by a newer library; or of bytes that it does not know; or of a graph with other names. Doctor says so."""
+    monkeypatch.setattr(doctor, "ask", ask_here)
+
+    def newer(words: dict[str, Any]) -> None:
+        words["engines"]["rtx-sm89"]["version"] = "99.0.0.1"
+
+    (Path(folder := put(vit_bundle)).parent / "newer").mkdir()
+    folders = {"was built by TensorRT-RTX 99.0.0.1": changed_bundle(folder, folder.parent / "newer", newer)}
+    unknown = put(vit_bundle)
+    gpu.plans.pop(hashlib.sha256((unknown / "engines/rtx-sm89.model.plan").read_bytes()).hexdigest())
+    folders["magic tag does not match"] = unknown
+    for said, bundle in folders.items():
+        with pytest.raises(BackendError, match=said):
+            load(bundle, device="tensorrt")
+        with load(bundle, device="auto") as vit:
+            assert vit.device == "cpu"
+            assert said in vit.choice.passed_over["tensorrt"]
+            choice = vit.choice
+        told = document(transom("doctor", bundle, "--json"))["auto"]
+        assert (told["device"], told["passed_over"]) == (choice.device, choice.passed_over)
+    sound = put(vit_bundle)
+    assert document(transom("doctor", sound, "--json"))["auto"] == {
+        "device": "tensorrt", "reason": "the bundle's engine for this GPU is loaded", "passed_over": {},
+    }  # fmt: skip
+
+
+def test_a_driver_that_cuda_python_raises_for_is_an_absent_gpu(
+    put: Put, gpu: EmulatedTensorRT, vit_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Versions of cuda-python raise where others give a code."""
+
+    def raises() -> None:
+        raise RuntimeError("Failed to dlopen libcuda.so.1")
+
+    folder = put(vit_bundle)
+    monkeypatch.setattr(gpu.cuda, "cudaGetDeviceCount", raises)
+    with pytest.raises(BackendError, match=r"cudaGetDeviceCount cannot be called \(Failed to dlopen libcuda\.so\.1\)"):
+        load(folder, device="tensorrt")
+    with load(folder, device="auto") as vit:
+        assert vit.device == "cpu"
+
+
+def test_many_threads_and_submit_share_few_contexts(put: Put, gpu: EmulatedTensorRT, vit_bundle: Path) -> None:
+    """Twelve threads that are all inside at once, then 24 calls of submit: four contexts, and everybody is served."""
+    with load(put(vit_bundle), device="tensorrt") as ours, load(vit_bundle) as theirs:
+        images = [np.random.default_rng(seed).random((1, 3, 8, 8), np.float32) for seed in range(24)]
+        expected = [theirs.run({"pixel_values": image})["logits"] for image in images]
+        together = threading.Barrier(12)
+
+        def one(image: Any) -> Any:
+            if not together.broken:
+                together.wait(60)
+            return ours.run({"pixel_values": image})["logits"]
+
+        with ThreadPoolExecutor(12) as pool:
+            found = list(pool.map(one, images))
+        assert gpu.contexts <= trt.CALLERS == session.GPU_WORKERS == 4
+        futures = [ours.submit({"pixel_values": image}) for image in images]
+        found += [future.result()["logits"] for future in futures]
+        assert ours._workers._max_workers == 4
+        for a, b in zip(found, expected * 2, strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
+    assert gpu.contexts <= 4
+
+
+def test_a_caller_that_fails_gives_its_turn_back(put: Put, gpu: EmulatedTensorRT, vit_bundle: Path) -> None:
+    image = np.zeros((1, 3, 8, 8), np.float32)
+    with load(put(vit_bundle), device="tensorrt") as vit:
+        backend = vit.backend("model")
+        for _ in range(trt.CALLERS + 1):
+            with pytest.raises(ShapeError):
+                backend.run({"pixel_values": np.zeros((1, 4, 8, 8), np.float32)}, {})
+        assert vit.run({"pixel_values": image})["logits"].shape[0] == 1
+
+
+def test_the_pool_keeps_a_bounded_part_of_what_it_saw(gpu: EmulatedTensorRT) -> None:
+    """Sixteen sizes through a pool of 1000 bytes: the last ones stay, and are taken again."""
+    pool = Pool(1_000)
+    for size in range(100, 1_700, 100):
+        pool.give(pool.take(size))
+        assert gpu.cuda.device_bytes <= 1_000
+    for size in (300, 400, 500):
+        pool.give(pool.take(size))
+    assert gpu.cuda.device_bytes == 900  # 300 was freed
+    before = gpu.cuda.allocations
+    held = [pool.take(500), pool.take(400)]
+    assert gpu.cuda.allocations == before
+    for memory in held:
+        pool.give(memory)
+    pool.clear()
+    del held, memory
+    gc.collect()
+    assert gpu.cuda.device_bytes == 0
+
+
+def test_generations_of_every_size_leave_an_eighth_of_the_memory(
+    put: Put, gpu: EmulatedTensorRT, gpt_bundle: Path
+) -> None:
+    """A service sees every number of rows: caches of each would stay."""
+    with load(put(gpt_bundle), device="tensorrt") as gpt:
+        gpt.generate("It", max_new_tokens=2)
+    one = gpu.cuda.peak
+    gpu.cuda.total = 16 * one
+    with load(put(gpt_bundle), device="tensorrt") as gpt:
+        for rows in (1, 2, 3, 4, 5):
+            gpt.generate(["It"] * rows, max_new_tokens=2)
+        pool = gpt.backend("decoder")._pool
+        assert sum(memory.size for memory in pool._free) == pool._kept <= gpu.cuda.total // 8
+
+
+def test_what_the_pool_keeps_is_in_nobodys_way(put: Put, gpu: EmulatedTensorRT, vit_bundle: Path) -> None:
+    with load(put(vit_bundle), device="tensorrt") as vit:
+        pool = vit.backend("model")._pool
+        pool.give(pool.take(1 << 20))
+        gpu.cuda.total = gpu.cuda.device_bytes  # nothing is left
+        assert vit.run({"pixel_values": np.zeros((1, 3, 8, 8), np.float32)})["logits"].shape[0] == 1
+        assert pool._free == []
+
+
+def test_an_engine_of_narrower_sizes_is_obeyed(put: Put, bert_bundle: Path) -> None:
+    """Rows go in batches that the engine takes; what it does not take names its bounds and the build for more."""
+    folder = put(bert_bundle, shapes=Shapes(max={"B": 2, "S": 9}))
+    texts = ["the first", "of the year", "was the last one", "a"]
+    with load(folder, device="tensorrt") as ours, load(bert_bundle) as theirs:
+        assert (ours.max_size("B"), ours.max_size("S")) == (2, 9)
+        np.testing.assert_allclose(ours.embed(texts), theirs.embed(texts), atol=1e-5)
+        with pytest.raises(
+            ShapeError,
+            match=r"axis S allows 1\.\.9 in the engine for rtx-sm89\. Run `transom build .*-sm89 --max S=10`",
+        ):
+            ours.run({"input_ids": np.ones((1, 10), np.int64), "attention_mask": np.ones((1, 10), np.int64)})
+        with pytest.raises(
+            InputError, match=r"Pass truncate=True, or run `transom build BUNDLE --target rtx-sm89 --max S="
+        ):
+            ours.encoder().encode(["the first of the year was the last one that we had"], truncate=False)
+    told = document(transom("selftest", folder, "--device", "tensorrt", "--json"))
+    assert all("S=1" in case["name"] or "S=7" in case["name"] for case in told["cases"])
+    assert any("axis S allows 1..9 in the engine for rtx-sm89" in line for line in told["left_out"])
+    tight = put(bert_bundle, shapes=Shapes(min={"B": 2, "S": 8}, max={"B": 2, "S": 9}))
+    with pytest.raises(ShapeError, match=r"the engine of .* takes none of its golden values: "):
+        selftest(tight, device="tensorrt")
+    timed = document(transom("bench", folder, "--device", "tensorrt", "--runs", "1", "--json"))["timings"]
+    assert timed[0]["sizes"] == {"B": 1, "S": 9}
+
+
+def test_a_shorter_cache_is_a_shorter_context(put: Put, gpt_bundle: Path) -> None:
+    folder = put(gpt_bundle, shapes=Shapes(max={"B": 1, "C": 100}))
+    with load(folder, device="tensorrt") as ours, load(gpt_bundle) as theirs:
+        assert ours.context == 100
+        assert ours.generate("It is", max_new_tokens=8) == theirs.generate("It is", max_new_tokens=8)
+        with pytest.raises(
+            InputError, match=r"the context holds 100\. .*transom build BUNDLE --target rtx-sm89 --max C="
+        ):
+            ours.generate("It is", max_new_tokens=120)
+        with pytest.raises(InputError, match=r"this bundle allows 1\. Run `transom build .* --max B=2`"):
+            ours.generate("It is", num_beams=2, max_new_tokens=2)
+    report = selftest(folder, device="tensorrt")
+    assert report.worst.error < 2e-5
+    (said,) = report.left_out
+    with pytest.raises(ShapeError, match=r"none of its golden values: of its prompts 0 fit into 24 tokens"):
+        selftest(put(gpt_bundle, shapes=Shapes(max={"C": 24})), device="tensorrt")
+    assert re.match(r"generation: 1 of \d+ rows and \d+ of \d+ steps fit into the engine", said)
+
+
+def test_an_engine_without_recorded_bounds_goes_by_its_profiles(put: Put, bert_bundle: Path) -> None:
+    """As version 0.1.0 wrote them: what bundle.json does not say, the engine does."""
+    with load(put(bert_bundle), device="tensorrt") as bert:
+        assert bert.axes == bert.manifest.axes
+        backend = bert.backend("model")
+        longer = {t.name: np.ones((1, 600), np.int64) for t in backend.graph.inputs}
+        with pytest.raises(ShapeError, match=r"takes \(1, 1\) to .* Run `transom build BUNDLE --target rtx-sm89` with"):
+            backend.run(longer, {})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,18 @@ from transom.export.engine.flavour import LENGTHS, MASK, TensorRTGraph, tensorrt
 from transom.export.engine.fusion import Fusion, fusion_of, kernels_of, memory_of
 from transom.export.engine.profiles import Profile, profiles_of
 from transom.export.engine.repository import require_servable, write_repository
+from transom.export.engine.shapes import Shapes, bounds_to_json, narrowed
 from transom.export.engine.targets import Target, require_precision
 from transom.runtime.backends.cuda import find_gpu
 from transom.runtime.backends.plans import FULL_TARGET
 from transom.runtime.backends.trt_library import FULL, NAMES, RTX, library
 from transom.runtime.bundle import QUANTIZED, Bundle, Manifest
 from transom.runtime.errors import BackendError, EngineError, ExportError
+from transom.runtime.spec import Axis
 
 FOLDER = "engines"  # in the bundle
 COMPILER = "triton"
+KNOWN_LOG = "1.7"  # whose names of layers fusion.py was written by
 
 
 @dataclass(frozen=True)
@@ -68,30 +71,36 @@ def build(
     attention: str = MASK,
     plugin: bool = True,
     repository: Path | None = None,
+    shapes: Shapes | None = None,
 ) -> list[Engine]:
     """Build every graph of ``bundle`` for every target, and put the plans into it.
 
     The graphs are TensorRT's flavour, which first has to compute in ONNX Runtime what the bundle computes. Nothing is
     written before all engines of all targets are built. For full TensorRT attention that it has no kernel of is our
-    ``plugin``, and without written out. Its plans go into a ``repository`` of Triton Inference Server as well. Raises
-    ExportError for what a target does not have, BackendError where a library is missing, EngineError for a graph that
-    cannot be built, or one whose attention did not fuse, unless ``allow_unfused``.
+    ``plugin``, and without written out. Its plans go into a ``repository`` of Triton Inference Server as well.
+    ``shapes`` are the bounds of the engines, within the bundle's; bundle.json records them, and the runtime goes by
+    them. Raises ExportError for what a target or the bundle does not have, BackendError where a library is missing,
+    EngineError for a graph that cannot be built, or, unless ``allow_unfused``, one whose attention did not fuse or
+    whose log does not tell.
     """
     manifest = bundle.manifest
+    specs = [file.graph for file in manifest.graphs]
+    axes = narrowed(manifest.axes, specs, shapes or Shapes())
     for target in targets:
         require_precision(target, manifest.precision, elsewhere(manifest))
         require_attention(target, attention)
     called = bundle.folder.resolve().name
     if repository is not None:
-        require_servable(repository, called, manifest, targets)
+        served_as = replace(manifest, axes=axes)
+        require_servable(repository, called, served_as, targets)
     for target in targets:
         library(target.library)
     graphs = {
-        kind: flavour_of(bundle, kind, attention, plugin=plugin, tell=tell)
+        kind: flavour_of(bundle, kind, attention, axes, plugin=plugin, tell=tell)
         for kind in dict.fromkeys(target.library for target in targets)
     }
     models = {kind: {name: graph.serialized() for name, graph in made.items()} for kind, made in graphs.items()}
-    profiles = {file.graph.name: profiles_of(file.graph, manifest.axes) for file in manifest.graphs}
+    profiles = {file.graph.name: profiles_of(file.graph, axes) for file in manifest.graphs}
     engines: list[Engine] = []
     plans: dict[str, bytes] = {}
     described = dict(manifest.engines)
@@ -112,6 +121,7 @@ def build(
             "version": library(target.library).__version__,
             **({"sm": find_gpu().sm} if target.capability is None else {}),
             "attention": attention,
+            "axes": bounds_to_json(axes, specs),
             "plans": names,
             "graphs": {engine.graph: engine.to_json() for engine in engines if engine.target == target.name},
         }
@@ -120,7 +130,7 @@ def build(
     if repository is not None:
         tell("writing the model repository")
         served = {graph: plans[name] for graph, name in described[FULL_TARGET]["plans"].items()}
-        write_repository(repository, called, manifest, served)
+        write_repository(repository, called, served_as, served)
     return engines
 
 
@@ -138,14 +148,14 @@ def require_attention(target: Target, attention: str) -> None:
 
 
 def flavour_of(
-    bundle: Bundle, kind: str, attention: str, *, plugin: bool, tell: Callable[[str], None]
+    bundle: Bundle, kind: str, attention: str, axes: Mapping[str, Axis], *, plugin: bool, tell: Callable[[str], None]
 ) -> dict[str, TensorRTGraph]:
     """The graphs of ``bundle`` for a library, which compute what the bundle does."""
     tell(f"writing {NAMES[kind]}'s flavour of the graphs")
-    graphs = tensorrt_graphs(bundle, attention, plugins=plugin and kind == FULL)
+    graphs = tensorrt_graphs(bundle, attention, plugins=plugin and kind == FULL, axes=axes)
     require_compiler(graphs)
     tell("holding it against the bundle")
-    check_flavour(bundle, graphs)
+    check_flavour(bundle, graphs, axes)
     return graphs
 
 
@@ -186,11 +196,20 @@ def engine_of(
 
 
 def require_fused(engine: Engine) -> None:
-    """Raise EngineError where an attention is not one kernel."""
+    """Raise EngineError where an attention is not one kernel, or the builder's log does not tell."""
     for fusion in engine.fusions:
         if fusion.unfused:
             raise EngineError(
                 f"of the graph {engine.graph!r} for {engine.target} {fusion.attention} of {fusion.attentions} "
                 f"attentions became one kernel each in the profile {fusion.profile}; {fusion.unfused[0]} did not. "
                 "Nothing was written. Give --allow-unfused to take the slower engine."
+            )
+    for fusion in engine.fusions:
+        for node, seen in fusion.strange_attention.items():
+            raise EngineError(
+                f"whether attention fused in the graph {engine.graph!r} for {engine.target} is not understood: of "
+                f"{len(fusion.strange_attention)} of {fusion.attentions} attentions in the profile {fusion.profile} "
+                f"the builder's log has names that this version does not know; of {node} {seen}. Nothing was written. "
+                f"Upgrade Transom, or build with {NAMES[RTX]} {KNOWN_LOG}, whose log it knows; or give --allow-unfused "
+                "to take the engine as it is."
             )

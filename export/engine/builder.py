@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,16 @@ from typing import Any
 from transom.export.engine.profiles import Profile
 from transom.export.engine.targets import Target
 from transom.export.engine.worker import ERROR, GRAPH, JOB, LOG, PLAN
-from transom.runtime.backends.runtime_cache import cache_folder
 from transom.runtime.backends.trt_library import NAMES, library
+from transom.runtime.caches import Cache, our_version
 from transom.runtime.errors import BackendError, EngineError
 
-CACHE = "engines"  # below the user's cache folder
+KIND = "engines"  # of cache
+COSTS = "Every build of the same engine takes as long as the first."
+FLAGS = {  # of the builder, the worker goes by them; whatever is set there belongs here, and so into the cache's keys
+    "tf32": False,  # both libraries have it on: FP32 would lose 13 of its 24 bits
+    "profiling_verbosity": "DETAILED",  # the log lists layers and the nodes in each
+}
 SUMS = "sha256.json"  # of what lies beside it there
 LAST_LINES = 3  # of the log, in the message of a builder that died
 
@@ -46,12 +51,12 @@ def build_engine(
         "library": target.library,
         "capability": target.capability,
         "profiles": [{name: list(sizes) for name, sizes in profile.shapes.items()} for profile in profiles],
+        "flags": FLAGS,
         **({"plugins": list(plugins)} if plugins else {}),
     }
-    version = library(target.library).__version__
-    key = hashlib.sha256(json.dumps([job, version]).encode() + model).hexdigest()
-    kept = cache_folder() / CACHE / key if target.capability is not None else None  # else it depends on the GPU here
-    found = kept_engine(kept) if kept is not None else None
+    key = key_of(model, job, str(library(target.library).__version__))
+    kept = Cache(KIND, COSTS) if target.capability is not None else None  # else it depends on the GPU here
+    found = kept_engine(kept, key) if kept is not None else None
     if found is not None:
         return found
     try:
@@ -67,8 +72,14 @@ def build_engine(
             f"{error.strerror or error}. Free some space there, or set TMPDIR to another folder."
         ) from error
     if kept is not None:
-        keep(kept, built)
+        keep(kept, key, built)
     return built
+
+
+def key_of(model: bytes, job: Mapping[str, Any], version: str) -> str:
+    """SHA-256, in hex, of all that decides what is built: model, shapes, flags, versions of library and tools."""
+    tools = {"transom": our_version(), "polygraphy": importlib.metadata.version("polygraphy"), "library": version}
+    return hashlib.sha256(json.dumps([job, tools], sort_keys=True).encode() + model).hexdigest()
 
 
 def run_worker(folder: Path, graph: str, target: Target) -> None:
@@ -119,11 +130,15 @@ def lines_of(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
 
 
-def kept_engine(folder: Path) -> Built | None:
-    """What the cache has under this name; None where there is nothing, or not what was put there."""
+def kept_engine(kept: Cache, key: str) -> Built | None:
+    """What the cache has under this key; None where there is nothing, or not what was put there."""
+    folder = kept.entry(key)
     try:
+        if folder is None:
+            return None
         sums = json.loads((folder / SUMS).read_text())
         if sums == {name: digest(folder / name) for name in (PLAN, LOG)}:
+            kept.used(key)
             return read(folder)
     except (OSError, ValueError):
         return None
@@ -134,17 +149,13 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def keep(folder: Path, built: Built) -> None:
-    """Into the cache, under its final name only when it is whole; a full disk costs the cache and nothing else."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as made:
-            partial = Path(made) / "engine"
-            partial.mkdir()
-            (partial / PLAN).write_bytes(built.plan)
-            (partial / LOG).write_text("\n".join(built.log), encoding="utf-8")
-            (partial / SUMS).write_text(json.dumps({name: digest(partial / name) for name in (PLAN, LOG)}))
-            shutil.rmtree(folder, ignore_errors=True)  # damaged, or it would have been taken
-            partial.rename(folder)
-    except OSError:
-        return
+def keep(kept: Cache, key: str, built: Built) -> None:
+    """Into the cache, with what tells whether it is still the same."""
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        (folder / PLAN).write_bytes(built.plan)
+        (folder / LOG).write_text("\n".join(built.log), encoding="utf-8")
+        (folder / SUMS).write_text(json.dumps({name: digest(folder / name) for name in (PLAN, LOG)}))
+
+    kept.add(key, write)

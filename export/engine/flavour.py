@@ -17,7 +17,7 @@ from transom.export.quantization.stored import stored_graphs
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import ExportError
 from transom.runtime.inputs import is_decoder
-from transom.runtime.spec import Graph
+from transom.runtime.spec import Axis, Graph
 
 MASK, LENGTHS = "mask", "lengths"  # how attention knows which positions of a cache hold something
 # What TensorRT's kernels of attention want: so many heads for a single query, heads of such a size
@@ -58,22 +58,26 @@ def is_dequantized(value: ir.Value | None) -> bool:
     return producer is not None and producer.op_type == "DequantizeLinear"
 
 
-def tensorrt_graphs(bundle: Bundle, attention: str = MASK, *, plugins: bool = False) -> dict[str, TensorRTGraph]:
+def tensorrt_graphs(
+    bundle: Bundle, attention: str = MASK, *, plugins: bool = False, axes: Mapping[str, Axis] | None = None
+) -> dict[str, TensorRTGraph]:
     """The graphs of the file for TensorRT, by name, rewritten where its builder asks for it.
 
     A KV cache gets its greatest length, for TensorRT writes into no other; attention that it has no kernel of is
     written out, or with ``plugins``, which full TensorRT takes, a function that our kernel computes; an integer product
     that is cut into parts becomes a product for each, for TensorRT makes no integers of the one. With ``attention``
-    LENGTHS a cache is read by lengths instead of a mask. Everything else stays as it ships. Raises BundleError for axes
+    LENGTHS a cache is read by lengths instead of a mask. ``axes`` are the engine's bounds, the bundle's by default.
+    Everything else stays as it ships. Raises BundleError for axes
     that go beyond the graph, ExportError where LENGTHS has nothing to work on.
     """
     models = stored_graphs(bundle, "default")
+    axes = bundle.manifest.axes if axes is None else axes
     graphs = {}
     for file in bundle.manifest.graphs:
         model = models[file.graph.name]
-        require_tables(model, file.graph, bundle.manifest.axes)
+        require_tables(model, file.graph, axes)
         if is_decoder(file.graph):
-            fix_axes(model, cache_sizes(file.graph, bundle.manifest.axes))
+            fix_axes(model, cache_sizes(file.graph, axes))
         reasons = {node: without_kernel(node, file.graph) for node in model.graph if is_attention(node)}
         refused = {node: reason for node, reason in reasons.items() if reason is not None}
         written_out = {str(node.name): reason for node, reason in refused.items()}

@@ -2,6 +2,10 @@
 
 At verbosity DETAILED TensorRT lists the finished layers, one per line, each with the names of the ONNX nodes that it
 computes, without a GPU having been near. That list is all there is read; nothing here needs the library.
+
+Names and kinds of layers are TensorRT's own and change with its versions. So there are three answers: fused; not fused,
+where every layer of a node is of a make that is known here; and not understood, where one is not, or no layer names the
+node. A log of another version is then no verdict on the engine.
 """
 
 from __future__ import annotations
@@ -9,7 +13,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transom.export.passes.plugin_attention import INPUTS as PLUGINS
@@ -22,9 +26,14 @@ MEMORY = re.compile(r"^Total (Activation|Weights) Memory: (\d+) bytes")
 FUSED_ATTENTION = re.compile(r"_mha_v\d")  # _gemm_mha_v2 of many queries, _gemv_mha_v1 of one
 SERIAL = re.compile(r"( \[profile \d+\])?(_myl\d+_\d+)?$")
 PRODUCTS = ("gemm", "correlation")  # kinds of layers that multiply matrices, or convolve
+WRITTEN = re.compile(
+    r"^__myl_"
+)  # a kernel that the compiler wrote of single steps: pointwise, moves, reductions, products
 PLUGIN = re.compile("plugin", re.IGNORECASE)  # in the kind of its layer: PluginV3 in TensorRT's own inspector
 ATTENTIONS = ("Attention", "TRT_Attention", *PLUGINS)
 COMPUTES = (*ATTENTIONS, "MatMul", "Gemm", "Conv", None)  # operators that have work for a kernel of their own
+NOT_UNDERSTOOD = "not_understood"  # in bundle.json
+MOST_SEEN = 3  # layers of a node, in a message
 SHAPES = ("shape_call", "ShapeHostToDevice")  # kinds of layers that compute sizes alone
 
 
@@ -41,6 +50,16 @@ class Kernel:
     def title(self) -> str:
         """The name without its serial number: equal for kernels of one make."""
         return SERIAL.sub("", self.name)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether its name or kind says what it does."""
+        return bool(
+            self.kind in PRODUCTS
+            or WRITTEN.search(self.name)
+            or FUSED_ATTENTION.search(self.name)
+            or PLUGIN.search(self.kind)
+        )
 
 
 def kernels_of(log: Iterable[str], profiles: int) -> list[list[Kernel]]:
@@ -113,6 +132,9 @@ class Fusion:
     int8        how many of ``linears`` integer products multiply integers; the others, ``wide``, are dequantised first
     kernels     how many there are, ``alike`` by name
     alone       nodes that are a kernel by themselves, products and convolutions left out
+
+    Of the nodes in ``strange_attention``, ``strange_gelus`` and ``strange_linears`` the log does not tell: they are
+    neither fused nor not. Each has what was seen instead.
     """
 
     profile: str
@@ -125,21 +147,36 @@ class Fusion:
     kernels: int
     alike: Mapping[str, int]
     alone: tuple[str, ...]
+    strange_attention: Mapping[str, str] = field(default_factory=dict)
+    strange_gelus: Mapping[str, str] = field(default_factory=dict)
+    strange_linears: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def attention(self) -> int:
-        return self.attentions - len(self.unfused)
+        return self.attentions - len(self.unfused) - len(self.strange_attention)
 
     @property
     def int8(self) -> int:
-        return self.linears - len(self.wide)
+        return self.linears - len(self.wide) - len(self.strange_linears)
+
+    @property
+    def strange(self) -> dict[str, str]:
+        """All nodes of which the log does not tell."""
+        return {**self.strange_attention, **self.strange_gelus, **self.strange_linears}
 
     def to_json(self) -> dict[str, Any]:
+        """As bundle.json has it; "not_understood" is there where there is some."""
+
+        def with_strange(section: dict[str, Any], nodes: Mapping[str, str]) -> dict[str, Any]:
+            return {**section, **({NOT_UNDERSTOOD: dict(nodes)} if nodes else {})}
+
+        attention = {"fused": self.attention, "of": self.attentions, "unfused": list(self.unfused)}
+        int8 = {"products": self.int8, "of": self.linears, "dequantized": list(self.wide)}
         return {
             "profile": self.profile,
-            "attention": {"fused": self.attention, "of": self.attentions, "unfused": list(self.unfused)},
-            "gelu": {"fused": self.gelus_fused, "of": self.gelus},
-            "int8": {"products": self.int8, "of": self.linears, "dequantized": list(self.wide)},
+            "attention": with_strange(attention, self.strange_attention),
+            "gelu": with_strange({"fused": self.gelus_fused, "of": self.gelus}, self.strange_gelus),
+            "int8": with_strange(int8, self.strange_linears),
             "kernels": self.kernels,
             "alike": dict(self.alike),
             "alone": list(self.alone),
@@ -147,9 +184,15 @@ class Fusion:
 
     def words(self) -> str:
         """One line: ``decode: attention 4 of 4, GELU 4 of 4, INT8 17 of 17, 54 kernels``."""
-        parts = [f"attention {self.attention} of {self.attentions}"] if self.attentions else []
-        parts += [f"GELU {self.gelus_fused} of {self.gelus}"] if self.gelus else []
-        parts += [f"INT8 {self.int8} of {self.linears}"] if self.linears else []
+        parts = [
+            f"{what} {found} of {of}{f' ({len(strange)} not understood)' if strange else ''}"
+            for what, found, of, strange in (
+                ("attention", self.attention, self.attentions, self.strange_attention),
+                ("GELU", self.gelus_fused, self.gelus, self.strange_gelus),
+                ("INT8", self.int8, self.linears, self.strange_linears),
+            )
+            if of
+        ]
         return f"{self.profile}: {', '.join([*parts, f'{self.kernels} kernels'])}"
 
 
@@ -167,14 +210,20 @@ def fusion_of(
     gelus = [name for name, operator in operators.items() if operator == "Gelu"]
     shared = {node for kernel in kernels if len(kernel.nodes) > 1 for node in kernel.nodes}
     integers = {node for kernel in kernels if kernel.int8 and kernel.kind in PRODUCTS for node in kernel.nodes}
+    seen = {name: strange_in(name, kernels) for name in (*attention, *gelus, *integer_products)}
+    strange = {name: what for name, what in seen.items() if what is not None}
+    told = {name for name in attention if operators[name] in PLUGINS} if kernels else set()  # there, or its body is
+    strange_attention = {n: strange[n] for n in attention if n in strange and not one[n] and n not in told}
+    strange_linears = {name: strange[name] for name in integer_products if name in strange and name not in integers}
+    named = {node for kernel in kernels for node in kernel.nodes}  # which kernel a GELU shares does not matter
     return Fusion(
         profile=profile,
         attentions=len(attention),
-        unfused=tuple(name for name in attention if not one[name]),
+        unfused=tuple(name for name in attention if not one[name] and name not in strange_attention),
         gelus=len(gelus),
         gelus_fused=sum(name in shared for name in gelus),
         linears=len(integer_products),
-        wide=tuple(name for name in integer_products if name not in integers),
+        wide=tuple(name for name in integer_products if name not in integers and name not in strange_linears),
         kernels=len(kernels),
         alike=dict(Counter(kernel.title for kernel in kernels).most_common()),
         alone=tuple(
@@ -182,4 +231,20 @@ def fusion_of(
             for kernel in kernels
             if len(kernel.nodes) == 1 and operators.get(kernel.nodes[0]) not in COMPUTES
         ),
+        strange_attention=strange_attention,
+        strange_gelus={name: strange[name] for name in gelus if name not in named},
+        strange_linears=strange_linears,
     )
+
+
+def strange_in(node: str, kernels: Sequence[Kernel]) -> str | None:
+    """What the layers of a node are whose names are not known here; None where all are."""
+    if not kernels:
+        return "no layer was found in the log"
+    holding = [kernel for kernel in kernels if node in (kernel.title, *kernel.nodes)]
+    if not holding:
+        return "no layer names it"
+    unknown = [
+        f"the layer {kernel.title!r:.80} of kind {kernel.kind!r:.40}" for kernel in holding if not kernel.is_known
+    ]
+    return ", ".join(unknown[:MOST_SEEN]) or None

@@ -70,16 +70,18 @@ def build(folder: Path) -> dict[str, Any] | None:
             for name, (least, tuned, most) in shapes.items():
                 profile.add(name, least, tuned, most)
             profiles.append(profile)
-        options: dict[str, Any] = {"profiles": profiles, "profiling_verbosity": trt.ProfilingVerbosity.DETAILED}
+        flags = job["flags"]
+        verbosity = getattr(trt.ProfilingVerbosity, flags["profiling_verbosity"])
+        options: dict[str, Any] = {"profiles": profiles, "profiling_verbosity": verbosity}
         if job["library"] == RTX:
             config = CreateConfigRTX(compute_capabilities=[tuple(job["capability"])], **options)
         else:
             config = CreateConfig(**options)
 
-        def without_tf32(builder: Any, network: Any, config: Any) -> None:
-            config.clear_flag(trt.BuilderFlag.TF32)  # which both have on: FP32 would lose 13 of its 24 bits
+        def set_tf32(builder: Any, network: Any, config: Any) -> None:
+            (config.set_flag if flags["tf32"] else config.clear_flag)(trt.BuilderFlag.TF32)
 
-        config = PostprocessConfig(config, without_tf32)
+        config = PostprocessConfig(config, set_tf32)
         try:
             plan = engine_bytes_from_network((builder, network, parser), config=config)
         except Exception as failure:

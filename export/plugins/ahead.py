@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +17,10 @@ from typing import Any, TypeVar
 from transom.export.plugins.attention import ADDITIVE, NO_MASK, attention, attention_whole
 from transom.export.plugins.blocks import blocks_for
 from transom.export.plugins.launch import INTERPRETED, WHOLE, Blocks, Variant
+from transom.runtime.caches import Cache, unwritable
 from transom.runtime.errors import BackendError, EngineError, one_line
 
+KIND, CACHE_DIR = "triton", "TRITON_CACHE_DIR"  # of cache; what says that Triton's is elsewhere
 WARP = 32  # threads
 ALIGNED = 16  # bytes, elements: what Triton makes of it are loads of 16 bytes
 # The oldest that has the instructions: a driver takes what its own CUDA knows. 8.0 is CUDA 12.0, 8.7 is CUDA 12.8.
@@ -212,6 +216,31 @@ def whole_ptx(capability: int, variant: Variant, layout: Layout | None = None) -
     return compiled(CompiledWhole, attention_whole, capability, variant, layout, WHOLE, formulas, types, constants)
 
 
+@contextmanager
+def kept_kernels() -> Iterator[None]:
+    """Have Triton keep what it compiles in our cache, which has a bound, unless TRITON_CACHE_DIR names another.
+
+    Triton's own is in the home folder, or without one below the folder that this runs in; where it cannot be written
+    nothing is compiled.
+    """
+    from triton import knobs
+
+    theirs = os.environ.get(CACHE_DIR)
+    if theirs and unwritable(Path(theirs)) is None:
+        yield
+        return
+    kept = Cache(KIND, "Every build compiles our attention again, which takes seconds.")
+    with ExitStack() as stack:
+        stack.enter_context(knobs.cache.scope())
+        if kept.keeps:
+            knobs.cache.dir = str(kept.folder)
+        else:
+            kept.warn()
+            knobs.cache.dir = stack.enter_context(tempfile.TemporaryDirectory(prefix="transom-triton-"))
+        yield
+        kept.trim()
+
+
 def compiled(
     kind: type[Made],
     kernel: Any,
@@ -244,7 +273,8 @@ def compiled(
     source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=aligned)
     options = {"num_warps": blocks.warps, "num_stages": blocks.stages, "ptx_version": PTX_VERSIONS[capability]}
     options["enable_fp_fusion"] = True
-    made = triton.compile(source, target=GPUTarget("cuda", capability, WARP), options=options)
+    with kept_kernels():
+        made = triton.compile(source, target=GPUTarget("cuda", capability, WARP), options=options)
     outputs = tuple(name for name in given if name in OUTPUTS[kernel.arg_names[0]])
     return kind(
         capability,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -60,6 +60,8 @@ PROOF = (
     '<p class="soft">What fused is read from the builder\'s log. That needs no GPU, and it is no measurement: it '
     "says what an engine does, not how fast.</p>"
 )
+COUNTED = ("attention", "gelu", "int8")  # sections of a profile in bundle.json
+NOT_UNDERSTOOD = "not_understood"
 WITHOUT = {  # what became of attention that TensorRT has no kernel of, by the key of bundle.json
     "written_out": "two products and a softmax",
     "plugins": "a kernel of our own",
@@ -81,6 +83,7 @@ class Built:
     int8: tuple[int, int] | None
     unfused: tuple[str, ...]
     wide: tuple[str, ...]
+    strange: Mapping[str, tuple[str, ...]]  # nodes of which the builder's log did not tell, by what was counted
     alone: tuple[str, ...]
     without: tuple[str, ...]  # what became of attention that TensorRT has no kernel of, and why
     kernels: Kernels
@@ -148,6 +151,7 @@ def built_from_json(manifest: Manifest, target: str, engine: Any, graph: str, pr
         int8=share(at(profile, "int8"), "products"),
         unfused=texts(at(profile, "attention", "unfused")),
         wide=texts(at(profile, "int8", "dequantized")),
+        strange={key: tuple(map(name, list(items(at(profile, key, NOT_UNDERSTOOD)))[:MOST_LISTED])) for key in COUNTED},
         alone=texts(at(profile, "alone")),
         without=tuple(line for key in WITHOUT for line in refusals(key, at(engine, "graphs", graph, key))),
         kernels=kernels_from_json(profile),
@@ -176,7 +180,7 @@ def grouped(built: Sequence[Built]) -> list[Alike]:
     found: dict[Any, Alike] = {}
     for each in sorted(built, key=lambda each: order(each, built)):
         what = (each.attention, each.gelu, each.int8, each.unfused, each.wide, each.alone, each.without)
-        same = (each.place, what, each.kernels.named, each.kernels.total)
+        same = (each.place, what, *each.strange.values(), each.kernels.named, each.kernels.total)
         found.setdefault(same, Alike(each)).targets.append(each.target)
     return list(found.values())
 
@@ -244,19 +248,24 @@ def shortfalls(built: Built) -> list[str]:
     lines = []
     if built.unfused:
         lines.append(f'<b class="limit">Attention in several kernels:</b> {named(built.unfused)}')
-    elif short_of(built.attention):
-        lines.append(f'<b class="limit">Attention in several kernels:</b> {short_of(built.attention):,}, not named')
+    elif short(built, "attention"):
+        lines.append(f'<b class="limit">Attention in several kernels:</b> {short(built, "attention"):,}, not named')
     if built.wide:
         lines.append(f"<b>Integer products that are dequantised first:</b> {named(built.wide)}")
-    elif short_of(built.int8):
-        lines.append(f"<b>Integer products that are dequantised first:</b> {short_of(built.int8):,}, not named")
-    if short_of(built.gelu):
-        lines.append(f"<b>GELUs in a kernel of their own:</b> {short_of(built.gelu):,}")
+    elif short(built, "int8"):
+        lines.append(f"<b>Integer products that are dequantised first:</b> {short(built, 'int8'):,}, not named")
+    if short(built, "gelu"):
+        lines.append(f"<b>GELUs in a kernel of their own:</b> {short(built, 'gelu'):,}")
+    strange = tuple(node for nodes in built.strange.values() for node in nodes)
+    if strange:
+        lines.append(f"<b>Not understood in the builder's log, neither fused nor not:</b> {named(strange)}")
     return lines
 
 
-def short_of(found: tuple[int, int] | None) -> int:
-    return 0 if found is None else found[1] - found[0]
+def short(built: Built, key: str) -> int:
+    """How many of what was counted did not fuse, less those of which the log did not tell."""
+    found: tuple[int, int] | None = getattr(built, key)
+    return 0 if found is None else max(found[1] - found[0] - len(built.strange[key]), 0)
 
 
 def named(nodes: Sequence[str]) -> str:

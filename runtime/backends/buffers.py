@@ -40,18 +40,24 @@ class DeviceArray:
 
 
 class Pool(ProcessBound):
-    """Device memory that is given back and taken again: after the first calls nothing is allocated any more."""
+    """Device memory that is given back and taken again: a call that repeats sizes allocates nothing.
 
-    def __init__(self) -> None:
-        self._free: dict[int, list[Memory]] = {}
+    At most ``most`` bytes are kept for nobody: beyond that, what was given back first is freed. Without a bound a
+    service that sees every batch size would end with blocks of each.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most, self._kept = most, 0  # bytes
+        self._free: list[Memory] = []  # in the order in which they were given back
         self._lock = threading.RLock()  # a finalizer may give back while this thread takes
 
     def take(self, size: int) -> Memory:
         """Memory of exactly ``size`` bytes with anything in it. OutOfMemory where there is none even without others."""
         with self._lock:
-            kept = self._free.get(size)
-            if kept:
-                return kept.pop()
+            for place in reversed(range(len(self._free))):
+                if self._free[place].size == size:
+                    self._kept -= size
+                    return self._free.pop(place)
         try:
             return Memory(size)
         except OutOfMemory:
@@ -60,12 +66,16 @@ class Pool(ProcessBound):
 
     def give(self, memory: Memory) -> None:
         with self._lock:
-            self._free.setdefault(memory.size, []).append(memory)
+            self._free.append(memory)
+            self._kept += memory.size
+            while self._kept > self._most:
+                self._kept -= self._free.pop(0).size
 
     def clear(self) -> None:
         """Free what nobody uses."""
         with self._lock:
             self._free.clear()
+            self._kept = 0
 
 
 class Staging:

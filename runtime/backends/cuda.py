@@ -70,7 +70,13 @@ def call(function: str, *arguments: Any) -> Any:
 
     Raises BackendError for every code but success.
     """
-    code, *values = getattr(runtime(), function)(*arguments)
+    try:
+        code, *values = getattr(runtime(), function)(*arguments)
+    except (OSError, RuntimeError) as error:  # without a driver some versions of cuda-python raise, others give a code
+        raise BackendError(
+            f"{function} cannot be called ({one_line(error, 100)}): expected a driver for CUDA {cuda_version()} or "
+            "newer. Install or update the driver, or load with device='cpu'."
+        ) from None
     if int(code) != 0:
         raise failure(function, str(getattr(code, "name", code)))
     return values[0] if len(values) == 1 else tuple(values) or None

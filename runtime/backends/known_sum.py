@@ -12,6 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from transom.runtime.bundle import GraphFile
+from transom.runtime.spec import Graph, Tensor
+
 IR_VERSION, OPSET = 10, 21
 FLOAT, UINT8, INT8, INT_ATTRIBUTE = 1, 2, 3, 2  # TensorProto.DataType, AttributeProto.AttributeType
 DTYPES = {np.dtype(np.float32): FLOAT, np.dtype(np.uint8): UINT8, np.dtype(np.int8): INT8}
@@ -31,6 +34,14 @@ def known_product() -> tuple[bytes, NDArray[np.float32], NDArray[np.float32]]:
     rows = LARGEST_ACTIVATION - np.arange(8, dtype=np.int64)[:, None] * np.arange(K)  # 255, then falling ever steeper
     activations = np.maximum(rows, 0)
     return qdq_model(weights), activations.astype(np.float32), (activations @ weights).astype(np.float32)
+
+
+def doubling() -> tuple[GraphFile, bytes]:
+    """Return a graph ``y = x + x`` of one float32 vector and its ONNX file: what any device computes, to try one."""
+    vectors = [Tensor(name, "float32", (4,)) for name in ("x", "y")]
+    parts = (field(1, node("Add", ["x", "x"], "y")), field(2, "doubling"))
+    model = onnx_model(b"".join((*parts, field(11, value("x", [4])), field(12, value("y", [4])))))
+    return GraphFile(Graph("doubling", (vectors[0],), (vectors[1],)), {"default": "doubling.onnx"}, None), model
 
 
 def qdq_model(weights: NDArray[np.int8]) -> bytes:
@@ -57,6 +68,11 @@ def qdq_model(weights: NDArray[np.int8]) -> bytes:
             field(12, value("y", ["M", n])),
         )
     )
+    return onnx_model(graph)
+
+
+def onnx_model(graph: bytes) -> bytes:
+    """Serialise a ModelProto of a serialised GraphProto."""
     return field(1, IR_VERSION) + field(7, graph) + field(8, field(2, OPSET))
 
 

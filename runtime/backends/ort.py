@@ -25,15 +25,13 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # and LayerNormalization apart: without it BERT-base at S=128 on two cores is 2 to 6 % faster, 9 to 10 % in INT8.
 SLOW_FUSIONS = {"cpu": ["SkipLayerNormFusion"]}
 
-
-def best_device() -> str:
-    """What ``auto`` chooses: CUDA where this onnxruntime offers it, else the CPU."""
-    return "cuda" if PROVIDERS["cuda"] in onnxruntime().get_available_providers() else "cpu"
-
-
 # ONNX Runtime's names of the dtypes that cross a graph's edge.
 DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16"}
 DTYPES |= {"tensor(int64)": "int64"}
+GPU_MISSING = (  # what an onnxruntime that was compiled with CUDA may lack on the machine that it runs on
+    "Is there a GPU (`nvidia-smi`), and are CUDA's libraries those that this onnxruntime takes? "
+    "Or load with device='cpu'."
+)
 BFLOAT16 = 16  # TensorProto.DataType: numpy has no word for it
 
 
@@ -175,12 +173,19 @@ def open_session(graph: GraphFile, read: Read, device: str, threads: int | None)
         options.add_external_initializers_from_files_in_memory([graph.weights], [weights], [len(weights)])
     try:
         session = library.InferenceSession(
-            model, options, providers=[PROVIDERS[device]], disabled_optimizers=SLOW_FUSIONS.get(device)
+            model,
+            options,
+            providers=[PROVIDERS[device]],
+            disabled_optimizers=SLOW_FUSIONS.get(device),
+            enable_fallback=0,  # else it prints to stdout and goes on with the CPU, here and in a run that fails
         )
     except Exception as error:  # as above
+        gpu = f". {GPU_MISSING}" if device != "cpu" else ""
         raise BackendError(
-            f"ONNX Runtime cannot load {graph.file_for(device)} on {device}: {one_line(error)}"
+            f"ONNX Runtime cannot load {graph.file_for(device)} on {device}: {one_line(error)}{gpu}"
         ) from None
     if PROVIDERS[device] not in session.get_providers():
-        raise BackendError(f"device {device!r} was asked for; ONNX Runtime chose {session.get_providers()} instead.")
+        raise BackendError(
+            f"device {device!r} was asked for; ONNX Runtime chose {session.get_providers()} instead. {GPU_MISSING}"
+        )
     return session

@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-import tempfile
 import weakref
 from pathlib import Path
 from typing import Any
 
-FOLDER = "kernels"  # below the user's cache folder
+from transom.runtime.caches import Cache, our_version
+
+KIND = "kernels"
 MOST_BYTES = 1 << 30  # of a file that is read: more is none of ours
-
-
-def cache_folder() -> Path:
-    """Where Transom keeps what it can make again: $XDG_CACHE_HOME/transom, or ~/.cache/transom."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return Path(base if base else Path.home() / ".cache") / "transom"
+COSTS = "Every start on the GPU compiles an engine's kernels again, which takes seconds."
 
 
 class KernelCache:
     """The compiled kernels of one engine, read when it is loaded, written when it goes.
 
-    ``key`` names library, version, SM and driver: a file of another never matches. Full TensorRT compiles when it
-    builds, and has none of this.
+    ``key`` names library, version, SM and driver, and a file our version and the plan beside it: a file of another
+    never matches. Full TensorRT compiles when it builds, and has none of this.
     """
 
     def __init__(self, engine: Any, plan: bytes, key: str) -> None:
@@ -34,11 +29,15 @@ class KernelCache:
         if not self.records:
             return
         self._cache = config.create_runtime_cache()
-        path = cache_folder() / FOLDER / f"{key}-{hashlib.sha256(plan).hexdigest()[:16]}"
-        before = read(path)
+        kept, name = Cache(KIND, COSTS), f"{key}-{our_version()}-{hashlib.sha256(plan).hexdigest()}"
+        before = read(kept.entry(name))
         if before and not self._cache.deserialize(before):
             before = b""  # of another GPU or version, which it finds out by itself
-        self._save = weakref.finalize(self, save, self._cache, path, before)
+        if before:
+            kept.used(name)
+        elif not kept.keeps:
+            kept.warn()
+        self._save = weakref.finalize(self, save, self._cache, kept, name, before)
 
     def config(self, *, whole_graph: bool) -> Any:
         """How a context is to be made, None for the default; ``whole_graph`` runs it as one recorded CUDA graph."""
@@ -51,24 +50,16 @@ class KernelCache:
         return config
 
 
-def read(path: Path) -> bytes:
+def read(path: Path | None) -> bytes:
     try:
-        return path.read_bytes() if path.stat().st_size <= MOST_BYTES else b""
+        return path.read_bytes() if path is not None and path.stat().st_size <= MOST_BYTES else b""
     except OSError:
         return b""
 
 
-def save(cache: Any, path: Path, before: bytes) -> None:
-    """Write what was compiled since; a full disk costs the next start a few seconds and nothing else."""
+def save(cache: Any, kept: Cache, name: str, before: bytes) -> None:
+    """Keep what was compiled since."""
     with contextlib.suppress(Exception):  # it runs when everything goes, the driver perhaps first
         data = bytes(cache.serialize())
-        if data == before:
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            Path(partial).replace(path)
-        except OSError:
-            Path(partial).unlink(missing_ok=True)
+        if data != before:
+            kept.add(name, lambda path: path.write_bytes(data))

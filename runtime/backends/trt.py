@@ -1,4 +1,5 @@
-"""TensorRT as a backend: a plan of the bundle on the GPU that is here, with contexts, streams and buffers per thread.
+"""TensorRT as a backend: a plan of the bundle on the GPU that is here, with contexts, streams and buffers for a few
+calls at once.
 
 Outputs are copied to the host before a call returns, a decoder's caches stay on the GPU and are written in place.
 """
@@ -17,7 +18,7 @@ import numpy as np
 
 from transom.runtime.backend import Array, Read
 from transom.runtime.backends.buffers import DeviceArray, DeviceState, Pool, Staging
-from transom.runtime.backends.cuda import CapturedGraph, Stream, find_gpu
+from transom.runtime.backends.cuda import CapturedGraph, OutOfMemory, Stream, find_gpu
 from transom.runtime.backends.plans import kind_of, pick_plan, require_version
 from transom.runtime.backends.runtime_cache import KernelCache
 from transom.runtime.backends.trt_library import NAMES, library
@@ -30,8 +31,12 @@ from transom.runtime.spec import Graph, Tensor
 
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64"}
 GRAPHS_OFF = "TRANSOM_CUDA_GRAPHS"  # set to 0, steps are launched kernel by kernel
-MOST_GRAPHS = 4  # kept per thread: each is one batch's addresses
+MOST_GRAPHS = 4  # kept per caller: each is one batch's addresses
 MESSAGES = 20  # of TensorRT's, kept for the next error
+# Calls that are on the GPU at once, whatever the number of threads: each has contexts, a stream and staging of its own.
+# Two keep the GPU busy: while one copies, the other computes. The others are for the host's share of a call.
+CALLERS = 4
+KEPT_SHARE = 8  # of the GPU's memory a pool keeps one part in so many for what comes next
 
 Sizes = tuple[int, ...]
 
@@ -41,7 +46,7 @@ class Engine(ProcessBound):
 
     def __init__(self, file: GraphFile, read: Read) -> None:
         self.gpu = find_gpu()
-        plan = pick_plan(file, self.gpu)
+        self.plan = plan = pick_plan(file, self.gpu)
         kind = kind_of(plan)
         self.name, self.file, self.trt = NAMES[kind], plan.file, library(kind)
         require_version(plan, str(self.trt.__version__))
@@ -77,12 +82,12 @@ class Engine(ProcessBound):
         name, shape = next((n, s) for n, s in shapes.items() if outside(s, *self.profiles[0][n]))
         least, most = self.profiles[0][name]
         raise ShapeError(
-            f"input {name!r} has shape {shape}; the engine takes {least} to {most}. Export again with another --max, "
-            "and build again."
+            f"input {name!r} has shape {shape}; the engine {self.file} takes {least} to {most}. Run `transom build "
+            f"BUNDLE --target {self.plan.target}` with other --min or --max."
         )
 
     def context(self, profile: int, stream: Stream, *, whole_graph: bool) -> Any:
-        """A new execution context for one thread; TensorRT-RTX compiles kernels here, or takes them from the cache."""
+        """A new execution context for one caller; TensorRT-RTX compiles kernels here, or takes them from the cache."""
         with self.lock:
             config = self.kernels.config(whole_graph=whole_graph)
             context = self.engine.create_execution_context(**({} if config is None else {"runtime_config": config}))
@@ -151,23 +156,35 @@ class TrtBackend(ProcessBound):
 
     def __init__(self, file: GraphFile, read: Read) -> None:
         self._engine = Engine(file, read)
-        self._pool = Pool()
-        self._local = threading.local()
-        self.graph = self._engine.graph
+        self._pool = Pool(self._engine.gpu.memory // KEPT_SHARE)
+        self._turn = threading.BoundedSemaphore(CALLERS)
+        self._idle: list[Caller] = []
+        self.graph, self.plan = self._engine.graph, self._engine.plan
 
     def run(self, feeds: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Array]:
-        """As a backend does; inputs may be what ``new_state`` made as well as numpy arrays."""
-        if not hasattr(self._local, "caller"):
-            self._local.caller = Caller(self._engine)
-        found: dict[str, Array] = self._local.caller.run(feeds, shapes)
-        return found
+        """As a backend does; inputs may be what ``new_state`` made as well as numpy arrays.
+
+        A thread beyond the CALLERS that are in here waits for its turn.
+        """
+        with self._turn:
+            try:
+                caller = self._idle.pop()  # the one of the last call, whose recorded steps are of use
+            except IndexError:
+                caller = Caller(self._engine)
+            try:
+                return caller.run(feeds, shapes)
+            except OutOfMemory:  # what the pool keeps for nobody is in the way; a step that is repeated writes the same
+                self._pool.clear()
+                return caller.run(feeds, shapes)
+            finally:
+                self._idle.append(caller)
 
     def new_state(self, rows: int, limit: int, source: Mapping[str, Array]) -> DeviceState:
         return DeviceState(self._pool, self._engine.caches, self._engine.length, rows, limit, source)
 
 
 class Caller(ProcessBound):
-    """One thread's use of an engine: a stream, a context for each profile, buffers that are allocated once."""
+    """One call's use of an engine at a time: a stream, a context for each profile, buffers that are allocated once."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine, self._graph = engine, engine.graph

@@ -104,7 +104,7 @@ class Generator(LoadedBundle, ABC):
         if each > self.max_size("B"):
             raise InputError(
                 f"num_beams or num_return_sequences asks for {each} rows; this bundle allows {self.max_size('B')}. "
-                f"Export again with --max B={each}."
+                f"{self.wider(B=each)}."
             )
         size = self.max_size("B") // each
         answers: list[Any] = []
@@ -263,9 +263,8 @@ class Generator(LoadedBundle, ABC):
         positions = next(tensor.below for tensor in graph.inputs if tensor.name == WRITE_INDICES)
         if positions is None or tokens > positions:
             return "export a model with a longer context"
-        return "export again with " + " ".join(
-            f"--max {axis}={tokens}" for axis in axes if self.max_size(axis) < tokens
-        )
+        words = self.wider(**{axis: tokens for axis in dict.fromkeys(axes) if self.max_size(axis) < tokens})
+        return f"{words[0].lower()}{words[1:]}"
 
     def _decoder_tokens(self) -> Tensor:
         return self.backend("decoder").graph.inputs[0]

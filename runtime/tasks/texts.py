@@ -34,7 +34,9 @@ class TextBundle(LoadedBundle):
             spec = TextSpec.from_json(self.manifest.tokenizer)
             if spec.kind != "tokenizers":  # others know ids alone, no offsets into the text
                 raise BundleError(f"tokenizer.kind is {spec.kind!r}, expected 'tokenizers'; export the bundle again.")
-            self._text = TextEncoder(self._bundle.read(spec.file), spec, max_tokens=self.max_size("S"))
+            self._text = TextEncoder(
+                self._bundle.read(spec.file), spec, self.max_size("S"), lambda tokens: self.wider(S=tokens)
+            )
 
     def text_rows(
         self, texts: Sequence[str], output: str, *, truncate: bool, prefix: str = "", name: Name = TEXT

@@ -6,7 +6,7 @@ and never touched again, so that threads can share one encoder.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -117,15 +117,22 @@ class CompactRow:
         return len(self.ids)
 
 
+def export_again(tokens: int) -> str:
+    return f"Export again with --max S={tokens}"
+
+
 class TextEncoder:
     """A tokenizer and its limits; may be shared by threads.
 
-    ``data`` are the bytes of the file, ``max_tokens`` is the maximum of the bundle's axis S.
+    ``data`` are the bytes of the file, ``max_tokens`` is the maximum of the bundle's axis S, and ``wider`` says what to
+    do for more of them.
     Raises BundleError when the file is damaged or hostile, or disagrees with ``spec``.
     """
 
-    def __init__(self, data: bytes, spec: TextSpec, max_tokens: int) -> None:
-        self.spec = spec
+    def __init__(
+        self, data: bytes, spec: TextSpec, max_tokens: int, wider: Callable[[int], str] = export_again
+    ) -> None:
+        self.spec, self._wider = spec, wider
         self.max_tokens = min(max_tokens, spec.max_length)
         self._axis = max_tokens
         self._tokenizer: Any  # MarianText has those of Tokenizer's methods that are called here
@@ -309,9 +316,9 @@ class TextEncoder:
         longest = min(length, self.spec.max_length)  # of any export of this checkpoint
         more = longest > self.max_tokens
         if not can_cut:  # not to one token of each text
-            return f"{said} {f'Export again with --max S={longest}' if more else 'This model reads no such text'}."
+            return f"{said} {self._wider(longest) if more else 'This model reads no such text'}."
         if more and longest == length:
-            return f"{said} Pass truncate=True, or export again with --max S={length}."
+            return f"{said} Pass truncate=True, or {lowered(self._wider(length))}."
         made = f"{longest} at most" if more else "no more"
         return f"{said} The checkpoint was made for {made}: pass truncate=True, or split the text."
 
@@ -324,9 +331,15 @@ class TextEncoder:
         longest = taken + min(context, taken + 1, DOC_STRIDE + 1)  # of a row that would do
         ways = [f"Shorten it to {shortest}"] if shortest > 0 else []
         if longest <= self.spec.max_length:
-            ways.append(f"{'or export' if ways else 'Export'} again with --max S={longest}")
+            wider = self._wider(longest)
+            ways.append(f"or {lowered(wider)}" if ways else wider)
         said = f"is {taken - added} tokens and leaves {left} of a row for the context{why}."
         return f"{said} {', '.join(ways) or 'Ask a model that reads longer texts'}."
+
+
+def lowered(sentence: str) -> str:
+    """The sentence as the end of another one."""
+    return f"{sentence[0].lower()}{sentence[1:]}"
 
 
 def longest_first(first: int, second: int, room: int) -> tuple[int, int]:

@@ -1,0 +1,105 @@
+"""The sizes that an engine is built for: the bundle's axes, within narrower bounds where they are asked for.
+
+As trtexec's ``--minShapes``, ``--optShapes`` and ``--maxShapes``, but by axis: an axis has one size in all inputs. What
+an engine does not have to take costs it neither memory nor a worse choice of kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from transom.export.engine.profiles import cache_sizes, step_axes
+from transom.runtime.errors import ExportError
+from transom.runtime.inputs import is_decoder, token_input
+from transom.runtime.spec import Axis, Graph
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What was asked for, by axis, in elements; an axis that is not named keeps the bundle's."""
+
+    min: Mapping[str, int] = field(default_factory=dict)
+    opt: Mapping[str, int] = field(default_factory=dict)
+    max: Mapping[str, int] = field(default_factory=dict)
+
+
+def narrowed(axes: Mapping[str, Axis], graphs: Sequence[Graph], shapes: Shapes) -> dict[str, Axis]:
+    """The bounds of an engine for the bundle's ``axes``.
+
+    1. An axis that is named has what is asked for; an opt that is not moves to the nearest bound.
+    2. A decoder's cache has one length in an engine, its max.
+    3. A prompt is no longer than the cache that it is written into, and logits are wanted of no more positions than it
+       has: these axes follow where they are not named themselves.
+
+    Raises ExportError, for all problems at once, for an axis that the bundle does not have, sizes out of its bounds or
+    out of order, and bounds of a decoder that its steps do not have.
+    """
+    decoders = [graph for graph in graphs if is_decoder(graph)]
+    caches = {name for graph in decoders for name in cache_sizes(graph, axes)}
+    steps = {name for graph in decoders for name in step_axes(graph)}
+    problems = [problem for each in vars(shapes) for problem in out_of_range(each, getattr(shapes, each), axes)]
+    problems += [
+        f"--{each} {name}={getattr(shapes, each)[name]}: a cache has one length in an engine; give --max {name}"
+        for each in ("min", "opt")
+        for name in sorted(caches & getattr(shapes, each).keys())
+    ]
+    problems += [
+        f"--min {name}={shapes.min[name]}: a step has one new token in each row, so it has to be 1"
+        for name in sorted(steps & shapes.min.keys())
+        if shapes.min[name] > 1
+    ]
+    require_none(problems)
+    found = {name: bounded(name, axis, shapes, problems) for name, axis in axes.items()}
+    for graph in decoders:
+        for cache in cache_sizes(graph, axes):
+            found[cache] = replace(found[cache], opt=found[cache].max)
+            follow(found, str(token_input(graph).shape[1]), cache, shapes, problems)
+        for name in step_axes(graph):
+            follow(found, name, str(token_input(graph).shape[1]), shapes, problems)
+    require_none(problems)
+    return found
+
+
+def out_of_range(option: str, asked: Mapping[str, int], axes: Mapping[str, Axis]) -> list[str]:
+    """What is wrong with the sizes of one option beside the bundle's axes."""
+    problems = []
+    for name, size in asked.items():
+        axis = axes.get(name)
+        if axis is None:
+            problems.append(f"--{option} names the axis {name!r:.40}; this bundle has {', '.join(axes)}")
+        elif not axis.min <= size <= axis.max:
+            again = f"; export again with --max {name}={size}" if size > axis.max else ""
+            problems.append(
+                f"--{option} {name}={size} is out of range; this bundle allows {axis.min}..{axis.max}{again}"
+            )
+    return problems
+
+
+def bounded(name: str, axis: Axis, shapes: Shapes, problems: list[str]) -> Axis:
+    low, high = shapes.min.get(name, axis.min), shapes.max.get(name, axis.max)
+    opt = shapes.opt.get(name, max(low, min(axis.opt, high)))
+    if not low <= opt <= high:
+        problems.append(f"axis {name} would have min {low}, opt {opt}, max {high}; expected them in this order")
+    return replace(axis, min=low, opt=opt, max=high)
+
+
+def follow(found: dict[str, Axis], name: str, other: str, shapes: Shapes, problems: list[str]) -> None:
+    """Bound the axis ``name`` by the max of the ``other``, which it can never pass."""
+    most = found[other].max
+    if name not in found or found[name].max <= most:
+        return
+    if name in shapes.max or (name in shapes.opt and shapes.opt[name] > most):
+        problems.append(f"axis {name} would reach {found[name].max}, and {other} {most}, which bounds it")
+    found[name] = replace(found[name], opt=min(found[name].opt, most), max=most)
+
+
+def require_none(problems: Sequence[str]) -> None:
+    if problems:
+        raise ExportError(f"{'; '.join(problems)}. Nothing was built.")
+
+
+def bounds_to_json(axes: Mapping[str, Axis], graphs: Sequence[Graph]) -> dict[str, dict[str, int]]:
+    """What bundle.json records of an engine: the bounds of each axis that the graphs' inputs have."""
+    named = {size for graph in graphs for tensor in graph.inputs for size in tensor.shape if isinstance(size, str)}
+    return {name: {"min": axis.min, "opt": axis.opt, "max": axis.max} for name, axis in axes.items() if name in named}
