@@ -146,7 +146,10 @@ class Clip(TextBundle, ImageBundle):
 
     def _logits(self, image_embeds: Floats, text_embeds: Floats) -> Floats:
         """(images, texts), in FP32."""
-        return np.asarray(np.float32(self.logit_scale) * (image_embeds @ text_embeds.T), np.float32)
+        products = [
+            (text_embeds * image).sum(1) for image in image_embeds
+        ]  # of @ a lone row is another sum than of two
+        return np.asarray(np.float32(self.logit_scale) * np.stack(products), np.float32)
 
 
 def name_of_label(first: int, each: int, text: int) -> str:

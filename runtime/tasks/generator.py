@@ -284,12 +284,12 @@ def in_kind(answers: list[Any], *, single: bool, each: int) -> Any:
     return grouped[0] if single else grouped
 
 
-def padded(rows: Sequence[Row]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows filled up on the right: int64 (R, S), and their lengths (R,).
+def padded(rows: Sequence[Row], length: int | None = None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows filled up on the right: int64 (R, S), and their lengths (R,). S is ``length``, or that of the longest.
 
     With a row's own last token: what is computed for padding is masked, but NaN and infinity pass
     through every mask, and a row must not get them from a token that it does not hold.
     """
     lengths = np.array([len(row) for row in rows])
-    longest = int(lengths.max())
-    return np.array([[*row, *row[-1:] * (longest - len(row))] for row in rows], np.int64), lengths
+    size = int(lengths.max()) if length is None else length
+    return np.array([[*row, *row[-1:] * (size - len(row))] for row in rows], np.int64), lengths

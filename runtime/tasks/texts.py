@@ -13,7 +13,7 @@ from transom.runtime.errors import BundleError, InputError
 from transom.runtime.finite import check_finite
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks.batches import Name, Rows, batches, collected, name_of_row
-from transom.runtime.text.tokenizer import CompactRow, EncodedBatch, TextEncoder, TextSpec
+from transom.runtime.text.tokenizer import CompactRow, EncodedBatch, TextEncoder, TextSpec, row_length
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -99,9 +99,9 @@ class TextBundle(LoadedBundle):
 
 
 def take(batch: EncodedBatch, chosen: Sequence[int] | NDArray[np.intp]) -> EncodedBatch:
-    """Some rows of a batch, with no more padding than the longest of them needs."""
+    """Some rows of a batch, with no more padding than the longest of them needs: its ``row_length``."""
     rows = tuple(batch.rows[index] for index in chosen)
-    length = max(len(row) for row in rows)
+    length = row_length(max(len(row) for row in rows), batch.input_ids.shape[1])
     index = np.asarray(chosen)
     ids, mask, types = (
         array[index, :length] for array in (batch.input_ids, batch.attention_mask, batch.token_type_ids)

@@ -10,6 +10,7 @@ import numpy as np
 from transom.runtime.errors import BundleError
 from transom.runtime.inputs import LOGITS_POSITIONS, WRITE_INDICES, shape_of
 from transom.runtime.tasks.generator import Begun, Generator, Row, padded
+from transom.runtime.text.tokenizer import row_length
 
 if TYPE_CHECKING:
     from transom.runtime.spec import Tensor
@@ -41,7 +42,7 @@ class Transformer(Generator):
         return self.generate(texts, **keywords)
 
     def begin(self, rows: Sequence[Row]) -> Begun:
-        ids, lengths = padded(rows)
+        ids, lengths = padded(rows, row_length(max(map(len, rows)), self.max_size("S")))
         mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
         return self.begin_masked(ids, mask)
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 MAX_ID = 2**31 - 1  # ids are int64 in the graph, but no embedding table is longer than this
 MAX_LENGTH = 1_000_000  # tokens; far past any position table
+ROW_STEP = 4  # tokens: kernels add up what is along a row four by four, and the rest of a row otherwise
 DOC_STRIDE = 128  # tokens two neighbouring windows of a long context share, as in transformers' pipeline
 KINDS = ("tokenizers", "marian")
 
@@ -278,8 +279,8 @@ class TextEncoder:
         return batch
 
     def padded(self, rows: Sequence[Encoding | CompactRow]) -> EncodedBatch:
-        """Rows of ``row`` as one batch, padded to the longest of them."""
-        shape = (len(rows), max(len(row) for row in rows))
+        """Rows of ``row`` as one batch, padded to the ``row_length`` of the longest of them."""
+        shape = (len(rows), row_length(max(len(row) for row in rows), self.max_tokens))
         ids = np.full(shape, self.spec.pad_id, dtype=np.int64)
         mask, types = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         for index, row in enumerate(rows):
@@ -335,6 +336,14 @@ class TextEncoder:
             ways.append(f"or {lowered(wider)}" if ways else wider)
         said = f"is {taken - added} tokens and leaves {left} of a row for the context{why}."
         return f"{said} {', '.join(ways) or 'Ask a model that reads longer texts'}."
+
+
+def row_length(longest: int, most: int) -> int:
+    """To how many tokens the rows of a batch are padded, the longest of which has ``longest``; ``most`` are allowed.
+
+    A multiple of ROW_STEP: what follows a row's own tokens, of which its neighbours decide, then changes no bit of it.
+    """
+    return max(longest, min(-(-longest // ROW_STEP) * ROW_STEP, most))
 
 
 def lowered(sentence: str) -> str:
