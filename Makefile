@@ -11,6 +11,7 @@ FUZZ_RUNS  ?= 1000000
 KILLS      ?= 200
 REQUESTS   ?= 1000
 MATRIX_ARGS ?=
+MUTATE_ARGS ?=
 BUNDLES    ?=
 PROCESSOR_ARGS ?=
 
@@ -42,7 +43,7 @@ PYTEST_PARALLEL := -n $(WORKERS) --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help dev export check test suite wheel test-wheel sweep build-matrix test-gpu bench-gpu test-arm test-x86 \
+.PHONY: help dev export check test suite wheel test-wheel sweep build-matrix mutate test-gpu bench-gpu test-arm test-x86 \
         clean typing again
 
 help: ## this table of contents
@@ -53,6 +54,7 @@ help: ## this table of contents
 	@echo '  make test PYTEST_ARGS="-k bert"                                       a part of the suite'
 	@echo '  make sweep FUZZ_RUNS=20000 KILLS=20 REQUESTS=50                       minutes instead of an hour'
 	@echo '  make build-matrix MATRIX_ARGS="--models vit --targets rtx-sm86"       a part of the matrix'
+	@echo '  make mutate MUTATE_ARGS="--only manifest"                             a part of the guards'
 	@echo '  make test-arm PROCESSOR_ARGS="--parts selftest --models vit gpt"      a part; --processors, --precisions'
 	@echo '  make dev PYTHON=python3.12 PIP_ARGS="--extra-index-url URL"           another Python, a smaller torch'
 
@@ -125,6 +127,9 @@ sweep: $(STAMP) ## damaged manifests by the million, kill -9 at 200 moments of a
 
 build-matrix: $(STAMP) ## BERT-base, GPT-2, ViT-B, CLIP-B, a Transformer: engines for every RTX target, no GPU needed
 	OMP_NUM_THREADS=2 $(VENV)/bin/python benchmarks/build_matrix.py --out build/build-matrix $(MATRIX_ARGS)
+
+mutate: $(STAMP) ## break every guard of tests/guards on purpose, and show which test notices
+	PYTHONPATH=tests $(VENV)/bin/python -m mutate $(MUTATE_ARGS)
 
 test-gpu: $(STAMP) ## on a machine with a GPU: parity of every family and precision there, into docs/results/
 	TRANSOM_GPU_RESULTS=docs/results TRANSOM_REPO="$$PWD" $(VENV)/bin/pytest $(PYTEST_ARGS) tests/gpu

@@ -181,6 +181,7 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Once]:
     """
     base = tmp_path_factory.getbasetemp()
     shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    shared = Path(os.environ.get("TRANSOM_TEST_SHARED", shared))  # `make mutate` runs the tests many times
     shared.mkdir(exist_ok=True)
     used: set[str] = set()
 

@@ -1,8 +1,8 @@
 """A row's result does not depend on its neighbours in a batch, bit for bit, on whatever processor runs this.
 
 Not so weights in blocks (INT4): of a single row MatMulNBits adds up otherwise where the processor has no VNNI, by
-BLOCKS_BOUND of the largest value at most. And not sentence embeddings of bundles of version 0.1.0, whose graphs pool in an
-order that depends on the batch.
+BLOCKS_BOUND of the largest value at most. And not sentence embeddings of bundles of version 0.1.0, whose graphs pool in
+an order that depends on the batch.
 """
 
 from __future__ import annotations
