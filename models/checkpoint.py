@@ -105,10 +105,8 @@ def download(source: str) -> Path:
 
     repository, _, revision = source.partition("@")
     try:
-        unwritable = cannot_write(Path(HF_HUB_CACHE))
-        folder = (
-            snapshot(repository, revision) if unwritable is None else snapshot_aside(repository, revision, unwritable)
-        )
+        why = cannot_write(Path(HF_HUB_CACHE))
+        folder = snapshot(repository, revision) if why is None else snapshot_aside(repository, revision, why)
         if not any(folder.rglob("*.safetensors")) and not HF_HUB_OFFLINE:
             refuse_pickles(source, HfApi(token=token()).list_repo_files(repository, revision=revision or None))
         return folder

@@ -104,10 +104,10 @@ def test_inspect_shows_the_engines_and_what_fused(vit_bundle: Path, tmp_path: Pa
     start = f"TensorRT-RTX 1.7.1.116 model golden.safetensors {size}"
     said = "attention 3 of 4, INT8 13 of 17, 54 kernels"
     told = [line.strip() for line in lines[-3:]]
-    assert told[0] == f"rtx-sm86 {start} prefill: {said}; decode: {said}"
-    assert told[1] == f"rtx-sm89 {start} –: – kernels; 7: – kernels"
-    assert told[2] == f"tensorrt {start} –"
-    assert "target library graph plan size fused" in [line.strip() for line in lines]
+    assert told[0] == f"rtx-sm86 {start} – prefill: {said}; decode: {said}"
+    assert told[1] == f"rtx-sm89 {start} – –: – kernels; 7: – kernels"
+    assert told[2] == f"tensorrt {start} – –"
+    assert "target library graph plan size takes fused" in [line.strip() for line in lines]
     assert document(transom("inspect", vit_bundle, "--json"))["engines"] == {}
     assert " fused" not in transom("inspect", vit_bundle).stdout
 

@@ -49,6 +49,25 @@ def test_auto_goes_on_where_the_provider_is_compiled_in_and_no_gpu_is_there(
     assert capfd.readouterr().out == ""  # ONNX Runtime prints where it falls back
 
 
+@pytest.mark.usefixtures("compiled_for_gpus")
+def test_onnxruntime_does_not_go_on_by_itself(
+    vit_bundle: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Where CUDA raises, its Python wrapper prints to stdout and opens the session on the CPU, unless told not to."""
+    library = onnxruntime()
+    create = library.InferenceSession._create_inference_session
+
+    def without_gpu(session: Any, providers: Sequence[str], *rest: Any) -> Any:
+        if CUDA in providers:
+            raise RuntimeError("CUDA failure 100: no CUDA-capable device is detected")
+        return create(session, providers, *rest)
+
+    monkeypatch.setattr(library.InferenceSession, "_create_inference_session", without_gpu)
+    with pytest.raises(BackendError, match=r"on cuda: CUDA failure 100: no CUDA-capable device is detected\. Is"):
+        loaded_quietly(vit_bundle, "cuda")
+    assert capfd.readouterr().out == ""
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.usefixtures("compiled_for_gpus")
 def test_doctor_tells_what_load_chooses(vit_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ def of_integers(command: list[str]) -> bool:
 
 
 def of_engines(command: list[str]) -> bool:
-    return command[1] == "build" or "tensorrt" in command
+    return command[1] in ("build", "remove-engine") or "tensorrt" in command
 
 
 @pytest.fixture(scope="module")
@@ -118,10 +118,12 @@ def test_the_commands_of_engines_run(int8_bundle: Path, tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     shutil.copytree(int8_bundle, tmp_path / "bundles/vit-int8")
-    built, tested = [transom(*command[1:]) for command in commands() if of_engines(command)]
-    assert built.exit_code == 0
+    built, narrower, removed, tested = [transom(*command[1:]) for command in commands() if of_engines(command)]
+    assert (built.exit_code, narrower.exit_code, removed.exit_code) == (0, 0, 0)
     assert "attention 3 of 3" in built.stdout
     assert "rtx-sm89" in built.stdout
+    (left,) = Bundle(tmp_path / "bundles/vit-int8").manifest.engines.values()
+    assert left["axes"]["B"]["max"] == 4
     assert tested.exit_code == 0 or "no NVIDIA GPU can be used here" in tested.stderr or "this GPU is" in tested.stderr
 
 

@@ -182,7 +182,7 @@ def open_session(graph: GraphFile, read: Read, device: str, threads: int | None)
     except Exception as error:  # as above
         gpu = f". {GPU_MISSING}" if device != "cpu" else ""
         raise BackendError(
-            f"ONNX Runtime cannot load {graph.file_for(device)} on {device}: {one_line(error)}{gpu}"
+            f"ONNX Runtime cannot load {graph.file_for(device)} on {device}: {one_line(error).rstrip('.')}{gpu}"
         ) from None
     if PROVIDERS[device] not in session.get_providers():
         raise BackendError(
