@@ -69,6 +69,18 @@ def test_axes_of_equal_bounds_are_not_taken_for_one() -> None:
     assert (found == 3).all()
 
 
+class Cut(nn.Module):
+    """Three columns, whatever it gets."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        return (x[:, :3],)
+
+
+def test_an_axis_that_came_out_as_a_number_is_refused() -> None:
+    with pytest.raises(ExportError, match=r"the exporter made y \('B', 3, 5\) of y \('B', 'S', 5\)"):
+        onnx_from_module(Cut(), TABLE, bounds(B=4, S=9))
+
+
 @pytest.mark.parametrize("most", [{"B": 1, "S": 2}, {"B": 2, "S": 2}], ids=str)
 def test_small_bounds_give_the_graph_of_large_ones(make_checkpoint: MakeCheckpoint, most: Mapping[str, int]) -> None:
     """But for an axis of one, which is a constant."""
