@@ -26,6 +26,7 @@ from transom.runtime.bundle import Bundle
 from transom.runtime.errors import ExportError, ParityError, PrecisionError
 from transom.runtime.spec import Graph, Tensor
 
+KEPT = Path(__file__).with_name("bundles") / "0.1.0"
 GRAPH = Graph("g", (Tensor("x", "float32", (1,)),), (Tensor("y", "float32", (1,)),))
 
 
@@ -82,9 +83,8 @@ class Cut(Exercises):
 @pytest.mark.parametrize("change", [0, -1, -3, 1])
 def test_a_third_side_that_ends_early_fails_parity(exported: Any, monkeypatch: pytest.MonkeyPatch, change: int) -> None:
     """The artefact beside itself: whatever is compared is equal."""
-    _, folder = exported("BertModel", num_hidden_layers=1, max_position_embeddings=2)
     monkeypatch.setattr(Cut, "change", change)
-    with load(folder) as side:
+    with load(KEPT / "bert-fp32") as side:
         exercises = Cut(side, samples_for((file.graph for file in side.manifest.graphs), None, None))
         assert len(exercises) > 3
         if change:
@@ -95,8 +95,8 @@ def test_a_third_side_that_ends_early_fails_parity(exported: Any, monkeypatch: p
             assert [case.emulated for case in cases] == [False, True] * len(exercises)
 
 
-def test_a_graph_that_no_case_runs_is_refused(gpt_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with load(gpt_bundle) as gpt:
+def test_a_graph_that_no_case_runs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with load(KEPT / "gpt-fp32") as gpt:
         samples = samples_for((file.graph for file in gpt.manifest.graphs), None, None)
         assert len(Exercises(gpt, samples))
         monkeypatch.setattr("transom.export.exercises.Generator", type(None))
@@ -104,10 +104,9 @@ def test_a_graph_that_no_case_runs_is_refused(gpt_bundle: Path, monkeypatch: pyt
             Exercises(gpt, samples)
 
 
-def test_ranges_of_a_graph_that_never_ran_are_not_zero(exported: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, folder = exported("BertModel", num_hidden_layers=1, max_position_embeddings=2)
-    bundle = Bundle(folder)
-    with load(folder) as side:
+def test_ranges_of_a_graph_that_never_ran_are_not_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = Bundle(KEPT / "bert-fp32")
+    with load(KEPT / "bert-fp32") as side:
         exercises = Exercises(side, samples_for((file.graph for file in side.manifest.graphs), None, None))
     loaded: Any = type("Loaded", (), {"graphs": tuple(file.graph for file in bundle.manifest.graphs)})
     assert measure_ranges(bundle, canonical_graphs(bundle), loaded, exercises).tensors
@@ -131,12 +130,10 @@ def test_a_tensor_that_was_once_not_finite_fits_no_half(values: list[list[float]
     [([], "the golden case .* has no outputs"), ([("logits", (1, 10), (1, 1))], r"as \(1, 10\), the bundle \(1, 1\)")],
     ids=["nothing", "another shape"],
 )
-def test_what_cannot_be_compared_checks_no_engine(
-    vit_bundle: Path, monkeypatch: pytest.MonkeyPatch, found: list[Any], said: str
-) -> None:
+def test_what_cannot_be_compared_checks_no_engine(monkeypatch: pytest.MonkeyPatch, found: list[Any], said: str) -> None:
     """Arrays of two shapes may have a difference all the same."""
     arrays = [(name, *(np.ones(shape, np.float32) for shape in shapes)) for name, *shapes in found]
     monkeypatch.setattr("transom.export.engine.check.outputs", lambda *sides: iter(arrays))
-    bundle = Bundle(vit_bundle)
+    bundle = Bundle(KEPT / "vit-fp32")
     with pytest.raises(ExportError, match=said):
         check_flavour(bundle, tensorrt_graphs(bundle))

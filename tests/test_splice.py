@@ -120,6 +120,13 @@ def test_a_weight_that_is_called_as_another_one_turned_round(signed: bool) -> No
         np.testing.assert_allclose(found[name], values, atol=0.1)
 
 
+def test_a_weight_that_is_read_both_ways_round_is_two() -> None:
+    text = "g (float[3, 2] x) => (float[3, 2] p, float[3, 2] q) { p = MatMul (x, w)  q = Gemm <transB = 1> (x, w) }"
+    weights = QuantizedWeights(8)
+    plain, turned_round = (weights.int8(linear)[0] for linear in find_linears(graph_of(text, {"w": normal(2, 2)})))
+    assert plain.tolist() != turned_round.tolist()
+
+
 def test_weights_of_one_name_in_two_graphs_are_not_mixed() -> None:
     weights = QuantizedWeights(8)
     text = "g (float[3, 2] x) => (float[3, 2] y) { y = MatMul (x, w) }"
