@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from safetensors.numpy import save
 from bad_bundles import replaced
 from command_line import as_quantized, changed_bundle
 from transom.export import pipeline
+from transom.export.checks import export_limit
 from transom.export.parity import TOLERANCES, Case, grid, require_parity
 from transom.runtime.bundle import manifest_sha256
 from transom.runtime.compare import compare
@@ -256,3 +258,31 @@ def test_one_logit_near_zero_has_the_scale_of_the_others(
     manifest = pipeline.export(str(folder), tmp_path / "out", precision="fp16")
     assert set(manifest.parity["scales"]) == {"logits", "last_hidden_state", "sentence_embedding"}
     selftest(tmp_path / "out")
+
+
+def worst_of(*errors: float) -> Case:
+    """One output for each error, of a largest value of 1."""
+    theirs = np.ones((1,), np.float32)
+    return Case({"B": 1}, tuple(compare(f"y{i}", theirs + np.float32(e), theirs) for i, e in enumerate(errors)))
+
+
+def test_the_worst_of_all_cases_is_judged() -> None:
+    with pytest.raises(ParityError, match=r"y1\[0\] is 1\.5"):
+        require_parity([worst_of(0.0), worst_of(0.125, 0.5), worst_of(0.25)], 0.4, "x", "")
+
+
+def test_an_error_that_is_no_number_fails() -> None:
+    case = worst_of(0.0)
+    (found,) = case.comparisons
+    with pytest.raises(ParityError, match="x differs from PyTorch"):
+        require_parity([replace(case, comparisons=(replace(found, difference=math.nan),))], 0.4, "x", "")
+
+
+def test_the_limit_of_an_export_is_that_of_its_precision() -> None:
+    assert {precision: export_limit(precision).tolerance for precision in TOLERANCES} == {
+        "fp32": 2e-5,
+        "fp16": 1e-2,
+        "bf16": 8e-2,
+        "int8": 0.5,
+        "int4": 0.8,
+    }

@@ -326,6 +326,9 @@ def other_logits(tensors: dict[str, Any]) -> None:
         (lambda t: t.update({key("pytorch", "tokens"): np.zeros((9, 4), np.int64)}), BundleError, "is not complete"),
         (lambda t: t.update({key("pytorch", "margins"): np.zeros((1, 1), np.float32)}), BundleError, "is not comp"),
         (lambda t: t.update({key("pytorch", "logits"): np.zeros(3, np.float32)}), BundleError, "is not complete"),
+        (lambda t: t.pop(key("pytorch", "top_logits")), BundleError, "is not complete"),
+        (lambda t: t.update({key("pytorch", "top_ids"): t[key("pytorch", "top_ids")] + 90}), BundleError, "not comp"),
+        (lambda t: t.update({key("pytorch", "top_ids"): t[key("pytorch", "top_ids")][:, 1:]}), BundleError, "not comp"),
     ],
 )
 @pytest.mark.parametrize("architecture", DECODERS)

@@ -16,12 +16,18 @@ from safetensors.numpy import load as parse
 from safetensors.numpy import save
 
 from bad_bundles import replaced
-from command_line import changed_bundle, document, transom
+from command_line import as_quantized, changed_bundle, document, transom
 from transom.export import pipeline
+from transom.export.checks import check_parity, export_limit
+from transom.export.exercises import Exercises
+from transom.export.golden import Golden
 from transom.export.parity import TOLERANCES
+from transom.export.quantization.gate import POINTS
+from transom.export.samples import samples_for
+from transom.runtime import load
 from transom.runtime.backends.integer_sums import integer_sums
 from transom.runtime.bundle import SIMULATED, Bundle
-from transom.runtime.errors import BundleError, ParityError
+from transom.runtime.errors import AccuracyError, BundleError, ParityError
 from transom.runtime.references import BELOW_ZEROS, BUNDLE, ENGINE, PYTORCH, REPEAT, Reference, references
 from transom.runtime.selftest import GOLDEN, read_golden, selftest
 
@@ -229,3 +235,44 @@ def test_verify_compares_the_file_for_other_devices_too(int8_bundle: Path, tmp_p
         pipeline.verify(bundle, accuracy=False)
     with open(bundle / "bundle.json") as file:
         assert json.load(file)["precision"] == "int8"
+
+
+def test_verify_judges_the_gate_again(int8_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gate that allows nothing: of 540 scans some are answered otherwise than by PyTorch, or none."""
+    monkeypatch.setitem(POINTS, "vit", -1.0)
+    with pytest.raises(AccuracyError, match=r"vit in int8: top-1 accuracy .* of -100"):
+        pipeline.verify(int8_bundle)
+
+
+# ------------------------------------------------------------------------------------------ golden values
+
+
+def test_a_new_export_keeps_the_simulated_side(vit_bundle: Path, tmp_path: Path) -> None:
+    """Three times the same bundle, of which the manifest says INT8."""
+    bundle = changed_bundle(vit_bundle, tmp_path, as_quantized)
+    golden = Golden()
+    with load(bundle) as side:
+        exercises = Exercises(side, samples_for((file.graph for file in side.manifest.graphs), None, None))
+        cases = check_parity(side, side, side, exercises, golden, export_limit("int8"), lambda said: None)
+    assert [case.emulated for case in cases] == [False, True] * len(exercises)
+    sides = {name.split("/")[1] for name in parse(golden.to_bytes())}
+    assert sides == {"input", *ALL_SIDES}
+
+
+def without_logits(data: bytes) -> bytes:
+    return save({name: array for name, array in parse(data).items() if f"/{BUNDLE}/logits" not in name})
+
+
+def test_a_case_with_fewer_outputs_on_one_side_is_refused(int8_bundle: Path, tmp_path: Path) -> None:
+    bundle = copied(int8_bundle, tmp_path)
+    replaced(GOLDEN, without_logits)(bundle)
+    with pytest.raises(BundleError, match="has not the same outputs on all sides"):
+        selftest(bundle)
+
+
+def test_a_bundle_without_golden_values_is_refused(vit_bundle: Path, tmp_path: Path) -> None:
+    def without(words: dict[str, Any]) -> None:
+        del words["files"][GOLDEN]
+
+    with pytest.raises(BundleError, match="holds no golden values; export it again"):
+        selftest(changed_bundle(vit_bundle, tmp_path, without))

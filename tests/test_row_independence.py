@@ -146,3 +146,18 @@ def test_images_beside_each_other_and_their_labels(clip_bundle: Path) -> None:
 )
 def test_rows_are_padded_by_fours(longest: int, most: int, length: int) -> None:
     assert row_length(longest, most) == length
+
+
+def test_sources_are_padded_by_fours(dates_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a source of 7 tokens the decoder reads 8, whatever lies beside it."""
+    with load(dates_bundle) as mt:
+        run, sizes = mt.backend("encoder").run, []
+
+        def note(feeds: dict[str, Any], shapes: dict[str, Any]) -> dict[str, Any]:
+            sizes.append(feeds["input_ids"].shape)
+            return run(feeds, shapes)
+
+        monkeypatch.setattr(mt.backend("encoder"), "run", note)
+        mt.begin([[5] * 7])
+        mt.begin([[5] * 7, [5] * 9])
+    assert sizes == [(1, 8), (2, 12)]
