@@ -51,7 +51,7 @@ def test_the_batch_goes_beyond_its_bound_first() -> None:
 
 
 def test_a_size_is_not_below_its_axis() -> None:
-    assert example_sizes(TABLE, {"B": Axis(1, 1, 8), "S": Axis(3, 4, 9)}) == {"B": 2, "S": 3}
+    assert example_sizes(TABLE, {"B": Axis(1, 1, 8), "S": Axis(5, 6, 9)}) == {"B": 2, "S": 5}
 
 
 class Turned(nn.Module):
