@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from transom.cli.answers import TASKS
 from transom.cli.show import bytes_text, folder_bytes
-from transom.runtime.records import worst_error
 
 if TYPE_CHECKING:
     from transom.runtime.bundle import Manifest
@@ -122,6 +121,8 @@ def near_ties(parity: Mapping[str, Any]) -> list[str]:
 
 def parity_text(parity: Mapping[str, Any], quantized: bool = False) -> str:
     """The worst error that the export measured, against what its precision allows; quantised ones have a gate."""
+    from transom.runtime.records import worst_error
+
     worst, tolerance = worst_error(parity), parity.get("tolerance")
     if worst is None:
         return "not recorded"

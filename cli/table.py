@@ -21,7 +21,6 @@ from transom.cli.options import Json
 from transom.cli.progress import progress
 from transom.cli.show import bytes_text, folder_bytes, print_json, print_table, printable, say, sizes_text
 from transom.runtime.errors import TransomError
-from transom.runtime.records import worst_error
 
 RUNS, WARMUP, SECONDS = 30, 5, 10.0  # of the p50 column: enough for a median
 COLUMNS = ("bundle", "family", "precision", "size", "worst error", "allowed", "score PyTorch", "score bundle", "p50 ms")
@@ -61,6 +60,7 @@ def row_of(path: Path) -> dict[str, Any]:
     from transom.runtime.bench import Effort, measurements
     from transom.runtime.cpu import instruction_set
     from transom.runtime.machine import processor
+    from transom.runtime.records import worst_error
     from transom.runtime.tasks.generator import Generator
 
     try:

@@ -19,9 +19,9 @@ from transom.runtime.backends.ort import OrtBackend
 from transom.runtime.bundle import QUANTIZED, SIMULATED, Bundle
 from transom.runtime.compare import compare_outputs, largest_scales, on_scales
 from transom.runtime.errors import BackendError, BundleError, ExportError, ParityError
+from transom.runtime.golden import GENERATION
 from transom.runtime.references import BUNDLE, PYTORCH
 from transom.runtime.replay import Divergence, as_arrays, greedy, logits_along, require_same_tokens
-from transom.runtime.selftest import GENERATION
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks import task_class
 from transom.runtime.tasks.generator import Generator
@@ -142,7 +142,8 @@ def check_greedy(
         tokens = ours.prompt_tokens()
         if tokens in ours.backend("decoder").graph.inputs:
             feeds = {tokens.name: np.array([prompts[0][:1]])}
-            golden.offer("one token", feeds, {name: side.run(feeds, ["logits"]) for name, side in sides.items()})
+            runs = {name: side.run(feeds, ["logits"]) for name, side in sides.items()}
+            golden.offer("one token", feeds, runs, always=True)
         return []
     found = {name: greedy(side, prompts, new_tokens) for name, side in sides.items()}
     expected = found[PYTORCH].chosen
@@ -162,6 +163,7 @@ def check_greedy(
             }
             for name, generation in found.items()
         },
+        always=True,  # nothing else runs the decoder
     )
     return near_ties
 

@@ -46,9 +46,9 @@ from transom.export.source import Loaded, load_source
 from transom.export.steps import Progress, Steps, silent
 from transom.runtime.bundle import PRECISIONS, QUANTIZED, Bundle, Manifest
 from transom.runtime.errors import AccuracyError, ExportError
+from transom.runtime.golden import GOLDEN
 from transom.runtime.references import pytorch_tolerance
 from transom.runtime.replay import Divergence
-from transom.runtime.selftest import GOLDEN
 from transom.runtime.session import LoadedBundle
 
 TOOLS = (

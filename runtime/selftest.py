@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 
-import numpy as np
-
-from transom.runtime.backend import Array
 from transom.runtime.backends.integer_sums import integer_sums
 from transom.runtime.bundle import SIMULATED, Bundle, Manifest
 from transom.runtime.compare import Comparison, compare_outputs, on_scales
 from transom.runtime.cpu import instruction_set
 from transom.runtime.errors import BundleError, NotFiniteError, ParityError, ShapeError
-from transom.runtime.inputs import checked_feeds
+from transom.runtime.golden import (
+    GENERATION,
+    GOLDEN,
+    Sides,
+    is_generation,
+    read_golden,
+    require_complete,
+    within_bounds,
+)
 from transom.runtime.references import BUNDLE, PYTORCH, Reference, references
 from transom.runtime.saturation import may_saturate, multiplies_integers, recorded_sums, saturated_export, sums_here
 from transom.runtime.session import LoadedBundle, load
-from transom.runtime.spec import EngineAxis
-
-GOLDEN = "golden.safetensors"
-GENERATION = "generation"  # the case that holds whole greedy generations
-
-Sides = Mapping[str, Mapping[str, Array]]  # of one case: "input" and each side, tensor name -> array
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def selftest(path: str | PathLike[str], device: str = "cpu", threads: int | None
         if not golden:
             raise BundleError(f"{path} holds no golden values; export it again.")
         manifest = loaded.manifest
-        rules = references(manifest, loaded.device, sides_of(golden))
+        rules = references(manifest, loaded.device, require_complete(loaded, golden))
         sums = sums_of(manifest, loaded.device)
         problem = saturated_export(manifest) if sums is not None else None
         if problem is not None:
@@ -138,57 +137,6 @@ def selftest(path: str | PathLike[str], device: str = "cpu", threads: int | None
         if not report.worst_against(rule.side).error <= rule.tolerance:
             raise ParityError(f"{path} on {device} {broken(report, rule)}")
     return report
-
-
-def sides_of(golden: Mapping[str, Sides]) -> frozenset[str]:
-    """Return the sides that every case has. Raises BundleError where PyTorch's or the build's are missing."""
-    sides = frozenset.intersection(*(frozenset(arrays) for arrays in golden.values()))
-    for needed in (PYTORCH, BUNDLE):
-        if needed not in sides:
-            raise BundleError(f"{GOLDEN}: a case has no outputs of the side {needed!r}; export the bundle again.")
-    return sides
-
-
-def within_bounds(loaded: LoadedBundle, name: str, arrays: Sides) -> tuple[Sides | None, str]:
-    """What the engine takes of a golden case, None for nothing, and why not all of it; "" where all.
-
-    A generation is cut to the rows and steps that fit, any other case is left out.
-    """
-    if not any(isinstance(axis, EngineAxis) for axis in loaded.axes.values()):
-        return arrays, ""
-    if name != GENERATION:
-        try:
-            checked_feeds(loaded.graph_for(arrays["input"]), loaded.axes, arrays["input"])
-        except ShapeError as error:
-            return None, str(error)
-        return arrays, ""
-    return cut_generation(loaded, arrays)
-
-
-def cut_generation(loaded: LoadedBundle, arrays: Sides) -> tuple[Sides | None, str]:
-    """The rows and steps of a golden generation that fit into the engine's rows and its context."""
-    from transom.runtime.replay import from_arrays
-    from transom.runtime.tasks.generator import Generator
-
-    given, tokens = arrays["input"], arrays[PYTORCH].get("tokens")
-    if not isinstance(loaded, Generator) or not {"prompts", "lengths"} <= given.keys() or tokens is None:
-        return arrays, ""  # which is an error of its own
-    longest = loaded.max_size(str(loaded.prompt_tokens().shape[1]))
-    used = [loaded.decoder_length(prompt) for prompt in from_arrays(given)]
-    rows = [
-        row for row, length in enumerate(given["lengths"].tolist()) if length <= longest and used[row] < loaded.context
-    ]
-    rows = rows[: loaded.max_size("B")]
-    steps = min([tokens.shape[1], *(loaded.context - used[row] for row in rows)])
-    if len(rows) < loaded.axes["B"].min:
-        return None, f"of its prompts {len(rows)} fit into {longest} tokens and a context of {loaded.context}"
-    if (len(rows), steps) == tokens.shape:
-        return arrays, ""
-    cut = {
-        side: {key: array[rows] if side == "input" else array[rows][:, :steps] for key, array in held.items()}
-        for side, held in arrays.items()
-    }
-    return cut, f"{len(rows)} of {len(tokens)} rows and {steps} of {tokens.shape[1]} steps fit into the engine"
 
 
 def sums_of(manifest: Manifest, device: str) -> Sums | None:
@@ -270,68 +218,3 @@ def run_generation(loaded: LoadedBundle, arrays: Sides, rule: Reference) -> Self
         },
         tuple(divergence.told(rule.whose) for divergence in near_ties),
     )
-
-
-def is_generation(given: Mapping[str, Array], sides: Sequence[Mapping[str, Array]], judge: Mapping[str, Array]) -> bool:
-    """Whether the arrays of a golden generation are there and fit each other; PyTorch's are the first of ``sides``.
-
-    ``judge`` is the side whose tokens are compared.
-    """
-    theirs = sides[0]
-    needed = (
-        (given, "prompts", "int64", 2),
-        (given, "lengths", "int64", 1),
-        (theirs, "tokens", "int64", 2),
-        *((side, "logits", "float32", 3) for side in sides),
-        (judge, "tokens", "int64", 2),
-        (judge, "margins", "float32", 2),
-    )
-    for arrays, name, dtype, axes in needed:
-        if name not in arrays or arrays[name].dtype != dtype or arrays[name].ndim != axes:
-            return False
-    prompts, lengths, tokens, logits = given["prompts"], given["lengths"], theirs["tokens"], theirs["logits"]
-    return (
-        0 < len(prompts) == len(lengths) == len(tokens) == len(logits)
-        and 0 < int(lengths.min()) <= int(lengths.max()) <= prompts.shape[1]
-        and 0 < logits.shape[1] <= tokens.shape[1]
-        and tokens.shape == judge["tokens"].shape == judge["margins"].shape
-        and all(side["logits"].shape == logits.shape for side in sides)
-        and has_top(judge, logits.shape[2])
-    )
-
-
-def has_top(judge: Mapping[str, Array], vocabulary: int) -> bool:
-    """Whether the largest logits of each step fit the tokens; bundles of version 0.1.0 have none."""
-    if "top_ids" not in judge and "top_logits" not in judge:
-        return True
-    ids, logits = judge.get("top_ids"), judge.get("top_logits")
-    return (
-        ids is not None
-        and logits is not None
-        and ids.dtype == np.int64
-        and logits.dtype == np.float32
-        and ids.shape == logits.shape
-        and ids.ndim == 3
-        and ids.shape[:2] == judge["tokens"].shape
-        and ids.size > 0
-        and 0 <= int(ids.min()) <= int(ids.max()) < vocabulary
-    )
-
-
-def read_golden(bundle: Bundle) -> dict[str, dict[str, dict[str, Array]]]:
-    """golden.safetensors as case -> "input" | "pytorch" | "bundle" | "simulated" -> tensor name -> array."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import load as parse
-
-    if GOLDEN not in bundle.manifest.files:
-        return {}
-    try:
-        tensors = parse(bundle.read(GOLDEN))
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise BundleError(f"{GOLDEN} is not usable ({error}); export the bundle again.") from None
-    cases: dict[str, dict[str, dict[str, Array]]] = {}
-    for key, array in tensors.items():
-        case, _, rest = key.partition("/")
-        side, _, name = rest.partition("/")
-        cases.setdefault(case, {"input": {}}).setdefault(side, {})[name] = array
-    return cases

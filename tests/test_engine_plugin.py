@@ -38,8 +38,8 @@ from transom.export.passes.plugin_attention import (
 from transom.runtime.backends.trt_library import FULL
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import BackendError, EngineError
+from transom.runtime.golden import read_golden
 from transom.runtime.references import PYTORCH
-from transom.runtime.selftest import read_golden
 
 ATTENTION = """model (float[B, 4, S, 8] q, float[B, 2, T, 8] k, float[B, 2, T, 8] v, bool[B, 1, S, T] m)
     => (float[B, 4, S, 8] y) {

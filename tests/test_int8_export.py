@@ -25,7 +25,8 @@ from transom.export.quantization.stored import canonical_graphs
 from transom.runtime import load
 from transom.runtime.bundle import MANIFEST, Bundle
 from transom.runtime.errors import AccuracyError, CalibrationError
-from transom.runtime.selftest import GOLDEN, selftest
+from transom.runtime.golden import GOLDEN
+from transom.runtime.selftest import selftest
 
 Once = Callable[[str, Callable[[Path], object]], Path]
 LAYERS = 19  # of the reference ViT: three blocks of six, and the classifier

@@ -22,8 +22,9 @@ from transom.export import checks, pipeline
 from transom.export.parity import TOLERANCES, Case
 from transom.runtime.bundle import manifest_sha256
 from transom.runtime.errors import BundleError, ParityError
+from transom.runtime.golden import GENERATION, GOLDEN
 from transom.runtime.replay import NOTHING, Chosen, Greedy, divergences, require_same_tokens
-from transom.runtime.selftest import GENERATION, GOLDEN, selftest
+from transom.runtime.selftest import selftest
 
 MakeCheckpoint = Callable[..., Path]
 Exported = Callable[..., tuple[Path, Path]]

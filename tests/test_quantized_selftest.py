@@ -28,8 +28,9 @@ from transom.runtime import load
 from transom.runtime.backends.integer_sums import integer_sums
 from transom.runtime.bundle import SIMULATED, Bundle
 from transom.runtime.errors import AccuracyError, BundleError, ParityError
+from transom.runtime.golden import GOLDEN, read_golden
 from transom.runtime.references import BELOW_ZEROS, BUNDLE, ENGINE, PYTORCH, REPEAT, Reference, references
-from transom.runtime.selftest import GOLDEN, read_golden, selftest
+from transom.runtime.selftest import selftest
 
 ALL_SIDES = (PYTORCH, BUNDLE, SIMULATED)
 HEAD = "classifier.weight.transposed.scale"
@@ -276,3 +277,19 @@ def test_a_bundle_without_golden_values_is_refused(vit_bundle: Path, tmp_path: P
 
     with pytest.raises(BundleError, match="holds no golden values; export it again"):
         selftest(changed_bundle(vit_bundle, tmp_path, without))
+
+
+@pytest.mark.parametrize(("name", "case", "graph"), [("dates", "generation", "decoder"), ("clip", "B=", "image")])
+def test_golden_values_run_every_graph(
+    name: str, case: str, graph: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Without its generation a decoder, without its images a tower would be tested by nothing."""
+    bundle = copied(request.getfixturevalue(f"{name}_bundle"), tmp_path)
+
+    def rewrite(data: bytes) -> bytes:
+        found = parse(data).items()
+        return save({key: array for key, array in found if not key.startswith(case) or " S=" in key.split("/")[0]})
+
+    replaced(GOLDEN, rewrite)(bundle)
+    with pytest.raises(BundleError, match=f"no case runs the graph '{graph}'"):
+        selftest(bundle)

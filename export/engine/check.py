@@ -17,9 +17,9 @@ from transom.export.quantization.trial import open_flavours
 from transom.runtime.backend import Array, Backend
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import ExportError, ParityError
+from transom.runtime.golden import GENERATION, read_golden
 from transom.runtime.references import PYTORCH
 from transom.runtime.replay import from_arrays, logits_along
-from transom.runtime.selftest import GENERATION, read_golden
 from transom.runtime.session import LoadedBundle
 from transom.runtime.spec import Axis
 from transom.runtime.tasks.generator import Generator

@@ -11,7 +11,7 @@ from transom.export.report.drawing.markup import numeric, section, table, words
 from transom.export.report.drawing.numbers import bytes_text
 from transom.export.report.graphs import DEVICE
 from transom.runtime.bundle import Bundle
-from transom.runtime.selftest import GOLDEN
+from transom.runtime.golden import GOLDEN
 
 MOST_ROWS = 50
 INTEGERS = (ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT4, ir.DataType.UINT4)
