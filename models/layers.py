@@ -84,6 +84,6 @@ class SentencePooling(nn.Module):
             # A product of two equal rows, one of which is taken. ONNX Runtime adds up a ReduceSum, and a product of one
             # row, in an order that depends on the batch size and on the padding; this one in the order of the tokens.
             weight = attention_mask.unsqueeze(1).float()  # (B, 1, S)
-            total = (weight.expand(-1, 2, -1) @ hidden)[:, 0]  # (B, E)
+            total = (torch.cat((weight, weight), 1) @ hidden)[:, 0]  # (B, E)
             pooled = total / weight.sum(2).clamp(min=1e-9)
         return F.normalize(pooled, dim=-1) if self.normalize else pooled

@@ -16,22 +16,20 @@ WEIGHT_BITS = {"int8": (7, 8), "int4": (4,)}
 
 
 def parity_from_json(value: dict[str, Any], problems: list[str]) -> dict[str, Any]:
-    """The figures are for people, but for the three that ``transom selftest`` judges by."""
+    """The figures are for people, but for those that ``transom selftest`` judges by: scales, tolerance, worst error."""
     scales = value.get("scales", {})
     if not isinstance(scales, dict) or not all(type(scale) in (int, float) for scale in scales.values()):
         problems.append("parity.scales is no object of numbers")
     if type(value.get("tolerance")) not in (int, float):
         problems.append(f"parity.tolerance is {repr(value.get('tolerance'))[:60]}, expected a number")
-    worst = value.get("worst", {})
-    if not isinstance(worst, dict) or type(worst.get("error", 0.0)) is not float:
-        problems.append(f"parity.worst is {repr(worst)[:60]}, expected an object whose error is a float")
     return value
 
 
 def worst_error(parity: Mapping[str, Any]) -> float | None:
-    """Return the largest error against PyTorch of an export's parity run; None where it is not recorded."""
-    error: float | None = parity.get("worst", {}).get("error")
-    return error
+    """Return the largest error against PyTorch of an export's parity run; None where no such number is recorded."""
+    worst = parity.get("worst")
+    error = worst.get("error") if isinstance(worst, dict) else None
+    return error if isinstance(error, float) and error >= 0 else None
 
 
 def quantization_from_json(

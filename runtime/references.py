@@ -73,9 +73,9 @@ def pytorch_tolerance(manifest: Manifest) -> float:
     """
     tolerance = float(manifest.parity["tolerance"])
     worst = worst_error(manifest.parity)
-    if manifest.precision not in QUANTIZED or worst is None:
+    if manifest.precision not in QUANTIZED:
         return tolerance
-    return min(MORE_THAN_EXPORT * worst, BELOW_ZEROS)
+    return min(tolerance if worst is None else MORE_THAN_EXPORT * worst, BELOW_ZEROS)
 
 
 def differences(manifest: Manifest) -> list[str]:

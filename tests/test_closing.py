@@ -146,7 +146,7 @@ def test_a_callback_of_a_submitted_run_may_close() -> None:
 def test_a_submitted_run_can_be_cancelled_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
     from transom.runtime import session
 
-    monkeypatch.setattr(session, "cpu_count", lambda: 1)
+    monkeypatch.setattr(session, "usable_cores", lambda: 1)
     with load(KEPT / "bert-fp32", threads=1) as bert:
         ran, may_go, inner = [], threading.Event(), bert._backends[0].run
         bert._backends[0].run = lambda *arguments: (ran.append(may_go.wait(SECONDS)), inner(*arguments))[1]

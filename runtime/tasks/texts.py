@@ -85,11 +85,19 @@ class TextBundle(LoadedBundle):
             yield places, rows
 
     def run_texts(self, batch: EncodedBatch, *outputs: str) -> dict[str, Floats]:
-        """The graph's ``outputs`` for one batch."""
-        feeds = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-        if any(tensor.name == "token_type_ids" for tensor in self.graph_for(feeds).inputs):
-            feeds["token_type_ids"] = batch.token_type_ids
-        return self.run(feeds, outputs)
+        """The graph's ``outputs`` for one batch, which is padded to its ``row_length`` for as long as the graph runs."""
+        longest = batch.input_ids.shape[1]
+        more = row_length(longest, self.max_size("S")) - longest
+        feeds = {
+            "input_ids": padded_by(batch.input_ids, more, self.encoder().spec.pad_id),
+            "attention_mask": padded_by(batch.attention_mask, more, 0),
+        }
+        graph = self.graph_for(feeds)
+        if any(tensor.name == "token_type_ids" for tensor in graph.inputs):
+            feeds["token_type_ids"] = padded_by(batch.token_type_ids, more, 0)
+        found = self.run(feeds, outputs)
+        by_token = {tensor.name for tensor in graph.outputs if tensor.shape[1:2] == ("S",)}
+        return {name: array[:, :longest] if name in by_token else array for name, array in found.items()}
 
     def encoder(self) -> TextEncoder:
         """The tokenizer; InputError where the checkpoint had none."""
@@ -98,10 +106,15 @@ class TextBundle(LoadedBundle):
         return self._text
 
 
+def padded_by(array: NDArray[np.int64], more: int, value: int) -> NDArray[np.int64]:
+    """The array (R, S) with ``more`` columns of ``value`` behind it."""
+    return np.pad(array, ((0, 0), (0, more)), constant_values=value) if more else array
+
+
 def take(batch: EncodedBatch, chosen: Sequence[int] | NDArray[np.intp]) -> EncodedBatch:
-    """Some rows of a batch, with no more padding than the longest of them needs: its ``row_length``."""
+    """Some rows of a batch, with no more padding than the longest of them needs."""
     rows = tuple(batch.rows[index] for index in chosen)
-    length = row_length(max(len(row) for row in rows), batch.input_ids.shape[1])
+    length = max(len(row) for row in rows)
     index = np.asarray(chosen)
     ids, mask, types = (
         array[index, :length] for array in (batch.input_ids, batch.attention_mask, batch.token_type_ids)

@@ -279,8 +279,8 @@ class TextEncoder:
         return batch
 
     def padded(self, rows: Sequence[Encoding | CompactRow]) -> EncodedBatch:
-        """Rows of ``row`` as one batch, padded to the ``row_length`` of the longest of them."""
-        shape = (len(rows), row_length(max(len(row) for row in rows), self.max_tokens))
+        """Rows of ``row`` as one batch, padded to the longest of them."""
+        shape = (len(rows), max(len(row) for row in rows))
         ids = np.full(shape, self.spec.pad_id, dtype=np.int64)
         mask, types = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         for index, row in enumerate(rows):
