@@ -174,6 +174,7 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="guards whose name, file or subject has this in it")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="guards broken at the same time")
     parser.add_argument("--guards", type=Path, default=GUARDS, metavar="FOLDER", help="where the TOML files are")
+    parser.add_argument("--work", type=Path, default=WORK, metavar="FOLDER", help="where trees are copied to")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the list as a Markdown table, too")
     options = parser.parse_args()
     guards = [
@@ -187,10 +188,10 @@ def main() -> int:
         print(f"mutate: {guard.subject}: {guard.name}: {problem}", file=sys.stderr)
     if problems:
         return 2
-    runner = Runner(WORK)
+    runner = Runner(options.work)
     trees: Queue[Path] = Queue()
     for number in range(max(1, options.workers)):
-        trees.put(make_tree(WORK / f"tree{number}"))
+        trees.put(make_tree(options.work / f"tree{number}"))
     tests = sorted({test for guard in guards for test in guard.tests})
     print(f"{len(guards)} guards; first their tests with nothing broken", flush=True)
     status, output = runner.run(trees.queue[0], tests, timeout_s=None)

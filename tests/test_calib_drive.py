@@ -22,6 +22,7 @@ from transom.runtime.errors import BackendError, CalibrationError
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks import task_class
 from transom.runtime.tasks.bert import Bert
+from transom.runtime.text.tokenizer import ROW_STEP
 
 Call = tuple[str, dict[str, Array]]
 
@@ -62,7 +63,7 @@ def calls_of(folder: Path, *samples: Sample, **changed: Any) -> list[Call]:
 def without_padding(feeds: Any) -> Any:
     """Rows are padded by fours as they are run, and padding is not counted."""
     mask = feeds.get("attention_mask")
-    if mask is None:
+    if mask is None or mask.shape[1] % ROW_STEP:
         return feeds
     longest, padded = int(mask.sum(1).max()), mask.shape[1]
     cut = ("input_ids", "attention_mask", "token_type_ids")

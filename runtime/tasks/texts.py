@@ -85,7 +85,7 @@ class TextBundle(LoadedBundle):
             yield places, rows
 
     def run_texts(self, batch: EncodedBatch, *outputs: str) -> dict[str, Floats]:
-        """The graph's ``outputs`` for one batch, which is padded to its ``row_length`` for as long as the graph runs."""
+        """The graph's ``outputs`` for one batch, which is padded to its ``row_length`` while the graph runs."""
         longest = batch.input_ids.shape[1]
         more = row_length(longest, self.max_size("S")) - longest
         feeds = {
