@@ -21,7 +21,7 @@ from transom.export.scores import DIGIT_NAMES, blocks, heldout_images
 from transom.runtime.backend import Array, Backend, Read, open_backend
 from transom.runtime.backends.ort import OrtBackend
 from transom.runtime.bundle import Bundle, GraphFile
-from transom.runtime.replay import NOTHING, Greedy, greedy, logits_along
+from transom.runtime.replay import NOTHING, greedy, logits_along
 from transom.runtime.session import Opener
 from transom.runtime.tasks import task_class
 from transom.runtime.tasks.generator import Generator
@@ -178,7 +178,7 @@ class HeldOut:
 
     def __init__(self, fp32: Side) -> None:
         self.case = fp32.case
-        self._chosen: list[tuple[list[list[int]], Greedy]] = []
+        self._chosen: list[tuple[list[list[int]], Array]] = []
         if fp32.case.name == "transformer":
             loaded: Generator = fp32.loaded
             rows = [
@@ -187,14 +187,14 @@ class HeldOut:
             ]
             size = loaded.max_size("B")
             batches = [rows[first : first + size] for first in range(0, len(rows), size)]
-            self._chosen = [(batch, greedy(loaded, batch, NEW_TOKENS)) for batch in batches]
+            self._chosen = [(batch, greedy(loaded, batch, NEW_TOKENS).chosen.tokens) for batch in batches]
         self.reference = self.answers(fp32)
 
     def answers(self, side: Side) -> list[Array]:
         """What the task reads of the side's graphs: arrays whose last axis is logits or a vector."""
         if self._chosen:
             return [
-                logits_along(side.loaded, rows, found.tokens)[found.tokens != NOTHING] for rows, found in self._chosen
+                logits_along(side.loaded, rows, tokens)[tokens != NOTHING] for rows, tokens in self._chosen
             ]
         side.recorder.on, side.recorder.answers = True, []
         put_through_task(self.case, side.loaded)
