@@ -193,9 +193,7 @@ class HeldOut:
     def answers(self, side: Side) -> list[Array]:
         """What the task reads of the side's graphs: arrays whose last axis is logits or a vector."""
         if self._chosen:
-            return [
-                logits_along(side.loaded, rows, tokens)[tokens != NOTHING] for rows, tokens in self._chosen
-            ]
+            return [logits_along(side.loaded, rows, tokens)[tokens != NOTHING] for rows, tokens in self._chosen]
         side.recorder.on, side.recorder.answers = True, []
         put_through_task(self.case, side.loaded)
         side.recorder.on = False

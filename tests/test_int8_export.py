@@ -20,11 +20,12 @@ from tiny_graphs import operators, relative_error
 from transom.calib.data import Sample, open_calibration_data
 from transom.calib.identity import graph_sha256
 from transom.calib.table import RANGES, load_table
+from transom.export.parity import TOLERANCES
 from transom.export.quantization.options import QuantizeOptions
 from transom.export.quantization.stored import canonical_graphs
 from transom.runtime import load
 from transom.runtime.bundle import MANIFEST, Bundle
-from transom.runtime.errors import AccuracyError, CalibrationError
+from transom.runtime.errors import AccuracyError, CalibrationError, ParityError
 from transom.runtime.golden import GOLDEN
 from transom.runtime.selftest import selftest
 
@@ -213,6 +214,20 @@ def test_users_texts_are_measured_on_what_was_held_out(small: Path) -> None:
     assert (verdict["repeated"]["calibrations"], verdict["repeated"]["n"]) == (2, 2 * 5)
     assert (verdict["score"], verdict["holds"]) == (None, True)
     assert record(small / "from-ranges" / "bundle")["gate"]["cpu"]["repeated"] is None
+
+
+@pytest.mark.usefixtures("one_trial")
+def test_without_a_gate_parity_is_required_all_the_same(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error that is usual in INT8, and a limit below it."""
+    monkeypatch.setitem(TOLERANCES, "int8", 1e-3)
+    options = QuantizeOptions((str(small / "texts.txt"),), ranges=small / "calibrated" / RANGES, gate=False)
+    with pytest.raises(
+        ParityError, match=r"in int8.* differs from PyTorch .* must be below 0\.001\. Nothing was written"
+    ):
+        export_to(tmp_path / "out", small / "checkpoint", max_sizes={"B": 3}, precision="int8", quantize=options)
+    assert not (tmp_path / "out" / "bundle").exists()
 
 
 @pytest.mark.usefixtures("one_trial")
