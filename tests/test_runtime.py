@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from command_line import changed_bundle
 from transom.runtime import load
-from transom.runtime.errors import BackendError, InputError, ShapeError
+from transom.runtime.errors import BackendError, BundleError, InputError, ShapeError
 
 
 def feeds(B: int, S: int, seed: int = 0) -> dict[str, Any]:
@@ -192,3 +193,15 @@ def test_the_runtime_works_where_torch_and_onnx_are_absent(bert_bundle: Path, vi
         [sys.executable, "-c", BARE, str(bert_bundle), str(vit_bundle)], capture_output=True, text=True, check=True
     )
     assert done.stdout.split("\n")[:4] == ["(2, 160)", "5", "True", "1"]
+
+
+def test_a_graph_has_the_names_and_dtypes_of_bundle_json(tmp_path: Path) -> None:
+    def renamed(words: dict[str, Any]) -> None:
+        (logits,) = (each for each in words["graphs"][0]["outputs"] if each["name"] == "logits")
+        logits["name"] = "scores"
+
+    kept = Path(__file__).parent / "bundles" / "0.1.0" / "vit-fp32"
+    with pytest.raises(
+        BundleError, match=r"model\.onnx and bundle\.json disagree about logits, scores\. Export the bun"
+    ):
+        load(changed_bundle(kept, tmp_path, renamed), threads=1)
