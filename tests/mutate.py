@@ -154,6 +154,7 @@ class Runner:
         if status is None:
             process.kill()
             process.join()
+        process.close()
         return status, log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
 
     def outcome(self, guard: Guard, tree: Path) -> Outcome:
