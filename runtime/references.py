@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from transom.runtime.backends.integer_sums import integer_sums
 from transom.runtime.backends.ort_library import onnxruntime
 from transom.runtime.bundle import QUANTIZED, SIMULATED, Manifest
-from transom.runtime.cpu import instruction_set
+from transom.runtime.cpu import UNKNOWN, instruction_set
 from transom.runtime.records import worst_error
 from transom.runtime.saturation import multiplies_integers
 
@@ -94,7 +94,7 @@ def differences(manifest: Manifest) -> list[str]:
     found = [
         f"{what} is {here} here, at the export it was {'not recorded' if there is None else str(there)[:40]}"
         for what, there, here in pairs
-        if there != here
+        if there != here or here == UNKNOWN.name
     ]
     if not multiplies_integers(manifest) and instruction_set() in BLOCKS_IN_FLOATS:
         found.append(f"with {instruction_set()} sums of weights in blocks depend on the number of threads")

@@ -52,9 +52,7 @@ class SelftestCase:
 
     name: str
     comparisons: Mapping[str, tuple[Comparison, ...]]  # by side
-    near_ties: tuple[
-        str, ...
-    ] = ()  # where a greedy generation left the one it is compared with, itself undecided there
+    near_ties: tuple[str, ...] = ()  # where a greedy generation left one that was itself undecided there
 
     def against(self, side: str) -> tuple[Comparison, ...]:
         """Return the comparisons with one side; nothing where the golden values have no such side."""

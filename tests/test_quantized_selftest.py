@@ -178,6 +178,17 @@ def test_weights_alone_have_one_graph_for_every_device() -> None:
     assert [each.side for each in references(manifest, "cuda", (PYTORCH, BUNDLE))] == [BUNDLE, PYTORCH]
 
 
+def test_two_unknown_processors_need_not_be_of_one_kind(
+    int8_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(words: dict[str, Any]) -> None:
+        words["quantization"]["instruction_set"] = "unknown"
+
+    monkeypatch.setattr("transom.runtime.references.instruction_set", lambda: "unknown")
+    manifest = Bundle(changed_bundle(int8_bundle, tmp_path, unknown)).manifest
+    assert references(manifest, "cpu", ALL_SIDES)[0].tolerance == REPEAT
+
+
 @pytest.mark.parametrize(("name", "here", "tolerance"), [("sse", True, REPEAT), ("avx2", False, 0.0)])
 def test_weights_alone_repeat_bit_for_bit_where_blocks_are_integers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, here: bool, tolerance: float

@@ -201,7 +201,5 @@ def test_a_graph_has_the_names_and_dtypes_of_bundle_json(tmp_path: Path) -> None
         logits["name"] = "scores"
 
     kept = Path(__file__).parent / "bundles" / "0.1.0" / "vit-fp32"
-    with pytest.raises(
-        BundleError, match=r"model\.onnx and bundle\.json disagree about logits, scores\. Export"
-    ):
+    with pytest.raises(BundleError, match=r"model\.onnx and bundle\.json disagree about logits, scores\. Export"):
         load(changed_bundle(kept, tmp_path, renamed), threads=1)
