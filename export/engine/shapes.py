@@ -54,9 +54,9 @@ def narrowed(axes: Mapping[str, Axis], graphs: Sequence[Graph], shapes: Shapes) 
     for graph in decoders:
         for cache in cache_sizes(graph, axes):
             found[cache] = replace(found[cache], opt=found[cache].max)
-            follow(found, str(token_input(graph).shape[1]), cache, shapes, problems)
+            follow(found, axes, str(token_input(graph).shape[1]), cache, shapes, problems)
         for name in step_axes(graph):
-            follow(found, name, str(token_input(graph).shape[1]), shapes, problems)
+            follow(found, axes, name, str(token_input(graph).shape[1]), shapes, problems)
     require_none(problems)
     return found
 
@@ -84,10 +84,15 @@ def bounded(name: str, axis: Axis, shapes: Shapes, problems: list[str]) -> Axis:
     return replace(axis, min=low, opt=opt, max=high)
 
 
-def follow(found: dict[str, Axis], name: str, other: str, shapes: Shapes, problems: list[str]) -> None:
-    """Bound the axis ``name`` by the max of the ``other``, which it can never pass."""
+def follow(
+    found: dict[str, Axis], axes: Mapping[str, Axis], name: str, other: str, shapes: Shapes, problems: list[str]
+) -> None:
+    """Bound the axis ``name`` by the max of the ``other``, which it can never pass, where that was narrowed.
+
+    Bounds of the bundle that do not go together are for ``require_room`` to refuse.
+    """
     most = found[other].max
-    if name not in found or found[name].max <= most:
+    if name not in found or found[name].max <= most or most == axes[other].max:
         return
     if name in shapes.max or (name in shapes.opt and shapes.opt[name] > most):
         problems.append(f"axis {name} would reach {found[name].max}, and {other} {most}, which bounds it")
