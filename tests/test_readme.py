@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 import shlex
@@ -133,10 +134,12 @@ def test_the_commands_of_polygraphy_run(tmp_path: Path) -> None:
     text = (REPO / "docs/tensorrt.md").read_text(encoding="utf-8")
     bundle = Path(shutil.copytree(REPO / "tests/bundles/0.1.0/vit-int8", tmp_path / "bundle"))
     assert transom("build", bundle, "--target", "rtx-sm89").exit_code == 0
+    libraries = Path(str(importlib.metadata.distribution("polygraphy").locate_file("")))  # lib/python3.x/site-packages
+    folders = [Path(sys.executable).parent, libraries.parents[2] / "bin", os.environ["PATH"]]
     engine, onnx = (
         subprocess.run(
             ["bash", "-c", line.strip().replace("BUNDLE", str(bundle))],
-            env={**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
+            env={**os.environ, "PATH": os.pathsep.join(map(str, folders))},
             cwd=tmp_path,
             capture_output=True,
             text=True,
