@@ -128,9 +128,7 @@ def run_pytest(tree: str, shared: str, tests: Sequence[str], log: str) -> None:
 
     ignored = "ignore::pytest.PytestAssertRewriteWarning"  # of what was loaded before pytest came
     arguments = ["-x", "-q", "-rfE", "--no-header", "--tb=line", "-p", "no:cacheprovider", "-W", ignored, *tests]
-    status = int(pytest.main(arguments))
-    sys.stdout.flush()
-    os._exit(status)
+    sys.exit(int(pytest.main(arguments)))
 
 
 class Runner:
