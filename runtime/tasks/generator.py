@@ -18,7 +18,7 @@ from transom.runtime.generate import GenerationSettings, generate, stream
 from transom.runtime.inputs import WRITE_INDICES
 from transom.runtime.process_bound import ProcessBound
 from transom.runtime.session import LoadedBundle
-from transom.runtime.text.tokenizer import TextEncoder, TextSpec
+from transom.runtime.text.tokenizer import TextEncoder, TextSpec, lowered
 
 if TYPE_CHECKING:
     from transom.runtime.backend import Array
@@ -264,7 +264,7 @@ class Generator(LoadedBundle, ABC):
         if positions is None or tokens > positions:
             return "export a model with a longer context"
         words = self.wider(**{axis: tokens for axis in dict.fromkeys(axes) if self.max_size(axis) < tokens})
-        return f"{words[0].lower()}{words[1:]}"
+        return lowered(words)
 
     def _decoder_tokens(self) -> Tensor:
         return self.backend("decoder").graph.inputs[0]
