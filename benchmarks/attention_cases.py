@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from transom.export.plugins.blocks import ADDED, PROMPT, STEP
-from transom.export.plugins.launch import Blocks, Variant, width
+from transom.export.plugins.kernel_spec import Blocks, Variant, width
+from transom.export.plugins.tile_sizes import ADDED, PROMPT, STEP
 
 TOKENS = 16384  # of a batch: as many rows of S as that gives
 WIDTH = 2048  # of a model: 32 heads of 64, 16 of 128

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from attention_cases import COLUMNS, Case
 
-from transom.export.plugins.blocks import FAMILIES, blocks_for
-from transom.export.plugins.launch import Blocks
+from transom.export.plugins.kernel_spec import Blocks
+from transom.export.plugins.tile_sizes import FAMILIES, blocks_for
 
 BETTER = 0.97  # of the table's time: what is nearer to it is noise
 

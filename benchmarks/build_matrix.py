@@ -26,7 +26,7 @@ from transom.export.engine.targets import TARGETS, find_targets
 from transom.export.pipeline import export
 from transom.export.quantization.options import QuantizeOptions
 from transom.runtime.bundle import Bundle
-from transom.runtime.machine import cpu_name
+from transom.runtime.host import cpu_name
 
 PRECISIONS = ("fp16", "int8")
 RTX = tuple(target.name for target in TARGETS.values() if target.capability is not None)

@@ -1,4 +1,4 @@
-"""What the length of a cache's buffer costs, and which step it should grow by (runtime/decoder/cache.py: STEP).
+"""What the length of a cache's buffer costs, and which step it should grow by (runtime/kv_cache.py: STEP).
 
     python benchmarks/cache_step.py BUNDLE       a decoder-only bundle, GPT-2 of 124 M parameters for example
 
@@ -14,10 +14,10 @@ import time
 
 import numpy as np
 
+from transom.runtime import kv_cache as cache
 from transom.runtime import load
-from transom.runtime.decoder import cache
-from transom.runtime.decoder.decoding import Decoding
-from transom.runtime.machine import processor
+from transom.runtime.decoder import Decoding
+from transom.runtime.host import processor
 
 STEPS = (32, 64, 128, 256, 1024)
 ROUNDS = 3

@@ -29,15 +29,15 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from transom.calib.collector import ObservingBackend
 from transom.calib.data import open_calibration_data
-from transom.calib.identity import graph_sha256
-from transom.calib.observe import ObservingBackend
+from transom.calib.graph_hash import graph_sha256
 from transom.calib.table import GraphRanges, RangeTable
-from transom.export.passes.linears import find_linears
+from transom.export.passes.linear_layers import find_linears
 from transom.models.references import reference_folder
 from transom.runtime.backends.ort_library import onnxruntime
 from transom.runtime.bundle import Bundle
-from transom.runtime.machine import processor
+from transom.runtime.host import processor
 from transom.runtime.tasks import task_class
 
 SIDES = {"ours": "Transom, 4096 bins", "theirs": "onnxruntime.quantization, Entropy"}

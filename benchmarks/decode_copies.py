@@ -23,7 +23,7 @@ import numpy as np
 from transom.runtime.backends.ort import as_loaded
 from transom.runtime.backends.ort_library import onnxruntime
 from transom.runtime.bundle import Bundle
-from transom.runtime.machine import processor
+from transom.runtime.host import processor
 
 STEPS = 30
 CAPACITIES = (128, 1024)

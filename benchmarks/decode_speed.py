@@ -22,7 +22,7 @@ import transformers
 
 from transom.export.pipeline import export
 from transom.runtime import load
-from transom.runtime.machine import processor
+from transom.runtime.host import processor
 
 CASES = ((64, 64), (900, 100))  # tokens of the prompt, new tokens
 

@@ -24,7 +24,7 @@ from int8_measures import alternating, machine, relative_error, timed_call
 
 from transom.calib.table import RANGES
 from transom.export.scores import SCORES
-from transom.runtime.backend import Backend, Read, open_backend
+from transom.runtime.backends.base import Backend, Read, open_backend
 from transom.runtime.backends.integer_sums import integer_sums
 from transom.runtime.bundle import GraphFile
 

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from diskless_bundles import load_manifest, slim
 from json_mutations import mutated
-from transom.runtime.machine import processor
+from transom.runtime.host import processor
 
 
 class Reader:

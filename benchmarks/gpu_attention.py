@@ -6,7 +6,7 @@ What is timed is the PTX that was compiled ahead of time, launched by CUDA's dri
 itself; one that refuses is listed with its reason. Every side is held against float64 before it is timed. Sides take
 turns, round by round, each call timed by CUDA events behind a write over the whole L2 cache. What a GPU can reach is
 measured in the same run: a large product, a large copy. Blocks are tuned first, and the rows of the table in
-``export/plugins/blocks.py`` that would be better are written out. Without a GPU it says so and ends with status 0.
+``export/plugins/tile_sizes.py`` that would be better are written out. Without a GPU it says so and ends with status 0.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ import numpy as np
 from attention_cases import AIMS, COLUMNS, Case, candidates, cases, key_of, parts_of, tuned_on
 from attention_tables import Roofline, better_rows, markdown, number, ratio_of, told_of
 
-from transom.export.plugins.ahead import Compiled, attention_ptx, whole_ptx
-from transom.export.plugins.blocks import blocks_for, portable
-from transom.export.plugins.gpu import Kernel
-from transom.export.plugins.launch import Blocks, Variant, width
+from transom.export.plugins.aot import Compiled, attention_ptx, whole_ptx
+from transom.export.plugins.cuda_launcher import Kernel
+from transom.export.plugins.kernel_spec import Blocks, Variant, width
+from transom.export.plugins.tile_sizes import blocks_for, portable
 from transom.runtime.backends.cuda import Gpu, find_gpu
 from transom.runtime.errors import TransomError, one_line
 

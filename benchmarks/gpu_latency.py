@@ -28,8 +28,8 @@ from transom.export.pipeline import export
 from transom.export.quantization.options import QuantizeOptions
 from transom.runtime import load
 from transom.runtime.backends.cuda import Event, find_gpu
-from transom.runtime.backends.plans import target_for
 from transom.runtime.backends.trt import Caller
+from transom.runtime.backends.trt_plans import target_for
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import TransomError
 

@@ -16,12 +16,12 @@ import numpy as np
 import onnx
 from outliers import outlier_checkpoint
 
-from transom.export.inputs import heldout_dates, heldout_text, masked_text, wordnet_pairs
+from transom.export.datasets import heldout_dates, heldout_text, masked_text, wordnet_pairs
 from transom.export.scores import DIGIT_NAMES, blocks, heldout_images
-from transom.runtime.backend import Array, Backend, Read, open_backend
+from transom.runtime.backends.base import Array, Backend, Read, open_backend
 from transom.runtime.backends.ort import OrtBackend
 from transom.runtime.bundle import Bundle, GraphFile
-from transom.runtime.replay import NOTHING, greedy, logits_along
+from transom.runtime.greedy_check import NOTHING, greedy, logits_along
 from transom.runtime.session import Opener
 from transom.runtime.tasks import task_class
 from transom.runtime.tasks.generator import Generator
@@ -160,7 +160,7 @@ def size_of(bundle: Bundle) -> int:
 def calibration_feeds(case: Case, folder: Path, samples: int) -> dict[str, list[dict[str, Array]]]:
     """Graph -> what the runtime feeds it when samples, evenly spread over the data, go through one by one."""
     from transom.calib.data import open_calibration_data
-    from transom.calib.drive import put_through
+    from transom.calib.run_samples import put_through
 
     data = open_calibration_data([case.data]).samples
     with open_side(case, folder) as side:

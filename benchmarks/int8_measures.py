@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 from int8_cases import HeldOut, Side
 
-from transom.export.measures import Rate
+from transom.export.metrics import Rate
 from transom.export.scores import SCORES
-from transom.runtime.backend import Array
+from transom.runtime.backends.base import Array
 from transom.runtime.backends.integer_sums import integer_sums
 from transom.runtime.bench import example_feeds, sizes_of
 from transom.runtime.cpu import instruction_set
-from transom.runtime.machine import cpu_name
+from transom.runtime.host import cpu_name
 from transom.runtime.tasks.generator import Generator
 
 S_TIMED = 128  # tokens of a text that is timed, or as many as the bundle allows

@@ -40,8 +40,8 @@ import onnx
 from int8_cases import CASES, THREADS, Case, HeldOut, Side, bundle_of, calibration_feeds, in_place, open_side
 from int8_measures import HEAD, Row, first_line, line, machine, measured
 
-from transom.runtime.backend import Array
 from transom.runtime.backends import ort_library
+from transom.runtime.backends.base import Array
 from transom.runtime.bundle import Bundle
 
 SAMPLES = 128

@@ -35,10 +35,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from transom.export.leftovers import NAME, clear_leftovers
+from transom.export.staging import NAME, clear_leftovers
 from transom.runtime.bundle import MANIFEST, Bundle, manifest_sha256
 from transom.runtime.errors import BundleError
-from transom.runtime.machine import processor
+from transom.runtime.host import processor
 
 COUNTED = ("tempfile.mkdtemp", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.listdir", "os.scandir")
 COMMAND = (sys.executable, "-m", "transom.cli.main")

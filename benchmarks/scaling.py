@@ -33,8 +33,8 @@ from scaling_plot import draw
 from transom.runtime import load
 from transom.runtime.backends.ort_library import onnxruntime
 from transom.runtime.bench import example_feeds, sizes_of
-from transom.runtime.decoder.decoding import CHUNK
-from transom.runtime.machine import cpu_name
+from transom.runtime.decoder import CHUNK
+from transom.runtime.host import cpu_name
 
 if TYPE_CHECKING:
     from transom.runtime.session import LoadedBundle

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from transom.runtime import load
-from transom.runtime.machine import processor
+from transom.runtime.host import processor
 
 
 def resident_mib() -> float:

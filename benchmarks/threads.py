@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from mixed_requests import different_answers, requests
 from transom.runtime import load
-from transom.runtime.machine import processor
+from transom.runtime.host import processor
 
 
 def main() -> int:

@@ -17,9 +17,9 @@ from typing import NamedTuple, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.calib.arrays import NpzRows
-from transom.calib.files import ImageFolder, JsonLines, TextLines
-from transom.calib.named import NAMES, named_samples
+from transom.calib.builtin_sets import NAMES, named_samples
+from transom.calib.npz_reader import NpzRows
+from transom.calib.readers import ImageFolder, JsonLines, TextLines
 from transom.calib.samples import IMAGE, TEXT, Sample, Source, printable
 from transom.runtime.errors import CalibrationError
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.runtime.errors import CalibrationError
-from transom.runtime.fields import Fields
+from transom.runtime.json_reader import Fields
 
 BINS = 4096  # over [-limit, limit): at least 1024 for what lies on one side of zero
 HALF = BINS // 2

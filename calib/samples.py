@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.runtime.backend import Array
+from transom.runtime.backends.base import Array
 from transom.runtime.errors import CalibrationError
 
 TEXT, IMAGE = "text", "image"  # the kinds of a sample beside the names of its raw inputs

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from transom.calib.histogram import MAX_LIMIT, Histogram
 from transom.runtime.errors import BundleError, CalibrationError
-from transom.runtime.fields import Fields, parse_json, shortened
+from transom.runtime.json_reader import Fields, parse_json, shortened
 
 RANGES = "ranges.json"
 FORMAT = "transom-ranges"
@@ -58,7 +58,7 @@ class Smoothing:
 
 @dataclass(frozen=True, eq=False)
 class GraphRanges:
-    """``sha256`` is of the canonical FP32 graph (``transom.calib.identity.graph_sha256``), before any smoothing.
+    """``sha256`` is of the canonical FP32 graph (``transom.calib.graph_hash.graph_sha256``), before any smoothing.
 
     ``tensors`` were observed after it. ``smoothing`` goes by the names of the LayerNorms' outputs.
     """

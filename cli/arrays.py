@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from transom.runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from transom.runtime.backend import Array
+    from transom.runtime.backends.base import Array
 
 
 MAX_BYTES = 4 << 30  # unpacked; 7,000 images of 224x224 pixels

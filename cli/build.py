@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from transom.cli.options import BundlePath, Json, sizes
+from transom.cli.output import bytes_text, print_json, print_table, printable
 from transom.cli.progress import progress
-from transom.cli.show import bytes_text, print_json, print_table, printable
 
 if TYPE_CHECKING:
     from transom.export.engine.build import Engine
@@ -100,7 +100,7 @@ def build(
         from transom.export.engine.build import build as build_engines
         from transom.export.engine.shapes import Shapes
         from transom.export.engine.targets import find_targets
-        from transom.export.steps import Steps
+        from transom.export.progress import Steps
         from transom.runtime.bundle import Bundle
 
         targets = find_targets(target)

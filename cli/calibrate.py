@@ -12,8 +12,8 @@ import typer
 from transom.cli.export import CalibrationData, Method, MethodOption, SmoothQuant
 from transom.cli.extras import export_extra
 from transom.cli.options import BundlePath, Json
+from transom.cli.output import print_json, print_table, printable
 from transom.cli.progress import progress
-from transom.cli.show import print_json, print_table, printable
 
 
 def calibrate(
@@ -32,9 +32,9 @@ def calibrate(
     """
     with progress(quiet=as_json) as report, redirect_stdout(sys.stderr), export_extra():
         from transom.calib.table import RANGES
+        from transom.export.bundle_graphs import calibrate_bundle
+        from transom.export.progress import Steps
         from transom.export.quantization.options import QuantizeOptions
-        from transom.export.quantization.stored import calibrate_bundle
-        from transom.export.steps import Steps
         from transom.runtime.bundle import Bundle
 
         steps = Steps(report, 0)

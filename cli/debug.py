@@ -11,8 +11,8 @@ import typer
 
 from transom.cli.extras import export_extra
 from transom.cli.options import BundlePath, CalibratedOn, Json, Source, Threads
+from transom.cli.output import print_json, print_table, printable
 from transom.cli.progress import progress
-from transom.cli.show import print_json, print_table, printable
 
 if TYPE_CHECKING:
     from transom.export.debug import Findings

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transom.cli.answers import TASKS
-from transom.cli.show import bytes_text, folder_bytes
+from transom.cli.output import bytes_text, folder_bytes
 
 if TYPE_CHECKING:
     from transom.runtime.bundle import Manifest
-    from transom.runtime.spec import Tensor
+    from transom.runtime.graph_spec import Tensor
 
 GPU_FORMATS = ("fp16", "bf16")
 GPU_NOTE = "GPU format: on a CPU its files are smaller, nothing is faster"
@@ -92,7 +92,7 @@ def layer_of(tensor: Tensor) -> tuple[str, str, str]:
 
 def tensor_text(tensor: Tensor, name: str) -> str:
     """``input_ids int64 (B, S), values below 30522``."""
-    from transom.runtime.spec import COUNT
+    from transom.runtime.graph_spec import COUNT
 
     text = f"{name} {tensor.dtype} ({', '.join(map(str, tensor.shape))})"
     if tensor.below is not None:
@@ -121,7 +121,7 @@ def near_ties(parity: Mapping[str, Any]) -> list[str]:
 
 def parity_text(parity: Mapping[str, Any], quantized: bool = False) -> str:
     """The worst error that the export measured, against what its precision allows; quantised ones have a gate."""
-    from transom.runtime.records import worst_error
+    from transom.runtime.manifest_sections import worst_error
 
     worst, tolerance = worst_error(parity), parity.get("tolerance")
     if worst is None:

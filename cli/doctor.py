@@ -20,7 +20,7 @@ import typer
 from transom.cli.extras import EXPORT_EXTRA
 from transom.cli.failures import FAILED
 from transom.cli.options import Json
-from transom.cli.show import print_fields, print_json
+from transom.cli.output import print_fields, print_json
 from transom.runtime.errors import BackendError
 
 RUNTIME = ("numpy", "tokenizers", "pillow", "safetensors")  # onnxruntime has several distributions
@@ -174,7 +174,7 @@ def cpu_reason(providers: Sequence[str], gpus: Sequence[Mapping[str, Any]]) -> s
 
 def examine_cpu() -> dict[str, Any]:
     from transom.runtime.cpu import cpu_flags
-    from transom.runtime.machine import cpu_name, usable_cores
+    from transom.runtime.host import cpu_name, usable_cores
 
     return {
         "name": cpu_name(),

@@ -23,8 +23,8 @@ from transom.cli.describe import (
 from transom.cli.extras import export_extra
 from transom.cli.help import REFERENCES
 from transom.cli.options import Json, sizes
+from transom.cli.output import bytes_text, folder_bytes, print_json, printable
 from transom.cli.progress import progress
-from transom.cli.show import bytes_text, folder_bytes, print_json, printable
 
 if TYPE_CHECKING:
     from transom.runtime.bundle import Manifest

@@ -15,7 +15,7 @@ from typing import cast
 
 import typer
 
-from transom.cli.show import print_json, say
+from transom.cli.output import print_json, say
 from transom.runtime.errors import TransomError
 
 FAILED = 1

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from transom.cli.show import printable
+from transom.cli.output import printable
 from transom.runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def has_tokenizer(bundle: Any) -> bool:
 
 def streams(bundle: Any, prompts: Sequence[str], wishes: Wishes) -> bool:
     """Whether one text is asked for whose tokens are final as soon as they are there."""
-    from transom.runtime.generate import GenerationSettings
+    from transom.runtime.generation import GenerationSettings
 
     if len(prompts) != 1 or wishes.score:
         return False

@@ -21,7 +21,7 @@ from transom.cli.describe import (
     tensor_texts,
 )
 from transom.cli.options import BundlePath, Json
-from transom.cli.show import bytes_text, folder_bytes, print_fields, print_json, print_table
+from transom.cli.output import bytes_text, folder_bytes, print_fields, print_json, print_table
 
 if TYPE_CHECKING:
     from transom.runtime.bundle import Manifest

@@ -26,11 +26,11 @@ from transom.cli.export import export
 from transom.cli.failures import Terminated, debug_from_environment, given, reported, without
 from transom.cli.help import GroupedCommand
 from transom.cli.inspect_bundle import inspect
+from transom.cli.output import say
 from transom.cli.remove_engine import remove_engine
 from transom.cli.report import report
 from transom.cli.run import run
 from transom.cli.selftest import selftest
-from transom.cli.show import say
 from transom.cli.table import table
 from transom.cli.verify import verify
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from transom.cli.show import printable, say
+from transom.cli.output import printable, say
 
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much
 

@@ -8,7 +8,7 @@ import typer
 
 from transom.cli.build import target_names
 from transom.cli.options import BundlePath, Json
-from transom.cli.show import bytes_text, print_json, printable
+from transom.cli.output import bytes_text, print_json, printable
 
 
 def remove_engine(

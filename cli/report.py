@@ -9,7 +9,7 @@ import typer
 
 from transom.cli.extras import export_extra
 from transom.cli.options import BundlePath
-from transom.cli.show import printable
+from transom.cli.output import printable
 from transom.runtime.errors import ExportError
 
 

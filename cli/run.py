@@ -15,7 +15,7 @@ from transom.cli.arrays import array_json, array_line, read_arrays, write_arrays
 from transom.cli.generate import print_stream, streams
 from transom.cli.generation_options import GenerationOptions, option_of, with_generation_options
 from transom.cli.options import BundlePath, Device, Json, Threads
-from transom.cli.show import print_json, printable
+from transom.cli.output import print_json, printable
 from transom.runtime.errors import InputError
 
 STDIN = "-"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from transom.cli.options import BundlePath, Device, Json, Threads
-from transom.cli.show import comparison_cells, print_json, print_table, printable
+from transom.cli.output import comparison_cells, print_json, print_table, printable
 
 AGREES = {"pytorch": "PyTorch", "bundle": "its build", "simulated": "its simulated TensorRT graph"}
 
@@ -19,7 +19,7 @@ def selftest(bundle: BundlePath, device: Device = "cpu", threads: Threads = None
     """
     from transom.runtime import selftest as runtime
     from transom.runtime.bundle import SIMULATED
-    from transom.runtime.references import BUNDLE
+    from transom.runtime.golden_reference import BUNDLE
 
     report = runtime.selftest(bundle, device, threads)
     simulated = any(case.against(SIMULATED) for case in report.cases)

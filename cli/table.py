@@ -18,8 +18,8 @@ from transom.cli.describe import (
 )
 from transom.cli.failures import FAILED
 from transom.cli.options import Json
+from transom.cli.output import bytes_text, folder_bytes, print_json, print_table, printable, say, sizes_text
 from transom.cli.progress import progress
-from transom.cli.show import bytes_text, folder_bytes, print_json, print_table, printable, say, sizes_text
 from transom.runtime.errors import TransomError
 
 RUNS, WARMUP, SECONDS = 30, 5, 10.0  # of the p50 column: enough for a median
@@ -59,8 +59,8 @@ def row_of(path: Path) -> dict[str, Any]:
     from transom.runtime.backends.ort_library import onnxruntime
     from transom.runtime.bench import Effort, measurements
     from transom.runtime.cpu import instruction_set
-    from transom.runtime.machine import processor
-    from transom.runtime.records import worst_error
+    from transom.runtime.host import processor
+    from transom.runtime.manifest_sections import worst_error
     from transom.runtime.tasks.generator import Generator
 
     try:

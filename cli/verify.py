@@ -15,11 +15,11 @@ from transom.cli.describe import near_ties
 from transom.cli.extras import export_extra
 from transom.cli.failures import FAILED
 from transom.cli.options import BundlePath, CalibratedOn, Device, Json, Source, Threads
+from transom.cli.output import comparison_cells, print_json, print_table, printable, say, sizes_text
 from transom.cli.progress import progress
-from transom.cli.show import comparison_cells, print_json, print_table, printable, say, sizes_text
 
 if TYPE_CHECKING:
-    from transom.export.parity import Case
+    from transom.export.parity.compare import Case
     from transom.runtime.compare import Comparison
 
 
@@ -47,7 +47,7 @@ def verify(
     """
     with progress(quiet=as_json) as report, redirect_stdout(sys.stderr), export_extra():
         from transom.export import pipeline
-        from transom.runtime.machine import processor
+        from transom.runtime.host import processor
 
         verified = pipeline.verify(
             bundle,

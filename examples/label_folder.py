@@ -32,9 +32,9 @@ from rich.progress import MofNCompleteColumn, Progress
 
 from transom.runtime import load
 from transom.runtime.errors import InputError, TransomError
-from transom.runtime.images import open_image
-from transom.runtime.tasks.answers import Ranked
+from transom.runtime.image_loading import open_image
 from transom.runtime.tasks.clip import Clip
+from transom.runtime.tasks.postprocess import Ranked
 from transom.runtime.tasks.vit import ViT
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")

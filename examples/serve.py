@@ -36,10 +36,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from transom.runtime import load
 from transom.runtime.errors import InputError, TransomError
 from transom.runtime.session import LoadedBundle
-from transom.runtime.tasks.answers import Ranked
 from transom.runtime.tasks.bert import Bert
 from transom.runtime.tasks.clip import Clip
 from transom.runtime.tasks.gpt import GPT
+from transom.runtime.tasks.postprocess import Ranked
 from transom.runtime.tasks.transformer import Transformer
 from transom.runtime.tasks.vit import ViT
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from train_vit_digits import jitter, pixel_values, scans, split
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from transom.export.measures import Score
+from transom.export.metrics import Score
 
 SEED = 20
 VOCABULARY = 736

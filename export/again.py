@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transom.export.source import Loaded, load_source
+from transom.export.checkpoint import Loaded, load_source
 from transom.runtime.bundle import Bundle, Manifest
 from transom.runtime.errors import CheckpointError
 

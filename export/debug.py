@@ -1,7 +1,7 @@
 """Which layers of a bundle break its accuracy: searched in the files that ship, layer by layer back in FP32.
 
 Half precision and integers that are written into a graph (strong typing) cannot be taken back by an option of
-whoever runs it. So the graph gets a switch per layer (export/passes/restore.py), and the search throws them.
+whoever runs it. So the graph gets a switch per layer (export/passes/layer_switches.py), and the search throws them.
 """
 
 from __future__ import annotations
@@ -12,27 +12,27 @@ from pathlib import Path
 from typing import Any
 
 from transom.calib.data import Sample
-from transom.calib.identity import graph_sha256
+from transom.calib.graph_hash import graph_sha256
 from transom.calib.table import RANGES, RangeTable
 from transom.export.again import load_again
-from transom.export.flavours import make_flavours
-from transom.export.onnx import onnx_from_module
-from transom.export.quantization.agreement import Agreement, Reference
-from transom.export.quantization.bisect import bisect_layers
+from transom.export.bisect import bisect_layers
+from transom.export.bundle_graphs import stored_graphs
+from transom.export.checkpoint import Loaded
+from transom.export.onnx_export import onnx_from_module
+from transom.export.parity.inputs import samples_for, single_rows
+from transom.export.progress import Progress, Steps, silent
 from transom.export.quantization.calibrate import smoothed
+from transom.export.quantization.candidate import CPU, RANKING_SAMPLES, open_flavours
+from transom.export.quantization.fidelity import Agreement, Reference
 from transom.export.quantization.heldout import reference_samples
 from transom.export.quantization.options import REFERENCE_DATA
 from transom.export.quantization.quantize import held_out_again, is_scored
 from transom.export.quantization.quantizer import Layer
-from transom.export.quantization.stored import stored_graphs
 from transom.export.quantization.switched import SwitchedBundle
-from transom.export.quantization.trial import CPU, RANKING_SAMPLES, open_flavours
-from transom.export.samples import samples_for, single_rows
-from transom.export.source import Loaded
-from transom.export.steps import Progress, Steps, silent
+from transom.export.variants import make_flavours
 from transom.runtime.bundle import BLOCKS, QUANTIZED, SIMULATED, Bundle, Manifest
 from transom.runtime.errors import CalibrationError, ExportError
-from transom.runtime.fields import parse_json
+from transom.runtime.json_reader import parse_json
 
 HALF = "default"  # the one file of a graph in half precision
 DEBUG_SAMPLES = RANKING_SAMPLES[1]

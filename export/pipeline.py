@@ -12,11 +12,15 @@ from typing import Any
 import onnx_ir as ir
 
 from transom.calib.data import CalibrationData, open_calibration_data
-from transom.calib.drive import check_reach
+from transom.calib.run_samples import check_reach
 from transom.calib.table import RANGES, RangeTable, load_table
 from transom.export.again import load_again
-from transom.export.bundle import BundleWriter, axes_to_json, check_out, graph_to_json, new_bundle
-from transom.export.checks import (
+from transom.export.bundle_graphs import stored_graphs
+from transom.export.bundle_writer import BundleWriter, axes_to_json, check_out, graph_to_json, new_bundle
+from transom.export.checkpoint import Loaded, load_source
+from transom.export.onnx_export import onnx_from_module
+from transom.export.parity.cases import Exercises
+from transom.export.parity.checks import (
     Limit,
     check_greedy,
     check_parity,
@@ -27,28 +31,24 @@ from transom.export.checks import (
     open_emulated,
     open_pytorch,
 )
-from transom.export.exercises import Exercises
-from transom.export.figures import operator_counts, parity_to_json
-from transom.export.flavours import Flavours, check_file, emulations, make_flavours, pack, simulated
-from transom.export.golden import Golden
-from transom.export.leftovers import PARTIAL, hidden_folder
-from transom.export.onnx import onnx_from_module
-from transom.export.parity import TOLERANCES, Case
+from transom.export.parity.compare import TOLERANCES, Case
+from transom.export.parity.fp16_range import Largest, Ranges, require_fp16_range
+from transom.export.parity.golden import Golden
+from transom.export.parity.inputs import samples_for
+from transom.export.parity.results import operator_counts, parity_to_json
+from transom.export.progress import Progress, Steps, silent
+from transom.export.quantization.candidate import gated, open_flavours
+from transom.export.quantization.gate_result import Verdict
 from transom.export.quantization.options import PLAIN, QuantizeOptions
 from transom.export.quantization.quantize import Quantization, Quantized, gate_again
-from transom.export.quantization.stored import stored_graphs
-from transom.export.quantization.trial import gated, open_flavours
-from transom.export.quantization.verdict import Verdict
-from transom.export.ranges import Largest, Ranges, require_fp16_range
-from transom.export.samples import samples_for
 from transom.export.scores import score_both
-from transom.export.source import Loaded, load_source
-from transom.export.steps import Progress, Steps, silent
+from transom.export.staging import PARTIAL, hidden_folder
+from transom.export.variants import Flavours, check_file, emulations, make_flavours, pack, simulated
 from transom.runtime.bundle import PRECISIONS, QUANTIZED, Bundle, Manifest
 from transom.runtime.errors import AccuracyError, ExportError
 from transom.runtime.golden import GOLDEN
-from transom.runtime.references import pytorch_tolerance
-from transom.runtime.replay import Divergence
+from transom.runtime.golden_reference import pytorch_tolerance
+from transom.runtime.greedy_check import Divergence
 from transom.runtime.session import LoadedBundle
 
 TOOLS = (

@@ -13,8 +13,15 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.export.inputs import digit_prompts, heldout_dates, heldout_digits, heldout_text, masked_text, wordnet_pairs
-from transom.export.measures import Rate, Score
+from transom.export.datasets import (
+    digit_prompts,
+    heldout_dates,
+    heldout_digits,
+    heldout_text,
+    masked_text,
+    wordnet_pairs,
+)
+from transom.export.metrics import Rate, Score
 from transom.runtime.errors import ExportError
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks.bert import Bert

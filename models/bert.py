@@ -16,8 +16,8 @@ from transom.models.attention import Attention, key_mask
 from transom.models.family import Family, Source, config_fields, label_count
 from transom.models.layers import ACTIVATIONS, Dense, DenseAddNorm, SentencePooling
 from transom.runtime.errors import CheckpointError
-from transom.runtime.spec import Axis, Graph
-from transom.runtime.spec import Tensor as TensorSpec
+from transom.runtime.graph_spec import Axis, Graph
+from transom.runtime.graph_spec import Tensor as TensorSpec
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from transom.runtime.spec import Tensor as TensorSpec
+from transom.runtime.graph_spec import Tensor as TensorSpec
 
 
 def written(cache: Tensor, new: Tensor, write_indices: Tensor) -> Tensor:

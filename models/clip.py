@@ -22,8 +22,8 @@ from transom.models.family import Family, Source, config_fields
 from transom.models.layers import ACTIVATIONS, UnitLength
 from transom.models.patches import grid, need_a_patch, pair, resized_positions
 from transom.runtime.errors import CheckpointError
-from transom.runtime.spec import Axis, Graph
-from transom.runtime.spec import Tensor as TensorSpec
+from transom.runtime.graph_spec import Axis, Graph
+from transom.runtime.graph_spec import Tensor as TensorSpec
 
 OLD_EOS = 2  # what configs said until transformers 4.31, whatever the token's id: pooling then takes the largest id
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from transom.runtime.errors import CheckpointError
-from transom.runtime.spec import Axis, Graph
+from transom.runtime.graph_spec import Axis, Graph
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from transom.models.cache import cache_inputs, cache_outputs, causal_mask, chose
 from transom.models.family import Family, Source, config_fields
 from transom.models.layers import ACTIVATIONS
 from transom.runtime.errors import CheckpointError
-from transom.runtime.spec import COUNT, Axis, Graph
-from transom.runtime.spec import Tensor as TensorSpec
+from transom.runtime.graph_spec import COUNT, Axis, Graph
+from transom.runtime.graph_spec import Tensor as TensorSpec
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from transom.models.attention import Attention
 from transom.models.family import Family, Source, config_fields, label_count
 from transom.models.layers import ACTIVATIONS, Dense
 from transom.models.patches import grid, need_a_patch, pair, resized_positions
-from transom.runtime.spec import Axis, Graph
-from transom.runtime.spec import Tensor as TensorSpec
+from transom.runtime.graph_spec import Axis, Graph
+from transom.runtime.graph_spec import Tensor as TensorSpec
 
 
 @dataclass(frozen=True)

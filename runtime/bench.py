@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from transom.runtime.cpu import instruction_set
 from transom.runtime.errors import InputError, ShapeError
-from transom.runtime.machine import cpu_name, peak_memory_mib, usable_cores
-from transom.runtime.spec import Axis, Graph, Tensor
+from transom.runtime.graph_spec import Axis, Graph, Tensor
+from transom.runtime.host import cpu_name, peak_memory_mib, usable_cores
 
 if TYPE_CHECKING:
     from transom.runtime.session import LoadedBundle
@@ -144,7 +144,7 @@ def sizes_of(graph: Graph, axes: Mapping[str, Axis], asked: Mapping[str, int]) -
 
 def check_size(axes: Mapping[str, Axis], name: str, size: int) -> None:
     """Raise ShapeError for a size out of the bounds of an axis."""
-    from transom.runtime.inputs import allowed_sizes
+    from transom.runtime.feeds import allowed_sizes
 
     if not axes[name].min <= size <= axes[name].max:
         raise ShapeError(f"axis {name} is {size}; this bundle allows {allowed_sizes(name, axes[name], size)}")
@@ -191,7 +191,7 @@ def example_feeds(graph: Graph, sizes: Mapping[str, int]) -> dict[str, Any]:
     """
     import numpy as np
 
-    from transom.runtime.inputs import filled, shape_of
+    from transom.runtime.feeds import filled, shape_of
 
     source = np.random.default_rng(SEED)
 

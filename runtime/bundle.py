@@ -16,9 +16,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from transom.runtime.errors import BundleError
-from transom.runtime.fields import Fields, parse_json
-from transom.runtime.records import engines_from_json, parity_from_json, quantization_from_json
-from transom.runtime.spec import COUNT, Axis, Graph, Tensor
+from transom.runtime.graph_spec import COUNT, Axis, Graph, Tensor
+from transom.runtime.json_reader import Fields, parse_json
+from transom.runtime.manifest_sections import engines_from_json, parity_from_json, quantization_from_json
 
 FORMAT = "transom-bundle"
 FORMAT_VERSION = 1

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.runtime.backend import Array
-from transom.runtime.spec import Graph
+from transom.runtime.backends.base import Array
+from transom.runtime.graph_spec import Graph
 
 EXPONENTS = 256  # of a float32, as it stores them: a number of exponent e is in 2^(e - BIAS) up to twice that
 BIAS = 127

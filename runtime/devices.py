@@ -78,7 +78,7 @@ def choice_for(bundle: str | PathLike[str] | None) -> Choice:
         with load(bundle, device=AUTO) as loaded:
             found: Choice = loaded.choice
             return found
-    from transom.runtime.backend import open_backend
+    from transom.runtime.backends.base import open_backend
     from transom.runtime.backends.known_sum import doubling
 
     graph, model = doubling()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from transom.runtime.backend import Array
+from transom.runtime.backends.base import Array
 from transom.runtime.errors import NotFiniteError
 
 

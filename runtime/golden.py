@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from transom.runtime.backend import Array
+from transom.runtime.backends.base import Array
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import BundleError, ShapeError
-from transom.runtime.inputs import checked_feeds
-from transom.runtime.references import BUNDLE, PYTORCH
+from transom.runtime.feeds import checked_feeds
+from transom.runtime.golden_reference import BUNDLE, PYTORCH
+from transom.runtime.graph_spec import EngineAxis
 from transom.runtime.session import LoadedBundle
-from transom.runtime.spec import EngineAxis
 
 GOLDEN = "golden.safetensors"
 GENERATION = "generation"  # the case that holds whole greedy generations
@@ -77,7 +77,7 @@ def within_bounds(loaded: LoadedBundle, name: str, arrays: Sides) -> tuple[Sides
 
 def cut_generation(loaded: LoadedBundle, arrays: Sides) -> tuple[Sides | None, str]:
     """The rows and steps of a golden generation that fit into the engine's rows and its context."""
-    from transom.runtime.replay import from_arrays
+    from transom.runtime.greedy_check import from_arrays
     from transom.runtime.tasks.generator import Generator
 
     given, tokens = arrays["input"], arrays[PYTORCH].get("tokens")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from transom.runtime.backends.integer_sums import integer_sums
 from transom.runtime.cpu import instruction_set
-from transom.runtime.records import EXACT, SATURATED
+from transom.runtime.manifest_sections import EXACT, SATURATED
 
 if TYPE_CHECKING:
     from transom.runtime.bundle import Manifest

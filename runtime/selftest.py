@@ -20,7 +20,7 @@ from transom.runtime.golden import (
     require_complete,
     within_bounds,
 )
-from transom.runtime.references import BUNDLE, PYTORCH, Reference, references
+from transom.runtime.golden_reference import BUNDLE, PYTORCH, Reference, references
 from transom.runtime.saturation import may_saturate, multiplies_integers, recorded_sums, saturated_export, sums_here
 from transom.runtime.session import LoadedBundle, load
 
@@ -188,7 +188,7 @@ def run_case(loaded: LoadedBundle, name: str, arrays: Sides, rule: Reference) ->
 
 def run_generation(loaded: LoadedBundle, arrays: Sides, rule: Reference) -> SelftestCase:
     """The golden generation: the tokens of ``rule``'s side again, and every side's logits along PyTorch's tokens."""
-    from transom.runtime.replay import Chosen, from_arrays, greedy, logits_along, require_same_tokens
+    from transom.runtime.greedy_check import Chosen, from_arrays, greedy, logits_along, require_same_tokens
     from transom.runtime.tasks.generator import Generator
 
     given, theirs, expected = arrays["input"], arrays[PYTORCH], arrays[rule.side]

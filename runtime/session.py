@@ -9,15 +9,15 @@ from threading import Lock, local
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from transom.runtime.backend import Array, Backend, FromPlan, Read, open_backend
+from transom.runtime.backends.base import Array, Backend, FromPlan, Read, open_backend
 from transom.runtime.bundle import Bundle, GraphFile
 from transom.runtime.devices import ASKED, AUTO, Choice, choose, without_engines
 from transom.runtime.errors import BackendError, BundleError, InputError
-from transom.runtime.inputs import checked_feeds, engine_axes, wanted_outputs, wider
-from transom.runtime.machine import usable_cores
+from transom.runtime.feeds import checked_feeds, engine_axes, wanted_outputs, wider
+from transom.runtime.graph_spec import Axis, Graph
+from transom.runtime.host import usable_cores
 from transom.runtime.process_bound import ProcessBound
 from transom.runtime.saturation import warn_of_saturation
-from transom.runtime.spec import Axis, Graph
 
 if TYPE_CHECKING:
     from transom.runtime.bundle import Manifest

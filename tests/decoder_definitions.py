@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from transom.export.source import load_source
+from transom.export.checkpoint import load_source
 
 WORST = 1e-5  # max|ours - theirs| / max|theirs|
 MakeCheckpoint = Callable[..., Path]

@@ -27,7 +27,7 @@ import torch
 
 from emulated_gpu import GARBAGE, STREAMS, EmulatedCuda
 from transom.export.plugins import attention as kernels
-from transom.export.plugins.ahead import POINTERS, Compiled, CompiledWhole, compiled_from_json
+from transom.export.plugins.aot import POINTERS, Compiled, CompiledWhole, compiled_from_json
 from transom.runtime.backends.cuda import Memory
 
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "i8": torch.int8, "i32": torch.int32}
@@ -38,8 +38,8 @@ ALIGNED = 256  # bytes, as cudaMalloc's
 FIRST_ALONE = 90  # PTX for this and later SMs runs nowhere else
 SCRIPT = """
 import sys
-from transom.export.plugins.ahead import Layout, attention_ptx, json_from_compiled, whole_ptx
-from transom.export.plugins.launch import Blocks, Variant
+from transom.export.plugins.aot import Layout, attention_ptx, json_from_compiled, whole_ptx
+from transom.export.plugins.kernel_spec import Blocks, Variant
 import json
 for kind, capability, variant, layout, blocks in json.loads(sys.stdin.read()):
     about = capability, Variant(**variant), Layout(**layout)

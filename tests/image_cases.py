@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 from PIL.Image import Image
 from transformers.image_utils import load_image
 
-from transom.runtime.preprocess import ImagePreprocess
+from transom.runtime.image_preprocess import ImagePreprocess
 
 PHOTOS = Path(sklearn.datasets.__file__).parent / "images"  # china.jpg and flower.jpg, 640x427
 FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 
 from transom.calib.samples import Sample
-from transom.export.measures import Score
+from transom.export.metrics import Score
 from transom.export.quantization import agreement as agreement_module
-from transom.export.quantization.agreement import Agreement, Reference, RelativeError, nearest_others
+from transom.export.quantization.fidelity import Agreement, Reference, RelativeError, nearest_others
 from transom.export.quantization.heldout import MAX_SAMPLES, Answers, drawn, reference_samples
 from transom.export.quantization.heldout_encoders import text_row
 from transom.export.scores import DIGIT_NAMES, SCORES, heldout_images
-from transom.runtime.backend import Array, Backend, open_backend
+from transom.runtime.backends.base import Array, Backend, open_backend
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import CalibrationError, ExportError
+from transom.runtime.graph_spec import Graph
 from transom.runtime.session import LoadedBundle
-from transom.runtime.spec import Graph
 from transom.runtime.tasks import task_class
 
 Change = Callable[[Mapping[str, Array], dict[str, Array]], dict[str, Array]]

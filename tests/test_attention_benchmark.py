@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'transom[plugin]'")
 
-from transom.export.plugins.launch import Blocks
+from transom.export.plugins.kernel_spec import Blocks
 
 REPO = Path(os.environ.get("TRANSOM_REPO") or Path(__file__).resolve().parents[1])
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from transom.export.bundle import BundleWriter, check_out, new_bundle
+from transom.export.bundle_writer import BundleWriter, check_out, new_bundle
 from transom.export.pipeline import export
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import CheckpointError, ExportError
@@ -174,7 +174,7 @@ def test_ctrl_c_between_the_two_renames_keeps_the_old_bundle(
 WRITING = """
 import os, shutil, signal, sys, time
 from pathlib import Path
-from transom.export.bundle import new_bundle
+from transom.export.bundle_writer import new_bundle
 
 def die(*arguments, **options):
     os.kill(os.getpid(), signal.SIGKILL)

@@ -14,13 +14,13 @@ import pytest
 from rtx import needs_rtx
 from tiny_graphs import graph_of
 from transom.export.engine import builder, worker
-from transom.export.engine.flavour import TensorRTGraph
 from transom.export.engine.profiles import Profile
 from transom.export.engine.targets import TARGETS
-from transom.runtime import caches
-from transom.runtime.backends import runtime_cache
-from transom.runtime.backends.runtime_cache import KernelCache
-from transom.runtime.caches import Cache, cache_root, trim
+from transom.export.engine.trt_graphs import TensorRTGraph
+from transom.runtime import disk_cache as caches
+from transom.runtime.backends import trt_kernel_cache as runtime_cache
+from transom.runtime.backends.trt_kernel_cache import KernelCache
+from transom.runtime.disk_cache import Cache, cache_root, trim
 
 
 @pytest.fixture(autouse=True)
@@ -235,7 +235,7 @@ def test_triton_keeps_its_kernels_in_our_cache_and_elsewhere_only_where_it_is_sa
     pytest.importorskip("triton", reason="triton is not installed: pip install 'transom[plugin]'")
     from triton import knobs
 
-    from transom.export.plugins.ahead import kept_kernels
+    from transom.export.plugins.aot import kept_kernels
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from transom.calib.arrays import NpzRows
+from transom.calib.builtin_sets import DATA
 from transom.calib.data import NAMES, CalibrationData, Sample, open_calibration_data
-from transom.calib.named import DATA
-from transom.export.inputs import (
+from transom.calib.npz_reader import NpzRows
+from transom.export.datasets import (
     digit_prompts,
     heldout_dates,
     heldout_digits,

@@ -194,16 +194,16 @@ def test_refused(case: str, tmp_path: Path) -> None:
 
 
 def test_a_bomb_is_refused_by_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transom.calib.arrays.MAX_BYTES", 1 << 20)
+    monkeypatch.setattr("transom.calib.npz_reader.MAX_BYTES", 1 << 20)
     np.savez_compressed(tmp_path / "bomb.npz", x=np.zeros((8, 1 << 15), np.float32))
     assert "it unpacks to 1048704 bytes, at most 1048576 are read" in refused(tmp_path / "bomb.npz")
-    monkeypatch.setattr("transom.calib.arrays.MAX_BYTES", 1 << 30)
-    monkeypatch.setattr("transom.calib.arrays.MAX_ROW_BYTES", 1 << 10)
+    monkeypatch.setattr("transom.calib.npz_reader.MAX_BYTES", 1 << 30)
+    monkeypatch.setattr("transom.calib.npz_reader.MAX_ROW_BYTES", 1 << 10)
     assert "a sample of 'x' is 131072 bytes, at most 1024 are read" in refused(tmp_path / "bomb.npz")
 
 
 def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transom.calib.files.MAX_LINE_BYTES", 100)
+    monkeypatch.setattr("transom.calib.readers.MAX_LINE_BYTES", 100)
     path = tmp_path / "long.txt"
     path.write_text("a" * 99 + "\n" + "b" * 100 + "\n")
     assert "long.txt:2 is longer than 100 bytes; expected one text per line" in refused(path)

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from transom.calib.data import CalibrationData, Sample, open_calibration_data
-from transom.calib.drive import NEW_TOKENS, check_reach, put_through, what_reads
+from transom.calib.run_samples import NEW_TOKENS, check_reach, put_through, what_reads
 from transom.export.quantization.heldout_decoders import translation_questions
 from transom.export.quantization.heldout_encoders import text_row
-from transom.runtime.backend import Array, Backend, Read, open_backend
+from transom.runtime.backends.base import Array, Backend, Read, open_backend
 from transom.runtime.bundle import Bundle, GraphFile
 from transom.runtime.errors import BackendError, CalibrationError
 from transom.runtime.session import LoadedBundle

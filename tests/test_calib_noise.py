@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from transom.calib.data import open_calibration_data
-from transom.calib.noise import LEAST_CORRELATION, NoiseCheck
-from transom.export.inputs import DATA
+from transom.calib.random_input_check import LEAST_CORRELATION, NoiseCheck
+from transom.export.datasets import DATA
 from transom.runtime.errors import CalibrationError
 
 

@@ -13,10 +13,10 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
+from transom.calib.collector import ROWS, ObservingBackend
 from transom.calib.histogram import BINS, HALF, MIN_LIMIT, Histogram
-from transom.calib.observe import ROWS, ObservingBackend
 from transom.runtime.errors import CalibrationError
-from transom.runtime.spec import Graph, Tensor
+from transom.runtime.graph_spec import Graph, Tensor
 
 
 def histogram(*arrays: Any) -> Histogram:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from transom.calib.histogram import Histogram
 from transom.calib.scales import METHODS, activation_scale, clip_range, quantize_weight, weight_scales
-from transom.calib.smooth import ALPHAS, LARGEST_FACTOR, search_alpha, smoothing_factors
+from transom.calib.smoothquant import ALPHAS, LARGEST_FACTOR, search_alpha, smoothing_factors
 from transom.runtime.errors import CalibrationError
 
 Float = NDArray[np.float32]

@@ -13,8 +13,8 @@ import onnx_ir as ir
 import pytest
 
 from transom.calib import table as tables
+from transom.calib.graph_hash import graph_sha256
 from transom.calib.histogram import Histogram
-from transom.calib.identity import graph_sha256
 from transom.calib.table import (
     ChannelRanges,
     GraphRanges,
@@ -24,7 +24,7 @@ from transom.calib.table import (
     load_table,
     save_table,
 )
-from transom.export.flavours import make_flavours
+from transom.export.variants import make_flavours
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import CalibrationError
 

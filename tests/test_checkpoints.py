@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from transom.export.source import load_source
+from transom.export.checkpoint import load_source
 from transom.runtime.errors import CheckpointError, ExportError
 
 MakeCheckpoint = Callable[..., Path]

@@ -17,10 +17,10 @@ import pytest
 from command_line import ANSI, as_quantized, changed_bundle, command, document, error_line, transom
 from transom.runtime.bench import example_feeds, percentile, sizes_of
 from transom.runtime.cpu import instruction_set
-from transom.runtime.decoder.decoding import Decoding
+from transom.runtime.decoder import Decoding
 from transom.runtime.errors import InputError, ShapeError
-from transom.runtime.machine import processor
-from transom.runtime.spec import Axis, Graph, Tensor
+from transom.runtime.graph_spec import Axis, Graph, Tensor
+from transom.runtime.host import processor
 
 SHORT = ("--runs", "3", "--warmup", "1")
 

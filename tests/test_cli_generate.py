@@ -13,9 +13,9 @@ import pytest
 
 from command_line import document, error_line, transom
 from transom.cli.generation_options import GenerationOptions, option_of
-from transom.cli.show import printable
+from transom.cli.output import printable
 from transom.runtime import load
-from transom.runtime.generate.keywords import KEYWORDS
+from transom.runtime.generation.validation import KEYWORDS
 
 Exported = Callable[..., tuple[Path, Path]]
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from transom.export.inputs import digit_prompts, heldout_digits
+from transom.export.datasets import digit_prompts, heldout_digits
 from transom.export.scores import DIGIT_NAMES, zero_shot_score, zero_shot_score_of
 from transom.models.references import reference_folder
 from transom.runtime import load

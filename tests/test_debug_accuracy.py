@@ -19,10 +19,10 @@ from onnx import numpy_helper
 from command_line import changed_bundle, document, error_line, transom
 from transom.calib.data import open_calibration_data
 from transom.export import debug, pipeline
+from transom.export.bisect import bisect_layers
+from transom.export.checkpoint import load_source
 from transom.export.debug import debug_accuracy
-from transom.export.passes.restore import RESTORED, restore_linears, restore_modules
-from transom.export.quantization.bisect import bisect_layers
-from transom.export.source import load_source
+from transom.export.passes.layer_switches import RESTORED, restore_linears, restore_modules
 from transom.runtime.backends.ort_library import onnxruntime
 from transom.runtime.bundle import MANIFEST, manifest_sha256
 from transom.runtime.errors import BundleError, CalibrationError, CheckpointError, ExportError
@@ -119,7 +119,7 @@ def test_a_linear_layer_is_restored_while_the_graph_runs() -> None:
 
 
 def test_modules_of_a_half_precision_graph_are_restored_one_by_one() -> None:
-    from transom.export.passes.precision import convert_precision
+    from transom.export.passes.half_precision import convert_precision
 
     shipped, right = tiny([[1 + 2**-12, 0.0], [0.0, 1.0]]), tiny(RIGHT)
     convert_precision(shipped, "fp16")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tiny_models import Counted, assert_close, logits_of, random_ids
 from transom.runtime import load
-from transom.runtime.decoder.decoding import CHUNK, Decoding
+from transom.runtime.decoder import CHUNK, Decoding
 from transom.runtime.errors import InputError, ShapeError
 
 Exported = Callable[..., tuple[Path, Path]]
@@ -202,7 +202,7 @@ def test_prompts_read_at_once_in_chunks_or_one_by_one(
     whole = Decoding(gpt.backend("decoder"), R, 67)
     assert_close(whole.read(ids, np.array(lengths)), expected)
     for size in (1, 3, 16):
-        monkeypatch.setattr("transom.runtime.decoder.decoding.CHUNK", size)
+        monkeypatch.setattr("transom.runtime.decoder.CHUNK", size)
         backend = Counted(gpt.backend("decoder"))
         assert_close(Decoding(backend, R, 67).read(ids, np.array(lengths)), expected)
         assert len(backend.fed) == -(-S // size)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from transom.export.source import load_source
+from transom.export.checkpoint import load_source
 
 WORST = 1e-5  # max|ours - theirs| / max|theirs|
 BERT_HEADS = {

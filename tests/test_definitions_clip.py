@@ -14,9 +14,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from transom.export.flavours import make_flavours
-from transom.export.onnx import onnx_from_module
-from transom.export.source import load_source
+from transom.export.checkpoint import load_source
+from transom.export.onnx_export import onnx_from_module
+from transom.export.variants import make_flavours
 from transom.models.clip import TEXT_SIZES, tower
 from transom.runtime.errors import CheckpointError
 

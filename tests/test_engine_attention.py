@@ -12,15 +12,15 @@ import pytest
 from rtx import needs_rtx
 from tiny_graphs import graph_of, normal, operators, relative_error
 from transom.export.engine.build import build
-from transom.export.engine.builder import build_engine
-from transom.export.engine.flavour import TensorRTGraph, without_kernel
-from transom.export.engine.fusion import FUSED_ATTENTION, kernels_of
+from transom.export.engine.build_log import FUSED_ATTENTION, kernels_of
+from transom.export.engine.build_process import build_engine
 from transom.export.engine.profiles import Profile
 from transom.export.engine.targets import find_targets
+from transom.export.engine.trt_graphs import TensorRTGraph, without_kernel
 from transom.export.passes.decompose_attention import decompose_attention
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import EngineError
-from transom.runtime.spec import Graph, Tensor
+from transom.runtime.graph_spec import Graph, Tensor
 
 ROWS = (1, 2, 4)  # of a batch: a single row is what a bundle always allows
 ENCODER = Graph("model", (), ())

@@ -19,11 +19,11 @@ from command_line import changed_bundle, command, transom
 from conftest import listing
 from rtx import needs_rtx
 from time_limits import PATIENCE_S
-from transom.export.engine import builder
+from transom.export.engine import build_process as builder
 from transom.export.engine.build import build
-from transom.export.engine.flavour import tensorrt_graphs
 from transom.export.engine.profiles import profiles_of
 from transom.export.engine.targets import TARGETS, find_targets
+from transom.export.engine.trt_graphs import tensorrt_graphs
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import BundleError, EngineError
 

@@ -16,11 +16,11 @@ import pytest
 from command_line import document, error_line, transom
 from rtx import needs_rtx
 from tiny_graphs import graph_of, normal, operators, relative_error
-from transom.export.engine import builder
+from transom.export.engine import build_process as builder
 from transom.export.engine.build import build
-from transom.export.engine.check import check_flavour
-from transom.export.engine.flavour import TensorRTGraph, tensorrt_graphs
 from transom.export.engine.targets import find_targets
+from transom.export.engine.trt_graphs import TensorRTGraph, tensorrt_graphs
+from transom.export.engine.trt_parity import check_flavour
 from transom.export.passes.decompose_attention import decompose_attention
 from transom.runtime import load
 from transom.runtime.backends.trt_library import FULL

@@ -7,11 +7,11 @@ import pytest
 from transom.cli.build import print_kernels
 from transom.cli.describe import fusion_text
 from transom.export.engine.build import Engine, require_fused
-from transom.export.engine.fusion import Fusion, fusion_of, kernels_of, memory_of
+from transom.export.engine.build_log import Fusion, fusion_of, kernels_of, memory_of
 from transom.export.engine.profiles import cache_sizes, profiles_of
 from transom.export.engine.targets import TARGETS, find_targets, require_precision
 from transom.runtime.errors import EngineError, ExportError
-from transom.runtime.spec import Axis, Graph, Tensor
+from transom.runtime.graph_spec import Axis, Graph, Tensor
 
 BETWEEN = "Inputs: [ { Name: x, Datatype: %s } ], Constants: [], Outputs: [], TacticName: t, StreamId: 0"
 

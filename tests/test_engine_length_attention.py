@@ -15,12 +15,12 @@ import pytest
 from command_line import document, error_line, transom
 from rtx import needs_rtx
 from tiny_graphs import graph_of, normal, operators
-from transom.export.engine.check import check_flavour
-from transom.export.engine.flavour import LENGTHS, TensorRTGraph, tensorrt_graphs
+from transom.export.bundle_graphs import stored_graphs
 from transom.export.engine.profiles import cache_sizes
-from transom.export.passes.fixed_axes import fix_axes
-from transom.export.passes.length_attention import OPERATOR, length_attention, standard_attention
-from transom.export.quantization.stored import stored_graphs
+from transom.export.engine.trt_graphs import LENGTHS, TensorRTGraph, tensorrt_graphs
+from transom.export.engine.trt_parity import check_flavour
+from transom.export.passes.freeze_axes import fix_axes
+from transom.export.passes.trt_attention import OPERATOR, length_attention, standard_attention
 from transom.runtime.backends.trt_library import RTX, library
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import ExportError, ParityError

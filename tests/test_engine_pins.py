@@ -18,17 +18,17 @@ from command_line import as_quantized
 from conftest import export_to, reference
 from rtx import needs_rtx
 from transom.calib.data import MIN_SAMPLES, open_calibration_data
-from transom.export.bundle import BundleWriter, graph_to_json, read_manifest
+from transom.export.bundle_graphs import canonical_graphs
+from transom.export.bundle_writer import BundleWriter, graph_to_json, read_manifest
 from transom.export.engine.build import Engine, engine_of
-from transom.export.engine.builder import build_engine
-from transom.export.engine.flavour import tensorrt_graphs
+from transom.export.engine.build_process import build_engine
 from transom.export.engine.profiles import profiles_of
 from transom.export.engine.targets import find_targets
-from transom.export.flavours import Flavours, make_flavours
+from transom.export.engine.trt_graphs import tensorrt_graphs
 from transom.export.quantization.calibrate import calibrate
 from transom.export.quantization.options import PLAIN, REFERENCE_DATA
 from transom.export.quantization.quantizer import Quantizer
-from transom.export.quantization.stored import canonical_graphs
+from transom.export.variants import Flavours, make_flavours
 from transom.runtime.backends.trt_library import RTX, library
 from transom.runtime.bundle import Bundle
 

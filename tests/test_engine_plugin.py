@@ -19,10 +19,10 @@ from test_engine_fusion import layer
 from tiny_graphs import graph_of, normal
 from transom.cli.build import print_kernels
 from transom.export.engine import build, builder, worker
-from transom.export.engine.check import check_flavour
-from transom.export.engine.flavour import tensorrt_graphs
-from transom.export.engine.fusion import fusion_of, kernels_of
+from transom.export.engine.build_log import fusion_of, kernels_of
 from transom.export.engine.targets import find_targets
+from transom.export.engine.trt_graphs import tensorrt_graphs
+from transom.export.engine.trt_parity import check_flavour
 from transom.export.passes.decompose_attention import decompose_attention
 from transom.export.passes.plugin_attention import (
     CAUSAL,
@@ -39,7 +39,7 @@ from transom.runtime.backends.trt_library import FULL
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import BackendError, EngineError
 from transom.runtime.golden import read_golden
-from transom.runtime.references import PYTORCH
+from transom.runtime.golden_reference import PYTORCH
 
 ATTENTION = """model (float[B, 4, S, 8] q, float[B, 2, T, 8] k, float[B, 2, T, 8] v, bool[B, 1, S, T] m)
     => (float[B, 4, S, 8] y) {

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from command_line import error_line, transom
-from transom.export.engine.repository import config_of, require_servable, write_repository
 from transom.export.engine.targets import find_targets
+from transom.export.engine.triton_repository import config_of, require_servable, write_repository
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import ExportError
-from transom.runtime.spec import Axis, Graph, Tensor
+from transom.runtime.graph_spec import Axis, Graph, Tensor
 
 TENSORRT = find_targets(["tensorrt"])
 BERT = """name: "minilm_en"

@@ -13,17 +13,17 @@ import pytest
 from command_line import changed_bundle, document, error_line, transom
 from rtx import needs_rtx
 from transom.export import bundle as writer
-from transom.export.bundle import add_to_bundle
+from transom.export.bundle_writer import add_to_bundle
 from transom.export.engine import remove
-from transom.export.engine.check import check_flavour
-from transom.export.engine.flavour import tensorrt_graphs
 from transom.export.engine.profiles import profiles_of
 from transom.export.engine.shapes import Shapes, bounds_to_json, narrowed
+from transom.export.engine.trt_graphs import tensorrt_graphs
+from transom.export.engine.trt_parity import check_flavour
 from transom.runtime import load
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import BundleError, ExportError
-from transom.runtime.inputs import allowed_sizes, engine_axes, wider
-from transom.runtime.spec import Axis, Graph, Tensor
+from transom.runtime.feeds import allowed_sizes, engine_axes, wider
+from transom.runtime.graph_spec import Axis, Graph, Tensor
 
 REPO = Path(os.environ.get("TRANSOM_REPO", Path(__file__).parent.parent))
 STORED = REPO / "tests/bundles/0.1.0"

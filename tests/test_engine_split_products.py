@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from tiny_graphs import graph_of, normal, operators, run, weights_of
-from transom.export.passes.split_products import split_products
+from transom.export.passes.split_fused_matmul import split_products
 from transom.runtime.bundle import SIMULATED
 
 # Query, key and value of three channels each, in one product of rows of four numbers.

@@ -21,15 +21,15 @@ from tiny_graphs import graph_of
 from transom.export import bundle as bundle_module
 from transom.export import leftovers, pipeline
 from transom.export.again import load_again
-from transom.export.bundle import BundleWriter, add_to_bundle, check_out, new_bundle, write_manifest
-from transom.export.checks import open_default_files
-from transom.export.leftovers import OLD, PARTIAL, clear_leftovers, hidden_folder
-from transom.export.passes.embeddings import halve_embeddings
-from transom.export.passes.precision import convert_precision
+from transom.export.bundle_graphs import inside
+from transom.export.bundle_writer import BundleWriter, add_to_bundle, check_out, new_bundle, write_manifest
+from transom.export.parity.checks import open_default_files
+from transom.export.parity.fp16_range import beyond_fp16, require_fp16_range
+from transom.export.passes.fp16_embeddings import halve_embeddings
+from transom.export.passes.half_precision import convert_precision
 from transom.export.pipeline import check_options, export
 from transom.export.quantization.options import QuantizeOptions
-from transom.export.quantization.stored import inside
-from transom.export.ranges import beyond_fp16, require_fp16_range
+from transom.export.staging import OLD, PARTIAL, clear_leftovers, hidden_folder
 from transom.runtime.bundle import MANIFEST, Bundle
 from transom.runtime.errors import BundleError, CheckpointError, ExportError, PrecisionError
 

@@ -7,16 +7,16 @@ import json
 import pytest
 
 from transom.calib.data import open_calibration_data
-from transom.calib.drive import FEED, PUT, READS
+from transom.calib.run_samples import FEED, PUT, READS
 from transom.cli.answers import TASKS
-from transom.export.measures import Score
-from transom.export.quantization import agreement
-from transom.export.quantization.agreement import Agreement, RelativeError
+from transom.export.metrics import Score
+from transom.export.quantization import fidelity as agreement
+from transom.export.quantization.fidelity import Agreement, RelativeError
 from transom.export.quantization.gate import POINTS, verdict
+from transom.export.quantization.gate_result import AGREEMENT, GROWTH
 from transom.export.quantization.heldout import reference_samples
 from transom.export.quantization.options import REFERENCE_DATA
-from transom.export.quantization.verdict import AGREEMENT, GROWTH
-from transom.export.report.pictures.families import PICTURES
+from transom.export.report.figures.families import PICTURES
 from transom.export.scores import SCORES
 from transom.models.references import REFERENCES, reference_folder
 from transom.models.registry import FAMILIES, RELATIVES

@@ -16,8 +16,8 @@ from transom.runtime.finite import check_finite
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks import FAMILIES, task_class
 from transom.runtime.tasks.generator import Generator
-from transom.runtime.tasks.pictures import ImageBundle
-from transom.runtime.tasks.texts import TextBundle
+from transom.runtime.tasks.image_bundle import ImageBundle
+from transom.runtime.tasks.text_bundle import TextBundle
 
 Exported = Callable[..., tuple[Path, Path]]
 KEPT = Path(__file__).with_name("bundles") / "0.1.0"

@@ -29,7 +29,7 @@ from transom.cli.describe import gate_line, quantization_fields
 from transom.runtime import load
 from transom.runtime.bundle import MANIFEST, manifest_sha256
 from transom.runtime.errors import BundleError, CheckpointError, InputError, TransomError
-from transom.runtime.preprocess import ImagePreprocess
+from transom.runtime.image_preprocess import ImagePreprocess
 from transom.runtime.text.tokenizer import TextEncoder, TextSpec
 
 resource = pytest.importorskip("resource")  # of POSIX
@@ -239,7 +239,7 @@ def test_damaged_image_settings(rng: Random) -> None:
 @examples(250)
 @given(rng=SEEDS)
 def test_damaged_preprocessor_config(tmp_path_factory: pytest.TempPathFactory, rng: Random) -> None:
-    from transom.export.image import image_preprocess_from_checkpoint
+    from transom.export.processors.image import image_preprocess_from_checkpoint
 
     folder = tmp_path_factory.getbasetemp()
     name, words = rng.choice([("preprocessor_config", PROCESSOR), ("processor_config", {"image_processor": PROCESSOR})])
@@ -254,7 +254,7 @@ def test_damaged_preprocessor_config(tmp_path_factory: pytest.TempPathFactory, r
 @examples(250)
 @given(rng=SEEDS)
 def test_damaged_generation_config(tmp_path_factory: pytest.TempPathFactory, rng: Random) -> None:
-    from transom.export.generation import generation_from_checkpoint
+    from transom.export.processors.generation_config import generation_from_checkpoint
 
     path = tmp_path_factory.getbasetemp() / "generation_config.json"
     path.write_text(json.dumps(mutated(GENERATION, rng, most=3)))
@@ -263,7 +263,7 @@ def test_damaged_generation_config(tmp_path_factory: pytest.TempPathFactory, rng
 
 
 def open_source(folder: Path) -> None:
-    from transom.export.source import load_source
+    from transom.export.checkpoint import load_source
 
     load_source(str(folder), task=None, max_sizes={}, image_size=None, ignore_unused=False)
 

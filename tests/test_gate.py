@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from transom.export.measures import Rate, Score
-from transom.export.quantization.agreement import Agreement, RelativeError
+from transom.export.metrics import Rate, Score
+from transom.export.quantization.fidelity import Agreement, RelativeError
 from transom.export.quantization.gate import Gate, per_token, pooled, verdict
+from transom.export.quantization.gate_result import Verdict, drop_interval, growth_interval
 from transom.export.quantization.heldout import reference_samples
-from transom.export.quantization.verdict import Verdict, drop_interval, growth_interval
 from transom.export.scores import bits_per_byte
 from transom.runtime import load
 from transom.runtime.errors import ExportError

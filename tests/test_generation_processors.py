@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from transformers import GenerationConfig
 
 from tiny_decoders import VOCABULARY, tiny_gpt
-from transom.runtime.generate import GenerationSettings
-from transom.runtime.generate import processors as steps
-from transom.runtime.generate.rows import Rows
-from transom.runtime.generate.top import largest, reaching
+from transom.runtime.generation import GenerationSettings
+from transom.runtime.generation import processors as steps
+from transom.runtime.generation.sequences import Rows
+from transom.runtime.generation.topk import largest, reaching
 
 OUT = -np.inf
 
@@ -169,7 +169,7 @@ def test_the_chain_is_that_of_transformers(
 
 
 def read(name: str, value: Any) -> Any:
-    from transom.runtime.generate.rules import RULES
+    from transom.runtime.generation.field_specs import RULES
 
     return RULES[name].read(value)
 

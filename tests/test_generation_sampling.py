@@ -9,8 +9,8 @@ import pytest
 from numpy.typing import NDArray
 
 from tiny_decoders import Table
-from transom.runtime.generate import GenerationSettings, generate
-from transom.runtime.generate.search import draw, streams_of
+from transom.runtime.generation import GenerationSettings, generate
+from transom.runtime.generation.sampling import draw, streams_of
 
 DRAWS = 5_000
 # 99.9 % of chi-square values lie below, by degrees of freedom; any table of the distribution has them

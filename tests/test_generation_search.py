@@ -17,7 +17,7 @@ import torch
 
 from tiny_decoders import START, Recomputed, Table, tiny_gpt, tiny_marian
 from transom.runtime.errors import InputError
-from transom.runtime.generate import GenerationSettings, generate, stream
+from transom.runtime.generation import GenerationSettings, generate, stream
 
 PROMPTS = [[1, 2, 3], [7, 8, 20, 4, 4], [6]]
 SOURCES = [[3, 4, 5, 0], [9, 10, 0], [12, 1, 17, 17, 2, 0]]

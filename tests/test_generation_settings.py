@@ -13,10 +13,10 @@ import torch
 from transformers import GenerationConfig
 
 from tiny_decoders import VOCABULARY, tiny_gpt
-from transom.export.generation import generation_from_checkpoint
+from transom.export.processors.generation_config import generation_from_checkpoint
 from transom.runtime.errors import BundleError, CheckpointError, InputError
-from transom.runtime.generate import GenerationSettings
-from transom.runtime.generate.rules import RULES
+from transom.runtime.generation import GenerationSettings
+from transom.runtime.generation.field_specs import RULES
 
 DEFAULTS = GenerationSettings()
 

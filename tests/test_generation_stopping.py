@@ -16,8 +16,8 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 
 from tiny_decoders import Table
 from transom.runtime.errors import InputError
-from transom.runtime.generate import GenerationSettings, generate, stream
-from transom.runtime.generate.stopping import Stopping, common_prefix
+from transom.runtime.generation import GenerationSettings, generate, stream
+from transom.runtime.generation.stopping import Stopping, common_prefix
 
 WORDS = ["st", "op", "stop", "opera", "sto", "pper", "las", "topper", "s", "to", "pped", " stop", "\n", "\n\n", "é"]
 

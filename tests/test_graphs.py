@@ -16,15 +16,15 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from transom.export.flavours import make_flavours
-from transom.export.onnx import onnx_from_module
-from transom.export.passes.emulate import emulate_half
-from transom.export.passes.precision import convert_precision
-from transom.export.ranges import RangeBackend, require_fp16_range
-from transom.export.source import load_source
+from transom.export.checkpoint import load_source
+from transom.export.onnx_export import onnx_from_module
+from transom.export.parity.fp16_range import RangeBackend, require_fp16_range
+from transom.export.passes.fake_half import emulate_half
+from transom.export.passes.half_precision import convert_precision
+from transom.export.variants import make_flavours
 from transom.runtime.backends.ort import OrtBackend
 from transom.runtime.errors import PrecisionError
-from transom.runtime.spec import Graph
+from transom.runtime.graph_spec import Graph
 
 MakeCheckpoint = Callable[..., Path]
 # Per encoder layer: one fused attention, one GELU; two norms per layer, and one more for embeddings or the end.

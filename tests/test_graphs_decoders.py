@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from transom.export.flavours import make_flavours
+from transom.export.variants import make_flavours
 from transom.runtime.bundle import Bundle, GraphFile
 
 Exported = Callable[..., tuple[Path, Path]]

@@ -19,8 +19,8 @@ from PIL.Image import Image
 
 from image_cases import FEW, PHOTOS, settings_of, small_photo
 from transom.runtime.errors import InputError
-from transom.runtime.images import MAX_IMAGE_PIXELS, open_image
-from transom.runtime.preprocess import ExactSize, ShortestEdge
+from transom.runtime.image_loading import MAX_IMAGE_PIXELS, open_image
+from transom.runtime.image_preprocess import ExactSize, ShortestEdge
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,9 @@ from transformers import (
 )
 
 from image_cases import PHOTOS, settings_of, their_pixels
-from transom.export.image import image_preprocess_from_checkpoint
+from transom.export.processors.image import image_preprocess_from_checkpoint
 from transom.runtime.errors import BundleError, CheckpointError
-from transom.runtime.preprocess import ExactSize, ImagePreprocess, ShortestEdge
+from transom.runtime.image_preprocess import ExactSize, ImagePreprocess, ShortestEdge
 
 # ---- the JSON object
 
@@ -226,5 +226,5 @@ def test_bad_json(text: str, tmp_path: Path) -> None:
 
 
 def test_importing_preprocess_loads_no_pil() -> None:
-    code = "import sys, transom.runtime.preprocess; sys.exit('PIL' in sys.modules)"
+    code = "import sys, transom.runtime.image_preprocess; sys.exit('PIL' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -27,9 +27,9 @@ from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.image_utils import load_image
 
 from image_cases import FEW, PHOTOS, settings_of, small_photo, their_pixels
-from transom.export.image import image_preprocess_from_checkpoint
-from transom.runtime.images import open_image
-from transom.runtime.preprocess import FILTERS, ExactSize, ImagePreprocess, ShortestEdge
+from transom.export.processors.image import image_preprocess_from_checkpoint
+from transom.runtime.image_loading import open_image
+from transom.runtime.image_preprocess import FILTERS, ExactSize, ImagePreprocess, ShortestEdge
 
 
 @pytest.fixture(scope="module")

@@ -18,11 +18,11 @@ from command_line import document, transom
 from conftest import export_to, reference, save_checkpoint
 from tiny_graphs import operators, relative_error
 from transom.calib.data import Sample, open_calibration_data
-from transom.calib.identity import graph_sha256
+from transom.calib.graph_hash import graph_sha256
 from transom.calib.table import RANGES, load_table
-from transom.export.parity import TOLERANCES
+from transom.export.bundle_graphs import canonical_graphs
+from transom.export.parity.compare import TOLERANCES
 from transom.export.quantization.options import QuantizeOptions
-from transom.export.quantization.stored import canonical_graphs
 from transom.runtime import load
 from transom.runtime.bundle import MANIFEST, Bundle
 from transom.runtime.errors import AccuracyError, CalibrationError, ParityError

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from tiny_graphs import Float, graph_of, operators, run
 from transom.calib.scales import Scale
-from transom.export.passes.dynamic import quantize_dynamic
-from transom.export.passes.linears import find_linears
-from transom.export.passes.static import quantize_static
+from transom.export.passes.linear_layers import find_linears
+from transom.export.passes.qdq_dynamic import quantize_dynamic
+from transom.export.passes.qdq_static import quantize_static
 from transom.export.passes.weight_only import quantize_weights
 from transom.export.quantization.weights import QuantizedWeights
 from transom.runtime.backends import integer_sums as measured
@@ -24,7 +24,7 @@ from transom.runtime.backends.integer_sums import LOST, NATIVE, U8U8, WIDENED, i
 from transom.runtime.backends.known_sum import K, N, known_product, qdq_model
 from transom.runtime.backends.ort import OrtBackend, session_entries
 from transom.runtime.bundle import BLOCKS, PRODUCTS, SIMULATED, GraphFile
-from transom.runtime.spec import Graph, Tensor
+from transom.runtime.graph_spec import Graph, Tensor
 
 ROWS = (1, 2, 5, 64)  # one row has kernels of its own
 SIZES = ((1, 1), (2, 5), (7, 16), (31, 33), (64, 17), (256, 64))  # K, N

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from transom.runtime.decoder.cache import STEP, KVCache
-from transom.runtime.spec import Tensor
+from transom.runtime.graph_spec import Tensor
+from transom.runtime.kv_cache import STEP, KVCache
 
 
 def pencil_cache(rows: int = 2, limit: int = 300) -> KVCache:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from transom.export.inputs import heldout_dates, heldout_text, masked_text
+from transom.export.datasets import heldout_dates, heldout_text, masked_text
 from transom.export.scores import bits_per_byte
 from transom.models.references import reference_folder
 

@@ -25,7 +25,7 @@ ROOMS = ("models", "export", "runtime", "calib", "cli")
 # Prefixes of what each room may import of ours. A name counts as deep as it is written:
 # `from transom.runtime import load` is `transom.runtime.load`.
 OURS = {
-    "models": ("transom.models", "transom.runtime.errors", "transom.runtime.spec"),
+    "models": ("transom.models", "transom.runtime.errors", "transom.runtime.graph_spec"),
     "runtime": ("transom.runtime",),
     "calib": ("transom.calib", "transom.runtime"),
     "export": ("transom.export", "transom.models", "transom.calib", "transom.runtime"),
@@ -39,7 +39,7 @@ THEIRS = {
     | {"safetensors", "tokenizers", "sentencepiece", "PIL", "huggingface_hub"},
     "cli": {"typer", "rich", "numpy", "PIL"},
 }
-TORCH_TOO = {"export/onnx.py", "export/parity.py"}
+TORCH_TOO = {"export/onnx_export.py", "export/parity/compare.py"}
 # Only inside functions: `transom --help` must not wait for them, nor a local checkpoint for the hub's client.
 LAZY = {"models": ("huggingface_hub",), "cli": ("transom", "numpy", "PIL")}
 EAGER_ALL_THE_SAME = {"cli": ("transom.cli", "transom.runtime.errors")}
@@ -146,19 +146,19 @@ def test_no_bare_names_outside_the_rooms(path: str) -> None:
     ("path", "source", "problem"),
     [
         ("models/bert.py", "from transom.runtime import load", "1: transom.runtime.load is behind a wall"),
-        ("models/bert.py", "from ..export.onnx import trace", "1: transom.export.onnx.trace is behind"),
+        ("models/bert.py", "from ..export.onnx import trace", "1: transom.export.onnx_export.trace is behind"),
         ("models/bert.py", "from .. import calib", "1: transom.calib is behind"),
         ("models/bert.py", "import numpy as np", "1: numpy is no library of models/"),
         ("models/bert.py", "from huggingface_hub import x", "1: huggingface_hub.x belongs inside"),
         ("runtime/backends/ort.py", "def f():\n    import torch", "2: torch is no library of runtime/"),
         ("runtime/tasks/bert.py", "from transom.models import bert", "1: transom.models.bert is behind"),
         ("runtime/backends/ort.py", "import importlib\nimportlib.import_module('onnx')", "2: onnx is no library"),
-        ("calib/scales.py", "from transom.export import bundle", "1: transom.export.bundle is behind"),
+        ("calib/scales.py", "from transom.export import bundle", "1: transom.export.bundle_writer is behind"),
         ("export/pipeline.py", "import torch.nn", "1: torch.nn is no library of export/"),
         ("export/passes/onnx.py", "import torch", "1: torch is no library of export/"),
-        ("export/onnx.py", "import transformers", "1: transformers is no library of export/"),
-        ("export/onnx.py", "from transom.cli import main", "1: transom.cli.main is behind"),
-        ("export/onnx.py", "from models.bert import Bert", "1: models.bert.Bert is a second module"),
+        ("export/onnx_export.py", "import transformers", "1: transformers is no library of export/"),
+        ("export/onnx_export.py", "from transom.cli import main", "1: transom.cli.main is behind"),
+        ("export/onnx_export.py", "from models.bert import Bert", "1: models.bert.Bert is a second module"),
         ("cli/main.py", "class C:\n  from transom.export import x", "2: transom.export.x belongs inside"),
         ("cli/main.py", "if TYPE_CHECKING:\n  pass\nelse:\n  import transom.calib", "4: transom.calib bel"),
         ("cli/main.py", "def f():\n    import torch", "2: torch is no library of cli/"),
@@ -174,7 +174,7 @@ def test_the_checker_sees(path: str, source: str, problem: str) -> None:
     [
         ("models/bert.py", "import torch, json\nfrom transom.runtime.errors import CheckpointError"),
         ("models/bert.py", "from ..runtime import spec\nfrom . import attention"),
-        ("export/onnx.py", "import torch\nfrom transom.models.bert import Bert"),
+        ("export/onnx_export.py", "import torch\nfrom transom.models.bert import Bert"),
         ("cli/main.py", "import typer\nfrom transom.runtime.errors import TransomError\nfrom . import show"),
         ("cli/main.py", "def export():\n    from transom.export.pipeline import run"),
         ("cli/main.py", "if typing.TYPE_CHECKING:\n    from transom.runtime.bundle import Bundle"),
@@ -203,8 +203,8 @@ def test_what_works_on_graphs_alone_loads_no_torch(tmp_path: Path) -> None:
     """Calibration, passes, and what writes a bundle, in one process: each by itself would start as slowly."""
     paths = [
         *files("calib", "export/passes", "export/engine"),
-        "export/flavours.py",
-        "export/bundle.py",
+        "export/variants.py",
+        "export/bundle_writer.py",
         "export/external.py",
     ]
     modules = [".".join(("transom", *Path(path).with_suffix("").parts)).removesuffix(".__init__") for path in paths]

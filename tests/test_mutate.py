@@ -34,7 +34,7 @@ def test_every_subject_has_guards_and_no_guard_is_listed_twice() -> None:
     ("fields", "said"),
     [
         ({"file": "runtime/nothing.py"}, r"runtime/nothing\.py is not there"),
-        ({"code": "nothing like this"}, "its code is 0 times in runtime/references.py"),
+        ({"code": "nothing like this"}, "its code is 0 times in runtime/golden_reference.py"),
         ({"broken": "BELOW_ZEROS = 0.95"}, "expected once, and another text in its place"),
         ({"tests": ("tests/test_nothing.py::test_it",)}, r"tests/test_nothing\.py::test_it is not there"),
     ],
@@ -44,7 +44,7 @@ def test_a_guard_that_cannot_be_broken_is_told(fields: dict[str, str], said: str
 
     whole = {
         "name": "zeros",
-        "file": "runtime/references.py",
+        "file": "runtime/golden_reference.py",
         "code": "BELOW_ZEROS = 0.95",
         "broken": "BELOW_ZEROS = 2.0",
         "tests": ("tests/test_mutate.py",),
@@ -62,7 +62,7 @@ def test_an_entry_that_is_not_complete_is_refused(tmp_path: Path) -> None:
 
 ENTRY = """[[guard]]
 name = "{name}"
-file = "runtime/records.py"
+file = "runtime/manifest_sections.py"
 code = "    return error if isinstance(error, float) and error >= 0 else None"
 broken = "{broken}"
 tests = ["tests/test_records.py"]
@@ -99,12 +99,15 @@ def test_a_guard_that_no_test_notices_fails_the_run(tmp_path: Path) -> None:
     assert "noticed      records: seen  <-  tests/test_records.py::test_the_worst_error_that_is_recorded" in done.stdout
     assert "NOT NOTICED  records: unseen  <-  every test passed" in done.stdout
     assert done.stdout.endswith("1 of 2 broken guards were noticed\n")
-    assert "| unseen | `runtime/records.py` | **nothing: every test passed** |" in (tmp_path / "page.md").read_text()
+    assert (
+        "| unseen | `runtime/manifest_sections.py` | **nothing: every test passed** |"
+        in (tmp_path / "page.md").read_text()
+    )
 
 
 def test_the_page_lists_every_subject() -> None:
-    guard = Guard("zeros", "runtime/references.py", "a", "b", ("tests/test_x.py",), "selftest")
+    guard = Guard("zeros", "runtime/golden_reference.py", "a", "b", ("tests/test_x.py",), "selftest")
     assert page([Outcome(guard, "tests/test_x.py::test_y")]).endswith(
         "## selftest\n\n| guard | file | noticed by |\n| --- | --- | --- |\n"
-        "| zeros | `runtime/references.py` | `test_x.py::test_y` |\n"
+        "| zeros | `runtime/golden_reference.py` | `test_x.py::test_y` |\n"
     )

@@ -10,9 +10,9 @@ import pytest
 
 from transom.runtime import load
 from transom.runtime.backends.ort import OrtBackend
+from transom.runtime.backends.ort_cache import OrtState
 from transom.runtime.backends.ort_library import onnxruntime
-from transom.runtime.backends.ort_state import OrtState
-from transom.runtime.decoder.state import State, cache_inputs
+from transom.runtime.decoder_state import State, cache_inputs
 
 
 @pytest.fixture

@@ -13,18 +13,18 @@ import numpy as np
 import pytest
 
 from tiny_graphs import graph_of
-from transom.export.checks import check_parity, export_limit, in_step, measure_ranges
-from transom.export.engine.check import check_flavour
-from transom.export.engine.flavour import tensorrt_graphs
-from transom.export.exercises import Exercises, Run
-from transom.export.golden import Golden
-from transom.export.quantization.stored import canonical_graphs
-from transom.export.ranges import RangeBackend, require_fp16_range
-from transom.export.samples import samples_for
+from transom.export.bundle_graphs import canonical_graphs
+from transom.export.engine.trt_graphs import tensorrt_graphs
+from transom.export.engine.trt_parity import check_flavour
+from transom.export.parity.cases import Exercises, Run
+from transom.export.parity.checks import check_parity, export_limit, in_step, measure_ranges
+from transom.export.parity.fp16_range import RangeBackend, require_fp16_range
+from transom.export.parity.golden import Golden
+from transom.export.parity.inputs import samples_for
 from transom.runtime import load
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import ExportError, ParityError, PrecisionError
-from transom.runtime.spec import Graph, Tensor
+from transom.runtime.graph_spec import Graph, Tensor
 
 KEPT = Path(__file__).with_name("bundles") / "0.1.0"
 GRAPH = Graph("g", (Tensor("x", "float32", (1,)),), (Tensor("y", "float32", (1,)),))
@@ -99,7 +99,7 @@ def test_a_graph_that_no_case_runs_is_refused(monkeypatch: pytest.MonkeyPatch) -
     with load(KEPT / "gpt-fp32") as gpt:
         samples = samples_for((file.graph for file in gpt.manifest.graphs), None, None)
         assert len(Exercises(gpt, samples))
-        monkeypatch.setattr("transom.export.exercises.Generator", type(None))
+        monkeypatch.setattr("transom.export.parity.cases.Generator", type(None))
         with pytest.raises(ExportError, match="no case runs the graph 'decoder' of this gpt"):
             Exercises(gpt, samples)
 
@@ -133,7 +133,7 @@ def test_a_tensor_that_was_once_not_finite_fits_no_half(values: list[list[float]
 def test_what_cannot_be_compared_checks_no_engine(monkeypatch: pytest.MonkeyPatch, found: list[Any], said: str) -> None:
     """Arrays of two shapes may have a difference all the same."""
     arrays = [(name, *(np.ones(shape, np.float32) for shape in shapes)) for name, *shapes in found]
-    monkeypatch.setattr("transom.export.engine.check.outputs", lambda *sides: iter(arrays))
+    monkeypatch.setattr("transom.export.engine.trt_parity.outputs", lambda *sides: iter(arrays))
     bundle = Bundle(KEPT / "vit-fp32")
     with pytest.raises(ExportError, match=said):
         check_flavour(bundle, tensorrt_graphs(bundle))

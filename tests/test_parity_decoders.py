@@ -19,11 +19,11 @@ from safetensors.numpy import load_file, save
 
 from command_line import as_quantized, changed_bundle
 from transom.export import checks, pipeline
-from transom.export.parity import TOLERANCES, Case
+from transom.export.parity.compare import TOLERANCES, Case
 from transom.runtime.bundle import manifest_sha256
 from transom.runtime.errors import BundleError, ParityError
 from transom.runtime.golden import GENERATION, GOLDEN
-from transom.runtime.replay import NOTHING, Chosen, Greedy, divergences, require_same_tokens
+from transom.runtime.greedy_check import NOTHING, Chosen, Greedy, divergences, require_same_tokens
 from transom.runtime.selftest import selftest
 
 MakeCheckpoint = Callable[..., Path]

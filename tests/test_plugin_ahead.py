@@ -19,9 +19,9 @@ pytest.importorskip("triton", reason="triton is not installed: pip install 'tran
 
 import triton
 
-from transom.export.plugins.ahead import Layout, attention_ptx, power_of_two
-from transom.export.plugins.blocks import GPUS, SHARED, SPILLED, blocks_for, preference, resident_warps
-from transom.export.plugins.launch import Blocks, Variant
+from transom.export.plugins.aot import Layout, attention_ptx, power_of_two
+from transom.export.plugins.kernel_spec import Blocks, Variant
+from transom.export.plugins.tile_sizes import GPUS, SHARED, SPILLED, blocks_for, preference, resident_warps
 from transom.runtime.errors import BackendError, EngineError, InputError
 
 EVERYTHING = {"causal": True, "lengths": True, "mask": 1, "bias": True}
@@ -48,8 +48,8 @@ PINNED = {
 }
 SCRIPT = """
 import json, sys
-from transom.export.plugins.ahead import Layout, attention_ptx
-from transom.export.plugins.launch import Variant
+from transom.export.plugins.aot import Layout, attention_ptx
+from transom.export.plugins.kernel_spec import Variant
 for capability, variant in json.loads(sys.argv[1]):
     made = attention_ptx(capability, Variant(**variant), Layout(mask="bm"))
     print(json.dumps({
@@ -204,7 +204,7 @@ def test_what_has_no_kernel() -> None:
 
 def test_integers_beyond_32_bits_are_refused(tmp_path: Path) -> None:
     code = """
-from transom.export.plugins.ahead import Variant, attention_ptx
+from transom.export.plugins.aot import Variant, attention_ptx
 from transom.runtime.errors import EngineError
 made = attention_ptx(89, Variant("fp16", 64, heads=16))
 try:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from transom.export.plugins.launch import Blocks, Variant, launches
+from transom.export.plugins.kernel_spec import Blocks, Variant, launches
 from transom.runtime.errors import InputError
 
 # Units of roundoff of max|exact|. Halves are rounded at the weights and at the end; the interpreter cuts BF16 off where

@@ -23,9 +23,9 @@ from cuda.bindings import runtime as real_runtime
 from emulated_driver import TYPES, EmulatedDriver, Memories, OnGpu, compile_elsewhere, empty, to_gpu
 from test_plugin_kernel import exact, normal, require_close, visible
 from transom.export.plugins import gpu as plugin_gpu
-from transom.export.plugins.ahead import Compiled, compiled_from_json, json_from_compiled
-from transom.export.plugins.gpu import Kernel
-from transom.export.plugins.launch import Variant
+from transom.export.plugins.aot import Compiled, compiled_from_json, json_from_compiled
+from transom.export.plugins.cuda_launcher import Kernel
+from transom.export.plugins.kernel_spec import Variant
 from transom.runtime.backends import cuda
 from transom.runtime.backends.cuda import Memory, Stream
 from transom.runtime.errors import BackendError, EngineError, InputError
@@ -308,7 +308,7 @@ def test_a_kernel_of_hopper_is_for_hopper_alone(compiled: Any, driver: EmulatedD
 
 
 def test_parts_are_put_together_of_parts_alone() -> None:
-    from transom.export.plugins.ahead import whole_ptx
+    from transom.export.plugins.aot import whole_ptx
 
     with pytest.raises(EngineError, match="a variant without parts was to be put together; expected split=True"):
         whole_ptx(89, Variant("fp16", 64))

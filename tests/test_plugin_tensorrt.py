@@ -32,10 +32,10 @@ from emulated_driver import EmulatedDriver, Memories, to_gpu
 from test_plugin_kernel import normal, require_close
 from transom.export.passes import plugin_attention
 from transom.export.passes.plugin_attention import CAUSAL, DOMAIN, INPUTS, MASKED, PLAIN, function_of
-from transom.export.plugins import launch
-from transom.export.plugins.ahead import compiled_from_json
-from transom.export.plugins.blocks import SPILLED, blocks_for, portable
-from transom.export.plugins.launch import Variant
+from transom.export.plugins import kernel_spec as launch
+from transom.export.plugins.aot import compiled_from_json
+from transom.export.plugins.kernel_spec import Variant
+from transom.export.plugins.tile_sizes import SPILLED, blocks_for, portable
 from transom.export.plugins.trt_plugin import candidates, layout_of, variant_of
 from transom.runtime.backends import cuda
 from transom.runtime.errors import EngineError
@@ -53,7 +53,7 @@ SIZES = {"B": 3, "S": 50, "T": 70}
 SCRIPT = """
 import json, sys
 import emulated_tensorrt as emulated
-from transom.export.plugins.ahead import json_from_compiled
+from transom.export.plugins.aot import json_from_compiled
 from transom.export.plugins.trt_plugin import kernel_of, layout_of, register_plugins, variant_of
 failed = []
 register_plugins(emulated.install(), 89, failed.append)

@@ -40,7 +40,7 @@ from processors.without_torch import libraries_of
 from time_limits import PATIENCE_S
 from transom.runtime.compare import Comparison
 from transom.runtime.cpu import flags_of_cpuinfo, instruction_set_of
-from transom.runtime.references import BUNDLE, PYTORCH, Reference
+from transom.runtime.golden_reference import BUNDLE, PYTORCH, Reference
 from transom.runtime.selftest import SelftestCase, SelftestReport, broken
 
 REPO = Path(os.environ.get("TRANSOM_REPO") or Path(__file__).resolve().parents[1])

@@ -11,9 +11,9 @@ import pytest
 
 from tiny_graphs import graph_of, normal, operators, run, weights_of
 from transom.calib.scales import Scale, block_scales, dequantize_blocks, quantize_blocks
-from transom.export.passes.dynamic import quantize_dynamic
-from transom.export.passes.linears import find_linears
-from transom.export.passes.static import quantize_static
+from transom.export.passes.linear_layers import find_linears
+from transom.export.passes.qdq_dynamic import quantize_dynamic
+from transom.export.passes.qdq_static import quantize_static
 from transom.export.passes.weight_only import quantize_weights
 from transom.export.quantization.weights import QuantizedWeights
 from transom.runtime.bundle import SIMULATED

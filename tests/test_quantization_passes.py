@@ -12,11 +12,11 @@ import pytest
 
 from tiny_graphs import graph_of, normal, operators, run, weights_of
 from transom.calib.scales import Scale
-from transom.export.passes.embeddings import halve_embeddings
+from transom.export.bundle_graphs import canonical_graphs
 from transom.export.passes.extras import extra_places
-from transom.export.passes.linears import find_linears
-from transom.export.passes.static import quantize_static
-from transom.export.quantization.stored import canonical_graphs
+from transom.export.passes.fp16_embeddings import halve_embeddings
+from transom.export.passes.linear_layers import find_linears
+from transom.export.passes.qdq_static import quantize_static
 from transom.export.quantization.weights import QuantizedWeights
 from transom.runtime.bundle import Bundle
 

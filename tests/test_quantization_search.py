@@ -13,25 +13,25 @@ import pytest
 from numpy.typing import NDArray
 
 from tiny_graphs import Float, graph_of, histogram_of, normal, operators, run, weights_of
-from transom.calib.identity import graph_sha256
+from transom.calib.graph_hash import graph_sha256
 from transom.calib.scales import activation_scale, clip_range
 from transom.calib.table import RANGES, GraphRanges, RangeTable, Smoothing, TensorRanges, load_table
-from transom.export.flavours import pack
-from transom.export.measures import Score
-from transom.export.quantization.agreement import Reference, RelativeError
+from transom.export.bundle_graphs import canonical_graphs
+from transom.export.metrics import Score
 from transom.export.quantization.calibrate import require_fitting
+from transom.export.quantization.candidate import Trial, open_flavours
+from transom.export.quantization.fidelity import Reference, RelativeError
 from transom.export.quantization.gate import Gate
+from transom.export.quantization.gate_result import SCORE, Verdict
 from transom.export.quantization.heldout import reference_samples
+from transom.export.quantization.layer_search import Found, search_layers
 from transom.export.quantization.options import PLAIN, QuantizeOptions
 from transom.export.quantization.quantizer import Layer, Quantizer, Recipe, observed_tensors
-from transom.export.quantization.search import Found, search_layers
-from transom.export.quantization.stored import canonical_graphs
-from transom.export.quantization.trial import Trial, open_flavours
-from transom.export.quantization.verdict import SCORE, Verdict
+from transom.export.variants import pack
 from transom.runtime import load
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import AccuracyError, CalibrationError, ExportError
-from transom.runtime.spec import Graph, Tensor
+from transom.runtime.graph_spec import Graph, Tensor
 from transom.runtime.tasks.gpt import GPT
 
 ENCODER = Graph("model", (Tensor("x", "float32", ("B", "S", 64)),), (Tensor("y", "float32", ("B", "S", 48)),))

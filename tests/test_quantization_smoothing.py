@@ -11,10 +11,10 @@ import pytest
 
 from tiny_graphs import Float, graph_of, histogram_of, normal, operators, relative_error, run, weights_of
 from transom.calib.scales import Scale, activation_scale, clip_range
-from transom.calib.smooth import smoothing_factors
-from transom.export.passes.linears import find_linears
-from transom.export.passes.smooth import find_inlets, fold_smoothing
-from transom.export.passes.static import quantize_static
+from transom.calib.smoothquant import smoothing_factors
+from transom.export.passes.linear_layers import find_linears
+from transom.export.passes.qdq_static import quantize_static
+from transom.export.passes.smoothquant import find_inlets, fold_smoothing
 from transom.export.quantization.weights import QuantizedWeights
 
 WIDTH = 8

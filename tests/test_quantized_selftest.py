@@ -18,18 +18,18 @@ from safetensors.numpy import save
 from bad_bundles import replaced
 from command_line import as_quantized, changed_bundle, document, transom
 from transom.export import pipeline
-from transom.export.checks import check_parity, export_limit
-from transom.export.exercises import Exercises
-from transom.export.golden import Golden
-from transom.export.parity import TOLERANCES
+from transom.export.parity.cases import Exercises
+from transom.export.parity.checks import check_parity, export_limit
+from transom.export.parity.compare import TOLERANCES
+from transom.export.parity.golden import Golden
+from transom.export.parity.inputs import samples_for
 from transom.export.quantization.gate import POINTS
-from transom.export.samples import samples_for
 from transom.runtime import load
 from transom.runtime.backends.integer_sums import integer_sums
 from transom.runtime.bundle import SIMULATED, Bundle
 from transom.runtime.errors import AccuracyError, BundleError, ParityError
 from transom.runtime.golden import GOLDEN, read_golden
-from transom.runtime.references import BELOW_ZEROS, BUNDLE, ENGINE, PYTORCH, REPEAT, Reference, references
+from transom.runtime.golden_reference import BELOW_ZEROS, BUNDLE, ENGINE, PYTORCH, REPEAT, Reference, references
 from transom.runtime.selftest import selftest
 
 ALL_SIDES = (PYTORCH, BUNDLE, SIMULATED)
@@ -184,7 +184,7 @@ def test_two_unknown_processors_need_not_be_of_one_kind(
     def unknown(words: dict[str, Any]) -> None:
         words["quantization"]["instruction_set"] = "unknown"
 
-    monkeypatch.setattr("transom.runtime.references.instruction_set", lambda: "unknown")
+    monkeypatch.setattr("transom.runtime.golden_reference.instruction_set", lambda: "unknown")
     manifest = Bundle(changed_bundle(int8_bundle, tmp_path, unknown)).manifest
     assert references(manifest, "cpu", ALL_SIDES)[0].tolerance == REPEAT
 
@@ -200,7 +200,7 @@ def test_weights_alone_repeat_bit_for_bit_where_blocks_are_integers(
         words["quantization"]["instruction_set"] = name
         words["tools"]["onnxruntime"] = onnxruntime.__version__
 
-    monkeypatch.setattr("transom.runtime.references.instruction_set", lambda: name)
+    monkeypatch.setattr("transom.runtime.golden_reference.instruction_set", lambda: name)
     manifest = Bundle(changed_bundle(KEPT / "gpt-int4", tmp_path, made_here)).manifest
     reference = references(manifest, "cpu", (PYTORCH, BUNDLE))[0]
     assert (reference.side, reference.tolerance) == (BUNDLE, tolerance)

@@ -19,7 +19,7 @@ from typer.main import get_command
 
 from command_line import transom
 from rtx import needs_rtx
-from transom.calib.named import NAMES
+from transom.calib.builtin_sets import NAMES
 from transom.calib.scales import METHODS
 from transom.calib.table import RANGES
 from transom.cli.main import app

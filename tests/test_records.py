@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from transom.runtime.records import worst_error
+from transom.runtime.manifest_sections import worst_error
 
 
 @pytest.mark.parametrize(

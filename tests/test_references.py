@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import transom.models.references as references
-from transom.export.inputs import heldout_digits, passage, photos, wordnet_pairs
+from transom.export.datasets import heldout_digits, passage, photos, wordnet_pairs
 from transom.models.references import REFERENCES, Reference, reference_folder
 from transom.runtime.errors import CheckpointError
 

@@ -15,24 +15,24 @@ import pytest
 import torch
 from PIL import Image
 
-from transom.export.figures import operator_counts, outputs_to_json
-from transom.export.inputs import heldout_digits
-from transom.export.parity import Case
+from transom.export.datasets import heldout_digits
+from transom.export.parity.compare import Case
+from transom.export.parity.results import operator_counts, outputs_to_json
 from transom.export.report.drawing.chart import LinearAxis, LogAxis
 from transom.export.report.drawing.heatmap import heatmap, thumbnail
 from transom.export.report.drawing.markup import token_words, words
 from transom.export.report.drawing.raster import data_uri, seen
+from transom.export.report.figures.alignment import CROSS, alignment
+from transom.export.report.figures.attention import Exposed
+from transom.export.report.figures.attention_heads import telling_head
+from transom.export.report.figures.attention_rollout import rollout
+from transom.export.report.figures.position_similarity import position_embeddings, similarities
+from transom.export.report.figures.token_surprisal import read
+from transom.export.report.figures.zero_shot_matrix import draw_matching
 from transom.export.report.graphs import graph_file
-from transom.export.report.pictures.alignment import CROSS, alignment
-from transom.export.report.pictures.attention import Exposed
-from transom.export.report.pictures.matching import draw_matching
-from transom.export.report.pictures.positions import position_embeddings, similarities
-from transom.export.report.pictures.sentences import telling_head
-from transom.export.report.pictures.sight import rollout
-from transom.export.report.pictures.surprise import read
 from transom.runtime.bundle import Bundle
 from transom.runtime.compare import compare
-from transom.runtime.preprocess import ImagePreprocess
+from transom.runtime.image_preprocess import ImagePreprocess
 from transom.runtime.session import load
 from transom.runtime.tasks.gpt import GPT
 from transom.runtime.tasks.transformer import Transformer
@@ -135,7 +135,7 @@ def test_what_a_model_sees_turned_back() -> None:
 # Out of the graph.
 def test_cross_attention_is_that_of_the_definition(exported: Any) -> None:
     """softmax(q k^T / sqrt(D)) of the first layer's cross-attention, computed by hand from the module."""
-    from transom.export.source import load_source
+    from transom.export.checkpoint import load_source
 
     checkpoint, folder = exported("MarianMTModel")
     loaded = load_source(str(checkpoint), task=None, max_sizes={}, image_size=None, ignore_unused=False)

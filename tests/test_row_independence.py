@@ -16,10 +16,10 @@ import pytest
 from numpy.typing import NDArray
 
 from transom.runtime import load
-from transom.runtime.inputs import is_decoder
-from transom.runtime.replay import forced_logits
+from transom.runtime.feeds import is_decoder
+from transom.runtime.graph_spec import Graph
+from transom.runtime.greedy_check import forced_logits
 from transom.runtime.session import LoadedBundle
-from transom.runtime.spec import Graph
 from transom.runtime.tasks.generator import Generator
 from transom.runtime.text.tokenizer import row_length
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from transom.cli.describe import score_line, score_value
-from transom.export.inputs import heldout_dates, heldout_digits, heldout_text, masked_text, wordnet_pairs
-from transom.export.measures import Rate, Score
+from transom.export.datasets import heldout_dates, heldout_digits, heldout_text, masked_text, wordnet_pairs
+from transom.export.metrics import Rate, Score
 from transom.export.scores import (
     BLOCK_BYTES,
     SCORES,

@@ -11,11 +11,11 @@ import pytest
 
 from tiny_graphs import graph_of, normal, run, weights_of
 from transom.calib.scales import Scale
-from transom.export.passes.linears import find_linears
-from transom.export.passes.restore import RESTORED, restore_linears
-from transom.export.passes.smooth import fold_smoothing
-from transom.export.passes.splice import Splice
-from transom.export.passes.static import quantize_static
+from transom.export.passes._builder import Splice
+from transom.export.passes.layer_switches import RESTORED, restore_linears
+from transom.export.passes.linear_layers import find_linears
+from transom.export.passes.qdq_static import quantize_static
+from transom.export.passes.smoothquant import fold_smoothing
 from transom.export.quantization.weights import QuantizedWeights
 
 NAN = np.array([0x7FC00000, 0x7FC00001], np.uint32).view(np.float32)  # two NaNs of different bits

@@ -245,7 +245,7 @@ def minilm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def test_minilm_embeds_as_sentence_transformers(minilm: Any) -> None:
     import sentence_transformers
 
-    from transom.export.inputs import passage
+    from transom.export.datasets import passage
     from transom.models.references import reference_folder
 
     theirs = sentence_transformers.SentenceTransformer(str(reference_folder("minilm")), device="cpu")

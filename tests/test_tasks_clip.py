@@ -14,10 +14,10 @@ import transformers
 from PIL import Image
 
 from command_line import changed_bundle, document, transom
-from transom.export.inputs import photos
+from transom.export.datasets import photos
 from transom.runtime import load
 from transom.runtime.errors import BundleError, InputError, ShapeError
-from transom.runtime.images import open_image
+from transom.runtime.image_loading import open_image
 from transom.runtime.tasks.clip import Labels
 
 Exported = Callable[..., tuple[Path, Path]]

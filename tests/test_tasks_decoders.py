@@ -152,7 +152,7 @@ def test_a_stream_gives_each_token_as_it_is_made(gpt: Any) -> None:
         return feed(self, tokens)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transom.runtime.decoder.decoding.Decoding.feed", counted)
+        patch.setattr("transom.runtime.decoder.Decoding.feed", counted)
         stream = gpt.stream([5, 6], max_new_tokens=4, eos_token_id=None)
         for number, _ in enumerate(stream):
             assert len(steps) == number

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from tokenizer_cases import encoder_of, write
-from transom.export.tokenizers.checkpoint import tokenizer_from_checkpoint
+from transom.export.processors.tokenizer import tokenizer_from_checkpoint
 from transom.runtime.errors import BundleError, InputError, ShapeError
 from transom.runtime.text.tokenizer import TextEncoder, TextSpec, longest_first
 
@@ -249,7 +249,7 @@ def test_a_fork_after_encoding_is_silent() -> None:
     code = f"""
 import os
 from pathlib import Path
-from transom.export.tokenizers.checkpoint import tokenizer_from_checkpoint
+from transom.export.processors.tokenizer import tokenizer_from_checkpoint
 from transom.runtime.text.tokenizer import TextEncoder
 encoder = TextEncoder(*tokenizer_from_checkpoint(Path({str(MINILM)!r}), 512), 512)
 threads = os.listdir("/proc/self/task")
@@ -266,7 +266,7 @@ assert os.waitpid(child, 0)[1] == 0
 
 
 def test_importing_text_loads_no_tokenizers() -> None:
-    modules = "transom.runtime.text.tokenizer, transom.export.tokenizers.checkpoint"
+    modules = "transom.runtime.text.tokenizer, transom.export.processors.tokenizer"
     code = f"import sys, {modules}; sys.exit('tokenizers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

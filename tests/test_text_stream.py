@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
+from transom.runtime.text.detokenizer import LastStream, byte_of_character, clean_up, stream_of
 from transom.runtime.text.marian import Added, MarianSpec
-from transom.runtime.text.stream import LastStream, byte_of_character, clean_up, stream_of
 from transom.runtime.text.tokenizer import TextEncoder, TextSpec
 from transom.runtime.text.unigram import UnigramSpec
 

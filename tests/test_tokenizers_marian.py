@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, MarianTokenizer
 
 from tokenizer_cases import LIMIT, LINES, encoder_of, write
-from transom.export.tokenizers.checkpoint import target_tokenizer_from_checkpoint, tokenizer_from_checkpoint
+from transom.export.processors.tokenizer import target_tokenizer_from_checkpoint, tokenizer_from_checkpoint
 from transom.runtime.errors import BundleError, CheckpointError, InputError
 from transom.runtime.text.marian import MarianSpec
 from transom.runtime.text.tokenizer import TextEncoder, TextSpec

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from transom.export.onnx import NO_MODULE, example_sizes, module_path, onnx_from_module
-from transom.export.source import load_source
+from transom.export.checkpoint import load_source
+from transom.export.onnx_export import NO_MODULE, example_sizes, module_path, onnx_from_module
 from transom.runtime.errors import ExportError
-from transom.runtime.spec import Axis, Graph, Tensor
+from transom.runtime.graph_spec import Axis, Graph, Tensor
 
 MakeCheckpoint = Callable[..., Path]
 TABLE = Graph("model", (Tensor("x", "float32", ("B", "S", 5)),), (Tensor("y", "float32", ("B", "S", 5)),))

@@ -36,20 +36,20 @@ from emulated_gpu import (
 )
 from test_devices import ask_here
 from transom.cli import doctor
-from transom.export.bundle import add_to_bundle
-from transom.export.engine.flavour import tensorrt_graphs
+from transom.export.bundle_writer import add_to_bundle
 from transom.export.engine.profiles import profiles_of
 from transom.export.engine.shapes import Shapes, bounds_to_json, narrowed
+from transom.export.engine.trt_graphs import tensorrt_graphs
 from transom.runtime import load, session
 from transom.runtime.backends import cuda, trt, trt_library
-from transom.runtime.backends.buffers import Pool
 from transom.runtime.backends.cuda import Gpu
-from transom.runtime.backends.plans import pick_plan, require_version
+from transom.runtime.backends.trt_memory import Pool
+from transom.runtime.backends.trt_plans import pick_plan, require_version
 from transom.runtime.bundle import Bundle, GraphFile
 from transom.runtime.bundle import Plan as PlanFile
 from transom.runtime.errors import BackendError, BundleError, InputError, ParityError, ShapeError
+from transom.runtime.graph_spec import Graph
 from transom.runtime.selftest import selftest
-from transom.runtime.spec import Graph
 
 real_cuda = pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not installed")
 try:

@@ -130,7 +130,7 @@ def test_a_stream_left_half_way_frees_its_buffers(gpt: Any, monkeypatch: pytest.
 @pytest.mark.parametrize("architecture", ["GPT2LMHeadModel", "MarianMTModel"])
 @pytest.mark.parametrize("call", ["generate", "stream"])
 def test_what_does_not_fit_is_told_before_the_first_step(exported: Exported, architecture: str, call: str) -> None:
-    from transom.runtime.backend import open_backend
+    from transom.runtime.backends.base import open_backend
     from transom.runtime.bundle import Bundle
     from transom.runtime.tasks import task_class
 

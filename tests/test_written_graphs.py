@@ -14,10 +14,10 @@ from onnx import TensorProto, helper
 
 from tiny_graphs import graph_of
 from transom.export import pipeline
-from transom.export.bundle import BundleWriter
+from transom.export.bundle_writer import BundleWriter
 from transom.export.external import externalize
-from transom.export.flavours import Flavours, check_file, serialized
-from transom.export.passes.precision import convert_precision
+from transom.export.passes.half_precision import convert_precision
+from transom.export.variants import Flavours, check_file, serialized
 from transom.runtime.errors import ExportError
 
 KEPT = Path(__file__).with_name("bundles")

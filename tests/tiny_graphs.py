@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from transom.calib.histogram import Histogram
 from transom.runtime.backends.ort import session_entries
 from transom.runtime.bundle import PRODUCTS, GraphFile
-from transom.runtime.spec import Graph
+from transom.runtime.graph_spec import Graph
 
 Float = NDArray[np.float32]
 

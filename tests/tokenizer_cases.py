@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transom.export.tokenizers.checkpoint import tokenizer_from_checkpoint
+from transom.export.processors.tokenizer import tokenizer_from_checkpoint
 from transom.runtime.text.tokenizer import TextEncoder, TextSpec
 
 LIMIT = 100_000  # tokens; so far away that nothing is cut

@@ -9,21 +9,21 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from transom.export.bundle import add_to_bundle
-from transom.export.engine.builder import Built, build_engine
-from transom.export.engine.check import check_flavour
-from transom.export.engine.flavour import LENGTHS, MASK, TensorRTGraph, tensorrt_graphs
-from transom.export.engine.fusion import Fusion, fusion_of, kernels_of, memory_of
+from transom.export.bundle_writer import add_to_bundle
+from transom.export.engine.build_log import Fusion, fusion_of, kernels_of, memory_of
+from transom.export.engine.build_process import Built, build_engine
 from transom.export.engine.profiles import Profile, profiles_of
-from transom.export.engine.repository import require_servable, write_repository
 from transom.export.engine.shapes import Shapes, bounds_to_json, narrowed
 from transom.export.engine.targets import Target, require_precision
+from transom.export.engine.triton_repository import require_servable, write_repository
+from transom.export.engine.trt_graphs import LENGTHS, MASK, TensorRTGraph, tensorrt_graphs
+from transom.export.engine.trt_parity import check_flavour
 from transom.runtime.backends.cuda import find_gpu
-from transom.runtime.backends.plans import FULL_TARGET
 from transom.runtime.backends.trt_library import FULL, NAMES, RTX, library
+from transom.runtime.backends.trt_plans import FULL_TARGET
 from transom.runtime.bundle import QUANTIZED, Bundle, Manifest
 from transom.runtime.errors import BackendError, EngineError, ExportError
-from transom.runtime.spec import Axis
+from transom.runtime.graph_spec import Axis
 
 FOLDER = "engines"  # in the bundle
 COMPILER = "triton"

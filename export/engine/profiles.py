@@ -18,11 +18,11 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
-from transom.export.passes.linears import is_weight
-from transom.export.passes.splice import is_unused
+from transom.export.passes._builder import is_unused
+from transom.export.passes.linear_layers import is_weight
 from transom.runtime.errors import BundleError, one_line
-from transom.runtime.inputs import is_decoder
-from transom.runtime.spec import Axis, Graph
+from transom.runtime.feeds import is_decoder
+from transom.runtime.graph_spec import Axis, Graph
 
 Sizes = tuple[int, ...]
 

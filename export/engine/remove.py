@@ -6,7 +6,7 @@ import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from transom.export.bundle import write_manifest
+from transom.export.bundle_writer import write_manifest
 from transom.export.engine.build import FOLDER
 from transom.runtime.bundle import Bundle, read_manifest
 from transom.runtime.errors import ExportError

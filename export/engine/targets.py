@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transom.runtime.backends.plans import FULL_TARGET, rtx_target
 from transom.runtime.backends.trt_library import FULL, RTX, RTX_CAPABILITIES
+from transom.runtime.backends.trt_plans import FULL_TARGET, rtx_target
 from transom.runtime.errors import ExportError
 
 

@@ -13,7 +13,7 @@ from math import sqrt
 import numpy as np
 import onnx_ir as ir
 
-from transom.export.passes.splice import Splice
+from transom.export.passes._builder import Splice
 from transom.runtime.errors import ExportError
 
 # What a masked score becomes, in FP32: softmax of a whole row stays finite

@@ -13,8 +13,8 @@ from collections.abc import Collection
 
 import onnx_ir as ir
 
-from transom.export.passes.linears import is_weight
-from transom.export.passes.static import Place
+from transom.export.passes.linear_layers import is_weight
+from transom.export.passes.qdq_static import Place
 
 EXTRAS = ("attention", "residual")
 OPERANDS = 3  # of Attention: query, key, value

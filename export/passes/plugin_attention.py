@@ -23,8 +23,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass
 
-from transom.export.passes.length_attention import made_by, parts_of, scale_of, size_along, why_not
-from transom.export.passes.splice import Splice
+from transom.export.passes._builder import Splice
+from transom.export.passes.trt_attention import made_by, parts_of, scale_of, size_along, why_not
 
 DOMAIN, VERSION = "transom", 1
 PLAIN, MASKED, CAUSAL = "FlashAttention", "MaskedFlashAttention", "CausalFlashAttention"

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from transom.calib.identity import MODULE
-from transom.export.passes.attention import expose_scores
-from transom.export.passes.splice import Splice
+from transom.calib.graph_hash import MODULE
+from transom.export.passes._builder import Splice
+from transom.export.passes.expose_attention import expose_scores
 
 PREFIX, SUM = "max:", "sum:"
 PRODUCTS = ("MatMul", "Gemm", "Conv")

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from transom.export.passes.linears import Linear
-from transom.export.passes.splice import Splice, drop_unused
-from transom.export.passes.static import name_of_product
+from transom.export.passes._builder import Splice, drop_unused
+from transom.export.passes.linear_layers import Linear
+from transom.export.passes.qdq_static import name_of_product
 from transom.export.quantization.weights import QuantizedWeights
 
 DOMAIN = "com.microsoft"

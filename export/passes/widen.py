@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from transom.export.passes._builder import Splice
 from transom.export.passes.casts import cast_of
-from transom.export.passes.splice import Splice
 
 HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 

@@ -16,10 +16,10 @@ from dataclasses import replace
 from typing import Any
 
 from transom.export.passes.plugin_attention import ATTRIBUTES, AXES, CAUSAL, DOMAIN, INPUTS, MASKED
-from transom.export.plugins.ahead import Compiled, Layout, attention_ptx
-from transom.export.plugins.attention import ADDITIVE, BOOLEAN, NO_MASK
-from transom.export.plugins.blocks import SHARED, blocks_for, portable
-from transom.export.plugins.launch import Blocks, Variant
+from transom.export.plugins.aot import Compiled, Layout, attention_ptx
+from transom.export.plugins.flash_attention import ADDITIVE, BOOLEAN, NO_MASK
+from transom.export.plugins.kernel_spec import Blocks, Variant
+from transom.export.plugins.tile_sizes import SHARED, blocks_for, portable
 from transom.runtime.errors import EngineError
 
 DTYPES = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16"}  # of trt.DataType, by the names of its members

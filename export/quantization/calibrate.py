@@ -9,13 +9,13 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from transom.calib.collector import ObservingBackend
 from transom.calib.data import CalibrationData, Sample
-from transom.calib.drive import put_through
-from transom.calib.identity import graph_sha256
-from transom.calib.observe import ObservingBackend
-from transom.calib.smooth import LARGEST_FACTOR, search_alpha
+from transom.calib.graph_hash import graph_sha256
+from transom.calib.run_samples import put_through
+from transom.calib.smoothquant import LARGEST_FACTOR, search_alpha
 from transom.calib.table import GraphRanges, RangeTable, Smoothing
-from transom.export.passes.smooth import find_inlets, fold_smoothing
+from transom.export.passes.smoothquant import find_inlets, fold_smoothing
 from transom.export.quantization.quantizer import Recipe, observed_tensors
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import CalibrationError

@@ -10,11 +10,10 @@ from collections.abc import Callable, Sequence
 from math import isfinite, log
 
 from transom.calib.samples import Sample
-from transom.export.inputs import heldout_text
-from transom.export.measures import Rate, Score
-from transom.export.quantization.agreement import Agreement, Reference
-from transom.export.quantization.heldout import reference_samples
-from transom.export.quantization.verdict import (
+from transom.export.datasets import heldout_text
+from transom.export.metrics import Rate, Score
+from transom.export.quantization.fidelity import Agreement, Reference
+from transom.export.quantization.gate_result import (
     AGREEMENT,
     ENOUGH,
     ERROR,
@@ -25,6 +24,7 @@ from transom.export.quantization.verdict import (
     Verdict,
     pooled,
 )
+from transom.export.quantization.heldout import reference_samples
 from transom.export.scores import SCORES, blocks
 from transom.runtime.errors import ExportError
 from transom.runtime.session import LoadedBundle

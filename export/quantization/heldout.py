@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.calib.samples import Sample
-from transom.export.inputs import digit_prompts, heldout_dates, heldout_text, masked_text, wordnet_pairs
+from transom.export.datasets import digit_prompts, heldout_dates, heldout_text, masked_text, wordnet_pairs
 from transom.export.scores import DIGIT_NAMES, blocks, heldout_images
 from transom.runtime.errors import CalibrationError, TransomError, one_line
 from transom.runtime.session import LoadedBundle

@@ -8,7 +8,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.calib.drive import cut_source, most_new_tokens
+from transom.calib.run_samples import cut_source, most_new_tokens
 from transom.calib.samples import Sample
 from transom.export.quantization.heldout import (
     BATCH_BYTES,
@@ -19,7 +19,7 @@ from transom.export.quantization.heldout import (
     naming,
     text_of,
 )
-from transom.runtime.decoder.decoding import CHUNK
+from transom.runtime.decoder import CHUNK
 from transom.runtime.errors import CalibrationError
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks.generator import Generator, Row

@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.calib.drive import with_gaps
+from transom.calib.run_samples import with_gaps
 from transom.calib.samples import Sample
 from transom.export.quantization.heldout import (
     BATCH_BYTES,
@@ -26,7 +26,7 @@ from transom.runtime.errors import CalibrationError
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks.bert import Bert
 from transom.runtime.tasks.clip import Clip
-from transom.runtime.tasks.pictures import ImageBundle
+from transom.runtime.tasks.image_bundle import ImageBundle
 from transom.runtime.tasks.vit import ViT
 
 NO_CHOICE = np.empty((0, 1), np.int64)

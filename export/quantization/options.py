@@ -9,11 +9,11 @@ from transom.calib.scales import BLOCKS, METHODS
 from transom.export.passes.extras import EXTRAS
 from transom.export.quantization.quantizer import ACTIVATIONS, DYNAMIC, NONE, STATIC, Recipe
 from transom.runtime.errors import ExportError
-from transom.runtime.inputs import is_decoder
-from transom.runtime.spec import Graph
+from transom.runtime.feeds import is_decoder
+from transom.runtime.graph_spec import Graph
 
 WEIGHT_BITS, BLOCK_SIZE = 8, 32  # where nothing is said
-REFERENCE_DATA = {  # the reference models' own training inputs, names of transom.calib.named
+REFERENCE_DATA = {  # the reference models' own training inputs, names of transom.calib.builtin_sets
     "vit": "digits",
     "clip": "digit-captions",
     "minilm": "wordnet",

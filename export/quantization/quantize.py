@@ -11,22 +11,22 @@ import onnx_ir as ir
 
 from transom.calib.data import CalibrationData, open_calibration_data
 from transom.calib.table import RANGES, RangeTable, Smoothing
-from transom.export.flavours import Flavours
+from transom.export.parity.fp16_range import beyond_fp16
 from transom.export.quantization.calibrate import calibrate, require_fitting, smoothed
+from transom.export.quantization.candidate import CPU, Trial, ranking_reference
 from transom.export.quantization.gate import Gate
 from transom.export.quantization.heldout import reference_samples
+from transom.export.quantization.layer_search import Found, search_layers
 from transom.export.quantization.options import QuantizeOptions
 from transom.export.quantization.quantizer import NONE
-from transom.export.quantization.search import Found, search_layers
-from transom.export.quantization.trial import CPU, Trial, ranking_reference
-from transom.export.ranges import beyond_fp16
 from transom.export.scores import SCORES
+from transom.export.variants import Flavours
 from transom.runtime.backends.integer_sums import integer_sums
 from transom.runtime.bundle import Bundle, Manifest
 from transom.runtime.cpu import instruction_set
 from transom.runtime.errors import CalibrationError
-from transom.runtime.machine import cpu_name
-from transom.runtime.records import EXACT
+from transom.runtime.host import cpu_name
+from transom.runtime.manifest_sections import EXACT
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks import task_class
 

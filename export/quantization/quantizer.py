@@ -10,17 +10,17 @@ import onnx_ir as ir
 
 from transom.calib.histogram import Histogram
 from transom.calib.scales import Scale, activation_scale, clip_range
-from transom.export.flavours import Flavours, emulations, pack, simulated, state_names, with_integers
-from transom.export.passes.dynamic import quantize_dynamic
-from transom.export.passes.embeddings import halve_embeddings
 from transom.export.passes.extras import extra_places
-from transom.export.passes.linears import find_linears
-from transom.export.passes.precision import convert_precision
-from transom.export.passes.static import quantize_static
+from transom.export.passes.fp16_embeddings import halve_embeddings
+from transom.export.passes.half_precision import convert_precision
+from transom.export.passes.linear_layers import find_linears
+from transom.export.passes.qdq_dynamic import quantize_dynamic
+from transom.export.passes.qdq_static import quantize_static
 from transom.export.passes.weight_only import quantize_weights
 from transom.export.quantization.weights import QuantizedWeights
+from transom.export.variants import Flavours, emulations, pack, simulated, state_names, with_integers
 from transom.runtime.bundle import BLOCKS, PRODUCTS
-from transom.runtime.spec import Graph
+from transom.runtime.graph_spec import Graph
 
 STATIC, DYNAMIC, NONE = "static", "dynamic", "none"
 ACTIVATIONS = (STATIC, DYNAMIC, NONE)

@@ -10,14 +10,14 @@ from typing import Self
 import numpy as np
 import onnx_ir as ir
 
-from transom.export.flavours import pack, with_integers
-from transom.export.passes.restore import RESTORED, restore_linears, restore_modules
-from transom.export.quantization.agreement import Agreement, Reference
+from transom.export.passes.layer_switches import RESTORED, restore_linears, restore_modules
+from transom.export.quantization.fidelity import Agreement, Reference
 from transom.export.quantization.quantizer import Layer
-from transom.runtime.backend import Array, Backend, Read
+from transom.export.variants import pack, with_integers
+from transom.runtime.backends.base import Array, Backend, Read
 from transom.runtime.backends.ort import OrtBackend
 from transom.runtime.bundle import Bundle, GraphFile
-from transom.runtime.spec import Graph, Tensor
+from transom.runtime.graph_spec import Graph, Tensor
 from transom.runtime.tasks import task_class
 
 

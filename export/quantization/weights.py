@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.calib.scales import block_scales, quantize_blocks, quantize_weight, weight_scales
-from transom.export.passes.linears import Linear
+from transom.export.passes.linear_layers import Linear
 
 LEVELS = {8: 127, 7: 63}  # of a sign: symmetric, the most negative number unused
 

@@ -6,11 +6,11 @@ from transom.export.report.drawing.markup import words
 from transom.export.report.drawing.style import STYLE
 from transom.export.report.engines import engines_section
 from transom.export.report.graphs import open_graphs
-from transom.export.report.headline import headline
 from transom.export.report.latency import latency_section
-from transom.export.report.making import making_section
 from transom.export.report.operators import operators_section
+from transom.export.report.overview import headline
 from transom.export.report.parity import parity_section
+from transom.export.report.provenance import making_section
 from transom.export.report.quantization import quantization_section
 from transom.export.report.score import score_section
 from transom.export.report.sizes import parameters_of, sizes_section, weights_of

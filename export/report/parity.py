@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from transom.export.passes.precision import FP16_MAX
+from transom.export.passes.half_precision import FP16_MAX
 from transom.export.report.drawing.chart import LogAxis, bar, drawing, tick_label, upright
 from transom.export.report.drawing.markup import folded, numeric, section, table, words
 from transom.export.report.drawing.numbers import (

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from transom.export.bundle import write
+from transom.export.bundle_writer import write
+from transom.export.report.figures.families import draw_pictures
 from transom.export.report.latency import RUNS, SECONDS, WARMUP
 from transom.export.report.page import page
-from transom.export.report.pictures.families import draw_pictures
 from transom.runtime.bench import bench
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import ExportError

@@ -17,7 +17,7 @@ import numpy as np
 from transom.runtime.backends.known_sum import known_product
 from transom.runtime.backends.ort_library import FATAL, onnxruntime
 from transom.runtime.errors import BackendError, one_line
-from transom.runtime.records import EXACT, SATURATED
+from transom.runtime.manifest_sections import EXACT, SATURATED
 
 U8U8 = "session.x64quantprecision"
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.runtime.bundle import GraphFile
-from transom.runtime.spec import Graph, Tensor
+from transom.runtime.graph_spec import Graph, Tensor
 
 IR_VERSION, OPSET = 10, 21
 FLOAT, UINT8, INT8, INT_ATTRIBUTE = 1, 2, 3, 2  # TensorProto.DataType, AttributeProto.AttributeType

@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from transom.runtime.backend import Array, Read
+from transom.runtime.backends.base import Array, Read
 from transom.runtime.backends.integer_sums import integer_sums
+from transom.runtime.backends.ort_cache import OrtState
 from transom.runtime.backends.ort_library import FATAL, onnxruntime
-from transom.runtime.backends.ort_state import OrtState
 from transom.runtime.bundle import BLOCKS, PRODUCTS, SIMULATED, GraphFile
-from transom.runtime.decoder.state import HostState, State, cache_inputs
+from transom.runtime.decoder_state import HostState, State, cache_inputs
 from transom.runtime.errors import BackendError, BundleError, one_line
-from transom.runtime.inputs import storage
+from transom.runtime.feeds import storage
+from transom.runtime.graph_spec import Graph, Tensor
 from transom.runtime.process_bound import ProcessBound
-from transom.runtime.spec import Graph, Tensor
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # Of ONNX Runtime's fusions, those it is not to make. On the CPU SkipLayerNormalization takes five times as long as Add

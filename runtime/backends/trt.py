@@ -16,18 +16,18 @@ from typing import Any
 
 import numpy as np
 
-from transom.runtime.backend import Array, Read
-from transom.runtime.backends.buffers import DeviceArray, DeviceState, Pool, Staging
+from transom.runtime.backends.base import Array, Read
 from transom.runtime.backends.cuda import CapturedGraph, OutOfMemory, Stream, find_gpu
-from transom.runtime.backends.plans import kind_of, pick_plan, require_version
-from transom.runtime.backends.runtime_cache import KernelCache
+from transom.runtime.backends.trt_kernel_cache import KernelCache
 from transom.runtime.backends.trt_library import NAMES, library
+from transom.runtime.backends.trt_memory import DeviceArray, DeviceState, Pool, Staging
+from transom.runtime.backends.trt_plans import kind_of, pick_plan, require_version
 from transom.runtime.bundle import GraphFile
-from transom.runtime.decoder.state import cache_inputs
+from transom.runtime.decoder_state import cache_inputs
 from transom.runtime.errors import BackendError, BundleError, ShapeError, one_line
-from transom.runtime.inputs import LOGITS_POSITIONS, WRITE_INDICES, is_decoder, storage, token_input
+from transom.runtime.feeds import LOGITS_POSITIONS, WRITE_INDICES, is_decoder, storage, token_input
+from transom.runtime.graph_spec import Graph, Tensor
 from transom.runtime.process_bound import ProcessBound
-from transom.runtime.spec import Graph, Tensor
 
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64"}
 GRAPHS_OFF = "TRANSOM_CUDA_GRAPHS"  # set to 0, steps are launched kernel by kernel

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from transom.runtime.errors import InputError
 from transom.runtime.finite import check_finite
-from transom.runtime.tasks.answers import Answer, Entity, Ranked, best, label_scores, many, ranked, softmax
+from transom.runtime.tasks.postprocess import Answer, Entity, Ranked, best, label_scores, many, ranked, softmax
 from transom.runtime.tasks.spans import best_spans
-from transom.runtime.tasks.texts import TEXT, TextBundle, take
+from transom.runtime.tasks.text_bundle import TEXT, TextBundle, take
 
 if TYPE_CHECKING:
     from tokenizers import Encoding

@@ -11,14 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.runtime.errors import BundleError, InputError
-from transom.runtime.tasks.answers import Ranked, many, ranked, softmax
 from transom.runtime.tasks.batches import Rows, collected
-from transom.runtime.tasks.pictures import ImageBundle
-from transom.runtime.tasks.texts import TextBundle
+from transom.runtime.tasks.image_bundle import ImageBundle
+from transom.runtime.tasks.postprocess import Ranked, many, ranked, softmax
+from transom.runtime.tasks.text_bundle import TextBundle
 
 if TYPE_CHECKING:
-    from transom.runtime.backend import Array
-    from transom.runtime.images import ImageSource
+    from transom.runtime.backends.base import Array
+    from transom.runtime.image_loading import ImageSource
 
 Floats = NDArray[np.float32]
 BLANK = "{}"  # of a template: where the label goes

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.runtime.decoder.decoding import Decoding
+from transom.runtime.decoder import Decoding
 from transom.runtime.errors import BundleError, InputError
-from transom.runtime.generate import GenerationSettings, generate, stream
-from transom.runtime.inputs import WRITE_INDICES
+from transom.runtime.feeds import WRITE_INDICES
+from transom.runtime.generation import GenerationSettings, generate, stream
 from transom.runtime.process_bound import ProcessBound
 from transom.runtime.session import LoadedBundle
 from transom.runtime.text.tokenizer import TextEncoder, TextSpec, lowered
 
 if TYPE_CHECKING:
-    from transom.runtime.backend import Array
-    from transom.runtime.spec import Tensor
+    from transom.runtime.backends.base import Array
+    from transom.runtime.graph_spec import Tensor
 
 Row = list[int]
 Floats = NDArray[np.float32]
@@ -90,7 +90,7 @@ class Generator(LoadedBundle, ABC):
         Keywords have the names and the meaning of transformers' GenerationConfig: ``max_new_tokens``,
         ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``repetition_penalty``, ``num_beams``,
         ``length_penalty``, ``early_stopping``, ``stop_strings``, ``num_return_sequences`` and more
-        (``transom.runtime.generate.GenerationSettings``); ``seed`` makes sampling repeatable. What is left
+        (``transom.runtime.generation.GenerationSettings``); ``seed`` makes sampling repeatable. What is left
         out is as the checkpoint's generation_config.json says. With ``num_return_sequences`` above 1 each
         prompt gets a list.
 

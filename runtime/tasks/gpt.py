@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.runtime.decoder.decoding import CHUNK
+from transom.runtime.decoder import CHUNK
 from transom.runtime.errors import InputError
+from transom.runtime.feeds import LOGITS_POSITIONS, WRITE_INDICES
 from transom.runtime.finite import check_finite
-from transom.runtime.inputs import LOGITS_POSITIONS, WRITE_INDICES
 from transom.runtime.tasks.generator import Begun, Generator, Row, padded
 
 

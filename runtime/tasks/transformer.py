@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from transom.runtime.errors import BundleError
-from transom.runtime.inputs import LOGITS_POSITIONS, WRITE_INDICES, shape_of
+from transom.runtime.feeds import LOGITS_POSITIONS, WRITE_INDICES, shape_of
 from transom.runtime.tasks.generator import Begun, Generator, Row, padded
 from transom.runtime.text.tokenizer import row_length
 
 if TYPE_CHECKING:
-    from transom.runtime.spec import Tensor
+    from transom.runtime.graph_spec import Tensor
     from transom.runtime.text.tokenizer import TextEncoder
 
 

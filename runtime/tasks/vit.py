@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.runtime.tasks.answers import Ranked, label_scores, many, ranked
-from transom.runtime.tasks.pictures import ImageBundle
+from transom.runtime.tasks.image_bundle import ImageBundle
+from transom.runtime.tasks.postprocess import Ranked, label_scores, many, ranked
 
 if TYPE_CHECKING:
-    from transom.runtime.images import ImageSource
+    from transom.runtime.image_loading import ImageSource
 
 
 class ViT(ImageBundle):

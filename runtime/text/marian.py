@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from transom.runtime.fields import Fields, parse_json
+from transom.runtime.json_reader import Fields, parse_json
 from transom.runtime.text.unigram import SPACE, Unigram, UnigramSpec, is_text
 
 MAX_ID = 2**31 - 1

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.runtime.errors import BundleError, InputError, ShapeError, one_line
-from transom.runtime.fields import Fields
+from transom.runtime.json_reader import Fields
+from transom.runtime.text.detokenizer import CleanStream, TextStream, clean_up, stream_of
 from transom.runtime.text.marian import MarianDecoder, MarianSpec, MarianText
-from transom.runtime.text.stream import CleanStream, TextStream, clean_up, stream_of
 from transom.runtime.text.tokenizer_json import parse_tokenizer, raise_unless_tokenizers
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from transom.runtime.fields import Fields
+from transom.runtime.json_reader import Fields
 from transom.runtime.text.charsmap import Charsmap
 
 SPACE = "\u2581"  # how a space is written within pieces

@@ -19,8 +19,8 @@ from conftest import Once, export_to, reference
 from transom.runtime.backends.cuda import Gpu, find_gpu
 from transom.runtime.backends.ort import PROVIDERS
 from transom.runtime.backends.ort_library import onnxruntime
-from transom.runtime.backends.plans import target_for
 from transom.runtime.backends.trt_library import FULL, NAMES, RTX, library
+from transom.runtime.backends.trt_plans import target_for
 from transom.runtime.errors import BackendError
 
 Ready = Callable[..., Path]

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from conftest import save_checkpoint
-from transom.export.parity import TOLERANCES
+from transom.export.parity.compare import TOLERANCES
 from transom.export.pipeline import verify
 from transom.runtime import load
 from transom.runtime.backends import cuda
 from transom.runtime.backends.cuda import Gpu
 from transom.runtime.errors import BackendError, ExportError
-from transom.runtime.replay import logits_along
+from transom.runtime.greedy_check import logits_along
 
 Ready = Callable[..., Path]
 FAMILIES = ("vit", "minilm", "bert", "gpt", "transformer", "clip")

@@ -21,10 +21,10 @@ import torch
 from emulated_driver import TYPES, compile_elsewhere
 from test_plugin_kernel import exact, visible
 from transom.export.plugins import blocks as tables
-from transom.export.plugins.ahead import Compiled
-from transom.export.plugins.blocks import portable
-from transom.export.plugins.gpu import Kernel
-from transom.export.plugins.launch import Blocks, width
+from transom.export.plugins.aot import Compiled
+from transom.export.plugins.cuda_launcher import Kernel
+from transom.export.plugins.kernel_spec import Blocks, width
+from transom.export.plugins.tile_sizes import portable
 from transom.runtime.backends.cuda import Gpu
 
 # Units of roundoff of max|exact|, as in test_plugin_kernel.py, with more for what a GPU does besides: ex2.approx is

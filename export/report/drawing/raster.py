@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from transom.runtime.preprocess import ImagePreprocess
+from transom.runtime.image_preprocess import ImagePreprocess
 
 FEW = 64  # pixels of a side: what is smaller is kept exactly, and drawn in squares
 

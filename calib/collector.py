@@ -1,0 +1,231 @@
+"""An FP32 graph as a backend that counts what passes through its tensors, in memory that does not grow."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from transom.calib.graph_hash import MODULE
+from transom.calib.histogram import Histogram
+from transom.calib.random_input_check import NoiseCheck
+from transom.calib.table import ChannelRanges, TensorRanges
+from transom.runtime.backends.base import Array
+from transom.runtime.backends.ort_library import onnxruntime
+from transom.runtime.errors import BackendError, CalibrationError, one_line
+from transom.runtime.graph_spec import Graph
+
+MASK = "attention_mask"  # the input that says which positions are padding
+ROWS = 512  # kept per tensor, of BERT-base's widest: 6 MB
+INLINE = 1024  # bytes: small initializers stay in the model, ONNX Runtime computes shapes from them
+SEED = 5  # which rows are kept is chance, the same chance in every run
+
+
+class ObservingBackend:
+    """A backend whose ``ranges`` are those of ``tensors`` over all calls so far.
+
+    ``model`` is left as it is; ``tensors`` are float32 tensors of its main graph, inputs and outputs among them.
+    Those in ``channels`` are also observed channel by channel (last axis), and ``rows`` of their positions, at
+    most ROWS, are kept: a fair sample of all positions, for ``kept_rows``. Positions that MASK says are padding
+    count nowhere. ``sample`` is set by whoever feeds it, and is named when a value is NaN or infinite.
+
+    Raises CalibrationError for that, for a tensor the graph does not have, and when the graph fails on a sample.
+    """
+
+    device = "cpu"
+
+    def __init__(
+        self,
+        model: ir.Model,
+        graph: Graph,
+        tensors: Sequence[str],
+        channels: Collection[str] = (),
+        rows: int = 0,
+        threads: int | None = None,
+    ) -> None:
+        self.graph = graph
+        self.sample = ""
+        self.noise = NoiseCheck()
+        names = list(dict.fromkeys([*tensors, *channels]))
+        values = tapped_values(model, names)
+        mask = next((value for value in model.graph.inputs if value.name == MASK), None)
+        self._tapped = {
+            name: Observed(
+                module_of(value), is_padded(value, mask), name in channels, min(rows, ROWS) if name in channels else 0
+            )
+            for name, value in values.items()
+        }
+        self._lock = threading.Lock()
+        self._session, self._weights = open_tapped(model, values, threads)
+
+    def run(self, feeds: Mapping[str, Array], shapes: Mapping[str, Sequence[int]]) -> dict[str, Array]:
+        """As a backend does."""
+        written = {tensor.name: tensor.writes for tensor in self.graph.outputs if tensor.writes is not None}
+        names = list(dict.fromkeys([*(name for name in self._tapped if name not in feeds), *shapes, *written]))
+        try:
+            results = self._session.run(names, dict(feeds))
+        except Exception as error:  # the library raises bare RuntimeError and its own types alike
+            raise CalibrationError(
+                f"ONNX Runtime failed on sample {self.sample or '?'} in the graph {self.graph.name!r}: "
+                f"{one_line(error)}. Look at that sample."
+            ) from None
+        found = {**feeds, **dict(zip(names, results, strict=True))}
+        with self._lock:
+            self.noise.update(feeds)
+            for name, observed in self._tapped.items():
+                self._count(name, observed, found[name], feeds.get(MASK))
+        for name, buffer in written.items():
+            feeds[buffer][...] = found[name]
+        return {name: found[name] for name in shapes}
+
+    def _count(self, name: str, observed: Observed, values: Array, mask: Array | None) -> None:
+        try:
+            observed.update(values, mask)
+        except CalibrationError as error:
+            raise CalibrationError(
+                f"{name} (module {observed.module or 'top'}) of the graph {self.graph.name!r} has {error} in sample "
+                f"{self.sample or '?'}; expected finite values. Leave that sample out, or look at the checkpoint."
+            ) from None
+
+    @property
+    def ranges(self) -> dict[str, TensorRanges]:
+        """By tensor, in the order asked for. CalibrationError if one of them was never computed."""
+        for name, observed in self._tapped.items():
+            if not observed.histogram.count:
+                raise CalibrationError(
+                    f"no sample reached {name} (module {observed.module or 'top'}) of the graph {self.graph.name!r}. "
+                    "Give calibration data that uses every graph of the model."
+                )
+        return {name: observed.ranges() for name, observed in self._tapped.items()}
+
+    def kept_rows(self, name: str) -> NDArray[np.float32]:
+        """(R, E): positions of the tensor, R at most what was asked for."""
+        return self._tapped[name].reservoir.rows
+
+
+class Observed:
+    """One tensor: its histogram and, where asked for, its channels' ranges and some of its positions."""
+
+    def __init__(self, module: str, padded: bool, by_channel: bool, rows: int) -> None:
+        self.module = module
+        self.histogram = Histogram()
+        self.reservoir = Reservoir(rows)
+        self._keeps_rows = rows > 0
+        self._padded = padded
+        self._by_channel = by_channel
+        self._channels: tuple[Array, Array] | None = None
+
+    def update(self, values: Array, mask: Array | None) -> None:
+        """``values`` is float32 of any shape; (B, S, ...) where it is padded, and ``mask`` is (B, S)."""
+        if self._padded and mask is not None and values.shape[:2] == mask.shape and not mask.all():
+            values = values[mask != 0]
+        self.histogram.update(values)
+        if self._by_channel and values.size:
+            rows = values.reshape(-1, values.shape[-1])
+            least, most = rows.min(axis=0), rows.max(axis=0)
+            if self._channels is not None:
+                least, most = np.minimum(least, self._channels[0]), np.maximum(most, self._channels[1])
+            self._channels = (least, most)
+            if self._keeps_rows:
+                self.reservoir.offer(rows)
+
+    def ranges(self) -> TensorRanges:
+        return TensorRanges(self.histogram, ChannelRanges(*self._channels) if self._channels is not None else None)
+
+
+class Reservoir:
+    """At most ``size`` rows of all that are offered, each as likely as any other.
+
+    Each row draws a number, and the rows with the smallest numbers stay (bottom-k sampling).
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._chance = np.random.default_rng(SEED)
+        self._drawn: NDArray[np.float64] = np.empty(0)
+        self.rows: NDArray[np.float32] = np.empty((0, 0), np.float32)
+
+    def offer(self, rows: NDArray[np.float32]) -> None:
+        drawn = self._chance.random(len(rows))
+        room = self._size - len(self._drawn)
+        if room > 0:
+            self.rows = np.concatenate([self.rows.reshape(-1, rows.shape[1]), rows[:room]])
+            self._drawn = np.concatenate([self._drawn, drawn[:room]])
+            drawn, rows = drawn[room:], rows[room:]
+        held = len(self._drawn)
+        stay = np.argsort(np.concatenate([self._drawn, drawn]), kind="stable")[: self._size]
+        enter = stay[stay >= held] - held
+        leave = np.ones(held, bool)
+        leave[stay[stay < held]] = False
+        self.rows[leave], self._drawn[leave] = rows[enter], drawn[enter]
+
+
+def tapped_values(model: ir.Model, names: Iterable[str]) -> dict[str, ir.Value]:
+    """The float32 tensors of the main graph with these names."""
+    values = {value.name: value for value in model.graph.inputs}
+    values |= {value.name: value for node in model.graph for value in node.outputs}
+    found = {}
+    for name in names:
+        value = values.get(name)
+        if value is None or value.dtype not in (ir.DataType.FLOAT, None):
+            has = "has no such tensor" if value is None else f"has it as {value.dtype}"
+            raise CalibrationError(
+                f"{name!r} cannot be observed: the graph {model.graph.name!r} {has}; expected a float32 tensor. "
+                "Name tensors of the FP32 graph."
+            )
+        found[name] = value
+    return found
+
+
+def module_of(value: ir.Value) -> str:
+    """The path of the module that made it; empty for a graph input."""
+    node = value.producer()
+    return node.metadata_props.get(MODULE, "") if node is not None else ""
+
+
+def is_padded(value: ir.Value, mask: ir.Value | None) -> bool:
+    """May its leading axes be those of the mask? By their names: two axes may have one size by chance.
+
+    Where names are not known, ``Observed.update`` still compares the sizes.
+    """
+    if mask is None or mask.shape is None or len(mask.shape) != 2:
+        return False
+    leading = list(value.shape)[:2] if value.shape is not None else []
+    return all(ours == theirs or None in (ours, theirs) for ours, theirs in zip(leading, mask.shape, strict=False))
+
+
+def open_tapped(model: ir.Model, values: Mapping[str, ir.Value], threads: int | None) -> tuple[Any, Any]:
+    """A session that gives out ``values`` as well, and the weights, which it shares with ``model``."""
+    tapped = model.clone()
+    inner = {value.name: value for node in tapped.graph for value in node.outputs}
+    known = {value.name for value in (*tapped.graph.inputs, *tapped.graph.outputs)}
+    tapped.graph.outputs.extend(inner[name] for name in values if name not in known)
+    for value in tapped.graph.outputs:
+        value.type = value.type or ir.TensorType(ir.DataType.FLOAT)
+    library = onnxruntime()
+    weights = {}
+    for name, value in tapped.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is not None and tensor.nbytes > INLINE:
+            array = np.require(tensor.numpy(), requirements=["C", "A"])
+            weights[name] = library.OrtValue.ortvalue_from_numpy(array)
+            value.const_value = ir.ExternalTensor(
+                "weights", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(array.shape), name=name
+            )
+    options = library.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads or 0
+    options.enable_cpu_mem_arena = False  # give memory back between shapes
+    options.enable_mem_pattern = False  # a plan of it would be kept for every shape
+    options.enable_mem_reuse = False  # ONNX Runtime infers wrong shapes of some tensors of cross-attention
+    options.add_external_initializers([*weights], [*weights.values()])
+    try:
+        data = ir.to_proto(tapped).SerializeToString()
+        session = library.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # as above
+        raise BackendError(f"ONNX Runtime cannot load the graph {model.graph.name!r}: {one_line(error)}") from None
+    return session, weights

@@ -1,0 +1,180 @@
+"""The writer of bundles: a temporary folder beside the target, one rename, nothing left behind on failure."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transom.export.staging import OLD, PARTIAL, clear_leftovers, hidden_folder
+from transom.runtime.bundle import FORMAT, FORMAT_VERSION, MANIFEST, GraphFile, manifest_sha256, read_manifest
+from transom.runtime.errors import ExportError
+from transom.runtime.graph_spec import Axis, Tensor
+
+
+class BundleWriter:
+    """Files go in with ``add``; ``describe`` writes bundle.json over what is there so far."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: dict[str, dict[str, Any]] = {}
+
+    def add(self, name: str, data: bytes) -> None:
+        """Write a file and note its size and SHA-256."""
+        write(self.folder / name, data)
+        self._files[name] = entry_of(data)
+
+    def describe(self, fields: Mapping[str, Any]) -> None:
+        """Write bundle.json: ``fields`` with the format, the files and the hash over itself."""
+        write_manifest(
+            self.folder, {"format": FORMAT, "format_version": FORMAT_VERSION, **fields, "files": self._files}
+        )
+
+
+def add_to_bundle(folder: Path, added: Mapping[str, bytes], fields: Mapping[str, Any] | None = None) -> None:
+    """Put files into a finished bundle, in place of those of their names, and ``fields`` into its bundle.json.
+
+    The files first, bundle.json last: a reader sees the old bundle, one without the files, or the new one. Raises
+    ExportError for a disk that is full or not writable.
+    """
+    manifest = read_manifest(folder)
+    files = {known: entry for known, entry in manifest["files"].items() if known not in added}
+    try:
+        if len(files) < len(manifest["files"]):  # never a moment in which the old hash meets the new bytes
+            write_manifest(folder, without_engines_of(added, manifest) | {"files": files})
+        for name, data in added.items():
+            parent = (folder / name).parent
+            parent.mkdir(exist_ok=True)
+            if not parent.resolve().is_relative_to(folder.resolve()):
+                raise ExportError(f"{parent} is a link that leaves the bundle; nothing is written there. Remove it.")
+            write(folder / name, data)
+        entries = {name: entry_of(data) for name, data in added.items()}
+        write_manifest(folder, manifest | dict(fields or {}) | {"files": {**files, **entries}})
+    except OSError as error:
+        raise ExportError(
+            f"cannot write into {folder}: {error.strerror or error}. Check the folder, its permissions and space."
+        ) from error
+
+
+def without_engines_of(plans: Collection[str], manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A bundle.json without the engines that ``plans`` belong to: one that named a file less would not load."""
+    left = {
+        target: engine
+        for target, engine in manifest.get("engines", {}).items()
+        if not {*engine["plans"].values()} & {*plans}
+    }
+    return {**manifest, **({"engines": left} if "engines" in manifest else {})}
+
+
+def entry_of(data: bytes) -> dict[str, Any]:
+    return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def write_manifest(folder: Path, fields: Mapping[str, Any]) -> None:
+    """bundle.json of ``fields`` and the hash over itself."""
+    manifest = {key: value for key, value in fields.items() if key != "manifest_sha256"}
+    manifest["manifest_sha256"] = manifest_sha256(manifest)
+    write(folder / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False).encode() + b"\n")
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write beside and rename, so that a reader sees the old bytes or the new; flushed to the disk."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+@contextmanager
+def new_bundle(out: Path, *, force: bool) -> Iterator[BundleWriter]:
+    """A writer whose folder becomes ``out`` when the block ends well, and vanishes when it does not.
+
+    An existing ``out`` is refused without ``force`` and replaced, only at the very end, with it.
+    Raises ExportError for that, and for a disk that is full or not writable.
+    """
+    check_out(out, force=force)
+    created: list[Path] = []
+    try:
+        created = make_parents(out.parent)
+        with hidden_folder(out.parent, PARTIAL) as partial:
+            partial.chmod(0o755)
+            yield BundleWriter(partial)
+            check_out(out, force=force)  # somebody may have put something there in the meantime
+            put_in_place(partial, out)
+        created = []
+    except OSError as error:
+        raise cannot_write(out, error) from error
+    finally:
+        with contextlib.suppress(OSError):  # not empty: somebody else uses it by now
+            for parent in created:
+                parent.rmdir()
+
+
+def check_out(out: Path, *, force: bool) -> None:
+    """Refuse an ``--out`` that exists, before any work is done; what killed exports left beside it is cleared."""
+    if not out.name or out.name in (".", ".."):
+        raise ExportError(f"--out is {str(out)!r}; expected the path of a new folder, such as bundles/model.")
+    clear_leftovers(out.parent)
+    try:
+        if not out.exists() and not out.is_symlink():
+            return
+    except OSError as error:  # a name too long, a folder that may not be searched
+        raise cannot_write(out, error) from None
+    if not force:
+        raise ExportError(f"--out {out} exists; give another folder, or --force to replace it.")
+    if not out.is_dir() or out.is_symlink() or (any(out.iterdir()) and not (out / MANIFEST).is_file()):
+        raise ExportError(f"--out {out} exists and is no bundle; --force replaces only bundles. Give another folder.")
+
+
+def make_parents(folder: Path) -> list[Path]:
+    """Create missing parents; those created, innermost first."""
+    missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def put_in_place(partial: Path, out: Path) -> None:
+    """Rename the finished folder to ``out``; a bundle already there is moved aside first, then removed.
+
+    Killed between the two renames, the old bundle waits in the hidden folder for the next export to put it back.
+    """
+    if not out.exists():
+        partial.rename(out)
+        return
+    with hidden_folder(out.parent, OLD) as aside:
+        out.rename(aside / out.name)
+        partial.rename(out)
+
+
+def cannot_write(out: Path, error: OSError) -> ExportError:
+    reason = error.strerror or str(error)
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    remedy = "Free some space" if full else "Check the folder and its permissions"
+    return ExportError(f"cannot write {out}: {reason}. Nothing was left there. {remedy} and export again.")
+
+
+def graph_to_json(graph: GraphFile) -> dict[str, Any]:
+    return {
+        "name": graph.graph.name,
+        "files": dict(graph.files),
+        **({"weights": graph.weights} if graph.weights else {}),
+        "inputs": [tensor_to_json(tensor) for tensor in graph.graph.inputs],
+        "outputs": [tensor_to_json(tensor) for tensor in graph.graph.outputs],
+    }
+
+
+def tensor_to_json(tensor: Tensor) -> dict[str, Any]:
+    return {key: value for key, value in asdict(tensor).items() if value is not None and value is not False}
+
+
+def axes_to_json(axes: Mapping[str, Axis]) -> dict[str, Any]:
+    return {name: {k: v for k, v in asdict(axis).items() if v is not None} for name, axis in axes.items()}

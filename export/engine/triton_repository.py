@@ -1,0 +1,136 @@
+"""A model repository of Triton Inference Server: a folder for each graph, with its configuration and its plan.
+
+``NAME/config.pbtxt`` is a ``ModelConfig`` in protobuf's text format, ``NAME/<version>/model.plan`` the engine (Triton's
+"Model Repository" and "Model Configuration"). Triton's TensorRT backend reads plans of full TensorRT alone, and has no
+place for a cache that is written where it lies. Rows of several requests are put into one batch, up to the greatest
+that the engine takes. No server has loaded one for us.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from transom.export.bundle_writer import write
+from transom.export.engine.targets import Target
+from transom.runtime.backends.trt_library import FULL
+from transom.runtime.bundle import Manifest
+from transom.runtime.errors import ExportError
+from transom.runtime.feeds import is_decoder
+from transom.runtime.graph_spec import Axis, Graph, Tensor
+
+CONFIG, PLAN = "config.pbtxt", "model.plan"
+DTYPES = {  # of numpy, as Triton names them
+    "bool": "TYPE_BOOL",
+    "int8": "TYPE_INT8",
+    "int32": "TYPE_INT32",
+    "int64": "TYPE_INT64",
+    "float16": "TYPE_FP16",
+    "bfloat16": "TYPE_BF16",
+    "float32": "TYPE_FP32",
+}
+BATCH = "B"
+STRANGE = re.compile(r"[^A-Za-z0-9_.-]+")  # in a name that becomes a folder and a part of an address
+
+
+def require_servable(folder: Path, name: str, manifest: Manifest, targets: Sequence[Target]) -> None:
+    """Raise ExportError for what Triton Inference Server does not take, before anything is built.
+
+    Targets other than full TensorRT, graphs that write a cache, a model in ``folder`` that has other tensors, a
+    ``folder`` that cannot be written, a ``name`` of which nothing can stand in an address.
+    """
+    for target in targets:
+        if target.library != FULL:
+            raise ExportError(
+                "--repository is for plans of full TensorRT, which are what Triton Inference Server loads, and "
+                f"--target is {target.name!r}. Give --target tensorrt on the machine with the GPU, or leave "
+                "--repository out."
+            )
+    for file in manifest.graphs:
+        if is_decoder(file.graph):
+            raise ExportError(
+                f"the graph {file.graph.name!r} writes its cache where it lies, which a request to Triton Inference "
+                "Server cannot. Leave --repository out, and serve it with the runtime, as examples/serve.py does."
+            )
+    for model, graph in models_of(name, manifest).items():
+        known = folder / model / CONFIG
+        if known.is_file() and known.read_text(encoding="utf-8", errors="replace") != config_of(
+            model, graph, manifest.axes
+        ):
+            raise ExportError(
+                f"{known} describes another model, or was changed by hand; expected what this bundle needs. Move "
+                f"{folder / model} away, or give another --repository."
+            )
+    there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise unwritable(folder, f"{there} is no folder that can be written")
+
+
+def models_of(name: str, manifest: Manifest) -> dict[str, Graph]:
+    """The graphs by the names of their models: ``name``, or where there are several ``name_image``."""
+    stem = STRANGE.sub("_", name).strip("._-")
+    if not stem:
+        raise ExportError(
+            f"the bundle is called {name!r:.60}, of which nothing can be a model's name in a repository; expected "
+            "letters of A to Z or digits. Rename its folder, or leave --repository out."
+        )
+    several = len(manifest.graphs) > 1
+    return {f"{stem}_{file.graph.name}" if several else stem: file.graph for file in manifest.graphs}
+
+
+def write_repository(folder: Path, name: str, manifest: Manifest, plans: Mapping[str, bytes]) -> list[Path]:
+    """Put ``plans``, by graph, into the repository ``folder`` as models called after ``name``; their folders.
+
+    A model that is there gets one version more, which is whole before it is visible; Triton serves the newest. Raises
+    ExportError for a folder that cannot be written.
+    """
+    models = models_of(name, manifest)
+    try:
+        for model, graph in models.items():
+            add_version(folder / model, config_of(model, graph, manifest.axes), plans[graph.name])
+    except OSError as error:
+        raise unwritable(folder, error.strerror or str(error)) from error
+    return [folder / model for model in models]
+
+
+def unwritable(folder: Path, why: str) -> ExportError:
+    return ExportError(
+        f"cannot write into {folder}: {why}. Check the folder, its permissions and space; engines "
+        "that were built are in the bundle."
+    )
+
+
+def add_version(folder: Path, config: str, plan: bytes) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as made:
+        partial = Path(made) / "version"
+        partial.mkdir()
+        (partial / PLAN).write_bytes(plan)
+        write(folder / CONFIG, config.encode())
+        newest = max((int(path.name) for path in folder.iterdir() if path.name.isdecimal()), default=0)
+        os.rename(partial, folder / str(newest + 1))
+
+
+def config_of(model: str, graph: Graph, axes: Mapping[str, Axis]) -> str:
+    """config.pbtxt of one graph. Where every tensor has rows first, Triton batches them and the axis is not listed."""
+    tensors = (*graph.inputs, *graph.outputs)
+    batched = all(tensor.shape[:1] == (BATCH,) for tensor in tensors)
+    lines = [f'name: "{model}"', 'platform: "tensorrt_plan"']
+    lines += [f"max_batch_size: {axes[BATCH].max if batched else 0}"]
+    for kind, given in (("input", graph.inputs), ("output", graph.outputs)):
+        lines += [f"{kind} [", ",\n".join(tensor_words(tensor, batched=batched) for tensor in given), "]"]
+    if batched:
+        lines += ["dynamic_batching { }"]
+    return "\n".join([*lines, ""])
+
+
+def tensor_words(tensor: Tensor, *, batched: bool) -> str:
+    sizes = tensor.shape[1:] if batched else tensor.shape
+    dims = ", ".join(str(size) if isinstance(size, int) else "-1" for size in sizes)
+    shape = (
+        f"dims: [ {dims} ]" if sizes else "dims: [ 1 ] reshape { shape: [ ] }"
+    )  # a list of dims is never empty there
+    return f'  {{ name: "{tensor.name}" data_type: {DTYPES[tensor.dtype]} {shape} }}'

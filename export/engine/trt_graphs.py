@@ -1,0 +1,120 @@
+"""TensorRT's flavour of a bundle's graphs: standard operators, so that ONNX Runtime runs the very same file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from transom.export.bundle_graphs import stored_graphs
+from transom.export.engine.profiles import cache_sizes, require_tables
+from transom.export.passes.decompose_attention import decompose_attention
+from transom.export.passes.freeze_axes import fix_axes
+from transom.export.passes.plugin_attention import is_attention, plugin_attention
+from transom.export.passes.split_fused_matmul import split_products
+from transom.export.passes.trt_attention import OPERATOR, length_attention
+from transom.runtime.bundle import Bundle
+from transom.runtime.errors import ExportError
+from transom.runtime.feeds import is_decoder
+from transom.runtime.graph_spec import Axis, Graph
+
+MASK, LENGTHS = "mask", "lengths"  # how attention knows which positions of a cache hold something
+# What TensorRT's kernels of attention want: so many heads for a single query, heads of such a size
+STEP_HEADS = 4
+LEAST_SIZE, MOST_SIZE, MASKED_SIZES = 9, 256, 8
+
+
+@dataclass(frozen=True)
+class TensorRTGraph:
+    """A graph for TensorRT's builder, and what its builder is to make of it."""
+
+    model: ir.Model
+    written_out: Mapping[str, str] = field(default_factory=dict)  # attentions that have no kernel, and why
+    plugins: Mapping[str, str] = field(default_factory=dict)  # those that our kernel computes, and why TensorRT's not
+    by_mask: Mapping[str, str] = field(default_factory=dict)  # those that were not read by lengths though asked to
+
+    @property
+    def operators(self) -> dict[str, str]:
+        """The operator of each node, by its name."""
+        return {str(node.name): node.op_type for node in self.model.graph}
+
+    @property
+    def integer_products(self) -> tuple[str, ...]:
+        """The products of two dequantised tensors, by the name of the node: to be products of integers."""
+        return tuple(
+            str(node.name)
+            for node in self.model.graph
+            if node.op_type in ("MatMul", "Gemm") and all(is_dequantized(value) for value in node.inputs[:2])
+        )
+
+    def serialized(self) -> bytes:
+        data: bytes = ir.to_proto(self.model).SerializeToString()
+        return data
+
+
+def is_dequantized(value: ir.Value | None) -> bool:
+    producer = value.producer() if value is not None else None
+    return producer is not None and producer.op_type == "DequantizeLinear"
+
+
+def tensorrt_graphs(
+    bundle: Bundle, attention: str = MASK, *, plugins: bool = False, axes: Mapping[str, Axis] | None = None
+) -> dict[str, TensorRTGraph]:
+    """The graphs of the file for TensorRT, by name, rewritten where its builder asks for it.
+
+    A KV cache gets its greatest length, for TensorRT writes into no other; attention that it has no kernel of is
+    written out, or with ``plugins``, which full TensorRT takes, a function that our kernel computes; an integer product
+    that is cut into parts becomes a product for each, for TensorRT makes no integers of the one. With ``attention``
+    LENGTHS a cache is read by lengths instead of a mask. ``axes`` are the engine's bounds, the bundle's by default.
+    Everything else stays as it ships. Raises BundleError for axes
+    that go beyond the graph, ExportError where LENGTHS has nothing to work on.
+    """
+    models = stored_graphs(bundle, "default")
+    axes = bundle.manifest.axes if axes is None else axes
+    graphs = {}
+    for file in bundle.manifest.graphs:
+        model = models[file.graph.name]
+        require_tables(model, file.graph, axes)
+        if is_decoder(file.graph):
+            fix_axes(model, cache_sizes(file.graph, axes))
+        reasons = {node: without_kernel(node, file.graph) for node in model.graph if is_attention(node)}
+        refused = {node: reason for node, reason in reasons.items() if reason is not None}
+        written_out = {str(node.name): reason for node, reason in refused.items()}
+        ours: dict[str, str] = {}
+        if plugins:
+            left = plugin_attention(model, refused.__contains__)
+            ours = {name: reason for name, reason in written_out.items() if name not in left}
+            written_out = {name: f"{written_out[name]}, and ours none {reason}" for name, reason in left.items()}
+        decompose_attention(model, refused.__contains__)
+        split_products(model)
+        by_mask = length_attention(model) if attention == LENGTHS else {}
+        graphs[file.graph.name] = TensorRTGraph(model, written_out, ours, by_mask)
+    if attention == LENGTHS and not any(OPERATOR in graph.operators.values() for graph in graphs.values()):
+        raise ExportError(
+            f"--attention {LENGTHS} is for caches in half precision that a fused attention reads, and {bundle.folder} "
+            "has none. Leave it out, or export a decoder with --precision fp16."
+        )
+    return graphs
+
+
+def without_kernel(node: ir.Node, graph: Graph) -> str | None:
+    """Why TensorRT has no fused kernel of an ``Attention``; None where it has one.
+
+    Found by building one of each (docs/tensorrt.md has the table): TensorRT-RTX 1.7.1.
+    """
+    query, mask = node.inputs[0], [*node.inputs, None, None][3]
+    if query is None or query.shape is None:
+        return None
+    _, heads, _, size = query.shape
+    if query.dtype == ir.DataType.FLOAT:
+        return "in FP32"
+    if isinstance(size, int) and not LEAST_SIZE <= size <= MOST_SIZE:
+        return f"of heads of {size}, which is not {LEAST_SIZE} to {MOST_SIZE}"
+    if isinstance(size, int) and mask is not None and size % MASKED_SIZES:
+        return f"of heads of {size} with a mask, which is no multiple of {MASKED_SIZES}"
+    if heads == 1 and mask is not None:
+        return "of one head with a mask"
+    if isinstance(heads, int) and heads < STEP_HEADS and is_decoder(graph):
+        return f"of fewer than {STEP_HEADS} heads in steps of one token"
+    return None

@@ -1,0 +1,113 @@
+"""FP32 graph -> FP16 or BF16 graph, its inputs and outputs still float32.
+
+Cases:
+1. A weight in FP32 becomes a weight in half precision.
+2. A node computes in half precision; a ``Cast`` or ``ConstantOfShape`` that made float32 makes half.
+3. A node of a module in KEEP_FP32 stays in FP32; casts are put where values enter and leave it.
+4. A float32 input of the graph is cast on entry, an output on leaving, so that an app sees the same
+   types whatever the precision of the bundle.
+5. State (a KV cache, the encoder's keys and values) enters and leaves in half precision: it is large,
+   goes from call to call, and nobody reads it on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from transom.calib.graph_hash import MODULE
+from transom.export.passes.casts import cast_of
+from transom.runtime.errors import PrecisionError
+
+HALF = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+NUMPY = {ir.DataType.FLOAT16: np.dtype(np.float16), ir.DataType.BFLOAT16: np.dtype(ml_dtypes.bfloat16)}
+FP16_MAX = 65504.0  # IEEE 754 binary16
+KEEP_FP32 = ("sentence_pooling", "unit_length")  # sums over hundreds of tokens or features
+
+
+def convert_precision(model: ir.Model, precision: str, state: Collection[str] = ()) -> bool:
+    """Rewrite ``model`` in place for "fp16" or "bf16"; True if anything changed. ``state`` are names of case 5.
+
+    Raises PrecisionError naming a weight that FP16 cannot hold.
+    """
+    if precision == "fp32":
+        return False
+    half = HALF[precision]
+    for value in list(model.graph.initializers.values()):
+        if value.dtype == ir.DataType.FLOAT and not all(keeps_fp32(node) for node in value.consumers()):
+            convert_weight(value, half)
+    for entering in model.graph.inputs:
+        if entering.name in state:  # case 5
+            entering.type = ir.TensorType(half)
+    casts: dict[tuple[str | None, ir.DataType], ir.Value] = {}
+    for node in list(model.graph):
+        wanted = ir.DataType.FLOAT if keeps_fp32(node) else half
+        convert_inputs(model.graph, node, wanted, casts)
+        convert_node(node, half, wanted)
+    for index, output in enumerate(list(model.graph.outputs)):
+        if output.dtype == half and output.name not in state:
+            model.graph.outputs[index] = cast_output(model.graph, output)
+    return True
+
+
+def keeps_fp32(node: ir.Node) -> bool:
+    """Case 3."""
+    return node.metadata_props.get(MODULE, "").split(".")[0] in KEEP_FP32
+
+
+def convert_weight(value: ir.Value, half: ir.DataType) -> None:
+    """Case 1."""
+    assert value.const_value is not None
+    stored = value.const_value.numpy()
+    largest = float(np.abs(stored).max(initial=0.0))
+    if half == ir.DataType.FLOAT16 and largest > FP16_MAX:
+        module = next(iter(value.consumers())).metadata_props.get(MODULE, "top")
+        raise PrecisionError(
+            f"the weight {value.name} (module {module}) reaches {largest:.6g}, fp16 ends at {FP16_MAX:g}; "
+            "export with --precision bf16."
+        )
+    value.const_value = ir.Tensor(stored.astype(NUMPY[half]), dtype=half, name=value.name)
+    value.type = ir.TensorType(half)
+
+
+def convert_inputs(
+    graph: ir.Graph, node: ir.Node, wanted: ir.DataType, casts: dict[tuple[str | None, ir.DataType], ir.Value]
+) -> None:
+    """Cases 3 and 4: a float value of the other width is cast once for all its readers."""
+    for index, value in enumerate(node.inputs):
+        if value is None or value.dtype not in (ir.DataType.FLOAT, *NUMPY) or value.dtype == wanted:
+            continue
+        if node.op_type == "Cast":  # a Cast takes either width
+            continue
+        key = (value.name, wanted)
+        if key not in casts:
+            cast = cast_of(value, wanted, f"{value.name}_{wanted.name.lower()}")
+            cast.metadata_props.update(node.metadata_props)
+            graph.insert_before(node, cast)
+            casts[key] = cast.outputs[0]
+        node.replace_input_with(index, casts[key])
+
+
+def convert_node(node: ir.Node, half: ir.DataType, wanted: ir.DataType) -> None:
+    """Case 2: what a node says of its own type, and the types of what it computes."""
+    if node.op_type == "Cast" and node.attributes["to"].as_int() == ir.DataType.FLOAT and wanted == half:
+        node.attributes["to"] = ir.AttrInt64("to", int(half))
+    if node.op_type == "ConstantOfShape" and wanted == half and "value" in node.attributes:
+        filled = node.attributes["value"].as_tensor()
+        if filled.dtype == ir.DataType.FLOAT:
+            node.attributes["value"] = ir.AttrTensor("value", ir.Tensor(filled.numpy().astype(NUMPY[half]), dtype=half))
+    for output in node.outputs:
+        if output.dtype == ir.DataType.FLOAT:
+            output.type = ir.TensorType(wanted)
+
+
+def cast_output(graph: ir.Graph, value: ir.Value) -> ir.Value:
+    """Case 4: the graph's output keeps its name and is float32 again."""
+    name = str(value.name)
+    value.name = f"{name}_half"
+    cast = cast_of(value, ir.DataType.FLOAT, name)
+    graph.append(cast)
+    return cast.outputs[0]

@@ -1,0 +1,64 @@
+"""FP32 graph -> the same graph with linear layers whose activations are quantised as they come, row by row.
+
+A row is one token's features. Its scale is its own largest absolute value over 127, so that no other row, no
+neighbour in the batch and no padding can change what becomes of it. The product runs on uint8 (zero point 128)
+times int8, and the row's scale multiplies the sums. ``DynamicQuantizeLinear`` would take one scale for the whole
+tensor.
+
+Cases:
+1. A weight becomes int8 with a scale per output channel, as in the static pass for uint8.
+2. An activation is divided by its rows' scales and quantised once for all layers that read it.
+3. ``Gemm`` becomes ``MatMul`` and its bias, as in the static pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from transom.export.passes._builder import Splice, drop_unused
+from transom.export.passes.linear_layers import Linear
+from transom.export.passes.qdq_static import dequantized_weight, name_of_product, replace_product
+from transom.export.quantization.weights import QuantizedWeights
+
+SMALLEST_ROW = 1e-20  # what a row of zeros counts as: its quotients are zeros, not NaN
+LEVELS = 127.0  # 1..255 around the zero point 128
+
+
+def quantize_dynamic(model: ir.Model, linears: Sequence[Linear], weights: QuantizedWeights) -> bool:
+    """Rewrite ``model`` in place; True if anything changed."""
+    rows: dict[str, tuple[ir.Value, ir.Value]] = {}
+    for linear in linears:
+        splice = Splice(model.graph, linear.node)
+        value = linear.activation
+        if value.name not in rows:
+            rows[str(value.name)] = quantized_rows(splice, value)
+        activation, scale = rows[str(value.name)]
+        weight = dequantized_weight(splice, linear, weights, signed=False)
+        product = splice.add("MatMul", [activation, weight], name_of_product(linear))
+        replace_product(splice, linear, splice.add("Mul", [product, scale], f"{product.name}.scaled"))
+    drop_unused(model)
+    model.graph.sort()
+    return bool(linears)
+
+
+def quantized_rows(splice: Splice, value: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Case 2: the rows in units of their scales, through uint8, and the scales (..., 1)."""
+    name = value.name
+    last = splice.weight("row_axis", np.array([-1], np.int64))
+    smallest = splice.weight("smallest_row", np.array(SMALLEST_ROW, np.float32))
+    levels = splice.weight("row_levels", np.array(1 / LEVELS, np.float32))
+    one = splice.weight("row_unit", np.array(1, np.float32))
+    zero = splice.weight("row_zero_point", np.array(128, np.uint8))
+    size = splice.add("Abs", [value], f"{name}.abs")
+    largest = splice.add("ReduceMax", [size, last], f"{name}.row_max", {"keepdims": 1})
+    scale = splice.add(
+        "Mul", [splice.add("Max", [largest, smallest], f"{name}.row_range"), levels], f"{name}.row_scale"
+    )
+    units = splice.add("Div", [value, scale], f"{name}.row_units")
+    quantized = splice.add("QuantizeLinear", [units, one, zero], f"{name}.quantized", dtype=ir.DataType.UINT8)
+    rows = splice.add("DequantizeLinear", [quantized, one, zero], f"{name}.dequantized")
+    rows.shape = quantized.shape = units.shape = size.shape = value.shape
+    return rows, scale

@@ -1,0 +1,205 @@
+"""From a checkpoint's image processor to the ``preprocess`` object of a bundle.
+
+Follows ``transformers.models.auto.image_processing_auto`` and the PIL processors' defaults, 5.23.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transom.models.json_files import read_optional
+from transom.runtime.errors import CheckpointError
+from transom.runtime.image_preprocess import FILTERS, ExactSize, ImagePreprocess, ShortestEdge
+
+HALF = (0.5, 0.5, 0.5)  # transformers' IMAGENET_STANDARD_MEAN and _STD
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What an image processor does where its file says nothing."""
+
+    size: ExactSize | ShortestEdge
+    resample: str
+    crop: ExactSize | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    convert_rgb: bool = False
+
+
+VIT = Defaults(ExactSize(224, 224), "bilinear", None, HALF, HALF)
+DEIT = Defaults(ExactSize(256, 256), "bicubic", ExactSize(224, 224), HALF, HALF)
+CLIP = Defaults(ShortestEdge(224), "bicubic", ExactSize(224, 224), CLIP_MEAN, CLIP_STD, convert_rgb=True)
+
+PROCESSORS = {
+    "ViTImageProcessor": VIT,
+    "DeiTImageProcessor": DEIT,
+    "CLIPImageProcessor": CLIP,
+    "BitImageProcessor": CLIP,
+}
+PROCESSOR_OF = {"clip": "CLIPImageProcessor"}  # by config.json's model_type; the others' is ViTImageProcessor
+
+
+def image_preprocess_from_checkpoint(folder: Path, height: int, width: int, channels: int = 3) -> ImagePreprocess:
+    """How images of this checkpoint become (channels, height, width), the size of the exported model.
+
+    Reads preprocessor_config.json, or the image_processor within processor_config.json, which wins as
+    in transformers; where neither names a processor it is that of config.json's model type, and without
+    either file that one's defaults. Where the file was written for another size than the model's, resize
+    and crop are scaled to the model's. Raises CheckpointError for a processor or a setting that is not
+    defined here, and for a file that is damaged.
+    """
+    words, path = _read(folder)
+    defaults = _defaults(words, path, read_optional(folder / "config.json").get("model_type"))
+    for name in ("do_pad", "use_square_size"):
+        if _flag(words, name, False, path):
+            raise _refusal(path, f"{name} is true, which Transom does not define")
+    resize = _size(words, defaults, path) if _flag(words, "do_resize", True, path) else None
+    cropping = _flag(words, "do_center_crop", defaults.crop is not None, path)
+    resize, crop = _scaled(resize, _crop(words, defaults, path) if cropping else None, height, width, path)
+    rescaling = _flag(words, "do_rescale", True, path)
+    normalising = _flag(words, "do_normalize", True, path)
+    made = ImagePreprocess(
+        resize=resize,
+        resample=_filter(words, defaults, path) if resize else defaults.resample,
+        crop=crop,
+        rescale=_given(words, "rescale_factor", 1 / 255, path) if rescaling else None,
+        mean=_per_channel(words, "image_mean", defaults.mean, channels, path) if normalising else None,
+        std=_per_channel(words, "image_std", defaults.std, channels, path) if normalising else None,
+        channels=channels,
+        height=height,
+        width=width,
+        transparent_to_white=_flag(words, "do_convert_rgb", defaults.convert_rgb, path),
+    )
+    problems = made.problems()  # the reader's own checks, before anything is written
+    if problems:
+        raise _refusal(path, "; ".join(problems))
+    return made
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], Path]:
+    """The processor's settings and the file they stand in; empty settings without a file."""
+    nested, own = folder / "processor_config.json", folder / "preprocessor_config.json"
+    words = read_optional(nested).get("image_processor")
+    if words is not None:
+        if not isinstance(words, dict):
+            raise _refusal(nested, f"image_processor is a {type(words).__name__}, expected an object")
+        return words, nested
+    return read_optional(own), own
+
+
+def _defaults(words: Mapping[str, Any], path: Path, model_type: object) -> Defaults:
+    """Of the processor's class, by its name now or before transformers 4.26 (ViTFeatureExtractor)."""
+    name = words.get("image_processor_type")
+    if name is None:
+        name = str(words.get("feature_extractor_type") or PROCESSOR_OF.get(str(model_type), "ViTImageProcessor"))
+        name = name.replace("FeatureExtractor", "ImageProcessor")
+    known = PROCESSORS.get(str(name).removesuffix("Fast").removesuffix("Pil"))
+    if known is None:
+        raise _refusal(path, f"the image processor is {name!r}; defined are {', '.join(PROCESSORS)}")
+    return known
+
+
+def _given(words: Mapping[str, Any], name: str, default: Any, path: Path) -> Any:
+    """A setting that is needed; null is not the default, but nothing, as in transformers."""
+    value = words.get(name, default)
+    if value is None:
+        lack = "null" if name in words else "missing"
+        raise _refusal(path, f"{name} is {lack} and the step that needs it is on")
+    return value
+
+
+def _flag(words: Mapping[str, Any], name: str, default: bool, path: Path) -> bool:
+    value = words.get(name, default)
+    if value is not None and not isinstance(value, bool):
+        raise _refusal(path, f"{name} is {value!r}, expected true or false")
+    return bool(value)
+
+
+def _size(words: Mapping[str, Any], defaults: Defaults, path: Path) -> ExactSize | ShortestEdge:
+    """``size``; a single number is the side of a square, or the shortest edge where CLIP's defaults hold."""
+    value = _given(words, "size", defaults.size, path)
+    if _is_side(value):
+        return ExactSize(value, value) if isinstance(defaults.size, ExactSize) else ShortestEdge(value)
+    return _target(value, "size", path)
+
+
+def _crop(words: Mapping[str, Any], defaults: Defaults, path: Path) -> ExactSize:
+    value = _given(words, "crop_size", defaults.crop, path)
+    target = ExactSize(value, value) if _is_side(value) else _target(value, "crop_size", path)
+    if isinstance(target, ShortestEdge):
+        raise _refusal(path, f"crop_size is {value!r}, expected an integer or height and width")
+    return target
+
+
+def _target(value: object, name: str, path: Path) -> ExactSize | ShortestEdge:
+    """[height, width], {height, width}, {shortest_edge} or {shortest_edge, longest_edge}."""
+    if isinstance(value, (ExactSize, ShortestEdge)):
+        return value
+    if isinstance(value, list) and len(value) == 2:
+        value = {"height": value[0], "width": value[1]}
+    if isinstance(value, dict) and all(map(_is_side, value.values())):
+        if value.keys() == {"height", "width"}:
+            return ExactSize(**value)
+        if value.keys() in ({"shortest_edge"}, {"shortest_edge", "longest_edge"}):
+            return ShortestEdge(**value)
+    raise _refusal(
+        path,
+        f"{name} is {value!r}, expected a positive integer, [height, width], or an object with height and "
+        "width, with shortest_edge, or with shortest_edge and longest_edge",
+    )
+
+
+def _scaled(
+    resize: ExactSize | ShortestEdge | None, crop: ExactSize | None, height: int, width: int, path: Path
+) -> tuple[ExactSize | ShortestEdge | None, ExactSize | None]:
+    """Resize and crop for a model of (height, width), in the proportion the file has them.
+
+    Without a crop an exact resize goes straight to the model's size.
+    """
+    if crop is None:
+        return (ExactSize(height, width) if isinstance(resize, ExactSize) else resize), None
+    if isinstance(resize, ExactSize):
+        rows, columns = resize.height * height / crop.height, resize.width * width / crop.width
+        resize = ExactSize(round(rows), round(columns))
+    elif resize is not None and crop != ExactSize(height, width):
+        if crop.height * width != crop.width * height:
+            raise _refusal(
+                path,
+                f"resizes the shortest edge and crops to {crop.height}x{crop.width}, which cannot be scaled "
+                f"to a model of other proportions, {height}x{width}",
+            )
+        longest = resize.longest_edge
+        resize = replace(
+            resize,
+            shortest_edge=round(resize.shortest_edge * height / crop.height),
+            longest_edge=None if longest is None else round(longest * height / crop.height),
+        )
+    return resize, ExactSize(height, width)
+
+
+def _filter(words: Mapping[str, Any], defaults: Defaults, path: Path) -> str:
+    number = _given(words, "resample", FILTERS.index(defaults.resample), path)
+    if type(number) is not int or not 0 <= number < len(FILTERS):
+        known = ", ".join(f"{index} {name}" for index, name in enumerate(FILTERS))
+        raise _refusal(path, f"resample is {number!r}, expected PIL's number of a filter: {known}")
+    return FILTERS[number]
+
+
+def _per_channel(
+    words: Mapping[str, Any], name: str, default: tuple[float, ...], channels: int, path: Path
+) -> tuple[float, ...]:
+    """One number per channel; a single number stands for all. Types are checked with the rest."""
+    value = _given(words, name, default[:channels], path)
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,) * channels
+
+
+def _is_side(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+def _refusal(path: Path, problem: str) -> CheckpointError:
+    return CheckpointError(f"{path}: {problem}. Correct the file, or use another checkpoint.")

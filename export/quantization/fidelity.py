@@ -1,0 +1,260 @@
+"""How far a quantised bundle is from FP32 on held-out samples: relative output error, top-1 agreement, perplexity.
+
+A score alone hides damage: a model may be wrong elsewhere and as often. Agreement counts every answer that changed,
+the relative error what changed below the answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import inf, sqrt
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transom.calib.samples import Sample
+from transom.export.metrics import Rate, Score, Z
+from transom.export.quantization.heldout import (
+    MAX_SAMPLES,
+    NEIGHBOUR,
+    TOKENS_PER_SAMPLE,
+    Answers,
+    Floats,
+    Questions,
+    drawn,
+)
+from transom.export.quantization.heldout_decoders import generation_questions, translation_questions
+from transom.export.quantization.heldout_encoders import clip_questions, image_questions, text_questions
+from transom.runtime.errors import CalibrationError, ExportError
+from transom.runtime.session import LoadedBundle
+from transom.runtime.tasks.bert import Bert
+from transom.runtime.tasks.clip import Clip
+from transom.runtime.tasks.gpt import GPT
+from transom.runtime.tasks.transformer import Transformer
+from transom.runtime.tasks.vit import ViT
+
+KEEP_BYTES = 256 << 20  # of FP32's outputs that are kept: 1,280 rows of GPT-2's logits, all there is of most tasks
+
+
+@dataclass(frozen=True)
+class RelativeError:
+    """||ours - theirs|| / ||theirs||, Frobenius norms over all samples together.
+
+    ``differences`` and ``references`` are the squares of both, one of each per sample.
+    """
+
+    differences: tuple[float, ...]
+    references: tuple[float, ...]
+
+    @property
+    def n(self) -> int:
+        return len(self.references)
+
+    @property
+    def value(self) -> float:
+        difference, reference = sum(self.differences), sum(self.references)
+        if reference == 0:
+            return 0.0 if difference == 0 else inf
+        return sqrt(difference / reference)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % interval on other samples of this kind: of the ratio of squares, as in ``Rate``; None below two."""
+        n, ratio = self.n, self.value**2
+        if n < 2 or not np.isfinite(ratio):
+            return None
+        pairs = zip(self.differences, self.references, strict=True)
+        variance = sum((difference - ratio * reference) ** 2 for difference, reference in pairs) / (n - 1)
+        half = Z * sqrt(variance / n) / (sum(self.references) / n) if ratio else 0.0
+        return sqrt(max(ratio - half, 0.0)), sqrt(ratio + half)
+
+    def to_json(self) -> dict[str, Any]:
+        interval = self.interval
+        return {"value": self.value, "n": self.n, "interval": interval and list(interval)}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """A bundle beside FP32.
+
+    top1        on how many cases both choose the same; None where the task chooses nothing
+    embeds      whether that is the nearest other sample, of embeddings, and no answer of the task
+    output      what ``error`` is taken over
+    right       where the samples say what is true (the words in a text's gaps, the caption beside an image), the
+                fraction answered right, (FP32's, the bundle's)
+    nats        of decoders that go on from texts: negative log-probability per token in nats, (FP32's, the bundle's)
+    """
+
+    top1: Score | None
+    embeds: bool
+    output: str
+    error: RelativeError
+    nats: tuple[Rate, Rate] | None = None
+    right: tuple[Score, Score] | None = None
+
+
+class Reference:
+    """FP32's answers on held-out samples, computed once for all that is held against them.
+
+    At most ``most`` samples are drawn (of CLIP images and as many texts); of tasks that answer at every token, four
+    times as many tokens are asked for. What FP32 chooses is kept of all; outputs, for the relative error, in float32
+    until KEEP_BYTES are full. ``data`` is the held-out data's name. ``fp32`` is not needed afterwards. Raises
+    CalibrationError for no samples, one that does not fit the model, one on which FP32 is not finite, and a model that
+    answers the same whatever it is given.
+    """
+
+    def __init__(self, fp32: LoadedBundle, samples: Sequence[Sample], data: str, most: int = MAX_SAMPLES) -> None:
+        self._data = data
+        self._task = fp32.manifest.family, fp32.manifest.task
+        self._questions = questions(fp32, drawn(samples, most), TOKENS_PER_SAMPLE * most)
+        self._kept: list[Answers] = []
+        self._values: list[Floats | None] = []
+        room = KEEP_BYTES
+        varies = False
+        for answers in self._questions.ask(fp32):
+            if not np.isfinite(answers.values).all():
+                raise CalibrationError(
+                    f"held-out sample {answers.sample} gives values in FP32 that are not finite; nothing can be held "
+                    "against them. Leave it out, or check the checkpoint."
+                )
+            room -= answers.values.nbytes
+            self._kept.append(without_values(answers))
+            self._values.append(answers.values if room >= 0 or not self._values else None)
+            varies = varies or differs(answers.values, self._values[0])
+        if not self._kept:
+            raise CalibrationError(
+                f"{data} has no held-out sample that this model answers; expected what it reads, texts of two tokens "
+                "or more, or images. Give other calibration data."
+            )
+        if not varies and len(self._kept) > 1:
+            raise CalibrationError(
+                f"FP32 gives one and the same output for all {len(self._kept)} held-out samples of {data}, so that "
+                "nothing a quantised model loses could be seen. Check the checkpoint, or give other calibration data."
+            )
+        self._nearest = nearest_others(self._kept) if self._questions.top1 == NEIGHBOUR else None
+
+    def against(self, bundle: LoadedBundle) -> Agreement:
+        """Ask ``bundle`` the same. An answer that is not finite agrees with nothing, and its error is infinite.
+
+        Raises ExportError for a bundle of another family, task or vocabulary.
+        """
+        task = bundle.manifest.family, bundle.manifest.task
+        if task != self._task:
+            raise ExportError(
+                f"a bundle of {' for '.join(task)} is held against one of {' for '.join(self._task)}; expected the "
+                "same. Quantise the FP32 bundle that it is compared with."
+            )
+        found: list[Answers] = []
+        differences, references = [], []
+        same: list[int] = []
+        with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is seen here
+            for theirs, values, ours in zip(self._kept, self._values, self._questions.ask(bundle), strict=True):
+                self._check_shapes(theirs, values, ours)
+                finite = bool(np.isfinite(ours.values).all())
+                if not finite or values is not None:
+                    differences.append(squares(ours.values - values) if finite and values is not None else inf)
+                    references.append(0.0 if values is None else squares(values))
+                same.append(int((theirs.chosen == ours.chosen).all(1).sum()) if finite else 0)
+                found.append(without_values(ours))
+        cases = [len(answers.chosen) for answers in self._kept]
+        if self._nearest is not None and len(found) > 2:  # of two, each is the other's nearest
+            same = (nearest_others(found) == self._nearest).astype(int).tolist()
+            cases = [1] * len(found)
+        asked = self._questions
+        return Agreement(
+            by_sample(f"same top-1 as FP32, {asked.cases}", self._data, self._kept, same, cases),
+            asked.top1 == NEIGHBOUR,
+            asked.output,
+            RelativeError(tuple(differences), tuple(references)),
+            (nats_rate(self._kept, self._data), nats_rate(found, self._data)) if found[0].nats else None,
+            self._right(found),
+        )
+
+    def _right(self, found: Sequence[Answers]) -> tuple[Score, Score] | None:
+        """FP32's and the bundle's; None unless the truth of every sample is known."""
+        sides = []
+        for answers in (self._kept, found):
+            counts = [answer.right for answer in answers if answer.right is not None]
+            if len(counts) < len(answers):
+                return None
+            right, cases = zip(*counts, strict=True)
+            sides.append(by_sample(f"accuracy of {self._questions.cases}", self._data, answers, right, cases))
+        fp32, bundle = sides
+        return None if fp32 is None or bundle is None else (fp32, bundle)
+
+    def _check_shapes(self, theirs: Answers, values: Floats | None, ours: Answers) -> None:
+        if theirs.chosen.shape != ours.chosen.shape or (values is not None and values.shape != ours.values.shape):
+            raise ExportError(
+                f"held-out sample {ours.sample} gives other shapes than FP32 does; expected the same model. "
+                "Quantise the FP32 bundle that it is compared with."
+            )
+
+
+def questions(fp32: LoadedBundle, samples: Sequence[Sample], tokens: int) -> Questions:
+    """What the samples ask of bundles like ``fp32``, which gives the tokenizer and a translation's greedy output.
+
+    ``tokens`` is how many are asked for at most where a task answers at every one.
+    """
+    if isinstance(fp32, Clip):
+        return clip_questions(fp32, samples)
+    if isinstance(fp32, Transformer):
+        return translation_questions(fp32, samples, tokens)
+    if isinstance(fp32, GPT):
+        return generation_questions(fp32, samples, tokens)
+    if isinstance(fp32, ViT):
+        return image_questions(fp32, samples)
+    return text_questions(cast(Bert, fp32), samples, tokens)
+
+
+def by_sample(
+    name: str, data: str, answers: Sequence[Answers], right: Sequence[int], cases: Sequence[int]
+) -> Score | None:
+    """A score over samples, the runs of a long text together; None without a case."""
+    counts: dict[str, tuple[int, int]] = {}
+    for answer, correct, asked in zip(answers, right, cases, strict=True):
+        before = counts.get(answer.sample, (0, 0))
+        if asked:
+            counts[answer.sample] = before[0] + correct, before[1] + asked
+    if not counts:
+        return None
+    return Score(name, data, *zip(*counts.values(), strict=True))
+
+
+def differs(values: Floats, first: Floats | None) -> bool:
+    """Whether a row of ``values`` (..., V) is another than the first row of ``first``."""
+    if first is None or values.shape[-1:] != first.shape[-1:] or not first.size:
+        return True
+    width = first.shape[-1]
+    return bool((values.reshape(-1, width) != first.reshape(-1, width)[0]).any())
+
+
+def without_values(answers: Answers) -> Answers:
+    return replace(answers, values=np.empty(0, np.float32))
+
+
+def squares(array: Floats) -> float:
+    """The sum of all squares, in FP64."""
+    return float(np.square(array, dtype=np.float64).sum())
+
+
+def nearest_others(answers: Sequence[Answers]) -> NDArray[np.int64]:
+    """Of each vector the index of the nearest other by cosine, (N,); -1 of one that is not finite.
+
+    The lower index where two are as near.
+    """
+    vectors = np.stack([answer.vector for answer in answers if answer.vector is not None])
+    broken = np.array([not np.isfinite(vector).all() for vector in vectors])
+    vectors = np.where(broken[:, None], np.float32(0), vectors)
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    unit = vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
+    cosines = unit @ unit.T
+    cosines[:, broken] = -2  # below every cosine
+    np.fill_diagonal(cosines, -2)
+    return np.where(broken, -1, cosines.argmax(1))
+
+
+def nats_rate(answers: Sequence[Answers], data: str) -> Rate:
+    amounts, tokens = zip(*(answer.nats for answer in answers if answer.nats is not None), strict=True)
+    return Rate("nats per token", data, amounts, tokens)

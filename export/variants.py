@@ -1,0 +1,179 @@
+"""From the canonical graphs to the files that ship: one per target, weights shared where they can be."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from transom.export.external import EXTERNAL_ABOVE, externalize, weight_bytes
+from transom.export.passes.fake_half import emulate_half
+from transom.export.passes.half_precision import HALF, convert_precision
+from transom.export.passes.widen import widen_half
+from transom.runtime.bundle import SIMULATED, GraphFile
+from transom.runtime.errors import ExportError, one_line
+from transom.runtime.graph_spec import Graph, Tensor
+
+WEIGHTS = "model.weights"
+STATE_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class Flavours:
+    """``graphs`` and their ``files`` ship. ``emulated`` are the half-precision graphs as a GPU would round them,
+
+    for parity and accuracy alone (BF16 ships them as the CPU's variant); they read from ``emulated_files``.
+    """
+
+    graphs: tuple[GraphFile, ...]
+    files: Mapping[str, bytes]
+    emulated: tuple[GraphFile, ...]
+    emulated_files: Mapping[str, bytes]
+
+
+def make_flavours(
+    canonical: Mapping[str, ir.Model], graphs: tuple[Graph, ...], precision: str, external_above: int = EXTERNAL_ABOVE
+) -> Flavours:
+    """Convert copies of the canonical graphs to ``precision`` and serialise what ships.
+
+    In half precision a variant for the CPU ships beside them: of FP16 one that computes in FP32, of BF16 the
+    emulation. Raises PrecisionError when a weight does not fit FP16.
+    """
+    models = {graph.name: canonical[graph.name].clone() for graph in graphs}
+    for graph in graphs:
+        convert_precision(models[graph.name], precision, state_names(graph))
+    emulated = emulations(models) if precision in HALF else {}
+    if precision == "bf16":  # ONNX Runtime's CPU has no BF16 kernels: it gets the emulation
+        return pack(graphs, models, STATE_DTYPES[precision], cpu=emulated)
+    cpu = widened(models) if precision == "fp16" else {}
+    return pack(graphs, models, STATE_DTYPES[precision], cpu=cpu, emulated=emulated, external_above=external_above)
+
+
+def widened(models: Mapping[str, ir.Model]) -> dict[str, ir.Model]:
+    """Copies of half-precision graphs that compute in FP32, whatever the CPU has."""
+    wide = {name: model.clone() for name, model in models.items()}
+    for model in wide.values():
+        widen_half(model)
+    return wide
+
+
+def emulations(models: Mapping[str, ir.Model]) -> dict[str, ir.Model]:
+    """Copies of half-precision graphs that round as a GPU would, on any CPU."""
+    emulated = {name: model.clone() for name, model in models.items()}
+    for model in emulated.values():
+        emulate_half(model)
+    return emulated
+
+
+def pack(
+    graphs: tuple[Graph, ...],
+    models: Mapping[str, ir.Model],
+    state: str,
+    *,
+    cpu: Mapping[str, ir.Model] | None = None,
+    emulated: Mapping[str, ir.Model] | None = None,
+    external_above: int = EXTERNAL_ABOVE,
+) -> Flavours:
+    """Serialise ``models``, which ship, a flavour for the CPU if there is one, and what is for parity alone.
+
+    Weights that several of them hold, or of more than ``external_above`` bytes, lie in one file beside them.
+    ``state`` is the dtype of the models' state. All models are consumed: their weights move to that file.
+    """
+    cpu, emulated = cpu or {}, emulated or {}
+    named = {f"{name}.onnx": model for name, model in models.items()}
+    named |= {f"{name}.cpu.onnx": model for name, model in cpu.items()}
+    shipped = set(named)
+    named |= {f"{name}.emulated.onnx": model for name, model in emulated.items()}
+    files: dict[str, bytes] = {}
+    weights = None
+    if cpu or sum(map(weight_bytes, models.values())) > external_above:
+        weights = WEIGHTS
+        files[weights] = externalize([*named.values()], weights)
+        shipped.add(weights)
+    files |= {name: serialized(model) for name, model in named.items()}
+
+    def graph_files(kinds: Mapping[str, str]) -> tuple[GraphFile, ...]:
+        return tuple(
+            GraphFile(
+                with_state(graph, state), {kind: f"{graph.name}{ending}" for kind, ending in kinds.items()}, weights
+            )
+            for graph in graphs
+        )
+
+    return Flavours(
+        graphs=graph_files({"default": ".onnx"} | ({"cpu": ".cpu.onnx"} if cpu else {})),
+        files={name: data for name, data in files.items() if name in shipped},
+        emulated=graph_files({"default": ".emulated.onnx"}) if emulated else (),
+        emulated_files=files if emulated else {},
+    )
+
+
+def with_integers(flavours: Flavours, integers: Mapping[str, str]) -> Flavours:
+    """The same files, with what a CPU session makes of their integers: a word of runtime.bundle for each graph."""
+
+    def marked(files: tuple[GraphFile, ...]) -> tuple[GraphFile, ...]:
+        return tuple(replace(file, integers=integers[file.graph.name]) for file in files)
+
+    return replace(flavours, graphs=marked(flavours.graphs), emulated=marked(flavours.emulated))
+
+
+def simulated(flavours: Flavours) -> Flavours:
+    """The same, their graphs for TensorRT marked as such: a CPU session then computes their Q/DQ in float32."""
+    return with_integers(flavours, dict.fromkeys((file.graph.name for file in flavours.graphs), SIMULATED))
+
+
+def state_names(graph: Graph) -> frozenset[str]:
+    return frozenset(tensor.name for tensor in (*graph.inputs, *graph.outputs) if tensor.state)
+
+
+def with_state(graph: Graph, dtype: str) -> Graph:
+    """The graph with its state in ``dtype``."""
+
+    def converted(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(replace(tensor, dtype=dtype) if tensor.state else tensor for tensor in tensors)
+
+    return replace(graph, inputs=converted(graph.inputs), outputs=converted(graph.outputs))
+
+
+def serialized(model: ir.Model) -> bytes:
+    """The model as protobuf; what is written of it, ``check_file`` checks."""
+    data: bytes = ir.to_proto(model).SerializeToString()
+    return data
+
+
+def check_file(path: Path) -> None:
+    """Check the operators, types and shapes of a written ONNX file, its weights beside it, by the specification.
+
+    Raises ExportError where they do not hold together, whether or not anything here could execute it.
+
+    Not checked by onnx 1.23: operators of domains other than ONNX's (MatMulNBits of int4) and what is computed from
+    them, which ONNX Runtime checks when parity opens that file; and the places of weights in their file, which
+    ``externalize`` gives and the bundle's hashes keep.
+    """
+    try:
+        with decodable(path) as readable:
+            onnx.checker.check_model(readable, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(
+            f"{path.name} is no valid ONNX model: {one_line(error)}. Nothing was written; report this, with the "
+            "checkpoint's config.json."
+        ) from None
+
+
+@contextmanager
+def decodable(path: Path) -> Iterator[str]:
+    """The path as onnx 1.23 takes it: bytes that are no Unicode, which file names may hold, go through a link."""
+    try:
+        path.as_posix().encode()
+    except UnicodeEncodeError:
+        with tempfile.TemporaryDirectory() as folder:
+            link = Path(folder, "bundle")
+            link.symlink_to(path.parent.resolve(), target_is_directory=True)
+            yield str(link / path.name)
+    else:
+        yield str(path)

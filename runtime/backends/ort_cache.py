@@ -1,0 +1,81 @@
+"""A decoder's state in ONNX Runtime's memory of a device: a step reads and writes it there.
+
+Growing the caches and reordering their rows goes through host memory: every 128 tokens, and where beams change places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transom.runtime.backends.base import Array
+from transom.runtime.decoder_state import Source
+from transom.runtime.graph_spec import Tensor
+from transom.runtime.kv_cache import KVCache
+from transom.runtime.process_bound import ProcessBound
+
+
+class OrtState(ProcessBound):
+    """Caches and source as OrtValues on ``device``, "cuda" or "cpu"."""
+
+    def __init__(
+        self,
+        library: ModuleType,
+        device: str,
+        caches: Sequence[Tensor],
+        rows: int,
+        limit: int,
+        source: Mapping[str, Array],
+    ) -> None:
+        self._library, self._device = library, device
+        self._host = KVCache(caches, rows, limit)  # between _pulled and _pushed it holds what is true
+        self._rows = rows
+        self._caches: dict[str, Any] = {}
+        self._source = Source({name: self._on_device(array) for name, array in source.items()}, rows)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row has room for now."""
+        return self._host.capacity
+
+    @property
+    def feeds(self) -> dict[str, Any]:
+        """OrtValues, by name of the input."""
+        return {**self._source.arrays, **self._caches}
+
+    def reserve(self, tokens: int) -> None:
+        """Room for ``tokens`` in every row, which will be used."""
+        if tokens <= self._host.capacity:
+            self._host.reserve(tokens)
+            return
+        self._pull()
+        self._host.reserve(tokens)
+        self._push()
+
+    def select(self, rows: NDArray[np.intp]) -> None:
+        """Row i goes on from what row ``rows[i]`` was."""
+        if np.array_equal(rows, np.arange(self._rows)):
+            return
+        self._pull()
+        self._host.select(rows)
+        self._push()
+        self._source.select(rows, lambda value, chosen: self._on_device(value.numpy()[chosen]))
+        self._rows = len(rows)
+
+    def _pull(self) -> None:
+        for name, value in self._caches.items():
+            self._host.buffers[name] = value.numpy().copy()
+
+    def _push(self) -> None:
+        self._caches = {name: self._on_device(buffer) for name, buffer in self._host.buffers.items()}
+        for name, buffer in self._host.buffers.items():  # its shape is wanted on, its memory is not
+            self._host.buffers[name] = np.broadcast_to(np.zeros((), buffer.dtype), buffer.shape)
+
+    def _on_device(self, array: Array) -> Any:
+        value = self._library.OrtValue.ortvalue_from_shape_and_type(list(array.shape), array.dtype, self._device, 0)
+        value.update_inplace(np.ascontiguousarray(array))
+        return value

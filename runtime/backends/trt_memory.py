@@ -1,0 +1,245 @@
+"""Device memory of the TensorRT backend: staging that is allocated once, arrays that stay, and a pool to take from."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transom.runtime.backends.base import Array
+from transom.runtime.backends.cuda import Memory, OutOfMemory, PinnedMemory, Stream
+from transom.runtime.decoder_state import Source
+from transom.runtime.errors import BackendError
+from transom.runtime.feeds import storage
+from transom.runtime.graph_spec import Tensor
+from transom.runtime.process_bound import ProcessBound
+
+GRAIN = 1 << 16  # bytes: staging grows in such steps, so that a few bytes more do not mean another allocation
+
+
+@dataclass(frozen=True)
+class DeviceArray:
+    """An array on the GPU, C order. ``memory`` keeps it alive."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[np.generic]
+    memory: Memory
+
+    @property
+    def address(self) -> int:
+        return self.memory.address
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+class Pool(ProcessBound):
+    """Device memory that is given back and taken again: a call that repeats sizes allocates nothing.
+
+    At most ``most`` bytes are kept for nobody: beyond that, what was given back first is freed. Without a bound a
+    service that sees every batch size would end with blocks of each.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most, self._kept = most, 0  # bytes
+        self._free: list[Memory] = []  # in the order in which they were given back
+        self._lock = threading.RLock()  # a finalizer may give back while this thread takes
+
+    def take(self, size: int) -> Memory:
+        """Memory of exactly ``size`` bytes with anything in it. OutOfMemory where there is none even without others."""
+        with self._lock:
+            for place in reversed(range(len(self._free))):
+                if self._free[place].size == size:
+                    self._kept -= size
+                    return self._free.pop(place)
+        try:
+            return Memory(size)
+        except OutOfMemory:
+            self.clear()
+            return Memory(size)
+
+    def give(self, memory: Memory) -> None:
+        with self._lock:
+            self._free.append(memory)
+            self._kept += memory.size
+            while self._kept > self._most:
+                self._kept -= self._free.pop(0).size
+
+    def clear(self) -> None:
+        """Free what nobody uses."""
+        with self._lock:
+            self._free.clear()
+            self._kept = 0
+
+
+class Staging:
+    """One tensor's way to the GPU and back: pinned host memory and device memory, as large as was ever needed."""
+
+    def __init__(self) -> None:
+        self._device: Memory | None = None
+        self._pinned: PinnedMemory | None = None
+
+    def room(self, size: int) -> int:
+        """The device address of at least ``size`` bytes; it changes only when it grows."""
+        if self._device is None or self._device.size < size:
+            self._device = None  # first, so that old and new need not fit together
+            self._device = Memory(grown(size))
+        return self._device.address
+
+    def put(self, array: Array, stream: Stream) -> int:
+        """Queue the copy of ``array`` to the GPU; its device address. The array may change as soon as this returns."""
+        address = self.room(array.nbytes)
+        self.host(array.nbytes)[...] = as_bytes(array)
+        stream.copy(address, self._address(), array.nbytes)
+        return address
+
+    def fetch(self, size: int, stream: Stream) -> NDArray[np.uint8]:
+        """Queue the copy of ``size`` bytes to the host; they are there when the stream was waited for."""
+        host = self.host(size)
+        stream.copy(self._address(), self.room(size), size)
+        return host
+
+    def keep(self, array: Array) -> int:
+        """The host address of a copy of ``array``: TensorRT reads some shapes there."""
+        self.host(array.nbytes)[...] = as_bytes(array)
+        return self._address()
+
+    def put_padded(self, array: Array, shape: tuple[int, ...], stream: Stream) -> int:
+        """``put`` of a cache (B, H, C, D) into one of ``shape``, whose C is longer; behind it are zeros."""
+        address = self.room(prod(shape) * array.dtype.itemsize)
+        self.host(array.nbytes)[...] = as_bytes(array)
+        rows, width, pitch = rows_of(array, shape[2])
+        stream.clear(address, rows * pitch)
+        stream.copy_rows(address, pitch, self._address(), width, width, rows)
+        return address
+
+    def fetch_padded(self, array: Array, length: int, stream: Stream) -> NDArray[np.uint8]:
+        """``fetch`` of as much of a cache of ``length`` as ``array`` holds."""
+        host = self.host(array.nbytes)
+        rows, width, pitch = rows_of(array, length)
+        stream.copy_rows(self._address(), width, self.room(rows * pitch), pitch, width, rows)
+        return host
+
+    def host(self, size: int) -> NDArray[np.uint8]:
+        """Pinned bytes; only the newest view is valid."""
+        if self._pinned is None or self._pinned.size < size:
+            self._pinned = None
+            self._pinned = PinnedMemory(grown(size))
+        return self._pinned.bytes(size)
+
+    def _address(self) -> int:
+        assert self._pinned is not None
+        return self._pinned.address
+
+
+def rows_of(cache: Array, length: int) -> tuple[int, int, int]:
+    """(rows, bytes in each, bytes from each to the next in one of ``length``) of a cache (B, H, C, D)."""
+    B, H, C, D = cache.shape
+    return B * H, C * D * cache.dtype.itemsize, length * D * cache.dtype.itemsize
+
+
+def grown(size: int) -> int:
+    return -(-max(size, 1) // GRAIN) * GRAIN
+
+
+def as_bytes(array: Array) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+class DeviceState(ProcessBound):
+    """What a decoder's rows keep on the GPU between steps: caches written in place, and what they read beside them.
+
+    A cache (rows, H, C, D) has the one length C that the engine was built for. Every method waits for its own work, so
+    that any thread may go on.
+    """
+
+    def __init__(
+        self, pool: Pool, caches: Sequence[Tensor], length: int, rows: int, limit: int, source: Mapping[str, Array]
+    ) -> None:
+        self._pool, self._stream = pool, Stream()
+        self._held: list[Memory] = []
+        weakref.finalize(self, give_back, pool, self._held)
+        self.capacity = min(limit, length)  # tokens that a row has room for
+        self._used, self._rows = 0, rows
+        try:
+            self._caches = {tensor.name: self._empty(tensor, rows, length) for tensor in caches}
+            self._source = Source({name: self._uploaded(array) for name, array in source.items()}, rows)
+        except BaseException:
+            give_back(pool, self._held)  # now: the error's traceback keeps this object alive for as long as it likes
+            raise
+        finally:
+            self._stream.wait()
+
+    @property
+    def feeds(self) -> dict[str, DeviceArray]:
+        """What the graph is to be fed beside the tokens, by name of its input."""
+        return {**self._source.arrays, **self._caches}
+
+    def reserve(self, tokens: int) -> None:
+        """Note that positions up to ``tokens`` will be written. BackendError past the end: TensorRT would drop them."""
+        if tokens > self.capacity:
+            raise BackendError(f"{tokens} tokens were to be written; the engine's cache holds {self.capacity}.")
+        self._used = max(self._used, tokens)
+
+    def select(self, rows: NDArray[np.intp]) -> None:
+        """Row i goes on from what row ``rows[i]`` was."""
+        if not np.array_equal(rows, np.arange(self._rows)):
+            self._caches = {name: self._cache_of(old, rows) for name, old in self._caches.items()}
+            self._source.select(rows, self._rows_of)
+            self._rows = len(rows)
+
+    def _cache_of(self, old: DeviceArray, rows: NDArray[np.intp]) -> DeviceArray:
+        """A cache of the rows chosen: the positions in use are copied, the rest is zero."""
+        new = self._take((len(rows), *old.shape[1:]), old.dtype)
+        _, heads, length, size = old.shape
+        pitch, width = length * size * old.dtype.itemsize, self._used * size * old.dtype.itemsize
+        self._stream.clear(new.address, new.nbytes)
+        for to, source in enumerate(rows.tolist()):
+            if width:
+                start, end = old.address + source * heads * pitch, new.address + to * heads * pitch
+                self._stream.copy_rows(end, pitch, start, pitch, width, heads)
+        return self._instead_of(old, new)
+
+    def _rows_of(self, old: DeviceArray, rows: NDArray[np.intp]) -> DeviceArray:
+        new = self._take((len(rows), *old.shape[1:]), old.dtype)
+        each = prod(old.shape[1:]) * old.dtype.itemsize
+        for to, source in enumerate(rows.tolist()):
+            self._stream.copy(new.address + to * each, old.address + source * each, each)
+        return self._instead_of(old, new)
+
+    def _instead_of(self, old: DeviceArray, new: DeviceArray) -> DeviceArray:
+        """``new``, whose copies are done; the memory of ``old`` may be taken again."""
+        self._stream.wait()
+        self._held.remove(old.memory)
+        self._pool.give(old.memory)
+        return new
+
+    def _empty(self, tensor: Tensor, rows: int, length: int) -> DeviceArray:
+        _, heads, _, size = tensor.shape
+        array = self._take((rows, int(heads), length, int(size)), storage(tensor))
+        self._stream.clear(array.address, array.nbytes)  # a NaN there would reach the output, masked or not
+        return array
+
+    def _uploaded(self, array: Array) -> DeviceArray:
+        held = self._take(array.shape, array.dtype)
+        staging = PinnedMemory(array.nbytes)
+        staging.bytes(array.nbytes)[...] = as_bytes(array)
+        self._stream.copy(held.address, staging.address, array.nbytes)
+        self._stream.wait()  # before the staging goes
+        return held
+
+    def _take(self, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> DeviceArray:
+        memory = self._pool.take(prod(shape) * dtype.itemsize)
+        self._held.append(memory)
+        return DeviceArray(shape, dtype, memory)
+
+
+def give_back(pool: Pool, held: list[Memory]) -> None:
+    while held:
+        pool.give(held.pop())

@@ -1,1 +1,0 @@
-"""A decoder's rows between steps: what they read, and what they keep."""

@@ -1,0 +1,250 @@
+"""What a caller hands in, held against what the graph declares, before any library sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from transom.runtime.backends.base import Array
+from transom.runtime.errors import InputError, ShapeError
+from transom.runtime.graph_spec import COUNT, Axis, EngineAxis, Graph, Tensor
+
+if TYPE_CHECKING:
+    from transom.runtime.bundle import Plan
+
+WRITE_INDICES = "write_indices"  # int64 (B,): where each row's new tokens go in its caches
+LOGITS_POSITIONS = "logits_positions"  # int64 (B, P): which of the new tokens get logits
+
+
+def checked_feeds(
+    graph: Graph, axes: Mapping[str, Axis], inputs: Mapping[str, Any]
+) -> tuple[dict[str, Array], dict[str, int]]:
+    """Every input of the graph as an array, defaults filled in, and the size of each named axis.
+
+    Raises InputError for an unknown or missing name, a wrong type or dtype, an index out of its
+    range, or a buffer that cannot be written in place; ShapeError for a wrong rank, a wrong fixed
+    size, an axis out of bounds, two inputs that disagree about one, or a cache that is too short.
+    """
+    known = {tensor.name: tensor for tensor in graph.inputs}
+    strangers = [name for name in inputs if name not in known]
+    if strangers:
+        raise InputError(f"unknown input {strangers[0]!r}; this bundle takes {', '.join(known)}.")
+    sizes: dict[str, int] = {}
+    for name, value in inputs.items():
+        check_type(known[name], value)
+        check_shape(known[name], value, axes, sizes)
+        check_range(known[name], value)
+    check_buffers([output.writes for output in graph.outputs if output.writes is not None], inputs)
+    feeds = {name: np.asarray(value) for name, value in inputs.items()}
+    complete_sizes(graph, axes, sizes)
+    for tensor in sorted(graph.inputs, key=lambda tensor: tensor.default is not None):  # first those one must give
+        if tensor.name not in feeds:
+            feeds[tensor.name] = filled(tensor, sizes)
+    if is_decoder(graph):
+        check_positions(graph, feeds, sizes)
+    return feeds, sizes
+
+
+def complete_sizes(graph: Graph, axes: Mapping[str, Axis], sizes: dict[str, int]) -> None:
+    """Axes that no given input has are as long as those they are said to be like."""
+    for name in {size for tensor in graph.inputs for size in tensor.shape if isinstance(size, str)} - sizes.keys():
+        like = axes[name].like
+        if like in sizes:
+            sizes[name] = sizes[like]
+
+
+def check_type(tensor: Tensor, value: Any) -> None:
+    if not isinstance(value, np.ndarray):
+        raise InputError(
+            f"input {tensor.name!r} is a {type(value).__name__}; expected a numpy array of {tensor.dtype}. "
+            f"Convert it with np.asarray(value, np.{tensor.dtype})."
+        )
+    if value.dtype != storage(tensor):  # a byte-swapped dtype differs as well
+        raise InputError(
+            f"input {tensor.name!r} has dtype {value.dtype}; expected {storage(tensor)}. "
+            f"Convert it with .astype(np.{storage(tensor)})."
+        )
+
+
+def storage(tensor: Tensor) -> np.dtype[Any]:
+    """numpy's dtype of a tensor; the bits of bfloat16, which numpy does not know, as uint16."""
+    return np.dtype("uint16" if tensor.dtype == "bfloat16" else tensor.dtype)
+
+
+def check_shape(tensor: Tensor, value: Array, axes: Mapping[str, Axis], sizes: dict[str, int]) -> None:
+    """Check the rank and each size; named sizes are noted in ``sizes``."""
+    if value.ndim != len(tensor.shape):
+        raise ShapeError(
+            f"input {tensor.name!r} has shape {value.shape}; expected {len(tensor.shape)} axes "
+            f"{expected_shape(tensor)}. Add or drop an axis."
+        )
+    for name, size in zip(tensor.shape, value.shape, strict=True):
+        if isinstance(name, int):
+            if size != name:
+                raise ShapeError(
+                    f"input {tensor.name!r} has shape {value.shape}; expected {expected_shape(tensor)}: "
+                    f"this axis is fixed at {name}."
+                )
+            continue
+        if not axes[name].min <= size <= axes[name].max:
+            allowed = allowed_sizes(name, axes[name], size)
+            raise ShapeError(f"input {tensor.name!r} has shape {value.shape}; axis {name} allows {allowed}")
+        if sizes.setdefault(name, size) != size:
+            raise ShapeError(
+                f"input {tensor.name!r} has shape {value.shape}; another input has {name}={sizes[name]}. "
+                f"Give all inputs the same {name}."
+            )
+
+
+def allowed_sizes(name: str, axis: Axis, size: int) -> str:
+    """``1..67. Export again with --max S=68.``: the bounds, and how to have a ``size`` beyond them, if at all."""
+    where = f" in the engine for {axis.target}" if isinstance(axis, EngineAxis) else ""
+    beyond = size > axis.max or (isinstance(axis, EngineAxis) and size >= exported(axis).min)
+    hint = f" {wider({name: axis}, {name: size})}." if beyond else ""
+    ceiling = exported(axis).ceiling
+    if ceiling is not None and size > ceiling:
+        hint = f" The model has {ceiling} positions; give no more."
+    return f"{axis.min}..{axis.max}{where}.{hint}"
+
+
+def wider(axes: Mapping[str, Axis], sizes: Mapping[str, int]) -> str:
+    """``Export again with --max S=68``: the command that lets axes have ``sizes`` that are out of their bounds.
+
+    An engine within the bundle's bounds is built again; beyond them both commands are named.
+    """
+    new = " ".join(f"--max {name}={size}" for name, size in sizes.items() if size > exported(axes[name]).max)
+    built = " ".join(
+        f"--{'max' if size > axes[name].max else 'min'} {name}={size}"
+        for name, size in sizes.items()
+        if not axes[name].min <= size <= axes[name].max
+    )
+    targets = [axis.target for axis in axes.values() if isinstance(axis, EngineAxis)]
+    if not targets:
+        return f"Export again with {new}"
+    command = f"`transom build BUNDLE --target {targets[0]} {built}`"
+    return f"Export again with {new}, then run {command}" if new else f"Run {command}"
+
+
+def exported(axis: Axis) -> Axis:
+    """The bundle's bounds of an axis."""
+    return axis.exported if isinstance(axis, EngineAxis) and axis.exported is not None else axis
+
+
+def engine_axes(axes: Mapping[str, Axis], plan: Plan) -> dict[str, Axis]:
+    """The bundle's ``axes`` within the bounds of an engine; those that it does not narrow are as they were."""
+    narrowed = {
+        name: EngineAxis(axis.min, axis.opt, axis.max, like=axes[name].like, target=plan.target, exported=axes[name])
+        for name, axis in plan.axes.items()
+        if (axis.min, axis.max) != (axes[name].min, axes[name].max)
+    }
+    return {**axes, **narrowed}
+
+
+def check_range(tensor: Tensor, value: Array) -> None:
+    if tensor.below is None or value.size == 0:
+        return
+    low, high = int(value.min()), int(value.max())
+    if low < 0 or high >= tensor.below:
+        wrong = low if low < 0 else high
+        raise InputError(
+            f"input {tensor.name!r} holds {wrong}; expected values in 0..{tensor.below - 1}. "
+            "Is this the tokenizer of this model?"
+        )
+
+
+def check_buffer(name: str, value: Array) -> None:
+    """A cache is written in place: a copy that made it contiguous would get the new tokens instead."""
+    if not (value.flags.c_contiguous and value.flags.writeable and value.flags.aligned):
+        raise InputError(
+            f"input {name!r} is read-only or no contiguous block of memory; it is written in place. "
+            "Make one with np.zeros(shape, dtype) and keep it between calls."
+        )
+
+
+def check_buffers(names: Sequence[str], inputs: Mapping[str, Array]) -> None:
+    """The caches that are given, each in memory of its own; all of them where tokens lie in them already."""
+    given = [name for name in names if name in inputs]
+    for name in given:
+        check_buffer(name, inputs[name])
+    if given and len(given) < len(names) and np.any(inputs.get(WRITE_INDICES, 0)):
+        missing = next(name for name in names if name not in inputs)
+        raise InputError(
+            f"input {missing!r} is missing, but {WRITE_INDICES} goes on behind tokens that it should hold. Give all "
+            "of the caches that the call before wrote."
+        )
+    placed = sorted((inputs[name].ctypes.data, name) for name in given)
+    for (start, name), (following, other) in pairwise(placed):
+        if start + inputs[name].nbytes > following:
+            raise InputError(
+                f"inputs {name!r} and {other!r} share memory, and both are written. Give each its own: np.zeros."
+            )
+
+
+def check_positions(graph: Graph, feeds: Mapping[str, Array], sizes: Mapping[str, int]) -> None:
+    """New tokens must fit into the caches behind what is there, and wanted positions be among the new ones.
+
+    Graphs check neither: TensorRT drops what is written past the end without a word.
+    """
+    new, capacity = sizes[str(token_input(graph).shape[1])], sizes["C"]
+    reached = int(feeds[WRITE_INDICES].max(initial=0)) + new
+    if reached > capacity:
+        raise ShapeError(
+            f"{WRITE_INDICES} reaches {reached - new} and {new} tokens follow, {reached} in all; the caches hold "
+            f"C={capacity}. Give larger ones."
+        )
+    wanted = feeds[LOGITS_POSITIONS]
+    if wanted.size and not 0 <= int(wanted.min()) <= int(wanted.max()) < new:
+        raise InputError(
+            f"input {LOGITS_POSITIONS!r} holds {int(wanted.min())}..{int(wanted.max())}; expected positions among the "
+            f"{new} tokens of this call, 0..{new - 1}."
+        )
+
+
+def is_decoder(graph: Graph) -> bool:
+    """Whether the graph writes caches."""
+    return any(tensor.writes is not None for tensor in graph.outputs)
+
+
+def token_input(graph: Graph) -> Tensor:
+    """The input of a decoder graph that takes the new tokens, int64 (B, S): its first."""
+    return graph.inputs[0]
+
+
+def filled(tensor: Tensor, sizes: Mapping[str, int]) -> Array:
+    """The default of an input that was left out."""
+    if tensor.default is None or any(isinstance(name, str) and name not in sizes for name in tensor.shape):
+        raise InputError(f"input {tensor.name!r} is missing; expected {tensor.dtype} {expected_shape(tensor)}.")
+    shape = shape_of(tensor, sizes)
+    if tensor.default == COUNT:
+        return np.broadcast_to(np.arange(shape[-1], dtype=tensor.dtype), shape).copy()
+    try:
+        return np.full(shape, tensor.default, storage(tensor))
+    except (MemoryError, ValueError):
+        raise InputError(f"there is no memory for the input {tensor.name!r} of {shape}. Give smaller ones.") from None
+
+
+def shape_of(tensor: Tensor, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The tensor's shape with every axis name replaced by its size."""
+    return tuple(sizes[size] if isinstance(size, str) else size for size in tensor.shape)
+
+
+def expected_shape(tensor: Tensor) -> str:
+    return f"({', '.join(map(str, tensor.shape))})"
+
+
+def wanted_outputs(graph: Graph, names: Sequence[str] | None, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the outputs asked for (all of them for None); InputError for an unknown one.
+
+    A buffer that is written in place goes by the name of its input.
+    """
+    known = {tensor.writes or tensor.name: tensor for tensor in graph.outputs}
+    wanted = list(known) if names is None else list(names)
+    if not wanted and not any(tensor.writes for tensor in graph.outputs):  # a decoder may just write its caches
+        raise InputError("outputs is empty; name at least one, or leave it out for all.")
+    strangers = [name for name in wanted if name not in known]
+    if strangers:
+        raise InputError(f"unknown output {strangers[0]!r}; this bundle has {', '.join(known)}.")
+    return {name: shape_of(known[name], sizes) for name in wanted}

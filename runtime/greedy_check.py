@@ -1,0 +1,164 @@
+"""What a decoder is held to: logits behind given tokens, step by step, and a whole greedy generation.
+
+The export compares PyTorch and the artefact by these, ``transom selftest`` the golden values and the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transom.runtime.backends.base import Array
+from transom.runtime.errors import ParityError
+from transom.runtime.tasks.generator import Generator, Row, padded
+
+NOTHING = -1  # fills rows of tokens that ended early
+TOP = 16  # logits of each step that golden values keep: whoever chose another token chose one of these
+SLACK = 1e-3  # of the largest logit: what a row's logits differ by between a generation and its replay
+PYTORCH = "PyTorch's"  # whose generation ours is held against, in words
+
+
+def forced_logits(bundle: Generator, prompts: Sequence[Row], chunks: Sequence[NDArray[np.int64]]) -> Iterator[Array]:
+    """Teacher forcing: the logits behind the prompts, (R, 1, V), then those of each chunk (R, n): (R, n, V)."""
+    begun = bundle.begin(prompts)
+    yield begun.logits[:, None]
+    for chunk in chunks:
+        yield begun.decoding.read_all(chunk)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a greedy generation of each prompt chose, and from what.
+
+    tokens      int64 (R, n), NOTHING behind a row's end
+    margins     float32 (R, n): by how much each token's logit was above the best of the others
+    top_ids     int64 (R, n, K): the tokens of the K largest logits of each step; None where they were not kept
+    top_logits  float32 (R, n, K): those logits
+    """
+
+    tokens: NDArray[np.int64]
+    margins: NDArray[np.float32]
+    top_ids: NDArray[np.int64] | None = None
+    top_logits: NDArray[np.float32] | None = None
+
+    def to_arrays(self) -> dict[str, Array]:
+        """Return the arrays by name, as golden values hold them."""
+        return {name: array for name, array in vars(self).items() if array is not None}
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """A greedy generation per prompt: ``chosen``, and the ``logits`` of each step, float32 (R, n, V)."""
+
+    chosen: Chosen
+    logits: NDArray[np.float32]
+
+
+def greedy(bundle: Generator, prompts: Sequence[Row], new_tokens: int) -> Greedy:
+    """Up to ``new_tokens`` for each prompt, all prompts in one batch."""
+    rows = bundle.generate(
+        [list(prompt) for prompt in prompts],
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        num_beams=1,
+        num_return_sequences=1,
+    )
+    tokens = np.full((len(rows), new_tokens), NOTHING, np.int64)
+    for index, row in enumerate(rows):
+        tokens[index, : len(row)] = row
+    logits = logits_along(bundle, prompts, tokens)
+    chosen = np.maximum(tokens, 0)[:, :, None]
+    others = logits.copy()
+    np.put_along_axis(others, chosen, -np.inf, axis=2)
+    margins = np.take_along_axis(logits, chosen, axis=2)[:, :, 0] - others.max(2)
+    top_ids = np.argsort(-logits, axis=2, kind="stable")[:, :, :TOP]
+    top_logits = np.take_along_axis(logits, top_ids, axis=2)
+    return Greedy(Chosen(tokens, np.where(tokens == NOTHING, np.float32(0), margins), top_ids, top_logits), logits)
+
+
+def logits_along(bundle: Generator, prompts: Sequence[Row], tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+    """The logits that each of ``tokens`` (R, n) was chosen from, fed one by one: (R, n, V)."""
+    fed = np.maximum(tokens, 0)  # behind a row's end anything will do
+    chunks = [fed[:, step : step + 1] for step in range(tokens.shape[1] - 1)]
+    return np.concatenate(list(forced_logits(bundle, prompts, chunks)), axis=1)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Where two greedy generations part: ``margin`` is how sure the other side was there; infinite behind its end."""
+
+    row: int
+    step: int
+    ours: int
+    theirs: int
+    margin: float
+
+    def __str__(self) -> str:
+        return self.told(PYTORCH)
+
+    def told(self, other: str) -> str:
+        """In words; ``other`` says whose generation the other one is."""
+        return (
+            f"greedy token {self.step} of row {self.row} is {self.ours}, {other} is {self.theirs} "
+            f"(its margin {self.margin:.2e})"
+        )
+
+
+def divergences(ours: NDArray[np.int64], theirs: Chosen) -> list[Divergence]:
+    """The first step at which each row of ``ours``, int64 (R, n), leaves ``theirs``."""
+    found = []
+    for row in range(len(theirs.tokens)):
+        steps = np.flatnonzero(ours[row] != theirs.tokens[row])
+        if len(steps):
+            step = int(steps[0])
+            token = int(theirs.tokens[row, step])
+            margin = math.inf if token == NOTHING else float(abs(theirs.margins[row, step]))
+            found.append(Divergence(row, step, int(ours[row, step]), token, margin))
+    return found
+
+
+def explained(ours: Greedy, theirs: Chosen, divergence: Divergence) -> float:
+    """The largest margin of ``theirs`` that the logits of both sides explain where they part.
+
+    Twice the largest difference between them, for one token may have lost as much as another won, and SLACK. No margin
+    where our token is none of the largest there; any where the other side's logits were not kept.
+    """
+    if theirs.top_ids is None or theirs.top_logits is None:
+        return math.inf
+    ids, expected = (array[divergence.row, divergence.step] for array in (theirs.top_ids, theirs.top_logits))
+    if divergence.ours != NOTHING and divergence.ours not in ids:
+        return 0.0
+    found = ours.logits[divergence.row, divergence.step, ids]
+    return float(2 * np.abs(found - expected).max() + SLACK * np.abs(expected).max())
+
+
+def require_same_tokens(ours: Greedy, theirs: Chosen, tolerance: float, other: str = PYTORCH) -> list[Divergence]:
+    """The rows that part where the other side itself was unsure: by less than both sides' ``tolerance`` of a logit,
+
+    and by no more than their logits there differ. ``other`` says whose ``theirs`` are. Raises ParityError for a row
+    that parts elsewhere.
+    """
+    found = divergences(ours.chosen.tokens, theirs)
+    for divergence in found:
+        allowed = min(2 * tolerance, explained(ours, theirs, divergence))
+        if not divergence.margin <= allowed:  # NaN explains nothing
+            raise ParityError(
+                f"{divergence.told(other)}; only a margin below {allowed:.2e} would explain that. The decoder's cache "
+                f"is not what {other} is: export again, or report it."
+            )
+    return found
+
+
+def as_arrays(prompts: Sequence[Row]) -> dict[str, Array]:
+    """Prompts as golden values hold them: ``prompts`` (R, S) and their ``lengths`` (R,)."""
+    ids, lengths = padded(prompts)
+    return {"prompts": ids, "lengths": lengths}
+
+
+def from_arrays(arrays: Mapping[str, Array]) -> list[Row]:
+    """The prompts again."""
+    return [row[:length].tolist() for row, length in zip(arrays["prompts"], arrays["lengths"], strict=True)]

@@ -1,0 +1,72 @@
+"""The KV cache's buffers: one per tensor, written in place, as long as needed and not much longer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transom.runtime.backends.base import Array
+from transom.runtime.errors import BackendError
+from transom.runtime.feeds import storage
+from transom.runtime.graph_spec import Tensor
+
+# Attention on a CPU walks the whole buffer, full or not, so that a longer one costs at every step;
+# growing copies what is used. benchmarks/cache_step.py measures both.
+STEP = 128  # tokens
+
+
+class KVCache:
+    """Buffers (rows, H, capacity, D) for ``tensors``, the inputs of a decoder graph that are written.
+
+    Buffers begin as zeros, and what lies past ``used`` stays zeros: a NaN there would reach the
+    output, masked or not.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], rows: int, limit: int) -> None:
+        self._tensors = tensors
+        self._limit = limit
+        self.rows = rows
+        self.used = 0  # positions of every row up to here may have been written
+        self.buffers = {tensor.name: self._zeros(tensor, rows, 0) for tensor in tensors}
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row has room for now."""
+        return int(next(iter(self.buffers.values())).shape[2])
+
+    def reserve(self, tokens: int) -> None:
+        """Room for ``tokens`` in every row, which will be used: in steps of STEP, at most the limit."""
+        if tokens > self.capacity:
+            self._move(np.arange(self.rows), min(-(-tokens // STEP) * STEP, self._limit))
+        self.used = max(self.used, tokens)
+
+    def select(self, rows: NDArray[np.intp]) -> None:
+        """Row i becomes what row ``rows[i]`` was; only rows that change are copied, up to ``used``."""
+        if len(rows) > self.rows:
+            self._move(rows, self.capacity)
+            return
+        changed = np.flatnonzero(rows != np.arange(len(rows)))
+        for name, buffer in self.buffers.items():
+            buffer[changed, :, : self.used] = buffer[rows[changed], :, : self.used]  # numpy copies the right side first
+            self.buffers[name] = buffer[: len(rows)]
+        self.rows = len(rows)
+
+    def _move(self, rows: NDArray[np.intp], capacity: int) -> None:
+        """New buffers, one tensor at a time so that only one is there twice."""
+        for tensor in self._tensors:
+            old, new = self.buffers[tensor.name], self._zeros(tensor, len(rows), capacity)
+            new[:, :, : self.used] = old[rows, :, : self.used]
+            self.buffers[tensor.name] = new
+        self.rows = len(rows)
+
+    def _zeros(self, tensor: Tensor, rows: int, capacity: int) -> Array:
+        _, heads, _, size = tensor.shape
+        shape = (rows, int(heads), capacity, int(size))
+        try:
+            return np.zeros(shape, storage(tensor))
+        except (MemoryError, ValueError):
+            raise BackendError(
+                f"there is no memory for a cache of {shape}. Give fewer or shorter prompts, or fewer beams."
+            ) from None

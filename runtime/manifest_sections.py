@@ -1,0 +1,94 @@
+"""What bundle.json records of a bundle beside its files: parity, quantisation, engines.
+
+Most of it is for people. Checked is what the runtime goes by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from transom.runtime.graph_spec import Axis
+
+MODES = ("static", "dynamic", "none")  # how the activations before integer weights become integers
+SUMS = EXACT, SATURATED = "exact", "saturated"  # of 8-bit products, as they were added up at the export
+WEIGHT_BITS = {"int8": (7, 8), "int4": (4,)}
+
+
+def parity_from_json(value: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    """The figures are for people, but for those that ``transom selftest`` judges by: scales, tolerance, worst error."""
+    scales = value.get("scales", {})
+    if not isinstance(scales, dict) or not all(type(scale) in (int, float) for scale in scales.values()):
+        problems.append("parity.scales is no object of numbers")
+    if type(value.get("tolerance")) not in (int, float):
+        problems.append(f"parity.tolerance is {repr(value.get('tolerance'))[:60]}, expected a number")
+    return value
+
+
+def worst_error(parity: Mapping[str, Any]) -> float | None:
+    """Return the largest error against PyTorch of an export's parity run; None where no such number is recorded."""
+    worst = parity.get("worst")
+    error = worst.get("error") if isinstance(worst, dict) else None
+    return error if isinstance(error, float) and error >= 0 else None
+
+
+def quantization_from_json(
+    value: dict[str, Any] | None, precision: str | None, graphs: list[str], problems: list[str]
+) -> dict[str, Any] | None:
+    """How the graphs multiply: the runtime asks where that is exact. The rest is for people."""
+    if (value is not None) != (precision in WEIGHT_BITS):
+        found = "is missing" if value is None else "is there"
+        problems.append(f"quantization {found}, and precision is {repr(precision)[:60]}")
+    if value is None:
+        return None
+    modes = value.get("activations")
+    if not isinstance(modes, dict) or modes.keys() != {*graphs} or not all(mode in MODES for mode in modes.values()):
+        expected = f"one of {', '.join(MODES)} for each of {', '.join(graphs)}"
+        problems.append(f"quantization.activations is {repr(modes)[:60]}, expected {expected}")
+    bits = value.get("weight_bits")
+    possible = WEIGHT_BITS.get(precision or "", ())
+    if possible and (type(bits) is not int or bits not in possible):
+        expected = " or ".join(map(str, possible))
+        problems.append(f"quantization.weight_bits is {repr(bits)[:60]}, expected {expected} of {precision}")
+    sums = value.get("integer_sums", EXACT)
+    if sums not in SUMS:
+        problems.append(f"quantization.integer_sums is {repr(sums)[:60]}, expected one of {', '.join(SUMS)}")
+    return value
+
+
+def engines_from_json(
+    value: dict[str, Any], graphs: list[str], files: Collection[str], axes: Mapping[str, Axis], problems: list[str]
+) -> dict[str, Any]:
+    """Which plan belongs to which graph, by target, what loads it, and the bounds that it takes.
+
+    What the builder made of it is for people.
+    """
+    for target, engine in value.items():
+        plans = engine.get("plans") if isinstance(engine, dict) else None
+        if (
+            not isinstance(plans, dict)
+            or plans.keys() != {*graphs}
+            or not all(plan in files for plan in plans.values())
+        ):
+            expected = f"a listed file for each of {', '.join(graphs)}"
+            problems.append(f"engines.{target[:60]}.plans is {repr(plans)[:60]}, expected {expected}")
+            continue
+        for key in ("library", "version", "sm"):
+            if not isinstance(engine.get(key, "" if key == "sm" else None), str):
+                problems.append(f"engines.{target[:60]}.{key} is {repr(engine.get(key))[:60]}, expected a string")
+        bounds = engine.get("axes", {})
+        if not isinstance(bounds, dict) or not all(within(axes.get(name), each) for name, each in bounds.items()):
+            problems.append(
+                f"engines.{target[:60]}.axes is {repr(bounds)[:60]}, expected min, opt and max of axes of the bundle, "
+                "in this order and within the bundle's"
+            )
+    return value
+
+
+def within(axis: Axis | None, bounds: Any) -> bool:
+    """Whether ``bounds`` are well-formed and those of an engine that computes sizes of ``axis``."""
+    if axis is None or not isinstance(bounds, dict) or bounds.keys() != {"min", "opt", "max"}:
+        return False
+    if any(type(size) is not int for size in bounds.values()):
+        return False
+    return bool(axis.min <= bounds["min"] <= bounds["opt"] <= bounds["max"] <= axis.max)
