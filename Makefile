@@ -35,10 +35,12 @@ SOUND := $(shell [ "$$(cat $(STAMP) 2>/dev/null)" = "$$(pwd -P)" ] && $(VENV)/bi
 PYTEST := OMP_NUM_THREADS=1 TRANSOM_REPO="$$PWD"
 # What a wheel may lack is a module, a data file or a command. These look for every file, import every module, and do
 # with the families what their users do; the rest would compare numbers of code that is the same in both.
-ON_WHEEL := packaging families references readme cli_doctor cli_run examples int8_export debug_accuracy
+ON_WHEEL := project/test_packaging project/test_families project/test_readme project/test_examples export/test_reference_models \
+    export/quantization/test_quantize export/test_debug cli/test_doctor cli/test_run
 # On emulated processors: the runtime's own tests. None needs torch there: what they export, a run here exports first.
-ON_X86 := integer_sums saturation earlier_bundles
-ON_ARM := $(ON_X86) runtime ort_state kv_cache threads text_stream cpu_instructions cli_run cli_generate cli_bench
+ON_X86 := runtime/backends/test_integer_sums runtime/test_saturation runtime/test_earlier_bundles
+ON_ARM := $(ON_X86) runtime/test_session runtime/backends/test_ort_cache runtime/test_kv_cache runtime/test_threads \
+    runtime/text/test_detokenizer runtime/test_host cli/test_run cli/test_run_generation cli/test_bench
 PYTEST_PARALLEL := -n $(WORKERS) --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
@@ -89,7 +91,7 @@ check: $(STAMP) typing ## ruff, mypy --strict over all rooms, the walls between 
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy -p transom
-	$(PYTEST) $(VENV)/bin/pytest -q tests/test_layering.py
+	$(PYTEST) $(VENV)/bin/pytest -q tests/project/test_layering.py
 
 test: check suite test-wheel ## check, then the suite on the working tree, then test-wheel
 
@@ -113,7 +115,7 @@ test-wheel: wheel ## the tests that use all of a wheel, on the wheel in an envir
 	$(VENV)/bin/python -c "$$paths" >"$$($(WHEEL_VENV)/bin/python -c "$$paths" | head -n 1)/libraries-of-dev.pth"
 	@cp -R tests pyproject.toml build/wheel-tests/
 	cd build/wheel-tests && OMP_NUM_THREADS=1 TRANSOM_REPO="$$OLDPWD" TRANSOM_TEST_WHEEL=1 \
-	    ../../$(WHEEL_VENV)/bin/python -P -m pytest $(PYTEST_PARALLEL) $(ON_WHEEL:%=tests/test_%.py)
+	    ../../$(WHEEL_VENV)/bin/python -P -m pytest $(PYTEST_PARALLEL) $(ON_WHEEL:%=tests/%.py)
 
 sweep: $(STAMP) ## damaged manifests by the million, kill -9 at 200 moments of an export, 32 threads on one bundle
 	@for name in $(REFERENCES); do \
@@ -129,7 +131,7 @@ build-matrix: $(STAMP) ## BERT-base, GPT-2, ViT-B, CLIP-B, a Transformer: engine
 	OMP_NUM_THREADS=2 $(VENV)/bin/python benchmarks/build_matrix.py --out build/build-matrix $(MATRIX_ARGS)
 
 mutate: $(STAMP) ## break every guard of tests/guards on purpose, and show which test notices
-	PYTHONPATH=tests $(VENV)/bin/python -m mutate $(MUTATE_ARGS)
+	PYTHONPATH=tests/support $(VENV)/bin/python -m mutate $(MUTATE_ARGS)
 
 test-gpu: $(STAMP) ## on a machine with a GPU: parity of every family and precision there, into docs/results/
 	TRANSOM_GPU_RESULTS=docs/results TRANSOM_REPO="$$PWD" $(VENV)/bin/pytest $(PYTEST_ARGS) tests/gpu
@@ -140,11 +142,11 @@ bench-gpu: $(STAMP) ## on a machine with a GPU: latency beside PyTorch and ONNX 
 
 # The machine needs Debian's or Ubuntu's packages and a network the first time, no more.
 test-arm: $(STAMP) ## on three emulated Arm processors: every bundle's self-test, the runtime's tests, the commands
-	PYTHONPATH=tests $(VENV)/bin/python -m processors arm $(if $(BUNDLES),--bundles "$(BUNDLES)") \
+	PYTHONPATH=tests/support $(VENV)/bin/python -m processors arm $(if $(BUNDLES),--bundles "$(BUNDLES)") \
 	    --tests $(ON_ARM) $(PROCESSOR_ARGS)
 
 test-x86: $(STAMP) ## on emulated Haswell and Nehalem, which have no VNNI: integer bundles, sums of integers
-	PYTHONPATH=tests $(VENV)/bin/python -m processors x86 $(if $(BUNDLES),--bundles "$(BUNDLES)") \
+	PYTHONPATH=tests/support $(VENV)/bin/python -m processors x86 $(if $(BUNDLES),--bundles "$(BUNDLES)") \
 	    --tests $(ON_X86) $(PROCESSOR_ARGS)
 
 clean: ## removes what was made here, except .venv, bundles/ and reports/

@@ -25,7 +25,7 @@ from pathlib import Path
 from random import Random
 from types import ModuleType
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
 from diskless_bundles import load_manifest, slim
 from json_mutations import mutated

@@ -2,7 +2,8 @@
 
     python benchmarks/threads.py BUNDLE... [--threads 32] [--requests 1000] [--distinct 200] [--seed 0]
 
-Every bundle's family is asked for what it does (``tests/mixed_requests.py``), in batches of mixed sizes and lengths,
+Every bundle's family is asked for what it does (``mixed_requests.py`` in tests/support), in batches of mixed
+sizes and lengths,
 and generators greedily, by sampling with a seed, and with beams. ``--distinct`` requests are answered one after another
 first; then every thread sends some of them in an order of its own. Sessions have one thread each: it is callers that
 compete here. Ends with status 1 if an answer differs.
@@ -16,7 +17,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
 from mixed_requests import different_answers, requests
 from transom.runtime import load

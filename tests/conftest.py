@@ -24,7 +24,7 @@ from time_limits import pytest_fixture_setup as pytest_fixture_setup
 os.environ["HF_HUB_OFFLINE"] = "1"
 # And before torch imports triton: our kernels are interpreted, on the CPU; what compiles them runs in its own process.
 os.environ["TRITON_INTERPRET"] = "1"
-pytest.register_assert_rewrite("command_line", "decoder_definitions", "tiny_models")
+pytest.register_assert_rewrite("attention_reference", "command_line", "decoder_definitions", "tiny_models")
 
 WORDS = """
 the a of and to in is it that was for on are as with his they at be this have from or one had by word but

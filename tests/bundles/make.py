@@ -123,7 +123,7 @@ def save(folder: Path, architecture: str, **config: object) -> None:
     """
     from safetensors.numpy import load_file, save_file
 
-    sys.path.insert(0, str(TESTS))
+    sys.path[:0] = [str(TESTS / "support"), str(TESTS)]
     from conftest import save_checkpoint
 
     save_checkpoint(folder, architecture, tokenizer=False, **config)

@@ -18,16 +18,16 @@ pytest.importorskip("triton", reason="triton is not installed: pip install 'tran
 
 import torch
 
+from attention_reference import exact, visible
 from emulated_driver import TYPES, compile_elsewhere
-from test_plugin_kernel import exact, visible
-from transom.export.plugins import blocks as tables
+from transom.export.plugins import tile_sizes as tables
 from transom.export.plugins.aot import Compiled
 from transom.export.plugins.cuda_launcher import Kernel
 from transom.export.plugins.kernel_spec import Blocks, width
 from transom.export.plugins.tile_sizes import portable
 from transom.runtime.backends.cuda import Gpu
 
-# Units of roundoff of max|exact|, as in test_plugin_kernel.py, with more for what a GPU does besides: ex2.approx is
+# Units of roundoff of max|exact|, as in test_flash_attention.py, with more for what a GPU does besides: ex2.approx is
 # within 2 units of FP32, above and below the line of the fraction. TF32 cuts both operands of both products off at 10
 # bits: up to 2 units of a score as large as 5, and of each weight and value.
 ROUNDOFF = {"fp32": (2**-24, 24), "tf32": (2**-10, 14), "fp16": (2**-11, 4), "bf16": (2**-8, 4)}

@@ -1,0 +1,138 @@
+"""No case of a parity run vanishes: every side has each, with the same outputs, and every graph is run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import chain, islice
+from typing import Any
+
+import numpy as np
+import pytest
+
+from paths import KEPT
+from tiny_graphs import graph_of
+from transom.export.bundle_graphs import canonical_graphs
+from transom.export.engine.trt_graphs import tensorrt_graphs
+from transom.export.engine.trt_parity import check_flavour
+from transom.export.parity.cases import Exercises, Run
+from transom.export.parity.checks import check_parity, export_limit, in_step, measure_ranges
+from transom.export.parity.fp16_range import RangeBackend, require_fp16_range
+from transom.export.parity.golden import Golden
+from transom.export.parity.inputs import samples_for
+from transom.runtime import load
+from transom.runtime.bundle import Bundle
+from transom.runtime.errors import ExportError, ParityError, PrecisionError
+from transom.runtime.graph_spec import Graph, Tensor
+
+GRAPH = Graph("g", (Tensor("x", "float32", (1,)),), (Tensor("y", "float32", (1,)),))
+
+
+def runs(count: int, *names: str) -> Iterator[Run]:
+    """``count`` cases with the outputs ``names``, "y" by default."""
+    for number in range(count):
+        yield Run({"B": number}, GRAPH, {}, {name: np.zeros(1, np.float32) for name in names or ("y",)})
+
+
+def test_sides_go_in_step() -> None:
+    found = list(in_step([runs(3), runs(3), runs(3)], 3))
+    assert [[run.sizes["B"] for run in case] for case in found] == [[0] * 3, [1] * 3, [2] * 3]
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [(3, 3, 2), (3, 3, 0), (3, 2, 3), (2, 3, 3), (3, 3, 4), (4, 3, 3), (2, 2, 2), (4, 4, 4), (0, 0, 0)],
+    ids=str,
+)
+def test_every_side_has_every_case(counts: tuple[int, ...]) -> None:
+    with pytest.raises(ParityError, match=r"expected 3 cases, at least one, of each\. Nothing was proven"):
+        list(in_step([runs(count) for count in counts], 3))
+
+
+def test_no_cases_prove_nothing() -> None:
+    with pytest.raises(ParityError, match="0 of 2 sides have a case 1; expected 0 cases, at least one"):
+        list(in_step([runs(0), runs(0)], 0))
+
+
+@pytest.mark.parametrize("outputs", [("y", "z"), ("z",)], ids=str)
+def test_every_side_gives_the_same_outputs(outputs: tuple[str, ...]) -> None:
+    with pytest.raises(ParityError, match=r"the sides of a case give .*; expected the same outputs"):
+        list(in_step([runs(1), runs(1, *outputs)], 1))
+
+
+def test_a_case_without_outputs_proves_nothing() -> None:
+    nothing = [replace(run, outputs={}) for run in runs(1)]
+    with pytest.raises(ParityError, match="the sides of a case give nothing and nothing; expected the same"):
+        list(in_step([iter(nothing), iter(nothing)], 1))
+
+
+class Cut(Exercises):
+    """The third side, which runs row by row, has ``change`` more cases than the others."""
+
+    change = 0
+
+    def runs(self, bundle: Any, *, by_row: bool = False) -> Iterator[Run]:
+        found = super().runs(bundle, by_row=by_row)
+        if not by_row:
+            return found
+        return islice(found, len(self) + self.change) if self.change < 1 else chain(found, runs(self.change))
+
+
+@pytest.mark.parametrize("change", [0, -1, -3, 1])
+def test_a_third_side_that_ends_early_fails_parity(exported: Any, monkeypatch: pytest.MonkeyPatch, change: int) -> None:
+    """The artefact beside itself: whatever is compared is equal."""
+    monkeypatch.setattr(Cut, "change", change)
+    with load(KEPT / "bert-fp32") as side:
+        exercises = Cut(side, samples_for((file.graph for file in side.manifest.graphs), None, None))
+        assert len(exercises) > 3
+        if change:
+            with pytest.raises(ParityError, match=r"[01] of 1 sides have a case"):
+                check_parity(side, side, side, exercises, Golden(), export_limit("fp32"), lambda what: None)
+        else:
+            cases = check_parity(side, side, side, exercises, Golden(), export_limit("fp32"), lambda what: None)
+            assert [case.emulated for case in cases] == [False, True] * len(exercises)
+
+
+def test_a_graph_that_no_case_runs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with load(KEPT / "gpt-fp32") as gpt:
+        samples = samples_for((file.graph for file in gpt.manifest.graphs), None, None)
+        assert len(Exercises(gpt, samples))
+        monkeypatch.setattr("transom.export.parity.cases.Generator", type(None))
+        with pytest.raises(ExportError, match="no case runs the graph 'decoder' of this gpt"):
+            Exercises(gpt, samples)
+
+
+def test_ranges_of_a_graph_that_never_ran_are_not_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = Bundle(KEPT / "bert-fp32")
+    with load(KEPT / "bert-fp32") as side:
+        exercises = Exercises(side, samples_for((file.graph for file in side.manifest.graphs), None, None))
+    loaded: Any = type("Loaded", (), {"graphs": tuple(file.graph for file in bundle.manifest.graphs)})
+    assert measure_ranges(bundle, canonical_graphs(bundle), loaded, exercises).tensors
+    monkeypatch.setattr(exercises, "runs", lambda side, by_row: runs(0))
+    with pytest.raises(PrecisionError, match="the graph model was never run, so no range of its tensors is known"):
+        measure_ranges(bundle, canonical_graphs(bundle), loaded, exercises)
+
+
+@pytest.mark.parametrize("values", [[[math.nan], [1.0]], [[1.0], [math.nan]], [[math.inf], [1.0]]], ids=str)
+def test_a_tensor_that_was_once_not_finite_fits_no_half(values: list[list[float]]) -> None:
+    model = graph_of("g (float[1] x) => (float[1] y) { y = Neg (x) }", {}, ["layer"])
+    backend = RangeBackend(model, GRAPH)
+    for feed in values:
+        backend.run({"x": np.array(feed, np.float32)}, {"y": (1,)})
+    with pytest.raises(PrecisionError, match=r"first y \(module layer\) reaches (nan|inf)"):
+        require_fp16_range(backend.largest)
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [([], "the golden case .* has no outputs"), ([("logits", (1, 10), (1, 1))], r"as \(1, 10\), the bundle \(1, 1\)")],
+    ids=["nothing", "another shape"],
+)
+def test_what_cannot_be_compared_checks_no_engine(monkeypatch: pytest.MonkeyPatch, found: list[Any], said: str) -> None:
+    """Arrays of two shapes may have a difference all the same."""
+    arrays = [(name, *(np.ones(shape, np.float32) for shape in shapes)) for name, *shapes in found]
+    monkeypatch.setattr("transom.export.engine.trt_parity.outputs", lambda *sides: iter(arrays))
+    bundle = Bundle(KEPT / "vit-fp32")
+    with pytest.raises(ExportError, match=said):
+        check_flavour(bundle, tensorrt_graphs(bundle))

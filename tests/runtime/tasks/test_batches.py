@@ -1,0 +1,136 @@
+"""Calls with many inputs: answers in the caller's order, and in memory no more than these and one batch."""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from paths import KEPT
+from transom.runtime import load
+from transom.runtime.errors import InputError
+from transom.runtime.tasks import text_bundle as texts_module
+from transom.runtime.tasks.batches import batches, collected
+
+TEXTS = [" ".join("abcd"[: 1 + place % 4]) for place in range(2500)]
+IMAGES = list(np.random.default_rng(0).integers(0, 256, (1500, 8, 8, 3), np.uint8))
+# Bytes beside the answers: lists of references and lengths, a batch. All rows of texts took millions, those of features
+# and of labels 600,000 and more.
+BESIDE = 300_000
+LABELS = [f"{place}" for place in range(60)]
+
+
+def extra(call: Callable[[], object]) -> int:
+    """Bytes that were held at the peak of a call beyond what it returned."""
+    call()  # what is imported and cached
+    tracemalloc.start()
+    try:
+        kept = call()
+        now, peak = tracemalloc.get_traced_memory()
+        assert kept is not None
+        return peak - now
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("family", "call"),
+    [
+        ("bert", lambda b: b.embed(TEXTS)),
+        ("bert", lambda b: b.classify(TEXTS, top_k=1)),
+        ("bert", lambda b: b.classify(TEXTS, TEXTS[::-1], top_k=1, truncate=True)),
+        ("clip", lambda c: c.embed_text(TEXTS)),
+        ("clip", lambda c: c.embed_labels(TEXTS[:200], ["{}"] * 20)),
+        ("clip", lambda c: c.zero_shot(IMAGES, LABELS, top_k=1)),
+        ("clip", lambda c: c.embed_image(IMAGES)),
+        ("vit", lambda v: v.features(IMAGES)),
+        ("vit", lambda v: v.classify(IMAGES, top_k=1)),
+    ],
+)
+def test_memory_beside_the_answers_is_a_batch(family: str, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts_module, "KEPT_BYTES", 0, raising=False)  # rows that wait have a bound of their own
+    with load(KEPT / f"{family}-fp32", threads=1) as bundle:
+        assert extra(lambda: call(bundle)) < BESIDE
+
+
+def test_rows_that_wait_are_bounded_and_the_others_are_tokenized_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = TEXTS[:50]
+    with load(KEPT / "bert-fp32", threads=1) as bert:
+        encoder = bert.encoder()
+        tokenized, whole = [], encoder.row
+        monkeypatch.setattr(encoder, "row", lambda text, *a, **k: (tokenized.append(text), whole(text, *a, **k))[1])
+        expected = bert.embed(texts)
+        assert len(tokenized) == len(texts)
+        tokenized.clear()
+        monkeypatch.setattr(texts_module, "KEPT_BYTES", 10 * (texts_module.ROW_BYTES + 8 * 7))
+        np.testing.assert_array_equal(bert.embed(texts), expected)
+        assert len(texts) + 30 < len(tokenized) <= 2 * len(texts) - 10
+
+
+def test_a_batch_is_padded_to_its_own_longest() -> None:
+    """By fours, up to the bundle's 7."""
+    with load(KEPT / "bert-fp32", threads=1) as bert:
+        shapes = []
+        inner = bert._backends[0].run
+        bert._backends[0].run = lambda feeds, outs: (shapes.append(feeds["input_ids"].shape), inner(feeds, outs))[1]
+        bert.embed(["a b c d e", "a", "b", "a b c d"])
+    assert shapes == [(2, 4), (2, 7)]
+
+
+def test_answers_come_in_the_callers_order() -> None:
+    texts, images = TEXTS[:23], IMAGES[:7]
+    with load(KEPT / "bert-fp32", threads=1) as bert:
+        np.testing.assert_allclose(bert.embed(texts), [bert.embed(text) for text in texts], atol=1e-6)
+        assert [row[0][0] for row in bert.classify(texts)] == [bert.classify(text)[0][0] for text in texts]
+    with load(KEPT / "vit-fp32", threads=1) as vit:
+        np.testing.assert_allclose(vit.features(images), [vit.features(image) for image in images], atol=1e-6)
+    with load(KEPT / "clip-fp32", threads=1) as clip:
+        whole = clip.embed_labels(texts, ["{}", "a {}"]).embeds
+        each = [clip.embed_labels([text], ["{}", "a {}"]).embeds[0] for text in texts]
+        np.testing.assert_allclose(whole, each, atol=1e-6)
+
+
+def test_many_labels_are_embedded_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transom.runtime.tasks import clip as module
+
+    with load(KEPT / "clip-fp32", threads=1) as clip:
+        expected = clip.embed_labels(TEXTS[:9], ["{}", "a {}"])
+        monkeypatch.setattr(module, "LABEL_TEXTS", 5)
+        found = clip.embed_labels(TEXTS[:9], ["{}", "a {}"])
+        np.testing.assert_allclose(found.embeds, expected.embeds, atol=1e-6)
+        with pytest.raises(InputError, match=r"label 7 in template 0, '', has no tokens"):
+            clip.embed_labels([*TEXTS[:7], ""], ["{}", "a {}"])
+
+
+def test_errors_name_the_place_in_the_callers_list() -> None:
+    with load(KEPT / "bert-fp32", threads=1) as bert:
+        ran = []
+        bert._backends[0].run = lambda *arguments: ran.append(arguments)
+        with pytest.raises(InputError, match=r"text 4, '', has no tokens"):
+            bert.embed(["a", "b", "a", "b", ""])
+        with pytest.raises(InputError, match=r"pair 2, '', has no tokens"):
+            bert.classify(["a"] * 3, ["b", "b", ""])
+        assert not ran
+    with load(KEPT / "vit-fp32", threads=1) as vit, pytest.raises(InputError, match=r"image 4 of 5: .*absent"):
+        vit.classify([*IMAGES[:4], "absent.png"])
+
+
+def test_batches_by_pencil() -> None:
+    assert [places.tolist() for places in batches([5, 1, 3, 1, 9], 2)] == [[1, 3], [2, 0], [4]]
+    assert [places.tolist() for places in batches([1] * 5, 3)] == [[0, 1, 2], [3, 4]]
+    parts = [(np.array([1, 0]), np.float32([[10], [0]])), (np.array([2]), np.float32([[20]]))]
+    assert collected(parts, 3).tolist() == [[0], [10], [20]]
+
+
+def test_prompts_become_ids_a_batch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    with load(KEPT / "gpt-fp32", threads=1) as gpt:
+        prompts = [[1 + place % 9, 2] for place in range(7)]
+        sizes, begin = [], gpt.begin
+        monkeypatch.setattr(gpt, "begin", lambda rows: (sizes.append(len(rows)), begin(rows))[1])
+        found = gpt.generate(prompts, max_new_tokens=3)
+        assert sizes == [2, 2, 2, 1]
+        assert found == [gpt.generate(prompt, max_new_tokens=3) for prompt in prompts]
+        assert gpt.score(prompts) == [gpt.score(prompt) for prompt in prompts]

@@ -1,0 +1,161 @@
+"""Load and run the bundles that earlier versions wrote, kept in tests/bundles: their format stays readable.
+
+No torch and no onnx: what reads these bundles is the runtime alone. tests/bundles/README.md describes them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Callable
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+import pytest
+
+from paths import TESTS
+from transom.runtime import load
+from transom.runtime.bundle import PRECISIONS, Bundle
+from transom.runtime.saturation import SaturationWarning
+from transom.runtime.selftest import selftest
+from transom.runtime.tasks import FAMILIES
+
+KEPT = TESTS / "bundles"
+BUNDLES = sorted(path.parent.relative_to(KEPT).as_posix() for path in KEPT.glob("*/*/bundle.json"))
+SATURATED = "0.1.0/vit-int8-saturated"  # its golden values are of saturated sums, which nothing computes any more
+MACHINE_PATH = re.compile(rb"/(?:home|root|tmp|usr|opt|var|mnt|Users)/")
+
+# max|here - there| of the numbers in ANSWERS. FP32 differs in the order of summation; elsewhere a value between two
+# representable ones may be rounded to the other one. AVX512-VNNI and AVX2 agree to 1e-4 on all of them.
+TOLERANCES = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 5e-2, "int8": 5e-2, "int4": 5e-2}
+
+# What ``answer_*`` gives of each bundle: words or tokens, exactly, and a number. As version 0.1.0 answered on
+# AVX512-VNNI; with sums that saturate, it said ("bee", 0.1139) of clip-int8 and 0.9009 of vit-int8-saturated.
+ANSWERS: dict[str, tuple[object, float]] = {
+    "0.1.0/bert-fp32": ("mixed", 0.7176),
+    "0.1.0/bert-fp16": ("mixed", 0.7174),
+    "0.1.0/bert-bf16": ("mixed", 0.7274),
+    "0.1.0/bert-int8": ("mixed", 0.7406),
+    "0.1.0/bert-int4": ("mixed", 0.6376),
+    "0.1.0/clip-fp32": ("dog", 0.2277),
+    "0.1.0/clip-fp16": ("dog", 0.2287),
+    "0.1.0/clip-bf16": ("dog", 0.2339),
+    "0.1.0/clip-int8": ("dog", 0.2200),
+    "0.1.0/clip-int4": ("dog", 0.2190),
+    "0.1.0/gpt-fp32": ([14, 23, 23], 4.9423),
+    "0.1.0/gpt-fp16": ([14, 23, 23], 4.9429),
+    "0.1.0/gpt-bf16": ([14, 23, 23], 4.9487),
+    "0.1.0/gpt-int8": ([14, 23, 23], 4.9232),
+    "0.1.0/gpt-int4": ([14, 23, 23], 4.9221),
+    "0.1.0/transformer-fp32": ([6, 6, 6, 0], -1.5996),
+    "0.1.0/transformer-fp16": ([6, 6, 6, 0], -1.6006),
+    "0.1.0/transformer-bf16": ([6, 6, 6, 0], -1.6094),
+    "0.1.0/transformer-int8": ([6, 6, 6, 0], -1.6020),
+    "0.1.0/transformer-int4": ([6, 6, 6, 0], -1.4584),
+    "0.1.0/vit-fp32": ("mixed", 0.7976),
+    "0.1.0/vit-fp16": ("mixed", 0.7973),
+    "0.1.0/vit-bf16": ("mixed", 0.7962),
+    "0.1.0/vit-int8": ("mixed", 0.7934),
+    "0.1.0/vit-int4": ("mixed", 0.7951),
+    "0.1.0/vit-int8-exact": ("0", 0.9130),
+    "0.1.0/vit-int8-saturated": ("0", 0.9130),
+    "0.1.0/vit-int8-7bits": ("0", 0.9120),
+}
+
+DIGIT = ("005d9100", "00dfaf50", "03f20b80", "04c00880", "05800980", "04b01c70", "02e5ac00", "006da000")  # a zero, / 16
+PATTERN = (np.arange(8 * 8 * 3) * 7 % 256).astype(np.uint8).reshape(8, 8, 3)
+
+
+def scan() -> Any:
+    """Return the first of scikit-learn's digits, uint8 (8, 8, 3)."""
+    grey = np.array([[16 * int(value, 16) for value in row] for row in DIGIT], np.uint8)
+    return np.repeat(grey[..., None], 3, axis=2)
+
+
+def answer_bert(bert: Any) -> tuple[object, float]:
+    """Classify a text: its label and the probability."""
+    ((label, probability),) = bert.classify("paris is blue", top_k=1)
+    return label, probability
+
+
+def answer_clip(clip: Any) -> tuple[object, float]:
+    """Compare an image with five texts: the nearest, and its cosine."""
+    words = ["cat", "dog", "owl", "fox", "bee"]
+    cosines = clip.embed_text(words) @ clip.embed_image(PATTERN)
+    ((nearest, _),) = clip.zero_shot(PATTERN, words, top_k=1)
+    return nearest, float(cosines.max())
+
+
+def answer_gpt(gpt: Any) -> tuple[object, float]:
+    """Continue a prompt greedily, and give the mean surprisal of six tokens in nats."""
+    return gpt.generate([20, 24, 26], max_new_tokens=3), math.log(gpt.score([20, 24, 26, 14, 5, 9]))
+
+
+def answer_transformer(transformer: Any) -> tuple[object, float]:
+    """Translate three tokens greedily, and give one element of the encoder's output."""
+    hidden = transformer.run({"input_ids": np.array([[3, 5, 7]])}, ["last_hidden_state"])["last_hidden_state"]
+    return transformer.generate([19, 9, 28], max_new_tokens=4), float(hidden[0, 0, 3])
+
+
+def answer_vit(vit: Any) -> tuple[object, float]:
+    """Classify an image: its label and the probability. The reference model reads a digit."""
+    image = scan() if "0" in vit.manifest.labels else PATTERN
+    ((label, probability),) = vit.classify(image, top_k=1)
+    return label, probability
+
+
+ANSWER: dict[str, Callable[[Any], tuple[object, float]]] = {
+    "bert": answer_bert,
+    "clip": answer_clip,
+    "gpt": answer_gpt,
+    "transformer": answer_transformer,
+    "vit": answer_vit,
+}
+
+
+def load_kept(name: str) -> Any:
+    """Load a kept bundle; only the one with saturated sums may warn of them."""
+    with warnings.catch_warnings():
+        if name == SATURATED:
+            warnings.simplefilter("ignore", SaturationWarning)
+        return load(KEPT / name, threads=1)
+
+
+def test_every_family_and_precision_has_a_kept_bundle() -> None:
+    """A new family or precision: keep a bundle of it with tests/bundles/make.py."""
+    manifests = [Bundle(KEPT / name).manifest for name in BUNDLES]
+    kept = {(manifest.family, manifest.precision) for manifest in manifests}
+    assert {(family, precision) for family in FAMILIES for precision in PRECISIONS} - kept == set()
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_it_is_what_its_folder_says(name: str) -> None:
+    version, _, rest = name.partition("/")
+    manifest = Bundle(KEPT / name).manifest
+    assert manifest.tools["transom"] == version
+    assert rest.split("-")[:2] == [manifest.family, manifest.precision]
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_it_answers_as_it_did(name: str) -> None:
+    with load_kept(name) as loaded:
+        words, number = ANSWER[loaded.manifest.family](loaded)
+    expected_words, expected = ANSWERS[name]
+    assert words == expected_words
+    assert number == pytest.approx(expected, abs=TOLERANCES[loaded.manifest.precision])
+
+
+@pytest.mark.parametrize("name", [name for name in BUNDLES if name != SATURATED])
+def test_its_selftest_passes(name: str) -> None:
+    report = selftest(KEPT / name, threads=1)
+    assert report.cases
+    assert report.worst.error <= report.tolerance
+
+
+def test_nothing_kept_names_a_path_of_a_machine() -> None:
+    files = [path for path in sorted(KEPT.rglob("*")) if path.is_file() and "__pycache__" not in path.parts]
+    assert [path.relative_to(KEPT).as_posix() for path in files if MACHINE_PATH.search(path.read_bytes())] == []
+    sources = {name: PurePosixPath(Bundle(KEPT / name).manifest.source["checkpoint"]) for name in BUNDLES}
+    assert {name: str(path) for name, path in sources.items() if path.is_absolute() or len(path.parts) > 2} == {}
