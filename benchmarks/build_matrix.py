@@ -3,7 +3,7 @@
     python benchmarks/build_matrix.py --out build/build-matrix        (docs/results/ has what came of it)
 
 No GPU is needed. Each model is exported with its parity checked, INT8 is calibrated on real text and photographs (its
-accuracy is no figure: the weights are random), TensorRT's flavour is held against the bundle, and every attention must
+accuracy is no figure: the weights are random), TensorRT's variant is held against the bundle, and every attention must
 be one kernel. OUT.json grows with every engine, so that what is there is not built again; OUT.md is made of it.
 """
 
@@ -64,7 +64,7 @@ def markdown(found: dict[str, Any]) -> str:
         "",
         f"{found['library']} on {found['cpu']}, two cores and no GPU, {found['date']}. The weights are random, and no "
         "engine was executed.",
-        "Before anything was built, the flavour of each graph was held against the exported file in ONNX Runtime,",
+        "Before anything was built, the variant of each graph was held against the exported file in ONNX Runtime,",
         "decoders step by step.",
         "",
         f"| {' | '.join(COLUMNS)} |",

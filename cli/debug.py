@@ -55,7 +55,7 @@ def accuracy(
             bundle,
             source=source,
             calibration_data=calibration_data or (),
-            flavour=flavour.value,
+            variant=flavour.value,
             target=target,
             most=most,
             threads=threads,
@@ -88,7 +88,7 @@ def conclusion(findings: Findings) -> list[str]:
     """What was found, in sentences, and what to do about it."""
     precision, worst = findings.manifest.precision, len(findings.worst)
     same = "" if findings.agreement is None else f", same top-1 as FP32 on {findings.agreement:.1%}"
-    lines = [f"{findings.output} of {findings.flavour} on {findings.data}: relative error {findings.shipped:.2e}{same}"]
+    lines = [f"{findings.output} of {findings.variant} on {findings.data}: relative error {findings.shipped:.2e}{same}"]
     if worst:
         lines.append(f"with {worst} of {findings.layers} layers in FP32: {findings.left:.2e}")
     if findings.everything > findings.target:

@@ -197,8 +197,8 @@ def quantization_fields(quantization: Mapping[str, Any]) -> Iterator[tuple[str, 
     yield "kept layers", f"{len(kept)} of {len(layers)}"
     for layer in kept[:MOST_KEPT]:
         yield "kept", f"{figure(at(layer, 'name'))}: {figure(at(layer, 'why'))}"
-    for flavour, verdict in verdicts(quantization):
-        yield f"gate {flavour}", verdict_text(verdict)
+    for variant, verdict in verdicts(quantization):
+        yield f"gate {variant}", verdict_text(verdict)
 
 
 def built_with(quantization: Mapping[str, Any]) -> str:
@@ -210,7 +210,7 @@ def built_with(quantization: Mapping[str, Any]) -> str:
 
 def gate_line(quantization: Mapping[str, Any]) -> str:
     """``accuracy gate: cpu holds (0.0037 of 0.01 allowed, judged by top-1 accuracy, n = 540), ...; default ...``."""
-    told = "; ".join(f"{flavour} {verdict_text(verdict)}" for flavour, verdict in verdicts(quantization))
+    told = "; ".join(f"{variant} {verdict_text(verdict)}" for variant, verdict in verdicts(quantization))
     return f"accuracy gate: {told or 'not recorded'}"
 
 
@@ -220,7 +220,7 @@ def verdicts(quantization: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def verdict_text(verdict: Any) -> str:
-    """One flavour's verdict: what was measured, what is allowed, and how else it differs from FP32."""
+    """One variant's verdict: what was measured, what is allowed, and how else it differs from FP32."""
     holds = "holds" if at(verdict, "holds") is True else "FAILS"
     measure, found, allowed, n = (figure(at(verdict, key)) for key in ("measure", "found", "allowed", "n"))
     said = [f"{holds} ({found} of {allowed} allowed, judged by {measure}, n = {n})"]

@@ -54,11 +54,11 @@ def canonical_graphs(bundle: Bundle) -> dict[str, ir.Model]:
     return stored_graphs(bundle, "default")
 
 
-def stored_graphs(bundle: Bundle, flavour: str) -> dict[str, ir.Model]:
+def stored_graphs(bundle: Bundle, variant: str) -> dict[str, ir.Model]:
     """The graphs of a bundle by name, their weights in memory. BundleError for a file that is no ONNX model."""
     models: dict[str, ir.Model] = {}
     for file in bundle.manifest.graphs:
-        name = file.file_for(flavour)
+        name = file.file_for(variant)
         try:
             model = ir.from_proto(onnx.load_from_string(bundle.read(name)))
             outside = bundle.read(file.weights) if file.weights else b""

@@ -22,14 +22,14 @@ from transom.export.onnx_export import onnx_from_module
 from transom.export.parity.inputs import samples_for, single_rows
 from transom.export.progress import Progress, Steps, silent
 from transom.export.quantization.calibrate import smoothed
-from transom.export.quantization.candidate import CPU, RANKING_SAMPLES, open_flavours
+from transom.export.quantization.candidate import CPU, RANKING_SAMPLES, open_variants
 from transom.export.quantization.fidelity import Agreement, Reference
 from transom.export.quantization.heldout import reference_samples
 from transom.export.quantization.options import REFERENCE_DATA
 from transom.export.quantization.quantize import held_out_again, is_scored
 from transom.export.quantization.quantizer import Layer
 from transom.export.quantization.switched import SwitchedBundle
-from transom.export.variants import make_flavours
+from transom.export.variants import make_variants
 from transom.runtime.bundle import BLOCKS, QUANTIZED, SIMULATED, Bundle, Manifest
 from transom.runtime.errors import CalibrationError, ExportError
 from transom.runtime.json_reader import parse_json
@@ -57,14 +57,14 @@ class Restored:
 class Findings:
     """The layers that break a bundle, worst first.
 
-    flavour     the file that was examined, as bundle.json calls it
+    variant     the file that was examined, as bundle.json calls it
     layers      how many there are in all
     shipped     relative output error of the bundle as it is, and ``agreement`` its top-1 beside FP32's
     everything  the error with every layer in FP32: what is left comes from elsewhere
     """
 
     manifest: Manifest
-    flavour: str
+    variant: str
     data: str
     output: str
     layers: int
@@ -81,7 +81,7 @@ class Findings:
     def to_json(self) -> dict[str, Any]:
         return {
             "precision": self.manifest.precision,
-            "flavour": self.flavour,
+            "flavour": self.variant,
             "data": self.data,
             "output": self.output,
             "layers": self.layers,
@@ -97,7 +97,7 @@ def debug_accuracy(
     *,
     source: str | None = None,
     calibration_data: Sequence[str] = (),
-    flavour: str = CPU,
+    variant: str = CPU,
     target: float | None = None,
     most: int = 10,
     threads: int | None = None,
@@ -105,7 +105,7 @@ def debug_accuracy(
 ) -> Findings:
     """Search the bundle at ``folder`` until its relative output error is at most ``target``, or ``most`` layers.
 
-    ``flavour`` is "cpu" or "default" (for TensorRT), of a quantised bundle; a half-precision graph is examined as a
+    ``variant`` is "cpu" or "default" (for TensorRT), of a quantised bundle; a half-precision graph is examined as a
     GPU would round it. ``source`` and ``calibration_data`` are as for ``verify``. Raises ExportError for a bundle in
     FP32, CalibrationError where its ranges or held-out data are missing, CheckpointError as ``verify`` does.
     """
@@ -128,16 +128,16 @@ def debug_accuracy(
         for graph, part in zip(loaded.graphs, loaded.parts().values(), strict=True)
     }
     steps.next("measuring FP32")
-    with open_flavours(bundle, make_flavours(fp32, loaded.graphs, "fp32")) as unrounded:
+    with open_variants(bundle, make_variants(fp32, loaded.graphs, "fp32")) as unrounded:
         reference = Reference(unrounded, samples, data, most=DEBUG_SAMPLES)
     if table is not None:
         ranges = {name: table.require(name, graph_sha256(model)) for name, model in fp32.items()}
         fp32 = smoothed(fp32, {name: found.smoothing for name, found in ranges.items()})
-    flavour = flavour if table is not None else HALF
+    variant = variant if table is not None else HALF
     steps.next("building the graph whose layers can be restored")
     agreements: dict[frozenset[Layer], Agreement] = {}
-    shipped = stored_graphs(bundle, flavour)
-    integers = None if table is None else integers_of(manifest, flavour)
+    shipped = stored_graphs(bundle, variant)
+    integers = None if table is None else integers_of(manifest, variant)
     with SwitchedBundle(bundle, shipped, fp32, half=table is None, integers=integers, threads=threads) as switched:
 
         def error(restored: frozenset[Layer]) -> float:
@@ -155,7 +155,7 @@ def debug_accuracy(
     steps.next("done")
     return Findings(
         manifest=manifest,
-        flavour=flavour,
+        variant=variant,
         data=data,
         output=as_it_is.output,
         layers=len(switched.layers),
@@ -167,10 +167,10 @@ def debug_accuracy(
     )
 
 
-def integers_of(manifest: Manifest, flavour: str) -> dict[str, str]:
-    """What a CPU session makes of the integers of each graph, by name, in a quantised bundle's ``flavour``."""
+def integers_of(manifest: Manifest, variant: str) -> dict[str, str]:
+    """What a CPU session makes of the integers of each graph, by name, in a quantised bundle's ``variant``."""
     return {
-        file.graph.name: file.integers if file.integers and (flavour == CPU or file.integers == BLOCKS) else SIMULATED
+        file.graph.name: file.integers if file.integers and (variant == CPU or file.integers == BLOCKS) else SIMULATED
         for file in manifest.graphs
     }
 

@@ -1,4 +1,4 @@
-"""Weights out of the ONNX file and into one file beside it, shared by the flavours of a graph."""
+"""Weights out of the ONNX file and into one file beside it, shared by the variants of a graph."""
 
 from __future__ import annotations
 

@@ -37,13 +37,13 @@ from transom.export.parity.golden import Golden
 from transom.export.parity.inputs import samples_for
 from transom.export.parity.results import operator_counts, parity_to_json
 from transom.export.progress import Progress, Steps, silent
-from transom.export.quantization.candidate import gated, open_flavours
+from transom.export.quantization.candidate import gated, open_variants
 from transom.export.quantization.gate_result import Verdict
 from transom.export.quantization.options import PLAIN, QuantizeOptions
 from transom.export.quantization.quantize import Quantization, Quantized, gate_again
 from transom.export.scores import score_both
 from transom.export.staging import PARTIAL, hidden_folder
-from transom.export.variants import Flavours, check_file, emulations, make_flavours, pack, simulated
+from transom.export.variants import Variants, check_file, emulations, make_variants, pack, simulated
 from transom.runtime.bundle import PRECISIONS, QUANTIZED, Bundle, Manifest
 from transom.runtime.errors import AccuracyError, ExportError
 from transom.runtime.golden import GOLDEN
@@ -125,13 +125,13 @@ def export(
         record: dict[str, Any] = {}
         if calibration is not None:
             made = quantized(writer.folder, loaded, canonical, precision, quantize, calibration, steps)
-            flavours, record = made.flavours, {"quantization": made.record}
+            variants, record = made.variants, {"quantization": made.record}
             writer.add(RANGES, made.table.to_bytes())
         else:
-            flavours = make_flavours(canonical, loaded.graphs, precision)
+            variants = make_variants(canonical, loaded.graphs, precision)
         steps.next("writing the bundle")
-        description = describe(loaded, precision, flavours) | record
-        write_files(writer, loaded, flavours)
+        description = describe(loaded, precision, variants) | record
+        write_files(writer, loaded, variants)
         writer.describe(description)
         bundle, golden = Bundle(writer.folder), Golden()
         open_default_files(bundle)
@@ -145,7 +145,7 @@ def export(
                 require_fp16_range(ranges.tensors)
             del canonical
             with open_bundle(bundle) as ours, contextlib.ExitStack() as stack:
-                third = stack.enter_context(open_emulated(bundle, flavours)) if flavours.emulated else None
+                third = stack.enter_context(open_emulated(bundle, variants)) if variants.emulated else None
                 cases = check_parity(ours, theirs, third, exercises, golden, export_limit(precision), steps.next)
                 near_ties = check_greedy(ours, theirs, third, exercises, cases, golden)
                 steps.next("scoring")
@@ -210,9 +210,9 @@ def quantized(
 
     with hidden_folder(folder, PARTIAL) as beside:
         writer = BundleWriter(beside)
-        flavours = make_flavours(canonical, loaded.graphs, "fp32")
-        write_files(writer, loaded, flavours)
-        writer.describe(describe(loaded, "fp32", flavours))
+        variants = make_variants(canonical, loaded.graphs, "fp32")
+        write_files(writer, loaded, variants)
+        writer.describe(describe(loaded, "fp32", variants))
         original = Bundle(beside)
         return Quantization(
             original,
@@ -262,7 +262,7 @@ def verify(
         exercises = Exercises(theirs, samples_for(loaded.graphs, loaded.text_encoder(), loaded.preprocess))
         steps.expect(len(exercises))
         others = other_devices(opened) if ours.device == "cpu" else None
-        third = None if others is None else stack.enter_context(open_flavours(opened, others))
+        third = None if others is None else stack.enter_context(open_variants(opened, others))
         cases = check_parity(ours, theirs, third, exercises, Golden(), verify_limit(manifest), steps.next)
         near_ties = check_greedy(ours, theirs, None, exercises, cases, Golden())
         verdict = None
@@ -273,7 +273,7 @@ def verify(
     return Verified(cases, near_ties, verdict, checked if manifest.precision in QUANTIZED else None)
 
 
-def other_devices(bundle: Bundle) -> Flavours | None:
+def other_devices(bundle: Bundle) -> Variants | None:
     """The graphs of a bundle for other devices as those would compute them; None where the CPU has none of its own.
 
     None of BF16 either, whose variant for the CPU is just that.
@@ -310,11 +310,11 @@ def judged_again(ours: LoadedBundle, theirs: LoadedBundle, data: Sequence[str], 
     return verdict
 
 
-def write_files(writer: BundleWriter, loaded: Loaded, flavours: Flavours) -> None:
+def write_files(writer: BundleWriter, loaded: Loaded, variants: Variants) -> None:
     """Put the graphs into a bundle, each checked as it lies there, and the tokenizers."""
-    for name, data in flavours.files.items():
+    for name, data in variants.files.items():
         writer.add(name, data)
-    for name in flavours.files:
+    for name in variants.files:
         if name.endswith(".onnx"):
             check_file(writer.folder / name)
     for tokenizer in (loaded.tokenizer, loaded.target_tokenizer):
@@ -323,7 +323,7 @@ def write_files(writer: BundleWriter, loaded: Loaded, flavours: Flavours) -> Non
             writer.add(spec.file, data)
 
 
-def describe(loaded: Loaded, precision: str, flavours: Flavours) -> dict[str, Any]:
+def describe(loaded: Loaded, precision: str, variants: Variants) -> dict[str, Any]:
     """bundle.json but for the figures, which come when they are measured."""
     optional = {
         "tokenizer": loaded.tokenizer[1].to_json() if loaded.tokenizer else None,
@@ -338,7 +338,7 @@ def describe(loaded: Loaded, precision: str, flavours: Flavours) -> dict[str, An
         "precision": precision,
         "config": asdict(loaded.config),
         "axes": axes_to_json(loaded.axes),
-        "graphs": [graph_to_json(graph) for graph in flavours.graphs],
+        "graphs": [graph_to_json(graph) for graph in variants.graphs],
         "labels": list(loaded.labels),
         "options": dict(loaded.options),
         **{key: value for key, value in optional.items() if value is not None},

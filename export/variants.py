@@ -24,7 +24,7 @@ STATE_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True)
-class Flavours:
+class Variants:
     """``graphs`` and their ``files`` ship. ``emulated`` are the half-precision graphs as a GPU would round them,
 
     for parity and accuracy alone (BF16 ships them as the CPU's variant); they read from ``emulated_files``.
@@ -36,9 +36,9 @@ class Flavours:
     emulated_files: Mapping[str, bytes]
 
 
-def make_flavours(
+def make_variants(
     canonical: Mapping[str, ir.Model], graphs: tuple[Graph, ...], precision: str, external_above: int = EXTERNAL_ABOVE
-) -> Flavours:
+) -> Variants:
     """Convert copies of the canonical graphs to ``precision`` and serialise what ships.
 
     In half precision a variant for the CPU ships beside them: of FP16 one that computes in FP32, of BF16 the
@@ -78,8 +78,8 @@ def pack(
     cpu: Mapping[str, ir.Model] | None = None,
     emulated: Mapping[str, ir.Model] | None = None,
     external_above: int = EXTERNAL_ABOVE,
-) -> Flavours:
-    """Serialise ``models``, which ship, a flavour for the CPU if there is one, and what is for parity alone.
+) -> Variants:
+    """Serialise ``models``, which ship, a variant for the CPU if there is one, and what is for parity alone.
 
     Weights that several of them hold, or of more than ``external_above`` bytes, lie in one file beside them.
     ``state`` is the dtype of the models' state. All models are consumed: their weights move to that file.
@@ -105,7 +105,7 @@ def pack(
             for graph in graphs
         )
 
-    return Flavours(
+    return Variants(
         graphs=graph_files({"default": ".onnx"} | ({"cpu": ".cpu.onnx"} if cpu else {})),
         files={name: data for name, data in files.items() if name in shipped},
         emulated=graph_files({"default": ".emulated.onnx"}) if emulated else (),
@@ -113,18 +113,18 @@ def pack(
     )
 
 
-def with_integers(flavours: Flavours, integers: Mapping[str, str]) -> Flavours:
+def with_integers(variants: Variants, integers: Mapping[str, str]) -> Variants:
     """The same files, with what a CPU session makes of their integers: a word of runtime.bundle for each graph."""
 
     def marked(files: tuple[GraphFile, ...]) -> tuple[GraphFile, ...]:
         return tuple(replace(file, integers=integers[file.graph.name]) for file in files)
 
-    return replace(flavours, graphs=marked(flavours.graphs), emulated=marked(flavours.emulated))
+    return replace(variants, graphs=marked(variants.graphs), emulated=marked(variants.emulated))
 
 
-def simulated(flavours: Flavours) -> Flavours:
+def simulated(variants: Variants) -> Variants:
     """The same, their graphs for TensorRT marked as such: a CPU session then computes their Q/DQ in float32."""
-    return with_integers(flavours, dict.fromkeys((file.graph.name for file in flavours.graphs), SIMULATED))
+    return with_integers(variants, dict.fromkeys((file.graph.name for file in variants.graphs), SIMULATED))
 
 
 def state_names(graph: Graph) -> frozenset[str]:

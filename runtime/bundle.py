@@ -61,7 +61,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class GraphFile:
-    """A graph and where it lies: ``files`` maps a flavour ("default", "cpu") to an ONNX file, ``plans`` a target to an
+    """A graph and where it lies: ``files`` maps a variant ("default", "cpu") to an ONNX file, ``plans`` a target to an
     engine. ``integers`` is PRODUCTS, BLOCKS, SIMULATED, or None where the graph has none."""
 
     graph: Graph

@@ -1,1 +1,1 @@
-"""ONNX to engines: a bundle's graphs in TensorRT's flavour, built for GPUs that need not be here."""
+"""ONNX to engines: a bundle's graphs in TensorRT's variant, built for GPUs that need not be here."""

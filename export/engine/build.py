@@ -17,7 +17,7 @@ from transom.export.engine.shapes import Shapes, bounds_to_json, narrowed
 from transom.export.engine.targets import Target, require_precision
 from transom.export.engine.triton_repository import require_servable, write_repository
 from transom.export.engine.trt_graphs import LENGTHS, MASK, TensorRTGraph, tensorrt_graphs
-from transom.export.engine.trt_parity import check_flavour
+from transom.export.engine.trt_parity import check_variant
 from transom.runtime.backends.cuda import find_gpu
 from transom.runtime.backends.trt_library import FULL, NAMES, RTX, library
 from transom.runtime.backends.trt_plans import FULL_TARGET
@@ -75,7 +75,7 @@ def build(
 ) -> list[Engine]:
     """Build every graph of ``bundle`` for every target, and put the plans into it.
 
-    The graphs are TensorRT's flavour, which first has to compute in ONNX Runtime what the bundle computes. Nothing is
+    The graphs are TensorRT's variant, which first has to compute in ONNX Runtime what the bundle computes. Nothing is
     written before all engines of all targets are built. For full TensorRT attention that it has no kernel of is our
     ``plugin``, and without written out. Its plans go into a ``repository`` of Triton Inference Server as well.
     ``shapes`` are the bounds of the engines, within the bundle's; bundle.json records them, and the runtime goes by
@@ -96,7 +96,7 @@ def build(
     for target in targets:
         library(target.library)
     graphs = {
-        kind: flavour_of(bundle, kind, attention, axes, plugin=plugin, tell=tell)
+        kind: variant_of(bundle, kind, attention, axes, plugin=plugin, tell=tell)
         for kind in dict.fromkeys(target.library for target in targets)
     }
     models = {kind: {name: graph.serialized() for name, graph in made.items()} for kind, made in graphs.items()}
@@ -147,15 +147,15 @@ def require_attention(target: Target, attention: str) -> None:
         )
 
 
-def flavour_of(
+def variant_of(
     bundle: Bundle, kind: str, attention: str, axes: Mapping[str, Axis], *, plugin: bool, tell: Callable[[str], None]
 ) -> dict[str, TensorRTGraph]:
     """The graphs of ``bundle`` for a library, which compute what the bundle does."""
-    tell(f"writing {NAMES[kind]}'s flavour of the graphs")
+    tell(f"writing {NAMES[kind]}'s variant of the graphs")
     graphs = tensorrt_graphs(bundle, attention, plugins=plugin and kind == FULL, axes=axes)
     require_compiler(graphs)
     tell("holding it against the bundle")
-    check_flavour(bundle, graphs, axes)
+    check_variant(bundle, graphs, axes)
     return graphs
 
 

@@ -1,4 +1,4 @@
-"""TensorRT's flavour of a bundle's graphs: standard operators, so that ONNX Runtime runs the very same file."""
+"""TensorRT's variant of a bundle's graphs: standard operators, so that ONNX Runtime runs the very same file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TensorRT's flavour held against the file it was made of, both in ONNX Runtime, on the bundle's golden inputs."""
+"""TensorRT's variant held against the file it was made of, both in ONNX Runtime, on the bundle's golden inputs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from transom.export.engine.profiles import cache_sizes
 from transom.export.engine.trt_graphs import TensorRTGraph
 from transom.export.passes.plugin_attention import inline_functions
 from transom.export.passes.trt_attention import standard_attention
-from transom.export.quantization.candidate import open_flavours
-from transom.export.variants import Flavours, emulations, pack, simulated
+from transom.export.quantization.candidate import open_variants
+from transom.export.variants import Variants, emulations, pack, simulated
 from transom.runtime.backends.base import Array, Backend
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import ExportError, ParityError
@@ -24,7 +24,7 @@ from transom.runtime.greedy_check import from_arrays, logits_along
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks.generator import Generator
 
-# max|flavour - shipped| / max|shipped|: the same operators, here and there in another order. Half precision rounds what
+# max|variant - shipped| / max|shipped|: the same operators, here and there in another order. Half precision rounds what
 # differs in the last bit of FP32 the other way now and then, and integers carry that on.
 TOLERANCES = {"fp32": 2e-5, "fp16": 5e-3, "bf16": 4e-2, "int8": 0.1}
 
@@ -52,7 +52,7 @@ class FullCache:
         return found
 
 
-def check_flavour(
+def check_variant(
     bundle: Bundle, graphs: Mapping[str, TensorRTGraph], engine: Mapping[str, Axis] | None = None
 ) -> float:
     """The largest error of ``graphs`` beside the bundle's own file, each as a GPU would round it.
@@ -70,7 +70,7 @@ def check_flavour(
         tuple(file.graph for file in bundle.manifest.graphs),
     )
 
-    def rounded(models: Mapping[str, ir.Model]) -> Flavours:
+    def rounded(models: Mapping[str, ir.Model]) -> Variants:
         return simulated(pack(specs, emulations(models), "float32"))
 
     def full(backend: Backend) -> Backend:
@@ -83,24 +83,24 @@ def check_flavour(
         standard_attention(model)
     worst = 0.0
     with (
-        open_flavours(bundle, rounded(ours), full) as flavour,
-        open_flavours(bundle, rounded(theirs)) as shipped,
+        open_variants(bundle, rounded(ours), full) as variant,
+        open_variants(bundle, rounded(theirs)) as shipped,
     ):
         for case, arrays in sorted(golden.items()):
-            compared = list(outputs(flavour, shipped, case, arrays, axes))
+            compared = list(outputs(variant, shipped, case, arrays, axes))
             if not compared:
                 raise ExportError(f"the golden case {case!r} of {bundle.folder} has no outputs; export it again.")
             for name, found, expected in compared:
                 if found.shape != expected.shape:  # arrays of two shapes may have a difference all the same
                     raise ParityError(
-                        f"TensorRT's flavour of {bundle.folder} gives {name} of {case} as {found.shape}, the bundle "
+                        f"TensorRT's variant of {bundle.folder} gives {name} of {case} as {found.shape}, the bundle "
                         f"{expected.shape}; expected the same. No engine was built; report this."
                     )
                 scale = max(float(np.abs(expected).max(initial=0.0)), float(np.finfo(np.float32).tiny))
                 error = float(np.abs(found - expected).max(initial=0.0)) / scale
                 if not error <= TOLERANCES[bundle.manifest.precision]:
                     raise ParityError(
-                        f"TensorRT's flavour of {bundle.folder} does not compute what the bundle does: {name} of "
+                        f"TensorRT's variant of {bundle.folder} does not compute what the bundle does: {name} of "
                         f"{case} is off by {error:.2e} of its largest value, "
                         f"{TOLERANCES[bundle.manifest.precision]:g} is allowed. No engine was built; export the "
                         "bundle again, and report it if that does not help."
@@ -110,24 +110,24 @@ def check_flavour(
 
 
 def outputs(
-    flavour: LoadedBundle,
+    variant: LoadedBundle,
     shipped: LoadedBundle,
     case: str,
     arrays: Mapping[str, Mapping[str, Array]],
     axes: Mapping[str, Axis],
 ) -> Iterator[tuple[str, Array, Array]]:
-    """(name, the flavour's, the shipped file's) of one golden case."""
+    """(name, the variant's, the shipped file's) of one golden case."""
     if case == GENERATION:
-        assert isinstance(flavour, Generator)
+        assert isinstance(variant, Generator)
         assert isinstance(shipped, Generator)
         prompts, tokens = from_arrays(arrays["input"]), arrays[PYTORCH]["tokens"]
         cache = axes["C"].max
-        if max(map(flavour.decoder_length, prompts)) > cache:  # both sides read the same: any part of a prompt will do
+        if max(map(variant.decoder_length, prompts)) > cache:  # both sides read the same: any part of a prompt will do
             prompts = [prompt[: max(1, cache // 2)] for prompt in prompts]
-        room = cache - max(map(flavour.decoder_length, prompts)) + 1  # the last token is not fed
+        room = cache - max(map(variant.decoder_length, prompts)) + 1  # the last token is not fed
         tokens = tokens[:, :room]
-        yield "logits", logits_along(flavour, prompts, tokens), logits_along(shipped, prompts, tokens)
+        yield "logits", logits_along(variant, prompts, tokens), logits_along(shipped, prompts, tokens)
         return
     wanted = list(arrays[PYTORCH])
-    found, expected = (side.run(arrays["input"], wanted) for side in (flavour, shipped))
+    found, expected = (side.run(arrays["input"], wanted) for side in (variant, shipped))
     yield from ((name, found[name], expected[name]) for name in wanted)

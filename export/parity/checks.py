@@ -13,7 +13,7 @@ from transom.export.parity.cases import Exercises, Run
 from transom.export.parity.compare import TOLERANCES, Case, PyTorchBackend, require_parity
 from transom.export.parity.fp16_range import RangeBackend, Ranges
 from transom.export.parity.golden import Golden
-from transom.export.variants import Flavours
+from transom.export.variants import Variants
 from transom.runtime.backends.base import Array
 from transom.runtime.backends.ort import OrtBackend
 from transom.runtime.bundle import QUANTIZED, SIMULATED, Bundle
@@ -182,13 +182,13 @@ def open_pytorch(bundle: Bundle, loaded: Loaded) -> LoadedBundle:
     )
 
 
-def open_emulated(bundle: Bundle, flavours: Flavours) -> LoadedBundle:
+def open_emulated(bundle: Bundle, variants: Variants) -> LoadedBundle:
     """The same runtime around the graphs for other devices as those would compute them."""
-    emulated = {graph.graph.name: graph for graph in flavours.emulated}
+    emulated = {graph.graph.name: graph for graph in variants.emulated}
     return task_class(bundle.manifest.family)(
         bundle,
         opener=lambda graph, read, device, threads: OrtBackend(
-            emulated[graph.graph.name], flavours.emulated_files.__getitem__, "cpu", None
+            emulated[graph.graph.name], variants.emulated_files.__getitem__, "cpu", None
         ),
     )
 

@@ -1,7 +1,7 @@
 """FP32 graph -> the same graph with its embedding tables in FP16.
 
 A row that was looked up is cast to FP32. Rounding to 11 bits moves an embedding by at most 2^-11 of itself, and
-int8 graphs for TensorRT hold the same table in FP16 anyway: the two flavours share its bytes.
+int8 graphs for TensorRT hold the same table in FP16 anyway: the two variants share its bytes.
 
 Cases:
 1. A ``Gather`` along axis 0 of a weight of rank 2 that nobody but ``Gather`` reads.

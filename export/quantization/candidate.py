@@ -15,7 +15,7 @@ from transom.export.quantization.gate import Gate
 from transom.export.quantization.gate_result import Verdict
 from transom.export.quantization.quantizer import DYNAMIC, NONE, STATIC, Layer, Quantizer, Recipe
 from transom.export.quantization.switched import SwitchedBundle
-from transom.export.variants import Flavours
+from transom.export.variants import Variants
 from transom.runtime.backends.base import Backend, Read
 from transom.runtime.backends.ort import OrtBackend
 from transom.runtime.bundle import Bundle, GraphFile
@@ -25,7 +25,7 @@ from transom.runtime.tasks import task_class
 
 RANKING_RUNS = 1000  # about as many as one verdict takes: samples times layers
 RANKING_SAMPLES = 8, 48  # fewest and most of them
-CPU, TENSORRT = "cpu", "default"  # flavours, as bundle.json names them
+CPU, TENSORRT = "cpu", "default"  # variants, as bundle.json names them
 GATED = {STATIC: "static", DYNAMIC: "dynamic", NONE: "weight-only"}  # what the gate calls them
 
 
@@ -59,7 +59,7 @@ class Trial:
             self.kinds[TENSORRT] = "static"
 
     def judge(self, kind: str, kept: Collection[Layer]) -> Verdict:
-        """The flavour ``kind``, with ``kept`` in higher precision, on everything that is held out."""
+        """The variant ``kind``, with ``kept`` in higher precision, on everything that is held out."""
         key = (kind, frozenset(kept))
         if key not in self._verdicts:
             with self.candidate(kind, kept) as loaded:
@@ -67,7 +67,7 @@ class Trial:
         return self._verdicts[key]
 
     def errors_alone(self, reference: Reference) -> Iterator[tuple[Layer, float]]:
-        """Each layer with the relative output error of the CPU's flavour where it alone is quantised."""
+        """Each layer with the relative output error of the CPU's variant where it alone is quantised."""
         quantizer = self.quantizer
         with SwitchedBundle(self._bundle, quantizer.cpu(), quantizer.models, integers=quantizer.integers) as switched:
             for layer in switched.layers:
@@ -76,9 +76,9 @@ class Trial:
 
     @contextmanager
     def candidate(self, kind: str, kept: Collection[Layer]) -> Iterator[LoadedBundle]:
-        """A flavour as the runtime would load it: the one for TensorRT rounds as a GPU would."""
-        made = self.quantizer.cpu_flavour(kept) if kind == CPU else self.quantizer.tensorrt_flavour(kept)
-        with open_flavours(self._bundle, made) as loaded:
+        """A variant as the runtime would load it: the one for TensorRT rounds as a GPU would."""
+        made = self.quantizer.cpu_variant(kept) if kind == CPU else self.quantizer.tensorrt_variant(kept)
+        with open_variants(self._bundle, made) as loaded:
             yield loaded
 
 
@@ -87,14 +87,14 @@ def gated(modes: Collection[str]) -> str:
     return next(GATED[mode] for mode in (STATIC, DYNAMIC, NONE) if mode in modes)
 
 
-def open_flavours(
-    bundle: Bundle, flavours: Flavours, around: Callable[[Backend], Backend] = lambda backend: backend
+def open_variants(
+    bundle: Bundle, variants: Variants, around: Callable[[Backend], Backend] = lambda backend: backend
 ) -> LoadedBundle:
     """The runtime of ``bundle`` around graphs that are not in it, with ``around`` each backend what they need."""
-    files = {file.graph.name: file for file in flavours.graphs}
+    files = {file.graph.name: file for file in variants.graphs}
 
     def opener(graph: GraphFile, read: Read, device: str, threads: int | None) -> Backend:
-        return around(OrtBackend(files[graph.graph.name], flavours.files.__getitem__, device, threads))
+        return around(OrtBackend(files[graph.graph.name], variants.files.__getitem__, device, threads))
 
     return task_class(bundle.manifest.family)(bundle, opener=opener)
 

@@ -21,7 +21,7 @@ CURVE = (0.25, 0.5, 0.75)  # of the layers quantised, between none and all
 
 @dataclass(frozen=True)
 class Found:
-    """``kept`` stay in higher precision; ``verdicts`` are those of what ships, by flavour."""
+    """``kept`` stay in higher precision; ``verdicts`` are those of what ships, by variant."""
 
     kept: tuple[Layer, ...]
     why: Mapping[Layer, str]

@@ -20,7 +20,7 @@ from transom.export.quantization.layer_search import Found, search_layers
 from transom.export.quantization.options import QuantizeOptions
 from transom.export.quantization.quantizer import NONE
 from transom.export.scores import SCORES
-from transom.export.variants import Flavours
+from transom.export.variants import Variants
 from transom.runtime.backends.integer_sums import integer_sums
 from transom.runtime.bundle import Bundle, Manifest
 from transom.runtime.cpu import instruction_set
@@ -38,9 +38,9 @@ Largest = Mapping[str, tuple[float, str]]
 
 @dataclass(frozen=True)
 class Quantized:
-    """``flavours`` ship, with the file RANGES beside them; ``record`` is what bundle.json says."""
+    """``variants`` ship, with the file RANGES beside them; ``record`` is what bundle.json says."""
 
-    flavours: Flavours
+    variants: Variants
     table: RangeTable
     record: dict[str, Any]
 
@@ -90,7 +90,7 @@ class Quantization:
         samples = reference_samples(self._source) if held_out is None else list(held_out.samples)
         reference = ranking_reference(self._bundle, samples, self._name_of(held_out), len(first.quantizer.layers))
         found = search_layers(trials, reference, gate=self._options.gate, same_inputs=self._scored, tell=self._tell)
-        return Quantized(first.quantizer.flavours(found.kept), table, self._record(table, found, first, half=half))
+        return Quantized(first.quantizer.variants(found.kept), table, self._record(table, found, first, half=half))
 
     def _calibrated(self, data: CalibrationData) -> RangeTable:
         return calibrate(

@@ -1,4 +1,4 @@
-"""From FP32 graphs and ranges to quantised graphs: one set of weights and ranges, a flavour per target."""
+"""From FP32 graphs and ranges to quantised graphs: one set of weights and ranges, a variant per target."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transom.export.passes.qdq_dynamic import quantize_dynamic
 from transom.export.passes.qdq_static import quantize_static
 from transom.export.passes.weight_only import quantize_weights
 from transom.export.quantization.weights import QuantizedWeights
-from transom.export.variants import Flavours, emulations, pack, simulated, state_names, with_integers
+from transom.export.variants import Variants, emulations, pack, simulated, state_names, with_integers
 from transom.runtime.bundle import BLOCKS, PRODUCTS
 from transom.runtime.graph_spec import Graph
 
@@ -138,7 +138,7 @@ class Quantizer:
             models[graph.name] = model
         return models
 
-    def flavours(self, kept: Collection[Layer] = ()) -> Flavours:
+    def variants(self, kept: Collection[Layer] = ()) -> Variants:
         """Everything that ships."""
         cpu = self.cpu(kept)
         if self.recipe.weights_only:
@@ -147,11 +147,11 @@ class Quantizer:
         state = "float16" if self._half else "float32"
         return simulated(pack(self._graphs, models, state, cpu=cpu, emulated=emulations(models)))
 
-    def cpu_flavour(self, kept: Collection[Layer] = ()) -> Flavours:
+    def cpu_variant(self, kept: Collection[Layer] = ()) -> Variants:
         """The graphs for ONNX Runtime's CPU alone, to be measured."""
         return with_integers(pack(self._graphs, self.cpu(kept), "float32"), self.integers)
 
-    def tensorrt_flavour(self, kept: Collection[Layer] = ()) -> Flavours:
+    def tensorrt_variant(self, kept: Collection[Layer] = ()) -> Variants:
         """The graphs for TensorRT alone, to be measured on a CPU: every FP16 tensor rounded as a GPU would round it."""
         return simulated(pack(self._graphs, emulations(self.tensorrt(kept)), "float32"))
 

@@ -61,15 +61,15 @@ class SwitchedBundle:
         self.layers: list[Layer] = [(graph, name) for graph, found in names.items() for name in found]
         self._names = names
         graphs = tuple(with_switches(file.graph, len(names[file.graph.name])) for file in bundle.manifest.graphs)
-        flavours = pack(graphs, models, "float32", external_above=0)
+        variants = pack(graphs, models, "float32", external_above=0)
         if integers is not None:
-            flavours = with_integers(flavours, integers)
-        files = {file.graph.name: file for file in flavours.graphs}
+            variants = with_integers(variants, integers)
+        files = {file.graph.name: file for file in variants.graphs}
         self._backends: dict[str, SwitchedBackend] = {}
 
         def opener(graph: GraphFile, read: Read, device: str, threads: int | None) -> Backend:
             name = graph.graph.name
-            opened = OrtBackend(files[name], flavours.files.__getitem__, "cpu", threads)
+            opened = OrtBackend(files[name], variants.files.__getitem__, "cpu", threads)
             self._backends[name] = SwitchedBackend(opened, len(names[name]))
             return self._backends[name]
 

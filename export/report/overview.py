@@ -58,13 +58,13 @@ def verdict(manifest: Manifest) -> str:
 
 
 def gate_verdict(quantization: Mapping[str, Any]) -> str:
-    """The gate in one line: of the flavour that fails it, else of the CPU's."""
+    """The gate in one line: of the variant that fails it, else of the CPU's."""
     verdicts = sorted(verdicts_of(quantization), key=lambda verdict: verdict.holds)
     if not verdicts:
         return '<b class="limit">Not held against FP32:</b> no accuracy gate was recorded.'
     told = verdicts[0]
     found, allowed = (f'<span class="nb">{short(each)}</span>' for each in (told.found, told.allowed))
-    said = f"{found} of {allowed} allowed, judged by {told.measure}, n = {told.n} ({told.flavour})."
+    said = f"{found} of {allowed} allowed, judged by {told.measure}, n = {told.n} ({told.variant})."
     if not told.holds:
         return f'<b class="limit">Less accurate than allowed:</b> {said}'
     return f"<b>As accurate as its gate asks:</b> {said}"

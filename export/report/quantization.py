@@ -14,7 +14,7 @@ from transom.export.report.drawing.numbers import at, count_text, items, number,
 from transom.export.report.score import MOST, around, sane
 from transom.runtime.bundle import Manifest
 
-MOST_POINTS, MOST_LAYERS, MOST_FLAVOURS = 300, 2000, 8
+MOST_POINTS, MOST_LAYERS, MOST_VARIANTS = 300, 2000, 8
 MOST_GRAPHS = 8
 DRAWN = 24  # layers with a bar, and those that are kept besides
 BAR = 12  # pixels
@@ -36,9 +36,9 @@ def value_of(told: Any) -> float | None:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One flavour's gate, as far as bundle.json tells it."""
+    """One variant's gate, as far as bundle.json tells it."""
 
-    flavour: str
+    variant: str
     measure: str
     found: float | None
     allowed: float | None
@@ -75,16 +75,16 @@ def near(a: float, b: float) -> bool:
 def verdicts_of(quantization: Mapping[str, Any]) -> list[Verdict]:
     """The gate's verdicts, that of the CPU first."""
     gate = sorted(items(quantization.get("gate")).items(), key=lambda item: item[0] != "cpu")
-    return [verdict_from_json(flavour, told) for flavour, told in gate[:MOST_FLAVOURS]]
+    return [verdict_from_json(variant, told) for variant, told in gate[:MOST_VARIANTS]]
 
 
-def verdict_from_json(flavour: str, told: Any) -> Verdict:
+def verdict_from_json(variant: str, told: Any) -> Verdict:
     """The scores of texts are nats per token; as everywhere else they are shown as perplexity."""
     perplexity = at(told, "score", "lower_is_better") is True
     scores = [value_of(at(told, "score", side)) for side in ("int8", "fp32")]
     score, score_fp32 = (exponential(each) if perplexity else each for each in scores)
     return Verdict(
-        flavour=words(flavour, 40),
+        variant=words(variant, 40),
         measure=words(at(told, "measure"), 80),
         found=sane(at(told, "found")),
         allowed=sane(at(told, "allowed")),
@@ -143,10 +143,10 @@ def recipe(quantization: Mapping[str, Any]) -> str:
 
 
 def gate_table(verdicts: Sequence[Verdict]) -> str:
-    """A row per flavour."""
+    """A row per variant."""
     rows = [
         [
-            verdict.flavour,
+            verdict.variant,
             "holds" if verdict.holds else '<b class="limit">fails</b>',
             verdict.measure,
             short(verdict.found),
@@ -160,7 +160,7 @@ def gate_table(verdicts: Sequence[Verdict]) -> str:
         for verdict in verdicts
     ]
     head = (
-        "flavour",
+        "variant",
         "gate",
         "judged by",
         "found",
@@ -174,7 +174,7 @@ def gate_table(verdicts: Sequence[Verdict]) -> str:
     if not rows:
         return '<p class="soft">No accuracy gate was recorded.</p>'
     return (
-        '<p class="soft">The gate judges each flavour on held-out data against FP32 and keeps layers in higher '
+        '<p class="soft">The gate judges each variant on held-out data against FP32 and keeps layers in higher '
         "precision until what is found is no more than what is allowed.</p>"
         f"{table(head, rows, numeric(3, 4, 5, 6, 7, 8, 9))}"
     )

@@ -39,7 +39,7 @@ def weights_of(bundle: Bundle, models: Mapping[str, ir.Model]) -> dict[str, Weig
 
 
 def parameters_of(bundle: Bundle, models: Mapping[str, ir.Model]) -> int:
-    """The numbers of one flavour, which the same in another flavour do not add to."""
+    """The numbers of one variant, which the same in another variant do not add to."""
     used = [models[file.file_for(DEVICE)] for file in bundle.manifest.graphs]
     inside = [each for model in used for each in tensors(model) if each[0] is None]
     outside = {each for model in used for each in tensors(model) if each[0] is not None}

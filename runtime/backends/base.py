@@ -21,7 +21,7 @@ DEVICES = (*reversed(FASTEST_FIRST), AUTO)
 class Backend(Protocol):
     """One graph, loaded on one device; callable from many threads at once.
 
-    ``graph`` is what was loaded: a flavour for one device may hold its state tensors in another dtype
+    ``graph`` is what was loaded: a variant for one device may hold its state tensors in another dtype
     than bundle.json says.
     """
 

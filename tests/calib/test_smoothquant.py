@@ -78,7 +78,7 @@ def test_factors_stay_bounded() -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("compensated", [True, False])
 def test_outlier_channels_are_rescued(method: str, compensated: bool) -> None:
-    """On rows that the search has not seen, in both flavours; compensated means that the weights hold the inverse."""
+    """On rows that the search has not seen, in both variants; compensated means that the weights hold the inverse."""
     loud = gain(20, 35, 60)
     weight = normal(CHANNELS, 64) / (loud[:, None] if compensated else 1)
     alpha, factors = search_alpha(normal(256, CHANNELS, seed=1) * loud, [weight[:, :40], weight[:, 40:]], method=method)

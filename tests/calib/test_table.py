@@ -24,7 +24,7 @@ from transom.calib.table import (
     load_table,
     save_table,
 )
-from transom.export.variants import make_flavours
+from transom.export.variants import make_variants
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import CalibrationError
 
@@ -269,7 +269,7 @@ def test_the_hash_sees_a_changed_value(changed: dict[str, Any]) -> None:
 def test_a_bundle_has_one_hash_however_its_weights_are_kept(bert_bundle: Path, tmp_path: Path) -> None:
     model = ir.load(bert_bundle / "model.onnx")
     graphs = tuple(file.graph for file in Bundle(bert_bundle).manifest.graphs)
-    for name, data in make_flavours({"model": model}, graphs, "fp32", external_above=0).files.items():
+    for name, data in make_variants({"model": model}, graphs, "fp32", external_above=0).files.items():
         (tmp_path / name).write_bytes(data)
     assert (tmp_path / "model.weights").exists()
     outside = ir.load(tmp_path / "model.onnx")

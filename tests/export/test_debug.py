@@ -203,9 +203,9 @@ def test_a_scale_three_times_too_large_is_found_in_an_int8_bundle(int8_bundle: P
     assert told["error"]["everything_restored"] < 1e-5
 
 
-def test_the_other_flavour_is_not_damaged(int8_bundle: Path, tmp_path: Path) -> None:
+def test_the_other_variant_is_not_damaged(int8_bundle: Path, tmp_path: Path) -> None:
     bundle = damaged(int8_bundle, tmp_path, "model.cpu.onnx", times_three(scale_of(int8_bundle, VALUE)))
-    assert debug_accuracy(bundle, flavour="default", most=1).shipped < 0.03
+    assert debug_accuracy(bundle, variant="default", most=1).shipped < 0.03
 
 
 def test_a_weight_three_times_too_large_is_found_in_an_fp16_bundle(half_bundle: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from transom.export.onnx_export import onnx_from_module
 from transom.export.parity.fp16_range import RangeBackend, require_fp16_range
 from transom.export.passes.fake_half import emulate_half
 from transom.export.passes.half_precision import convert_precision
-from transom.export.variants import make_flavours
+from transom.export.variants import make_variants
 from transom.runtime.backends.ort import OrtBackend
 from transom.runtime.errors import PrecisionError
 from transom.runtime.graph_spec import Graph
@@ -208,13 +208,13 @@ def test_an_overflow_in_the_middle_of_a_model_is_named(traced: Any) -> None:
         require_fp16_range(largest)
 
 
-def test_bf16_ships_a_flavour_that_the_cpu_runs_and_shares_its_weights(traced: Any) -> None:
+def test_bf16_ships_a_variant_that_the_cpu_runs_and_shares_its_weights(traced: Any) -> None:
     loaded, model = traced("ViTForImageClassification")
-    flavours = make_flavours({"model": model}, loaded.graphs, "bf16")
-    assert dict(flavours.graphs[0].files) == {"default": "model.onnx", "cpu": "model.cpu.onnx"}
-    sizes = {name: len(data) for name, data in flavours.files.items()}
+    variants = make_variants({"model": model}, loaded.graphs, "bf16")
+    assert dict(variants.graphs[0].files) == {"default": "model.onnx", "cpu": "model.cpu.onnx"}
+    sizes = {name: len(data) for name, data in variants.files.items()}
     assert sizes["model.onnx"] + sizes["model.cpu.onnx"] < 0.2 * sizes["model.weights"]
-    stored = onnx.load_from_string(flavours.files["model.onnx"])
+    stored = onnx.load_from_string(variants.files["model.onnx"])
     assert {w.data_type for w in stored.graph.initializer} == {TensorProto.BFLOAT16, TensorProto.INT64}
 
 
@@ -224,9 +224,9 @@ def test_large_weights_lie_outside_and_compute_the_same(traced: Any) -> None:
     shapes = {"logits": (2, 7, loaded.config.vocab_size)}
     answers = []
     for above in (0, 1 << 30):
-        flavours = make_flavours({"model": model}, loaded.graphs, "fp32", external_above=above)
-        assert (flavours.graphs[0].weights is None) == (above > 0)
-        backend = OrtBackend(flavours.graphs[0], flavours.files.__getitem__, "cpu", 1)
+        variants = make_variants({"model": model}, loaded.graphs, "fp32", external_above=above)
+        assert (variants.graphs[0].weights is None) == (above > 0)
+        backend = OrtBackend(variants.graphs[0], variants.files.__getitem__, "cpu", 1)
         answers.append(backend.run(feeds, shapes)["logits"])
     np.testing.assert_array_equal(*answers)
 

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from transom.export.variants import make_flavours
+from transom.export.variants import make_variants
 from transom.runtime.bundle import Bundle, GraphFile
 
 Exported = Callable[..., tuple[Path, Path]]
@@ -97,11 +97,11 @@ def test_state_is_half_and_everything_else_at_the_edge_is_not(
     names = [name for found, name in PINNED if found == architecture]
     found = [shipped(exported, architecture, name) for name in names]
     canonical = {graph.graph.name: ir.from_proto(model) for graph, model in found}
-    flavours = make_flavours(canonical, tuple(graph.graph for graph, _ in found), precision)
+    variants = make_variants(canonical, tuple(graph.graph for graph, _ in found), precision)
     half = {"fp16": ("float16", onnx.TensorProto.FLOAT16), "bf16": ("bfloat16", onnx.TensorProto.BFLOAT16)}[precision]
     edge = {"float32": onnx.TensorProto.FLOAT, "int64": onnx.TensorProto.INT64, half[0]: half[1]}
-    for graph in flavours.graphs:
-        model = onnx.load_from_string(flavours.files[graph.files["default"]])
+    for graph in variants.graphs:
+        model = onnx.load_from_string(variants.files[graph.files["default"]])
         declared = {tensor.name: tensor for tensor in (*graph.graph.inputs, *graph.graph.outputs)}
         for value in (*model.graph.input, *model.graph.output):
             tensor = declared[value.name]
@@ -118,12 +118,12 @@ def test_state_is_half_and_everything_else_at_the_edge_is_not(
         assert {operator: counts[operator] for operator in pinned} == pinned
 
 
-def test_bf16_has_a_flavour_whose_state_the_cpu_can_hold(exported: Exported) -> None:
-    """bundle.json says bfloat16, which is the default flavour's; the CPU's own keeps float32."""
+def test_bf16_has_a_variant_whose_state_the_cpu_can_hold(exported: Exported) -> None:
+    """bundle.json says bfloat16, which is the default variant's; the CPU's own keeps float32."""
     graph, model = shipped(exported, "GPT2LMHeadModel", "decoder")
-    flavours = make_flavours({"decoder": ir.from_proto(model)}, (graph.graph,), "bf16")
-    assert dict(flavours.graphs[0].files) == {"default": "decoder.onnx", "cpu": "decoder.cpu.onnx"}
-    rounding = onnx.load_from_string(flavours.files["decoder.cpu.onnx"])
+    variants = make_variants({"decoder": ir.from_proto(model)}, (graph.graph,), "bf16")
+    assert dict(variants.graphs[0].files) == {"default": "decoder.onnx", "cpu": "decoder.cpu.onnx"}
+    rounding = onnx.load_from_string(variants.files["decoder.cpu.onnx"])
     kinds = {value.type.tensor_type.elem_type for value in (*rounding.graph.input, *rounding.graph.output)}
     assert kinds == {onnx.TensorProto.FLOAT, onnx.TensorProto.INT64}
     assert sum(node.op_type == "TensorScatter" for node in rounding.graph.node) == 6

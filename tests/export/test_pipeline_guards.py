@@ -391,7 +391,7 @@ def test_the_stages_of_an_export_are_all_there(monkeypatch: pytest.MonkeyPatch, 
 
     for name, result in {
         "load_source": fake, "onnx_from_module": graph_of("g (float[1] x) => (float[1] y) { y = Neg (x) }"),
-        "make_flavours": SimpleNamespace(emulated=(1,)), "describe": {},
+        "make_variants": SimpleNamespace(emulated=(1,)), "describe": {},
         "write_files": None, "Bundle": SimpleNamespace(manifest="manifest"), "open_default_files": None,
         "open_pytorch": Side(), "Exercises": [1], "samples_for": {}, "open_bundle": Side(), "open_emulated": Side(),
         "measure_ranges": SimpleNamespace(tensors={}), "require_fp16_range": None, "check_parity": [],

@@ -21,8 +21,7 @@ from bad_bundles import replaced, rewritten
 from command_line import transom
 from conftest import export_to
 from tiny_graphs import graph_of, operators, relative_error
-from transom.export import pipeline
-from transom.export import variants as flavours
+from transom.export import pipeline, variants
 from transom.export.bundle_graphs import canonical_graphs, stored_graphs
 from transom.export.external import ALIGNMENT
 from transom.export.parity.checks import open_default_files
@@ -31,7 +30,7 @@ from transom.export.passes.half_precision import convert_precision
 from transom.export.passes.widen import widen_half
 from transom.export.report.graphs import executed_operators, graph_file
 from transom.export.report.parity import fp16_range
-from transom.export.variants import make_flavours
+from transom.export.variants import make_variants
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import ExportError, ParityError
 from transom.runtime.graph_spec import Graph
@@ -45,15 +44,15 @@ HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
 @pytest.fixture(scope="module")
-def made(exported: Exported) -> Callable[[str], tuple[dict[str, ir.Model], flavours.Flavours]]:
+def made(exported: Exported) -> Callable[[str], tuple[dict[str, ir.Model], variants.Variants]]:
     """``made("GPT2LMHeadModel")`` -> the FP32 graphs by name, and what ships of them in FP16."""
     kept: dict[str, Any] = {}
 
-    def get(architecture: str) -> tuple[dict[str, ir.Model], flavours.Flavours]:
+    def get(architecture: str) -> tuple[dict[str, ir.Model], variants.Variants]:
         if architecture not in kept:
             bundle = Bundle(exported(architecture)[1])
             canonical, graphs = canonical_graphs(bundle), tuple(file.graph for file in bundle.manifest.graphs)
-            kept[architecture] = canonical, make_flavours(canonical, graphs, "fp16")
+            kept[architecture] = canonical, make_variants(canonical, graphs, "fp16")
         canonical, shipped = kept[architecture]
         return {name: model.clone() for name, model in canonical.items()}, shipped
 
@@ -236,7 +235,7 @@ def test_a_perturbed_variant_fails_the_export(
         norm.attributes["epsilon"] = ir.AttrFloat32("epsilon", 0.1)
         return changed
 
-    monkeypatch.setattr(flavours, "widen_half", widen_then_perturb)
+    monkeypatch.setattr(variants, "widen_half", widen_then_perturb)
     with pytest.raises(ParityError, match="differs from PyTorch"):
         pipeline.export(str(make_checkpoint("ViTForImageClassification")), tmp_path / "out", precision="fp16")
     assert list(tmp_path.iterdir()) == []
@@ -254,7 +253,7 @@ def test_a_default_file_that_does_not_load_stops_the_export(
 ) -> None:
     write = pipeline.write_files
 
-    def write_another(writer: Any, loaded: Any, shipped: flavours.Flavours) -> None:
+    def write_another(writer: Any, loaded: Any, shipped: variants.Variants) -> None:
         write(writer, loaded, shipped)  # what is written here is checked; this comes behind it
         writer.add("model.onnx", shipped.files["model.onnx"].replace(b"LayerNormalization", b"LayerNormalisation"))
 

@@ -18,7 +18,7 @@ from transom.export import pipeline
 from transom.export.bundle_writer import BundleWriter
 from transom.export.external import externalize
 from transom.export.passes.half_precision import convert_precision
-from transom.export.variants import Flavours, check_file, serialized
+from transom.export.variants import Variants, check_file, serialized
 from transom.runtime.errors import ExportError
 
 KEPT = TESTS / "bundles"
@@ -124,8 +124,8 @@ def test_every_file_that_is_written_is_checked(tmp_path: Path, monkeypatch: pyte
         check(path, **options)
 
     monkeypatch.setattr(onnx.checker, "check_model", spy)
-    pipeline.write_files(BundleWriter(tmp_path), UNTOKENIZED, Flavours((), files, (), {}))
+    pipeline.write_files(BundleWriter(tmp_path), UNTOKENIZED, Variants((), files, (), {}))
     assert seen == ["model.onnx", "model.cpu.onnx"]
     files["model.cpu.onnx"] = serialized(wrong)
     with pytest.raises(ExportError, match=r"model\.cpu\.onnx is no valid ONNX model"):
-        pipeline.write_files(BundleWriter(tmp_path), UNTOKENIZED, Flavours((), files, (), {}))
+        pipeline.write_files(BundleWriter(tmp_path), UNTOKENIZED, Variants((), files, (), {}))

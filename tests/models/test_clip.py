@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from transom.export.checkpoint import load_source
 from transom.export.onnx_export import onnx_from_module
-from transom.export.variants import make_flavours
+from transom.export.variants import make_variants
 from transom.models.clip import TEXT_SIZES, tower
 from transom.runtime.errors import CheckpointError
 
@@ -189,8 +189,8 @@ def test_operator_counts_and_what_stays_in_fp32(make_checkpoint: MakeCheckpoint)
         counts = Counter(node.op_type for node in model.graph)
         assert {op: counts[op] for op in PINNED[name]} == PINNED[name]
         assert {node.domain for node in model.graph} == {""}
-    flavours = make_flavours(canonical, loaded.graphs, "fp16")
-    assert sorted(flavours.files) == ["image.cpu.onnx", "image.onnx", "model.weights", "text.cpu.onnx", "text.onnx"]
-    assert sum(map(len, flavours.files.values())) < 0.6 * sum(
+    variants = make_variants(canonical, loaded.graphs, "fp16")
+    assert sorted(variants.files) == ["image.cpu.onnx", "image.onnx", "model.weights", "text.cpu.onnx", "text.onnx"]
+    assert sum(map(len, variants.files.values())) < 0.6 * sum(
         sum(weight.const_value.nbytes for weight in model.graph.initializers.values()) for model in canonical.values()
     )

@@ -76,7 +76,7 @@ QUANTIZATION: dict[str, Any] = {  # what bundle.json says of an INT8 export; the
         {"quantized": 4, "layers": 4, "relative_error": 0.04, "score": 0.97},
     ],
     "gate": {
-        flavour: {
+        variant: {
             "measure": "top-1 accuracy",
             "allowed": 0.013,
             "found": 0.005,
@@ -88,7 +88,7 @@ QUANTIZATION: dict[str, Any] = {  # what bundle.json says of an INT8 export; the
             "agreement": {"n": 540, "correct": 538, "value": 0.9963, "interval": [0.9866, 0.999]},
             "relative_error": {"output": "logits", "value": 0.02, "n": 540, "interval": [0.01, 0.03]},
         }
-        for flavour in ("default", "cpu")
+        for variant in ("default", "cpu")
     },
 }
 

@@ -1,4 +1,4 @@
-"""Engines for GPUs that are not here: TensorRT's flavour computes what the bundle does; real plans are built of it."""
+"""Engines for GPUs that are not here: TensorRT's variant computes what the bundle does; real plans are built of it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from transom.export.engine import build_process as builder
 from transom.export.engine.build import build
 from transom.export.engine.targets import find_targets
 from transom.export.engine.trt_graphs import TensorRTGraph, tensorrt_graphs
-from transom.export.engine.trt_parity import check_flavour
+from transom.export.engine.trt_parity import check_variant
 from transom.export.passes.decompose_attention import decompose_attention
 from transom.runtime import load
 from transom.runtime.backends.trt_library import FULL
@@ -61,19 +61,19 @@ def test_attention_written_out_computes_the_same() -> None:
         decompose_attention(graph_of(ATTENTION.replace("scale = 0.3", "is_causal = 1"), {}, ["attend"]))
 
 
-def test_the_flavour_computes_what_the_bundle_does(vit_bundle: Path, gpt_bundle: Path, dates_bundle: Path) -> None:
+def test_the_variant_computes_what_the_bundle_does(vit_bundle: Path, gpt_bundle: Path, dates_bundle: Path) -> None:
     """In FP32, attention written out, caches of one length, through a whole generation; another scale is seen."""
     for folder in (vit_bundle, gpt_bundle, dates_bundle):
         bundle = Bundle(folder)
         graphs = tensorrt_graphs(bundle)
         assert all("Attention" not in graph.operators.values() for graph in graphs.values())
-        assert check_flavour(bundle, graphs) < 2e-5
+        assert check_variant(bundle, graphs) < 2e-5
     for graph in graphs.values():
         for name, weight in graph.model.graph.initializers.items():
             if name.endswith(".scale"):
                 weight.const_value = ir.Tensor(np.array(0.1, np.float32), name=name)
     with pytest.raises(ParityError, match="does not compute what the bundle does: "):
-        check_flavour(bundle, graphs)
+        check_variant(bundle, graphs)
 
 
 def test_caches_have_one_length(gpt_bundle: Path) -> None:

@@ -28,7 +28,7 @@ from transom.export.engine.trt_graphs import tensorrt_graphs
 from transom.export.quantization.calibrate import calibrate
 from transom.export.quantization.options import PLAIN, REFERENCE_DATA
 from transom.export.quantization.quantizer import Quantizer
-from transom.export.variants import Flavours, make_flavours
+from transom.export.variants import Variants, make_variants
 from transom.runtime.backends.trt_library import RTX, library
 from transom.runtime.bundle import Bundle
 
@@ -88,21 +88,21 @@ def converted(bundle: Bundle, family: str, precision: str, folder: Path) -> Bund
     fields = read_manifest(bundle.folder)
     for left_out in ("tokenizer", "target_tokenizer", "format", "format_version"):
         fields.pop(left_out, None)
-    flavours = flavours_of(bundle, family, precision)
-    fields |= {"precision": precision, "graphs": [graph_to_json(graph) for graph in flavours.graphs]}
+    variants = variants_of(bundle, family, precision)
+    fields |= {"precision": precision, "graphs": [graph_to_json(graph) for graph in variants.graphs]}
     if precision == "int8":
         as_quantized(fields)
     writer = BundleWriter(folder)
-    for name, data in flavours.files.items():
+    for name, data in variants.files.items():
         writer.add(name, data)
     writer.describe(fields)
     return Bundle(folder)
 
 
-def flavours_of(bundle: Bundle, family: str, precision: str) -> Flavours:
+def variants_of(bundle: Bundle, family: str, precision: str) -> Variants:
     canonical, graphs = canonical_graphs(bundle), tuple(file.graph for file in bundle.manifest.graphs)
     if precision != "int8":
-        return make_flavours(canonical, graphs, precision)
+        return make_variants(canonical, graphs, precision)
     data, recipe = open_calibration_data((REFERENCE_DATA[family],)), PLAIN.recipe(precision, graphs)
     few = replace(data, samples=data.samples[:MIN_SAMPLES], entries=data.entries[:MIN_SAMPLES])
     table = calibrate(bundle, canonical, recipe, few, smooth=False, tell=lambda _: None)
@@ -110,7 +110,7 @@ def flavours_of(bundle: Bundle, family: str, precision: str) -> Flavours:
         name: {tensor: found.histogram for tensor, found in graph.tensors.items()}
         for name, graph in table.graphs.items()
     }
-    return Quantizer(canonical, graphs, recipe, ranges).flavours()
+    return Quantizer(canonical, graphs, recipe, ranges).variants()
 
 
 def engines_of(bundle: Bundle, targets: Sequence[str]) -> list[Engine]:

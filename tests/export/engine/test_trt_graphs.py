@@ -1,4 +1,4 @@
-"""Which attentions TensorRT has a kernel of: what the flavour says, against the builder. The others, written out."""
+"""Which attentions TensorRT has a kernel of: what the variant says, against the builder. The others, written out."""
 
 from __future__ import annotations
 

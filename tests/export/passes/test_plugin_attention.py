@@ -24,7 +24,7 @@ from transom.export.engine import build_worker as worker
 from transom.export.engine.build_log import fusion_of, kernels_of
 from transom.export.engine.targets import find_targets
 from transom.export.engine.trt_graphs import tensorrt_graphs
-from transom.export.engine.trt_parity import check_flavour
+from transom.export.engine.trt_parity import check_variant
 from transom.export.passes.decompose_attention import decompose_attention
 from transom.export.passes.plugin_attention import (
     CAUSAL,
@@ -119,7 +119,7 @@ def test_every_attention_of_every_family_in_fp32(
             assert graph.written_out == {}
             assert "Attention" not in graph.operators.values()
             assert {name for name, operator in graph.operators.items() if operator in INPUTS} == set(graph.plugins)
-        assert check_flavour(bundle, graphs) < 2e-5
+        assert check_variant(bundle, graphs) < 2e-5
     (graph,) = tensorrt_graphs(Bundle(bert_bundle), plugins=True).values()
     (mask,) = {node.inputs[3] for node in graph.model.graph if node.op_type == MASKED}
     assert str(mask.shape) == "[B,1,1,S]"  # type: ignore[union-attr]  # one for all queries: the kernel reads it so

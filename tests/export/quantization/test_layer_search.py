@@ -1,4 +1,4 @@
-"""What may be asked for, both flavours from one table, and the search for layers that stay in higher precision."""
+"""What may be asked for, both variants from one table, and the search for layers that stay in higher precision."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from transom.calib.table import RANGES, GraphRanges, RangeTable, Smoothing, Tens
 from transom.export.bundle_graphs import canonical_graphs
 from transom.export.metrics import Score
 from transom.export.quantization.calibrate import require_fitting
-from transom.export.quantization.candidate import Trial, open_flavours
+from transom.export.quantization.candidate import Trial, open_variants
 from transom.export.quantization.fidelity import Reference, RelativeError
 from transom.export.quantization.gate import Gate
 from transom.export.quantization.gate_result import SCORE, Verdict
@@ -68,7 +68,7 @@ def quantizer(recipe: Recipe, **options: Any) -> Quantizer:
 STATIC = Recipe({"model": "static"}, "minmax")
 
 
-def test_one_table_two_flavours() -> None:
+def test_one_table_two_variants() -> None:
     """TensorRT's is in int8 around zero, with scales that FP16 holds; the CPU's in uint8; int8 weights are the same."""
     made = quantizer(STATIC)
     signed, unsigned = made.tensorrt()["model"], made.cpu()["model"]
@@ -110,18 +110,18 @@ def test_without_half_precision_the_rest_stays_in_fp32() -> None:
 
 def test_integer_weights_are_stored_once() -> None:
     """64 * 80 + 80 * 48 bytes, each of them at a place that both files name."""
-    flavours = quantizer(STATIC).flavours()
-    assert {*flavours.files} == {"model.onnx", "model.cpu.onnx", "model.weights"}
+    variants = quantizer(STATIC).variants()
+    assert {*variants.files} == {"model.onnx", "model.cpu.onnx", "model.weights"}
     places = []
     for file in ("model.onnx", "model.cpu.onnx"):
-        initializers = onnx.load_from_string(flavours.files[file]).graph.initializer
+        initializers = onnx.load_from_string(variants.files[file]).graph.initializer
         entries = {each.name: {e.key: e.value for e in each.external_data} for each in initializers}
         places.append([entries[name] for name in ("up.int8", "down.int8")])
         assert {int(entry["length"]) for entry in places[-1]} == {64 * 80, 80 * 48}
         assert {entry["location"] for entry in places[-1]} == {"model.weights"}
     assert places[0] == places[1]
-    assert len(flavours.files["model.weights"]) == 64 * 80 + 80 * 48
-    (graph,) = flavours.graphs
+    assert len(variants.files["model.weights"]) == 64 * 80 + 80 * 48
+    (graph,) = variants.graphs
     assert graph.files == {"default": "model.onnx", "cpu": "model.cpu.onnx"}
 
 
@@ -137,19 +137,19 @@ def test_seven_bits_use_half_of_the_levels() -> None:
 
 
 @pytest.mark.parametrize(("bits", "stored"), [(8, "up.int8"), (4, "up.int4")])
-def test_weights_alone_ship_one_flavour(bits: int, stored: str) -> None:
+def test_weights_alone_ship_one_variant(bits: int, stored: str) -> None:
     made = quantizer(Recipe({"model": "none"}, weight_bits=bits))
     assert made.recipe.weights_only
     assert stored in weights_of(made.cpu()["model"])
-    flavours = made.flavours()
-    assert [graph.files for graph in flavours.graphs] == [{"default": "model.onnx"}]
+    variants = made.variants()
+    assert [graph.files for graph in variants.graphs] == [{"default": "model.onnx"}]
     assert operators(made.cpu({("model", "up")})["model"])["MatMulNBits"] == 1
 
 
 def test_the_models_a_quantizer_is_made_of_stay() -> None:
     made = quantizer(STATIC)
     before = graph_sha256(model())
-    made.flavours()
+    made.variants()
     assert graph_sha256(made.models["model"]) == before
     assert made.layers == [("model", "up"), ("model", "down")]
     assert made.sizes == {("model", "up"): 64 * 80, ("model", "down"): 80 * 48}
@@ -165,7 +165,7 @@ def test_rows_of_a_batch_are_answered_as_each_alone(gpt_bundle: Path) -> None:
     made = Quantizer(canonical_graphs(bundle), graphs, Recipe({"decoder": "dynamic"}), {"decoder": {}})
     ids = np.random.default_rng(0).integers(0, 200, (3, 13))
     ids[2] = 3
-    with open_flavours(bundle, pack(graphs, made.cpu(), "float32")) as loaded:
+    with open_variants(bundle, pack(graphs, made.cpu(), "float32")) as loaded:
         assert isinstance(loaded, GPT)
 
         def answers(rows: NDArray[np.int64]) -> Float:
@@ -251,7 +251,7 @@ def lost(amount: float) -> Verdict:
 
 
 class FakeTrial:
-    """Each layer that is quantised costs what COST says, in both flavours."""
+    """Each layer that is quantised costs what COST says, in both variants."""
 
     def __init__(self, sizes: Collection[int] = (1, 1, 1, 1), factor: float = 1.0) -> None:
         self.kinds = {"cpu": "static", "default": "static"}
@@ -321,7 +321,7 @@ def test_beyond_half_of_the_weights_it_is_an_error(sizes: tuple[int, ...], kept:
     assert "1.0 allowed, n = 1000" in said
 
 
-def test_one_flavour_that_fails_is_enough() -> None:
+def test_one_variant_that_fails_is_enough() -> None:
     class Uneven(FakeTrial):
         def judge(self, kind: str, kept: Collection[Layer]) -> Verdict:
             return lost(0.0) if kind == "cpu" else super().judge(kind, kept)

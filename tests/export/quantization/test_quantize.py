@@ -91,7 +91,7 @@ def test_the_manifest_tells_how_it_was_made_and_what_it_costs(int8_bundle: Path)
     assert curve[0]["relative_error"] == 0 < curve[1]["relative_error"] < curve[-1]["relative_error"]
 
 
-def test_the_gate_was_held_by_both_flavours(int8_bundle: Path) -> None:
+def test_the_gate_was_held_by_both_variants(int8_bundle: Path) -> None:
     """1.3 points of top-1 over 540 held-out scans, FP32 is right on 535 of them; another calibration holds it too."""
     gate = record(int8_bundle)["gate"]
     assert {*gate} == {"cpu", "default"}
@@ -128,7 +128,7 @@ def test_the_cpu_multiplies_integers(int8_bundle: Path, tmp_path: Path) -> None:
     assert (counts["MatMul"], counts["Gemm"], counts["FusedMatMul"]) == (0, 0, 0)
 
 
-def test_both_flavours_read_the_same_integers(int8_bundle: Path) -> None:
+def test_both_variants_read_the_same_integers(int8_bundle: Path) -> None:
     """Each weight once in model.weights, but the classifier's 640 bytes; TensorRT's is around zero, and in FP16."""
     places: list[dict[str, tuple[int, int]]] = []
     for name, integer in (("model.onnx", np.int8), ("model.cpu.onnx", np.uint8)):
@@ -262,7 +262,7 @@ def reached(integers: NDArray[np.int8]) -> int:
 
 @pytest.mark.usefixtures("one_trial")
 def test_four_bits_of_weights_alone(tmp_path: Path) -> None:
-    """A random GPT-2 of one block with raw ids: one flavour, blocks of 32."""
+    """A random GPT-2 of one block with raw ids: one variant, blocks of 32."""
     checkpoint = save_checkpoint(tmp_path / "checkpoint", "GPT2LMHeadModel", n_layer=1)
     np.savez(tmp_path / "ids.npz", input_ids=np.random.default_rng(0).integers(0, 100, (16, 9)))
     options = QuantizeOptions((str(tmp_path / "ids.npz"),), smooth=False, gate=False)

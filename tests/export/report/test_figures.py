@@ -198,7 +198,7 @@ def test_self_attention_is_that_of_transformers(exported: Any) -> None:
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision_shows_the_same(precision: str, vit_bundle: Path, once: Any, traced_once: None) -> None:
-    """Positions are found inside the graph and outside of it, attention comes out of either CPU flavour."""
+    """Positions are found inside the graph and outside of it, attention comes out of either CPU variant."""
     from transom.export.pipeline import export
 
     half = once(f"report-vit-{precision}", lambda folder: export("vit", folder / "bundle", precision=precision))
