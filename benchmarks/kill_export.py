@@ -11,7 +11,7 @@ In half of the runs an older bundle is at --out, in half there is nothing. Three
   on importing them. It runs the command's own code with the same arguments, and dies of the same signal.
 
 After each: at --out is the old bundle to the byte, a whole new one (sizes and hashes compared, golden values there), or
-nothing; beside it are hidden ``.transom-*`` folders alone; and what the next export does first (``clear_leftovers``)
+nothing; beside it are hidden ``.transom-*`` folders alone; and what the next export does first (``remove_stale``)
 removes these, and puts a bundle back that was moved aside. New bundles of distinct content are run through
 ``transom selftest`` at the end. Anything else is told, and the exit status is 1.
 """
@@ -35,7 +35,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from transom.export.staging import NAME, clear_leftovers
+from transom.export.staging import NAME, remove_stale
 from transom.runtime.bundle import MANIFEST, Bundle, manifest_sha256
 from transom.runtime.errors import BundleError
 from transom.runtime.host import processor
@@ -207,7 +207,7 @@ def main() -> int:
             found = state(out, old, seen, keep)
             strangers = [name for name in os.listdir(parent) if name != out.name and not NAME.fullmatch(name)]
             hidden = [name for name in os.listdir(parent) if NAME.fullmatch(name)]
-            clear_leftovers(parent)
+            remove_stale(parent)
             cleared = state(out, old, seen, keep)
             wrong = found not in expected or strangers or set(os.listdir(parent)) - {out.name}
             lost = (present and cleared == "none") or (cleared != found and (found, cleared) != ("none", "old"))

@@ -100,7 +100,7 @@ def build(
         from transom.export.engine.build import build as build_engines
         from transom.export.engine.shapes import Shapes
         from transom.export.engine.targets import find_targets
-        from transom.export.progress import Steps
+        from transom.export.progress import ProgressReporter
         from transom.runtime.bundle import Bundle
 
         targets = find_targets(target)
@@ -108,7 +108,7 @@ def build(
             Bundle(bundle),
             targets,
             allow_unfused=allow_unfused,
-            tell=Steps(tell, 0).more,
+            tell=ProgressReporter(tell, 0).more,
             attention=attention.value,
             plugin=plugin,
             repository=repository,

@@ -33,11 +33,11 @@ def calibrate(
     with progress(quiet=as_json) as report, redirect_stdout(sys.stderr), export_extra():
         from transom.calib.table import RANGES
         from transom.export.bundle_graphs import calibrate_bundle
-        from transom.export.progress import Steps
+        from transom.export.progress import ProgressReporter
         from transom.export.quantization.options import QuantizeOptions
         from transom.runtime.bundle import Bundle
 
-        steps = Steps(report, 0)
+        steps = ProgressReporter(report, 0)
         options = QuantizeOptions(tuple(calibration_data or ()), method.value, smooth_quant)
         table = calibrate_bundle(Bundle(bundle), options, force=force, tell=steps.more)
     path = bundle / RANGES

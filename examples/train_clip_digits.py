@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from train_vit_digits import jitter, pixel_values, scans, split
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from transom.export.metrics import Score
+from transom.export.metrics import Accuracy
 
 SEED = 20
 VOCABULARY = 736
@@ -186,7 +186,7 @@ def report(
         mean = nn.functional.normalize(texts.mean(0), dim=-1)
         for prompt, vectors in zip((*prompts, "mean of these"), (*texts, mean), strict=True):
             right = ((pictures @ vectors.T).argmax(1) == labels).tolist()
-            score = Score.of_each("zero-shot accuracy", "scans", right)
+            score = Accuracy.of_each("zero-shot accuracy", "scans", right)
             low, high = score.interval
             print(f"{kind:8s}  {score.correct} of {score.n} = {score.value:.2%} ({low:.2%} to {high:.2%})  {prompt}")
 

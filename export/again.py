@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from transom.export.checkpoint import Loaded, load_source
+from transom.export.checkpoint import LoadedCheckpoint, load_checkpoint
 from transom.runtime.bundle import Bundle, Manifest
 from transom.runtime.errors import CheckpointError
 
 
-def load_again(bundle: Bundle, source: str | None = None) -> Loaded:
+def reload_checkpoint(bundle: Bundle, source: str | None = None) -> LoadedCheckpoint:
     """What ``bundle`` was made from, with its bounds. ``source`` says where that lies now, if it moved.
 
     Raises CheckpointError where it is gone, or is another.
     """
     manifest = bundle.manifest
-    loaded = load_source(
+    loaded = load_checkpoint(
         source or str(manifest.source.get("checkpoint")),
         task=manifest.task,
         max_sizes={name: axis.max for name, axis in manifest.axes.items()},

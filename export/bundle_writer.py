@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from transom.export.staging import OLD, PARTIAL, clear_leftovers, hidden_folder
+from transom.export.staging import OLD, PARTIAL, remove_stale, staging_dir
 from transom.runtime.bundle import FORMAT, FORMAT_VERSION, MANIFEST, GraphFile, manifest_sha256, read_manifest
 from transom.runtime.errors import ExportError
 from transom.runtime.graph_spec import Axis, Tensor
@@ -105,7 +105,7 @@ def new_bundle(out: Path, *, force: bool) -> Iterator[BundleWriter]:
     created: list[Path] = []
     try:
         created = make_parents(out.parent)
-        with hidden_folder(out.parent, PARTIAL) as partial:
+        with staging_dir(out.parent, PARTIAL) as partial:
             partial.chmod(0o755)
             yield BundleWriter(partial)
             check_out(out, force=force)  # somebody may have put something there in the meantime
@@ -123,7 +123,7 @@ def check_out(out: Path, *, force: bool) -> None:
     """Refuse an ``--out`` that exists, before any work is done; what killed exports left beside it is cleared."""
     if not out.name or out.name in (".", ".."):
         raise ExportError(f"--out is {str(out)!r}; expected the path of a new folder, such as bundles/model.")
-    clear_leftovers(out.parent)
+    remove_stale(out.parent)
     try:
         if not out.exists() and not out.is_symlink():
             return
@@ -150,7 +150,7 @@ def put_in_place(partial: Path, out: Path) -> None:
     if not out.exists():
         partial.rename(out)
         return
-    with hidden_folder(out.parent, OLD) as aside:
+    with staging_dir(out.parent, OLD) as aside:
         out.rename(aside / out.name)
         partial.rename(out)
 

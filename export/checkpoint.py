@@ -24,7 +24,7 @@ LABELLED = ("text-classification", "token-classification", "image-classification
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedCheckpoint:
     """A checkpoint as a module with weights, its graph, and how its inputs are made."""
 
     checkpoint: Checkpoint
@@ -55,14 +55,14 @@ class Loaded:
         return TextEncoder(data, replace(spec, max_length=MAX_LENGTH), max_tokens=MAX_LENGTH)
 
 
-def load_source(
+def load_checkpoint(
     source: str,
     *,
     task: str | None,
     max_sizes: Mapping[str, int],
     image_size: tuple[int, int] | None,
     ignore_unused: bool,
-) -> Loaded:
+) -> LoadedCheckpoint:
     """Find SOURCE, choose family and task, read its processors, fill the module.
 
     Everything cheap is checked before the weights are read. Raises CheckpointError, or ExportError
@@ -98,7 +98,7 @@ def load_source(
                 "with which every output begins. Add it: Marian's is its pad_token_id."
             )
     module, left_out = build_module(family, config, chosen, checkpoint.weight_files, ignore_unused=ignore_unused)
-    return Loaded(
+    return LoadedCheckpoint(
         checkpoint=checkpoint,
         family=family,
         task=chosen,

@@ -14,13 +14,13 @@ from typing import Any
 from transom.calib.data import Sample
 from transom.calib.graph_hash import graph_sha256
 from transom.calib.table import RANGES, RangeTable
-from transom.export.again import load_again
+from transom.export.again import reload_checkpoint
 from transom.export.bisect import bisect_layers
 from transom.export.bundle_graphs import stored_graphs
-from transom.export.checkpoint import Loaded
+from transom.export.checkpoint import LoadedCheckpoint
 from transom.export.onnx_export import onnx_from_module
-from transom.export.parity.inputs import samples_for, single_rows
-from transom.export.progress import Progress, Steps, silent
+from transom.export.parity.inputs import parity_inputs, single_rows
+from transom.export.progress import Progress, ProgressReporter, silent
 from transom.export.quantization.calibrate import smoothed
 from transom.export.quantization.candidate import CPU, RANKING_SAMPLES, open_variants
 from transom.export.quantization.fidelity import Agreement, Reference
@@ -109,7 +109,7 @@ def debug_accuracy(
     GPU would round it. ``source`` and ``calibration_data`` are as for ``verify``. Raises ExportError for a bundle in
     FP32, CalibrationError where its ranges or held-out data are missing, CheckpointError as ``verify`` does.
     """
-    steps = Steps(progress, total=4)
+    steps = ProgressReporter(progress, total=4)
     bundle = Bundle(folder)
     manifest = bundle.manifest
     if manifest.precision == "fp32":
@@ -120,7 +120,7 @@ def debug_accuracy(
     table = table_of(bundle) if manifest.precision in QUANTIZED else None
     held_out = held_out_samples(manifest, calibration_data)
     steps.next("reading the checkpoint")
-    loaded = load_again(bundle, source)
+    loaded = reload_checkpoint(bundle, source)
     samples, data = held_out or parity_samples(loaded)
     steps.next("tracing the module to ONNX")
     fp32 = {
@@ -208,9 +208,9 @@ def held_out_samples(manifest: Manifest, data: Sequence[str]) -> tuple[Sequence[
     return None
 
 
-def parity_samples(loaded: Loaded) -> tuple[list[Sample], str]:
+def parity_samples(loaded: LoadedCheckpoint) -> tuple[list[Sample], str]:
     """Rows of the passage and the photographs that parity is run on, for every graph that takes some."""
-    made = samples_for(loaded.graphs, loaded.text_encoder(), loaded.preprocess)
+    made = parity_inputs(loaded.graphs, loaded.text_encoder(), loaded.preprocess)
     found: list[Sample] = []
     for graph in loaded.graphs:
         inputs = {tensor.name: tensor for tensor in graph.inputs}

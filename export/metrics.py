@@ -11,7 +11,7 @@ Z = 1.959963984540054  # standard normal quantile of 0.975: a 95 % interval leav
 
 
 @dataclass(frozen=True)
-class Score:
+class Accuracy:
     """``right`` of ``cases`` are answered right, of each input of the data set ``data``: of a text 3 of 5 gaps."""
 
     name: str

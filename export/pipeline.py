@@ -14,12 +14,12 @@ import onnx_ir as ir
 from transom.calib.data import CalibrationData, open_calibration_data
 from transom.calib.run_samples import check_reach
 from transom.calib.table import RANGES, RangeTable, load_table
-from transom.export.again import load_again
+from transom.export.again import reload_checkpoint
 from transom.export.bundle_graphs import stored_graphs
 from transom.export.bundle_writer import BundleWriter, axes_to_json, check_out, graph_to_json, new_bundle
-from transom.export.checkpoint import Loaded, load_source
+from transom.export.checkpoint import LoadedCheckpoint, load_checkpoint
 from transom.export.onnx_export import onnx_from_module
-from transom.export.parity.cases import Exercises
+from transom.export.parity.cases import ParityCases
 from transom.export.parity.checks import (
     Limit,
     check_greedy,
@@ -34,15 +34,15 @@ from transom.export.parity.checks import (
 from transom.export.parity.compare import TOLERANCES, Case
 from transom.export.parity.fp16_range import Largest, Ranges, require_fp16_range
 from transom.export.parity.golden import Golden
-from transom.export.parity.inputs import samples_for
+from transom.export.parity.inputs import parity_inputs
 from transom.export.parity.results import operator_counts, parity_to_json
-from transom.export.progress import Progress, Steps, silent
+from transom.export.progress import Progress, ProgressReporter, silent
 from transom.export.quantization.candidate import gated, open_variants
 from transom.export.quantization.gate_result import Verdict
 from transom.export.quantization.options import PLAIN, QuantizeOptions
 from transom.export.quantization.quantize import Quantization, Quantized, gate_again
 from transom.export.scores import score_both
-from transom.export.staging import PARTIAL, hidden_folder
+from transom.export.staging import PARTIAL, staging_dir
 from transom.export.variants import Variants, check_file, emulations, make_variants, pack, simulated
 from transom.runtime.bundle import PRECISIONS, QUANTIZED, Bundle, Manifest
 from transom.runtime.errors import AccuracyError, ExportError
@@ -107,9 +107,9 @@ def export(
     """
     check_out(out, force=force)
     calibration = check_options(precision, source, quantize)
-    steps = Steps(progress, total=5 + (precision == "fp16"))
+    steps = ProgressReporter(progress, total=5 + (precision == "fp16"))
     steps.next(f"reading {source}")
-    loaded = load_source(
+    loaded = load_checkpoint(
         source, task=task, max_sizes=max_sizes or {}, image_size=image_size, ignore_unused=ignore_unused
     )
     if calibration is not None:
@@ -136,7 +136,7 @@ def export(
         bundle, golden = Bundle(writer.folder), Golden()
         open_default_files(bundle)
         with open_pytorch(bundle, loaded) as theirs:
-            exercises = Exercises(theirs, samples_for(loaded.graphs, loaded.text_encoder(), loaded.preprocess))
+            exercises = ParityCases(theirs, parity_inputs(loaded.graphs, loaded.text_encoder(), loaded.preprocess))
             steps.expect(len(exercises))
             ranges = Ranges()
             if precision == "fp16":
@@ -169,7 +169,7 @@ class Calibration:
     data: CalibrationData
     table: RangeTable | None
 
-    def check(self, loaded: Loaded, precision: str, options: QuantizeOptions) -> None:
+    def check(self, loaded: LoadedCheckpoint, precision: str, options: QuantizeOptions) -> None:
         """Raise CalibrationError or ExportError for what does not go with the model, before anything is computed."""
         options.recipe(precision, loaded.graphs)
         tokenizer, preprocess = loaded.tokenizer is not None, loaded.preprocess is not None
@@ -194,21 +194,21 @@ def check_options(precision: str, source: str, quantize: QuantizeOptions) -> Cal
 
 def quantized(
     folder: Path,
-    loaded: Loaded,
+    loaded: LoadedCheckpoint,
     canonical: Mapping[str, ir.Model],
     precision: str,
     options: QuantizeOptions,
     calibration: Calibration,
-    steps: Steps,
+    steps: ProgressReporter,
 ) -> Quantized:
     """Integer graphs whose accuracy was measured, beside an FP32 bundle that exists for as long as this takes."""
 
     def measure(models: Mapping[str, ir.Model]) -> Largest:
         with open_pytorch(original, loaded) as theirs:
-            exercises = Exercises(theirs, samples_for(loaded.graphs, loaded.text_encoder(), loaded.preprocess))
+            exercises = ParityCases(theirs, parity_inputs(loaded.graphs, loaded.text_encoder(), loaded.preprocess))
         return measure_ranges(original, models, loaded, exercises).tensors
 
-    with hidden_folder(folder, PARTIAL) as beside:
+    with staging_dir(folder, PARTIAL) as beside:
         writer = BundleWriter(beside)
         variants = make_variants(canonical, loaded.graphs, "fp32")
         write_files(writer, loaded, variants)
@@ -248,18 +248,18 @@ def verify(
     beyond tolerance, AccuracyError where the gate no longer holds, CheckpointError when the checkpoint is gone or is
     not the one the bundle was made from.
     """
-    steps = Steps(progress, total=1)
+    steps = ProgressReporter(progress, total=1)
     opened = Bundle(bundle)
     manifest = opened.manifest
     steps.next("reading the checkpoint")
-    loaded = load_again(opened, source)
+    loaded = reload_checkpoint(opened, source)
     open_default_files(opened)
     with (
         open_bundle(opened, device, threads) as ours,
         open_pytorch(opened, loaded) as theirs,
         contextlib.ExitStack() as stack,
     ):
-        exercises = Exercises(theirs, samples_for(loaded.graphs, loaded.text_encoder(), loaded.preprocess))
+        exercises = ParityCases(theirs, parity_inputs(loaded.graphs, loaded.text_encoder(), loaded.preprocess))
         steps.expect(len(exercises))
         others = other_devices(opened) if ours.device == "cpu" else None
         third = None if others is None else stack.enter_context(open_variants(opened, others))
@@ -295,7 +295,9 @@ def verify_limit(manifest: Manifest) -> Limit:
     )
 
 
-def judged_again(ours: LoadedBundle, theirs: LoadedBundle, data: Sequence[str], steps: Steps) -> Verdict | None:
+def judged_again(
+    ours: LoadedBundle, theirs: LoadedBundle, data: Sequence[str], steps: ProgressReporter
+) -> Verdict | None:
     """The gate once more, PyTorch in FP32's place. Raises AccuracyError where it does not hold."""
     manifest = ours.manifest
     assert manifest.quantization is not None
@@ -310,7 +312,7 @@ def judged_again(ours: LoadedBundle, theirs: LoadedBundle, data: Sequence[str], 
     return verdict
 
 
-def write_files(writer: BundleWriter, loaded: Loaded, variants: Variants) -> None:
+def write_files(writer: BundleWriter, loaded: LoadedCheckpoint, variants: Variants) -> None:
     """Put the graphs into a bundle, each checked as it lies there, and the tokenizers."""
     for name, data in variants.files.items():
         writer.add(name, data)
@@ -323,7 +325,7 @@ def write_files(writer: BundleWriter, loaded: Loaded, variants: Variants) -> Non
             writer.add(spec.file, data)
 
 
-def describe(loaded: Loaded, precision: str, variants: Variants) -> dict[str, Any]:
+def describe(loaded: LoadedCheckpoint, precision: str, variants: Variants) -> dict[str, Any]:
     """bundle.json but for the figures, which come when they are measured."""
     optional = {
         "tokenizer": loaded.tokenizer[1].to_json() if loaded.tokenizer else None,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 Progress = Callable[[str, int, int], None]
 
 
-class Steps:
+class ProgressReporter:
     """Tells ``progress`` what is being done, how many steps are behind and how many there are."""
 
     def __init__(self, progress: Progress, total: int) -> None:

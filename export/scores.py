@@ -21,7 +21,7 @@ from transom.export.datasets import (
     masked_text,
     wordnet_pairs,
 )
-from transom.export.metrics import Rate, Score
+from transom.export.metrics import Accuracy, Rate
 from transom.runtime.errors import ExportError
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks.bert import Bert
@@ -36,7 +36,7 @@ MASK = "[MASK]"
 BLOCK_BYTES = 1500  # of a block of text, at least: some 500 tokens, two contexts
 
 
-def digits_score(predict: Callable[[list[NDArray[np.uint8]]], NDArray[Any]]) -> Score:
+def digits_score(predict: Callable[[list[NDArray[np.uint8]]], NDArray[Any]]) -> Accuracy:
     """Fraction of the held-out scans whose digit has the largest number.
 
     ``predict`` takes N images, uint8 (8, 8, 3) of 0..255, and gives (N, 10): logits or probabilities.
@@ -44,7 +44,7 @@ def digits_score(predict: Callable[[list[NDArray[np.uint8]]], NDArray[Any]]) -> 
     """
     images, labels = heldout_images()
     answers = finite(predict(images), (len(images), DIGITS), "predict(images)")
-    return Score.of_each("top-1 accuracy", "held-out scans of scikit-learn's digits", answers.argmax(1) == labels)
+    return Accuracy.of_each("top-1 accuracy", "held-out scans of scikit-learn's digits", answers.argmax(1) == labels)
 
 
 def heldout_images() -> tuple[list[NDArray[np.uint8]], NDArray[np.uint8]]:
@@ -53,7 +53,7 @@ def heldout_images() -> tuple[list[NDArray[np.uint8]], NDArray[np.uint8]]:
     return [np.repeat(scan[:, :, None], 3, axis=2) for scan in scans], labels
 
 
-def zero_shot_score(choose: Callable[[list[NDArray[np.uint8]], list[str]], NDArray[Any]]) -> Score:
+def zero_shot_score(choose: Callable[[list[NDArray[np.uint8]], list[str]], NDArray[Any]]) -> Accuracy:
     """Fraction of the held-out scans whose digit is told right, with the worst of the prompts never trained on.
 
     ``choose`` takes N images, uint8 (8, 8, 3) of 0..255, and ten texts, a digit's name in a prompt each, and gives
@@ -68,10 +68,10 @@ def zero_shot_score(choose: Callable[[list[NDArray[np.uint8]], list[str]], NDArr
         right.append(found == labels)
     worst = min(right, key=np.sum)
     name = f"zero-shot accuracy, worst of {len(prompts)} unseen prompts"
-    return Score.of_each(name, "held-out scans of scikit-learn's digits", worst.tolist())
+    return Accuracy.of_each(name, "held-out scans of scikit-learn's digits", worst.tolist())
 
 
-def retrieval_score(embed: Callable[[list[str]], NDArray[Any]]) -> Score:
+def retrieval_score(embed: Callable[[list[str]], NDArray[Any]]) -> Accuracy:
     """Fraction of the definitions whose own word is, of all words, the nearest by cosine similarity.
 
     ``embed`` takes N texts and gives (N, E); it is called twice, for 1,000 definitions and their 1,000 words.
@@ -81,7 +81,7 @@ def retrieval_score(embed: Callable[[list[str]], NDArray[Any]]) -> Score:
     queries = unit_rows(embed(definitions), len(definitions))
     targets = unit_rows(embed(words), len(words))
     nearest = (queries @ targets.T).argmax(1)
-    return Score.of_each(
+    return Accuracy.of_each(
         "top-1 retrieval", "definitions and words of WordNet 3.0", nearest == np.arange(len(definitions))
     )
 
@@ -120,7 +120,7 @@ def blocks(text: str) -> list[str]:
     return found
 
 
-def masked_score(fill: Callable[[str], list[str]]) -> Score:
+def masked_score(fill: Callable[[str], list[str]]) -> Accuracy:
     """Fraction of the masked words of held-out text that the model thinks most probable in their gaps.
 
     ``fill`` takes a text with one or more [MASK] and gives one word for each. Raises ExportError for another number.
@@ -135,10 +135,10 @@ def masked_score(fill: Callable[[str], list[str]]) -> Score:
             )
         right.append(sum(guess == word for guess, word in zip(found, words, strict=True)))
         cases.append(len(words))
-    return Score("masked-word accuracy", "held-out chapters of Jane Austen", tuple(right), tuple(cases))
+    return Accuracy("masked-word accuracy", "held-out chapters of Jane Austen", tuple(right), tuple(cases))
 
 
-def dates_score(translate: Callable[[list[str]], list[str]]) -> Score:
+def dates_score(translate: Callable[[list[str]], list[str]]) -> Accuracy:
     """Fraction of the held-out dates that are turned into their ISO form, letter by letter.
 
     ``translate`` takes N texts and gives N. Raises ExportError for another number.
@@ -148,7 +148,7 @@ def dates_score(translate: Callable[[list[str]], list[str]]) -> Score:
     if len(found) != len(texts):
         raise ExportError(f"translate gave {len(found)} texts for {len(texts)}; expected one each.")
     right = (answer == date for answer, date in zip(found, expected, strict=True))
-    return Score.of_each("exact match", "dates that training never saw", right)
+    return Accuracy.of_each("exact match", "dates that training never saw", right)
 
 
 def unit_rows(vectors: NDArray[Any], n: int) -> NDArray[np.float64]:
@@ -181,10 +181,10 @@ class TaskScore:
     """How a loaded bundle is scored, if it was exported for ``task``."""
 
     task: str
-    of: Callable[[LoadedBundle], Score | Rate]
+    of: Callable[[LoadedBundle], Accuracy | Rate]
 
 
-def digits_score_of(bundle: LoadedBundle) -> Score:
+def digits_score_of(bundle: LoadedBundle) -> Accuracy:
     def predict(images: list[NDArray[np.uint8]]) -> NDArray[np.float64]:
         ranked = cast(ViT, bundle).classify(images, top_k=DIGITS)
         return np.array([[dict(row)[str(digit)] for digit in range(DIGITS)] for row in ranked])
@@ -192,7 +192,7 @@ def digits_score_of(bundle: LoadedBundle) -> Score:
     return digits_score(predict)
 
 
-def zero_shot_score_of(bundle: LoadedBundle) -> Score:
+def zero_shot_score_of(bundle: LoadedBundle) -> Accuracy:
     def choose(images: list[NDArray[np.uint8]], texts: list[str]) -> NDArray[np.float64]:
         ranked = cast(Clip, bundle).zero_shot(images, texts)
         return np.array([[dict(row)[text] for text in texts] for row in ranked])
@@ -200,7 +200,7 @@ def zero_shot_score_of(bundle: LoadedBundle) -> Score:
     return zero_shot_score(choose)
 
 
-def retrieval_score_of(bundle: LoadedBundle) -> Score:
+def retrieval_score_of(bundle: LoadedBundle) -> Accuracy:
     return retrieval_score(cast(Bert, bundle).embed)
 
 
@@ -208,7 +208,7 @@ def bits_per_byte_of(bundle: LoadedBundle) -> Rate:
     return bits_per_byte(cast(GPT, bundle).log_probabilities, heldout_text())
 
 
-def masked_score_of(bundle: LoadedBundle) -> Score:
+def masked_score_of(bundle: LoadedBundle) -> Accuracy:
     def fill(text: str) -> list[str]:
         ranked = cast(Bert, bundle).fill_mask(text, top_k=1)
         gaps = [ranked] if text.count(MASK) == 1 else ranked  # one gap's answer comes without a list around it
@@ -217,7 +217,7 @@ def masked_score_of(bundle: LoadedBundle) -> Score:
     return masked_score(fill)
 
 
-def dates_score_of(bundle: LoadedBundle) -> Score:
+def dates_score_of(bundle: LoadedBundle) -> Accuracy:
     return dates_score(lambda texts: cast(Transformer, bundle).translate(texts, num_beams=1))
 
 

@@ -26,7 +26,7 @@ ATTEMPTS = 100
 
 
 @contextmanager
-def hidden_folder(parent: Path, suffix: str) -> Iterator[Path]:
+def staging_dir(parent: Path, suffix: str) -> Iterator[Path]:
     """A new folder in ``parent``, ours alone for the block; at its end it vanishes with what is still in it.
 
     What lies in one that is called OLD goes back to its place, if nothing has taken that.
@@ -40,14 +40,14 @@ def hidden_folder(parent: Path, suffix: str) -> Iterator[Path]:
         try:
             yield folder
         finally:
-            retire(folder)
+            discard(folder)
             if lock is not None:
                 os.close(lock)
         return
     raise OSError(f"no folder could be locked in {parent} in {ATTEMPTS} attempts")
 
 
-def clear_leftovers(parent: Path) -> None:
+def remove_stale(parent: Path) -> None:
     """Remove from ``parent`` what killed exports left there, and put back what they had moved aside."""
     with contextlib.suppress(OSError):  # no such folder, or not ours to read: nothing to clear
         for name in sorted(os.listdir(parent)):
@@ -63,12 +63,12 @@ def clear(folder: Path) -> None:
         return
     if lock is not None:
         try:
-            retire(folder)
+            discard(folder)
         finally:
             os.close(lock)
 
 
-def retire(folder: Path) -> None:
+def discard(folder: Path) -> None:
     """Delete a hidden folder, what is moved aside in it put back first where its place is empty."""
     with contextlib.suppress(OSError):
         if folder.suffix == OLD:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.export.parity.compare import grid
-from transom.export.parity.inputs import Samples, single_rows
+from transom.export.parity.inputs import ParityInputs, single_rows
 from transom.runtime.backends.base import Array
 from transom.runtime.errors import ExportError
 from transom.runtime.feeds import is_decoder
@@ -49,10 +49,10 @@ class Scenario:
         return 1 + len(self.chunks)
 
 
-class Exercises:
+class ParityCases:
     """Every case for one bundle, known before anything runs."""
 
-    def __init__(self, bundle: LoadedBundle, samples: Mapping[str, Samples]) -> None:
+    def __init__(self, bundle: LoadedBundle, samples: Mapping[str, ParityInputs]) -> None:
         axes = bundle.manifest.axes
         self._samples = samples
         self._grids: dict[str, list[dict[str, int]]] = {}
@@ -106,7 +106,7 @@ def run_rows(bundle: LoadedBundle, feeds: Mapping[str, Array]) -> dict[str, Arra
     return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
 
-def scenarios(bundle: Generator, samples: Samples) -> list[Scenario]:
+def scenarios(bundle: Generator, samples: ParityInputs) -> list[Scenario]:
     """Prompts from one token to the longest, in one row to as many as may be, then chunks up to the context's end."""
     shares = bundle.decoder_length([0, 0]) == 2  # the context with what is generated: no encoder reads the prompts
     context = bundle.context

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from transom.export.checkpoint import Loaded
-from transom.export.parity.cases import Exercises, Run
+from transom.export.checkpoint import LoadedCheckpoint
+from transom.export.parity.cases import ParityCases, Run
 from transom.export.parity.compare import TOLERANCES, Case, PyTorchBackend, require_parity
 from transom.export.parity.fp16_range import RangeBackend, Ranges
 from transom.export.parity.golden import Golden
@@ -46,7 +46,7 @@ def check_parity(
     ours: LoadedBundle,
     theirs: LoadedBundle,
     simulated: LoadedBundle | None,
-    exercises: Exercises,
+    exercises: ParityCases,
     golden: Golden,
     limit: Limit,
     tell: Callable[[str], None],
@@ -121,7 +121,7 @@ def check_greedy(
     ours: LoadedBundle,
     theirs: LoadedBundle,
     simulated: LoadedBundle | None,
-    exercises: Exercises,
+    exercises: ParityCases,
     cases: list[Case],
     golden: Golden,
 ) -> list[Divergence]:
@@ -173,7 +173,7 @@ def open_bundle(bundle: Bundle, device: str = "cpu", threads: int | None = None)
     return task_class(bundle.manifest.family)(bundle, device, threads)
 
 
-def open_pytorch(bundle: Bundle, loaded: Loaded) -> LoadedBundle:
+def open_pytorch(bundle: Bundle, loaded: LoadedCheckpoint) -> LoadedBundle:
     """The same runtime around the PyTorch module: whatever differs comes from the graphs alone."""
     parts = loaded.parts()
     return task_class(bundle.manifest.family)(
@@ -226,8 +226,8 @@ def open_default_files(bundle: Bundle) -> None:
 def measure_ranges(
     bundle: Bundle,
     canonical: Mapping[str, ir.Model],
-    loaded: Loaded,
-    exercises: Exercises,
+    loaded: LoadedCheckpoint,
+    exercises: ParityCases,
     *,
     sums: bool = False,
 ) -> Ranges:

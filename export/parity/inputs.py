@@ -17,7 +17,7 @@ from transom.runtime.image_preprocess import ImagePreprocess
 from transom.runtime.text.tokenizer import TextEncoder
 
 
-class Samples:
+class ParityInputs:
     """Feeds for a graph at the sizes asked for; the same sizes give the same feeds.
 
     Token ids come from a passage of prose through the checkpoint's own tokenizer (seeded random ids
@@ -79,11 +79,11 @@ class Samples:
         return np.stack([plain_pixels(crop, shape[1:]) for crop in crops])
 
 
-def samples_for(
+def parity_inputs(
     graphs: Iterable[Graph], text: TextEncoder | None, preprocess: ImagePreprocess | None
-) -> dict[str, Samples]:
+) -> dict[str, ParityInputs]:
     """Samples for each graph, by its name."""
-    return {graph.name: Samples(graph, text, preprocess) for graph in graphs}
+    return {graph.name: ParityInputs(graph, text, preprocess) for graph in graphs}
 
 
 def single_rows(feeds: Mapping[str, Array]) -> Iterator[dict[str, Array]]:

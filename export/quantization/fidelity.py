@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.calib.samples import Sample
-from transom.export.metrics import Rate, Score, Z
+from transom.export.metrics import Accuracy, Rate, Z
 from transom.export.quantization.heldout import (
     MAX_SAMPLES,
     NEIGHBOUR,
@@ -87,12 +87,12 @@ class Agreement:
     nats        of decoders that go on from texts: negative log-probability per token in nats, (FP32's, the bundle's)
     """
 
-    top1: Score | None
+    top1: Accuracy | None
     embeds: bool
     output: str
     error: RelativeError
     nats: tuple[Rate, Rate] | None = None
-    right: tuple[Score, Score] | None = None
+    right: tuple[Accuracy, Accuracy] | None = None
 
 
 class Reference:
@@ -172,7 +172,7 @@ class Reference:
             self._right(found),
         )
 
-    def _right(self, found: Sequence[Answers]) -> tuple[Score, Score] | None:
+    def _right(self, found: Sequence[Answers]) -> tuple[Accuracy, Accuracy] | None:
         """FP32's and the bundle's; None unless the truth of every sample is known."""
         sides = []
         for answers in (self._kept, found):
@@ -210,7 +210,7 @@ def questions(fp32: LoadedBundle, samples: Sequence[Sample], tokens: int) -> Que
 
 def by_sample(
     name: str, data: str, answers: Sequence[Answers], right: Sequence[int], cases: Sequence[int]
-) -> Score | None:
+) -> Accuracy | None:
     """A score over samples, the runs of a long text together; None without a case."""
     counts: dict[str, tuple[int, int]] = {}
     for answer, correct, asked in zip(answers, right, cases, strict=True):
@@ -219,7 +219,7 @@ def by_sample(
             counts[answer.sample] = before[0] + correct, before[1] + asked
     if not counts:
         return None
-    return Score(name, data, *zip(*counts.values(), strict=True))
+    return Accuracy(name, data, *zip(*counts.values(), strict=True))
 
 
 def differs(values: Floats, first: Floats | None) -> bool:

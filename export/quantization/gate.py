@@ -11,7 +11,7 @@ from math import isfinite, log
 
 from transom.calib.samples import Sample
 from transom.export.datasets import heldout_text
-from transom.export.metrics import Rate, Score
+from transom.export.metrics import Accuracy, Rate
 from transom.export.quantization.fidelity import Agreement, Reference
 from transom.export.quantization.gate_result import (
     AGREEMENT,
@@ -98,7 +98,7 @@ def per_token(measured: Measured, tokens: Sequence[int]) -> Measured:
 
     The amounts are bits per block, and ``tokens`` how many tokens each block has.
     """
-    if isinstance(measured, Score):
+    if isinstance(measured, Accuracy):
         return measured
     nats = tuple(bits * log(2) for bits in measured.amounts)
     return Rate("nats per token", measured.data, nats, tuple(tokens))

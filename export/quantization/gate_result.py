@@ -8,7 +8,7 @@ from itertools import chain
 from math import ceil, exp, expm1, inf, isfinite, sqrt
 from typing import Any, cast
 
-from transom.export.metrics import Rate, Score, Z
+from transom.export.metrics import Accuracy, Rate, Z
 from transom.export.quantization.fidelity import RelativeError
 from transom.runtime.errors import ExportError
 
@@ -17,7 +17,7 @@ ENOUGH = 1000  # cases: of fewer, a point is less than ten of them
 INPUTS = 100  # that they are spread over: the tokens of a few texts say little of others
 MOST_NATS = 700.0  # exp of more is no float
 
-Measured = Score | Rate
+Measured = Accuracy | Rate
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Verdict:
     allowed: float
     score_fp32: Measured | None
     score_int8: Measured | None
-    agreement: Score | None
+    agreement: Accuracy | None
     error: RelativeError
     output: str
     repetitions: int = 1
@@ -60,7 +60,7 @@ class Verdict:
         if not isfinite(self.relative_error):
             return inf
         fp32, int8, top1 = self.score_fp32, self.score_int8, self.agreement
-        if isinstance(fp32, Score) and isinstance(int8, Score):
+        if isinstance(fp32, Accuracy) and isinstance(int8, Accuracy):
             return (fp32.correct - int8.correct) / fp32.n
         if isinstance(fp32, Rate) and isinstance(int8, Rate):
             return growth(int8.value - fp32.value)
@@ -71,7 +71,7 @@ class Verdict:
     @property
     def n(self) -> int:
         """Cases that ``found`` is taken over: of perplexity tokens, of the error samples."""
-        if isinstance(self.score_fp32, Score):
+        if isinstance(self.score_fp32, Accuracy):
             return self.score_fp32.n
         if isinstance(self.score_fp32, Rate):
             return sum(self.score_fp32.units)
@@ -85,7 +85,7 @@ class Verdict:
         if not isfinite(self.found):
             return None
         fp32, int8, top1 = self.score_fp32, self.score_int8, self.agreement
-        if isinstance(fp32, Score) and isinstance(int8, Score):
+        if isinstance(fp32, Accuracy) and isinstance(int8, Accuracy):
             return drop_interval(fp32, int8)
         if isinstance(fp32, Rate) and isinstance(int8, Rate):
             return growth_interval(fp32, int8)
@@ -98,7 +98,7 @@ class Verdict:
     def inputs(self) -> int:
         """How many held-out inputs the ``n`` cases are spread over."""
         measured = self.score_fp32 or (self.agreement if self.criterion == AGREEMENT else None)
-        if isinstance(measured, Score):
+        if isinstance(measured, Accuracy):
             return len(measured.cases)
         return self.error.n if measured is None else measured.n
 
@@ -203,7 +203,7 @@ def pooled(verdicts: Sequence[Verdict], *, same_inputs: bool) -> Verdict:
         first,
         score_fp32=together([each.score_fp32 for each in verdicts], same_inputs),
         score_int8=together([each.score_int8 for each in verdicts], same_inputs),
-        agreement=cast("Score | None", together([each.agreement for each in verdicts], same_inputs)),
+        agreement=cast("Accuracy | None", together([each.agreement for each in verdicts], same_inputs)),
         error=RelativeError(
             per_input([each.error.differences for each in verdicts], same_inputs),
             per_input([each.error.references for each in verdicts], same_inputs),
@@ -214,7 +214,7 @@ def pooled(verdicts: Sequence[Verdict], *, same_inputs: bool) -> Verdict:
 
 def together(measured: Sequence[Measured | None], same_inputs: bool) -> Measured | None:
     """One measure of all; None where one is missing."""
-    scores = [each for each in measured if isinstance(each, Score)]
+    scores = [each for each in measured if isinstance(each, Accuracy)]
     rates = [each for each in measured if isinstance(each, Rate)]
     if len(scores) == len(measured):
         cases = [each.cases for each in scores]
@@ -240,7 +240,7 @@ def per_input(columns: Sequence[Sequence[float]], same_inputs: bool) -> tuple[fl
     return tuple(sum(values) / len(columns) for values in zip(*columns, strict=True))
 
 
-def drop_interval(fp32: Score, int8: Score) -> tuple[float, float]:
+def drop_interval(fp32: Accuracy, int8: Accuracy) -> tuple[float, float]:
     """95 % interval of ``fp32`` minus ``int8``, two fractions over the same inputs.
 
     Agresti and Min's for matched pairs (2005, "Simple improved confidence intervals for comparing matched proportions",

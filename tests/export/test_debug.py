@@ -20,7 +20,7 @@ from command_line import changed_bundle, document, error_line, transom
 from transom.calib.data import open_calibration_data
 from transom.export import debug, pipeline
 from transom.export.bisect import bisect_layers
-from transom.export.checkpoint import load_source
+from transom.export.checkpoint import load_checkpoint
 from transom.export.debug import debug_accuracy
 from transom.export.passes.layer_switches import RESTORED, restore_linears, restore_modules
 from transom.runtime.backends.ort_library import onnxruntime
@@ -265,7 +265,7 @@ def test_what_cannot_be_examined_is_refused(vit_bundle: Path, int8_bundle: Path,
 
 
 def test_a_half_precision_bundle_without_data_is_measured_on_what_parity_runs_on(bert_checkpoint: Path) -> None:
-    loaded = load_source(str(bert_checkpoint), task=None, max_sizes={"S": 23}, image_size=None, ignore_unused=False)
+    loaded = load_checkpoint(str(bert_checkpoint), task=None, max_sizes={"S": 23}, image_size=None, ignore_unused=False)
     samples, name = debug.parity_samples(loaded)
     assert name == "passages and photographs of the parity runs"
     rows = [sample.feeds["input_ids"] for sample in samples if sample.feeds]

@@ -16,7 +16,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from transom.export.checkpoint import load_source
+from transom.export.checkpoint import load_checkpoint
 from transom.export.onnx_export import onnx_from_module
 from transom.export.parity.fp16_range import RangeBackend, require_fp16_range
 from transom.export.passes.fake_half import emulate_half
@@ -38,7 +38,7 @@ PINNED = {
 
 
 def load(folder: Path) -> Any:
-    return load_source(str(folder), task=None, max_sizes={}, image_size=None, ignore_unused=False)
+    return load_checkpoint(str(folder), task=None, max_sizes={}, image_size=None, ignore_unused=False)
 
 
 def canonical(loaded: Any) -> ir.Model:
@@ -91,7 +91,7 @@ def test_axes_names_and_no_trace_of_the_machine(traced: Any, architecture: str) 
 
 def test_an_axis_of_one_is_constant(make_checkpoint: MakeCheckpoint) -> None:
     folder = make_checkpoint("BertModel", num_hidden_layers=1)
-    loaded = load_source(str(folder), task=None, max_sizes={"B": 1}, image_size=None, ignore_unused=False)
+    loaded = load_checkpoint(str(folder), task=None, max_sizes={"B": 1}, image_size=None, ignore_unused=False)
     model = canonical(loaded)
     shape = model.graph.inputs[0].shape
     assert shape is not None

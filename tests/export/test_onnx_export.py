@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from transom.export.checkpoint import load_source
+from transom.export.checkpoint import load_checkpoint
 from transom.export.onnx_export import NO_MODULE, example_sizes, module_path, onnx_from_module
 from transom.runtime.errors import ExportError
 from transom.runtime.graph_spec import Axis, Graph, Tensor
@@ -85,7 +85,7 @@ def test_small_bounds_give_the_graph_of_large_ones(make_checkpoint: MakeCheckpoi
     folder = make_checkpoint("BertModel", num_hidden_layers=1)
     kinds = []
     for sizes in ({"B": 2, "S": 2}, {"B": 5, "S": 9}):
-        loaded = load_source(str(folder), task=None, max_sizes=sizes, image_size=None, ignore_unused=False)
+        loaded = load_checkpoint(str(folder), task=None, max_sizes=sizes, image_size=None, ignore_unused=False)
         model = onnx_from_module(loaded.module, loaded.graphs[0], loaded.axes)
         kinds.append([(node.op_type, [str(output.shape) for output in node.outputs]) for node in model.graph])
     assert kinds[0] == kinds[1]
@@ -94,7 +94,7 @@ def test_small_bounds_give_the_graph_of_large_ones(make_checkpoint: MakeCheckpoi
 def test_a_table_that_ends_at_the_bound(make_checkpoint: MakeCheckpoint) -> None:
     """Two positions is all that the checkpoint has, and all rows that are asked for."""
     folder = make_checkpoint("BertModel", num_hidden_layers=1, max_position_embeddings=2)
-    loaded = load_source(str(folder), task=None, max_sizes={"B": 2}, image_size=None, ignore_unused=False)
+    loaded = load_checkpoint(str(folder), task=None, max_sizes={"B": 2}, image_size=None, ignore_unused=False)
     assert (loaded.axes["B"].max, loaded.axes["S"].max) == (2, 2)
     model = onnx_from_module(loaded.module, loaded.graphs[0], loaded.axes)
     assert str(model.graph.inputs[0].shape) == "[B,S]"

@@ -22,7 +22,7 @@ from tiny_graphs import graph_of
 from transom.export import bundle_writer as bundle_module
 from transom.export import pipeline
 from transom.export import staging as leftovers
-from transom.export.again import load_again
+from transom.export.again import reload_checkpoint
 from transom.export.bundle_graphs import inside
 from transom.export.bundle_writer import BundleWriter, add_to_bundle, check_out, new_bundle, write_manifest
 from transom.export.parity.checks import open_default_files
@@ -31,7 +31,7 @@ from transom.export.passes.fp16_embeddings import halve_embeddings
 from transom.export.passes.half_precision import convert_precision
 from transom.export.pipeline import check_options, export
 from transom.export.quantization.options import QuantizeOptions
-from transom.export.staging import OLD, PARTIAL, clear_leftovers, hidden_folder
+from transom.export.staging import OLD, PARTIAL, remove_stale, staging_dir
 from transom.runtime.bundle import MANIFEST, Bundle
 from transom.runtime.errors import BundleError, CheckpointError, ExportError, PrecisionError
 
@@ -219,14 +219,14 @@ def test_only_folders_of_ours_are_cleared(tmp_path: Path) -> None:
     others = [".transom-abc.partial", "x.transom-abcd1234.partial", ".transom-abcd1234.partial.txt", ".partial", "out"]
     for name in (*ours, *others):
         (tmp_path / name).mkdir()
-    clear_leftovers(tmp_path)
+    remove_stale(tmp_path)
     assert sorted(os.listdir(tmp_path)) == sorted(others)
 
 
 def test_what_a_living_export_writes_is_not_cleared(tmp_path: Path) -> None:
-    with hidden_folder(tmp_path, PARTIAL) as folder:
+    with staging_dir(tmp_path, PARTIAL) as folder:
         (folder / "model.onnx").write_bytes(b"half")
-        clear_leftovers(tmp_path)
+        remove_stale(tmp_path)
         assert (folder / "model.onnx").read_bytes() == b"half"
     assert os.listdir(tmp_path) == []
 
@@ -241,14 +241,14 @@ def aside(tmp_path: Path) -> Path:
 
 def test_what_was_moved_aside_goes_back_where_nothing_is(tmp_path: Path) -> None:
     aside(tmp_path)
-    clear_leftovers(tmp_path)
+    remove_stale(tmp_path)
     assert listing(tmp_path) == {"out/bundle.json": b"old"}
 
 
 def test_what_was_moved_aside_replaces_nothing(tmp_path: Path) -> None:
     aside(tmp_path)
     (tmp_path / "out").mkdir()
-    clear_leftovers(tmp_path)
+    remove_stale(tmp_path)
     assert listing(tmp_path) == {}
     assert os.listdir(tmp_path) == ["out"]
 
@@ -260,7 +260,7 @@ def test_an_only_copy_is_kept_where_it_cannot_go_back(tmp_path: Path, monkeypatc
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(Path, "rename", refuse)
-    clear_leftovers(tmp_path)
+    remove_stale(tmp_path)
     assert listing(folder) == {"out/bundle.json": b"old"}
 
 
@@ -269,7 +269,7 @@ def test_what_is_half_deleted_is_never_put_back(tmp_path: Path, monkeypatch: pyt
     aside(tmp_path)
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(leftovers.shutil, "rmtree", lambda folder, ignore_errors: None)
-    clear_leftovers(tmp_path)
+    remove_stale(tmp_path)
     assert sorted(path.suffix for path in tmp_path.iterdir()) == ["", PARTIAL]
 
 
@@ -299,11 +299,11 @@ def test_a_bundle_is_compared_with_its_own_checkpoint(monkeypatch: pytest.Monkey
             return hashes["now"]
 
     loaded = SimpleNamespace(checkpoint=Checkpoint())
-    monkeypatch.setattr("transom.export.again.load_source", lambda *source, **options: loaded)
-    assert load_again(bundle) is loaded
+    monkeypatch.setattr("transom.export.again.load_checkpoint", lambda *source, **options: loaded)
+    assert reload_checkpoint(bundle) is loaded
     hashes["now"] = "0" * 64
     with pytest.raises(CheckpointError, match="is not the checkpoint that .* was made from: its hash differs"):  # noqa: RUF043
-        load_again(bundle)
+        reload_checkpoint(bundle)
 
 
 # half precision
@@ -390,10 +390,10 @@ def test_the_stages_of_an_export_are_all_there(monkeypatch: pytest.MonkeyPatch, 
         def __exit__(self, *error: object) -> None: ...
 
     for name, result in {
-        "load_source": fake, "onnx_from_module": graph_of("g (float[1] x) => (float[1] y) { y = Neg (x) }"),
+        "load_checkpoint": fake, "onnx_from_module": graph_of("g (float[1] x) => (float[1] y) { y = Neg (x) }"),
         "make_variants": SimpleNamespace(emulated=(1,)), "describe": {},
         "write_files": None, "Bundle": SimpleNamespace(manifest="manifest"), "open_default_files": None,
-        "open_pytorch": Side(), "Exercises": [1], "samples_for": {}, "open_bundle": Side(), "open_emulated": Side(),
+        "open_pytorch": Side(), "ParityCases": [1], "parity_inputs": {}, "open_bundle": Side(), "open_emulated": Side(),
         "measure_ranges": SimpleNamespace(tensors={}), "require_fp16_range": None, "check_parity": [],
         "check_greedy": [], "score_both": None, "parity_to_json": {},
     }.items():  # fmt: skip

@@ -12,7 +12,7 @@ import pytest
 
 from transom.cli.describe import score_line, score_value
 from transom.export.datasets import heldout_dates, heldout_digits, heldout_text, masked_text, wordnet_pairs
-from transom.export.metrics import Rate, Score
+from transom.export.metrics import Accuracy, Rate
 from transom.export.scores import (
     BLOCK_BYTES,
     SCORES,
@@ -43,8 +43,8 @@ def test_wilson_interval(correct: int, n: int, low: float, high: float) -> None:
     assert score.interval == pytest.approx((low, high), abs=5e-5)
 
 
-def pencil(correct: int, n: int) -> Score:
-    return Score.of_each("top-1 accuracy", "pencil", [True] * correct + [False] * (n - correct))
+def pencil(correct: int, n: int) -> Accuracy:
+    return Accuracy.of_each("top-1 accuracy", "pencil", [True] * correct + [False] * (n - correct))
 
 
 def test_score_as_json() -> None:
@@ -56,13 +56,13 @@ def test_score_as_json() -> None:
 
 def test_the_gaps_of_a_text_are_no_cases_of_their_own() -> None:
     """Ten texts of ten gaps, eight all right and two all wrong, are as good as 8 of 10; spread evenly, as 80 of 100."""
-    alike = Score("accuracy", "pencil", (10,) * 8 + (0,) * 2, (10,) * 10)
+    alike = Accuracy("accuracy", "pencil", (10,) * 8 + (0,) * 2, (10,) * 10)
     assert alike.design_effect == pytest.approx(100 / 9)
     assert alike.interval == pytest.approx(pencil(8, 9 * 8 // 8 + 1).interval, abs=0.02)
-    spread = Score("accuracy", "pencil", (8,) * 10, (10,) * 10)
+    spread = Accuracy("accuracy", "pencil", (8,) * 10, (10,) * 10)
     assert spread.design_effect == 1
     assert spread.interval == pytest.approx(pencil(80, 100).interval)
-    assert Score("accuracy", "pencil", (4,), (8,)).interval == pytest.approx(pencil(1, 2).interval, abs=0.2)
+    assert Accuracy("accuracy", "pencil", (4,), (8,)).interval == pytest.approx(pencil(1, 2).interval, abs=0.2)
 
 
 def test_rate_and_its_interval() -> None:

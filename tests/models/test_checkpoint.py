@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from transom.export.checkpoint import load_source
+from transom.export.checkpoint import load_checkpoint
 from transom.runtime.errors import CheckpointError, ExportError
 
 MakeCheckpoint = Callable[..., Path]
@@ -19,7 +19,7 @@ MakeCheckpoint = Callable[..., Path]
 
 def read(folder: Path, **options: Any) -> Any:
     defaults: dict[str, Any] = {"task": None, "max_sizes": {}, "image_size": None, "ignore_unused": False}
-    return load_source(str(folder), **{**defaults, **options})
+    return load_checkpoint(str(folder), **{**defaults, **options})
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], object], name: str = "config.json") -> None:
@@ -268,7 +268,7 @@ def test_pooler_sizes_that_are_none(make_checkpoint: MakeCheckpoint, size: Any) 
 @pytest.mark.parametrize("source", ["~nosuchuser/model", "a" * 5_000, "nul\0"])
 def test_sources_that_cannot_be_paths(source: str) -> None:
     with pytest.raises(CheckpointError):
-        load_source(source, task=None, max_sizes={}, image_size=None, ignore_unused=False)
+        load_checkpoint(source, task=None, max_sizes={}, image_size=None, ignore_unused=False)
 
 
 def test_what_sentence_transformers_settings_would_change_is_refused(bert: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from transom.export.checkpoint import load_source
+from transom.export.checkpoint import load_checkpoint
 from transom.export.onnx_export import onnx_from_module
 from transom.export.variants import make_variants
 from transom.models.clip import TEXT_SIZES, tower
@@ -26,7 +26,7 @@ MakeCheckpoint = Callable[..., Path]
 
 
 def load(folder: Path, image_size: tuple[int, int] | None = None) -> Any:
-    return load_source(str(folder), task=None, max_sizes={}, image_size=image_size, ignore_unused=False)
+    return load_checkpoint(str(folder), task=None, max_sizes={}, image_size=image_size, ignore_unused=False)
 
 
 def change(folder: Path, edit: Callable[[dict[str, Any]], object]) -> Path:

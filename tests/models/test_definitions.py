@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from transom.export.checkpoint import load_source
+from transom.export.checkpoint import load_checkpoint
 
 WORST = 1e-5  # max|ours - theirs| / max|theirs|
 BERT_HEADS = {
@@ -27,7 +27,7 @@ MakeCheckpoint = Callable[..., Path]
 
 def ours_of(folder: Path, **options: Any) -> Any:
     defaults: dict[str, Any] = {"task": None, "max_sizes": {}, "image_size": None, "ignore_unused": False}
-    return load_source(str(folder), **{**defaults, **options})
+    return load_checkpoint(str(folder), **{**defaults, **options})
 
 
 def worst_error(loaded: Any, ours: tuple[torch.Tensor, ...], theirs: Any, names: tuple[str, ...]) -> float:

@@ -9,7 +9,7 @@ import pytest
 from transom.calib.data import open_calibration_data
 from transom.calib.run_samples import FEED, PUT, READS
 from transom.cli.answers import TASKS
-from transom.export.metrics import Score
+from transom.export.metrics import Accuracy
 from transom.export.quantization import fidelity as agreement
 from transom.export.quantization.fidelity import Agreement, RelativeError
 from transom.export.quantization.gate import POINTS, verdict
@@ -73,7 +73,7 @@ def test_every_family_is_asked_about_held_out_samples(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_has_a_gate(name: str) -> None:
     """By points, or by perplexity as GPT."""
-    ninety = Agreement(Score("same top-1", "", (90,), (100,)), False, "logits", RelativeError((1.0,), (4.0,)))
+    ninety = Agreement(Accuracy("same top-1", "", (90,), (100,)), False, "logits", RelativeError((1.0,), (4.0,)))
     judged = verdict(name, "static", ninety, None)
     assert judged.criterion == (AGREEMENT if name in POINTS else GROWTH)
     assert 0.01 <= judged.allowed <= 0.05

@@ -263,9 +263,9 @@ def test_damaged_generation_config(tmp_path_factory: pytest.TempPathFactory, rng
 
 
 def open_source(folder: Path) -> None:
-    from transom.export.checkpoint import load_source
+    from transom.export.checkpoint import load_checkpoint
 
-    load_source(str(folder), task=None, max_sizes={}, image_size=None, ignore_unused=False)
+    load_checkpoint(str(folder), task=None, max_sizes={}, image_size=None, ignore_unused=False)
 
 
 @contextmanager

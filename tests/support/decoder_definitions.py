@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from transom.export.checkpoint import load_source
+from transom.export.checkpoint import load_checkpoint
 
 WORST = 1e-5  # max|ours - theirs| / max|theirs|
 MakeCheckpoint = Callable[..., Path]
@@ -22,7 +22,7 @@ SMALL_MARIAN = {
 
 def ours_of(folder: Path, **options: Any) -> Any:
     defaults: dict[str, Any] = {"task": None, "max_sizes": {}, "image_size": None, "ignore_unused": False}
-    return load_source(str(folder), **{**defaults, **options})
+    return load_checkpoint(str(folder), **{**defaults, **options})
 
 
 def edit(folder: Path, **changes: Any) -> None:

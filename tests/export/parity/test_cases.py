@@ -16,11 +16,11 @@ from tiny_graphs import graph_of
 from transom.export.bundle_graphs import canonical_graphs
 from transom.export.engine.trt_graphs import tensorrt_graphs
 from transom.export.engine.trt_parity import check_variant
-from transom.export.parity.cases import Exercises, Run
+from transom.export.parity.cases import ParityCases, Run
 from transom.export.parity.checks import check_parity, export_limit, in_step, measure_ranges
 from transom.export.parity.fp16_range import RangeBackend, require_fp16_range
 from transom.export.parity.golden import Golden
-from transom.export.parity.inputs import samples_for
+from transom.export.parity.inputs import parity_inputs
 from transom.runtime import load
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import ExportError, ParityError, PrecisionError
@@ -67,7 +67,7 @@ def test_a_case_without_outputs_proves_nothing() -> None:
         list(in_step([iter(nothing), iter(nothing)], 1))
 
 
-class Cut(Exercises):
+class Cut(ParityCases):
     """The third side, which runs row by row, has ``change`` more cases than the others."""
 
     change = 0
@@ -84,7 +84,7 @@ def test_a_third_side_that_ends_early_fails_parity(exported: Any, monkeypatch: p
     """The artefact beside itself: whatever is compared is equal."""
     monkeypatch.setattr(Cut, "change", change)
     with load(KEPT / "bert-fp32") as side:
-        exercises = Cut(side, samples_for((file.graph for file in side.manifest.graphs), None, None))
+        exercises = Cut(side, parity_inputs((file.graph for file in side.manifest.graphs), None, None))
         assert len(exercises) > 3
         if change:
             with pytest.raises(ParityError, match=r"[01] of 1 sides have a case"):
@@ -96,18 +96,18 @@ def test_a_third_side_that_ends_early_fails_parity(exported: Any, monkeypatch: p
 
 def test_a_graph_that_no_case_runs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with load(KEPT / "gpt-fp32") as gpt:
-        samples = samples_for((file.graph for file in gpt.manifest.graphs), None, None)
-        assert len(Exercises(gpt, samples))
+        samples = parity_inputs((file.graph for file in gpt.manifest.graphs), None, None)
+        assert len(ParityCases(gpt, samples))
         monkeypatch.setattr("transom.export.parity.cases.Generator", type(None))
         with pytest.raises(ExportError, match="no case runs the graph 'decoder' of this gpt"):
-            Exercises(gpt, samples)
+            ParityCases(gpt, samples)
 
 
 def test_ranges_of_a_graph_that_never_ran_are_not_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = Bundle(KEPT / "bert-fp32")
     with load(KEPT / "bert-fp32") as side:
-        exercises = Exercises(side, samples_for((file.graph for file in side.manifest.graphs), None, None))
-    loaded: Any = type("Loaded", (), {"graphs": tuple(file.graph for file in bundle.manifest.graphs)})
+        exercises = ParityCases(side, parity_inputs((file.graph for file in side.manifest.graphs), None, None))
+    loaded: Any = type("LoadedCheckpoint", (), {"graphs": tuple(file.graph for file in bundle.manifest.graphs)})
     assert measure_ranges(bundle, canonical_graphs(bundle), loaded, exercises).tensors
     monkeypatch.setattr(exercises, "runs", lambda side, by_row: runs(0))
     with pytest.raises(PrecisionError, match="the graph model was never run, so no range of its tensors is known"):

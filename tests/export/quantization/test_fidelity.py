@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from transom.calib.samples import Sample
-from transom.export.metrics import Score
+from transom.export.metrics import Accuracy
 from transom.export.quantization import fidelity as agreement_module
 from transom.export.quantization.fidelity import Agreement, Reference, RelativeError, nearest_others
 from transom.export.quantization.heldout import MAX_SAMPLES, Answers, drawn, reference_samples
@@ -166,7 +166,7 @@ def test_flipped_answers_are_counted(vit_bundle: Path) -> None:
 
     found = compared(vit_bundle, reference_samples("vit")[:40], first_of_each)
     same = [index not in (0, 16, 32) for index in range(40)]
-    assert found.top1 == Score.of_each("same top-1 as FP32, images", "some data", same)
+    assert found.top1 == Accuracy.of_each("same top-1 as FP32, images", "some data", same)
     assert found.error.n == 40
 
 
@@ -243,7 +243,7 @@ def test_a_long_text_is_read_in_windows_up_to_the_most(exported: Exported) -> No
 def test_few_samples_of_clip_are_as_many_images_and_texts(clip_bundle: Path) -> None:
     with opened(clip_bundle) as clip:
         found = Reference(clip, reference_samples("clip"), "scans", most=8).against(clip)
-    assert found.top1 == Score.of_each("same top-1 as FP32, images among 8 texts", "scans", [True] * 8)
+    assert found.top1 == Accuracy.of_each("same top-1 as FP32, images among 8 texts", "scans", [True] * 8)
     assert found.right is None  # none of the texts came with an image
 
 

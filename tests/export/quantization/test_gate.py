@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from transom.export.metrics import Rate, Score
+from transom.export.metrics import Accuracy, Rate
 from transom.export.quantization.fidelity import Agreement, RelativeError
 from transom.export.quantization.gate import Gate, per_token, pooled, verdict
 from transom.export.quantization.gate_result import Verdict, drop_interval, growth_interval
@@ -22,12 +22,12 @@ from transom.runtime import load
 from transom.runtime.errors import ExportError
 
 ERROR = RelativeError((1.0, 3.0), (400.0, 1200.0))  # 0.05
-TOP1 = Score.of_each("same top-1 as FP32, images", "scans", [True] * 538 + [False] * 2)
+TOP1 = Accuracy.of_each("same top-1 as FP32, images", "scans", [True] * 538 + [False] * 2)
 ALIKE = Agreement(TOP1, False, "logits", ERROR)
 
 
-def accuracy(correct: int, n: int = 1000) -> Score:
-    return Score.of_each("zero-shot accuracy", "scans", [True] * correct + [False] * (n - correct))
+def accuracy(correct: int, n: int = 1000) -> Accuracy:
+    return Accuracy.of_each("zero-shot accuracy", "scans", [True] * correct + [False] * (n - correct))
 
 
 def nats(*amounts: float) -> Rate:
@@ -86,7 +86,7 @@ def test_without_a_score_answers_are_judged() -> None:
     """2 of 540 changed are 0.37 points; 6 are 1.11, too many for BERT and few enough for ViT."""
     assert verdict("bert", "static", ALIKE, None).found == pytest.approx(2 / 540)
     assert verdict("bert", "static", ALIKE, None).holds
-    six = replace(ALIKE, top1=Score.of_each(TOP1.name, "scans", [True] * 534 + [False] * 6))
+    six = replace(ALIKE, top1=Accuracy.of_each(TOP1.name, "scans", [True] * 534 + [False] * 6))
     assert not verdict("bert", "static", six, None).holds
     assert verdict("vit", "static", six, None).holds
     assert verdict("vit", "static", six, None).n == 540
@@ -115,20 +115,20 @@ def test_the_interval_of_a_drop_pairs_the_answers() -> None:
     Of the same fractions with 50 lost and 44 won it is far wider; without any change it is not a point.
     """
 
-    def score(right: int, then: int) -> Score:
-        return Score.of_each("accuracy", "scans", [True] * right + [False] * then + [True] * (100 - right - then))
+    def score(right: int, then: int) -> Accuracy:
+        return Accuracy.of_each("accuracy", "scans", [True] * right + [False] * then + [True] * (100 - right - then))
 
     before = score(98, 2)
-    after = Score.of_each("accuracy", "scans", [False] * 8 + [True] * 92)
+    after = Accuracy.of_each("accuracy", "scans", [False] * 8 + [True] * 92)
     assert drop_interval(before, after) == pytest.approx((-0.0039, 0.1215), abs=5e-5)
-    low, high = drop_interval(score(50, 44), Score.of_each("accuracy", "scans", [False] * 50 + [True] * 50))
+    low, high = drop_interval(score(50, 44), Accuracy.of_each("accuracy", "scans", [False] * 50 + [True] * 50))
     assert high - low > 0.3
     assert drop_interval(before, before) == pytest.approx((-0.0192, 0.0192), abs=5e-5)  # 1.96 / 102
 
 
 def test_the_interval_of_a_drop_keeps_the_gaps_of_a_text_together() -> None:
     """Ten texts of ten gaps: one that loses all ten says less than ten that lose one each."""
-    whole = Score("accuracy", "texts", (10,) * 10, (10,) * 10)
+    whole = Accuracy("accuracy", "texts", (10,) * 10, (10,) * 10)
     one = drop_interval(whole, replace(whole, right=(0, *(10,) * 9)))
     each = drop_interval(whole, replace(whole, right=(9,) * 10))
     assert one[1] - one[0] > 4 * (each[1] - each[0])
@@ -226,7 +226,7 @@ def test_what_ships_has_to_hold_and_the_repetitions_too() -> None:
 def test_how_many_repetitions_are_wanted() -> None:
     """1,000 cases of 100 inputs: 540 scans twice; 2,000 tokens of 20 texts five times."""
     assert [once(0, n).wanted for n in (540, 999, 1000, 5000)] == [2, 2, 1, 1]
-    top1 = Score("same", "texts", (100,) * 20, (100,) * 20)
+    top1 = Accuracy("same", "texts", (100,) * 20, (100,) * 20)
     few = verdict("bert", "static", replace(ALIKE, top1=top1), None)
     assert (few.n, few.inputs, few.wanted) == (2000, 20, 5)
 

@@ -17,7 +17,7 @@ from transom.calib.graph_hash import graph_sha256
 from transom.calib.scales import activation_scale, clip_range
 from transom.calib.table import RANGES, GraphRanges, RangeTable, Smoothing, TensorRanges, load_table
 from transom.export.bundle_graphs import canonical_graphs
-from transom.export.metrics import Score
+from transom.export.metrics import Accuracy
 from transom.export.quantization.calibrate import require_fitting
 from transom.export.quantization.candidate import Trial, open_variants
 from transom.export.quantization.fidelity import Reference, RelativeError
@@ -246,7 +246,7 @@ COST = {"a": 0.01, "b": 0.08, "c": 0.03, "d": 0.04}  # what quantising this laye
 def lost(amount: float) -> Verdict:
     """Of 1,000 answers, 990 of them right in FP32; a point is allowed."""
     right = 990, 990 - round(1000 * amount)
-    fp32, int8 = (Score.of_each("top-1 accuracy", "scans", [each < most for each in range(1000)]) for most in right)
+    fp32, int8 = (Accuracy.of_each("top-1 accuracy", "scans", [each < most for each in range(1000)]) for most in right)
     return Verdict(SCORE, 0.01, fp32, int8, None, RelativeError((amount**2,), (1.0,)), "logits")
 
 

@@ -135,10 +135,10 @@ def test_what_a_model_sees_turned_back() -> None:
 # Out of the graph.
 def test_cross_attention_is_that_of_the_definition(exported: Any) -> None:
     """softmax(q k^T / sqrt(D)) of the first layer's cross-attention, computed by hand from the module."""
-    from transom.export.checkpoint import load_source
+    from transom.export.checkpoint import load_checkpoint
 
     checkpoint, folder = exported("MarianMTModel")
-    loaded = load_source(str(checkpoint), task=None, max_sizes={}, image_size=None, ignore_unused=False)
+    loaded = load_checkpoint(str(checkpoint), task=None, max_sizes={}, image_size=None, ignore_unused=False)
     bundle = Bundle(folder)
     source, target = [5, 6, 7, 0], [100, 9, 8]
     with Transformer(bundle) as model:
