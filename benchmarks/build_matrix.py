@@ -128,7 +128,7 @@ def main() -> None:
                     engines = build(Bundle(folder), find_targets([target]), allow_unfused=False, tell=lambda _: None)
                     for engine in engines:
                         found["engines"].append(record(model, precision, engine))
-                        words = "; ".join(fusion.words() for fusion in engine.fusions)
+                        words = "; ".join(fusion.summary() for fusion in engine.fusions)
                         print(
                             f"  {target} {engine.graph}: {engine.size / 2**20:.0f} MiB, {engine.seconds:.0f} s, {words}"
                         )

@@ -124,7 +124,7 @@ def build(
             bytes_text(engine.size),
             f"{engine.seconds:.1f} s",
             bytes_text(engine.memory.get("activation", 0)),
-            "; ".join(fusion.words() for fusion in engine.fusions),
+            "; ".join(fusion.summary() for fusion in engine.fusions),
         ]
         for engine in engines
     ]
@@ -143,22 +143,22 @@ def target_names() -> list[str]:
 def print_kernels(engine: Engine) -> None:
     """What the builder made of one graph: its kernels, how often each, and what did not fuse."""
     for reasons, what in (
-        (engine.written_out, "are written out, TensorRT has no kernel"),
+        (engine.decomposed, "are written out, TensorRT has no kernel"),
         (engine.plugins, "are our plugin, TensorRT has no kernel"),
-        (engine.by_mask, "know what they see by a mask and not by lengths:"),
+        (engine.masked, "know what they see by a mask and not by lengths:"),
     ):
         for reason, count in Counter(reasons.values()).items():
             print(printable(f"\n{engine.target}, {engine.graph}: {count} attentions {what} {reason}"))
     for fusion in engine.fusions:
-        print(printable(f"\n{engine.target}, {engine.graph}, {fusion.words()}"))
-        for title, count in fusion.alike.items():
+        print(printable(f"\n{engine.target}, {engine.graph}, {fusion.summary()}"))
+        for title, count in fusion.kernel_counts.items():
             print(printable(f"  {count:4d} x {title}"))
         for what, names in (
             ("attention that is not one kernel", fusion.unfused),
-            ("integer products that are dequantised first", fusion.wide),
-            ("nodes that are a kernel by themselves", fusion.alone),
+            ("integer products that are dequantised first", fusion.dequantized),
+            ("nodes that are a kernel by themselves", fusion.unfused_nodes),
         ):
             if names:
                 print(printable(f"  {what}: {', '.join(names)}"))
-        for node, seen in fusion.strange.items():
+        for node, seen in fusion.unrecognized.items():
             print(printable(f"  not understood, which is neither fused nor not: of {node} {seen}"))

@@ -11,13 +11,13 @@ from typing import Any
 
 from transom.export.bundle_writer import add_to_bundle
 from transom.export.engine.build_log import Fusion, fusion_of, kernels_of, memory_of
-from transom.export.engine.build_process import Built, build_engine
+from transom.export.engine.build_process import EngineResult, build_engine
 from transom.export.engine.profiles import Profile, profiles_of
 from transom.export.engine.shapes import Shapes, bounds_to_json, narrowed
 from transom.export.engine.targets import Target, require_precision
 from transom.export.engine.triton_repository import require_servable, write_repository
 from transom.export.engine.trt_graphs import LENGTHS, MASK, TensorRTGraph, tensorrt_graphs
-from transom.export.engine.trt_parity import check_variant
+from transom.export.engine.trt_parity import require_trt_parity
 from transom.runtime.backends.cuda import find_gpu
 from transom.runtime.backends.trt_library import FULL, NAMES, RTX, library
 from transom.runtime.backends.trt_plans import FULL_TARGET
@@ -34,8 +34,8 @@ KNOWN_LOG = "1.7"  # whose names of layers fusion.py was written by
 class Engine:
     """One graph built for one target: the plan's size in bytes, seconds, and what became of it in each profile.
 
-    ``written_out`` are the attentions that have no fused kernel, by their nodes, and why; ``plugins`` those for which
-    TensorRT has none and our own is in the engine; ``by_mask`` those that lengths were asked for and that have none.
+    ``decomposed`` are the attentions that have no fused kernel, by their nodes, and why; ``plugins`` those for which
+    TensorRT has none and our own is in the engine; ``masked`` those that lengths were asked for and that have none.
     """
 
     target: str
@@ -44,9 +44,9 @@ class Engine:
     seconds: float
     fusions: tuple[Fusion, ...]
     memory: Mapping[str, int]
-    written_out: Mapping[str, str]
+    decomposed: Mapping[str, str]
     plugins: Mapping[str, str]
-    by_mask: Mapping[str, str]
+    masked: Mapping[str, str]
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -55,9 +55,9 @@ class Engine:
             "size": self.size,
             "seconds": round(self.seconds, 2),
             "memory": dict(self.memory),
-            "written_out": dict(self.written_out),
+            "written_out": dict(self.decomposed),
             "plugins": dict(self.plugins),
-            "by_mask": dict(self.by_mask),
+            "by_mask": dict(self.masked),
             "profiles": [fusion.to_json() for fusion in self.fusions],
         }
 
@@ -96,7 +96,7 @@ def build(
     for target in targets:
         library(target.library)
     graphs = {
-        kind: variant_of(bundle, kind, attention, axes, plugin=plugin, tell=tell)
+        kind: checked_trt_graphs(bundle, kind, attention, axes, plugin=plugin, tell=tell)
         for kind in dict.fromkeys(target.library for target in targets)
     }
     models = {kind: {name: graph.serialized() for name, graph in made.items()} for kind, made in graphs.items()}
@@ -147,7 +147,7 @@ def require_attention(target: Target, attention: str) -> None:
         )
 
 
-def variant_of(
+def checked_trt_graphs(
     bundle: Bundle, kind: str, attention: str, axes: Mapping[str, Axis], *, plugin: bool, tell: Callable[[str], None]
 ) -> dict[str, TensorRTGraph]:
     """The graphs of ``bundle`` for a library, which compute what the bundle does."""
@@ -155,7 +155,7 @@ def variant_of(
     graphs = tensorrt_graphs(bundle, attention, plugins=plugin and kind == FULL, axes=axes)
     require_compiler(graphs)
     tell("holding it against the bundle")
-    check_variant(bundle, graphs, axes)
+    require_trt_parity(bundle, graphs, axes)
     return graphs
 
 
@@ -184,14 +184,14 @@ def plan_name(manifest: Manifest, target: Target, graph: str) -> str:
 
 
 def engine_of(
-    target: Target, name: str, graph: TensorRTGraph, built: Built, profiles: Sequence[Profile], seconds: float
+    target: Target, name: str, graph: TensorRTGraph, built: EngineResult, profiles: Sequence[Profile], seconds: float
 ) -> Engine:
     kernels = kernels_of(built.log, len(profiles))
     fusions = tuple(
         fusion_of(profile.name, found, graph.operators, graph.integer_products)
         for profile, found in zip(profiles, kernels, strict=True)
     )
-    refused = (graph.written_out, graph.plugins, graph.by_mask)
+    refused = (graph.decomposed, graph.plugins, graph.masked)
     return Engine(target.name, name, len(built.plan), seconds, fusions, memory_of(built.log), *refused)
 
 
@@ -205,11 +205,12 @@ def require_fused(engine: Engine) -> None:
                 "Nothing was written. Give --allow-unfused to take the slower engine."
             )
     for fusion in engine.fusions:
-        for node, seen in fusion.strange_attention.items():
+        for node, seen in fusion.unrecognized_attention.items():
             raise EngineError(
                 f"whether attention fused in the graph {engine.graph!r} for {engine.target} is not understood: of "
-                f"{len(fusion.strange_attention)} of {fusion.attentions} attentions in the profile {fusion.profile} "
-                f"the builder's log has names that this version does not know; of {node} {seen}. Nothing was written. "
+                f"{len(fusion.unrecognized_attention)} of {fusion.attentions} attentions in the profile "
+                f"{fusion.profile} the builder's log has names that this version does not know; of {node} {seen}. "
+                "Nothing was written. "
                 f"Upgrade Transom, or build with {NAMES[RTX]} {KNOWN_LOG}, whose log it knows; or give --allow-unfused "
                 "to take the engine as it is."
             )

@@ -133,8 +133,8 @@ class Fusion:
     kernels     how many there are, ``alike`` by name
     alone       nodes that are a kernel by themselves, products and convolutions left out
 
-    Of the nodes in ``strange_attention``, ``strange_gelus`` and ``strange_linears`` the log does not tell: they are
-    neither fused nor not. Each has what was seen instead.
+    ``unrecognized_attention``, ``unrecognized_gelus`` and ``unrecognized_linears`` hold the nodes whose layers this
+    version does not know, with what the log has instead: they count neither as fused nor as unfused.
     """
 
     profile: str
@@ -143,53 +143,53 @@ class Fusion:
     gelus: int
     gelus_fused: int
     linears: int
-    wide: tuple[str, ...]
+    dequantized: tuple[str, ...]
     kernels: int
-    alike: Mapping[str, int]
-    alone: tuple[str, ...]
-    strange_attention: Mapping[str, str] = field(default_factory=dict)
-    strange_gelus: Mapping[str, str] = field(default_factory=dict)
-    strange_linears: Mapping[str, str] = field(default_factory=dict)
+    kernel_counts: Mapping[str, int]
+    unfused_nodes: tuple[str, ...]
+    unrecognized_attention: Mapping[str, str] = field(default_factory=dict)
+    unrecognized_gelus: Mapping[str, str] = field(default_factory=dict)
+    unrecognized_linears: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def attention(self) -> int:
-        return self.attentions - len(self.unfused) - len(self.strange_attention)
+        return self.attentions - len(self.unfused) - len(self.unrecognized_attention)
 
     @property
     def int8(self) -> int:
-        return self.linears - len(self.wide) - len(self.strange_linears)
+        return self.linears - len(self.dequantized) - len(self.unrecognized_linears)
 
     @property
-    def strange(self) -> dict[str, str]:
+    def unrecognized(self) -> dict[str, str]:
         """All nodes of which the log does not tell."""
-        return {**self.strange_attention, **self.strange_gelus, **self.strange_linears}
+        return {**self.unrecognized_attention, **self.unrecognized_gelus, **self.unrecognized_linears}
 
     def to_json(self) -> dict[str, Any]:
         """As bundle.json has it; "not_understood" is there where there is some."""
 
-        def with_strange(section: dict[str, Any], nodes: Mapping[str, str]) -> dict[str, Any]:
+        def with_unrecognized(section: dict[str, Any], nodes: Mapping[str, str]) -> dict[str, Any]:
             return {**section, **({NOT_UNDERSTOOD: dict(nodes)} if nodes else {})}
 
         attention = {"fused": self.attention, "of": self.attentions, "unfused": list(self.unfused)}
-        int8 = {"products": self.int8, "of": self.linears, "dequantized": list(self.wide)}
+        int8 = {"products": self.int8, "of": self.linears, "dequantized": list(self.dequantized)}
         return {
             "profile": self.profile,
-            "attention": with_strange(attention, self.strange_attention),
-            "gelu": with_strange({"fused": self.gelus_fused, "of": self.gelus}, self.strange_gelus),
-            "int8": with_strange(int8, self.strange_linears),
+            "attention": with_unrecognized(attention, self.unrecognized_attention),
+            "gelu": with_unrecognized({"fused": self.gelus_fused, "of": self.gelus}, self.unrecognized_gelus),
+            "int8": with_unrecognized(int8, self.unrecognized_linears),
             "kernels": self.kernels,
-            "alike": dict(self.alike),
-            "alone": list(self.alone),
+            "alike": dict(self.kernel_counts),
+            "alone": list(self.unfused_nodes),
         }
 
-    def words(self) -> str:
+    def summary(self) -> str:
         """One line: ``decode: attention 4 of 4, GELU 4 of 4, INT8 17 of 17, 54 kernels``."""
         parts = [
-            f"{what} {found} of {of}{f' ({len(strange)} not understood)' if strange else ''}"
-            for what, found, of, strange in (
-                ("attention", self.attention, self.attentions, self.strange_attention),
-                ("GELU", self.gelus_fused, self.gelus, self.strange_gelus),
-                ("INT8", self.int8, self.linears, self.strange_linears),
+            f"{what} {found} of {of}{f' ({len(unrecognized)} not understood)' if unrecognized else ''}"
+            for what, found, of, unrecognized in (
+                ("attention", self.attention, self.attentions, self.unrecognized_attention),
+                ("GELU", self.gelus_fused, self.gelus, self.unrecognized_gelus),
+                ("INT8", self.int8, self.linears, self.unrecognized_linears),
             )
             if of
         ]
@@ -210,34 +210,40 @@ def fusion_of(
     gelus = [name for name, operator in operators.items() if operator == "Gelu"]
     shared = {node for kernel in kernels if len(kernel.nodes) > 1 for node in kernel.nodes}
     integers = {node for kernel in kernels if kernel.int8 and kernel.kind in PRODUCTS for node in kernel.nodes}
-    seen = {name: strange_in(name, kernels) for name in (*attention, *gelus, *integer_products)}
-    strange = {name: what for name, what in seen.items() if what is not None}
+    seen = {name: unrecognized_in(name, kernels) for name in (*attention, *gelus, *integer_products)}
+    unrecognized = {name: what for name, what in seen.items() if what is not None}
     told = {name for name in attention if operators[name] in PLUGINS} if kernels else set()  # there, or its body is
-    strange_attention = {n: strange[n] for n in attention if n in strange and not one[n] and n not in told}
-    strange_linears = {name: strange[name] for name in integer_products if name in strange and name not in integers}
+    unrecognized_attention = {
+        n: unrecognized[n] for n in attention if n in unrecognized and not one[n] and n not in told
+    }
+    unrecognized_linears = {
+        name: unrecognized[name] for name in integer_products if name in unrecognized and name not in integers
+    }
     named = {node for kernel in kernels for node in kernel.nodes}  # which kernel a GELU shares does not matter
     return Fusion(
         profile=profile,
         attentions=len(attention),
-        unfused=tuple(name for name in attention if not one[name] and name not in strange_attention),
+        unfused=tuple(name for name in attention if not one[name] and name not in unrecognized_attention),
         gelus=len(gelus),
         gelus_fused=sum(name in shared for name in gelus),
         linears=len(integer_products),
-        wide=tuple(name for name in integer_products if name not in integers and name not in strange_linears),
+        dequantized=tuple(
+            name for name in integer_products if name not in integers and name not in unrecognized_linears
+        ),
         kernels=len(kernels),
-        alike=dict(Counter(kernel.title for kernel in kernels).most_common()),
-        alone=tuple(
+        kernel_counts=dict(Counter(kernel.title for kernel in kernels).most_common()),
+        unfused_nodes=tuple(
             kernel.nodes[0]
             for kernel in kernels
             if len(kernel.nodes) == 1 and operators.get(kernel.nodes[0]) not in COMPUTES
         ),
-        strange_attention=strange_attention,
-        strange_gelus={name: strange[name] for name in gelus if name not in named},
-        strange_linears=strange_linears,
+        unrecognized_attention=unrecognized_attention,
+        unrecognized_gelus={name: unrecognized[name] for name in gelus if name not in named},
+        unrecognized_linears=unrecognized_linears,
     )
 
 
-def strange_in(node: str, kernels: Sequence[Kernel]) -> str | None:
+def unrecognized_in(node: str, kernels: Sequence[Kernel]) -> str | None:
     """What the layers of a node are whose names are not known here; None where all are."""
     if not kernels:
         return "no layer was found in the log"

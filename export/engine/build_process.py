@@ -31,7 +31,7 @@ LAST_LINES = 3  # of the log, in the message of a builder that died
 
 
 @dataclass(frozen=True)
-class Built:
+class EngineResult:
     """A serialised engine and the builder's log, by line."""
 
     plan: bytes
@@ -40,7 +40,7 @@ class Built:
 
 def build_engine(
     graph: str, model: bytes, profiles: Sequence[Profile], target: Target, plugins: Sequence[str] = ()
-) -> Built:
+) -> EngineResult:
     """An engine of the ONNX ``model`` for ``target``, with TF32 off and the layers in the log.
 
     ``graph`` is its name in messages; ``plugins`` are the nodes that have to be plugins of ours. The same model,
@@ -122,15 +122,15 @@ def failure(folder: Path, graph: str, target: Target, status: int, said: str) ->
     )
 
 
-def read(folder: Path) -> Built:
-    return Built((folder / PLAN).read_bytes(), lines_of(folder / LOG))
+def read(folder: Path) -> EngineResult:
+    return EngineResult((folder / PLAN).read_bytes(), lines_of(folder / LOG))
 
 
 def lines_of(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
 
 
-def kept_engine(kept: Cache, key: str) -> Built | None:
+def kept_engine(kept: Cache, key: str) -> EngineResult | None:
     """What the cache has under this key; None where there is nothing, or not what was put there."""
     folder = kept.entry(key)
     try:
@@ -149,7 +149,7 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def keep(kept: Cache, key: str, built: Built) -> None:
+def keep(kept: Cache, key: str, built: EngineResult) -> None:
     """Into the cache, with what tells whether it is still the same."""
 
     def write(folder: Path) -> None:

@@ -30,9 +30,9 @@ class TensorRTGraph:
     """A graph for TensorRT's builder, and what its builder is to make of it."""
 
     model: ir.Model
-    written_out: Mapping[str, str] = field(default_factory=dict)  # attentions that have no kernel, and why
+    decomposed: Mapping[str, str] = field(default_factory=dict)  # attentions that have no kernel, and why
     plugins: Mapping[str, str] = field(default_factory=dict)  # those that our kernel computes, and why TensorRT's not
-    by_mask: Mapping[str, str] = field(default_factory=dict)  # those that were not read by lengths though asked to
+    masked: Mapping[str, str] = field(default_factory=dict)  # those that were not read by lengths though asked to
 
     @property
     def operators(self) -> dict[str, str]:
@@ -80,16 +80,16 @@ def tensorrt_graphs(
             fix_axes(model, cache_sizes(file.graph, axes))
         reasons = {node: without_kernel(node, file.graph) for node in model.graph if is_attention(node)}
         refused = {node: reason for node, reason in reasons.items() if reason is not None}
-        written_out = {str(node.name): reason for node, reason in refused.items()}
+        decomposed = {str(node.name): reason for node, reason in refused.items()}
         ours: dict[str, str] = {}
         if plugins:
             left = plugin_attention(model, refused.__contains__)
-            ours = {name: reason for name, reason in written_out.items() if name not in left}
-            written_out = {name: f"{written_out[name]}, and ours none {reason}" for name, reason in left.items()}
+            ours = {name: reason for name, reason in decomposed.items() if name not in left}
+            decomposed = {name: f"{decomposed[name]}, and ours none {reason}" for name, reason in left.items()}
         decompose_attention(model, refused.__contains__)
         split_products(model)
-        by_mask = length_attention(model) if attention == LENGTHS else {}
-        graphs[file.graph.name] = TensorRTGraph(model, written_out, ours, by_mask)
+        masked = length_attention(model) if attention == LENGTHS else {}
+        graphs[file.graph.name] = TensorRTGraph(model, decomposed, ours, masked)
     if attention == LENGTHS and not any(OPERATOR in graph.operators.values() for graph in graphs.values()):
         raise ExportError(
             f"--attention {LENGTHS} is for caches in half precision that a fused attention reads, and {bundle.folder} "

@@ -52,7 +52,7 @@ class FullCache:
         return found
 
 
-def check_variant(
+def require_trt_parity(
     bundle: Bundle, graphs: Mapping[str, TensorRTGraph], engine: Mapping[str, Axis] | None = None
 ) -> float:
     """The largest error of ``graphs`` beside the bundle's own file, each as a GPU would round it.

@@ -82,9 +82,9 @@ class Built:
     gelu: tuple[int, int] | None
     int8: tuple[int, int] | None
     unfused: tuple[str, ...]
-    wide: tuple[str, ...]
+    dequantized: tuple[str, ...]
     strange: Mapping[str, tuple[str, ...]]  # nodes of which the builder's log did not tell, by what was counted
-    alone: tuple[str, ...]
+    unfused_nodes: tuple[str, ...]
     without: tuple[str, ...]  # what became of attention that TensorRT has no kernel of, and why
     kernels: Kernels
 
@@ -150,9 +150,9 @@ def built_from_json(manifest: Manifest, target: str, engine: Any, graph: str, pr
         gelu=share(at(profile, "gelu"), "fused"),
         int8=share(at(profile, "int8"), "products"),
         unfused=texts(at(profile, "attention", "unfused")),
-        wide=texts(at(profile, "int8", "dequantized")),
+        dequantized=texts(at(profile, "int8", "dequantized")),
         strange={key: tuple(map(name, list(items(at(profile, key, NOT_UNDERSTOOD)))[:MOST_LISTED])) for key in COUNTED},
-        alone=texts(at(profile, "alone")),
+        unfused_nodes=texts(at(profile, "alone")),
         without=tuple(line for key in WITHOUT for line in refusals(key, at(engine, "graphs", graph, key))),
         kernels=kernels_from_json(profile),
     )
@@ -179,7 +179,7 @@ def grouped(built: Sequence[Built]) -> list[Alike]:
     """Targets whose kernels are the same stand together; graph by graph and profile by profile."""
     found: dict[Any, Alike] = {}
     for each in sorted(built, key=lambda each: order(each, built)):
-        what = (each.attention, each.gelu, each.int8, each.unfused, each.wide, each.alone, each.without)
+        what = (each.attention, each.gelu, each.int8, each.unfused, each.dequantized, each.unfused_nodes, each.without)
         same = (each.place, what, *each.strange.values(), each.kernels.named, each.kernels.total)
         found.setdefault(same, Alike(each)).targets.append(each.target)
     return list(found.values())
@@ -233,7 +233,7 @@ def not_fused(built: Sequence[Built], alike: Sequence[Alike]) -> str:
         for what, key in (("attention", "attention"), ("GELU", "gelu"), ("integer product", "int8"))
         if any(getattr(each, key) for each in built)
     ]
-    alone = [(each.title, named(each.built.alone)) for each in alike if each.built.alone]
+    alone = [(each.title, named(each.built.unfused_nodes)) for each in alike if each.built.unfused_nodes]
     listed = " and ".join(filter(None, [", ".join(counted[:-1]), *counted[-1:]]))
     every = f"<p>Every {listed} that was counted is fused.</p>" if counted and not missing else ""
     return every + pairs("What did not fuse", missing) + pairs("Nodes that are a kernel by themselves", alone)
@@ -250,8 +250,8 @@ def shortfalls(built: Built) -> list[str]:
         lines.append(f'<b class="limit">Attention in several kernels:</b> {named(built.unfused)}')
     elif short(built, "attention"):
         lines.append(f'<b class="limit">Attention in several kernels:</b> {short(built, "attention"):,}, not named')
-    if built.wide:
-        lines.append(f"<b>Integer products that are dequantised first:</b> {named(built.wide)}")
+    if built.dequantized:
+        lines.append(f"<b>Integer products that are dequantised first:</b> {named(built.dequantized)}")
     elif short(built, "int8"):
         lines.append(f"<b>Integer products that are dequantised first:</b> {short(built, 'int8'):,}, not named")
     if short(built, "gelu"):

@@ -20,7 +20,7 @@ from transom.export.engine import build_process as builder
 from transom.export.engine.build import build
 from transom.export.engine.targets import find_targets
 from transom.export.engine.trt_graphs import TensorRTGraph, tensorrt_graphs
-from transom.export.engine.trt_parity import check_variant
+from transom.export.engine.trt_parity import require_trt_parity
 from transom.export.passes.decompose_attention import decompose_attention
 from transom.runtime import load
 from transom.runtime.backends.trt_library import FULL
@@ -67,13 +67,13 @@ def test_the_variant_computes_what_the_bundle_does(vit_bundle: Path, gpt_bundle:
         bundle = Bundle(folder)
         graphs = tensorrt_graphs(bundle)
         assert all("Attention" not in graph.operators.values() for graph in graphs.values())
-        assert check_variant(bundle, graphs) < 2e-5
+        assert require_trt_parity(bundle, graphs) < 2e-5
     for graph in graphs.values():
         for name, weight in graph.model.graph.initializers.items():
             if name.endswith(".scale"):
                 weight.const_value = ir.Tensor(np.array(0.1, np.float32), name=name)
     with pytest.raises(ParityError, match="does not compute what the bundle does: "):
-        check_variant(bundle, graphs)
+        require_trt_parity(bundle, graphs)
 
 
 def test_caches_have_one_length(gpt_bundle: Path) -> None:
@@ -115,7 +115,7 @@ def test_a_decoder_has_a_profile_for_prompts_and_one_for_steps(half_gpt_bundle: 
     prefill, decode = engine.fusions
     assert (prefill.profile, prefill.attention, prefill.attentions, prefill.gelus_fused) == ("prefill", 4, 4, 4)
     assert (decode.profile, decode.attention, decode.attentions, decode.gelus_fused) == ("decode", 4, 4, 4)
-    assert any("_gemv_mha" in name for name in decode.alike)
+    assert any("_gemv_mha" in name for name in decode.kernel_counts)
     with load(tmp_path / "bundle") as gpt:
         assert gpt.manifest.engines["rtx-sm89"]["plans"] == {"decoder": "engines/rtx-sm89.plan"}
 

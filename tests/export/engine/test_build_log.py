@@ -46,12 +46,12 @@ def test_layers_are_counted_by_profile() -> None:
         fusion_of(name, kernels, OPERATORS, ["up", "down"])
         for name, kernels in zip(("prefill", "decode"), kernels_of(LOG, 2), strict=True)
     )
-    assert prefill.words() == "prefill: attention 1 of 1, GELU 1 of 1, INT8 1 of 2, 5 kernels"
-    assert (prefill.unfused, prefill.wide, prefill.alone) == ((), ("down",), ("expand",))
-    assert decode.words() == "decode: attention 0 of 1, GELU 0 of 1, INT8 2 of 2, 4 kernels"
-    assert (decode.unfused, decode.wide, decode.alone) == (("attend",), (), ("gelu",))
-    assert dict(prefill.alike)["up.product"] == 1  # by name without a serial number
-    assert "up.product" in decode.alike
+    assert prefill.summary() == "prefill: attention 1 of 1, GELU 1 of 1, INT8 1 of 2, 5 kernels"
+    assert (prefill.unfused, prefill.dequantized, prefill.unfused_nodes) == ((), ("down",), ("expand",))
+    assert decode.summary() == "decode: attention 0 of 1, GELU 0 of 1, INT8 2 of 2, 4 kernels"
+    assert (decode.unfused, decode.dequantized, decode.unfused_nodes) == (("attend",), (), ("gelu",))
+    assert dict(prefill.kernel_counts)["up.product"] == 1  # by name without a serial number
+    assert "up.product" in decode.kernel_counts
     assert decode.to_json()["attention"] == {"fused": 0, "of": 1, "unfused": ["attend"]}
     assert memory_of(LOG) == {"activation": 300, "weights": 7}
 
@@ -74,28 +74,31 @@ ONE_PROFILE = LOG[:7]
 def test_names_that_are_not_known_are_no_verdict() -> None:
     """Another name of the fused kernel, of the node, or of every layer: neither fused nor not, with what was seen."""
     sound = fusion(ONE_PROFILE)
-    assert (sound.attention, sound.unfused, sound.strange) == (1, (), {})
+    assert (sound.attention, sound.unfused, sound.unrecognized) == (1, (), {})
     assert "not_understood" not in sound.to_json()["attention"]
 
     kernel = fusion(renamed(ONE_PROFILE, _gemm_mha_v2="_flash_fwd"))
     assert (kernel.attention, kernel.unfused) == (0, ())
-    assert kernel.strange_attention == {"attend": "the layer '_flash_fwd' of kind 'kgen'"}
-    assert kernel.words() == "all: attention 0 of 1 (1 not understood), GELU 1 of 1, INT8 1 of 2, 5 kernels"
+    assert kernel.unrecognized_attention == {"attend": "the layer '_flash_fwd' of kind 'kgen'"}
+    assert kernel.summary() == "all: attention 0 of 1 (1 not understood), GELU 1 of 1, INT8 1 of 2, 5 kernels"
     assert kernel.to_json()["attention"] == {
         "fused": 0, "of": 1, "unfused": [], "not_understood": {"attend": "the layer '_flash_fwd' of kind 'kgen'"}
     }  # fmt: skip
 
     node = fusion(renamed(ONE_PROFILE, **{"ONNX Layer": "ONNX Node"}))
-    assert node.strange == dict.fromkeys(("attend", "gelu", "up", "down"), "no layer names it")
-    assert (node.unfused, node.wide, node.gelus_fused, node.int8) == ((), (), 0, 0)
+    assert node.unrecognized == dict.fromkeys(("attend", "gelu", "up", "down"), "no layer names it")
+    assert (node.unfused, node.dequantized, node.gelus_fused, node.int8) == ((), (), 0, 0)
 
     nothing = fusion(renamed(ONE_PROFILE, LayerType="Kind"))
     assert nothing.kernels == 0
-    assert nothing.strange == dict.fromkeys(("attend", "gelu", "up", "down"), "no layer was found in the log")
+    assert nothing.unrecognized == dict.fromkeys(("attend", "gelu", "up", "down"), "no layer was found in the log")
 
     product = fusion(renamed(ONE_PROFILE, **{"LayerType: gemm": "LayerType: igemm"}))
-    assert (product.int8, product.wide) == (0, ("down",))  # a kernel of steps is known to be no product of integers
-    assert product.strange_linears == {"up": "the layer 'up.product' of kind 'igemm'"}
+    assert (product.int8, product.dequantized) == (
+        0,
+        ("down",),
+    )  # a kernel of steps is known to be no product of integers
+    assert product.unrecognized_linears == {"up": "the layer 'up.product' of kind 'igemm'"}
 
 
 def test_attention_in_kernels_that_are_known_is_not_fused() -> None:
@@ -108,9 +111,9 @@ def test_attention_in_kernels_that_are_known_is_not_fused() -> None:
         layer("__myl_CastMulFc_myl0_6", "down", kind="runtime_fusion"),
     ]
     found = fusion(log)
-    assert (found.attention, found.unfused, found.strange) == (0, ("attend",), {})
+    assert (found.attention, found.unfused, found.unrecognized) == (0, ("attend",), {})
     mixed = fusion([*log, layer("_flash_fwd_myl0_7", "attend")])
-    assert (mixed.unfused, [*mixed.strange]) == ((), ["attend"])
+    assert (mixed.unfused, [*mixed.unrecognized]) == ((), ["attend"])
 
 
 def test_a_log_that_is_not_understood_fails_the_build_in_words_of_its_own() -> None:
@@ -137,7 +140,7 @@ def test_a_log_that_is_not_understood_fails_the_build_in_words_of_its_own() -> N
 
 def test_reports_tell_what_is_not_understood(capsys: pytest.CaptureFixture[str]) -> None:
     strange = fusion(renamed(ONE_PROFILE, _gemm_mha_v2="_flash_fwd"))
-    assert fusion_text(strange.to_json()) == strange.words()
+    assert fusion_text(strange.to_json()) == strange.summary()
     print_kernels(Engine("rtx-sm86", "model", 1, 0.0, (strange,), {}, {}, {}, {}))
     told = capsys.readouterr().out
     assert "not understood, which is neither fused nor not: of attend the layer '_flash_fwd'" in told

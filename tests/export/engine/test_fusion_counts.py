@@ -146,7 +146,7 @@ def require_pinned(
             "GELU": (pin.gelu, pin.gelu),
             "integer products": (products, products),
             "kernels": kernels if exact else pytest.approx(kernels, rel=BAND),
-        }, (target, graph, profile, fusion.unfused, fusion.wide)
+        }, (target, graph, profile, fusion.unfused, fusion.dequantized)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "int8"])

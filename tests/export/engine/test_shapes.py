@@ -18,7 +18,7 @@ from transom.export.engine import remove
 from transom.export.engine.profiles import profiles_of
 from transom.export.engine.shapes import Shapes, bounds_to_json, narrowed
 from transom.export.engine.trt_graphs import tensorrt_graphs
-from transom.export.engine.trt_parity import check_variant
+from transom.export.engine.trt_parity import require_trt_parity
 from transom.runtime import load
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import BundleError, ExportError
@@ -148,7 +148,7 @@ def test_a_shorter_cache_is_checked_as_far_as_it_reaches(tmp_path: Path) -> None
     for length in (4, 1):
         axes = narrowed(bundle.manifest.axes, specs, Shapes(max={"C": length}))
         assert axes["S"].max == min(7, length)
-        assert check_variant(bundle, tensorrt_graphs(bundle, axes=axes), axes) < 2e-5
+        assert require_trt_parity(bundle, tensorrt_graphs(bundle, axes=axes), axes) < 2e-5
     folder = stored("gpt-fp32", tmp_path)
     assert transom("build", folder, "--target", "rtx-sm89", "--max", "C=4").exit_code == 0
     assert Bundle(folder).manifest.engines["rtx-sm89"]["axes"]["C"] == {"min": 1, "opt": 4, "max": 4}
@@ -158,7 +158,7 @@ def test_prompts_longer_than_the_cache_are_cut_for_the_check(gpt_bundle: Path) -
     """Its golden prompts have 96 tokens; what both sides read is theirs to choose."""
     bundle = Bundle(gpt_bundle)
     axes = narrowed(bundle.manifest.axes, [file.graph for file in bundle.manifest.graphs], Shapes(max={"C": 24}))
-    assert check_variant(bundle, tensorrt_graphs(bundle, axes=axes), axes) < 2e-5
+    assert require_trt_parity(bundle, tensorrt_graphs(bundle, axes=axes), axes) < 2e-5
 
 
 def with_engine(folder: Path, target: str = "rtx-sm86", **more: Any) -> Path:

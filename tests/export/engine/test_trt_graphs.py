@@ -115,6 +115,6 @@ def test_a_bundle_of_few_heads_is_built_all_the_same(
     export_to(tmp_path, exported("GPT2LMHeadModel")[0], precision="fp16", max_sizes={"B": 3})
     targets = find_targets(["rtx-sm75"])
     (engine,) = build(Bundle(tmp_path / "bundle"), targets, allow_unfused=False, tell=lambda _: None)
-    assert set(engine.written_out.values()) == {"of fewer than 4 heads in steps of one token"}
+    assert set(engine.decomposed.values()) == {"of fewer than 4 heads in steps of one token"}
     assert [fusion.attentions for fusion in engine.fusions] == [0, 0]
     assert Bundle(tmp_path / "bundle").manifest.engines["rtx-sm75"]["graphs"]["decoder"]["written_out"]

@@ -15,7 +15,7 @@ from paths import KEPT
 from tiny_graphs import graph_of
 from transom.export.bundle_graphs import canonical_graphs
 from transom.export.engine.trt_graphs import tensorrt_graphs
-from transom.export.engine.trt_parity import check_variant
+from transom.export.engine.trt_parity import require_trt_parity
 from transom.export.parity.cases import ParityCases, Run
 from transom.export.parity.checks import check_parity, export_limit, in_step, measure_ranges
 from transom.export.parity.fp16_range import RangeBackend, require_fp16_range
@@ -135,4 +135,4 @@ def test_what_cannot_be_compared_checks_no_engine(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("transom.export.engine.trt_parity.outputs", lambda *sides: iter(arrays))
     bundle = Bundle(KEPT / "vit-fp32")
     with pytest.raises(ExportError, match=said):
-        check_variant(bundle, tensorrt_graphs(bundle))
+        require_trt_parity(bundle, tensorrt_graphs(bundle))

@@ -24,7 +24,7 @@ from transom.export.engine import build_worker as worker
 from transom.export.engine.build_log import fusion_of, kernels_of
 from transom.export.engine.targets import find_targets
 from transom.export.engine.trt_graphs import tensorrt_graphs
-from transom.export.engine.trt_parity import check_variant
+from transom.export.engine.trt_parity import require_trt_parity
 from transom.export.passes.decompose_attention import decompose_attention
 from transom.export.passes.plugin_attention import (
     CAUSAL,
@@ -116,10 +116,10 @@ def test_every_attention_of_every_family_in_fp32(
         assert {name: dict(ours(graph.model)) for name, graph in graphs.items()} == counts
         for graph in graphs.values():
             assert set(graph.plugins.values()) == {"in FP32"}
-            assert graph.written_out == {}
+            assert graph.decomposed == {}
             assert "Attention" not in graph.operators.values()
             assert {name for name, operator in graph.operators.items() if operator in INPUTS} == set(graph.plugins)
-        assert check_variant(bundle, graphs) < 2e-5
+        assert require_trt_parity(bundle, graphs) < 2e-5
     (graph,) = tensorrt_graphs(Bundle(bert_bundle), plugins=True).values()
     (mask,) = {node.inputs[3] for node in graph.model.graph if node.op_type == MASKED}
     assert str(mask.shape) == "[B,1,1,S]"  # type: ignore[union-attr]  # one for all queries: the kernel reads it so
@@ -139,7 +139,7 @@ def test_the_file_for_the_engine_gives_the_golden_values(vit_bundle: Path, bert_
 
 def test_half_precision_that_tensorrt_has_a_kernel_of_stays(half_gpt_bundle: Path) -> None:
     (graph,) = tensorrt_graphs(Bundle(half_gpt_bundle), plugins=True).values()
-    assert graph.plugins == {} == graph.written_out
+    assert graph.plugins == {} == graph.decomposed
     assert "Attention" in graph.operators.values()
     assert not graph.model.functions
 
@@ -186,7 +186,7 @@ def test_what_neither_computes_is_written_out_with_both_reasons(
     monkeypatch.setattr("transom.export.passes.plugin_attention.MOST_SIZE", 4)
     (graph,) = tensorrt_graphs(Bundle(vit_bundle), plugins=True).values()
     assert graph.plugins == {}
-    (reason,) = set(graph.written_out.values())
+    (reason,) = set(graph.decomposed.values())
     assert reason.startswith("in FP32, and ours none of heads of ")
     assert "Attention" not in graph.operators.values()
 
@@ -202,7 +202,7 @@ def test_the_engine_must_hold_the_plugin_and_not_the_body() -> None:
     (kernels,) = kernels_of(log, 1)
     fusion = fusion_of("all", kernels, operators, [])
     assert fusion.unfused == ("c",)
-    assert fusion.words() == "all: attention 2 of 3, 3 kernels"
+    assert fusion.summary() == "all: attention 2 of 3, 3 kernels"
     engine = build.Engine("tensorrt", "model", 1, 0.0, (fusion,), {}, {}, dict.fromkeys(operators, "in FP32"), {})
     with pytest.raises(EngineError, match="2 of 3 attentions became one kernel each in the profile all; c did not"):
         build.require_fused(engine)

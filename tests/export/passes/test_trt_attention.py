@@ -18,7 +18,7 @@ from tiny_graphs import graph_of, normal, operators
 from transom.export.bundle_graphs import stored_graphs
 from transom.export.engine.profiles import cache_sizes
 from transom.export.engine.trt_graphs import LENGTHS, TensorRTGraph, tensorrt_graphs
-from transom.export.engine.trt_parity import check_variant
+from transom.export.engine.trt_parity import require_trt_parity
 from transom.export.passes.freeze_axes import fix_axes
 from transom.export.passes.trt_attention import OPERATOR, length_attention, standard_attention
 from transom.runtime.backends.trt_library import RTX, library
@@ -190,10 +190,10 @@ def test_a_transformer_reads_its_own_cache_by_lengths(dates_bundle: Path) -> Non
     assert list(length_attention(decoder).values()) == ["its keys are no cache that is written"] * layers
     assert (operators(decoder)[OPERATOR], operators(decoder)["LessOrEqual"]) == (layers, 0)
     graphs = {name: TensorRTGraph(model) for name, model in models.items()}
-    assert check_variant(bundle, graphs) < 2e-5
+    assert require_trt_parity(bundle, graphs) < 2e-5
     set_kind(decoder, "upper_left")
     with pytest.raises(ParityError, match="does not compute what the bundle does"):
-        check_variant(bundle, graphs)
+        require_trt_parity(bundle, graphs)
 
 
 @needs_rtx
@@ -233,7 +233,7 @@ def test_the_parser_takes_the_lengths_the_kind_and_no_scale(half_gpt_bundle: Pat
 def test_a_wrong_rewrite_is_seen_in_a_whole_generation(half_gpt_bundle: Path, wrong: str) -> None:
     bundle = Bundle(half_gpt_bundle)
     graphs = tensorrt_graphs(bundle, LENGTHS)
-    assert check_variant(bundle, graphs) < 5e-3
+    assert require_trt_parity(bundle, graphs) < 5e-3
     (graph,) = graphs.values()
     if wrong == "no scale":
         for name, weight in graph.model.graph.initializers.items():
@@ -247,7 +247,7 @@ def test_a_wrong_rewrite_is_seen_in_a_whole_generation(half_gpt_bundle: Path, wr
                 added = node.inputs[5].producer().inputs[0].producer()  # type: ignore[union-attr]
                 node.inputs[5].producer().replace_input_with(0, added.inputs[0])  # type: ignore[union-attr]
     with pytest.raises(ParityError, match="does not compute what the bundle does"):
-        check_variant(bundle, graphs)
+        require_trt_parity(bundle, graphs)
 
 
 def test_lengths_without_such_a_cache_are_refused(gpt_bundle: Path, vit_bundle: Path) -> None:
