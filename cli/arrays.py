@@ -60,13 +60,10 @@ def array_json(array: Array, *, values: bool) -> dict[str, Any]:
 
 def array_line(name: str, array: Array) -> str:
     """``logits float32 (1, 10)  min -2.1  mean 0.03  max 8.5  first -0.6132 0.1200 ...``."""
+    from transom.runtime.tasks.task import first_numbers
+
     head = f"{name} {array.dtype} {array.shape}"
     if not array.size:
         return head
     figures = f"min {array.min():.5g}  mean {array.mean():.5g}  max {array.max():.5g}"
     return f"{head}  {figures}  first {first_numbers(array.ravel())}"
-
-
-def first_numbers(vector: Array, count: int = 5) -> str:
-    shown = " ".join(f"{value:.4f}" for value in vector[:count])
-    return f"{shown} ..." if len(vector) > count else shown

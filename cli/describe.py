@@ -10,7 +10,6 @@ from math import exp
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transom.cli.answers import TASKS
 from transom.cli.output import bytes_text, folder_bytes
 
 if TYPE_CHECKING:
@@ -313,9 +312,12 @@ EXAMPLE_IDS = "'1 2 3'"  # for a bundle that generates without a tokenizer
 
 
 def next_commands(path: Path, manifest: Manifest) -> list[str]:
-    """What to try with a bundle, ready to be pasted into a shell."""
+    """Return the commands to try on a bundle, ready to be pasted into a shell."""
+    from transom.runtime.families import FAMILIES
+    from transom.runtime.tasks import family_tasks
+
     bundle = shlex.quote(str(path))
-    task = TASKS.get((manifest.family, manifest.task))
+    task = family_tasks(manifest.family).tasks.get(manifest.task) if manifest.family in FAMILIES else None
     inputs = task and task.example
     reads = {tensor.name for file in manifest.graphs for tensor in file.graph.inputs}
     if ("input_ids" in reads and manifest.tokenizer is None) or ("pixel_values" in reads and not manifest.preprocess):

@@ -6,17 +6,19 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from transom.cli.answers import Task, Wishes, task_of
 from transom.cli.arrays import array_json, array_line, read_arrays, write_arrays
 from transom.cli.generate import print_stream, streams
 from transom.cli.generation_options import GenerationOptions, option_of, with_generation_options
 from transom.cli.options import BundlePath, Device, Json, Threads
 from transom.cli.output import print_json, printable
 from transom.runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from transom.runtime.tasks.task import RunOptions, Task
 
 STDIN = "-"
 
@@ -85,6 +87,7 @@ def run(
     task takes two. A bundle that generates without a tokenizer takes token ids ('1 2 3'), and prints ids.
     """
     from transom.runtime import load
+    from transom.runtime.tasks import family_tasks
 
     if out is not None and out.suffix != ".npz":
         raise typer.BadParameter(f"--out is {str(out)!r}; expected the name of a .npz file.")
@@ -99,16 +102,20 @@ def run(
             show_arrays(bundle, arrays, out, as_json)
             return
         manifest = loaded.manifest
-        task = task_of(manifest.family, manifest.task)
-        wishes = checked_wishes(task, manifest.task, top_k, truncate, out, generation)
-        wishes = with_labels(wishes, task, manifest.task, labels or [], templates or [])
+        task = family_tasks(manifest.family).tasks.get(manifest.task)
+        if task is None:
+            raise typer.BadParameter(
+                f"a {manifest.family} bundle for {manifest.task} takes arrays only; give one INPUT that ends in .npz."
+            )
+        options = checked_options(task, manifest.task, top_k, truncate, out, generation)
+        options = with_labels(options, task, manifest.task, labels or [], templates or [])
         given = expanded(inputs, whole=task.whole)
         if task.pair is not None and len(given) != 2:
             raise typer.BadParameter(f"{manifest.task} takes {task.pair}; received {len(given)} INPUTs.")
-        if task.generates and not as_json and streams(loaded, given, wishes):
-            print_stream(loaded, given[0], wishes)
+        if task.generates and not as_json and streams(loaded, given, options):
+            print_stream(loaded, given[0], options)
             return
-        results = task.ask(loaded, given, wishes)
+        results = task.ask(loaded, given, options)
     if out is not None and task.array is not None:
         write_vectors(out, task.array, results)
     if as_json:
@@ -120,10 +127,12 @@ def run(
         print(printable(f"written to {out}"))
 
 
-def checked_wishes(
+def checked_options(
     task: Task, name: str, top_k: int | None, truncate: bool, out: Path | None, generation: GenerationOptions
-) -> Wishes:
-    """What was asked for beside the INPUTs; a wrong call where the task called ``name`` has no use for it."""
+) -> RunOptions:
+    """Return what was asked for beside the INPUTs; a wrong call where the task called ``name`` has no use for it."""
+    from transom.runtime.tasks.task import RunOptions
+
     if out is not None and task.array is None:
         raise typer.BadParameter(f"--out holds arrays; the answers of {name} are none. Use --json.")
     if not task.generates:
@@ -132,7 +141,7 @@ def checked_wishes(
             raise typer.BadParameter(f"--top-k is {top_k}; {name} gives no ranking.")
         if top_k == 0:
             raise typer.BadParameter(f"--top-k is 0; {name} gives at least one answer.")
-        return Wishes(top_k, truncate)
+        return RunOptions(top_k, truncate)
     if generation.score and not task.scores:
         raise typer.BadParameter(f"--score is for text-generation; this bundle is for {name}.")
     if truncate and task.scores:
@@ -140,17 +149,17 @@ def checked_wishes(
     keywords = generation.keywords() | ({} if top_k is None else {"top_k": top_k})
     if generation.score and keywords:
         raise typer.BadParameter(f"{option_of(next(iter(keywords)))} is given, but --score generates nothing.")
-    return Wishes(top_k, truncate, keywords, generation.score)
+    return RunOptions(top_k, truncate, keywords, generation.score)
 
 
-def with_labels(wishes: Wishes, task: Task, name: str, labels: list[str], templates: list[str]) -> Wishes:
-    """The wishes with the labels that a zero-shot task chooses among; a wrong call for any other task."""
+def with_labels(options: RunOptions, task: Task, name: str, labels: list[str], templates: list[str]) -> RunOptions:
+    """The run options with the labels that a zero-shot task chooses among; a wrong call for any other task."""
     if task.labelled and not labels:
         raise typer.BadParameter(f"{name} needs --label, once for each thing that an image may show.")
     if not task.labelled and (labels or templates):
         given = "--label" if labels else "--template"
         raise typer.BadParameter(f"{given} is given; {name} does not choose among labels of yours.")
-    return replace(wishes, labels=labels, templates=templates)
+    return replace(options, labels=labels, templates=templates)
 
 
 def refuse_generation(generation: GenerationOptions, what: str) -> None:

@@ -1,30 +1,28 @@
-"""What a loaded bundle can be asked for: one file per family, one line per file in FAMILIES."""
+"""What a loaded bundle can be asked for: one file per family, which ends in its FAMILY."""
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
 from transom.runtime.errors import BundleError
+from transom.runtime.families import FAMILIES, family_record
 
 if TYPE_CHECKING:
     from transom.runtime.session import LoadedBundle
+    from transom.runtime.tasks.task import FamilyTasks
 
-FAMILIES = {  # family -> module here, class
-    "bert": ("bert", "Bert"),
-    "clip": ("clip", "Clip"),
-    "gpt": ("gpt", "GPT"),
-    "transformer": ("transformer", "Transformer"),
-    "vit": ("vit", "ViT"),
-}
+
+def family_tasks(family: str) -> FamilyTasks:
+    """Return the class and the tasks of a family; BundleError for one that this version does not know."""
+    if family not in FAMILIES:
+        raise BundleError(
+            f"bundle.json has family {family!r:.60}; this Transom runs {', '.join(sorted(FAMILIES))}. "
+            "Upgrade with `pip install --upgrade transom`."
+        )
+    tasks: FamilyTasks = family_record("runtime.tasks", family)
+    return tasks
 
 
 def task_class(family: str) -> type[LoadedBundle]:
-    """The class that serves a family; only that family's file is imported."""
-    if family not in FAMILIES:
-        raise BundleError(
-            f"bundle.json has family {family!r:.60}; this Transom runs {', '.join(FAMILIES)}. "
-            "Upgrade with `pip install --upgrade transom`."
-        )
-    module, name = FAMILIES[family]
-    return getattr(importlib.import_module(f"transom.runtime.tasks.{module}"), name)  # type: ignore[no-any-return]
+    """Return the class that serves a family; BundleError for one that this version does not know."""
+    return family_tasks(family).bundle

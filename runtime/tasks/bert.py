@@ -12,6 +12,19 @@ from transom.runtime.errors import InputError
 from transom.runtime.finite import check_finite
 from transom.runtime.tasks.postprocess import Answer, Entity, Ranked, best, label_scores, many, ranked, softmax
 from transom.runtime.tasks.spans import best_spans
+from transom.runtime.tasks.task import (
+    TOP_K,
+    FamilyTasks,
+    Result,
+    RunOptions,
+    Task,
+    each,
+    label_lines,
+    ranked_json,
+    ranked_lines,
+    subject,
+    vector_lines,
+)
 from transom.runtime.tasks.text_bundle import TEXT, TextBundle, take
 
 if TYPE_CHECKING:
@@ -174,3 +187,94 @@ def entities(text: str, encoding: Encoding, probabilities: Floats, labels: Seque
         label = int(probabilities[position].argmax())
         found.append(Entity(text[start:end], labels[label], float(probabilities[position, label]), start, end))
     return found
+
+
+def ask_embed(bundle: Bert, texts: Sequence[str], options: RunOptions) -> list[Result]:
+    vectors = bundle.embed(list(texts))  # always truncates, as sentence-transformers does
+    return [{"text": text, "embedding": vector} for text, vector in zip(texts, vectors, strict=True)]
+
+
+def ask_fill_mask(bundle: Bert, texts: Sequence[str], options: RunOptions) -> list[Result]:
+    results: list[Result] = []
+    for text in texts:
+        found = bundle.fill_mask(text, top_k=options.top_k or TOP_K, truncate=options.truncate)
+        masks = found if found and isinstance(found[0], list) else [found]
+        results.append({"text": text, "masks": [ranked_json("token", ranked) for ranked in masks]})
+    return results
+
+
+def ask_classify(bundle: Bert, texts: Sequence[str], options: RunOptions) -> list[Result]:
+    found = bundle.classify(list(texts), top_k=options.top_k, truncate=options.truncate)
+    return [{"text": text, "labels": ranked_json("label", ranked)} for text, ranked in zip(texts, found, strict=True)]
+
+
+def ask_tag(bundle: Bert, texts: Sequence[str], options: RunOptions) -> list[Result]:
+    found = bundle.tag(list(texts), truncate=options.truncate)
+    return [
+        {"text": text, "entities": [entity._asdict() for entity in entities]}
+        for text, entities in zip(texts, found, strict=True)
+    ]
+
+
+def ask_answer(bundle: Bert, texts: Sequence[str], options: RunOptions) -> list[Result]:
+    question, context = texts
+    found = bundle.answer(question, context, top_k=options.top_k or 1)  # reads a long context in windows
+    return [{"question": question, "context": context, "answers": [answer._asdict() for answer in found]}]
+
+
+def ask_next_sentence(bundle: Bert, texts: Sequence[str], options: RunOptions) -> list[Result]:
+    first, second = texts
+    probability = bundle.next_sentence(first, second, truncate=options.truncate)
+    return [{"first": first, "second": second, "probability": probability}]
+
+
+def mask_lines(result: Result) -> Iterator[str]:
+    yield subject(result)
+    for number, tokens in enumerate(result["masks"], start=1):
+        if len(result["masks"]) > 1:
+            yield f"  mask {number}"
+        yield from ranked_lines("token", tokens)
+
+
+def entity_lines(result: Result) -> Iterator[str]:
+    yield subject(result)
+    for entity in result["entities"]:
+        yield f"  {entity['probability']:.4f}  {entity['label']}  {entity['text']}  {entity['start']}..{entity['end']}"
+    if not result["entities"]:
+        yield "  nothing found"
+
+
+def answer_lines(result: Result) -> Iterator[str]:
+    yield subject(result)
+    for answer in result["answers"]:
+        yield f"  {answer['probability']:.4f}  {answer['text']}  {answer['start']}..{answer['end']}"
+
+
+def pair_lines(result: Result) -> Iterator[str]:
+    yield f"{result['probability']:.4f} that the second text follows the first"
+
+
+FAMILY = FamilyTasks(
+    Bert,
+    {
+        "feature-extraction": Task(
+            ask_embed, each(vector_lines), array="embedding", example="'A sentence.' 'Another one.'"
+        ),
+        "fill-mask": Task(ask_fill_mask, each(mask_lines), ranks=True, example="'The capital of France is [MASK].'"),
+        "text-classification": Task(ask_classify, each(label_lines), ranks=True, example="'What a lovely day.'"),
+        "token-classification": Task(ask_tag, each(entity_lines), example="'Ada Lovelace lived in London.'"),
+        "question-answering": Task(
+            ask_answer,
+            each(answer_lines),
+            ranks=True,
+            pair="QUESTION and CONTEXT",
+            example="'Who wrote it?' 'Ada Lovelace wrote it in 1843.'",
+        ),
+        "next-sentence-prediction": Task(
+            ask_next_sentence,
+            each(pair_lines),
+            pair="two texts, A and B",
+            example="'It began to rain.' 'She opened her umbrella.'",
+        ),
+    },
+)

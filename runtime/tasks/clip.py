@@ -14,6 +14,7 @@ from transom.runtime.errors import BundleError, InputError
 from transom.runtime.tasks.batches import Rows, collected
 from transom.runtime.tasks.image_bundle import ImageBundle
 from transom.runtime.tasks.postprocess import Ranked, many, ranked, softmax
+from transom.runtime.tasks.task import FamilyTasks, Result, RunOptions, Task, each, label_lines, ranked_json
 from transom.runtime.tasks.text_bundle import TextBundle
 
 if TYPE_CHECKING:
@@ -172,3 +173,28 @@ def check_labels(names: Sequence[Any], templates: Sequence[Any]) -> None:
                 f"templates[{index}] is {template[:60]!r}; expected one {BLANK} in it, where the label goes: "
                 "'a photo of a {}'."
             )
+
+
+def ask_zero_shot(bundle: Clip, images: Sequence[str], options: RunOptions) -> list[Result]:
+    found = bundle.zero_shot(
+        list(images),
+        list(options.labels),
+        templates=list(options.templates) or None,
+        top_k=options.top_k,
+        truncate=options.truncate,
+    )
+    return [{"image": image, "labels": ranked_json("label", row)} for image, row in zip(images, found, strict=True)]
+
+
+FAMILY = FamilyTasks(
+    Clip,
+    {
+        "zero-shot-image-classification": Task(
+            ask_zero_shot,
+            each(label_lines),
+            ranks=True,
+            labelled=True,
+            example="photo.png --label 'a photo of a cat' --label 'a photo of a dog'",
+        ),
+    },
+)

@@ -13,6 +13,8 @@ from transom.runtime.errors import InputError
 from transom.runtime.feeds import LOGITS_POSITIONS, WRITE_INDICES
 from transom.runtime.finite import check_finite
 from transom.runtime.tasks.generator import Begun, Generator, Row, padded
+from transom.runtime.tasks.generator_task import ask_generator, generated_lines
+from transom.runtime.tasks.task import FamilyTasks, Task
 
 
 class GPT(Generator):
@@ -90,3 +92,17 @@ def perplexity(log_probabilities: NDArray[np.float64]) -> float:
     """exp of the mean negative log-probability; infinite past float64's range, as for a token that is ruled out."""
     with np.errstate(over="ignore"):
         return float(np.exp(-log_probabilities.mean()))
+
+
+FAMILY = FamilyTasks(
+    GPT,
+    {
+        "text-generation": Task(
+            ask_generator,
+            generated_lines,
+            generates=True,
+            scores=True,
+            example="'It is a truth universally acknowledged'",
+        ),
+    },
+)

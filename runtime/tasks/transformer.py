@@ -10,6 +10,8 @@ import numpy as np
 from transom.runtime.errors import BundleError
 from transom.runtime.feeds import LOGITS_POSITIONS, WRITE_INDICES, shape_of
 from transom.runtime.tasks.generator import Begun, Generator, Row, padded
+from transom.runtime.tasks.generator_task import ask_generator, generated_lines
+from transom.runtime.tasks.task import FamilyTasks, Task
 from transom.runtime.text.tokenizer import row_length
 
 if TYPE_CHECKING:
@@ -69,3 +71,9 @@ class Transformer(Generator):
 
     def prompt_tokens(self) -> Tensor:
         return self.backend("encoder").graph.inputs[0]
+
+
+FAMILY = FamilyTasks(
+    Transformer,
+    {"translation": Task(ask_generator, generated_lines, generates=True, example="'3 May 1921'")},
+)

@@ -10,6 +10,17 @@ from numpy.typing import NDArray
 
 from transom.runtime.tasks.image_bundle import ImageBundle
 from transom.runtime.tasks.postprocess import Ranked, label_scores, many, ranked
+from transom.runtime.tasks.task import (
+    TOP_K,
+    FamilyTasks,
+    Result,
+    RunOptions,
+    Task,
+    each,
+    label_lines,
+    ranked_json,
+    vector_lines,
+)
 
 if TYPE_CHECKING:
     from transom.runtime.image_loading import ImageSource
@@ -40,3 +51,22 @@ class ViT(ImageBundle):
         single, batch = many(images)
         rows = self.image_rows(batch, "last_hidden_state", lambda hidden: hidden[:, 0])
         return cast(NDArray[np.float32], rows[0] if single else rows)
+
+
+def ask_classify(bundle: ViT, images: Sequence[str], options: RunOptions) -> list[Result]:
+    found = bundle.classify(list(images), top_k=options.top_k or TOP_K)
+    return [{"image": image, "labels": ranked_json("label", row)} for image, row in zip(images, found, strict=True)]
+
+
+def ask_features(bundle: ViT, images: Sequence[str], options: RunOptions) -> list[Result]:
+    vectors = bundle.features(list(images))
+    return [{"image": image, "features": vector} for image, vector in zip(images, vectors, strict=True)]
+
+
+FAMILY = FamilyTasks(
+    ViT,
+    {
+        "image-classification": Task(ask_classify, each(label_lines), ranks=True, example="photo.png"),
+        "feature-extraction": Task(ask_features, each(vector_lines), array="features", example="photo.png"),
+    },
+)

@@ -1,0 +1,78 @@
+"""Ask a bundle that generates: prompts in, what comes after them out, or how probable a text is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+from transom.runtime.errors import InputError
+from transom.runtime.tasks.task import Result, RunOptions
+
+ID = re.compile(r"-?[0-9]{1,18}")  # int64; the runtime says which ids the model has
+
+
+def ask_generator(bundle: Any, prompts: Sequence[str], options: RunOptions) -> list[Result]:
+    """Return one result per text made: as many as INPUTs, times ``--num-return-sequences``."""
+    if options.score:
+        return [score(bundle, text) for text in prompts]
+    rows = [prompt_ids(bundle, prompt, truncate=options.truncate) for prompt in prompts]
+    found = bundle.generate(rows, **options.keywords)
+    results: list[Result] = []
+    for prompt, answer in zip(prompts, found, strict=True):
+        for tokens in answer if answer and isinstance(answer[0], list) else [answer]:
+            results.append({"prompt": prompt, **text_or_ids(bundle, tokens), "tokens": len(tokens)})
+    return results
+
+
+def text_or_ids(bundle: Any, tokens: list[int]) -> Result:
+    """Return generated tokens as text, or as ids where the bundle has no tokenizer."""
+    return {"text": bundle.target_encoder().decode(tokens)} if has_tokenizer(bundle) else {"ids": tokens}
+
+
+def score(bundle: Any, text: str) -> Result:
+    """Return the perplexity of a text over its tokens but the first, which nothing precedes."""
+    row = prompt_ids(bundle, text, truncate=False)
+    return {"text": text, "perplexity": bundle.score(row), "tokens": len(row)}
+
+
+def prompt_ids(bundle: Any, prompt: str, *, truncate: bool) -> list[int]:
+    """Return the ids of a prompt: of its text or, for a bundle without a tokenizer, those that it spells.
+
+    Raises InputError for an empty prompt, and for one that is no ids where ids are needed.
+    """
+    if not prompt:
+        raise InputError("a prompt is empty; expected a text, or token ids for a bundle without a tokenizer.")
+    if has_tokenizer(bundle):
+        (row,) = bundle.encoder().encode([prompt], truncate=truncate).rows
+        return list(row.ids)
+    words = re.split(r"[\s,]+", prompt.strip())
+    if not all(map(ID.fullmatch, words)):
+        raise InputError(
+            f"the prompt is {prompt!r:.60}, but this bundle has no tokenizer, since its checkpoint had none; "
+            "expected token ids, such as '1 2 3'."
+        )
+    return [int(word) for word in words]
+
+
+def has_tokenizer(bundle: Any) -> bool:
+    return bundle.manifest.tokenizer is not None
+
+
+def generated_lines(results: Sequence[Result]) -> Iterator[str]:
+    """Yield what is new alone where it is one text; else below each prompt what came after it."""
+    if len(results) == 1:
+        yield from text_lines(results[0])
+        return
+    for prompt, answers in groupby(results, key=lambda result: result.get("prompt", result.get("text"))):
+        yield str(prompt)
+        for answer in answers:
+            yield from (f"  {line}" for line in text_lines(answer))
+
+
+def text_lines(result: Result) -> list[str]:
+    """Return one generated text, ids or perplexity as lines."""
+    if "perplexity" in result:
+        return [f"perplexity {result['perplexity']:.4f}, {result['tokens']} tokens"]
+    return str(result["text"]).split("\n") if "text" in result else [" ".join(map(str, result["ids"]))]
