@@ -16,18 +16,18 @@ import numpy as np
 
 from transom.runtime import kv_cache as cache
 from transom.runtime import load
-from transom.runtime.decoder import Decoding
+from transom.runtime.decoder import Decoder
 from transom.runtime.host import processor
 
 STEPS = (32, 64, 128, 256, 1024)
 ROUNDS = 3
 
 
-def step_ms(decoding: Decoding, runs: int = 20) -> float:
+def step_ms(decoder: Decoder, runs: int = 20) -> float:
     times = []
     for _ in range(runs):
         started = time.perf_counter()
-        decoding.feed(np.zeros(decoding.rows, np.int64))
+        decoder.decode_step(np.zeros(decoder.rows, np.int64))
         times.append((time.perf_counter() - started) * 1e3)
     return statistics.median(times)
 
@@ -41,10 +41,10 @@ def main() -> None:
             if capacity > context:
                 continue
             cache.STEP = capacity
-            decoding = Decoding(gpt.backend("decoder"), 1, context)
-            decoding.read(np.zeros((1, 8), np.int64))
-            decoding.feed(np.zeros(1, np.int64))
-            print(f"| {decoding.capacity} | {step_ms(decoding):.2f} |")
+            decoder = Decoder(gpt.backend("decoder"), 1, context)
+            decoder.prefill(np.zeros((1, 8), np.int64))
+            decoder.decode_step(np.zeros(1, np.int64))
+            print(f"| {decoder.capacity} | {step_ms(decoder):.2f} |")
         lengths = [length for length in (60, 200, 500) if length + 8 <= context]
         print("\n| step | " + " | ".join(f"8 + {length} tokens, s" for length in lengths) + " |")
         print("|---|" + "---|" * len(lengths))

@@ -121,12 +121,12 @@ def call_of(series: Series, size: int, loaded: LoadedBundle) -> Callable[[], obj
     """What is timed at one size; every call does the same work."""
     if series.kind == "prefill":
         prompt = np.random.default_rng(0).integers(0, 1000, size).tolist()
-        return lambda: loaded.begin([prompt])  # type: ignore[attr-defined]
+        return lambda: loaded.prefill([prompt])  # type: ignore[attr-defined]
     if series.kind == "decode":  # the last steps before the cache is full, so that it is as long as it says
         steps = (TIMED + 1) * ROUNDS
         prompt = np.random.default_rng(0).integers(0, 1000, size - steps).tolist()
-        decoding = loaded.begin([prompt]).decoding  # type: ignore[attr-defined]
-        return lambda: decoding.feed(np.zeros(1, np.int64))
+        decoder = loaded.prefill([prompt]).decoder  # type: ignore[attr-defined]
+        return lambda: decoder.decode_step(np.zeros(1, np.int64))
     inputs = {"image": "pixel_values"}.get(series.kind, "input_ids")
     graph = next(
         file.graph for file in loaded.manifest.graphs if inputs in {tensor.name for tensor in file.graph.inputs}

@@ -173,7 +173,7 @@ def read(bundle: GPT, ids: Row) -> None:
     """The first context's worth of tokens; a single one has no probability, but is read all the same."""
     shown = ids[: bundle.context]
     if len(shown) == 1:
-        bundle.begin([shown])
+        bundle.prefill([shown])
     else:
         bundle.log_probabilities(shown)
 

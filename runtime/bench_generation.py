@@ -61,20 +61,20 @@ def measure_generation(loaded: Generator, sizes: Mapping[str, int], effort: Effo
     label = " ".join(["generation", *(f"{name}={size}" for name, size in sizes.items())])
     effort.progress(label, 0, effort.runs)
     if effort.warmup:
-        decoding = loaded.begin(prompts).decoding
+        decoder = loaded.prefill(prompts).decoder
         for tokens in steps[: effort.warmup]:
-            decoding.feed(tokens)
+            decoder.decode_step(tokens)
     prefill_ms: list[float] = []
     decode_ms: list[float] = []
     deadline = time.perf_counter() + effort.seconds
     while len(prefill_ms) < effort.runs:
         started = time.perf_counter()
-        decoding = loaded.begin(prompts).decoding
+        decoder = loaded.prefill(prompts).decoder
         ended = time.perf_counter()
         prefill_ms.append((ended - started) * 1e3)
         for tokens in steps:
             started = time.perf_counter()
-            decoding.feed(tokens)
+            decoder.decode_step(tokens)
             ended = time.perf_counter()
             decode_ms.append((ended - started) * 1e3)
         effort.progress(label, len(prefill_ms), effort.runs)

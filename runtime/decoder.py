@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.runtime.backends.base import Array, Backend
-from transom.runtime.decoder_state import new_state
+from transom.runtime.decoder_state import new_decoder_state
 from transom.runtime.errors import InputError
 from transom.runtime.feeds import LOGITS_POSITIONS, WRITE_INDICES, token_input
 
@@ -18,10 +18,10 @@ Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
 
-class Decoding:
+class Decoder:
     """R rows in one decoder graph; every row stands at its own position.
 
-    ``limit`` is the most tokens a row may have. ``source`` is what the graph reads beside tokens and
+    ``limit`` is the most tokens a row may have. ``encoder_outputs`` is what the graph reads beside tokens and
     caches, one row of each array per row: the encoder's keys and values, and its mask. ``most_logits``
     is the most positions of a row whose logits one run gives, the bound of axis P.
 
@@ -33,7 +33,7 @@ class Decoding:
         backend: Backend,
         rows: int,
         limit: int,
-        source: Mapping[str, Array] | None = None,
+        encoder_outputs: Mapping[str, Array] | None = None,
         *,
         most_logits: int | None = None,
     ) -> None:
@@ -42,7 +42,7 @@ class Decoding:
         self._tokens = token_input(graph).name
         self._vocabulary = int(graph.outputs[0].shape[2])
         self._logits = graph.outputs[0].name
-        self._state = new_state(backend, rows, limit, source or {})
+        self._state = new_decoder_state(backend, rows, limit, encoder_outputs or {})
         self._limit = limit
         self._most_logits = limit if most_logits is None else most_logits
         self._ends: Ids = np.zeros(rows, np.int64)  # tokens read, per row
@@ -56,7 +56,7 @@ class Decoding:
         """Tokens that the buffers hold per row now."""
         return self._state.capacity
 
-    def read(self, tokens: Ids, lengths: Ids | None = None) -> Floats:
+    def prefill(self, tokens: Ids, lengths: Ids | None = None) -> Floats:
         """Read prompts, (R, S) padded on the right to ``lengths`` (R,); logits (R, V) behind each row's last.
 
         In chunks of CHUNK. What is written for padding lies past its row's end and is overwritten before
@@ -75,7 +75,7 @@ class Decoding:
         self._ends = start + lengths
         return last
 
-    def read_all(self, tokens: Ids) -> Floats:
+    def forward_logits(self, tokens: Ids) -> Floats:
         """Read (R, S) and give the logits behind every token: (R, S, V)."""
         parts = []
         for first in range(0, tokens.shape[1], self._most_logits):
@@ -84,13 +84,13 @@ class Decoding:
             self._ends = self._ends + chunk.shape[1]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
-    def feed(self, tokens: Ids) -> Floats:
+    def decode_step(self, tokens: Ids) -> Floats:
         """Append one token to each row: (R,) -> logits (R, V) of what comes next."""
-        return self.read(tokens[:, None])
+        return self.prefill(tokens[:, None])
 
-    def select(self, rows: NDArray[np.intp]) -> None:
+    def reorder(self, rows: NDArray[np.intp]) -> None:
         """Row i goes on from what row ``rows[i]`` was; there are ``len(rows)`` from now on."""
-        self._state.select(rows)
+        self._state.reorder(rows)
         self._ends = self._ends[rows]
 
     def _step(self, tokens: Ids, write_indices: Ids, positions: NDArray[np.intp]) -> Floats:

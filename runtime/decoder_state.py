@@ -13,8 +13,8 @@ from transom.runtime.graph_spec import Tensor
 from transom.runtime.kv_cache import KVCache
 
 
-class State(Protocol):
-    """Caches of R rows and their source, wherever they lie. Belongs to one generation; not to be shared by threads."""
+class DecoderState(Protocol):
+    """Caches of R rows and what their encoder gave. Belongs to one generation, not to be shared by threads."""
 
     @property
     def capacity(self) -> int:
@@ -30,24 +30,24 @@ class State(Protocol):
         """Room for ``tokens`` in every row, which will be used."""
         ...
 
-    def select(self, rows: NDArray[np.intp]) -> None:
+    def reorder(self, rows: NDArray[np.intp]) -> None:
         """Row i goes on from what row ``rows[i]`` was; there are ``len(rows)`` from now on."""
         ...
 
 
 @runtime_checkable
-class KeepsState(Protocol):
+class SupportsDeviceCache(Protocol):
     """A backend whose device keeps the state, so that no step carries it there and back."""
 
-    def new_state(self, rows: int, limit: int, source: Mapping[str, Array]) -> State: ...
+    def new_decoder_state(self, rows: int, limit: int, encoder_outputs: Mapping[str, Array]) -> DecoderState: ...
 
 
-class HostState:
+class HostDecoderState:
     """State in numpy arrays."""
 
-    def __init__(self, caches: Sequence[Tensor], rows: int, limit: int, source: Mapping[str, Array]) -> None:
+    def __init__(self, caches: Sequence[Tensor], rows: int, limit: int, encoder_outputs: Mapping[str, Array]) -> None:
         self.cache = KVCache(caches, rows, limit)
-        self._source = Source(source, rows)
+        self._encoder_outputs = EncoderOutputs(encoder_outputs, rows)
 
     @property
     def capacity(self) -> int:
@@ -55,24 +55,24 @@ class HostState:
 
     @property
     def feeds(self) -> dict[str, Array]:
-        return {**self._source.arrays, **self.cache.buffers}
+        return {**self._encoder_outputs.arrays, **self.cache.buffers}
 
     def reserve(self, tokens: int) -> None:
         self.cache.reserve(tokens)
 
-    def select(self, rows: NDArray[np.intp]) -> None:
-        self.cache.select(rows)
-        self._source.select(rows, lambda array, chosen: array[chosen])
+    def reorder(self, rows: NDArray[np.intp]) -> None:
+        self.cache.reorder(rows)
+        self._encoder_outputs.reorder(rows, lambda array, chosen: array[chosen])
 
 
-class Source:
+class EncoderOutputs:
     """What rows read and never write, one row of each array per row: the encoder's keys and values, and its mask."""
 
     def __init__(self, arrays: Mapping[str, Any], rows: int) -> None:
         self.arrays = dict(arrays)
-        self._origin = np.arange(rows)  # the row of the original source that each row reads
+        self._origin = np.arange(rows)  # the original row that each row reads
 
-    def select(self, rows: NDArray[np.intp], take: Callable[[Any, NDArray[np.intp]], Any]) -> None:
+    def reorder(self, rows: NDArray[np.intp], take: Callable[[Any, NDArray[np.intp]], Any]) -> None:
         """``take(array, rows)`` gives the array of those rows."""
         origin = self._origin[rows]
         if not np.array_equal(origin, self._origin):  # beams of one source read the same
@@ -80,11 +80,14 @@ class Source:
         self._origin = origin
 
 
-def new_state(backend: Backend, rows: int, limit: int, source: Mapping[str, Array]) -> State:
-    """Empty caches for ``rows`` rows of ``backend``'s graph, at most ``limit`` tokens each, and their ``source``."""
-    if isinstance(backend, KeepsState):
-        return backend.new_state(rows, limit, source)
-    return HostState(cache_inputs(backend.graph.inputs, backend.graph.outputs), rows, limit, source)
+def new_decoder_state(backend: Backend, rows: int, limit: int, encoder_outputs: Mapping[str, Array]) -> DecoderState:
+    """Make empty caches for ``rows`` rows of ``backend``'s graph, at most ``limit`` tokens each.
+
+    ``encoder_outputs`` are read beside them, one row of each array per row.
+    """
+    if isinstance(backend, SupportsDeviceCache):
+        return backend.new_decoder_state(rows, limit, encoder_outputs)
+    return HostDecoderState(cache_inputs(backend.graph.inputs, backend.graph.outputs), rows, limit, encoder_outputs)
 
 
 def cache_inputs(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Tensor]:

@@ -24,10 +24,10 @@ PYTORCH = "PyTorch's"  # whose generation ours is held against, in words
 
 def forced_logits(bundle: Generator, prompts: Sequence[Row], chunks: Sequence[NDArray[np.int64]]) -> Iterator[Array]:
     """Teacher forcing: the logits behind the prompts, (R, 1, V), then those of each chunk (R, n): (R, n, V)."""
-    begun = bundle.begin(prompts)
-    yield begun.logits[:, None]
+    prefilled = bundle.prefill(prompts)
+    yield prefilled.logits[:, None]
     for chunk in chunks:
-        yield begun.decoding.read_all(chunk)
+        yield prefilled.decoder.forward_logits(chunk)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class KVCache:
             self._move(np.arange(self.rows), min(-(-tokens // STEP) * STEP, self._limit))
         self.used = max(self.used, tokens)
 
-    def select(self, rows: NDArray[np.intp]) -> None:
+    def reorder(self, rows: NDArray[np.intp]) -> None:
         """Row i becomes what row ``rows[i]`` was; only rows that change are copied, up to ``used``."""
         if len(rows) > self.rows:
             self._move(rows, self.capacity)

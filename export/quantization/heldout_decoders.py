@@ -46,10 +46,10 @@ def generation_questions(fp32: GPT, samples: Sequence[Sample], most: int) -> Que
 
     def ask(bundle: LoadedBundle) -> Iterator[Answers]:
         for name, window in windows:
-            decoding = cast(GPT, bundle).decoding(1)
+            decoder = cast(GPT, bundle).new_decoder(1)
             read, following = np.array([window[:-1]]), np.array(window[1:])
             for first in range(0, len(following), CHUNK):
-                logits = decoding.read_all(read[:, first : first + CHUNK])[0]
+                logits = decoder.forward_logits(read[:, first : first + CHUNK])[0]
                 targets = following[first : first + CHUNK]
                 yield Answers(name, logits, logits.argmax(1)[:, None], nats=(surprise(logits, targets), len(targets)))
 
@@ -110,9 +110,9 @@ def along(bundle: Generator, rows: Sequence[Row], outputs: Sequence[Row]) -> Flo
     """The logits that each token of ``outputs`` was to be chosen from: (R, n, V), n the longest of them."""
     longest = max(map(len, outputs))
     fed = np.array([[*tokens, *tokens[-1:] * (longest - len(tokens))] for tokens in outputs], np.int64)[:, :-1]
-    begun = bundle.begin(rows)
-    first = begun.logits[:, None]
-    return np.concatenate([first, begun.decoding.read_all(fed)], axis=1) if fed.shape[1] else first
+    prefilled = bundle.prefill(rows)
+    first = prefilled.logits[:, None]
+    return np.concatenate([first, prefilled.decoder.forward_logits(fed)], axis=1) if fed.shape[1] else first
 
 
 def ids_of(bundle: Generator, sample: Sample) -> Row:

@@ -11,10 +11,10 @@ import numpy as np
 
 from transom.runtime.backends.base import Array, Read
 from transom.runtime.backends.integer_sums import integer_sums
-from transom.runtime.backends.ort_cache import OrtState
+from transom.runtime.backends.ort_cache import OrtDecoderState
 from transom.runtime.backends.ort_library import FATAL, onnxruntime
 from transom.runtime.bundle import BLOCKS, PRODUCTS, SIMULATED, GraphFile
-from transom.runtime.decoder_state import HostState, State, cache_inputs
+from transom.runtime.decoder_state import DecoderState, HostDecoderState, cache_inputs
 from transom.runtime.errors import BackendError, BundleError, one_line
 from transom.runtime.feeds import storage
 from transom.runtime.graph_spec import Graph, Tensor
@@ -71,12 +71,12 @@ class OrtBackend(ProcessBound):
             binding.clear_binding_outputs()
         return outputs
 
-    def new_state(self, rows: int, limit: int, source: Mapping[str, Array]) -> State:
+    def new_decoder_state(self, rows: int, limit: int, encoder_outputs: Mapping[str, Array]) -> DecoderState:
         """On a GPU the caches stay there; but for BF16, which OrtValue cannot hand to numpy."""
         caches = cache_inputs(self.graph.inputs, self.graph.outputs)
         if self.device == "cpu" or any(tensor.dtype == "bfloat16" for tensor in self.graph.inputs):
-            return HostState(caches, rows, limit, source)
-        return OrtState(onnxruntime(), self.device, caches, rows, limit, source)
+            return HostDecoderState(caches, rows, limit, encoder_outputs)
+        return OrtDecoderState(onnxruntime(), self.device, caches, rows, limit, encoder_outputs)
 
     def _binding(self) -> Any:
         if not hasattr(self._local, "binding"):

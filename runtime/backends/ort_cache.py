@@ -13,14 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.runtime.backends.base import Array
-from transom.runtime.decoder_state import Source
+from transom.runtime.decoder_state import EncoderOutputs
 from transom.runtime.graph_spec import Tensor
 from transom.runtime.kv_cache import KVCache
 from transom.runtime.process_bound import ProcessBound
 
 
-class OrtState(ProcessBound):
-    """Caches and source as OrtValues on ``device``, "cuda" or "cpu"."""
+class OrtDecoderState(ProcessBound):
+    """Caches and encoder outputs as OrtValues on ``device``, "cuda" or "cpu"."""
 
     def __init__(
         self,
@@ -29,13 +29,15 @@ class OrtState(ProcessBound):
         caches: Sequence[Tensor],
         rows: int,
         limit: int,
-        source: Mapping[str, Array],
+        encoder_outputs: Mapping[str, Array],
     ) -> None:
         self._library, self._device = library, device
         self._host = KVCache(caches, rows, limit)  # between _pulled and _pushed it holds what is true
         self._rows = rows
         self._caches: dict[str, Any] = {}
-        self._source = Source({name: self._on_device(array) for name, array in source.items()}, rows)
+        self._encoder_outputs = EncoderOutputs(
+            {name: self._on_device(array) for name, array in encoder_outputs.items()}, rows
+        )
 
     @property
     def capacity(self) -> int:
@@ -45,7 +47,7 @@ class OrtState(ProcessBound):
     @property
     def feeds(self) -> dict[str, Any]:
         """OrtValues, by name of the input."""
-        return {**self._source.arrays, **self._caches}
+        return {**self._encoder_outputs.arrays, **self._caches}
 
     def reserve(self, tokens: int) -> None:
         """Room for ``tokens`` in every row, which will be used."""
@@ -56,14 +58,14 @@ class OrtState(ProcessBound):
         self._host.reserve(tokens)
         self._push()
 
-    def select(self, rows: NDArray[np.intp]) -> None:
+    def reorder(self, rows: NDArray[np.intp]) -> None:
         """Row i goes on from what row ``rows[i]`` was."""
         if np.array_equal(rows, np.arange(self._rows)):
             return
         self._pull()
-        self._host.select(rows)
+        self._host.reorder(rows)
         self._push()
-        self._source.select(rows, lambda value, chosen: self._on_device(value.numpy()[chosen]))
+        self._encoder_outputs.reorder(rows, lambda value, chosen: self._on_device(value.numpy()[chosen]))
         self._rows = len(rows)
 
     def _pull(self) -> None:

@@ -20,7 +20,7 @@ from transom.runtime.backends.base import Array, Read
 from transom.runtime.backends.cuda import CapturedGraph, OutOfMemory, Stream, find_gpu
 from transom.runtime.backends.trt_kernel_cache import KernelCache
 from transom.runtime.backends.trt_library import NAMES, library
-from transom.runtime.backends.trt_memory import DeviceArray, DeviceState, Pool, Staging
+from transom.runtime.backends.trt_memory import DeviceArray, Pool, Staging, TrtDecoderState
 from transom.runtime.backends.trt_plans import kind_of, pick_plan, require_version
 from transom.runtime.bundle import GraphFile
 from transom.runtime.decoder_state import cache_inputs
@@ -162,7 +162,7 @@ class TrtBackend(ProcessBound):
         self.graph, self.plan = self._engine.graph, self._engine.plan
 
     def run(self, feeds: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Array]:
-        """As a backend does; inputs may be what ``new_state`` made as well as numpy arrays.
+        """As a backend does; inputs may be what ``new_decoder_state`` made as well as numpy arrays.
 
         A thread beyond the CALLERS that are in here waits for its turn.
         """
@@ -179,8 +179,8 @@ class TrtBackend(ProcessBound):
             finally:
                 self._idle.append(caller)
 
-    def new_state(self, rows: int, limit: int, source: Mapping[str, Array]) -> DeviceState:
-        return DeviceState(self._pool, self._engine.caches, self._engine.length, rows, limit, source)
+    def new_decoder_state(self, rows: int, limit: int, encoder_outputs: Mapping[str, Array]) -> TrtDecoderState:
+        return TrtDecoderState(self._pool, self._engine.caches, self._engine.length, rows, limit, encoder_outputs)
 
 
 class Caller(ProcessBound):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from transom.runtime.backends.base import Array
 from transom.runtime.backends.cuda import Memory, OutOfMemory, PinnedMemory, Stream
-from transom.runtime.decoder_state import Source
+from transom.runtime.decoder_state import EncoderOutputs
 from transom.runtime.errors import BackendError
 from transom.runtime.feeds import storage
 from transom.runtime.graph_spec import Tensor
@@ -152,7 +152,7 @@ def as_bytes(array: Array) -> NDArray[np.uint8]:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
-class DeviceState(ProcessBound):
+class TrtDecoderState(ProcessBound):
     """What a decoder's rows keep on the GPU between steps: caches written in place, and what they read beside them.
 
     A cache (rows, H, C, D) has the one length C that the engine was built for. Every method waits for its own work, so
@@ -160,7 +160,13 @@ class DeviceState(ProcessBound):
     """
 
     def __init__(
-        self, pool: Pool, caches: Sequence[Tensor], length: int, rows: int, limit: int, source: Mapping[str, Array]
+        self,
+        pool: Pool,
+        caches: Sequence[Tensor],
+        length: int,
+        rows: int,
+        limit: int,
+        encoder_outputs: Mapping[str, Array],
     ) -> None:
         self._pool, self._stream = pool, Stream()
         self._held: list[Memory] = []
@@ -169,7 +175,9 @@ class DeviceState(ProcessBound):
         self._used, self._rows = 0, rows
         try:
             self._caches = {tensor.name: self._empty(tensor, rows, length) for tensor in caches}
-            self._source = Source({name: self._uploaded(array) for name, array in source.items()}, rows)
+            self._encoder_outputs = EncoderOutputs(
+                {name: self._uploaded(array) for name, array in encoder_outputs.items()}, rows
+            )
         except BaseException:
             give_back(pool, self._held)  # now: the error's traceback keeps this object alive for as long as it likes
             raise
@@ -179,7 +187,7 @@ class DeviceState(ProcessBound):
     @property
     def feeds(self) -> dict[str, DeviceArray]:
         """What the graph is to be fed beside the tokens, by name of its input."""
-        return {**self._source.arrays, **self._caches}
+        return {**self._encoder_outputs.arrays, **self._caches}
 
     def reserve(self, tokens: int) -> None:
         """Note that positions up to ``tokens`` will be written. BackendError past the end: TensorRT would drop them."""
@@ -187,11 +195,11 @@ class DeviceState(ProcessBound):
             raise BackendError(f"{tokens} tokens were to be written; the engine's cache holds {self.capacity}.")
         self._used = max(self._used, tokens)
 
-    def select(self, rows: NDArray[np.intp]) -> None:
+    def reorder(self, rows: NDArray[np.intp]) -> None:
         """Row i goes on from what row ``rows[i]`` was."""
         if not np.array_equal(rows, np.arange(self._rows)):
             self._caches = {name: self._cache_of(old, rows) for name, old in self._caches.items()}
-            self._source.select(rows, self._rows_of)
+            self._encoder_outputs.reorder(rows, self._rows_of)
             self._rows = len(rows)
 
     def _cache_of(self, old: DeviceArray, rows: NDArray[np.intp]) -> DeviceArray:

@@ -143,5 +143,5 @@ def beam_search(
         rows.append(fed)
         reorder(continuation, at[chosen_rows], held)
         held, at = len(chosen_rows), np.arange(len(chosen_rows))
-        logits = continuation.feed(fed)
+        logits = continuation.decode_step(fed)
         step += 1

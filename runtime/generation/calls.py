@@ -48,7 +48,7 @@ def generate(
     if copies > 1:
         repeated = np.repeat(np.arange(len(rows)), copies)
         rows.select(repeated)
-        continuation.select(repeated)
+        continuation.reorder(repeated)
         logits = logits[repeated]
     found: list[list[int]] = [[] for _ in range(len(rows))]
     for live, tokens in tokens_of_rows(rows, logits, continuation, settings, stopping, first):

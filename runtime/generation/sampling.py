@@ -56,7 +56,7 @@ def tokens_of_rows(
             rows.select(stay)
             reorder(continuation, stay, len(live))
             live, tokens = live[stay], tokens[stay]
-        logits = continuation.feed(tokens)
+        logits = continuation.decode_step(tokens)
         step += 1
 
 

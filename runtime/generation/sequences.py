@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 class Continuation(Protocol):
     """R rows of tokens that a decoder has read, with their KV cache."""
 
-    def feed(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+    def decode_step(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         """Append one token to each row: (R,) -> logits (R, V) of what comes next."""
 
-    def select(self, rows: NDArray[np.intp]) -> None:
+    def reorder(self, rows: NDArray[np.intp]) -> None:
         """Row i goes on from what row rows[i] was; R becomes len(rows)."""
 
 
@@ -55,7 +55,7 @@ class Rows:
         self.lengths += 1
 
     def select(self, rows: NDArray[np.intp]) -> None:
-        """Row i becomes what row rows[i] was, as in ``Continuation.select``."""
+        """Row i becomes what row rows[i] was, as in ``Continuation.reorder``."""
         for name in ("tokens", "lengths", "prompts", "limits", "shortest"):
             setattr(self, name, getattr(self, name)[rows])
 
@@ -63,4 +63,4 @@ class Rows:
 def reorder(continuation: Continuation, rows: NDArray[np.intp], held: int) -> None:
     """Make a continuation of ``held`` rows go on as ``rows``, sparing it a call that would change nothing."""
     if len(rows) != held or bool((rows != np.arange(held)).any()):
-        continuation.select(rows)
+        continuation.reorder(rows)

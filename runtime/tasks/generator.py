@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.runtime.decoder import Decoding
+from transom.runtime.decoder import Decoder
 from transom.runtime.errors import BundleError, InputError
 from transom.runtime.feeds import WRITE_INDICES
 from transom.runtime.generation import GenerationSettings, generate, stream
@@ -29,10 +29,10 @@ Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Begun:
+class PrefillResult:
     """A batch whose prompts are read: what goes on, each row's first ids, and the logits (R, V) behind them."""
 
-    decoding: Decoding
+    decoder: Decoder
     starts: list[Row]
     logits: Floats
 
@@ -109,11 +109,11 @@ class Generator(LoadedBundle, ABC):
         size = self.max_size("B") // each
         answers: list[Any] = []
         for first in range(0, len(asked.given), size):
-            begun = self.begin(self._ids(asked, first, first + size))
+            prefilled = self.prefill(self._ids(asked, first, first + size))
             found = generate(
-                begun.starts,
-                begun.logits,
-                begun.decoding,
+                prefilled.starts,
+                prefilled.logits,
+                prefilled.decoder,
                 settings,
                 decode=self._decode_all if self._text else None,
                 positions=self.context,
@@ -136,11 +136,11 @@ class Generator(LoadedBundle, ABC):
         return Stream(self._pieces(tokens) if asked.text else tokens)
 
     def _tokens(self, rows: list[Row], settings: GenerationSettings) -> Pieces[int]:
-        begun = self.begin(rows)
+        prefilled = self.prefill(rows)
         yield from stream(
-            begun.starts[0],
-            begun.logits,
-            begun.decoding,
+            prefilled.starts[0],
+            prefilled.logits,
+            prefilled.decoder,
             settings,
             decode=self._decode_all if self._text else None,
             positions=self.context,
@@ -157,12 +157,12 @@ class Generator(LoadedBundle, ABC):
             yield rest
 
     @abstractmethod
-    def begin(self, rows: Sequence[Row]) -> Begun:
+    def prefill(self, rows: Sequence[Row]) -> PrefillResult:
         """Read a batch of prompts, ids of different lengths."""
 
-    def decoding(self, rows: int, source: Mapping[str, Array] | None = None) -> Decoding:
-        """An empty cache for ``rows`` rows, within this bundle's bounds; ``source`` as Decoding has it."""
-        return Decoding(self.backend("decoder"), rows, self.context, source, most_logits=self.max_size("P"))
+    def new_decoder(self, rows: int, encoder_outputs: Mapping[str, Array] | None = None) -> Decoder:
+        """An empty cache for ``rows`` rows, within this bundle's bounds; ``encoder_outputs`` as in Decoder."""
+        return Decoder(self.backend("decoder"), rows, self.context, encoder_outputs, most_logits=self.max_size("P"))
 
     @abstractmethod
     def decoder_length(self, row: Sequence[int]) -> int:

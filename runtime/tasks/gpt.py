@@ -12,7 +12,7 @@ from transom.runtime.decoder import CHUNK
 from transom.runtime.errors import InputError
 from transom.runtime.feeds import LOGITS_POSITIONS, WRITE_INDICES
 from transom.runtime.finite import check_finite
-from transom.runtime.tasks.generator import Begun, Generator, Row, padded
+from transom.runtime.tasks.generator import Generator, PrefillResult, Row, padded
 from transom.runtime.tasks.generator_task import ask_generator, generated_lines
 from transom.runtime.tasks.task import FamilyTasks, Task
 
@@ -22,10 +22,10 @@ class GPT(Generator):
 
     GRAPHS: ClassVar = {"decoder": ("input_ids", WRITE_INDICES, LOGITS_POSITIONS)}
 
-    def begin(self, rows: Sequence[Row]) -> Begun:
-        decoding = self.decoding(len(rows))
-        logits = decoding.read(*padded(rows))
-        return Begun(decoding, [list(row) for row in rows], logits)
+    def prefill(self, rows: Sequence[Row]) -> PrefillResult:
+        decoder = self.new_decoder(len(rows))
+        logits = decoder.prefill(*padded(rows))
+        return PrefillResult(decoder, [list(row) for row in rows], logits)
 
     def decoder_length(self, row: Sequence[int]) -> int:
         return len(row)
@@ -75,11 +75,11 @@ class GPT(Generator):
         self, window: NDArray[np.int64], following: NDArray[np.int64], skip: int, name: str
     ) -> NDArray[np.float64]:
         """The log-probability of each of ``following`` behind its token of ``window``, but for the first ``skip``."""
-        decoding = self.decoding(1)
+        decoder = self.new_decoder(1)
         parts = []
         for first in range(0, len(following), CHUNK):
             targets = following[first : first + CHUNK]
-            found = decoding.read_all(window[None, first : first + CHUNK])[0, : len(targets)]
+            found = decoder.forward_logits(window[None, first : first + CHUNK])[0, : len(targets)]
             check_finite(found, "logits", lambda _: name, ruled_out=True)
             logits = found.astype(np.float64)
             top = logits.max(-1, keepdims=True)

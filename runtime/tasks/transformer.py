@@ -9,7 +9,7 @@ import numpy as np
 
 from transom.runtime.errors import BundleError
 from transom.runtime.feeds import LOGITS_POSITIONS, WRITE_INDICES, shape_of
-from transom.runtime.tasks.generator import Begun, Generator, Row, padded
+from transom.runtime.tasks.generator import Generator, PrefillResult, Row, padded
 from transom.runtime.tasks.generator_task import ask_generator, generated_lines
 from transom.runtime.tasks.task import FamilyTasks, Task
 from transom.runtime.text.tokenizer import row_length
@@ -43,12 +43,12 @@ class Transformer(Generator):
         self.encoder()  # texts need one
         return self.generate(texts, **keywords)
 
-    def begin(self, rows: Sequence[Row]) -> Begun:
+    def prefill(self, rows: Sequence[Row]) -> PrefillResult:
         ids, lengths = padded(rows, row_length(max(map(len, rows)), self.max_size("S")))
         mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
-        return self.begin_masked(ids, mask)
+        return self.prefill_masked(ids, mask)
 
-    def begin_masked(self, ids: Any, mask: Any) -> Begun:
+    def prefill_masked(self, ids: Any, mask: Any) -> PrefillResult:
         """Encode ``ids`` and ``mask``, int64 (R, S), and read the start token."""
         encoder, decoder = self.backend("encoder"), self.backend("decoder")
         R, S = ids.shape
@@ -58,10 +58,10 @@ class Transformer(Generator):
             for tensor in encoder.graph.outputs
             if tensor.name in read_by_decoder
         }
-        source = encoder.run({"input_ids": ids, "attention_mask": mask}, shapes)
-        decoding = self.decoding(R, {**source, "attention_mask": mask})
+        encoded = encoder.run({"input_ids": ids, "attention_mask": mask}, shapes)
+        decoder = self.new_decoder(R, {**encoded, "attention_mask": mask})
         starts = [list(self.start) for _ in range(R)]
-        return Begun(decoding, starts, decoding.read(np.array(starts, np.int64)))
+        return PrefillResult(decoder, starts, decoder.prefill(np.array(starts, np.int64)))
 
     def decoder_length(self, row: Sequence[int]) -> int:
         return 1  # the start token

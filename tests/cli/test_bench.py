@@ -17,7 +17,7 @@ import pytest
 from command_line import ANSI, as_quantized, changed_bundle, command, document, error_line, transom
 from transom.runtime.bench import example_feeds, percentile, sizes_of
 from transom.runtime.cpu import instruction_set
-from transom.runtime.decoder import Decoding
+from transom.runtime.decoder import Decoder
 from transom.runtime.errors import InputError, ShapeError
 from transom.runtime.graph_spec import Axis, Graph, Tensor
 from transom.runtime.host import processor
@@ -61,13 +61,13 @@ def test_bench_of_a_bundle_that_generates_measures_what_a_user_waits_for(
 ) -> None:
     _, gpt = exported("GPT2LMHeadModel")
     read: list[tuple[int, ...]] = []
-    step = Decoding.read
+    step = Decoder.prefill
 
-    def count(self: Decoding, tokens: Any, lengths: Any = None) -> Any:
+    def count(self: Decoder, tokens: Any, lengths: Any = None) -> Any:
         read.append(tokens.shape)
         return step(self, tokens, lengths)
 
-    monkeypatch.setattr(Decoding, "read", count)
+    monkeypatch.setattr(Decoder, "prefill", count)
     told = document(transom("bench", gpt, "--shape", "B=2,S=5", "--new-tokens", "4", *SHORT, "--json"))
     assert read == [(2, 5), (2, 1)] + 3 * [(2, 5), (2, 1), (2, 1), (2, 1)]  # the warm-up, then three generations
     prefill, decode = told["timings"]

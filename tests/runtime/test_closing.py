@@ -165,7 +165,7 @@ HELD: dict[str, Callable[[Any], object]] = {
     "method": lambda g: g.generate,
     "backend": lambda g: g.backend("decoder"),
     "stream": lambda g: g.stream([1], max_new_tokens=2),
-    "decoding": lambda g: g.begin([[1]]),
+    "decoder": lambda g: g.prefill([[1]]),
     "future": lambda g: g.submit({"input_ids": np.ones((1, 2), np.int64)}),
 }
 WAYS: dict[str, Callable[[Any], object]] = {"pickle": pickle.dumps, "deepcopy": copy.deepcopy}

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tiny_models import Counted, assert_close, logits_of, random_ids
 from transom.runtime import load
-from transom.runtime.decoder import CHUNK, Decoding
+from transom.runtime.decoder import CHUNK, Decoder
 from transom.runtime.errors import InputError, ShapeError
 
 Exported = Callable[..., tuple[Path, Path]]
@@ -199,31 +199,31 @@ def test_prompts_read_at_once_in_chunks_or_one_by_one(
 ) -> None:
     ids, R, S = random_ids((len(lengths), max(lengths))), len(lengths), max(lengths)
     expected = np.stack([logits_of(gpt_theirs, ids[r : r + 1, :n])[0, -1] for r, n in enumerate(lengths)])
-    whole = Decoding(gpt.backend("decoder"), R, 67)
-    assert_close(whole.read(ids, np.array(lengths)), expected)
+    whole = Decoder(gpt.backend("decoder"), R, 67)
+    assert_close(whole.prefill(ids, np.array(lengths)), expected)
     for size in (1, 3, 16):
         monkeypatch.setattr("transom.runtime.decoder.CHUNK", size)
         backend = Counted(gpt.backend("decoder"))
-        assert_close(Decoding(backend, R, 67).read(ids, np.array(lengths)), expected)
+        assert_close(Decoder(backend, R, 67).prefill(ids, np.array(lengths)), expected)
         assert len(backend.fed) == -(-S // size)
         assert max(feeds["input_ids"].shape[1] for feeds in backend.fed) <= size
     if len(set(lengths)) == 1:
-        one = Decoding(gpt.backend("decoder"), R, 67)
+        one = Decoder(gpt.backend("decoder"), R, 67)
         for column in range(S):
-            last = one.feed(ids[:, column])
+            last = one.decode_step(ids[:, column])
         assert_close(last, expected)
     assert CHUNK == 256  # larger than this model's context: the first read was one
 
 
 def test_rows_go_on_from_their_own_ends(gpt: Any, gpt_theirs: Any) -> None:
     ids, lengths = random_ids((3, 20)), np.array([9, 1, 4])
-    decoding = Decoding(gpt.backend("decoder"), 3, 67)
-    decoding.read(ids[:, :9], lengths)
+    decoder = Decoder(gpt.backend("decoder"), 3, 67)
+    decoder.prefill(ids[:, :9], lengths)
     new = random_ids((3, 6), seed=1)
-    fed = np.stack([decoding.feed(new[:, step]) for step in range(2)], axis=1)
-    all_of = decoding.read_all(new[:, 2:5])
-    decoding.select(np.array([2, 0]))
-    last = decoding.feed(new[[2, 0], 5])
+    fed = np.stack([decoder.decode_step(new[:, step]) for step in range(2)], axis=1)
+    all_of = decoder.forward_logits(new[:, 2:5])
+    decoder.reorder(np.array([2, 0]))
+    last = decoder.decode_step(new[[2, 0], 5])
     for row in range(3):
         alone = logits_of(gpt_theirs, np.concatenate([ids[row, : lengths[row]], new[row]])[None])[0, lengths[row] :]
         assert_close(fed[row], alone[:2])
@@ -235,10 +235,10 @@ def test_rows_go_on_from_their_own_ends(gpt: Any, gpt_theirs: Any) -> None:
 def test_a_step_feeds_the_same_memory_again(gpt: Any) -> None:
     """No step copies a cache: each is fed the buffer of the one before, and gives no cache back."""
     backend = Counted(gpt.backend("decoder"))
-    decoding = Decoding(backend, 2, 67)
-    decoding.read(random_ids((2, 5)))
+    decoder = Decoder(backend, 2, 67)
+    decoder.prefill(random_ids((2, 5)))
     for step in range(10):
-        decoding.feed(random_ids(2, seed=step))
+        decoder.decode_step(random_ids(2, seed=step))
     names = [name for name in backend.fed[0] if "_cache." in name]
     assert len(names) == 6
     for name in names:
@@ -247,27 +247,27 @@ def test_a_step_feeds_the_same_memory_again(gpt: Any) -> None:
 
 def test_the_limit_is_checked_before_the_graph_runs(gpt: Any) -> None:
     backend = Counted(gpt.backend("decoder"))
-    decoding = Decoding(backend, 2, 9)
-    decoding.read(random_ids((2, 8)), np.array([3, 8]))
-    decoding.feed(np.array([1, 1]))
+    decoder = Decoder(backend, 2, 9)
+    decoder.prefill(random_ids((2, 8)), np.array([3, 8]))
+    decoder.decode_step(np.array([1, 1]))
     calls = len(backend.fed)
     with pytest.raises(InputError, match="row 1 reaches 10 tokens; the context holds 9"):
-        decoding.feed(np.array([1, 1]))
+        decoder.decode_step(np.array([1, 1]))
     assert len(backend.fed) == calls
-    decoding.select(np.array([0]))
-    assert decoding.feed(np.array([1])).shape == (1, 101)  # the other row has room
+    decoder.reorder(np.array([0]))
+    assert decoder.decode_step(np.array([1])).shape == (1, 101)  # the other row has room
 
 
 def test_beams_of_sources_read_their_own_source(marian: Any) -> None:
     """Rows of two sources are forked, crossed and dropped: each goes on as a fresh one of its source would."""
     ids = random_ids((2, 9))
-    begun = marian.begin([ids[0, :4].tolist(), ids[1].tolist()])
-    begun.decoding.select(np.array([0, 0, 1, 1]))
+    prefilled = marian.prefill([ids[0, :4].tolist(), ids[1].tolist()])
+    prefilled.decoder.reorder(np.array([0, 0, 1, 1]))
     tokens = np.array([[3, 4, 5, 6], [7, 8, 9, 10]])
-    begun.decoding.feed(tokens[0])
-    begun.decoding.select(np.array([3, 1, 0]))
-    found = begun.decoding.feed(tokens[1, :3])
+    prefilled.decoder.decode_step(tokens[0])
+    prefilled.decoder.reorder(np.array([3, 1, 0]))
+    found = prefilled.decoder.decode_step(tokens[1, :3])
     for row, (source, fed) in enumerate([(1, (6, 7)), (0, (4, 8)), (0, (3, 9))]):
-        alone = marian.begin([ids[source, :4].tolist() if source == 0 else ids[source].tolist()])
-        alone.decoding.feed(np.array(fed[:1]))
-        assert_close(found[row], alone.decoding.feed(np.array(fed[1:]))[0])
+        alone = marian.prefill([ids[source, :4].tolist() if source == 0 else ids[source].tolist()])
+        alone.decoder.decode_step(np.array(fed[:1]))
+        assert_close(found[row], alone.decoder.decode_step(np.array(fed[1:]))[0])

@@ -50,8 +50,8 @@ def test_reserve_grows_in_steps_and_keeps_what_is_there() -> None:
 def test_buffers_are_what_a_graph_may_write_into() -> None:
     cache = pencil_cache(rows=3)
     cache.reserve(9)
-    cache.select(np.array([1, 2]))
-    cache.select(np.array([1, 1, 0, 0]))
+    cache.reorder(np.array([1, 2]))
+    cache.reorder(np.array([1, 1, 0, 0]))
     for buffer in cache.buffers.values():
         assert buffer.flags.c_contiguous
         assert buffer.flags.writeable
@@ -66,7 +66,7 @@ def test_select_touches_changed_rows_up_to_what_is_used_alone() -> None:
         for row in range(4):
             buffer[row, :, 2:] = 7 * row  # a copy of whole rows would move these
     kept = cache.buffers["k"]
-    cache.select(np.array([0, 2, 2, 1]))
+    cache.reorder(np.array([0, 2, 2, 1]))
     assert cache.buffers["k"].base is kept or cache.buffers["k"] is kept  # the same memory
     assert firsts(cache) == [1, 2001, 2001, 1001]
     assert firsts(cache, 1) == [2, 2002, 2002, 1002]
@@ -76,7 +76,7 @@ def test_select_touches_changed_rows_up_to_what_is_used_alone() -> None:
     write(cache, 1)
     cache.buffers["k"].flags.writeable = cache.buffers["v"].flags.writeable = False
     with pytest.raises(ValueError, match="read-only"):
-        cache.select(np.array([1, 0]))
+        cache.reorder(np.array([1, 0]))
 
 
 def test_beams_that_cross_are_not_mixed_up() -> None:
@@ -84,7 +84,7 @@ def test_beams_that_cross_are_not_mixed_up() -> None:
     cache = pencil_cache(rows=3)
     cache.reserve(1)
     write(cache, 0)
-    cache.select(np.array([2, 0, 1]))
+    cache.reorder(np.array([2, 0, 1]))
     assert firsts(cache) == [2000, 0, 1000]
 
 
@@ -92,12 +92,12 @@ def test_finished_rows_go_and_rows_are_forked() -> None:
     cache = pencil_cache(rows=3)
     cache.reserve(2)
     write(cache, 1)
-    cache.select(np.array([0, 2]))
+    cache.reorder(np.array([0, 2]))
     assert (cache.rows, firsts(cache)) == (2, [1, 2001])
     cache.reserve(STEP + 5)
     assert (cache.rows, firsts(cache), firsts(cache, 2)) == (2, [1, 2001], [0, 0])
-    cache.select(np.array([1, 1, 0, 0, 1]))
+    cache.reorder(np.array([1, 1, 0, 0, 1]))
     assert (cache.rows, firsts(cache), cache.capacity) == (5, [2001, 2001, 1, 1, 2001], 2 * STEP)
     assert not cache.buffers["k"][:, :, 2:].any()
-    cache.select(np.array([], dtype=np.intp))
+    cache.reorder(np.array([], dtype=np.intp))
     assert cache.rows == 0

@@ -27,13 +27,13 @@ class Table:
     def logits(self) -> NDArray[np.float32]:
         return self.table[self.last]
 
-    def feed(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+    def decode_step(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         assert tokens.shape == self.last.shape
         assert tokens.dtype == np.int64
         self.last, self.fed = tokens.copy(), self.fed + 1
         return self.logits()
 
-    def select(self, rows: NDArray[np.intp]) -> None:
+    def reorder(self, rows: NDArray[np.intp]) -> None:
         self.selected.append(rows.tolist())
         self.last = self.last[rows]
 
@@ -62,13 +62,13 @@ class Recomputed:
             found[group] = out[:, -1].numpy()
         return found
 
-    def feed(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+    def decode_step(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
         assert len(tokens) == len(self.rows)
         for row, token in zip(self.rows, tokens.tolist(), strict=True):
             row.append(token)
         return self.logits()
 
-    def select(self, rows: NDArray[np.intp]) -> None:
+    def reorder(self, rows: NDArray[np.intp]) -> None:
         self.rows = [list(self.rows[row]) for row in rows]
         if self.sources is not None:
             self.sources = [self.sources[row] for row in rows]

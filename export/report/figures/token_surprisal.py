@@ -53,7 +53,7 @@ def read(model: GPT, text: str) -> list[Read]:
     most = min(model.context, MOST_TOKENS)
     if not 2 <= len(ids) <= most or max(ids) >= model.vocabulary:
         raise InputError(f"the text {text[:40]!r} has {len(ids)} tokens; 2 to {most} can be drawn. Give another.")
-    logits = model.decoding(1).read_all(np.array([ids]))[0, :-1].astype(np.float64)  # (tokens - 1, V)
+    logits = model.new_decoder(1).forward_logits(np.array([ids]))[0, :-1].astype(np.float64)  # (tokens - 1, V)
     logits -= logits.max(-1, keepdims=True)
     probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
 

@@ -169,8 +169,8 @@ def test_rows_of_a_batch_are_answered_as_each_alone(gpt_bundle: Path) -> None:
         assert isinstance(loaded, GPT)
 
         def answers(rows: NDArray[np.int64]) -> Float:
-            decoding = loaded.decoding(len(rows))
-            return np.concatenate([decoding.read_all(rows[:, :12]), decoding.read_all(rows[:, 12:])], axis=1)
+            decoder = loaded.new_decoder(len(rows))
+            return np.concatenate([decoder.forward_logits(rows[:, :12]), decoder.forward_logits(rows[:, 12:])], axis=1)
 
         together = answers(ids)
         for row in range(3):

@@ -10,27 +10,27 @@ import pytest
 
 from transom.runtime import load
 from transom.runtime.backends.ort import OrtBackend
-from transom.runtime.backends.ort_cache import OrtState
+from transom.runtime.backends.ort_cache import OrtDecoderState
 from transom.runtime.backends.ort_library import onnxruntime
-from transom.runtime.decoder_state import State, cache_inputs
+from transom.runtime.decoder_state import DecoderState, cache_inputs
 
 
 @pytest.fixture
-def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[OrtState]:
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[OrtDecoderState]:
     """Every decoder keeps its state in OrtValues; those that were made."""
-    made: list[OrtState] = []
+    made: list[OrtDecoderState] = []
 
-    def new_state(self: OrtBackend, rows: int, limit: int, source: Any) -> State:
+    def new_decoder_state(self: OrtBackend, rows: int, limit: int, encoder_outputs: Any) -> DecoderState:
         caches = cache_inputs(self.graph.inputs, self.graph.outputs)
-        made.append(OrtState(onnxruntime(), "cpu", caches, rows, limit, source))
+        made.append(OrtDecoderState(onnxruntime(), "cpu", caches, rows, limit, encoder_outputs))
         return made[-1]
 
-    monkeypatch.setattr(OrtBackend, "new_state", new_state)
+    monkeypatch.setattr(OrtBackend, "new_state", new_decoder_state)
     return made
 
 
 def test_generation_over_values_of_the_device(
-    gpt_bundle: Path, dates_bundle: Path, monkeypatch: pytest.MonkeyPatch, as_on_a_gpu: list[OrtState]
+    gpt_bundle: Path, dates_bundle: Path, monkeypatch: pytest.MonkeyPatch, as_on_a_gpu: list[OrtDecoderState]
 ) -> None:
     """Greedy past a growth of the caches at 128 tokens, beams that fork and change places, an encoder's keys beside."""
     asked: list[dict[str, Any]] = [{"max_new_tokens": 140}, {"max_new_tokens": 20, "num_beams": 3}]
@@ -49,7 +49,7 @@ def test_a_step_writes_the_values_themselves(gpt_bundle: Path) -> None:
     with load(gpt_bundle, threads=1) as gpt:
         backend = gpt.backend("decoder")
         graph = backend.graph
-        state = OrtState(onnxruntime(), "cpu", cache_inputs(graph.inputs, graph.outputs), 1, 256, {})
+        state = OrtDecoderState(onnxruntime(), "cpu", cache_inputs(graph.inputs, graph.outputs), 1, 256, {})
         state.reserve(3)
         feeds = {
             "input_ids": np.array([[5, 6, 7]]),

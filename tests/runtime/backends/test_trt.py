@@ -221,7 +221,7 @@ def test_a_step_past_the_end_is_refused(put: Put, gpt_bundle: Path) -> None:
     with load(put(gpt_bundle), device="tensorrt") as gpt:
         backend = gpt.backend("decoder")
         length = gpt.max_size("C")
-        state = backend.new_state(1, length, {})
+        state = backend.new_decoder_state(1, length, {})
         feeds = {"input_ids": np.array([[5, 6]]), "logits_positions": np.array([[1]]), **state.feeds}
         with pytest.raises(ShapeError, match=f"2 tokens at {length - 1} reach {length + 1}; the caches hold {length}"):
             backend.run({**feeds, "write_indices": np.array([length - 1])}, {})

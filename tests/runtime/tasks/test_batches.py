@@ -128,8 +128,8 @@ def test_batches_by_pencil() -> None:
 def test_prompts_become_ids_a_batch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     with load(KEPT / "gpt-fp32", threads=1) as gpt:
         prompts = [[1 + place % 9, 2] for place in range(7)]
-        sizes, begin = [], gpt.begin
-        monkeypatch.setattr(gpt, "begin", lambda rows: (sizes.append(len(rows)), begin(rows))[1])
+        sizes, prefill = [], gpt.prefill
+        monkeypatch.setattr(gpt, "prefill", lambda rows: (sizes.append(len(rows)), prefill(rows))[1])
         found = gpt.generate(prompts, max_new_tokens=3)
         assert sizes == [2, 2, 2, 1]
         assert found == [gpt.generate(prompt, max_new_tokens=3) for prompt in prompts]

@@ -145,14 +145,14 @@ def test_a_stream_joined_is_what_generate_gives(gpt: Any, prompt: str) -> None:
 
 
 def test_a_stream_gives_each_token_as_it_is_made(gpt: Any) -> None:
-    steps, feed = [], type(gpt.begin([[1]]).decoding).feed
+    steps, decode_step = [], type(gpt.prefill([[1]]).decoder).decode_step
 
     def counted(self: Any, tokens: Any) -> Any:
         steps.append(tokens)
-        return feed(self, tokens)
+        return decode_step(self, tokens)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transom.runtime.decoder.Decoding.feed", counted)
+        patch.setattr("transom.runtime.decoder.Decoder.decode_step", counted)
         stream = gpt.stream([5, 6], max_new_tokens=4, eos_token_id=None)
         for number, _ in enumerate(stream):
             assert len(steps) == number

@@ -158,6 +158,6 @@ def test_sources_are_padded_by_fours(dates_bundle: Path, monkeypatch: pytest.Mon
             return run(feeds, shapes)
 
         monkeypatch.setattr(mt.backend("encoder"), "run", note)
-        mt.begin([[5] * 7])
-        mt.begin([[5] * 7, [5] * 9])
+        mt.prefill([[5] * 7])
+        mt.prefill([[5] * 7, [5] * 9])
     assert sizes == [(1, 8), (2, 12)]

@@ -97,15 +97,15 @@ def test_many_generations_leave_memory_flat_and_answers_fresh(exported: Exported
 
 def test_a_stream_left_half_way_frees_its_buffers(gpt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Any] = []
-    begin = type(gpt).begin
+    prefill = type(gpt).prefill
 
     def watched(self: Any, rows: Any) -> Any:
-        begun = begin(self, rows)
-        made.extend(weakref.ref(buffer) for buffer in begun.decoding._state.cache.buffers.values())
-        made.append(weakref.ref(begun.decoding))
-        return begun
+        prefilled = prefill(self, rows)
+        made.extend(weakref.ref(buffer) for buffer in prefilled.decoder._state.cache.buffers.values())
+        made.append(weakref.ref(prefilled.decoder))
+        return prefilled
 
-    monkeypatch.setattr(type(gpt), "begin", watched)
+    monkeypatch.setattr(type(gpt), "prefill", watched)
     expected = gpt.generate([1, 2, 3], max_new_tokens=20)
     made.clear()
     gc.collect()
@@ -197,9 +197,9 @@ def test_a_row_that_overflows_is_an_error_of_its_own(overflowing: Path, gpt: Any
     with load(overflowing, threads=1) as bundle:
         with pytest.raises(InputError, match="logits for prompt 1 are NaN at new token 1"):
             bundle.generate([sound[0], [5, 0, 7], sound[1]], max_new_tokens=9)
-        logits = bundle.begin([sound[0], [5, 0, 7], sound[1]]).logits
+        logits = bundle.prefill([sound[0], [5, 0, 7], sound[1]]).logits
         assert np.isnan(logits[1]).all()
-        assert_close(logits[[0, 2]], gpt.begin(sound).logits)
+        assert_close(logits[[0, 2]], gpt.prefill(sound).logits)
         assert bundle.generate(sound, max_new_tokens=9) == expected  # a later request
 
 
@@ -207,5 +207,5 @@ def test_padding_is_nobodys_business(overflowing: Path, gpt: Any) -> None:
     """Rows are padded with tokens; one whose embedding overflows must not reach a row that does not hold it."""
     prompts = [[5, 6, 7, 8], [9]]
     with load(overflowing, threads=1) as bundle:
-        assert_close(bundle.begin(prompts).logits, gpt.begin(prompts).logits)
+        assert_close(bundle.prefill(prompts).logits, gpt.prefill(prompts).logits)
         assert bundle.generate(prompts, max_new_tokens=4) == gpt.generate(prompts, max_new_tokens=4)
