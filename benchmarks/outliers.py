@@ -87,13 +87,13 @@ def inject(source: str, out: Path, *, channels: int = CHANNELS, least: float = L
     }
     found = [
         (name.removesuffix(f"{pair.loud}.weight"), pair)
-        for pair in PAIRS[checkpoint.raw["model_type"]]
+        for pair in PAIRS[checkpoint.config_json["model_type"]]
         for name in sorted(weights)
         if name.endswith(f".{pair.loud}.weight")
     ]
     if not found:
         raise ValueError(
-            f"{source} has none of the parts {[pair.loud for pair in PAIRS[checkpoint.raw['model_type']]]}."
+            f"{source} has none of the parts {[pair.loud for pair in PAIRS[checkpoint.config_json['model_type']]]}."
         )
     sums: dict[int, NDArray[np.float32]] = {}  # by width: CLIP's towers may differ
     for layer, pair in found:

@@ -69,10 +69,10 @@ def load_checkpoint(
     for an axis or image size that the family does not have.
     """
     checkpoint = open_checkpoint(source)
-    family = find_family(checkpoint.raw)
-    chosen = find_task(family, checkpoint.raw, task)
+    family = find_family(checkpoint.config_json)
+    chosen = find_task(family, checkpoint.config_json, task)
     names = stored_names(checkpoint.weight_files)
-    config = family.config(Source(checkpoint.raw, names, chosen, checkpoint.pooling, image_size))
+    config = family.config(Source(checkpoint.config_json, names, chosen, checkpoint.pooling, image_size))
     graphs = family.graphs(config, chosen)
     longest = family.axes(config)  # the model's own bounds: a tokenizer says what an export with others would take
     axes = with_bounds(longest, max_sizes)
@@ -84,7 +84,7 @@ def load_checkpoint(
         tokenizer = tokenizer_for(checkpoint, chosen, longest["S"].max, inputs["input_ids"].below or 0)
     if "pixel_values" in inputs:
         preprocess = preprocess_for(checkpoint, inputs["pixel_values"].shape)
-    labels = label_names(checkpoint.raw) if chosen in LABELLED else ()
+    labels = label_names(checkpoint.config_json) if chosen in LABELLED else ()
     if "decoder_input_ids" in inputs:
         target = inputs["decoder_input_ids"]
         target_tokenizer = target_tokenizer_from_checkpoint(checkpoint.folder, longest["T"].max, target.below)
@@ -159,8 +159,8 @@ def preprocess_for(checkpoint: Checkpoint, shape: tuple[str | int, ...]) -> Imag
 def task_options(checkpoint: Checkpoint, task: str) -> dict[str, Any]:
     """What the runtime's tasks need to know beside the graph."""
     options: dict[str, Any] = {}
-    if task in ("text-classification", "image-classification") and checkpoint.raw.get("problem_type"):
-        options["problem_type"] = str(checkpoint.raw["problem_type"])
+    if task in ("text-classification", "image-classification") and checkpoint.config_json.get("problem_type"):
+        options["problem_type"] = str(checkpoint.config_json["problem_type"])
     if checkpoint.pooling.get("prompt"):
         options["prompt"] = checkpoint.pooling["prompt"]
     return options

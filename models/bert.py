@@ -198,7 +198,7 @@ def rename(name: str, config: BertConfig, task: str) -> str | None:
     return None if name.startswith(others) else name
 
 
-def copy_of(name: str, config: BertConfig, task: str) -> str | None:
+def tied_to(name: str, config: BertConfig, task: str) -> str | None:
     """A tied head's weight is the embedding again, its bias the one beside it."""
     copies = {
         "cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
@@ -220,19 +220,20 @@ SIZES = {
 
 def config_from_source(source: Source) -> BertConfig:
     """Read config.json; refuse what this definition would compute differently."""
-    raw = source.raw
+    config_json = source.config_json
     others = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "tie_word_embeddings": True}
-    fields = config_fields(raw, SIZES, others, ACTIVATIONS)
-    if raw.get("position_embedding_type", "absolute") != "absolute":
+    fields = config_fields(config_json, SIZES, others, ACTIVATIONS)
+    if config_json.get("position_embedding_type", "absolute") != "absolute":
         raise CheckpointError(
-            f"config.json: position_embedding_type is {raw['position_embedding_type']!r}; only 'absolute' is defined."
+            f"config.json: position_embedding_type is {config_json['position_embedding_type']!r}; only 'absolute' is "
+            "defined."
         )
-    if raw.get("is_decoder") or raw.get("add_cross_attention"):
+    if config_json.get("is_decoder") or config_json.get("add_cross_attention"):
         raise CheckpointError("config.json: is_decoder or add_cross_attention is set; BERT is exported as an encoder.")
     stored_pooler = any(name.startswith(("pooler.", "bert.pooler.")) for name in source.names)
     return BertConfig(
         **fields,
-        num_labels=label_count(raw),
+        num_labels=label_count(config_json),
         pooler=source.task in POOLED_TASKS or (source.task == "feature-extraction" and stored_pooler),
         pooling=source.pooling.get("mode", "mean"),
         normalize=source.pooling.get("normalize", False),
@@ -275,7 +276,7 @@ FAMILY = Family(
     name="bert",
     model_types=("bert",),
     prefix="bert.",
-    bare=("classifier.", "qa_outputs.", "cls."),
+    unprefixed_heads=("classifier.", "qa_outputs.", "cls."),
     architectures={
         "BertModel": "feature-extraction",
         "BertForPreTraining": "fill-mask",
@@ -289,7 +290,7 @@ FAMILY = Family(
     config=config_from_source,
     build=Bert,
     rename=rename,
-    copy_of=copy_of,
+    tied_to=tied_to,
     convert=lambda name, stored, config: stored,
     graphs=graphs,
     axes=axes,

@@ -32,7 +32,7 @@ class Checkpoint:
     name: str  # what the bundle is called
     source: str  # what the user may hand to `transom verify --source` again
     folder: Path  # of config.json, the weights and the tokenizer
-    raw: Mapping[str, Any]  # config.json
+    config_json: Mapping[str, Any]  # parsed
     weight_files: tuple[Path, ...]
     pooling: Mapping[str, Any]  # of sentence-transformers; empty elsewhere
 
@@ -67,7 +67,7 @@ def open_checkpoint(source: str) -> Checkpoint:
         name=name,
         source=recorded,
         folder=transformer,
-        raw=read_object(config),
+        config_json=read_object(config),
         weight_files=find_weights(transformer),
         pooling=sentence_pooling(root),
     )

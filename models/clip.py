@@ -269,17 +269,17 @@ OTHERS = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 
 def config_from_source(source: Source) -> CLIPConfig:
     """Read config.json; the image size is the checkpoint's unless the user asked for another."""
-    raw = source.raw
-    texts = tower(raw, "text_config", TEXT_SIZES | OTHERS | {"eos_token_id": 49407})
+    config_json = source.config_json
+    texts = tower(config_json, "text_config", TEXT_SIZES | OTHERS | {"eos_token_id": 49407})
     text = config_fields(texts, TEXT_SIZES, OTHERS, ACTIVATIONS, where="config.json: text_config")
-    visions = tower(raw, "vision_config", VISION_SIZES | VISION_SIDES | OTHERS)
+    visions = tower(config_json, "vision_config", VISION_SIZES | VISION_SIDES | OTHERS)
     eos = texts.get("eos_token_id", 49407)
     if type(eos) is not int or not 0 <= eos < text["vocab_size"]:
         raise CheckpointError(
             f"config.json: text_config's eos_token_id is {eos!r}, expected a token in 0..{text['vocab_size'] - 1}."
         )
     vision = config_fields(visions, VISION_SIZES, OTHERS, ACTIVATIONS, where="config.json: vision_config")
-    both = config_fields(raw, {"projection_dim": 512}, {}, ACTIVATIONS, heads=())
+    both = config_fields(config_json, {"projection_dim": 512}, {}, ACTIVATIONS, heads=())
     trained, patch = (pair(visions, name, default) for name, default in VISION_SIDES.items())
     size = source.image_size or trained
     need_a_patch(patch, {"image_size": trained, "image size asked for": size})
@@ -290,14 +290,14 @@ def config_from_source(source: Source) -> CLIPConfig:
     )
 
 
-def tower(raw: Mapping[str, Any], name: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+def tower(config_json: Mapping[str, Any], name: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """One tower's fields. Where older configs repeat them as ``<name>_dict``, that wins, with its own defaults.
 
     As transformers' CLIPConfig does in ``__post_init__``.
     """
     found: dict[str, Any] = {}
     for key, given in ((name, {}), (f"{name}_dict", defaults)):
-        value = raw.get(key)
+        value = config_json.get(key)
         if value is None:
             continue
         if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What the registry knows of a family; each family's file ends with one of these."""
+"""The record of a model family, with which each family's file ends, and checks of config.json's fields."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from transom.runtime.graph_spec import Axis, Graph
 
 @dataclass(frozen=True)
 class Source:
-    """What a checkpoint says of itself: all that a family's config may depend on."""
+    """The parts of a checkpoint that a family's config may depend on."""
 
-    raw: Mapping[str, Any]  # config.json
+    config_json: Mapping[str, Any]  # parsed
     names: frozenset[str]  # of the stored weights
     task: str
     pooling: Mapping[str, Any]  # sentence-transformers' modules: {"mode", "normalize"}, or empty
@@ -25,26 +25,26 @@ class Source:
 
 @dataclass(frozen=True)
 class Family:
-    """A model family, from the words of its checkpoints to the graph that is exported.
+    """A model family: its architectures, its weights' names and the graphs that are exported of it.
 
-    name           the family's name in bundle.json
-    model_types    what config.json calls it
-    prefix         what checkpoints with a head put before the other weights
-    architectures  transformers' class name -> the task it is exported for
-    bare           of heads, how their names begin where checkpoints store them without the prefix; for messages
-    tasks          every task a checkpoint of the family can be exported for
-    config         Source -> the family's frozen config
-    build          config, task -> the module that holds the weights; the part of it behind a graph takes
-                   the graph's inputs in order and returns its outputs in order
-    rename         stored name, config, task -> our name; None: the weight of another task's head
-    copy_of        stored name that ``rename`` leaves out, config, task -> the name, ours, of the weight that it is a
-                   copy of; None: of none
-    convert        our name, stored tensor, config -> the tensor in the shape the module wants
-    graphs         config, task -> the named tensors of each graph
-    axes           config -> the bounds of the graphs' named axes
-    computed       config -> weights that a checkpoint need not store; a stored one wins
-    parts          module -> the module behind each graph, by the graph's name
-    options        module -> numbers of the checkpoint that the runtime needs beside the graphs
+    name              the family's name in bundle.json
+    model_types       values of ``model_type`` in config.json
+    prefix            what checkpoints with a head put before the names of the other weights
+    architectures     transformers' class name -> the task it is exported for
+    tasks             every task that a checkpoint of the family can be exported for
+    config            Source -> the family's frozen config
+    build             config, task -> the module that holds the weights; the part of it behind a graph takes
+                      the graph's inputs in order and returns its outputs in order
+    rename            stored name, config, task -> the module's name; None: the weight of another task's head
+    convert           the module's name, stored tensor, config -> the tensor in the shape that the module has
+    graphs            config, task -> the named tensors of each graph
+    axes              config -> the bounds of the graphs' named axes
+    tied_to           stored name that ``rename`` leaves out, config, task -> the module's name of the weight that it
+                      repeats; None where it repeats none
+    computed          config -> weights that a checkpoint need not store; a stored one wins
+    parts             module -> the module behind each graph, by the graph's name
+    options           module -> numbers of the checkpoint that the runtime needs beside the graphs
+    unprefixed_heads  how the names of heads begin that checkpoints store without the prefix; for messages
     """
 
     name: str
@@ -58,20 +58,20 @@ class Family:
     convert: Callable[[str, Tensor, Any], Tensor]
     graphs: Callable[[Any, str], tuple[Graph, ...]]
     axes: Callable[[Any], dict[str, Axis]]
-    copy_of: Callable[[str, Any, str], str | None] = lambda name, config, task: None
+    tied_to: Callable[[str, Any, str], str | None] = lambda name, config, task: None
     computed: Callable[[Any], dict[str, Tensor]] = lambda config: {}
     parts: Callable[[nn.Module], dict[str, nn.Module]] = lambda module: {"model": module}
     options: Callable[[nn.Module], dict[str, Any]] = lambda module: {}
-    bare: tuple[str, ...] = ()
+    unprefixed_heads: tuple[str, ...] = ()
 
 
-MAX_LAYERS = 1_000  # far past any model of ours; keeps a hostile config from building modules for ever
+MAX_LAYERS = 1_000  # far past any known model; keeps a hostile config from building modules for ever
 HEADS = (("hidden_size", "num_attention_heads"),)
 MAX_SIZE = 2**31 - 1  # of any one dimension
 
 
 def config_fields(
-    raw: Mapping[str, Any],
+    config_json: Mapping[str, Any],
     sizes: Mapping[str, int],
     others: Mapping[str, Any],
     activations: Mapping[str, Any],
@@ -84,7 +84,7 @@ def config_fields(
     default (``layer_norm_eps`` between 0 and 1, a str is an activation's name); ``heads`` are pairs of a width and
     the number of heads that must divide it. Raises CheckpointError naming every field that is wrong.
     """
-    found = {name: raw.get(name, default) for name, default in {**sizes, **others}.items()}
+    found = {name: config_json.get(name, default) for name, default in {**sizes, **others}.items()}
     problems = []
     for name, value in found.items():
         if name in sizes:
@@ -110,21 +110,21 @@ def config_fields(
     return found
 
 
-def label_count(raw: Mapping[str, Any]) -> int:
-    """How many labels config.json declares: id2label, else num_labels, else transformers' default 2."""
-    labels = raw.get("id2label")
+def label_count(config_json: Mapping[str, Any]) -> int:
+    """Count the labels that config.json declares: id2label, else num_labels, else transformers' default 2."""
+    labels = config_json.get("id2label")
     if isinstance(labels, dict) and labels:
         return len(labels)
-    count = raw.get("num_labels", 2)
+    count = config_json.get("num_labels", 2)
     if type(count) is not int or not 1 <= count <= MAX_SIZE:
         raise CheckpointError(f"config.json: num_labels is {count!r}, expected a positive integer.")
     return count
 
 
-def label_names(raw: Mapping[str, Any]) -> tuple[str, ...]:
-    """The labels in the order of their ids, ``LABEL_<i>`` where config.json names none."""
-    labels = raw.get("id2label") or {}
-    names = tuple(f"LABEL_{i}" for i in range(label_count(raw)))
+def label_names(config_json: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the labels in the order of their ids, ``LABEL_<i>`` where config.json names none."""
+    labels = config_json.get("id2label") or {}
+    names = tuple(f"LABEL_{i}" for i in range(label_count(config_json)))
     if not labels:
         return names
     if sorted(labels, key=str) != sorted((str(i) for i in range(len(names))), key=str):

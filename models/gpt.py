@@ -143,7 +143,7 @@ def rename(name: str, config: GPTConfig, task: str) -> str | None:
     return name
 
 
-def copy_of(name: str, config: GPTConfig, task: str) -> str | None:
+def tied_to(name: str, config: GPTConfig, task: str) -> str | None:
     """A tied head is the embedding again."""
     return "wte.weight" if name == "lm_head.weight" else None
 
@@ -165,11 +165,11 @@ OTHERS = {
 
 def config_from_source(source: Source) -> GPTConfig:
     """Read config.json; refuse what this definition would compute differently."""
-    raw = source.raw
-    inner = {"n_inner": 4 * raw["n_embd"] if raw.get("n_inner") is None and type(raw.get("n_embd")) is int else 3072}
-    raw = {name: value for name, value in raw.items() if name != "n_inner" or value is not None}
-    fields = config_fields(raw, SIZES | inner, OTHERS, ACTIVATIONS, heads=(("n_embd", "n_head"),))
-    if raw.get("add_cross_attention"):
+    config_json, width = source.config_json, source.config_json.get("n_embd")
+    sizes = SIZES | {"n_inner": 4 * width if type(width) is int else 3072}  # where n_inner is null or missing
+    given = {name: value for name, value in config_json.items() if name != "n_inner" or value is not None}
+    fields = config_fields(given, sizes, OTHERS, ACTIVATIONS, heads=(("n_embd", "n_head"),))
+    if config_json.get("add_cross_attention"):
         raise CheckpointError("config.json: add_cross_attention is set; GPT-2 is exported as a decoder on its own.")
     return GPTConfig(**fields)
 
@@ -201,13 +201,13 @@ FAMILY = Family(
     name="gpt",
     model_types=("gpt2",),
     prefix="transformer.",
-    bare=("lm_head.",),
+    unprefixed_heads=("lm_head.",),
     architectures={"GPT2LMHeadModel": "text-generation"},
     tasks=("text-generation",),
     config=config_from_source,
     build=GPT,
     rename=rename,
-    copy_of=copy_of,
+    tied_to=tied_to,
     convert=convert,
     graphs=graphs,
     axes=axes,

@@ -33,9 +33,9 @@ def resized_positions(stored: Tensor, old: Size, new: Size) -> Tensor:
     return torch.cat((stored[:1].float(), patches.permute(0, 2, 3, 1).flatten(0, 2)))
 
 
-def pair(raw: Mapping[str, Any], name: str, default: int) -> Size:
+def pair(config_json: Mapping[str, Any], name: str, default: int) -> Size:
     """A size that transformers writes as one integer, as [height, width], or as null for the default."""
-    value: Any = default if raw.get(name) is None else raw[name]
+    value: Any = default if config_json.get(name) is None else config_json[name]
     sides = (value, value) if type(value) is int else value
     valid = isinstance(sides, list | tuple) and len(sides) == 2
     if not valid or not all(type(side) is int and 1 <= side <= 16_384 for side in sides):

@@ -43,12 +43,12 @@ RELATIVES = {
 }
 
 
-def find_family(raw: Mapping[str, Any]) -> Family:
+def find_family(config_json: Mapping[str, Any]) -> Family:
     """The family of a config.json; CheckpointError names what we define otherwise."""
-    model_type = raw.get("model_type")
+    model_type = config_json.get("model_type")
     known = {name: family for family in FAMILIES.values() for name in family.model_types}
     if model_type is None:  # configs older than the field say it in the class name
-        named = [name for name in architectures(raw) for f in FAMILIES.values() if name in f.architectures]
+        named = [name for name in architectures(config_json) for f in FAMILIES.values() if name in f.architectures]
         owners = {f.name for f in FAMILIES.values() for name in named if name in f.architectures}
         if len(owners) == 1:
             return FAMILIES[owners.pop()]
@@ -58,12 +58,13 @@ def find_family(raw: Mapping[str, Any]) -> Family:
     relative = RELATIVES.get(str(model_type))
     reason = f" {relative}, so its weights would compute something else in our definitions." if relative else ""
     raise CheckpointError(
-        f"config.json has model_type {model_type!r} and architectures {architectures(raw)!r}, which Transom does not "
-        f"define.{reason} Defined are: {ours}. Use such a checkpoint, or add the family (docs/adding_a_model.md)."
+        f"config.json has model_type {model_type!r} and architectures {architectures(config_json)!r}, which Transom "
+        f"does not define.{reason} Defined are: {ours}. Use such a checkpoint, or add the family "
+        "(docs/adding_a_model.md)."
     )
 
 
-def find_task(family: Family, raw: Mapping[str, Any], asked: str | None) -> str:
+def find_task(family: Family, config_json: Mapping[str, Any], asked: str | None) -> str:
     """The task asked for, else the one of the head that ``architectures`` names.
 
     Raises CheckpointError when the family has no such task, or the architecture is unknown.
@@ -73,7 +74,7 @@ def find_task(family: Family, raw: Mapping[str, Any], asked: str | None) -> str:
         if task not in family.tasks:
             raise CheckpointError(f"--task is {asked!r}; a {family.name} checkpoint offers {', '.join(family.tasks)}.")
         return task
-    names = architectures(raw)
+    names = architectures(config_json)
     if not names:
         return "feature-extraction" if "feature-extraction" in family.tasks else family.tasks[0]
     for name in names:
@@ -88,6 +89,6 @@ def find_task(family: Family, raw: Mapping[str, Any], asked: str | None) -> str:
 TASK_ALIASES = {"image-feature-extraction": "feature-extraction", "sentence-similarity": "feature-extraction"}
 
 
-def architectures(raw: Mapping[str, Any]) -> list[str]:
-    names = raw.get("architectures") or []
+def architectures(config_json: Mapping[str, Any]) -> list[str]:
+    names = config_json.get("architectures") or []
     return [str(name) for name in names] if isinstance(names, list) else []

@@ -236,7 +236,7 @@ def rename(name: str, config: TransformerConfig, task: str) -> str | None:
     return name
 
 
-def copy_of(name: str, config: TransformerConfig, task: str) -> str | None:
+def tied_to(name: str, config: TransformerConfig, task: str) -> str | None:
     """Every stored name of a shared embedding holds the same."""
     if name.removeprefix("model.") not in EMBEDDINGS:
         return None
@@ -265,8 +265,8 @@ HEADS = (("d_model", "encoder_attention_heads"), ("d_model", "decoder_attention_
 
 def config_from_source(source: Source) -> TransformerConfig:
     """Read config.json, of our own model_type "transformer" or of "marian"; each has its own defaults."""
-    raw = source.raw
-    marian = raw.get("model_type") == "marian"
+    config_json = source.config_json
+    marian = config_json.get("model_type") == "marian"
     others = {
         "activation_function": "gelu" if marian else "relu",
         "scale_embedding": not marian,
@@ -274,16 +274,16 @@ def config_from_source(source: Source) -> TransformerConfig:
         "tie_word_embeddings": True,
     }
     sizes = {name: defaults[marian] for name, defaults in SIZES.items()}
-    fields = config_fields(raw, sizes, others, ACTIVATIONS, heads=HEADS)
+    fields = config_fields(config_json, sizes, others, ACTIVATIONS, heads=HEADS)
     if fields["max_position_embeddings"] > MOST_POSITIONS:  # they are computed, so no stored shape contradicts them
         raise CheckpointError(
             f"config.json: max_position_embeddings is {fields['max_position_embeddings']}, expected at most "
             f"{MOST_POSITIONS}. Correct it."
         )
-    layout = "halves" if marian else raw.get("position_layout", "interleaved")
+    layout = "halves" if marian else config_json.get("position_layout", "interleaved")
     if layout not in LAYOUTS:
         raise CheckpointError(f"config.json: position_layout is {layout!r}, expected one of {', '.join(LAYOUTS)}.")
-    target = raw.get("decoder_vocab_size") or fields["vocab_size"]
+    target = config_json.get("decoder_vocab_size") or fields["vocab_size"]
     if type(target) is not int or target < 1:
         raise CheckpointError(f"config.json: decoder_vocab_size is {target!r}, expected a positive integer.")
     stored = {name.removeprefix("model.") for name in source.names}
@@ -334,13 +334,13 @@ FAMILY = Family(
     name="transformer",
     model_types=("transformer", "marian"),
     prefix="model.",
-    bare=("lm_head.",),
+    unprefixed_heads=("lm_head.",),
     architectures={"TransformerForConditionalGeneration": "translation", "MarianMTModel": "translation"},
     tasks=("translation",),
     config=config_from_source,
     build=Transformer,
     rename=rename,
-    copy_of=copy_of,
+    tied_to=tied_to,
     convert=convert,
     graphs=graphs,
     axes=axes,

@@ -163,17 +163,17 @@ OTHERS = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "qkv_bias": True, "pool
 
 def config_from_source(source: Source) -> ViTConfig:
     """Read config.json; the image size is the checkpoint's unless the user asked for another."""
-    raw = source.raw
-    fields = config_fields(raw, SIZES, OTHERS, ACTIVATIONS)
-    trained = pair(raw, "image_size", 224)
+    config_json = source.config_json
+    fields = config_fields(config_json, SIZES, OTHERS, ACTIVATIONS)
+    trained = pair(config_json, "image_size", 224)
     config = ViTConfig(
         **fields,
         image_size=source.image_size or trained,
         trained_image_size=trained,
-        patch_size=pair(raw, "patch_size", 16),
-        num_labels=label_count(raw),
+        patch_size=pair(config_json, "patch_size", 16),
+        num_labels=label_count(config_json),
         pooler=source.task == "feature-extraction" and any("pooler." in name for name in source.names),
-        pooler_output_size=pair(raw, "pooler_output_size", fields["hidden_size"])[0],
+        pooler_output_size=pair(config_json, "pooler_output_size", fields["hidden_size"])[0],
     )
     need_a_patch(config.patch_size, {"image_size": trained, "image size asked for": config.image_size})
     return config
@@ -199,7 +199,7 @@ FAMILY = Family(
     name="vit",
     model_types=("vit",),
     prefix="vit.",
-    bare=("classifier.",),
+    unprefixed_heads=("classifier.",),
     architectures={"ViTModel": "feature-extraction", "ViTForImageClassification": "image-classification"},
     tasks=("image-classification", "feature-extraction"),
     config=config_from_source,

@@ -58,7 +58,7 @@ def build_module(
                 name = family.rename(stored, config, task)
                 if name is None:
                     left_out.append(stored)
-                    original = family.copy_of(stored, config, task)
+                    original = family.tied_to(stored, config, task)
                     if original is not None:
                         copies.append((stored, original, file.get_tensor(stored)))
                 elif name not in expected:
@@ -71,7 +71,7 @@ def build_module(
     tensors = {name: tensor for name, tensor in family.computed(config).items() if name not in tensors} | tensors
     prefixed = any(stored.startswith(family.prefix) for stored in sources.values())
     missing = [
-        f"{family.prefix}{name}" if prefixed and not name.startswith(family.bare) else name
+        f"{family.prefix}{name}" if prefixed and not name.startswith(family.unprefixed_heads) else name
         for name in expected
         if name not in tensors
     ]
