@@ -29,7 +29,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from transom.calib.collector import ObservingBackend
+from transom.calib.collector import CollectingBackend
 from transom.calib.data import open_calibration_data
 from transom.calib.graph_hash import graph_sha256
 from transom.calib.table import GraphRanges, RangeTable
@@ -115,7 +115,7 @@ def ours(options: argparse.Namespace) -> NoReturn:
     file = bundle.manifest.graphs[0]
     model = ir.load(folder / file.file_for("default"))
     inputs = [str(linear.activation.name) for linear in find_linears(model)]
-    backend = ObservingBackend(model, file.graph, inputs, threads=options.threads)
+    backend = CollectingBackend(model, file.graph, inputs, threads=options.threads)
     watch = Watch(options.limit_gib)
     with task_class(bundle.manifest.family)(bundle, opener=lambda *_: backend) as loaded:
         for number, feeds in enumerate(samples(bundle, count, options.lengths)):

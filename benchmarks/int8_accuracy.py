@@ -69,13 +69,13 @@ class Quantised:
         self, precision: str, options: QuantizeOptions, *, smooth: bool, folder: Path
     ) -> tuple[dict[str, Path], dict[str, str]]:
         """The CPU's graphs by name, written to ``folder``, and what a session makes of their integers."""
-        recipe = options.recipe(precision, self._graphs)
+        config = options.config(precision, self._graphs)
         table = self._table(options.method if smooth else "")
         models = smoothed(self._canonical, {name: table.graphs[name].smoothing for name in self._canonical})
         ranges = {
             name: {tensor: found.histogram for tensor, found in table.graphs[name].tensors.items()} for name in models
         }
-        quantizer, found = Quantizer(models, self._graphs, recipe, ranges), {}
+        quantizer, found = Quantizer(models, self._graphs, config, ranges), {}
         for name, model in quantizer.cpu().items():
             found[name] = folder / f"{name}.onnx"
             found[name].write_bytes(ir.to_proto(model).SerializeToString())
@@ -85,9 +85,9 @@ class Quantised:
         """Ranges on all of the data; ``smoothing`` is the method that factors are searched for, or empty."""
         if smoothing not in self._tables:
             options = QuantizeOptions(method=smoothing or "minmax", activations="static")
-            recipe = options.recipe("int8", self._graphs)
+            config = options.config("int8", self._graphs)
             self._tables[smoothing] = calibrate(
-                self._bundle, self._canonical, recipe, self._data, smooth=bool(smoothing), tell=lambda _: None
+                self._bundle, self._canonical, config, self._data, smooth=bool(smoothing), tell=lambda _: None
             )
         return self._tables[smoothing]
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from transom.calib.graph_hash import MODULE
 from transom.calib.histogram import Histogram
-from transom.calib.random_input_check import NoiseCheck
+from transom.calib.random_input_check import RandomInputCheck
 from transom.calib.table import ChannelRanges, TensorRanges
 from transom.runtime.backends.base import Array
 from transom.runtime.backends.ort_library import onnxruntime
@@ -25,7 +25,7 @@ INLINE = 1024  # bytes: small initializers stay in the model, ONNX Runtime compu
 SEED = 5  # which rows are kept is chance, the same chance in every run
 
 
-class ObservingBackend:
+class CollectingBackend:
     """A backend whose ``ranges`` are those of ``tensors`` over all calls so far.
 
     ``model`` is left as it is; ``tensors`` are float32 tensors of its main graph, inputs and outputs among them.
@@ -49,23 +49,23 @@ class ObservingBackend:
     ) -> None:
         self.graph = graph
         self.sample = ""
-        self.noise = NoiseCheck()
+        self.noise = RandomInputCheck()
         names = list(dict.fromkeys([*tensors, *channels]))
-        values = tapped_values(model, names)
+        values = instrumented_values(model, names)
         mask = next((value for value in model.graph.inputs if value.name == MASK), None)
-        self._tapped = {
-            name: Observed(
+        self._instrumented = {
+            name: TensorStats(
                 module_of(value), is_padded(value, mask), name in channels, min(rows, ROWS) if name in channels else 0
             )
             for name, value in values.items()
         }
         self._lock = threading.Lock()
-        self._session, self._weights = open_tapped(model, values, threads)
+        self._session, self._weights = open_instrumented(model, values, threads)
 
     def run(self, feeds: Mapping[str, Array], shapes: Mapping[str, Sequence[int]]) -> dict[str, Array]:
         """As a backend does."""
         written = {tensor.name: tensor.writes for tensor in self.graph.outputs if tensor.writes is not None}
-        names = list(dict.fromkeys([*(name for name in self._tapped if name not in feeds), *shapes, *written]))
+        names = list(dict.fromkeys([*(name for name in self._instrumented if name not in feeds), *shapes, *written]))
         try:
             results = self._session.run(names, dict(feeds))
         except Exception as error:  # the library raises bare RuntimeError and its own types alike
@@ -76,13 +76,13 @@ class ObservingBackend:
         found = {**feeds, **dict(zip(names, results, strict=True))}
         with self._lock:
             self.noise.update(feeds)
-            for name, observed in self._tapped.items():
+            for name, observed in self._instrumented.items():
                 self._count(name, observed, found[name], feeds.get(MASK))
         for name, buffer in written.items():
             feeds[buffer][...] = found[name]
         return {name: found[name] for name in shapes}
 
-    def _count(self, name: str, observed: Observed, values: Array, mask: Array | None) -> None:
+    def _count(self, name: str, observed: TensorStats, values: Array, mask: Array | None) -> None:
         try:
             observed.update(values, mask)
         except CalibrationError as error:
@@ -94,20 +94,20 @@ class ObservingBackend:
     @property
     def ranges(self) -> dict[str, TensorRanges]:
         """By tensor, in the order asked for. CalibrationError if one of them was never computed."""
-        for name, observed in self._tapped.items():
+        for name, observed in self._instrumented.items():
             if not observed.histogram.count:
                 raise CalibrationError(
                     f"no sample reached {name} (module {observed.module or 'top'}) of the graph {self.graph.name!r}. "
                     "Give calibration data that uses every graph of the model."
                 )
-        return {name: observed.ranges() for name, observed in self._tapped.items()}
+        return {name: observed.ranges() for name, observed in self._instrumented.items()}
 
     def kept_rows(self, name: str) -> NDArray[np.float32]:
         """(R, E): positions of the tensor, R at most what was asked for."""
-        return self._tapped[name].reservoir.rows
+        return self._instrumented[name].reservoir.rows
 
 
-class Observed:
+class TensorStats:
     """One tensor: its histogram and, where asked for, its channels' ranges and some of its positions."""
 
     def __init__(self, module: str, padded: bool, by_channel: bool, rows: int) -> None:
@@ -164,7 +164,7 @@ class Reservoir:
         self.rows[leave], self._drawn[leave] = rows[enter], drawn[enter]
 
 
-def tapped_values(model: ir.Model, names: Iterable[str]) -> dict[str, ir.Value]:
+def instrumented_values(model: ir.Model, names: Iterable[str]) -> dict[str, ir.Value]:
     """The float32 tensors of the main graph with these names."""
     values = {value.name: value for value in model.graph.inputs}
     values |= {value.name: value for node in model.graph for value in node.outputs}
@@ -190,7 +190,7 @@ def module_of(value: ir.Value) -> str:
 def is_padded(value: ir.Value, mask: ir.Value | None) -> bool:
     """May its leading axes be those of the mask? By their names: two axes may have one size by chance.
 
-    Where names are not known, ``Observed.update`` still compares the sizes.
+    Where names are not known, ``TensorStats.update`` still compares the sizes.
     """
     if mask is None or mask.shape is None or len(mask.shape) != 2:
         return False
@@ -198,17 +198,17 @@ def is_padded(value: ir.Value, mask: ir.Value | None) -> bool:
     return all(ours == theirs or None in (ours, theirs) for ours, theirs in zip(leading, mask.shape, strict=False))
 
 
-def open_tapped(model: ir.Model, values: Mapping[str, ir.Value], threads: int | None) -> tuple[Any, Any]:
+def open_instrumented(model: ir.Model, values: Mapping[str, ir.Value], threads: int | None) -> tuple[Any, Any]:
     """A session that gives out ``values`` as well, and the weights, which it shares with ``model``."""
-    tapped = model.clone()
-    inner = {value.name: value for node in tapped.graph for value in node.outputs}
-    known = {value.name for value in (*tapped.graph.inputs, *tapped.graph.outputs)}
-    tapped.graph.outputs.extend(inner[name] for name in values if name not in known)
-    for value in tapped.graph.outputs:
+    instrumented = model.clone()
+    inner = {value.name: value for node in instrumented.graph for value in node.outputs}
+    known = {value.name for value in (*instrumented.graph.inputs, *instrumented.graph.outputs)}
+    instrumented.graph.outputs.extend(inner[name] for name in values if name not in known)
+    for value in instrumented.graph.outputs:
         value.type = value.type or ir.TensorType(ir.DataType.FLOAT)
     library = onnxruntime()
     weights = {}
-    for name, value in tapped.graph.initializers.items():
+    for name, value in instrumented.graph.initializers.items():
         tensor = value.const_value
         if tensor is not None and tensor.nbytes > INLINE:
             array = np.require(tensor.numpy(), requirements=["C", "A"])
@@ -224,7 +224,7 @@ def open_tapped(model: ir.Model, values: Mapping[str, ir.Value], threads: int | 
     options.enable_mem_reuse = False  # ONNX Runtime infers wrong shapes of some tensors of cross-attention
     options.add_external_initializers([*weights], [*weights.values()])
     try:
-        data = ir.to_proto(tapped).SerializeToString()
+        data = ir.to_proto(instrumented).SerializeToString()
         session = library.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # as above
         raise BackendError(f"ONNX Runtime cannot load the graph {model.graph.name!r}: {one_line(error)}") from None

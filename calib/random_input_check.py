@@ -28,7 +28,7 @@ GROUPS = 256  # of neighbouring ids, at most
 EXPECTED = 8  # ids in a group, or more: the chi-square distribution holds from 5 on (Cochran, 1954)
 
 
-class NoiseCheck:
+class RandomInputCheck:
     """Sums over everything that is fed to a graph; ``check`` raises where they look like noise."""
 
     def __init__(self) -> None:

@@ -74,7 +74,7 @@ def verify(
                     for case in cases
                 ],
                 "greedy_near_ties": ties,
-                "gate": verified.verdict and verified.verdict.to_json(),
+                "gate": verified.gate and verified.gate.to_json(),
                 "accuracy": verified.accuracy,
             }
         )
@@ -84,8 +84,8 @@ def verify(
     worst = max((each for case in cases for each in case.comparisons), key=lambda each: each.error)
     for line in near_ties({"greedy_near_ties": ties}):
         print(line)
-    if verified.verdict is not None:
-        print(printable(f"accuracy gate holds: {verified.verdict.words()}; on {processor()}"))
+    if verified.gate is not None:
+        print(printable(f"accuracy gate holds: {verified.gate.summary()}; on {processor()}"))
     if verified.accuracy != pipeline.NOT_CHECKED:
         print(f"agrees with PyTorch; the worst element: {worst}")
         return

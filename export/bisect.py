@@ -26,7 +26,7 @@ class Step(Generic[T]):
 
 
 @dataclass(frozen=True)
-class Search(Generic[T]):
+class BisectResult(Generic[T]):
     """``shipped`` is the error with nothing restored, ``everything`` with all layers; the worst layer comes first."""
 
     shipped: float
@@ -42,7 +42,7 @@ class Search(Generic[T]):
 
 def bisect_layers(
     layers: Sequence[T], error: Callable[[frozenset[T]], float], *, target: float | None, most: int
-) -> Search[T]:
+) -> BisectResult[T]:
     """Restore the worst layer, then the worst of the rest, until the error is at most ``target``.
 
     ``error`` measures with these layers restored; infinity is an error like any other. Ends as well after ``most``
@@ -76,7 +76,7 @@ def bisect_layers(
         steps.append(Step(layer, before, after))
         restored, before = restored | {layer}, after
         in_vain.clear()
-    return Search(shipped, floor, target, tuple(steps))
+    return BisectResult(shipped, floor, target, tuple(steps))
 
 
 def worst(

@@ -38,13 +38,13 @@ def calibrate_bundle(
     if RANGES in manifest.files and not force:
         raise CalibrationError(f"{bundle.folder} has a {RANGES}; give --force to replace it.")
     source = str(manifest.source.get("checkpoint"))
-    recipe = options.recipe("int8", tuple(file.graph for file in manifest.graphs))
+    config = options.config("int8", tuple(file.graph for file in manifest.graphs))
     data = open_calibration_data(options.data_for(source))
     check_reach(
         manifest.family, data, tokenizer=manifest.tokenizer is not None, preprocess=manifest.preprocess is not None
     )
     kept, _ = held_out_of(data, scored=is_scored(source, manifest.task))
-    table = calibrate(bundle, canonical_graphs(bundle), recipe, kept, smooth=options.smooth, tell=tell)
+    table = calibrate(bundle, canonical_graphs(bundle), config, kept, smooth=options.smooth, tell=tell)
     add_to_bundle(bundle.folder, {RANGES: table.to_bytes()})
     return table
 

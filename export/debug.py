@@ -23,7 +23,7 @@ from transom.export.parity.inputs import parity_inputs, single_rows
 from transom.export.progress import Progress, ProgressReporter, silent
 from transom.export.quantization.calibrate import smoothed
 from transom.export.quantization.candidate import CPU, RANKING_SAMPLES, open_variants
-from transom.export.quantization.fidelity import Agreement, Reference
+from transom.export.quantization.fidelity import Fidelity, Fp32Outputs
 from transom.export.quantization.heldout import reference_samples
 from transom.export.quantization.options import REFERENCE_DATA
 from transom.export.quantization.quantize import held_out_again, is_scored
@@ -129,13 +129,13 @@ def debug_accuracy(
     }
     steps.next("measuring FP32")
     with open_variants(bundle, make_variants(fp32, loaded.graphs, "fp32")) as unrounded:
-        reference = Reference(unrounded, samples, data, most=DEBUG_SAMPLES)
+        reference = Fp32Outputs(unrounded, samples, data, most=DEBUG_SAMPLES)
     if table is not None:
         ranges = {name: table.require(name, graph_sha256(model)) for name, model in fp32.items()}
         fp32 = smoothed(fp32, {name: found.smoothing for name, found in ranges.items()})
     variant = variant if table is not None else HALF
     steps.next("building the graph whose layers can be restored")
-    agreements: dict[frozenset[Layer], Agreement] = {}
+    agreements: dict[frozenset[Layer], Fidelity] = {}
     shipped = stored_graphs(bundle, variant)
     integers = None if table is None else integers_of(manifest, variant)
     with SwitchedBundle(bundle, shipped, fp32, half=table is None, integers=integers, threads=threads) as switched:
@@ -175,7 +175,7 @@ def integers_of(manifest: Manifest, variant: str) -> dict[str, str]:
     }
 
 
-def top1(agreement: Agreement) -> float | None:
+def top1(agreement: Fidelity) -> float | None:
     return None if agreement.top1 is None else agreement.top1.value
 
 

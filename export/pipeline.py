@@ -38,7 +38,7 @@ from transom.export.parity.inputs import parity_inputs
 from transom.export.parity.results import operator_counts, parity_to_json
 from transom.export.progress import Progress, ProgressReporter, silent
 from transom.export.quantization.candidate import gated, open_variants
-from transom.export.quantization.gate_result import Verdict
+from transom.export.quantization.gate_result import GateResult
 from transom.export.quantization.options import PLAIN, QuantizeOptions
 from transom.export.quantization.quantize import Quantization, Quantized, gate_again
 from transom.export.scores import score_both
@@ -71,13 +71,13 @@ CHECKED, NOT_CHECKED = "checked", "not checked"  # the accuracy of a quantised b
 class Verified:
     """The worst elements, case by case, and the rows whose greedy generation left PyTorch's at a near tie.
 
-    ``verdict`` is the accuracy gate's, of a quantised bundle; None where it was not measured. ``accuracy`` is CHECKED,
+    ``gate`` is the accuracy gate's, of a quantised bundle; None where it was not measured. ``accuracy`` is CHECKED,
     NOT_CHECKED, or None of a bundle that is not quantised, whose parity says it all.
     """
 
     cases: list[Case]
     near_ties: list[Divergence]
-    verdict: Verdict | None
+    gate: GateResult | None
     accuracy: str | None
 
 
@@ -171,7 +171,7 @@ class Calibration:
 
     def check(self, loaded: LoadedCheckpoint, precision: str, options: QuantizeOptions) -> None:
         """Raise CalibrationError or ExportError for what does not go with the model, before anything is computed."""
-        options.recipe(precision, loaded.graphs)
+        options.config(precision, loaded.graphs)
         tokenizer, preprocess = loaded.tokenizer is not None, loaded.preprocess is not None
         check_reach(loaded.family.name, self.data, tokenizer=tokenizer, preprocess=preprocess)
 
@@ -244,7 +244,7 @@ def verify(
 
     ``source`` says where the checkpoint lies now, if it moved, ``calibration_data`` what a quantised bundle was
     calibrated on, a quarter of which was held out for its gate; a reference model's is known. Without that data, and
-    without ``accuracy``, the accuracy of a quantised bundle is not checked: ``verdict`` is None. Raises ParityError
+    without ``accuracy``, the accuracy of a quantised bundle is not checked: ``gate`` is None. Raises ParityError
     beyond tolerance, AccuracyError where the gate no longer holds, CheckpointError when the checkpoint is gone or is
     not the one the bundle was made from.
     """
@@ -265,12 +265,12 @@ def verify(
         third = None if others is None else stack.enter_context(open_variants(opened, others))
         cases = check_parity(ours, theirs, third, exercises, Golden(), verify_limit(manifest), steps.next)
         near_ties = check_greedy(ours, theirs, None, exercises, cases, Golden())
-        verdict = None
+        result = None
         if accuracy and manifest.quantization is not None:
-            verdict = judged_again(ours, theirs, calibration_data, steps)
+            result = evaluate_again(ours, theirs, calibration_data, steps)
     steps.next("done")
-    checked = CHECKED if verdict is not None else NOT_CHECKED
-    return Verified(cases, near_ties, verdict, checked if manifest.precision in QUANTIZED else None)
+    checked = CHECKED if result is not None else NOT_CHECKED
+    return Verified(cases, near_ties, result, checked if manifest.precision in QUANTIZED else None)
 
 
 def other_devices(bundle: Bundle) -> Variants | None:
@@ -295,9 +295,9 @@ def verify_limit(manifest: Manifest) -> Limit:
     )
 
 
-def judged_again(
+def evaluate_again(
     ours: LoadedBundle, theirs: LoadedBundle, data: Sequence[str], steps: ProgressReporter
-) -> Verdict | None:
+) -> GateResult | None:
     """The gate once more, PyTorch in FP32's place. Raises AccuracyError where it does not hold."""
     manifest = ours.manifest
     assert manifest.quantization is not None
@@ -306,10 +306,10 @@ def judged_again(
     if gate is None:
         return None
     steps.more("measuring accuracy")
-    verdict = gate.judge(ours, gated(manifest.quantization["activations"].values()))
-    if not verdict.holds:
-        raise AccuracyError(f"{manifest.name} in {manifest.precision}: {verdict.words()}. Export it again.")
-    return verdict
+    result = gate.evaluate(ours, gated(manifest.quantization["activations"].values()))
+    if not result.holds:
+        raise AccuracyError(f"{manifest.name} in {manifest.precision}: {result.summary()}. Export it again.")
+    return result
 
 
 def write_files(writer: BundleWriter, loaded: LoadedCheckpoint, variants: Variants) -> None:

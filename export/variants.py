@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 
 from transom.export.external import EXTERNAL_ABOVE, externalize, weight_bytes
-from transom.export.passes.fake_half import emulate_half
+from transom.export.passes.fake_half import fake_half
 from transom.export.passes.half_precision import HALF, convert_precision
 from transom.export.passes.widen import widen_half
 from transom.runtime.bundle import SIMULATED, GraphFile
@@ -66,7 +66,7 @@ def emulations(models: Mapping[str, ir.Model]) -> dict[str, ir.Model]:
     """Copies of half-precision graphs that round as a GPU would, on any CPU."""
     emulated = {name: model.clone() for name, model in models.items()}
     for model in emulated.values():
-        emulate_half(model)
+        fake_half(model)
     return emulated
 
 

@@ -10,10 +10,10 @@ import onnx_ir as ir
 from transom.export.bundle_graphs import stored_graphs
 from transom.export.engine.profiles import cache_sizes, require_tables
 from transom.export.passes.decompose_attention import decompose_attention
-from transom.export.passes.freeze_axes import fix_axes
+from transom.export.passes.freeze_axes import freeze_dynamic_axes
 from transom.export.passes.plugin_attention import is_attention, plugin_attention
-from transom.export.passes.split_fused_matmul import split_products
-from transom.export.passes.trt_attention import OPERATOR, length_attention
+from transom.export.passes.split_fused_matmul import split_fused_matmul
+from transom.export.passes.trt_attention import OPERATOR, trt_attention
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import ExportError
 from transom.runtime.feeds import is_decoder
@@ -77,7 +77,7 @@ def tensorrt_graphs(
         model = models[file.graph.name]
         require_tables(model, file.graph, axes)
         if is_decoder(file.graph):
-            fix_axes(model, cache_sizes(file.graph, axes))
+            freeze_dynamic_axes(model, cache_sizes(file.graph, axes))
         reasons = {node: without_kernel(node, file.graph) for node in model.graph if is_attention(node)}
         refused = {node: reason for node, reason in reasons.items() if reason is not None}
         decomposed = {str(node.name): reason for node, reason in refused.items()}
@@ -87,8 +87,8 @@ def tensorrt_graphs(
             ours = {name: reason for name, reason in decomposed.items() if name not in left}
             decomposed = {name: f"{decomposed[name]}, and ours none {reason}" for name, reason in left.items()}
         decompose_attention(model, refused.__contains__)
-        split_products(model)
-        masked = length_attention(model) if attention == LENGTHS else {}
+        split_fused_matmul(model)
+        masked = trt_attention(model) if attention == LENGTHS else {}
         graphs[file.graph.name] = TensorRTGraph(model, decomposed, ours, masked)
     if attention == LENGTHS and not any(OPERATOR in graph.operators.values() for graph in graphs.values()):
         raise ExportError(

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 
-class Splice:
+class NodeBuilder:
     """New nodes that stand in front of ``place``, and carry its module's path."""
 
     def __init__(self, graph: ir.Graph, place: ir.Node) -> None:
@@ -55,7 +55,7 @@ class Splice:
         self._graph.insert_before(self._place, node)
         return result
 
-    def replace_place(self, value: ir.Value) -> None:
+    def replace_node(self, value: ir.Value) -> None:
         """Remove ``place``; ``value`` is what it computed, under its name and with its shape."""
         old = self._place.outputs[0]
         name, value.shape = str(old.name), old.shape

@@ -13,7 +13,7 @@ from math import sqrt
 import numpy as np
 import onnx_ir as ir
 
-from transom.export.passes._builder import Splice
+from transom.export.passes._builder import NodeBuilder
 from transom.runtime.errors import ExportError
 
 # What a masked score becomes, in FP32: softmax of a whole row stays finite
@@ -31,29 +31,29 @@ def decompose_attention(model: ir.Model, chosen: Callable[[ir.Node], bool] = lam
         require_plain(node)
         query, key, value, mask = [*node.inputs, None, None][:OPERANDS]
         assert query is not None
-        splice, name = Splice(model.graph, node), str(node.outputs[0].name)
+        builder, name = NodeBuilder(model.graph, node), str(node.outputs[0].name)
         given = node.attributes.get("scale")
         head = query.shape[-1] if query.shape is not None else None
         scale = given.as_float() if given is not None else 1 / sqrt(int(head))  # type: ignore[arg-type]
         dtype = query.dtype or ir.DataType.FLOAT
         half = dtype != ir.DataType.FLOAT
-        root = splice.weight(f"{name}.scale", np.array(sqrt(scale), dtype.numpy()))
-        scaled = splice.add("Mul", [query, root], f"{name}.query", dtype=dtype)
-        turned = splice.add("Transpose", [key], f"{name}.turned", {"perm": [0, 1, 3, 2]}, dtype=dtype)
-        keys = splice.add("Mul", [turned, root], f"{name}.key", dtype=dtype)
-        scores = splice.add("MatMul", [scaled, keys], f"{name}.scores", dtype=dtype)
+        root = builder.weight(f"{name}.scale", np.array(sqrt(scale), dtype.numpy()))
+        scaled = builder.add("Mul", [query, root], f"{name}.query", dtype=dtype)
+        turned = builder.add("Transpose", [key], f"{name}.turned", {"perm": [0, 1, 3, 2]}, dtype=dtype)
+        keys = builder.add("Mul", [turned, root], f"{name}.key", dtype=dtype)
+        scores = builder.add("MatMul", [scaled, keys], f"{name}.scores", dtype=dtype)
         if half:
-            scores = splice.add("Cast", [scores], f"{name}.scores.wide", {"to": ir.DataType.FLOAT})
+            scores = builder.add("Cast", [scores], f"{name}.scores.wide", {"to": ir.DataType.FLOAT})
         if mask is not None and mask.dtype == ir.DataType.BOOL:
-            scores = splice.add("Where", [mask, scores, splice.weight("attention.masked", MASKED)], f"{name}.masked")
+            scores = builder.add("Where", [mask, scores, builder.weight("attention.masked", MASKED)], f"{name}.masked")
         elif mask is not None:
             if half:
-                mask = splice.add("Cast", [mask], f"{name}.mask.wide", {"to": ir.DataType.FLOAT})
-            scores = splice.add("Add", [scores, mask], f"{name}.masked")
-        weights = splice.add("Softmax", [scores], f"{name}.weights", {"axis": -1})
+                mask = builder.add("Cast", [mask], f"{name}.mask.wide", {"to": ir.DataType.FLOAT})
+            scores = builder.add("Add", [scores, mask], f"{name}.masked")
+        weights = builder.add("Softmax", [scores], f"{name}.weights", {"axis": -1})
         if half:
-            weights = splice.add("Cast", [weights], f"{name}.weights.half", {"to": dtype}, dtype=dtype)
-        splice.replace_place(splice.add("MatMul", [weights, value], f"{name}.mixed", dtype=dtype))
+            weights = builder.add("Cast", [weights], f"{name}.weights.half", {"to": dtype}, dtype=dtype)
+        builder.replace_node(builder.add("MatMul", [weights, value], f"{name}.mixed", dtype=dtype))
     return len(nodes)
 
 

@@ -14,15 +14,15 @@ from collections.abc import Collection
 import onnx_ir as ir
 
 from transom.export.passes.linear_layers import is_weight
-from transom.export.passes.qdq_static import Place
+from transom.export.passes.qdq_static import QdqSite
 
-EXTRAS = ("attention", "residual")
+OPTIONAL_SITES = ("attention", "residual")
 OPERANDS = 3  # of Attention: query, key, value
 
 
-def extra_places(model: ir.Model, extras: Collection[str]) -> list[Place]:
+def optional_sites(model: ir.Model, extras: Collection[str]) -> list[QdqSite]:
     """The inputs of nodes that ``extras``, some of EXTRAS, mean; those in FP32 alone."""
-    places: list[Place] = []
+    places: list[QdqSite] = []
     for node in model.graph:
         if "attention" in extras and node.op_type == "Attention":
             places += [(node, index) for index in range(OPERANDS)]

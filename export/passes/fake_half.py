@@ -24,7 +24,7 @@ MOVES = {"Reshape", "Transpose", "Gather", "Slice", "Concat", "Expand", "Squeeze
 MOVES |= {"Identity", "ConstantOfShape", "TensorScatter", "GatherND"}
 
 
-def emulate_half(model: ir.Model) -> bool:
+def fake_half(model: ir.Model) -> bool:
     """Rewrite ``model`` in place; True if it had anything in half precision."""
     graph = model.graph
     results = [(node, output) for node in graph for output in node.outputs if output.dtype in HALVES]

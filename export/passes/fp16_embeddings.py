@@ -18,7 +18,7 @@ from transom.export.passes.half_precision import FP16_MAX, HALF, convert_weight
 from transom.export.passes.linear_layers import is_weight
 
 
-def halve_embeddings(model: ir.Model) -> bool:
+def fp16_embeddings(model: ir.Model) -> bool:
     """Rewrite ``model`` in place; True if anything changed."""
     tables = [value for value in model.graph.initializers.values() if is_table(value)]
     for table in tables:

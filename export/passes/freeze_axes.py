@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 
-def fix_axes(model: ir.Model, sizes: Mapping[str, int]) -> None:
+def freeze_dynamic_axes(model: ir.Model, sizes: Mapping[str, int]) -> None:
     """Rewrite ``model`` in place: each axis of ``sizes`` has that many elements, wherever its name stands."""
     values = [*model.graph.inputs, *model.graph.outputs]
     values += [output for node in model.graph for output in node.outputs]

@@ -6,7 +6,7 @@ combination of them, where a session for each would load and pack the weights an
 Cases:
 1. A linear layer of a quantised graph: the passes kept the name of its result, and of the activation it reads. Where
    it is restored, the FP32 product of that activation, not quantised, is what its readers get.
-2. A node of a half-precision graph, as ``emulate_half`` rounds it: where its module is restored it computes with the
+2. A node of a half-precision graph, as ``fake_half`` rounds it: where its module is restored it computes with the
    FP32 weights, and its result is not rounded. Nodes that only move values have nothing to restore.
 3. Nodes of no module are restored together, as TOP.
 4. A ``Transpose`` of a weight belongs to the node that reads it, which gets the FP32 weight turned round already.
@@ -21,27 +21,27 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from transom.calib.graph_hash import MODULE
-from transom.export.passes._builder import Splice
-from transom.export.passes.fake_half import emulate_half
+from transom.export.passes._builder import NodeBuilder
+from transom.export.passes.fake_half import fake_half
 from transom.export.passes.linear_layers import find_linears, is_weight
 from transom.runtime.errors import BundleError
 
 RESTORED = "restored"
 TOP = "top"
-WIDE = "_wide"  # what ``emulate_half`` calls a value, rounded and in FP32 again
+WIDE = "_wide"  # what ``fake_half`` calls a value, rounded and in FP32 again
 
 Weights = dict[ir.Value, tuple[str, Sequence[int]]]  # an initializer's name and the order of its axes
 
 
-def restore_linears(model: ir.Model, fp32: ir.Model) -> list[str]:
+def add_linear_switches(model: ir.Model, fp32: ir.Model) -> list[str]:
     """Case 1: rewrite ``model`` in place; the names of the layers in the order of their switches.
 
     ``fp32`` is the graph that was quantised, smoothing folded in. Where ``model`` is in FP16 beside its integers it
     rounds as a GPU would. Raises BundleError where it does not have a layer of ``fp32``.
     """
-    emulate_half(model)
+    fake_half(model)
     values = values_by_name(model.graph)
-    switches = Switches(model.graph)
+    switches = Fp32Switches(model.graph)
     for linear in find_linears(fp32):
         result = read_as(values, linear.node.outputs[0], linear.name)
         inputs = [read_as(values, linear.activation, linear.name)]
@@ -56,20 +56,20 @@ def restore_linears(model: ir.Model, fp32: ir.Model) -> list[str]:
     return switches.names
 
 
-def restore_modules(model: ir.Model, fp32: ir.Model) -> list[str]:
+def add_module_switches(model: ir.Model, fp32: ir.Model) -> list[str]:
     """Cases 2 to 4: rewrite ``model``, in half precision, in place; the paths in the order of their switches.
 
     Raises BundleError where ``model`` has a weight that ``fp32``, the canonical graph, does not have.
     """
     nodes = list(model.graph)
-    emulate_half(model)
+    fake_half(model)
     values = values_by_name(model.graph)
     weights: Weights = {}
     for name, weight in model.graph.initializers.items():
         for value in (weight, values.get(name + WIDE)):
             if value is not None and value.dtype == ir.DataType.FLOAT:
                 weights[value] = name, range(len(value.shape or ()))
-    switches = Switches(model.graph)
+    switches = Fp32Switches(model.graph)
     for node in nodes:
         if is_turned_weight(node, weights):  # case 4
             name, _ = weights[read(node)]
@@ -99,7 +99,7 @@ def order_of(transpose: ir.Node) -> Sequence[int]:
     return perm.as_ints() if perm is not None else range(len(read(transpose).shape or ()))[::-1]
 
 
-def unrounded(node: ir.Node, switches: Switches, weights: Weights, fp32: ir.Model) -> ir.Node:
+def unrounded(node: ir.Node, switches: Fp32Switches, weights: Weights, fp32: ir.Model) -> ir.Node:
     """Case 2: the same node, its weights those of ``fp32``."""
     inputs: list[ir.Value | None] = []
     for value in node.inputs:
@@ -120,12 +120,12 @@ def unrounded(node: ir.Node, switches: Switches, weights: Weights, fp32: ir.Mode
     return ir.node(node.op_type, inputs, attributes, domain=node.domain, num_outputs=len(node.outputs))
 
 
-class Switches:
+class Fp32Switches:
     """The switches of a graph; several nodes may hang on one of them."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self.names: list[str] = []
-        self._graph, self._splice = graph, Splice(graph, graph[0])
+        self._graph, self._splice = graph, NodeBuilder(graph, graph[0])
         self._conditions: dict[str, ir.Value] = {}
         self._restored = ir.Value(name=RESTORED, type=ir.TensorType(ir.DataType.INT64))
         graph.inputs.append(self._restored)

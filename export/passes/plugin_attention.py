@@ -6,7 +6,7 @@ is not read where a plugin of that name is registered [TensorRT-RTX 1.7.1's pars
 
 Cases:
 1. Keys and values are a cache that was written at ``write_indices``, seen through a mask of what is written
-   (``length_attention`` says which): ``CausalFlashAttention`` by lengths, which does not read what no row has reached.
+   (``trt_attention`` says which): ``CausalFlashAttention`` by lengths, which does not read what no row has reached.
 2. A mask that spreads over the scores by axes that are known: ``MaskedFlashAttention``. One that was spread over the
    queries before is taken as it was, for the kernel reads it once for all of them.
 3. No mask: ``FlashAttention``.
@@ -23,7 +23,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass
 
-from transom.export.passes._builder import Splice
+from transom.export.passes._builder import NodeBuilder
 from transom.export.passes.trt_attention import made_by, parts_of, scale_of, size_along, why_not
 
 DOMAIN, VERSION = "transom", 1
@@ -108,15 +108,15 @@ def replace(graph: ir.Graph, node: ir.Node) -> str:
     query, key, value, mask = [*node.inputs, None][:4]
     assert query is not None
     assert query.dtype is not None
-    splice, name = Splice(graph, node), str(node.outputs[0].name)
+    builder, name = NodeBuilder(graph, node), str(node.outputs[0].name)
     inputs, operator = [query, key, value], PLAIN
     if mask is not None and why_not(node) is None:
         found = parts_of(mask)
         assert found is not None
         operator = CAUSAL
-        reached = splice.add("Add", [found.write_indices, found.new], f"{name}.reached", dtype=ir.DataType.INT64)
+        reached = builder.add("Add", [found.write_indices, found.new], f"{name}.reached", dtype=ir.DataType.INT64)
         narrow = {"to": ir.DataType.INT32}
-        inputs.append(splice.add("Cast", [reached], f"{name}.lengths", narrow, dtype=ir.DataType.INT32))
+        inputs.append(builder.add("Cast", [reached], f"{name}.lengths", narrow, dtype=ir.DataType.INT32))
     elif mask is not None:
         operator = MASKED
         narrow_mask = unspread(mask)
@@ -125,9 +125,9 @@ def replace(graph: ir.Graph, node: ir.Node) -> str:
     attributes = {SCALE: scale_of(node), **PLUGIN}
     if operator == MASKED and mask is not None:
         attributes[MASK_AXES] = axes_of(mask)
-    called = splice.add(operator, inputs, f"{name}.attended", attributes, dtype=query.dtype, domain=DOMAIN)
+    called = builder.add(operator, inputs, f"{name}.attended", attributes, dtype=query.dtype, domain=DOMAIN)
     called.producer().name = node.name  # type: ignore[union-attr]  # by which reports and engines know it
-    splice.replace_place(called)
+    builder.replace_node(called)
     return operator
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from transom.calib.graph_hash import MODULE
-from transom.export.passes._builder import Splice
+from transom.export.passes._builder import NodeBuilder
 from transom.export.passes.expose_attention import expose_scores
 
 PREFIX, SUM = "max:", "sum:"
@@ -43,20 +43,20 @@ def probe_sums(model: ir.Model) -> dict[str, str]:
     for node in list(model.graph):
         name = f"{SUM}{node.outputs[0].name}"
         if node.op_type in PRODUCTS and node.outputs[0].dtype == ir.DataType.FLOAT:
-            splice = Splice(model.graph, node)
+            builder = NodeBuilder(model.graph, node)
             inputs = [
-                value and splice.add("Abs", [value], f"{name}.{place}") for place, value in enumerate(node.inputs)
+                value and builder.add("Abs", [value], f"{name}.{place}") for place, value in enumerate(node.inputs)
             ]
-            sums = splice.add(node.op_type, inputs, f"{name}.terms", dict(node.attributes))
+            sums = builder.add(node.op_type, inputs, f"{name}.terms", dict(node.attributes))
         elif node.op_type == "Attention" and all(rank(value) == 4 for value in node.inputs[:2]):
             name += "_scores"
-            splice = Splice(model.graph, node)
-            query, key = (splice.add("Abs", [value], f"{name}.{place}") for place, value in enumerate(node.inputs[:2]))
-            turned = splice.add("Transpose", [key], f"{name}.turned", {"perm": [0, 1, 3, 2]})
-            sums = splice.add("MatMul", [query, turned], f"{name}.terms")
+            builder = NodeBuilder(model.graph, node)
+            query, key = (builder.add("Abs", [value], f"{name}.{place}") for place, value in enumerate(node.inputs[:2]))
+            turned = builder.add("Transpose", [key], f"{name}.turned", {"perm": [0, 1, 3, 2]})
+            sums = builder.add("MatMul", [query, turned], f"{name}.terms")
         else:
             continue
-        bound = splice.add("ReduceMax", [sums], name, {"keepdims": 0})
+        bound = builder.add("ReduceMax", [sums], name, {"keepdims": 0})
         bound.shape = ir.Shape([])
         model.graph.outputs.append(bound)
         modules[name] = node.metadata_props.get(MODULE, "")

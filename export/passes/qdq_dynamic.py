@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from transom.export.passes._builder import Splice, drop_unused
+from transom.export.passes._builder import NodeBuilder, drop_unused
 from transom.export.passes.linear_layers import Linear
 from transom.export.passes.qdq_static import dequantized_weight, name_of_product, replace_product
 from transom.export.quantization.weights import QuantizedWeights
@@ -31,34 +31,34 @@ def quantize_dynamic(model: ir.Model, linears: Sequence[Linear], weights: Quanti
     """Rewrite ``model`` in place; True if anything changed."""
     rows: dict[str, tuple[ir.Value, ir.Value]] = {}
     for linear in linears:
-        splice = Splice(model.graph, linear.node)
+        builder = NodeBuilder(model.graph, linear.node)
         value = linear.activation
         if value.name not in rows:
-            rows[str(value.name)] = quantized_rows(splice, value)
+            rows[str(value.name)] = quantized_rows(builder, value)
         activation, scale = rows[str(value.name)]
-        weight = dequantized_weight(splice, linear, weights, signed=False)
-        product = splice.add("MatMul", [activation, weight], name_of_product(linear))
-        replace_product(splice, linear, splice.add("Mul", [product, scale], f"{product.name}.scaled"))
+        weight = dequantized_weight(builder, linear, weights, signed=False)
+        product = builder.add("MatMul", [activation, weight], name_of_product(linear))
+        replace_product(builder, linear, builder.add("Mul", [product, scale], f"{product.name}.scaled"))
     drop_unused(model)
     model.graph.sort()
     return bool(linears)
 
 
-def quantized_rows(splice: Splice, value: ir.Value) -> tuple[ir.Value, ir.Value]:
+def quantized_rows(builder: NodeBuilder, value: ir.Value) -> tuple[ir.Value, ir.Value]:
     """Case 2: the rows in units of their scales, through uint8, and the scales (..., 1)."""
     name = value.name
-    last = splice.weight("row_axis", np.array([-1], np.int64))
-    smallest = splice.weight("smallest_row", np.array(SMALLEST_ROW, np.float32))
-    levels = splice.weight("row_levels", np.array(1 / LEVELS, np.float32))
-    one = splice.weight("row_unit", np.array(1, np.float32))
-    zero = splice.weight("row_zero_point", np.array(128, np.uint8))
-    size = splice.add("Abs", [value], f"{name}.abs")
-    largest = splice.add("ReduceMax", [size, last], f"{name}.row_max", {"keepdims": 1})
-    scale = splice.add(
-        "Mul", [splice.add("Max", [largest, smallest], f"{name}.row_range"), levels], f"{name}.row_scale"
+    last = builder.weight("row_axis", np.array([-1], np.int64))
+    smallest = builder.weight("smallest_row", np.array(SMALLEST_ROW, np.float32))
+    levels = builder.weight("row_levels", np.array(1 / LEVELS, np.float32))
+    one = builder.weight("row_unit", np.array(1, np.float32))
+    zero = builder.weight("row_zero_point", np.array(128, np.uint8))
+    size = builder.add("Abs", [value], f"{name}.abs")
+    largest = builder.add("ReduceMax", [size, last], f"{name}.row_max", {"keepdims": 1})
+    scale = builder.add(
+        "Mul", [builder.add("Max", [largest, smallest], f"{name}.row_range"), levels], f"{name}.row_scale"
     )
-    units = splice.add("Div", [value, scale], f"{name}.row_units")
-    quantized = splice.add("QuantizeLinear", [units, one, zero], f"{name}.quantized", dtype=ir.DataType.UINT8)
-    rows = splice.add("DequantizeLinear", [quantized, one, zero], f"{name}.dequantized")
+    units = builder.add("Div", [value, scale], f"{name}.row_units")
+    quantized = builder.add("QuantizeLinear", [units, one, zero], f"{name}.quantized", dtype=ir.DataType.UINT8)
+    rows = builder.add("DequantizeLinear", [quantized, one, zero], f"{name}.dequantized")
     rows.shape = quantized.shape = units.shape = size.shape = value.shape
     return rows, scale

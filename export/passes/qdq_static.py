@@ -25,11 +25,11 @@ import numpy as np
 import onnx_ir as ir
 
 from transom.calib.scales import Scale
-from transom.export.passes._builder import Splice, drop_unused
+from transom.export.passes._builder import NodeBuilder, drop_unused
 from transom.export.passes.linear_layers import Linear, is_weight
 from transom.export.quantization.weights import QuantizedWeights
 
-Place = tuple[ir.Node, int]  # a node and the number of its input
+QdqSite = tuple[ir.Node, int]  # a node and the number of its input
 
 
 def quantize_static(
@@ -39,7 +39,7 @@ def quantize_static(
     scales: Mapping[str, Scale],
     *,
     signed: bool,
-    places: Collection[Place] = (),
+    places: Collection[QdqSite] = (),
 ) -> bool:
     """Rewrite ``model`` in place; True if anything changed. ``linears`` are those to quantise.
 
@@ -47,49 +47,51 @@ def quantize_static(
     """
     pairs: dict[str, ir.Value] = {}
     for linear in linears:
-        splice = Splice(model.graph, linear.node)
-        activation = quantized_pair(splice, linear.activation, scales, pairs, signed=signed)
-        weight = dequantized_weight(splice, linear, weights, signed=signed)
-        replace_product(splice, linear, splice.add("MatMul", [activation, weight], f"{name_of_product(linear)}"))
+        builder = NodeBuilder(model.graph, linear.node)
+        activation = quantized_pair(builder, linear.activation, scales, pairs, signed=signed)
+        weight = dequantized_weight(builder, linear, weights, signed=signed)
+        replace_product(builder, linear, builder.add("MatMul", [activation, weight], f"{name_of_product(linear)}"))
     for node, index in places:
         value = node.inputs[index]
         assert value is not None
-        node.replace_input_with(index, quantized_pair(Splice(model.graph, node), value, scales, pairs, signed=signed))
+        node.replace_input_with(
+            index, quantized_pair(NodeBuilder(model.graph, node), value, scales, pairs, signed=signed)
+        )
     drop_unused(model)
     model.graph.sort()
     return bool(linears or places)
 
 
-def dequantized_weight(splice: Splice, linear: Linear, weights: QuantizedWeights, *, signed: bool) -> ir.Value:
+def dequantized_weight(builder: NodeBuilder, linear: Linear, weights: QuantizedWeights, *, signed: bool) -> ir.Value:
     """Case 1: the int8 weight behind its DQ, for products with int8 activations if ``signed``, else with uint8."""
     stored, scale = weights.int8(linear)
     name, result = linear.weight_name, f"{linear.node.outputs[0].name}.weight"
     if signed:
-        inputs = [splice.weight(f"{name}.int8", stored), splice.weight(f"{name}.scale", scale)]
+        inputs = [builder.weight(f"{name}.int8", stored), builder.weight(f"{name}.scale", scale)]
     else:
-        own = splice.unused(name, ".int8")
+        own = builder.unused(name, ".int8")
         zeros = np.zeros(len(scale), np.int8)
         inputs = [
-            splice.weight(f"{own}.int8", stored),
-            splice.weight(f"{name}.scale", scale),
-            splice.weight(f"{own}.int8_zero", zeros),
+            builder.weight(f"{own}.int8", stored),
+            builder.weight(f"{name}.scale", scale),
+            builder.weight(f"{own}.int8_zero", zeros),
         ]
-    return splice.add("DequantizeLinear", inputs, result, {"axis": 1})
+    return builder.add("DequantizeLinear", inputs, result, {"axis": 1})
 
 
 def quantized_pair(
-    splice: Splice, value: ir.Value, scales: Mapping[str, Scale], pairs: dict[str, ir.Value], *, signed: bool
+    builder: NodeBuilder, value: ir.Value, scales: Mapping[str, Scale], pairs: dict[str, ir.Value], *, signed: bool
 ) -> ir.Value:
     """Case 2: the value behind its Q/DQ pair."""
     name = str(value.name)
     if name not in pairs:
         found = scales[name]
         integer = np.int8 if signed else np.uint8
-        scale = splice.weight(f"{name}.quantization_scale", np.array(found.scale, np.float32))
-        zero = splice.weight(f"{name}.zero_point", np.array(found.zero_point, integer))
+        scale = builder.weight(f"{name}.quantization_scale", np.array(found.scale, np.float32))
+        zero = builder.weight(f"{name}.zero_point", np.array(found.zero_point, integer))
         dtype = ir.DataType.INT8 if signed else ir.DataType.UINT8
-        quantized = splice.add("QuantizeLinear", [value, scale, zero], f"{name}.quantized", dtype=dtype)
-        pairs[name] = splice.add("DequantizeLinear", [quantized, scale, zero], f"{name}.dequantized")
+        quantized = builder.add("QuantizeLinear", [value, scale, zero], f"{name}.quantized", dtype=dtype)
+        pairs[name] = builder.add("DequantizeLinear", [quantized, scale, zero], f"{name}.dequantized")
         quantized.shape = pairs[name].shape = value.shape
     return pairs[name]
 
@@ -98,17 +100,17 @@ def name_of_product(linear: Linear) -> str:
     return f"{linear.node.outputs[0].name}.product"
 
 
-def replace_product(splice: Splice, linear: Linear, product: ir.Value) -> None:
+def replace_product(builder: NodeBuilder, linear: Linear, product: ir.Value) -> None:
     """``product`` in place of the layer's own; case 3 where it is a ``Gemm`` with a bias."""
     if linear.bias is not None:
         product.shape = linear.node.outputs[0].shape
-        operator, bias = addend(splice, linear.bias)
-        product = splice.add(operator, [product, bias], f"{product.name}.biased")
-    splice.replace_place(product)
+        operator, bias = addend(builder, linear.bias)
+        product = builder.add(operator, [product, bias], f"{product.name}.biased")
+    builder.replace_node(product)
 
 
-def addend(splice: Splice, bias: ir.Value) -> tuple[str, ir.Value]:
+def addend(builder: NodeBuilder, bias: ir.Value) -> tuple[str, ir.Value]:
     """Case 3: what is done to the product, and with what."""
     if not is_weight(bias) or bias.const_value is None:
         return "Add", bias
-    return "Sub", splice.weight(f"{bias.name}.negated", -bias.const_value.numpy())
+    return "Sub", builder.weight(f"{bias.name}.negated", -bias.const_value.numpy())

@@ -20,14 +20,14 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from transom.export.passes._builder import Splice, drop_unused
+from transom.export.passes._builder import NodeBuilder, drop_unused
 from transom.export.passes.linear_layers import Linear, find_linears, is_weight
 
 GAIN, BIAS = 1, 2  # inputs of LayerNormalization
 
 
 @dataclass(frozen=True, eq=False)
-class Inlet:
+class SmoothQuantSite:
     """An activation and all linear layers that read it, K inputs each."""
 
     value: ir.Value
@@ -55,28 +55,28 @@ def size_of(weight: ir.Value) -> int:
     return int(np.prod(weight.const_value.shape.numpy()))
 
 
-def find_inlets(model: ir.Model) -> list[Inlet]:
+def find_smoothquant_sites(model: ir.Model) -> list[SmoothQuantSite]:
     """What the linear layers of the graph read, in its order."""
     behind: dict[ir.Value, list[Linear]] = {}
     for linear in find_linears(model):
         behind.setdefault(linear.activation, []).append(linear)
-    return [Inlet(value, linears) for value, linears in behind.items()]
+    return [SmoothQuantSite(value, linears) for value, linears in behind.items()]
 
 
 def fold_smoothing(model: ir.Model, factors: Mapping[str, NDArray[np.float32]]) -> bool:
     """Rewrite ``model`` in place; True if anything changed. ``factors`` are s, float32 (K,), by inlet's name."""
-    inlets = [inlet for inlet in find_inlets(model) if inlet.name in factors]
-    for inlet in inlets:
-        s = factors[inlet.name]
-        if inlet.norm is not None:
-            divide(model.graph, inlet.norm, inlet.name, s)
+    sites = [site for site in find_smoothquant_sites(model) if site.name in factors]
+    for site in sites:
+        s = factors[site.name]
+        if site.norm is not None:
+            divide(model.graph, site.norm, site.name, s)
         else:
-            divide_apart(model.graph, inlet, s)
-        for linear in inlet.linears:
-            multiply(model.graph, linear, s, inlet.name)
+            divide_apart(model.graph, site, s)
+        for linear in site.linears:
+            multiply(model.graph, linear, s, site.name)
     drop_unused(model)
     model.graph.sort()
-    return bool(inlets)
+    return bool(sites)
 
 
 def divide(graph: ir.Graph, norm: ir.Node, name: str, s: NDArray[np.float32]) -> None:
@@ -85,21 +85,21 @@ def divide(graph: ir.Graph, norm: ir.Node, name: str, s: NDArray[np.float32]) ->
         value = norm.inputs[index] if index < len(norm.inputs) else None
         if value is not None and value.const_value is not None:
             divided = (value.const_value.numpy() / s).astype(np.float32)
-            norm.replace_input_with(index, Splice(graph, norm).weight(f"{value.name}.{name}", divided))
+            norm.replace_input_with(index, NodeBuilder(graph, norm).weight(f"{value.name}.{name}", divided))
 
 
-def divide_apart(graph: ir.Graph, inlet: Inlet, s: NDArray[np.float32]) -> None:
+def divide_apart(graph: ir.Graph, site: SmoothQuantSite, s: NDArray[np.float32]) -> None:
     """Case 2."""
-    splice = Splice(graph, inlet.linears[0].node)
-    inverse = splice.weight(f"{inlet.name}.smoothing", (1 / s).astype(np.float32))
-    smoothed = splice.add("Mul", [inlet.value, inverse], f"{inlet.name}.smoothed")
-    smoothed.shape = inlet.value.shape
-    for linear in inlet.linears:
+    builder = NodeBuilder(graph, site.linears[0].node)
+    inverse = builder.weight(f"{site.name}.smoothing", (1 / s).astype(np.float32))
+    smoothed = builder.add("Mul", [site.value, inverse], f"{site.name}.smoothed")
+    smoothed.shape = site.value.shape
+    for linear in site.linears:
         linear.node.replace_input_with(0, smoothed)
 
 
-def multiply(graph: ir.Graph, linear: Linear, s: NDArray[np.float32], inlet: str) -> None:
+def multiply(graph: ir.Graph, linear: Linear, s: NDArray[np.float32], site: str) -> None:
     """Case 3. The new weight lies as (K, N), whichever way round the old one was read."""
     linear.node.attributes.pop("transB", None)
-    name = f"{linear.weight_name}.{inlet}"
-    linear.node.replace_input_with(1, Splice(graph, linear.node).weight(name, linear.kernel() * s[:, None]))
+    name = f"{linear.weight_name}.{site}"
+    linear.node.replace_input_with(1, NodeBuilder(graph, linear.node).weight(name, linear.kernel() * s[:, None]))

@@ -23,7 +23,7 @@ from itertools import accumulate
 
 import onnx_ir as ir
 
-from transom.export.passes._builder import Splice, drop_unused, is_unused
+from transom.export.passes._builder import NodeBuilder, drop_unused, is_unused
 from transom.export.passes.linear_layers import is_weight
 
 OPERANDS = 3  # of DequantizeLinear: weight, scale, and a zero point or none
@@ -43,7 +43,7 @@ class CutProduct:
     bounds: tuple[int, ...]
 
 
-def split_products(model: ir.Model) -> int:
+def split_fused_matmul(model: ir.Model) -> int:
     """Rewrite every such product of ``model`` in place; how many there were."""
     found = [cut for cut in map(cut_product, model.graph) if cut is not None]
     for cut in found:
@@ -120,27 +120,27 @@ def sizes_of(split: ir.Node, columns: int) -> list[int] | None:
 def write_part(graph: ir.Graph, cut: CutProduct, index: int) -> None:
     """The product of one part's channels, in its place and under its name."""
     part, whole, (start, stop) = cut.split.outputs[index], cut.product.outputs[0], cut.bounds[index : index + 2]
-    splice, name, dtype = Splice(graph, cut.product), f"{whole.name}.part_{index}", whole.dtype
+    builder, name, dtype = NodeBuilder(graph, cut.product), f"{whole.name}.part_{index}", whole.dtype
     assert dtype is not None
     attributes = {key: attribute.value for key, attribute in cut.weight.attributes.items()}
-    cuts = [sliced(splice, value, start, stop) for value in operands(cut.weight) if value is not None]
-    weight = splice.add("DequantizeLinear", cuts, f"{name}.weight", attributes, dtype=dtype)
-    made = splice.add("MatMul", [cut.product.inputs[0], weight], f"{name}.product", dtype=dtype)
+    cuts = [sliced(builder, value, start, stop) for value in operands(cut.weight) if value is not None]
+    weight = builder.add("DequantizeLinear", cuts, f"{name}.weight", attributes, dtype=dtype)
+    made = builder.add("MatMul", [cut.product.inputs[0], weight], f"{name}.product", dtype=dtype)
     made.shape = part.shape
     if cut.bias is not None:
         bias = bias_of(cut.bias, whole, cut.bounds[-1])
         assert bias is not None
-        made = splice.add(cut.bias.op_type, [made, sliced(splice, bias, start, stop)], f"{name}.biased", dtype=dtype)
+        made = builder.add(cut.bias.op_type, [made, sliced(builder, bias, start, stop)], f"{name}.biased", dtype=dtype)
     part.name, made.name, made.shape = f"{name}.replaced", part.name, part.shape
     ir.convenience.replace_all_uses_with(part, made, replace_graph_outputs=True)
 
 
-def sliced(splice: Splice, value: ir.Value, start: int, stop: int) -> ir.Value:
+def sliced(builder: NodeBuilder, value: ir.Value, start: int, stop: int) -> ir.Value:
     """The channels of a weight from ``start`` to ``stop``; a number for all of them stays what it is."""
     assert value.const_value is not None
     if not shape_of(value):
         return value
-    return splice.weight(f"{value.name}[{start}:{stop}]", value.const_value.numpy()[..., start:stop])
+    return builder.weight(f"{value.name}[{start}:{stop}]", value.const_value.numpy()[..., start:stop])
 
 
 def only_reader(value: ir.Value) -> ir.Node | None:

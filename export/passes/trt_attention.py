@@ -25,7 +25,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from transom.export.passes._builder import Splice
+from transom.export.passes._builder import NodeBuilder
 from transom.runtime.errors import ExportError
 from transom.runtime.feeds import WRITE_INDICES
 
@@ -41,7 +41,7 @@ TOKENS = 2  # the axis of queries and caches (B, heads, tokens, head size)
 Size = int | ir.SymbolicDim
 
 
-def length_attention(model: ir.Model) -> Mapping[str, str]:
+def trt_attention(model: ir.Model) -> Mapping[str, str]:
     """Rewrite every attention of case 1 in place; why the others were left, by their nodes."""
     left: dict[str, str] = {}
     for node in [node for node in model.graph if node.op_type == "Attention"]:
@@ -54,13 +54,15 @@ def length_attention(model: ir.Model) -> Mapping[str, str]:
         assert query.dtype is not None
         found = parts_of(mask)
         assert found is not None
-        splice, name = Splice(model.graph, node), str(node.outputs[0].name)
+        builder, name = NodeBuilder(model.graph, node), str(node.outputs[0].name)
         factor = np.array(scale_of(node), query.dtype.numpy())
-        scaled = splice.add("Mul", [query, splice.weight(f"{name}.scale", factor)], f"{name}.query", dtype=query.dtype)
-        reached = splice.add("Add", [found.write_indices, found.new], f"{name}.reached", dtype=ir.DataType.INT64)
-        lengths = splice.add("Cast", [reached], f"{name}.lengths", {"to": ir.DataType.INT32}, dtype=ir.DataType.INT32)
+        scaled = builder.add(
+            "Mul", [query, builder.weight(f"{name}.scale", factor)], f"{name}.query", dtype=query.dtype
+        )
+        reached = builder.add("Add", [found.write_indices, found.new], f"{name}.reached", dtype=ir.DataType.INT64)
+        lengths = builder.add("Cast", [reached], f"{name}.lengths", {"to": ir.DataType.INT32}, dtype=ir.DataType.INT32)
         inputs = [scaled, key, value, None, None, lengths]
-        splice.replace_place(splice.add(OPERATOR, inputs, f"{name}.attended", ATTRIBUTES, dtype=query.dtype))
+        builder.replace_node(builder.add(OPERATOR, inputs, f"{name}.attended", ATTRIBUTES, dtype=query.dtype))
     RemoveUnusedNodesPass()(model)
     return left
 
@@ -175,7 +177,7 @@ def made_by(value: ir.Value | None, operator: str) -> ir.Node | None:
 def standard_attention(model: ir.Model) -> int:
     """``TRT_Attention`` as its documentation describes it, in standard operators; how many there were.
 
-    The reference by which ``length_attention`` is checked: it starts from ``kv_lengths`` and the node's attributes, and
+    The reference by which ``trt_attention`` is checked: it starts from ``kv_lengths`` and the node's attributes, and
     knows nothing of the mask that was there before. Raises ExportError for what is not described here: a mask, packed
     rows, no lengths.
     """
@@ -194,28 +196,28 @@ def standard_attention(model: ir.Model) -> int:
             )
         assert query is not None
         assert query.dtype is not None
-        splice, name = Splice(model.graph, node), str(node.outputs[0].name)
-        nought = splice.weight("lengths.zero", np.array(0, np.int64))
-        single = splice.weight("lengths.one", np.array(1, np.int64))
+        builder, name = NodeBuilder(model.graph, node), str(node.outputs[0].name)
+        nought = builder.weight("lengths.zero", np.array(0, np.int64))
+        single = builder.weight("lengths.one", np.array(1, np.int64))
 
-        def size(tensor: ir.Value | None, what: str, splice: Splice = splice, name: str = name) -> ir.Value:
-            axis = splice.add("Shape", [tensor], f"{name}.{what}.shape", {"start": 2, "end": 3}, dtype=int64)
-            return splice.add("Squeeze", [axis], f"{name}.{what}", dtype=int64)
+        def size(tensor: ir.Value | None, what: str, builder: NodeBuilder = builder, name: str = name) -> ir.Value:
+            axis = builder.add("Shape", [tensor], f"{name}.{what}.shape", {"start": 2, "end": 3}, dtype=int64)
+            return builder.add("Squeeze", [axis], f"{name}.{what}", dtype=int64)
 
         S, C = size(query, "queries"), size(key, "keys")
-        column = splice.weight("lengths.column", np.array([1, 2, 3], np.int64))
-        wide = splice.add("Cast", [lengths], f"{name}.wide", {"to": int64}, dtype=int64)
-        length = splice.add("Unsqueeze", [wide, column], f"{name}.length", dtype=int64)  # (B, 1, 1, 1)
-        keys = splice.add("Range", [nought, C, single], f"{name}.j", dtype=int64)  # (C,)
-        queries = splice.add("Range", [nought, S, single], f"{name}.i", dtype=int64)
-        last = splice.weight("lengths.last", np.array([1], np.int64))
-        steps = splice.add("Unsqueeze", [queries, last], f"{name}.i.2d", dtype=int64)  # (S, 1)
-        before = splice.add("Sub", [length, S], f"{name}.before", dtype=int64)
+        column = builder.weight("lengths.column", np.array([1, 2, 3], np.int64))
+        wide = builder.add("Cast", [lengths], f"{name}.wide", {"to": int64}, dtype=int64)
+        length = builder.add("Unsqueeze", [wide, column], f"{name}.length", dtype=int64)  # (B, 1, 1, 1)
+        keys = builder.add("Range", [nought, C, single], f"{name}.j", dtype=int64)  # (C,)
+        queries = builder.add("Range", [nought, S, single], f"{name}.i", dtype=int64)
+        last = builder.weight("lengths.last", np.array([1], np.int64))
+        steps = builder.add("Unsqueeze", [queries, last], f"{name}.i.2d", dtype=int64)  # (S, 1)
+        before = builder.add("Sub", [length, S], f"{name}.before", dtype=int64)
         diagonal = {NONE: C, UPPER_LEFT: nought, LOWER_RIGHT: before}[kind]
-        most = splice.add("Add", [diagonal, steps], f"{name}.most", dtype=int64)
-        held = splice.add("Less", [keys, length], f"{name}.held", dtype=true)  # (B, 1, 1, C)
-        causal = splice.add("LessOrEqual", [keys, most], f"{name}.causal", dtype=true)
-        seen = splice.add("And", [held, causal], f"{name}.seen", dtype=true)  # (B, 1, S, C)
+        most = builder.add("Add", [diagonal, steps], f"{name}.most", dtype=int64)
+        held = builder.add("Less", [keys, length], f"{name}.held", dtype=true)  # (B, 1, 1, C)
+        causal = builder.add("LessOrEqual", [keys, most], f"{name}.causal", dtype=true)
+        seen = builder.add("And", [held, causal], f"{name}.seen", dtype=true)  # (B, 1, S, C)
         inputs = [query, key, value, seen]
-        splice.replace_place(splice.add("Attention", inputs, f"{name}.plain", {"scale": 1.0}, dtype=query.dtype))
+        builder.replace_node(builder.add("Attention", inputs, f"{name}.plain", {"scale": 1.0}, dtype=query.dtype))
     return len(nodes)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from transom.export.passes._builder import Splice, drop_unused
+from transom.export.passes._builder import NodeBuilder, drop_unused
 from transom.export.passes.linear_layers import Linear
 from transom.export.passes.qdq_static import name_of_product
 from transom.export.quantization.weights import QuantizedWeights
@@ -28,20 +28,20 @@ def quantize_weights(
 ) -> bool:
     """Rewrite ``model`` in place; True if anything changed."""
     for linear in linears:
-        splice = Splice(model.graph, linear.node)
+        builder = NodeBuilder(model.graph, linear.node)
         blocks, scales = weights.blocks(linear, bits, block_size)
         name = linear.weight_name
         K, N = linear.kernel_shape
         inputs: list[ir.Value | None] = [
             linear.activation,
-            splice.weight(f"{name}.int{bits}", blocks),
-            splice.weight(f"{name}.scales", scales.reshape(-1)),
+            builder.weight(f"{name}.int{bits}", blocks),
+            builder.weight(f"{name}.scales", scales.reshape(-1)),
         ]
         if linear.bias is not None:
             inputs += [None, None, linear.bias]
         attributes = {"K": K, "N": N, "bits": bits, "block_size": block_size, "accuracy_level": INT8_PRODUCTS}
-        product = splice.add("MatMulNBits", inputs, name_of_product(linear), attributes, domain=DOMAIN)
-        splice.replace_place(product)
+        product = builder.add("MatMulNBits", inputs, name_of_product(linear), attributes, domain=DOMAIN)
+        builder.replace_node(product)
     if linears:
         model.graph.opset_imports[DOMAIN] = 1
     drop_unused(model)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from transom.export.passes._builder import Splice
+from transom.export.passes._builder import NodeBuilder
 from transom.export.passes.casts import cast_of
 
 HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -78,4 +78,4 @@ def widen_cast(graph: ir.Graph, node: ir.Node) -> None:
         ir.convenience.replace_all_uses_with(result, value)
         graph.remove(node, safe=True)
     elif value.producer() is not None and not value.is_graph_output():
-        Splice(graph, node).replace_place(value)
+        NodeBuilder(graph, node).replace_node(value)

@@ -9,14 +9,14 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from transom.calib.collector import ObservingBackend
+from transom.calib.collector import CollectingBackend
 from transom.calib.data import CalibrationData, Sample
 from transom.calib.graph_hash import graph_sha256
 from transom.calib.run_samples import put_through
 from transom.calib.smoothquant import LARGEST_FACTOR, search_alpha
 from transom.calib.table import GraphRanges, RangeTable, Smoothing
-from transom.export.passes.smoothquant import find_inlets, fold_smoothing
-from transom.export.quantization.quantizer import Recipe, observed_tensors
+from transom.export.passes.smoothquant import find_smoothquant_sites, fold_smoothing
+from transom.export.quantization.quantizer import QuantizationConfig, observed_tensors
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import CalibrationError
 from transom.runtime.tasks import task_class
@@ -30,14 +30,14 @@ SMOOTHING_SAMPLES = 64  # spread over the data, from which factors are searched;
 def calibrate(
     bundle: Bundle,
     canonical: Mapping[str, ir.Model],
-    recipe: Recipe,
+    config: QuantizationConfig,
     data: CalibrationData,
     *,
     smooth: bool,
     tell: Callable[[str], None],
     smoothing: Mapping[str, Mapping[str, Smoothing]] | None = None,
 ) -> RangeTable:
-    """The ranges of every activation that ``recipe`` quantises, over all of ``data``, each sample once.
+    """The ranges of every activation that ``config`` quantises, over all of ``data``, each sample once.
 
     ``bundle`` is in FP32 and ``canonical`` its graphs by name, which stay as they are. Where ``smooth``, factors are
     searched on some of the samples, unless given as ``smoothing``, and folded in before anything is measured. ``tell``
@@ -45,11 +45,11 @@ def calibrate(
     Raises CalibrationError for samples that do not fit, values that are not finite, and a graph that no sample reaches.
     """
     if smoothing is None and smooth:
-        smoothing = search_smoothing(bundle, canonical, recipe.method, spread(data.samples), tell)
+        smoothing = search_smoothing(bundle, canonical, config.method, spread(data.samples), tell)
     smoothing = smoothing or {name: {} for name in canonical}
     models = smoothed(canonical, smoothing)
     observed = {
-        name: ObservingBackend(model, graph_of(bundle, name), observed_tensors(model, recipe))
+        name: CollectingBackend(model, graph_of(bundle, name), observed_tensors(model, config))
         for name, model in models.items()
     }
     put_all_through(bundle, observed, data.samples, lambda: tell(f"calibrating on {data.name}"))
@@ -76,54 +76,54 @@ def search_smoothing(
     tell: Callable[[str], None],
 ) -> dict[str, dict[str, Smoothing]]:
     """The factors of every activation whose linear layers are better off with them, by graph and activation."""
-    inlets = {name: find_inlets(model) for name, model in canonical.items()}
+    sites = {name: find_smoothquant_sites(model) for name, model in canonical.items()}
     observed = {
-        name: ObservingBackend(model, graph_of(bundle, name), [], [inlet.name for inlet in inlets[name]], ROWS)
+        name: CollectingBackend(model, graph_of(bundle, name), [], [site.name for site in sites[name]], ROWS)
         for name, model in canonical.items()
     }
     put_all_through(bundle, observed, samples, lambda: tell("looking for outliers to smooth"))
     found: dict[str, dict[str, Smoothing]] = {name: {} for name in canonical}
     for name, backend in observed.items():
         ranges = backend.ranges
-        for inlet in inlets[name]:
+        for site in sites[name]:
             tell("smoothing outliers")
-            channels = ranges[inlet.name].channels
+            channels = ranges[site.name].channels
             assert channels is not None
             alpha, factors = search_alpha(
-                backend.kept_rows(inlet.name),
-                [linear.kernel() for linear in inlet.linears],
+                backend.kept_rows(site.name),
+                [linear.kernel() for linear in site.linears],
                 method=method,
                 activation_max=np.maximum(np.abs(channels.minimum), np.abs(channels.maximum)),
-                worth=FREE_WORTH if inlet.norm is not None else MUL_WORTH,
+                worth=FREE_WORTH if site.norm is not None else MUL_WORTH,
             )
             if alpha:
-                found[name][inlet.name] = Smoothing(alpha, factors)
+                found[name][site.name] = Smoothing(alpha, factors)
     return found
 
 
-def require_fitting(table: RangeTable, canonical: Mapping[str, ir.Model], recipe: Recipe) -> None:
-    """Raise CalibrationError unless ``table`` is of these graphs and holds every range that ``recipe`` needs."""
+def require_fitting(table: RangeTable, canonical: Mapping[str, ir.Model], config: QuantizationConfig) -> None:
+    """Raise CalibrationError unless ``table`` is of these graphs and holds every range that ``config`` needs."""
     for name, model in canonical.items():
         ranges = table.require(name, graph_sha256(model))
-        channels = {inlet.name: inlet.linears[0].kernel_shape[0] for inlet in find_inlets(model)}
-        for inlet, smoothing in ranges.smoothing.items():
-            if len(smoothing.factors) != channels.get(inlet):
+        channels = {site.name: site.linears[0].kernel_shape[0] for site in find_smoothquant_sites(model)}
+        for site, smoothing in ranges.smoothing.items():
+            if len(smoothing.factors) != channels.get(site):
                 raise CalibrationError(
-                    f"the table of ranges smooths {inlet!r} of the graph {name!r} by {len(smoothing.factors)} factors; "
-                    f"expected {channels.get(inlet, 'none')}. Calibrate again."
+                    f"the table of ranges smooths {site!r} of the graph {name!r} by {len(smoothing.factors)} factors; "
+                    f"expected {channels.get(site, 'none')}. Calibrate again."
                 )
             least, most = float(smoothing.factors.min()), float(smoothing.factors.max())
             if least < 1 / LARGEST_FACTOR or most > LARGEST_FACTOR:  # weights times these might not be finite
                 raise CalibrationError(
-                    f"the table of ranges smooths {inlet!r} of the graph {name!r} by factors from {least:g} to "
+                    f"the table of ranges smooths {site!r} of the graph {name!r} by factors from {least:g} to "
                     f"{most:g}; expected {1 / LARGEST_FACTOR:g} to {LARGEST_FACTOR:g}. Calibrate again."
                 )
-    if recipe.weights_only:
+    if config.weights_only:
         return
     for name, model in smoothed(canonical, {name: table.graphs[name].smoothing for name in canonical}).items():
-        missing = [tensor for tensor in observed_tensors(model, recipe) if tensor not in table.graphs[name].tensors]
+        missing = [tensor for tensor in observed_tensors(model, config) if tensor not in table.graphs[name].tensors]
         if missing:
-            step = "Leave out --also, or leave out --ranges" if recipe.extras else "Leave out --ranges"
+            step = "Leave out --also, or leave out --ranges" if config.extras else "Leave out --ranges"
             raise CalibrationError(
                 f"the table of ranges has none of {missing[0]!r} of the graph {name!r}, which is to be quantised. "
                 f"{step} and calibrate anew."
@@ -146,13 +146,13 @@ def factors_of(smoothing: Mapping[str, Smoothing]) -> dict[str, NDArray[np.float
 
 def put_all_through(
     bundle: Bundle,
-    observed: Mapping[str, ObservingBackend],
+    observed: Mapping[str, CollectingBackend],
     samples: Sequence[Sample],
     before_each: Callable[[], None],
 ) -> None:
     """Every sample through the family's own code around the observing backends."""
 
-    def opener(graph: Any, *_: object) -> ObservingBackend:
+    def opener(graph: Any, *_: object) -> CollectingBackend:
         return observed[graph.graph.name]
 
     with task_class(bundle.manifest.family)(bundle, opener=opener) as loaded:

@@ -10,10 +10,10 @@ import onnx_ir as ir
 from transom.calib.data import Sample
 from transom.calib.table import RangeTable
 from transom.export.quantization.calibrate import smoothed
-from transom.export.quantization.fidelity import Reference
+from transom.export.quantization.fidelity import Fp32Outputs
 from transom.export.quantization.gate import Gate
-from transom.export.quantization.gate_result import Verdict
-from transom.export.quantization.quantizer import DYNAMIC, NONE, STATIC, Layer, Quantizer, Recipe
+from transom.export.quantization.gate_result import GateResult
+from transom.export.quantization.quantizer import DYNAMIC, NONE, STATIC, Layer, QuantizationConfig, Quantizer
 from transom.export.quantization.switched import SwitchedBundle
 from transom.export.variants import Variants
 from transom.runtime.backends.base import Backend, Read
@@ -29,7 +29,7 @@ CPU, TENSORRT = "cpu", "default"  # variants, as bundle.json names them
 GATED = {STATIC: "static", DYNAMIC: "dynamic", NONE: "weight-only"}  # what the gate calls them
 
 
-class Trial:
+class Candidate:
     """``bundle`` is in FP32; ``table`` holds ranges of its graphs ``canonical``, and smoothing.
 
     ``half`` says whether everything but int8 is FP16 in the graphs for TensorRT.
@@ -39,7 +39,7 @@ class Trial:
         self,
         bundle: Bundle,
         canonical: Mapping[str, ir.Model],
-        recipe: Recipe,
+        config: QuantizationConfig,
         table: RangeTable,
         gate: Gate,
         *,
@@ -52,21 +52,21 @@ class Trial:
             name: {tensor: found.histogram for tensor, found in table.graphs[name].tensors.items()}
             for name in canonical
         }
-        self.quantizer = Quantizer(smoothed(canonical, smoothing), graphs, recipe, ranges, half=half)
-        self._verdicts: dict[tuple[str, frozenset[Layer]], Verdict] = {}
-        self.kinds = {CPU: gated(recipe.activations.values())}
-        if not recipe.weights_only:
+        self.quantizer = Quantizer(smoothed(canonical, smoothing), graphs, config, ranges, half=half)
+        self._results: dict[tuple[str, frozenset[Layer]], GateResult] = {}
+        self.kinds = {CPU: gated(config.activations.values())}
+        if not config.weights_only:
             self.kinds[TENSORRT] = "static"
 
-    def judge(self, kind: str, kept: Collection[Layer]) -> Verdict:
+    def evaluate(self, kind: str, kept: Collection[Layer]) -> GateResult:
         """The variant ``kind``, with ``kept`` in higher precision, on everything that is held out."""
         key = (kind, frozenset(kept))
-        if key not in self._verdicts:
-            with self.candidate(kind, kept) as loaded:
-                self._verdicts[key] = self._gate.judge(loaded, self.kinds[kind])
-        return self._verdicts[key]
+        if key not in self._results:
+            with self.open_variant(kind, kept) as loaded:
+                self._results[key] = self._gate.evaluate(loaded, self.kinds[kind])
+        return self._results[key]
 
-    def errors_alone(self, reference: Reference) -> Iterator[tuple[Layer, float]]:
+    def errors_alone(self, reference: Fp32Outputs) -> Iterator[tuple[Layer, float]]:
         """Each layer with the relative output error of the CPU's variant where it alone is quantised."""
         quantizer = self.quantizer
         with SwitchedBundle(self._bundle, quantizer.cpu(), quantizer.models, integers=quantizer.integers) as switched:
@@ -75,7 +75,7 @@ class Trial:
                 yield layer, switched.measure(restored, reference).error.value
 
     @contextmanager
-    def candidate(self, kind: str, kept: Collection[Layer]) -> Iterator[LoadedBundle]:
+    def open_variant(self, kind: str, kept: Collection[Layer]) -> Iterator[LoadedBundle]:
         """A variant as the runtime would load it: the one for TensorRT rounds as a GPU would."""
         made = self.quantizer.cpu_variant(kept) if kind == CPU else self.quantizer.tensorrt_variant(kept)
         with open_variants(self._bundle, made) as loaded:
@@ -99,8 +99,8 @@ def open_variants(
     return task_class(bundle.manifest.family)(bundle, opener=opener)
 
 
-def ranking_reference(bundle: Bundle, samples: Sequence[Sample], name: str, layers: int) -> Reference:
+def ranking_reference(bundle: Bundle, samples: Sequence[Sample], name: str, layers: int) -> Fp32Outputs:
     """FP32's answers on a few of the held-out samples: the fewer, the more layers there are to be ranked by them."""
     fewest, most = RANKING_SAMPLES
     with task_class(bundle.manifest.family)(bundle) as fp32:
-        return Reference(fp32, samples, name, most=min(most, max(fewest, RANKING_RUNS // max(layers, 1))))
+        return Fp32Outputs(fp32, samples, name, most=min(most, max(fewest, RANKING_RUNS // max(layers, 1))))

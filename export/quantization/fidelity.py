@@ -76,7 +76,7 @@ class RelativeError:
 
 
 @dataclass(frozen=True)
-class Agreement:
+class Fidelity:
     """A bundle beside FP32.
 
     top1        on how many cases both choose the same; None where the task chooses nothing
@@ -95,7 +95,7 @@ class Agreement:
     right: tuple[Accuracy, Accuracy] | None = None
 
 
-class Reference:
+class Fp32Outputs:
     """FP32's answers on held-out samples, computed once for all that is held against them.
 
     At most ``most`` samples are drawn (of CLIP images and as many texts); of tasks that answer at every token, four
@@ -135,7 +135,7 @@ class Reference:
             )
         self._nearest = nearest_others(self._kept) if self._questions.top1 == NEIGHBOUR else None
 
-    def against(self, bundle: LoadedBundle) -> Agreement:
+    def compare(self, bundle: LoadedBundle) -> Fidelity:
         """Ask ``bundle`` the same. An answer that is not finite agrees with nothing, and its error is infinite.
 
         Raises ExportError for a bundle of another family, task or vocabulary.
@@ -163,7 +163,7 @@ class Reference:
             same = (nearest_others(found) == self._nearest).astype(int).tolist()
             cases = [1] * len(found)
         asked = self._questions
-        return Agreement(
+        return Fidelity(
             by_sample(f"same top-1 as FP32, {asked.cases}", self._data, self._kept, same, cases),
             asked.top1 == NEIGHBOUR,
             asked.output,

@@ -12,7 +12,7 @@ from math import isfinite, log
 from transom.calib.samples import Sample
 from transom.export.datasets import heldout_text
 from transom.export.metrics import Accuracy, Rate
-from transom.export.quantization.fidelity import Agreement, Reference
+from transom.export.quantization.fidelity import Fidelity, Fp32Outputs
 from transom.export.quantization.gate_result import (
     AGREEMENT,
     ENOUGH,
@@ -20,8 +20,8 @@ from transom.export.quantization.gate_result import (
     GROWTH,
     MOST_NATS,
     SCORE,
+    GateResult,
     Measured,
-    Verdict,
     pooled,
 )
 from transom.export.quantization.heldout import reference_samples
@@ -30,7 +30,7 @@ from transom.runtime.errors import ExportError
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks.gpt import GPT
 
-__all__ = ["EMBEDDING_ERROR", "ENOUGH", "MOST_NATS", "PERPLEXITY", "POINTS", "Gate", "Verdict", "pooled"]
+__all__ = ["EMBEDDING_ERROR", "ENOUGH", "MOST_NATS", "PERPLEXITY", "POINTS", "Gate", "GateResult", "pooled"]
 
 POINTS = {"bert": 0.010, "clip": 0.010, "transformer": 0.010, "vit": 0.013}  # of a score or of agreement
 PERPLEXITY = {"static": 0.05, "dynamic": 0.03, "weight-only": 0.03}  # growth, by how activations are quantised
@@ -41,7 +41,7 @@ class Gate:
     """Judges quantised bundles against an FP32 one, whose own answers and score are taken once.
 
     ``held_out`` are samples that calibration did not see, ``data`` their name. ``score`` measures a bundle's task
-    score, where there is one. Raises CalibrationError as ``Reference`` does.
+    score, where there is one. Raises CalibrationError as ``Fp32Outputs`` does.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Gate:
         score: Callable[[LoadedBundle], Measured] | None = None,
     ) -> None:
         self._family = fp32.manifest.family
-        self._reference = Reference(fp32, held_out, data)
+        self._reference = Fp32Outputs(fp32, held_out, data)
         self._score = score
         self._tokens = tokens_of_blocks(fp32) if score is not None and isinstance(fp32, GPT) else ()
         self._fp32 = None if score is None else per_token(score(fp32), self._tokens)
@@ -66,19 +66,21 @@ class Gate:
         samples = reference_samples(source)
         return cls(fp32, samples, f"held-out data of {source}", scored.of)
 
-    def judge(self, bundle: LoadedBundle, activations: str) -> Verdict:
+    def evaluate(self, bundle: LoadedBundle, activations: str) -> GateResult:
         """Measure a quantised bundle; ``activations`` are "static", "dynamic" or "weight-only"."""
         if activations not in PERPLEXITY:
             raise ExportError(f"activations is {activations!r}; expected one of {', '.join(PERPLEXITY)}.")
-        agreement = self._reference.against(bundle)
+        agreement = self._reference.compare(bundle)
         scores: tuple[Measured, Measured] | None = agreement.nats or agreement.right
         if self._score is not None and self._fp32 is not None:
             finite = isfinite(agreement.error.value)  # a score refuses what is not finite, the verdict says it
             scores = (self._fp32, per_token(self._score(bundle), self._tokens)) if finite else None
-        return verdict(self._family, activations, agreement, scores)
+        return gate_result(self._family, activations, agreement, scores)
 
 
-def verdict(family: str, activations: str, agreement: Agreement, scores: tuple[Measured, Measured] | None) -> Verdict:
+def gate_result(
+    family: str, activations: str, agreement: Fidelity, scores: tuple[Measured, Measured] | None
+) -> GateResult:
     """What is judged of these measurements, and by what. ``scores`` are FP32's and the quantised model's."""
     top1 = agreement.top1
     if family == "gpt":
@@ -90,11 +92,11 @@ def verdict(family: str, activations: str, agreement: Agreement, scores: tuple[M
     else:
         criterion, allowed = ERROR, EMBEDDING_ERROR
     before, after = scores or (None, None)
-    return Verdict(criterion, allowed, before, after, top1, agreement.error, agreement.output)
+    return GateResult(criterion, allowed, before, after, top1, agreement.error, agreement.output)
 
 
 def per_token(measured: Measured, tokens: Sequence[int]) -> Measured:
-    """Bits per byte as nats per token, which a perplexity is the exponential of; a Score as it is.
+    """Bits per byte as nats per token, which a perplexity is the exponential of; an Accuracy as it is.
 
     The amounts are bits per block, and ``tokens`` how many tokens each block has.
     """

@@ -21,7 +21,7 @@ Measured = Accuracy | Rate
 
 
 @dataclass(frozen=True)
-class Verdict:
+class GateResult:
     """Whether a quantised model stays within its gate, and every figure measured on the way.
 
     criterion     what is judged: SCORE lost, GROWTH of perplexity, AGREEMENT lost, or ERROR
@@ -43,7 +43,7 @@ class Verdict:
     error: RelativeError
     output: str
     repetitions: int = 1
-    repeated: Verdict | None = None
+    repeated: GateResult | None = None
 
     @property
     def measure(self) -> str:
@@ -112,7 +112,7 @@ class Verdict:
         return self.found <= self.allowed and (self.repeated is None or self.repeated.holds)
 
     @property
-    def broken(self) -> Verdict:
+    def broken(self) -> GateResult:
         """Of a verdict that does not hold, the part that is to blame."""
         return self if self.repeated is None or self.found > self.allowed else self.repeated
 
@@ -145,7 +145,7 @@ class Verdict:
             "relative_error": {"output": self.output, **self.error.to_json()},
         }
 
-    def words(self) -> str:
+    def summary(self) -> str:
         """One line: what was judged and how it came out, then what else was measured."""
         n = f"n = {self.n}"
         parts = [{SCORE: self._score_words, GROWTH: self._growth_words}.get(self.criterion, self._other_words)(n)]
@@ -185,30 +185,30 @@ class Verdict:
         return f"{self.measure} {self.amount} of {self.allowed:.2g} allowed, {n}"
 
 
-def pooled(verdicts: Sequence[Verdict], *, same_inputs: bool) -> Verdict:
+def pooled(results: Sequence[GateResult], *, same_inputs: bool) -> GateResult:
     """One verdict over calibrations of one model on different samples.
 
     Measured on the ``same_inputs`` each, every input counts once, with its mean; measured on different ones, their
     cases add up. Raises ExportError for none, and for verdicts of different gates.
     """
-    if not verdicts:
+    if not results:
         raise ExportError("there are no verdicts to pool; expected at least one.")
-    first = verdicts[0]
+    first = results[0]
     if any(
         (other.criterion, other.allowed, other.output) != (first.criterion, first.allowed, first.output)
-        for other in verdicts
+        for other in results
     ):
         raise ExportError("the verdicts are of different gates; pool those of one model and one precision.")
     return replace(
         first,
-        score_fp32=together([each.score_fp32 for each in verdicts], same_inputs),
-        score_int8=together([each.score_int8 for each in verdicts], same_inputs),
-        agreement=cast("Accuracy | None", together([each.agreement for each in verdicts], same_inputs)),
+        score_fp32=together([each.score_fp32 for each in results], same_inputs),
+        score_int8=together([each.score_int8 for each in results], same_inputs),
+        agreement=cast("Accuracy | None", together([each.agreement for each in results], same_inputs)),
         error=RelativeError(
-            per_input([each.error.differences for each in verdicts], same_inputs),
-            per_input([each.error.references for each in verdicts], same_inputs),
+            per_input([each.error.differences for each in results], same_inputs),
+            per_input([each.error.references for each in results], same_inputs),
         ),
-        repetitions=len(verdicts),
+        repetitions=len(results),
     )
 
 

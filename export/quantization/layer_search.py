@@ -8,9 +8,9 @@ from math import exp
 from typing import Any
 
 from transom.export.metrics import Rate
-from transom.export.quantization.candidate import CPU, Trial
-from transom.export.quantization.fidelity import Reference
-from transom.export.quantization.gate_result import MOST_NATS, Verdict, pooled
+from transom.export.quantization.candidate import CPU, Candidate
+from transom.export.quantization.fidelity import Fp32Outputs
+from transom.export.quantization.gate_result import MOST_NATS, GateResult, pooled
 from transom.export.quantization.quantizer import Layer
 from transom.runtime.errors import AccuracyError
 
@@ -20,28 +20,34 @@ CURVE = (0.25, 0.5, 0.75)  # of the layers quantised, between none and all
 
 
 @dataclass(frozen=True)
-class Found:
-    """``kept`` stay in higher precision; ``verdicts`` are those of what ships, by variant."""
+class LayerSearchResult:
+    """``kept`` stay in higher precision; ``results`` are those of what ships, by variant."""
 
     kept: tuple[Layer, ...]
     why: Mapping[Layer, str]
     sensitivities: Mapping[Layer, float]
-    verdicts: Mapping[str, Verdict]
+    results: Mapping[str, GateResult]
     curve: Sequence[Mapping[str, Any]] = field(default_factory=list)
 
 
 def search_layers(
-    trials: Sequence[Trial], reference: Reference, *, gate: bool, same_inputs: bool, tell: Callable[[str], None]
-) -> Found:
-    """Rank the layers of the first trial, which ships, and keep as few as the gate allows.
+    candidates: Sequence[Candidate],
+    reference: Fp32Outputs,
+    *,
+    gate: bool,
+    same_inputs: bool,
+    tell: Callable[[str], None],
+) -> LayerSearchResult:
+    """Rank the layers of the first candidate, which ships, and keep as few as the gate allows.
 
-    The gate has to hold for what ships and, where there are other trials, for all of them pooled; ``same_inputs`` says
-    whether they are measured on the same. Without ``gate`` nothing is kept and the verdict is recorded all the same.
+    The gate has to hold for what ships and, where there are other candidates, for all of them pooled; ``same_inputs``
+    says whether they are measured on the same inputs. Without ``gate`` nothing is kept and the result is recorded all
+    the same.
     Raises AccuracyError when half of the weights are kept and the gate still does not hold.
     """
-    quantizer = trials[0].quantizer
+    quantizer = candidates[0].quantizer
     sensitivities = {}
-    for layer, error in trials[0].errors_alone(reference):
+    for layer, error in candidates[0].errors_alone(reference):
         tell("ranking layers by what quantising each costs")
         sensitivities[layer] = error
     order = sorted(quantizer.layers, key=lambda layer: -sensitivities[layer])
@@ -49,8 +55,11 @@ def search_layers(
     kept: list[Layer] = []
     why: dict[Layer, str] = {}
     while True:
-        verdicts = {kind: judge(trials, kind, kept, tell, same_inputs=same_inputs) for kind in trials[0].kinds}
-        broken = [verdict.broken for verdict in verdicts.values() if not verdict.holds]
+        results = {
+            kind: evaluate_candidates(candidates, kind, kept, tell, same_inputs=same_inputs)
+            for kind in candidates[0].kinds
+        }
+        broken = [result.broken for result in results.values() if not result.holds]
         if not broken or not gate:
             break
         budget -= quantizer.sizes[order[len(kept)]] if len(kept) < len(order) else budget + 1
@@ -58,24 +67,26 @@ def search_layers(
             raise AccuracyError(refusal(broken[0], order, sensitivities, len(kept)))
         kept.append(order[len(kept)])
         why[kept[-1]] = f"{broken[0].measure}: {broken[0].found:.3g} lost without it, {broken[0].allowed:g} allowed"
-    return Found(tuple(kept), why, sensitivities, verdicts, curve(trials[0], order, kept, verdicts[CPU], tell))
+    return LayerSearchResult(
+        tuple(kept), why, sensitivities, results, curve(candidates[0], order, kept, results[CPU], tell)
+    )
 
 
-def judge(
-    trials: Sequence[Trial], kind: str, kept: Sequence[Layer], tell: Callable[[str], None], *, same_inputs: bool
-) -> Verdict:
-    """The verdict of the first trial, beside it what it is together with the others."""
-    verdicts = []
-    for trial in trials:
+def evaluate_candidates(
+    candidates: Sequence[Candidate], kind: str, kept: Sequence[Layer], tell: Callable[[str], None], *, same_inputs: bool
+) -> GateResult:
+    """The verdict of the first candidate, beside it what it is together with the others."""
+    results = []
+    for candidate in candidates:
         tell(f"measuring accuracy, {len(kept)} layers kept" if kept else "measuring accuracy")
-        verdicts.append(trial.judge(kind, kept))
-    if len(verdicts) == 1:
-        return verdicts[0]
-    return replace(verdicts[0], repeated=pooled(verdicts, same_inputs=same_inputs))
+        results.append(candidate.evaluate(kind, kept))
+    if len(results) == 1:
+        return results[0]
+    return replace(results[0], repeated=pooled(results, same_inputs=same_inputs))
 
 
 def curve(
-    trial: Trial, order: Sequence[Layer], kept: Sequence[Layer], final: Verdict, tell: Callable[[str], None]
+    candidate: Candidate, order: Sequence[Layer], kept: Sequence[Layer], final: GateResult, tell: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """Error and score against how many layers are quantised, the least sensitive first."""
     counts = sorted({round(share * len(order)) for share in CURVE} - {0, len(order), len(order) - len(kept)})
@@ -84,20 +95,20 @@ def curve(
     ]
     for count in counts:
         tell("measuring the curve")
-        points.append(point(trial.judge(CPU, order[: len(order) - count]), count, len(order)))
+        points.append(point(candidate.evaluate(CPU, order[: len(order) - count]), count, len(order)))
     points.append(point(final, len(order) - len(kept), len(order)))
     if kept:
         tell("measuring the curve")
-        points.append(point(trial.judge(CPU, ()), len(order), len(order)))
+        points.append(point(candidate.evaluate(CPU, ()), len(order), len(order)))
     return sorted(points, key=lambda each: each["quantized"])
 
 
-def point(verdict: Verdict, quantized: int, layers: int) -> dict[str, Any]:
+def point(result: GateResult, quantized: int, layers: int) -> dict[str, Any]:
     return {
         "quantized": quantized,
         "layers": layers,
-        "relative_error": verdict.relative_error,
-        "score": score_of(verdict.score_int8),
+        "relative_error": result.relative_error,
+        "score": score_of(result.score_int8),
     }
 
 
@@ -108,10 +119,10 @@ def score_of(measured: Any) -> float | None:
     return exp(min(measured.value, MOST_NATS)) if isinstance(measured, Rate) else float(measured.value)
 
 
-def refusal(verdict: Verdict, order: Sequence[Layer], sensitivities: Mapping[Layer, float], kept: int) -> str:
+def refusal(result: GateResult, order: Sequence[Layer], sensitivities: Mapping[Layer, float], kept: int) -> str:
     worst = ", ".join(f"{name} ({sensitivities[graph, name]:.2g})" for graph, name in order[:SHOWN])
     return (
-        f"{verdict.words()}, with {kept} of {len(order)} layers kept in higher precision; more than half of the "
+        f"{result.summary()}, with {kept} of {len(order)} layers kept in higher precision; more than half of the "
         f"weights would have to be. Most sensitive: {worst}. Nothing was written. Try more calibration data like what "
         "the model will see, another --method, --activations dynamic, or a wider precision."
     )

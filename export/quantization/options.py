@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transom.calib.scales import BLOCKS, METHODS
-from transom.export.passes.extras import EXTRAS
-from transom.export.quantization.quantizer import ACTIVATIONS, DYNAMIC, NONE, STATIC, Recipe
+from transom.export.passes.extras import OPTIONAL_SITES
+from transom.export.quantization.quantizer import ACTIVATIONS, DYNAMIC, NONE, STATIC, QuantizationConfig
 from transom.runtime.errors import ExportError
 from transom.runtime.feeds import is_decoder
 from transom.runtime.graph_spec import Graph
@@ -25,7 +25,7 @@ REFERENCE_DATA = {  # the reference models' own training inputs, names of transo
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """``activations``, ``weight_bits`` and ``block_size`` are None where nothing was said: see ``recipe``.
+    """``activations``, ``weight_bits`` and ``block_size`` are None where nothing was said: see ``config``.
 
     ``ranges`` is a table that was made before, in place of data.
     """
@@ -64,7 +64,7 @@ class QuantizeOptions:
             ("--activations", self.activations or STATIC, ACTIVATIONS),
             ("--weight-bits", self.weight_bits or WEIGHT_BITS, (8, 7)),
             ("--block-size", self.block_size or BLOCK_SIZE, BLOCKS),
-            *(("--also", extra, EXTRAS) for extra in self.extras),
+            *(("--also", extra, OPTIONAL_SITES) for extra in self.extras),
         ):
             if value not in known:
                 raise ExportError(f"{what} is {value!r}; expected one of {', '.join(map(str, known))}.")
@@ -85,19 +85,21 @@ class QuantizeOptions:
                 "choose --activations none or --precision int4."
             )
 
-    def recipe(self, precision: str, graphs: tuple[Graph, ...]) -> Recipe:
+    def config(self, precision: str, graphs: tuple[Graph, ...]) -> QuantizationConfig:
         """For "int8": static for encoders, dynamic for decoders, whose steps have few rows. For "int4": weights only.
 
         Raises ExportError as ``check`` does, and where --also has nothing to work on.
         """
         self.check(precision)
         if precision == "int4":
-            return Recipe({graph.name: NONE for graph in graphs}, self.method, 4, self.block_size or BLOCK_SIZE)
+            return QuantizationConfig(
+                {graph.name: NONE for graph in graphs}, self.method, 4, self.block_size or BLOCK_SIZE
+            )
         modes = {graph.name: self.activations or (DYNAMIC if is_decoder(graph) else STATIC) for graph in graphs}
         if self.extras and STATIC not in modes.values():
             raise ExportError("--also needs ranges fixed beforehand; choose --activations static, or leave it out.")
         bits, block_size = self.weight_bits or WEIGHT_BITS, self.block_size or BLOCK_SIZE
-        return Recipe(modes, self.method, bits, block_size, self.extras)
+        return QuantizationConfig(modes, self.method, bits, block_size, self.extras)
 
 
 PLAIN = QuantizeOptions()  # nothing was said

@@ -13,10 +13,10 @@ from transom.calib.data import CalibrationData, open_calibration_data
 from transom.calib.table import RANGES, RangeTable, Smoothing
 from transom.export.parity.fp16_range import beyond_fp16
 from transom.export.quantization.calibrate import calibrate, require_fitting, smoothed
-from transom.export.quantization.candidate import CPU, Trial, ranking_reference
+from transom.export.quantization.candidate import CPU, Candidate, ranking_reference
 from transom.export.quantization.gate import Gate
 from transom.export.quantization.heldout import reference_samples
-from transom.export.quantization.layer_search import Found, search_layers
+from transom.export.quantization.layer_search import LayerSearchResult, search_layers
 from transom.export.quantization.options import QuantizeOptions
 from transom.export.quantization.quantizer import NONE
 from transom.export.scores import SCORES
@@ -31,7 +31,7 @@ from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks import task_class
 
 PARTS = 4  # of the calibration data; one is held out, for the gate or for variety's sake
-MOST_TRIALS = PARTS  # calibrations, where few cases are held out
+MAX_CANDIDATES = PARTS  # calibrations, where few cases are held out
 
 Largest = Mapping[str, tuple[float, str]]
 
@@ -67,10 +67,10 @@ class Quantization:
     ) -> None:
         self._bundle, self._canonical, self._source = bundle, canonical, source
         self._options, self._data, self._measure, self._tell = options, data, measure, tell
-        self._recipe = options.recipe(precision, tuple(file.graph for file in bundle.manifest.graphs))
+        self._config = options.config(precision, tuple(file.graph for file in bundle.manifest.graphs))
         self._scored = is_scored(source, bundle.manifest.task)
         if table is not None:
-            require_fitting(table, canonical, self._recipe)
+            require_fitting(table, canonical, self._config)
             if not self._scored:
                 require_same(data.split(PARTS)[0], table.data, "the table of ranges")
         self._given = table
@@ -82,43 +82,43 @@ class Quantization:
         table = self._given or self._calibrated(calibration)
         self._smoothing = {name: graph.smoothing for name, graph in table.graphs.items()}
         half = self._fits_fp16(table)
-        first = self._trial(table, held_out, half=half)
-        trials = [first]
+        first = self._candidate(table, held_out, half=half)
+        candidates = [first]
         if self._options.gate and self._given is None:
-            wanted = min(MOST_TRIALS, first.judge(CPU, ()).wanted)
-            trials += [self._another(part, half=half) for part in range(1, wanted)]
+            wanted = min(MAX_CANDIDATES, first.evaluate(CPU, ()).wanted)
+            candidates += [self._another(part, half=half) for part in range(1, wanted)]
         samples = reference_samples(self._source) if held_out is None else list(held_out.samples)
         reference = ranking_reference(self._bundle, samples, self._name_of(held_out), len(first.quantizer.layers))
-        found = search_layers(trials, reference, gate=self._options.gate, same_inputs=self._scored, tell=self._tell)
+        found = search_layers(candidates, reference, gate=self._options.gate, same_inputs=self._scored, tell=self._tell)
         return Quantized(first.quantizer.variants(found.kept), table, self._record(table, found, first, half=half))
 
     def _calibrated(self, data: CalibrationData) -> RangeTable:
         return calibrate(
             self._bundle,
             self._canonical,
-            self._recipe,
+            self._config,
             data,
             smooth=self._options.smooth,
             smoothing=self._smoothing,
             tell=self._tell,
         )
 
-    def _another(self, part: int, *, half: bool) -> Trial:
+    def _another(self, part: int, *, half: bool) -> Candidate:
         """The same on other samples, and of data that the gate takes too, judged on others."""
         calibration, held_out = self._data.split(PARTS, part)
-        return self._trial(self._calibrated(calibration), None if self._scored else held_out, half=half)
+        return self._candidate(self._calibrated(calibration), None if self._scored else held_out, half=half)
 
-    def _trial(self, table: RangeTable, held_out: CalibrationData | None, *, half: bool) -> Trial:
+    def _candidate(self, table: RangeTable, held_out: CalibrationData | None, *, half: bool) -> Candidate:
         with task_class(self._bundle.manifest.family)(self._bundle) as fp32:
             self._tell("measuring FP32")
             if held_out is None:
                 gate = Gate.of_reference(self._source, fp32)
             else:
                 gate = Gate(fp32, held_out.samples, self._name_of(held_out))
-        return Trial(self._bundle, self._canonical, self._recipe, table, gate, half=half)
+        return Candidate(self._bundle, self._canonical, self._config, table, gate, half=half)
 
     def _fits_fp16(self, table: RangeTable) -> bool:
-        if self._recipe.weights_only:
+        if self._config.weights_only:
             return True
         self._tell("measuring every tensor's range")
         smoothing = {name: table.graphs[name].smoothing for name in self._canonical}
@@ -127,20 +127,22 @@ class Quantization:
     def _name_of(self, held_out: CalibrationData | None) -> str:
         return f"held-out data of {self._source}" if held_out is None else held_out.name
 
-    def _record(self, table: RangeTable, found: Found, trial: Trial, *, half: bool) -> dict[str, Any]:
-        recipe = self._recipe
+    def _record(
+        self, table: RangeTable, found: LayerSearchResult, candidate: Candidate, *, half: bool
+    ) -> dict[str, Any]:
+        config = self._config
         record = {
-            "activations": dict(recipe.activations),
-            "method": recipe.method,
-            "weight_bits": recipe.weight_bits,
-            "block_size": recipe.block_size if NONE in recipe.activations.values() else None,
-            "also": list(recipe.extras),
-            "elsewhere": {"cpu": "fp32"} | ({} if recipe.weights_only else {"default": "fp16" if half else "fp32"}),
+            "activations": dict(config.activations),
+            "method": config.method,
+            "weight_bits": config.weight_bits,
+            "block_size": config.block_size if NONE in config.activations.values() else None,
+            "also": list(config.extras),
+            "elsewhere": {"cpu": "fp32"} | ({} if config.weights_only else {"default": "fp16" if half else "fp32"}),
             "data": dict(table.data),
             "processor": cpu_name(),
             "instruction_set": instruction_set(),
-            "integer_sums": integer_sums().kind if recipe.weight_bits == 8 and not recipe.weights_only else EXACT,
-            "integer_means": None if recipe.weights_only else integer_sums().way,
+            "integer_sums": integer_sums().kind if config.weight_bits == 8 and not config.weights_only else EXACT,
+            "integer_means": None if config.weights_only else integer_sums().way,
             "ranges": RANGES,
             "smoothing": {
                 f"{name}/{norm}": smoothing.alpha
@@ -155,10 +157,10 @@ class Quantization:
                     "kept": (graph, name) in found.kept,
                     "why": found.why.get((graph, name)),
                 }
-                for graph, name in trial.quantizer.layers
+                for graph, name in candidate.quantizer.layers
             ],
             "curve": [dict(point) for point in found.curve],
-            "gate": {kind: verdict.to_json() for kind, verdict in found.verdicts.items()},
+            "gate": {kind: result.to_json() for kind, result in found.results.items()},
         }
         return {key: finite(value) for key, value in record.items()}
 

@@ -10,8 +10,8 @@ import onnx_ir as ir
 
 from transom.calib.histogram import Histogram
 from transom.calib.scales import Scale, activation_scale, clip_range
-from transom.export.passes.extras import extra_places
-from transom.export.passes.fp16_embeddings import halve_embeddings
+from transom.export.passes.extras import optional_sites
+from transom.export.passes.fp16_embeddings import fp16_embeddings
 from transom.export.passes.half_precision import convert_precision
 from transom.export.passes.linear_layers import find_linears
 from transom.export.passes.qdq_dynamic import quantize_dynamic
@@ -30,7 +30,7 @@ Layer = tuple[str, str]  # graph, name of the linear layer
 
 
 @dataclass(frozen=True)
-class Recipe:
+class QuantizationConfig:
     """How to quantise. ``activations`` is a mode of ACTIVATIONS by graph.
 
     ``weight_bits`` is 8, 7 (of 8, for CPUs whose products saturate) or 4, the last with activations "none"
@@ -60,14 +60,14 @@ class Quantizer:
         self,
         models: Mapping[str, ir.Model],
         graphs: tuple[Graph, ...],
-        recipe: Recipe,
+        config: QuantizationConfig,
         ranges: Mapping[str, Mapping[str, Histogram]],
         *,
         half: bool = True,
     ) -> None:
-        self.recipe, self.models, self._graphs, self._ranges = recipe, models, graphs, ranges
+        self.config, self.models, self._graphs, self._ranges = config, models, graphs, ranges
         self._half = half
-        self._weights = {name: QuantizedWeights(recipe.weight_bits) for name in models}
+        self._weights = {name: QuantizedWeights(config.weight_bits) for name in models}
         self._scales: dict[bool, dict[str, dict[str, Scale]]] = {}
         self.layers: list[Layer] = [
             (name, linear.name) for name, model in models.items() for linear in find_linears(model)
@@ -88,7 +88,7 @@ class Quantizer:
         return self._scales[signed]
 
     def _scale(self, histogram: Histogram, *, signed: bool) -> Scale:
-        low, high = clip_range(histogram, self.recipe.method, symmetric=signed)
+        low, high = clip_range(histogram, self.config.method, symmetric=signed)
         scale = activation_scale(low, high, signed=signed)
         if signed and self._half:
             return Scale(max(scale.scale, SMALLEST_FP16_SCALE), scale.zero_point)
@@ -100,23 +100,23 @@ class Quantizer:
         for graph in self._graphs:
             model = self.models[graph.name].clone()
             linears = [linear for linear in find_linears(model) if (graph.name, linear.name) not in kept]
-            weights, mode = self._weights[graph.name], self.recipe.activations[graph.name]
+            weights, mode = self._weights[graph.name], self.config.activations[graph.name]
             if mode == NONE:
-                quantize_weights(model, linears, weights, self._block_bits, self.recipe.block_size)
+                quantize_weights(model, linears, weights, self._block_bits, self.config.block_size)
             elif mode == DYNAMIC:
                 quantize_dynamic(model, linears, weights)
             else:
-                places = extra_places(model, self.recipe.extras)
+                places = optional_sites(model, self.config.extras)
                 quantize_static(
                     model, linears, weights, self.scales(signed=False)[graph.name], signed=False, places=places
                 )
-            halve_embeddings(model)
+            fp16_embeddings(model)
             models[graph.name] = model
         return models
 
     @property
     def _block_bits(self) -> int:
-        return 4 if self.recipe.weight_bits == 4 else 8
+        return 4 if self.config.weight_bits == 4 else 8
 
     def tensorrt(self, kept: Collection[Layer] = ()) -> dict[str, ir.Model]:
         """The graphs for TensorRT, by name: int8 with symmetric scales, everything else in FP16."""
@@ -124,7 +124,7 @@ class Quantizer:
         for graph in self._graphs:
             model = self.models[graph.name].clone()
             linears = [linear for linear in find_linears(model) if (graph.name, linear.name) not in kept]
-            places = extra_places(model, self.recipe.extras)
+            places = optional_sites(model, self.config.extras)
             quantize_static(
                 model,
                 linears,
@@ -141,7 +141,7 @@ class Quantizer:
     def variants(self, kept: Collection[Layer] = ()) -> Variants:
         """Everything that ships."""
         cpu = self.cpu(kept)
-        if self.recipe.weights_only:
+        if self.config.weights_only:
             return pack(self._graphs, cpu, "float32")
         models = self.tensorrt(kept)
         state = "float16" if self._half else "float32"
@@ -158,11 +158,11 @@ class Quantizer:
     @property
     def integers(self) -> dict[str, str]:
         """What a CPU session makes of the integers of each graph for the CPU."""
-        return {name: BLOCKS if mode == NONE else PRODUCTS for name, mode in self.recipe.activations.items()}
+        return {name: BLOCKS if mode == NONE else PRODUCTS for name, mode in self.config.activations.items()}
 
 
-def observed_tensors(model: ir.Model, recipe: Recipe) -> list[str]:
+def observed_tensors(model: ir.Model, config: QuantizationConfig) -> list[str]:
     """Names of the activations whose ranges the recipe needs of this FP32 graph."""
     values: list[Any] = [linear.activation for linear in find_linears(model)]
-    values += [node.inputs[index] for node, index in extra_places(model, recipe.extras)]
+    values += [node.inputs[index] for node, index in optional_sites(model, config.extras)]
     return list(dict.fromkeys(str(value.name) for value in values))

@@ -10,8 +10,8 @@ from typing import Self
 import numpy as np
 import onnx_ir as ir
 
-from transom.export.passes.layer_switches import RESTORED, restore_linears, restore_modules
-from transom.export.quantization.fidelity import Agreement, Reference
+from transom.export.passes.layer_switches import RESTORED, add_linear_switches, add_module_switches
+from transom.export.quantization.fidelity import Fidelity, Fp32Outputs
 from transom.export.quantization.quantizer import Layer
 from transom.export.variants import pack, with_integers
 from transom.runtime.backends.base import Array, Backend, Read
@@ -56,7 +56,7 @@ class SwitchedBundle:
         integers: Mapping[str, str] | None = None,
         threads: int | None = None,
     ) -> None:
-        restore = restore_modules if half else restore_linears
+        restore = add_module_switches if half else add_linear_switches
         names = {name: restore(model, fp32[name]) for name, model in models.items()}
         self.layers: list[Layer] = [(graph, name) for graph, found in names.items() for name in found]
         self._names = names
@@ -75,11 +75,11 @@ class SwitchedBundle:
 
         self._loaded = task_class(bundle.manifest.family)(bundle, "cpu", threads, opener)
 
-    def measure(self, restored: Collection[Layer], reference: Reference) -> Agreement:
+    def measure(self, restored: Collection[Layer], reference: Fp32Outputs) -> Fidelity:
         """How far the bundle is from FP32 with these layers restored."""
         for graph, names in self._names.items():
             self._backends[graph].restored[:] = [(graph, name) in restored for name in names]
-        return reference.against(self._loaded)
+        return reference.compare(self._loaded)
 
     def __enter__(self) -> Self:
         return self

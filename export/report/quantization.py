@@ -35,7 +35,7 @@ def value_of(told: Any) -> float | None:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class GateResult:
     """One variant's gate, as far as bundle.json tells it."""
 
     variant: str
@@ -72,18 +72,18 @@ def near(a: float, b: float) -> bool:
     return abs(a - b) <= 1e-9 * max(1.0, abs(a))
 
 
-def verdicts_of(quantization: Mapping[str, Any]) -> list[Verdict]:
+def verdicts_of(quantization: Mapping[str, Any]) -> list[GateResult]:
     """The gate's verdicts, that of the CPU first."""
     gate = sorted(items(quantization.get("gate")).items(), key=lambda item: item[0] != "cpu")
     return [verdict_from_json(variant, told) for variant, told in gate[:MOST_VARIANTS]]
 
 
-def verdict_from_json(variant: str, told: Any) -> Verdict:
+def verdict_from_json(variant: str, told: Any) -> GateResult:
     """The scores of texts are nats per token; as everywhere else they are shown as perplexity."""
     perplexity = at(told, "score", "lower_is_better") is True
     scores = [value_of(at(told, "score", side)) for side in ("int8", "fp32")]
     score, score_fp32 = (exponential(each) if perplexity else each for each in scores)
-    return Verdict(
+    return GateResult(
         variant=words(variant, 40),
         measure=words(at(told, "measure"), 80),
         found=sane(at(told, "found")),
@@ -142,7 +142,7 @@ def recipe(quantization: Mapping[str, Any]) -> str:
     )
 
 
-def gate_table(verdicts: Sequence[Verdict]) -> str:
+def gate_table(verdicts: Sequence[GateResult]) -> str:
     """A row per variant."""
     rows = [
         [
@@ -180,7 +180,7 @@ def gate_table(verdicts: Sequence[Verdict]) -> str:
     )
 
 
-def curves(quantization: Mapping[str, Any], verdict: Verdict | None) -> str:
+def curves(quantization: Mapping[str, Any], verdict: GateResult | None) -> str:
     """A plot of each measure over the number of quantised layers."""
     told = quantization.get("curve")
     points = told[:MOST_POINTS] if isinstance(told, list) else []

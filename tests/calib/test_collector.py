@@ -13,7 +13,7 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
-from transom.calib.collector import ROWS, ObservingBackend
+from transom.calib.collector import ROWS, CollectingBackend
 from transom.calib.histogram import BINS, HALF, MIN_LIMIT, Histogram
 from transom.runtime.errors import CalibrationError
 from transom.runtime.graph_spec import Graph, Tensor
@@ -160,11 +160,11 @@ GRAPH = Graph(
 )
 
 
-def small(tensors: Sequence[str] = ("x", "y", "z"), **options: Any) -> ObservingBackend:
-    return ObservingBackend(model_of(SMALL, ["block.linear", "block.act"]), GRAPH, tensors, **options)
+def small(tensors: Sequence[str] = ("x", "y", "z"), **options: Any) -> CollectingBackend:
+    return CollectingBackend(model_of(SMALL, ["block.linear", "block.act"]), GRAPH, tensors, **options)
 
 
-def put(backend: ObservingBackend, x: Any, mask: Any = None) -> NDArray[Any]:
+def put(backend: CollectingBackend, x: Any, mask: Any = None) -> NDArray[Any]:
     x = np.asarray(x, np.float32)
     mask = np.ones(x.shape[:2], np.int64) if mask is None else np.array(mask)
     found: NDArray[Any] = backend.run({"x": x, "attention_mask": mask}, {"z": x.shape})["z"]
@@ -201,7 +201,7 @@ def test_a_mask_of_other_positions_hides_nothing() -> None:
     """A decoder's own positions T are not those S that the mask speaks of, though there are as many."""
     text = "d (float[B, T, 2] x, int64[B, S] attention_mask) => (float[B, T, 2] z) { z = Relu (x) }"
     tensors = (Tensor("x", "float32", ("B", "T", 2)), GRAPH.inputs[1])
-    backend = ObservingBackend(model_of(text), Graph("d", tensors, GRAPH.outputs), ["x"])
+    backend = CollectingBackend(model_of(text), Graph("d", tensors, GRAPH.outputs), ["x"])
     put(backend, [[[1, 1], [9, 9]]], mask=[[1, 0]])
     assert backend.ranges["x"].histogram.maximum == 9
 
@@ -211,7 +211,7 @@ def test_a_mask_counts_where_names_of_axes_are_lost() -> None:
     for node in model.graph:
         for value in node.outputs:
             value.shape = None
-    backend = ObservingBackend(model, GRAPH, ["y"])
+    backend = CollectingBackend(model, GRAPH, ["y"])
     put(backend, [[[1, 1], [9, 9]]], mask=[[1, 0]])
     assert backend.ranges["y"].histogram.maximum == 2
 
@@ -248,7 +248,7 @@ def test_a_graph_that_no_sample_reached_is_an_error() -> None:
 def test_the_model_stays_as_it_is() -> None:
     model = model_of(SMALL)
     before = ir.to_proto(model).SerializeToString()
-    put(ObservingBackend(model, GRAPH, ["y", "z", "z"]), [[[1, 2]]])
+    put(CollectingBackend(model, GRAPH, ["y", "z", "z"]), [[[1, 2]]])
     assert ir.to_proto(model).SerializeToString() == before
 
 
@@ -262,7 +262,7 @@ def test_large_weights_are_shared_and_right() -> None:
     model = ir.Model(
         ir.Graph([x], [y], nodes=[node], initializers=[w], name="g", opset_imports={"": 23}), ir_version=10
     )
-    backend = ObservingBackend(model, Graph("g", GRAPH.inputs[:1], (Tensor("y", "float32", ("B", "S", 400)),)), ["y"])
+    backend = CollectingBackend(model, Graph("g", GRAPH.inputs[:1], (Tensor("y", "float32", ("B", "S", 400)),)), ["y"])
     value = np.array([[[1, -3]]], np.float32)
     found = backend.run({"x": value}, {"y": (1, 1, 400)})["y"]
     # 6e-8, the unit roundoff, of 1 |w| + 3 |w| <= 4 x 3.1: with and without fused multiply-add
@@ -279,7 +279,7 @@ def test_caches_are_written_in_place_and_observed() -> None:
         (Tensor("cache", "float32", shape, state=True), Tensor("x", "float32", shape)),
         (Tensor("new", "float32", shape, state=True, writes="cache"), Tensor("y", "float32", shape)),
     )
-    backend = ObservingBackend(model_of(text), graph, ["new", "cache"])
+    backend = CollectingBackend(model_of(text), graph, ["new", "cache"])
     cache, x = np.zeros((1, 2), np.float32), np.array([[1, -2]], np.float32)
     for _ in range(3):
         found = backend.run({"cache": cache, "x": x}, {"y": (1, 2)})

@@ -8,20 +8,20 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from transom.calib.data import open_calibration_data
-from transom.calib.random_input_check import LEAST_CORRELATION, NoiseCheck
+from transom.calib.random_input_check import LEAST_CORRELATION, RandomInputCheck
 from transom.export.datasets import DATA
 from transom.runtime.errors import CalibrationError
 
 
-def seen(*pixels: NDArray[np.generic]) -> NoiseCheck:
-    check = NoiseCheck()
+def seen(*pixels: NDArray[np.generic]) -> RandomInputCheck:
+    check = RandomInputCheck()
     for image in pixels:
         check.update({"pixel_values": np.asarray(image, np.float32)})
     return check
 
 
-def read(*rows: NDArray[np.int64]) -> NoiseCheck:
-    check = NoiseCheck()
+def read(*rows: NDArray[np.int64]) -> RandomInputCheck:
+    check = RandomInputCheck()
     for row in rows:
         check.update({"input_ids": row.reshape(1, -1)})
     return check
@@ -119,7 +119,7 @@ def test_what_is_not_judged() -> None:
     read(draws().integers(0, 30000, 90)).check("model")
     read(draws().integers(0, 250, 5000)).check("model")
     read(*draws().integers(0, 30000, (500, 1))).check("decoder")
-    check = NoiseCheck()
+    check = RandomInputCheck()
     ids = draws().integers(0, 30000, (4, 1000))
     check.update({"input_ids": ids, "attention_mask": (np.arange(1000) < 20).astype(np.int64)[None].repeat(4, 0)})
     check.update({"input_ids": np.array([[-1, -5, 1 << 60, -1]])})

@@ -22,7 +22,7 @@ from transom.export import debug, pipeline
 from transom.export.bisect import bisect_layers
 from transom.export.checkpoint import load_checkpoint
 from transom.export.debug import debug_accuracy
-from transom.export.passes.layer_switches import RESTORED, restore_linears, restore_modules
+from transom.export.passes.layer_switches import RESTORED, add_linear_switches, add_module_switches
 from transom.runtime.backends.ort_library import onnxruntime
 from transom.runtime.bundle import MANIFEST, manifest_sha256
 from transom.runtime.errors import BundleError, CalibrationError, CheckpointError, ExportError
@@ -113,7 +113,7 @@ def outputs(model: ir.Model, *restored: int) -> list[float]:
 
 def test_a_linear_layer_is_restored_while_the_graph_runs() -> None:
     shipped = tiny(WRONG)
-    assert restore_linears(shipped, tiny(RIGHT)) == ["dense"]
+    assert add_linear_switches(shipped, tiny(RIGHT)) == ["dense"]
     assert outputs(shipped, 0) == [6, 1]  # 5 + 1, 0 + 1
     assert outputs(shipped, 1) == [11, 6]  # 2 * 5 + 1, 1 * 5 + 1
 
@@ -123,7 +123,7 @@ def test_modules_of_a_half_precision_graph_are_restored_one_by_one() -> None:
 
     shipped, right = tiny([[1 + 2**-12, 0.0], [0.0, 1.0]]), tiny(RIGHT)
     convert_precision(shipped, "fp16")
-    names = restore_modules(shipped, right)
+    names = add_module_switches(shipped, right)
     assert sorted(names) == ["act", "dense"]
     dense = [int(name == "dense") for name in names]
     assert outputs(shipped, 0, 0) == [6, 1]  # FP16 has no 1 + 2^-12
@@ -134,7 +134,7 @@ def test_a_graph_of_something_else_is_refused() -> None:
     other = tiny(RIGHT)
     other.graph.node(1).outputs[0].name = "other"
     with pytest.raises(BundleError, match="no product, which belongs to the layer dense"):
-        restore_linears(other, tiny(RIGHT))
+        add_linear_switches(other, tiny(RIGHT))
 
 
 # The reference ViT, exported once: a damaged layer comes first.

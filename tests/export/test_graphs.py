@@ -19,7 +19,7 @@ from onnx import TensorProto, helper
 from transom.export.checkpoint import load_checkpoint
 from transom.export.onnx_export import onnx_from_module
 from transom.export.parity.fp16_range import RangeBackend, require_fp16_range
-from transom.export.passes.fake_half import emulate_half
+from transom.export.passes.fake_half import fake_half
 from transom.export.passes.half_precision import convert_precision
 from transom.export.variants import make_variants
 from transom.runtime.backends.ort import OrtBackend
@@ -122,7 +122,7 @@ def test_half_precision(traced: Any, architecture: str, precision: str, toleranc
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
     assert {value.dtype for value in model.graph.outputs} == {ir.DataType.FLOAT}
     rounded = model.clone()
-    assert emulate_half(rounded)
+    assert fake_half(rounded)
     onnx.checker.check_model(ir.to_proto(rounded), full_check=True)
     found = run(rounded, feeds)
     for tensor, theirs in zip(loaded.graphs[0].outputs, outputs, strict=True):
@@ -134,7 +134,7 @@ def test_fp32_is_left_alone(traced: Any) -> None:
     _, model = traced("BertModel")
     before = ir.to_proto(model).SerializeToString(deterministic=True)
     assert not convert_precision(model, "fp32")
-    assert not emulate_half(model)
+    assert not fake_half(model)
     assert ir.to_proto(model).SerializeToString(deterministic=True) == before
 
 
@@ -164,7 +164,7 @@ def small_model(weight: float) -> ir.Model:
 def test_emulation_rounds_to_nearest_even_after_every_node() -> None:
     model = small_model(weight=3.0)
     convert_precision(model, "bf16")
-    emulate_half(model)
+    fake_half(model)
     # In BF16, 8 significant bits: x = 100.3 -> 100.5, gelu(100.5) = 100.5, * 3 = 301.5 -> 302 (steps of 2, even).
     assert run(model, {"x": np.array([100.3, 1.0], np.float32)})["y"].tolist()[0] == 302.0
 

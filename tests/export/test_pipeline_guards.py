@@ -27,7 +27,7 @@ from transom.export.bundle_graphs import inside
 from transom.export.bundle_writer import BundleWriter, add_to_bundle, check_out, new_bundle, write_manifest
 from transom.export.parity.checks import open_default_files
 from transom.export.parity.fp16_range import beyond_fp16, require_fp16_range
-from transom.export.passes.fp16_embeddings import halve_embeddings
+from transom.export.passes.fp16_embeddings import fp16_embeddings
 from transom.export.passes.half_precision import convert_precision
 from transom.export.pipeline import check_options, export
 from transom.export.quantization.options import QuantizeOptions
@@ -333,7 +333,7 @@ def test_a_tensor_at_the_end_of_fp16_is_refused(value: float) -> None:
 @pytest.mark.parametrize(("value", "halved"), [(65504.0, True), (65536.0, False), (nan, False)], ids=str)
 def test_a_table_of_embeddings_is_halved_where_fp16_holds_it(value: float, halved: bool) -> None:
     model = graph_of("g (int64[1] i) => (float[1, 2] y) { y = Gather(w, i) }", {"w": [[value, 1.0], [2.0, 3.0]]})
-    assert halve_embeddings(model) is halved
+    assert fp16_embeddings(model) is halved
 
 
 def test_the_file_for_gpus_is_opened_though_nothing_runs_it(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from safetensors.numpy import load_file
 import transom.models.references as references
 from paths import REPO
 from transom.export.datasets import heldout_digits, passage, photos, wordnet_pairs
-from transom.models.references import REFERENCES, Reference, reference_folder
+from transom.models.references import REFERENCES, Fp32Outputs, reference_folder
 from transom.runtime.errors import CheckpointError
 
 
@@ -67,7 +67,7 @@ def test_changed_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     weights[-1] ^= 1
     (tmp_path / "model.safetensors").write_bytes(weights)
     vit = REFERENCES["vit"]
-    moved = Reference(vit.name, vit.description, lambda: tmp_path, vit.sha256)
+    moved = Fp32Outputs(vit.name, vit.description, lambda: tmp_path, vit.sha256)
     monkeypatch.setitem(REFERENCES, "vit", moved)
     with pytest.raises(CheckpointError, match=f"has SHA-256 [0-9a-f]{{64}}; reference model 'vit' is {vit.sha256}"):
         reference_folder("vit")

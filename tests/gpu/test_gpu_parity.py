@@ -43,7 +43,7 @@ def test_parity(family: str, precision: str, backend: str, ready: Ready, results
     require_precision(precision, gpu)
     verified = verify(ready(family, precision), device=backend)
     worst = max((case.worst for case in verified.cases), key=lambda comparison: comparison.error)
-    gate = "" if verified.verdict is None else f"; {verified.verdict.words()}"
+    gate = "" if verified.gate is None else f"; {verified.gate.summary()}"
     results.add(family, backend, precision, f"worst error {worst.error:.1e} of {TOLERANCES[precision]:g}{gate}")
 
 

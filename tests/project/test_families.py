@@ -11,8 +11,8 @@ from transom.calib.run_samples import FEED, PUT, READS
 from transom.cli.answers import TASKS
 from transom.export.metrics import Accuracy
 from transom.export.quantization import fidelity as agreement
-from transom.export.quantization.fidelity import Agreement, RelativeError
-from transom.export.quantization.gate import POINTS, verdict
+from transom.export.quantization.fidelity import Fidelity, RelativeError
+from transom.export.quantization.gate import POINTS, gate_result
 from transom.export.quantization.gate_result import AGREEMENT, GROWTH
 from transom.export.quantization.heldout import reference_samples
 from transom.export.quantization.options import REFERENCE_DATA
@@ -73,8 +73,8 @@ def test_every_family_is_asked_about_held_out_samples(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_has_a_gate(name: str) -> None:
     """By points, or by perplexity as GPT."""
-    ninety = Agreement(Accuracy("same top-1", "", (90,), (100,)), False, "logits", RelativeError((1.0,), (4.0,)))
-    judged = verdict(name, "static", ninety, None)
+    ninety = Fidelity(Accuracy("same top-1", "", (90,), (100,)), False, "logits", RelativeError((1.0,), (4.0,)))
+    judged = gate_result(name, "static", ninety, None)
     assert judged.criterion == (AGREEMENT if name in POINTS else GROWTH)
     assert 0.01 <= judged.allowed <= 0.05
 

@@ -103,14 +103,14 @@ def variants_of(bundle: Bundle, family: str, precision: str) -> Variants:
     canonical, graphs = canonical_graphs(bundle), tuple(file.graph for file in bundle.manifest.graphs)
     if precision != "int8":
         return make_variants(canonical, graphs, precision)
-    data, recipe = open_calibration_data((REFERENCE_DATA[family],)), PLAIN.recipe(precision, graphs)
+    data, config = open_calibration_data((REFERENCE_DATA[family],)), PLAIN.config(precision, graphs)
     few = replace(data, samples=data.samples[:MIN_SAMPLES], entries=data.entries[:MIN_SAMPLES])
-    table = calibrate(bundle, canonical, recipe, few, smooth=False, tell=lambda _: None)
+    table = calibrate(bundle, canonical, config, few, smooth=False, tell=lambda _: None)
     ranges = {
         name: {tensor: found.histogram for tensor, found in graph.tensors.items()}
         for name, graph in table.graphs.items()
     }
-    return Quantizer(canonical, graphs, recipe, ranges).variants()
+    return Quantizer(canonical, graphs, config, ranges).variants()
 
 
 def engines_of(bundle: Bundle, targets: Sequence[str]) -> list[Engine]:

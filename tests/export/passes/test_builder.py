@@ -11,8 +11,8 @@ import pytest
 
 from tiny_graphs import graph_of, normal, run, weights_of
 from transom.calib.scales import Scale
-from transom.export.passes._builder import Splice
-from transom.export.passes.layer_switches import RESTORED, restore_linears
+from transom.export.passes._builder import NodeBuilder
+from transom.export.passes.layer_switches import RESTORED, add_linear_switches
 from transom.export.passes.linear_layers import find_linears
 from transom.export.passes.qdq_static import quantize_static
 from transom.export.passes.smoothquant import fold_smoothing
@@ -21,13 +21,13 @@ from transom.export.quantization.weights import QuantizedWeights
 NAN = np.array([0x7FC00000, 0x7FC00001], np.uint32).view(np.float32)  # two NaNs of different bits
 
 
-def splice() -> tuple[ir.Model, Splice]:
+def builder() -> tuple[ir.Model, NodeBuilder]:
     model = graph_of("g (float[2] x) => (float[2] y) { y = Add (x, w) }", {"w": [1.0, 2.0]})
-    return model, Splice(model.graph, model.graph[0])
+    return model, NodeBuilder(model.graph, model.graph[0])
 
 
 def test_the_same_weight_is_made_once() -> None:
-    model, new = splice()
+    model, new = builder()
     first = new.weight("scale", np.array([3.0], np.float32))
     assert new.weight("scale", np.array([3.0], np.float32)) is first
     assert new.weight("w", np.array([1.0, 2.0], np.float32)) is model.graph.initializers["w"]
@@ -47,7 +47,7 @@ def test_the_same_weight_is_made_once() -> None:
     ids=["numbers", "float64", "bits of int32", "shape", "length", "half"],
 )
 def test_another_weight_of_that_name_is_another_weight(other: Any) -> None:
-    model, new = splice()
+    model, new = builder()
     made = new.weight("w", other)
     assert made is new.weight("w", other)
     assert made.name == "w.2"
@@ -59,7 +59,7 @@ def test_another_weight_of_that_name_is_another_weight(other: Any) -> None:
 
 
 def test_zeros_of_either_sign_and_nans_are_compared_by_their_bits() -> None:
-    _, new = splice()
+    _, new = builder()
     zero = new.weight("zero", np.array([0.0], np.float32))
     assert new.weight("zero", np.array([-0.0], np.float32)) is not zero
     first = new.weight("nan", NAN[:1])
@@ -140,7 +140,7 @@ def test_restored_weights_are_those_of_their_layer() -> None:
     fp32 = turned()
     model = fp32.clone()
     quantize_static(model, find_linears(model), QuantizedWeights(8), {"x": Scale(4 / 127, 0)}, signed=True)
-    layers = restore_linears(model, fp32)
+    layers = add_linear_switches(model, fp32)
     feeds = {"x": normal(3, 2, seed=2)}
     expected = run(fp32, **feeds)
     proto = ir.to_proto(model)

@@ -13,8 +13,8 @@ import pytest
 from tiny_graphs import graph_of, normal, operators, run, weights_of
 from transom.calib.scales import Scale
 from transom.export.bundle_graphs import canonical_graphs
-from transom.export.passes.extras import extra_places
-from transom.export.passes.fp16_embeddings import halve_embeddings
+from transom.export.passes.extras import optional_sites
+from transom.export.passes.fp16_embeddings import fp16_embeddings
 from transom.export.passes.linear_layers import find_linears
 from transom.export.passes.qdq_static import quantize_static
 from transom.export.quantization.weights import QuantizedWeights
@@ -124,7 +124,7 @@ def test_embeddings_are_halved_where_they_are_only_looked_up() -> None:
     """A third needs 11 bits more than FP16 has; 70,000 is beyond it, so that table stays."""
     table = [[1 / 3, 2.0], [0.1, -1.0]]
     model = graph_of(EMBEDDING, {"table": table, "positions": [[0.0, 7e4], [0.0, 0.0]]})
-    assert halve_embeddings(model)
+    assert fp16_embeddings(model)
     weights = weights_of(model)
     assert (weights["table"].dtype, weights["positions"].dtype) == (np.float16, np.float32)
     assert operators(model) == {"Gather": 2, "Cast": 1, "Add": 1}
@@ -132,7 +132,7 @@ def test_embeddings_are_halved_where_they_are_only_looked_up() -> None:
     halves = np.array(table, np.float16).astype(np.float32)
     assert found["rows"].tolist() == halves[::-1].tolist()
     assert found["y"].tolist() == (halves[::-1] + np.array([[0, 0], [0, 7e4]], np.float32)).tolist()
-    assert not halve_embeddings(graph_of("g (float[R, 2] x) => (float[R, 3] y) { y = MatMul (x, W) }", {"W": W}))
+    assert not fp16_embeddings(graph_of("g (float[R, 2] x) => (float[R, 3] y) { y = MatMul (x, W) }", {"W": W}))
 
 
 def run_ids(model: ir.Model, ids: list[int]) -> dict[str, Any]:
@@ -148,10 +148,10 @@ def test_a_table_that_a_layer_multiplies_by_is_not_halved() -> None:
         e = Gather (V, ids)  V_t = Transpose <perm = [1, 0]> (V)  y = MatMul (e, V_t)
     }"""
     model = graph_of(text, {"V": np.transpose(W)})
-    assert not halve_embeddings(model)
+    assert not fp16_embeddings(model)
     assert weights_of(model)["V"].dtype == np.float32
     columns = graph_of("g (int64[R] ids) => (float[2, R] y) { y = Gather <axis = 1> (W, ids) }", {"W": W})
-    assert not halve_embeddings(columns)
+    assert not fp16_embeddings(columns)
 
 
 ATTENTION = """
@@ -175,14 +175,14 @@ def test_further_places_are_those_that_were_asked_for() -> None:
 
     def places(*extras: str) -> list[tuple[str, int]]:
         model = graph_of(ATTENTION, weights)
-        return [(str(node.outputs[0].name), index) for node, index in extra_places(model, extras)]
+        return [(str(node.outputs[0].name), index) for node, index in optional_sites(model, extras)]
 
     assert places() == []
     assert places("attention") == [("a", 0), ("a", 1), ("a", 2)]
     assert places("residual") == [("both", 0), ("both", 1)]
     model = graph_of(ATTENTION, weights)
     scales = {name: Scale(1 / 16, 128) for name in ("x", "q", "a", "summed", "biased")}
-    linears, further = find_linears(model), extra_places(model, ("attention", "residual"))
+    linears, further = find_linears(model), optional_sites(model, ("attention", "residual"))
     assert quantize_static(model, linears, QuantizedWeights(8), scales, signed=False, places=further)
     assert operators(model)["QuantizeLinear"] == 5
     read = {node.outputs[0].name: [value.name for value in node.inputs if value is not None] for node in model.graph}

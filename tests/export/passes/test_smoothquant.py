@@ -14,7 +14,7 @@ from transom.calib.scales import Scale, activation_scale, clip_range
 from transom.calib.smoothquant import smoothing_factors
 from transom.export.passes.linear_layers import find_linears
 from transom.export.passes.qdq_static import quantize_static
-from transom.export.passes.smoothquant import find_inlets, fold_smoothing
+from transom.export.passes.smoothquant import find_smoothquant_sites, fold_smoothing
 from transom.export.quantization.weights import QuantizedWeights
 
 WIDTH = 8
@@ -88,7 +88,7 @@ def test_a_norm_that_is_an_output_or_feeds_anything_else_keeps_its_values() -> N
     more = {"gain_m": normal(WIDTH, seed=30), "gain_k": normal(WIDTH, seed=31)}
     model = assert_same_function(text, {"n": FACTORS, "m": FACTORS, "k": FACTORS}, **more)
     assert operators(model)["Mul"] == 2
-    assert [inlet.name for inlet in find_inlets(graph(text, **more)) if inlet.norm is not None] == ["k"]
+    assert [site.name for site in find_smoothquant_sites(graph(text, **more)) if site.norm is not None] == ["k"]
 
 
 def test_norms_that_share_a_gain_are_divided_apart() -> None:
@@ -153,9 +153,11 @@ def test_no_factors_change_nothing() -> None:
 
 def minmax(model: ir.Model, x: Float) -> Scale:
     """The scale of n over everything it is on x."""
-    tapped = model.clone()
-    tapped.graph.outputs.append(next(node.outputs[0] for node in tapped.graph if node.outputs[0].name == "n"))
-    low, high = clip_range(histogram_of(run(tapped, x=x)["n"]), "minmax", symmetric=False)
+    instrumented = model.clone()
+    instrumented.graph.outputs.append(
+        next(node.outputs[0] for node in instrumented.graph if node.outputs[0].name == "n")
+    )
+    low, high = clip_range(histogram_of(run(instrumented, x=x)["n"]), "minmax", symmetric=False)
     return activation_scale(low, high, signed=False)
 
 

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from tiny_graphs import graph_of, normal, operators, run, weights_of
-from transom.export.passes.split_fused_matmul import split_products
+from transom.export.passes.split_fused_matmul import split_fused_matmul
 from transom.runtime.bundle import SIMULATED
 
 # Query, key and value of three channels each, in one product of rows of four numbers.
@@ -52,7 +52,7 @@ def cut(*changes: tuple[str, str], **weights: Any) -> ir.Model:
 
 def test_a_product_in_three_parts_becomes_three_products() -> None:
     model = cut()
-    assert split_products(model) == 1
+    assert split_fused_matmul(model) == 1
     counted = {"QuantizeLinear": 1, "DequantizeLinear": 4, "MatMul": 3, "Add": 3}
     assert operators(model) == counted
     kept = weights_of(model)
@@ -68,7 +68,7 @@ def test_a_product_in_three_parts_becomes_three_products() -> None:
     assert {node.metadata_props.get("module") for node in model.graph if node.op_type in ("MatMul", "Add")} == {
         "attn.c_attn"
     }
-    assert split_products(model) == 0
+    assert split_fused_matmul(model) == 0
 
 
 FORMS: list[tuple[list[tuple[str, str]], dict[str, Any]]] = [
@@ -98,7 +98,7 @@ FORMS: list[tuple[list[tuple[str, str]], dict[str, Any]]] = [
 def test_every_form_computes_the_same_numbers(changes: list[tuple[str, str]], weights: dict[str, Any]) -> None:
     """To the last bit: axes both ways, with and without bias, uneven parts, zero points, one scale for all."""
     whole, parts = cut(*changes, **weights), cut(*changes, **weights)
-    assert split_products(parts) == 1
+    assert split_fused_matmul(parts) == 1
     assert (operators(parts)["Split"], operators(parts)["MatMul"]) == (0, len(whole.graph.outputs))
     x = normal(2, 5, 4)
     expected, found = run(whole, integers=SIMULATED, x=x), run(parts, integers=SIMULATED, x=x)
@@ -110,7 +110,7 @@ def test_every_form_computes_the_same_numbers(changes: list[tuple[str, str]], we
 
 def test_a_part_that_nobody_reads_is_not_computed() -> None:
     model = cut(("float[B, S, 3] k, ", ""))
-    assert split_products(model) == 1
+    assert split_fused_matmul(model) == 1
     assert operators(model)["MatMul"] == 2
     assert not any("3:6" in name for name in weights_of(model))
 
@@ -120,7 +120,7 @@ def test_two_products_of_one_weight_share_its_parts() -> None:
     model = cut(("3] v)", "3] v, float[B, S, 3] q_2, float[B, S, 3] k_2, float[B, S, 3] v_2)"), ("}", again))
     x = normal(2, 5, 4)
     expected = run(model, integers=SIMULATED, x=x)
-    assert split_products(model) == 2
+    assert split_fused_matmul(model) == 2
     assert sum(name.startswith("W") for name in weights_of(model)) == 3
     names = [node.name for node in model.graph if node.name]
     assert len(names) == len(set(names))
@@ -172,5 +172,5 @@ def test_two_products_of_one_weight_share_its_parts() -> None:
 def test_what_is_no_such_product_stays_as_it_is(changes: list[tuple[str, str]], weights: dict[str, Any]) -> None:
     model = cut(*changes, **weights)
     before = ir.to_proto(model).SerializeToString()
-    assert split_products(model) == 0
+    assert split_fused_matmul(model) == 0
     assert ir.to_proto(model).SerializeToString() == before

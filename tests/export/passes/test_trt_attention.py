@@ -19,8 +19,8 @@ from transom.export.bundle_graphs import stored_graphs
 from transom.export.engine.profiles import cache_sizes
 from transom.export.engine.trt_graphs import LENGTHS, TensorRTGraph, tensorrt_graphs
 from transom.export.engine.trt_parity import require_trt_parity
-from transom.export.passes.freeze_axes import fix_axes
-from transom.export.passes.trt_attention import OPERATOR, length_attention, standard_attention
+from transom.export.passes.freeze_axes import freeze_dynamic_axes
+from transom.export.passes.trt_attention import OPERATOR, standard_attention, trt_attention
 from transom.runtime.backends.trt_library import RTX, library
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import ExportError, ParityError
@@ -87,7 +87,7 @@ def set_kind(model: ir.Model, kind: str) -> None:
 )
 def test_lengths_see_what_the_mask_shows(text: str, new: int, starts: tuple[int, ...]) -> None:
     masked, by_length = cached(text), cached(text)
-    assert length_attention(by_length) == {}
+    assert trt_attention(by_length) == {}
     assert operators(by_length)[OPERATOR] == 1
     assert operators(by_length)["LessOrEqual"] == 0  # the mask went
     assert standard_attention(by_length) == 1
@@ -99,7 +99,7 @@ def test_lengths_see_what_the_mask_shows(text: str, new: int, starts: tuple[int,
 def test_another_causal_kind_is_another_result(kind: str) -> None:
     """A chunk of three in the middle: from the left its queries miss what is held, with none they see one another."""
     model = cached()
-    length_attention(model)
+    trt_attention(model)
     set_kind(model, kind)
     standard_attention(model)
     feeds = cache_of(3, (4, 6))
@@ -125,7 +125,7 @@ def test_the_documented_operator_by_hand() -> None:
 @pytest.mark.parametrize("wrong", ["packed_nhd", "sideways", "no lengths", "lengths as input 7"])
 def test_what_the_reference_does_not_describe_is_refused(wrong: str) -> None:
     model = cached()
-    length_attention(model)
+    trt_attention(model)
     (node,) = [node for node in model.graph if node.op_type == OPERATOR]
     if wrong == "packed_nhd":
         node.attributes["kv_form"] = ir.AttrString("kv_form", wrong)
@@ -171,7 +171,7 @@ MASK, QUERIES, KEYS = "its mask is another", "its mask counts other queries", "i
 def test_what_is_no_such_attention_stays(old: str, new: str, why: str) -> None:
     assert old in CACHED
     model = cached(CACHED.replace(old, new))
-    (reason,) = length_attention(model).values()
+    (reason,) = trt_attention(model).values()
     assert reason.startswith(why)
     assert operators(model)["Attention"] == 1
     assert operators(model)[OPERATOR] == 0
@@ -181,13 +181,13 @@ def test_a_transformer_reads_its_own_cache_by_lengths(dates_bundle: Path) -> Non
     """Attention over its source stays, and a whole generation is what it was: in FP32, to see more than rounding."""
     bundle = Bundle(dates_bundle)
     models, specs = stored_graphs(bundle, "default"), {file.graph.name: file.graph for file in bundle.manifest.graphs}
-    assert length_attention(models["encoder"]).keys() == {
+    assert trt_attention(models["encoder"]).keys() == {
         node.name for node in models["encoder"].graph if node.op_type == "Attention"
     }
     decoder = models["decoder"]
     layers = operators(decoder)["Attention"] // 2
-    fix_axes(decoder, cache_sizes(specs["decoder"], bundle.manifest.axes))
-    assert list(length_attention(decoder).values()) == ["its keys are no cache that is written"] * layers
+    freeze_dynamic_axes(decoder, cache_sizes(specs["decoder"], bundle.manifest.axes))
+    assert list(trt_attention(decoder).values()) == ["its keys are no cache that is written"] * layers
     assert (operators(decoder)[OPERATOR], operators(decoder)["LessOrEqual"]) == (layers, 0)
     graphs = {name: TensorRTGraph(model) for name, model in models.items()}
     assert require_trt_parity(bundle, graphs) < 2e-5

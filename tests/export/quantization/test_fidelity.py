@@ -14,7 +14,7 @@ import pytest
 from transom.calib.samples import Sample
 from transom.export.metrics import Accuracy
 from transom.export.quantization import fidelity as agreement_module
-from transom.export.quantization.fidelity import Agreement, Reference, RelativeError, nearest_others
+from transom.export.quantization.fidelity import Fidelity, Fp32Outputs, RelativeError, nearest_others
 from transom.export.quantization.heldout import MAX_SAMPLES, Answers, drawn, reference_samples
 from transom.export.quantization.heldout_encoders import text_row
 from transom.export.scores import DIGIT_NAMES, SCORES, heldout_images
@@ -73,12 +73,12 @@ def ids(rows: Sequence[Sequence[int]]) -> list[Sample]:
     return [Sample(f"row {index}", feeds={"input_ids": np.array([row])}) for index, row in enumerate(rows)]
 
 
-def compared(folder: Path, samples: Sequence[Sample], change: Change | None) -> Agreement:
+def compared(folder: Path, samples: Sequence[Sample], change: Change | None) -> Fidelity:
     with opened(folder) as fp32, opened(folder, change) as other:
-        return Reference(fp32, samples, "some data").against(other)
+        return Fp32Outputs(fp32, samples, "some data").compare(other)
 
 
-def counts(found: Agreement) -> tuple[int, int]:
+def counts(found: Fidelity) -> tuple[int, int]:
     assert found.top1 is not None
     return found.top1.n, found.top1.correct
 
@@ -133,14 +133,14 @@ def test_fp32_that_is_not_finite_is_refused(vit_bundle: Path) -> None:
         opened(vit_bundle, third) as fp32,
         pytest.raises(CalibrationError, match=r"held-out sample scan \d+ gives values in FP32 that are not finite"),
     ):
-        Reference(fp32, reference_samples("vit")[:5], "scans")
+        Fp32Outputs(fp32, reference_samples("vit")[:5], "scans")
 
 
 def test_another_task_is_refused(vit_bundle: Path, bert_bundle: Path) -> None:
     with opened(vit_bundle) as vit, opened(bert_bundle) as bert:
-        reference = Reference(vit, reference_samples("vit")[:2], "scans")
+        reference = Fp32Outputs(vit, reference_samples("vit")[:2], "scans")
         with pytest.raises(ExportError, match=r"bert for feature-extraction is held against .* vit for image-class"):
-            reference.against(bert)
+            reference.compare(bert)
 
 
 def test_fp32_runs_once_for_many(vit_bundle: Path) -> None:
@@ -151,9 +151,9 @@ def test_fp32_runs_once_for_many(vit_bundle: Path) -> None:
         return found
 
     with opened(vit_bundle, counted) as fp32, opened(vit_bundle) as other:
-        reference = Reference(fp32, reference_samples("vit")[:40], "scans")
+        reference = Fp32Outputs(fp32, reference_samples("vit")[:40], "scans")
         assert runs == [16, 16, 8]
-        assert reference.against(other) == reference.against(other)
+        assert reference.compare(other) == reference.compare(other)
         assert len(runs) == 3
 
 
@@ -196,7 +196,7 @@ def test_gaps_are_where_masks_are_or_where_calibration_puts_them(exported: Expor
         row = text_row(asked, whole)
         assert np.flatnonzero(row.counted).tolist() == [4, 11]
         assert set(row.feeds["input_ids"][[4, 11]].tolist()) == {asked.encoder().spec.mask_id}
-        assert counts(Reference(bert, [given, whole], "text").against(bert)) == (4, 4)
+        assert counts(Fp32Outputs(bert, [given, whole], "text").compare(bert)) == (4, 4)
 
 
 def test_raw_inputs_are_asked_where_the_mask_says(bert_bundle: Path) -> None:
@@ -204,7 +204,7 @@ def test_raw_inputs_are_asked_where_the_mask_says(bert_bundle: Path) -> None:
     padded = {"input_ids": np.array([[2, 9, 3, 7, 7]]), "attention_mask": np.array([[1, 1, 1, 0, 0]])}
     samples = [Sample("padded", feeds=padded), *ids([[2, 9, 3], [2, 8, 3]])]
     with opened(bert_bundle) as bert:
-        reference = Reference(bert, samples, "arrays")
+        reference = Fp32Outputs(bert, samples, "arrays")
         found = {answers.sample: answers.vector for answers in reference._kept}
         assert found["padded"] == pytest.approx(found["row 0"], abs=1e-5)
         assert found["padded"] != pytest.approx(found["row 1"], abs=1e-2)
@@ -233,8 +233,8 @@ def test_a_long_text_is_read_in_windows_up_to_the_most(exported: Exported) -> No
     """A context of 67: 134 tokens are two windows of 66 predictions; of 4 times 25, the second is cut to 34."""
     samples = ids([[index % 97 for index in range(134)]])
     with opened(exported("GPT2LMHeadModel")[1]) as gpt:
-        assert counts(Reference(gpt, samples, "numbers").against(gpt)) == (132, 132)
-        found = Reference(gpt, samples, "numbers", most=25).against(gpt)
+        assert counts(Fp32Outputs(gpt, samples, "numbers").compare(gpt)) == (132, 132)
+        found = Fp32Outputs(gpt, samples, "numbers", most=25).compare(gpt)
     assert counts(found) == (100, 100)
     assert found.nats is not None
     assert found.nats[0].units == (66, 34)
@@ -242,7 +242,7 @@ def test_a_long_text_is_read_in_windows_up_to_the_most(exported: Exported) -> No
 
 def test_few_samples_of_clip_are_as_many_images_and_texts(clip_bundle: Path) -> None:
     with opened(clip_bundle) as clip:
-        found = Reference(clip, reference_samples("clip"), "scans", most=8).against(clip)
+        found = Fp32Outputs(clip, reference_samples("clip"), "scans", most=8).compare(clip)
     assert found.top1 == Accuracy.of_each("same top-1 as FP32, images among 8 texts", "scans", [True] * 8)
     assert found.right is None  # none of the texts came with an image
 
@@ -255,7 +255,7 @@ def test_of_pairs_the_text_that_came_with_the_image_is_right(clip_bundle: Path) 
     pairs = [Sample(str(digit), text=names[digit], image=images[firsts[digit]]) for digit in range(10)]
     wrong = [replace(pair, text=names[{1: 2, 2: 1}.get(digit, digit)]) for digit, pair in enumerate(pairs)]
     with opened(clip_bundle) as clip:
-        whole, exchanged = (Reference(clip, samples, "pairs").against(clip).right for samples in (pairs, wrong))
+        whole, exchanged = (Fp32Outputs(clip, samples, "pairs").compare(clip).right for samples in (pairs, wrong))
     assert whole is not None
     assert exchanged is not None
     assert whole[0].name == "accuracy of images among 10 texts"
@@ -268,7 +268,7 @@ def test_a_model_that_answers_everything_alike_cannot_be_judged(vit_bundle: Path
 
     for folder, samples in ((vit_bundle, reference_samples("vit")[:20]), (gpt_bundle, texts("the people", "to be"))):
         with opened(folder, alike) as dull, pytest.raises(CalibrationError, match="one and the same output for all"):
-            Reference(dull, samples, "some data")
+            Fp32Outputs(dull, samples, "some data")
 
 
 def test_translations_follow_fp32s_own_greedy_output(dates_bundle: Path) -> None:
@@ -286,11 +286,11 @@ def test_translations_follow_fp32s_own_greedy_output(dates_bundle: Path) -> None
         dates: Any = fp32
         rows = {s.name: dates.encoder().encode([s.text], truncate=False).rows[0].ids for s in samples}
         expected = {name: dates.generate(list(row), num_beams=1) for name, row in rows.items()}
-        reference = Reference(fp32, samples, "dates")
+        reference = Fp32Outputs(fp32, samples, "dates")
         assert {kept.sample: kept.chosen[:, 0].tolist() for kept in reference._kept} == expected
         tokens = sum(map(len, expected.values()))
-        assert counts(reference.against(fp32)) == (tokens, tokens)
-        assert counts(reference.against(other)) == (tokens, tokens - 20)
+        assert counts(reference.compare(fp32)) == (tokens, tokens)
+        assert counts(reference.compare(other)) == (tokens, tokens - 20)
 
 
 def test_outputs_are_kept_while_there_is_room(vit_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,7 +348,7 @@ def test_drawn_samples() -> None:
 )
 def test_samples_that_do_not_fit_are_named(exported: Exported, sample: Sample, message: str) -> None:
     with opened(exported("GPT2LMHeadModel")[1]) as gpt, pytest.raises(CalibrationError, match=message):
-        Reference(gpt, [sample], "data")
+        Fp32Outputs(gpt, [sample], "data")
 
 
 @pytest.mark.parametrize("source", SCORES)

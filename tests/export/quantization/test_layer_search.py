@@ -19,14 +19,14 @@ from transom.calib.table import RANGES, GraphRanges, RangeTable, Smoothing, Tens
 from transom.export.bundle_graphs import canonical_graphs
 from transom.export.metrics import Accuracy
 from transom.export.quantization.calibrate import require_fitting
-from transom.export.quantization.candidate import Trial, open_variants
-from transom.export.quantization.fidelity import Reference, RelativeError
+from transom.export.quantization.candidate import Candidate, open_variants
+from transom.export.quantization.fidelity import Fp32Outputs, RelativeError
 from transom.export.quantization.gate import Gate
-from transom.export.quantization.gate_result import SCORE, Verdict
+from transom.export.quantization.gate_result import SCORE, GateResult
 from transom.export.quantization.heldout import reference_samples
-from transom.export.quantization.layer_search import Found, search_layers
+from transom.export.quantization.layer_search import LayerSearchResult, search_layers
 from transom.export.quantization.options import PLAIN, QuantizeOptions
-from transom.export.quantization.quantizer import Layer, Quantizer, Recipe, observed_tensors
+from transom.export.quantization.quantizer import Layer, QuantizationConfig, Quantizer, observed_tensors
 from transom.export.variants import pack
 from transom.runtime import load
 from transom.runtime.bundle import Bundle
@@ -54,18 +54,18 @@ def model() -> ir.Model:
 
 
 def activations(x: Float) -> dict[str, Float]:
-    tapped = model()
-    tapped.graph.outputs.extend(node.outputs[0] for node in list(tapped.graph)[:3])
-    return run(tapped, x=x)
+    instrumented = model()
+    instrumented.graph.outputs.extend(node.outputs[0] for node in list(instrumented.graph)[:3])
+    return run(instrumented, x=x)
 
 
-def quantizer(recipe: Recipe, **options: Any) -> Quantizer:
+def quantizer(config: QuantizationConfig, **options: Any) -> Quantizer:
     seen = activations(normal(4, 10, 64, seed=5))
     ranges = {"model": {name: histogram_of(seen[name]) for name in ("n", "a")}}
-    return Quantizer({"model": model()}, (ENCODER,), recipe, ranges, **options)
+    return Quantizer({"model": model()}, (ENCODER,), config, ranges, **options)
 
 
-STATIC = Recipe({"model": "static"}, "minmax")
+STATIC = QuantizationConfig({"model": "static"}, "minmax")
 
 
 def test_one_table_two_variants() -> None:
@@ -96,7 +96,7 @@ def test_scales_follow_the_method() -> None:
     """One value of 400,001 is far out, and "mse" clips it: around zero for TensorRT, both ends free for the CPU."""
     histogram = histogram_of(normal(400_000), [20.0])
     ranges = {"model": {"n": histogram, "a": histogram}}
-    found = Quantizer({"model": model()}, (ENCODER,), Recipe({"model": "static"}, "mse"), ranges)
+    found = Quantizer({"model": model()}, (ENCODER,), QuantizationConfig({"model": "static"}, "mse"), ranges)
     for signed in (False, True):
         expected = activation_scale(*clip_range(histogram, "mse", symmetric=signed), signed=signed)
         assert found.scales(signed=signed)["model"]["n"] == expected
@@ -128,7 +128,8 @@ def test_integer_weights_are_stored_once() -> None:
 def test_seven_bits_use_half_of_the_levels() -> None:
     """63 on either side; the step is twice as large."""
     eight, seven = (
-        weights_of(quantizer(Recipe({"model": "static"}, weight_bits=bits)).cpu()["model"]) for bits in (8, 7)
+        weights_of(quantizer(QuantizationConfig({"model": "static"}, weight_bits=bits)).cpu()["model"])
+        for bits in (8, 7)
     )
     for name in ("up", "down"):
         assert int(np.abs(eight[f"{name}.int8"]).max()) == 127
@@ -138,8 +139,8 @@ def test_seven_bits_use_half_of_the_levels() -> None:
 
 @pytest.mark.parametrize(("bits", "stored"), [(8, "up.int8"), (4, "up.int4")])
 def test_weights_alone_ship_one_variant(bits: int, stored: str) -> None:
-    made = quantizer(Recipe({"model": "none"}, weight_bits=bits))
-    assert made.recipe.weights_only
+    made = quantizer(QuantizationConfig({"model": "none"}, weight_bits=bits))
+    assert made.config.weights_only
     assert stored in weights_of(made.cpu()["model"])
     variants = made.variants()
     assert [graph.files for graph in variants.graphs] == [{"default": "model.onnx"}]
@@ -162,7 +163,7 @@ def test_rows_of_a_batch_are_answered_as_each_alone(gpt_bundle: Path) -> None:
     """
     bundle = Bundle(gpt_bundle)
     graphs = tuple(file.graph for file in bundle.manifest.graphs)
-    made = Quantizer(canonical_graphs(bundle), graphs, Recipe({"decoder": "dynamic"}), {"decoder": {}})
+    made = Quantizer(canonical_graphs(bundle), graphs, QuantizationConfig({"decoder": "dynamic"}), {"decoder": {}})
     ids = np.random.default_rng(0).integers(0, 200, (3, 13))
     ids[2] = 3
     with open_variants(bundle, pack(graphs, made.cpu(), "float32")) as loaded:
@@ -202,14 +203,18 @@ def test_rows_of_a_batch_are_answered_as_each_alone(gpt_bundle: Path) -> None:
 )
 def test_options_that_mean_nothing_are_refused(precision: str, options: dict[str, Any], said: str) -> None:
     with pytest.raises(ExportError) as raised:
-        QuantizeOptions(**options).recipe(precision, (ENCODER,))
+        QuantizeOptions(**options).config(precision, (ENCODER,))
     assert str(raised.value).startswith(said)
 
 
 def test_what_is_meant_where_nothing_is_said() -> None:
-    assert PLAIN.recipe("int8", (ENCODER, DECODER)) == Recipe({"model": "static", "decoder": "dynamic"}, "mse", 8, 32)
-    assert PLAIN.recipe("int4", (ENCODER, DECODER)) == Recipe({"model": "none", "decoder": "none"}, "mse", 4, 32)
-    assert QuantizeOptions(activations="dynamic").recipe("int8", (ENCODER,)).activations == {"model": "dynamic"}
+    assert PLAIN.config("int8", (ENCODER, DECODER)) == QuantizationConfig(
+        {"model": "static", "decoder": "dynamic"}, "mse", 8, 32
+    )
+    assert PLAIN.config("int4", (ENCODER, DECODER)) == QuantizationConfig(
+        {"model": "none", "decoder": "none"}, "mse", 4, 32
+    )
+    assert QuantizeOptions(activations="dynamic").config("int8", (ENCODER,)).activations == {"model": "dynamic"}
     assert PLAIN.data_for("vit") == ("digits",)
     assert QuantizeOptions(("reviews.txt",)).data_for("vit") == ("reviews.txt",)
     with pytest.raises(ExportError, match=r"quantising some/model needs inputs like .*--calibration-data"):
@@ -228,7 +233,7 @@ def test_a_table_must_hold_what_the_recipe_needs() -> None:
     assert observed_tensors(model(), STATIC) == ["n", "a"]
     require_fitting(table(), {"model": model()}, STATIC)
     require_fitting(table(smoothing={"n": Smoothing(0.5, np.ones(64, np.float32))}), {"model": model()}, STATIC)
-    require_fitting(table(tensors={}), {"model": model()}, Recipe({"model": "none"}, weight_bits=4))
+    require_fitting(table(tensors={}), {"model": model()}, QuantizationConfig({"model": "none"}, weight_bits=4))
     for changes, said in [
         ({"tensors": {"n": table().graphs["model"].tensors["n"]}}, "has none of 'a' of the graph 'model'"),
         ({"sha256": "0" * 64}, "is from another graph 'model'"),
@@ -243,65 +248,65 @@ LAYERS = [("model", name) for name in "abcd"]
 COST = {"a": 0.01, "b": 0.08, "c": 0.03, "d": 0.04}  # what quantising this layer loses
 
 
-def lost(amount: float) -> Verdict:
+def lost(amount: float) -> GateResult:
     """Of 1,000 answers, 990 of them right in FP32; a point is allowed."""
     right = 990, 990 - round(1000 * amount)
     fp32, int8 = (Accuracy.of_each("top-1 accuracy", "scans", [each < most for each in range(1000)]) for most in right)
-    return Verdict(SCORE, 0.01, fp32, int8, None, RelativeError((amount**2,), (1.0,)), "logits")
+    return GateResult(SCORE, 0.01, fp32, int8, None, RelativeError((amount**2,), (1.0,)), "logits")
 
 
-class FakeTrial:
+class FakeCandidate:
     """Each layer that is quantised costs what COST says, in both variants."""
 
     def __init__(self, sizes: Collection[int] = (1, 1, 1, 1), factor: float = 1.0) -> None:
         self.kinds = {"cpu": "static", "default": "static"}
         self.quantizer = self
         self.layers, self.sizes = LAYERS, dict(zip(LAYERS, sizes, strict=True))
-        self.judged: list[tuple[str, str]] = []
+        self.evaluated: list[tuple[str, str]] = []
         self._factor = factor
 
     def errors_alone(self, reference: object) -> Iterator[tuple[Layer, float]]:
         for layer in LAYERS:
             yield layer, COST[layer[1]]
 
-    def judge(self, kind: str, kept: Collection[Layer]) -> Verdict:
-        self.judged.append((kind, "".join(sorted(name for _, name in kept))))
+    def evaluate(self, kind: str, kept: Collection[Layer]) -> GateResult:
+        self.evaluated.append((kind, "".join(sorted(name for _, name in kept))))
         return lost(self._factor * sum(COST[name] for layer in LAYERS if layer not in kept for name in layer[1]))
 
 
-def search(*trials: FakeTrial, gate: bool = True) -> Found:
-    found = cast("list[Trial]", trials)
-    return search_layers(found, cast(Reference, None), gate=gate, same_inputs=False, tell=lambda what: None)
+def search(*candidates: FakeCandidate, gate: bool = True) -> LayerSearchResult:
+    found = cast("list[Candidate]", candidates)
+    return search_layers(found, cast(Fp32Outputs, None), gate=gate, same_inputs=False, tell=lambda what: None)
 
 
 def test_layers_are_kept_in_order_of_what_they_cost_until_the_gate_holds() -> None:
     """All cost 0.04: with b 0.02, with b and d 0.01, which is allowed."""
-    trial = FakeTrial(factor=0.25)
-    found = search(trial)
+    candidate = FakeCandidate(factor=0.25)
+    found = search(candidate)
     assert found.kept == (("model", "b"), ("model", "d"))
     assert found.sensitivities == {layer: COST[layer[1]] for layer in LAYERS}
-    assert [kept for kind, kept in trial.judged if kind == "default"] == ["", "b", "bd"]
+    assert [kept for kind, kept in candidate.evaluated if kind == "default"] == ["", "b", "bd"]
     assert found.why == {
         ("model", "b"): "top-1 accuracy: 0.04 lost without it, 0.01 allowed",
         ("model", "d"): "top-1 accuracy: 0.02 lost without it, 0.01 allowed",
     }
-    assert {kind: verdict.holds for kind, verdict in found.verdicts.items()} == {"cpu": True, "default": True}
+    assert {kind: result.holds for kind, result in found.results.items()} == {"cpu": True, "default": True}
     curve = [(point["quantized"], round(point["relative_error"], 4)) for point in found.curve]
     assert curve == [(0, 0.0), (1, 0.0025), (2, 0.01), (3, 0.02), (4, 0.04)]
     assert [round(point["score"], 3) for point in found.curve] == [0.99, 0.988, 0.98, 0.97, 0.95]
 
 
 def test_where_the_gate_holds_at_once_nothing_is_kept() -> None:
-    found = search(FakeTrial(factor=0.05))
+    found = search(FakeCandidate(factor=0.05))
     assert (found.kept, found.why) == ((), {})
     assert [point["quantized"] for point in found.curve] == [0, 1, 2, 3, 4]
 
 
 def test_without_a_gate_nothing_is_kept_and_the_verdict_is_recorded() -> None:
-    found = search(FakeTrial(), gate=False)
+    found = search(FakeCandidate(), gate=False)
     assert found.kept == ()
-    assert not found.verdicts["cpu"].holds
-    assert found.verdicts["cpu"].found == pytest.approx(0.16)
+    assert not found.results["cpu"].holds
+    assert found.results["cpu"].found == pytest.approx(0.16)
 
 
 @pytest.mark.parametrize(
@@ -314,7 +319,7 @@ def test_without_a_gate_nothing_is_kept_and_the_verdict_is_recorded() -> None:
 )
 def test_beyond_half_of_the_weights_it_is_an_error(sizes: tuple[int, ...], kept: int) -> None:
     with pytest.raises(AccuracyError) as raised:
-        search(FakeTrial(sizes, factor=10))
+        search(FakeCandidate(sizes, factor=10))
     said = str(raised.value)
     assert f"with {kept} of 4 layers kept in higher precision; more than half of the weights would have to be" in said
     assert "Most sensitive: b (0.08), d (0.04), c (0.03), a (0.01)." in said
@@ -322,9 +327,9 @@ def test_beyond_half_of_the_weights_it_is_an_error(sizes: tuple[int, ...], kept:
 
 
 def test_one_variant_that_fails_is_enough() -> None:
-    class Uneven(FakeTrial):
-        def judge(self, kind: str, kept: Collection[Layer]) -> Verdict:
-            return lost(0.0) if kind == "cpu" else super().judge(kind, kept)
+    class Uneven(FakeCandidate):
+        def evaluate(self, kind: str, kept: Collection[Layer]) -> GateResult:
+            return lost(0.0) if kind == "cpu" else super().evaluate(kind, kept)
 
     assert search(Uneven(factor=0.25)).kept == (("model", "b"), ("model", "d"))
 
@@ -334,14 +339,14 @@ def test_the_gate_holds_for_what_ships_and_for_all_trials_pooled() -> None:
 
     The other way round its own loss counts, whatever the others do.
     """
-    found = search(FakeTrial(factor=0.0), FakeTrial(factor=0.25))
+    found = search(FakeCandidate(factor=0.0), FakeCandidate(factor=0.25))
     assert found.kept == (("model", "b"),)
     assert found.why == {("model", "b"): "top-1 accuracy: 0.02 lost without it, 0.01 allowed"}
-    verdict = found.verdicts["cpu"]
-    assert (verdict.n, verdict.found) == (1000, 0)
-    assert verdict.repeated is not None
-    assert (verdict.repeated.repetitions, verdict.repeated.n, verdict.repeated.found) == (2, 2000, 0.01)
-    assert search(FakeTrial(factor=0.25), FakeTrial(factor=0.0)).kept == (("model", "b"), ("model", "d"))
+    result = found.results["cpu"]
+    assert (result.n, result.found) == (1000, 0)
+    assert result.repeated is not None
+    assert (result.repeated.repetitions, result.repeated.n, result.repeated.found) == (2, 2000, 0.01)
+    assert search(FakeCandidate(factor=0.25), FakeCandidate(factor=0.0)).kept == (("model", "b"), ("model", "d"))
 
 
 def test_layers_are_ranked_by_what_each_costs_alone(vit_bundle: Path, int8_bundle: Path) -> None:
@@ -350,11 +355,11 @@ def test_layers_are_ranked_by_what_each_costs_alone(vit_bundle: Path, int8_bundl
     graphs = tuple(file.graph for file in bundle.manifest.graphs)
     samples = reference_samples("vit")[:16]
     with load(vit_bundle, threads=1) as fp32:
-        gate, reference = Gate(fp32, samples, "scans"), Reference(fp32, samples, "scans")
-    recipe, ranges = PLAIN.recipe("int8", graphs), load_table(int8_bundle / RANGES)
-    trial = Trial(bundle, canonical_graphs(bundle), recipe, ranges, gate, half=True)
-    errors = dict(trial.errors_alone(reference))
-    assert list(errors) == trial.quantizer.layers
-    for layer in [max(errors, key=lambda each: errors[each]), trial.quantizer.layers[-1]]:
-        with trial.candidate("cpu", [other for other in errors if other != layer]) as alone:
-            assert errors[layer] == pytest.approx(reference.against(alone).error.value, rel=0.02)
+        gate, reference = Gate(fp32, samples, "scans"), Fp32Outputs(fp32, samples, "scans")
+    config, ranges = PLAIN.config("int8", graphs), load_table(int8_bundle / RANGES)
+    candidate = Candidate(bundle, canonical_graphs(bundle), config, ranges, gate, half=True)
+    errors = dict(candidate.errors_alone(reference))
+    assert list(errors) == candidate.quantizer.layers
+    for layer in [max(errors, key=lambda each: errors[each]), candidate.quantizer.layers[-1]]:
+        with candidate.open_variant("cpu", [other for other in errors if other != layer]) as alone:
+            assert errors[layer] == pytest.approx(reference.compare(alone).error.value, rel=0.02)

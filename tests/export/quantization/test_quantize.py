@@ -55,14 +55,14 @@ def small(once: Once) -> Path:
             export_to(folder / name, checkpoint, max_sizes={"B": 3}, precision="int8", quantize=options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transom.export.quantization.quantize.MOST_TRIALS", 2)
+        patch.setattr("transom.export.quantization.quantize.MAX_CANDIDATES", 2)
         return once("int8-small", make)
 
 
 @pytest.fixture
 def one_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     """However few cases are held out, calibrate once."""
-    monkeypatch.setattr("transom.export.quantization.quantize.MOST_TRIALS", 1)
+    monkeypatch.setattr("transom.export.quantization.quantize.MAX_CANDIDATES", 1)
 
 
 def record(bundle: Path) -> dict[str, Any]:
@@ -95,15 +95,15 @@ def test_the_gate_was_held_by_both_variants(int8_bundle: Path) -> None:
     """1.3 points of top-1 over 540 held-out scans, FP32 is right on 535 of them; another calibration holds it too."""
     gate = record(int8_bundle)["gate"]
     assert {*gate} == {"cpu", "default"}
-    for verdict in gate.values():
-        assert (verdict["measure"], verdict["allowed"], verdict["holds"]) == ("top-1 accuracy", 0.013, True)
-        assert (verdict["n"], verdict["repeated"]["n"], verdict["repeated"]["calibrations"]) == (540, 540, 2)
-        assert verdict["score"]["fp32"]["correct"] == 535
-        lost = verdict["score"]["fp32"]["correct"] - verdict["score"]["int8"]["correct"]
-        assert verdict["found"] == pytest.approx(lost / 540)
-        assert verdict["agreement"]["correct"] >= 0.99 * 540
-        assert 0 < verdict["relative_error"]["value"] < 0.03
-        assert verdict["interval"][0] < verdict["found"] < verdict["interval"][1]
+    for result in gate.values():
+        assert (result["measure"], result["allowed"], result["holds"]) == ("top-1 accuracy", 0.013, True)
+        assert (result["n"], result["repeated"]["n"], result["repeated"]["calibrations"]) == (540, 540, 2)
+        assert result["score"]["fp32"]["correct"] == 535
+        lost = result["score"]["fp32"]["correct"] - result["score"]["int8"]["correct"]
+        assert result["found"] == pytest.approx(lost / 540)
+        assert result["agreement"]["correct"] >= 0.99 * 540
+        assert 0 < result["relative_error"]["value"] < 0.03
+        assert result["interval"][0] < result["found"] < result["interval"][1]
     told = document(transom("inspect", int8_bundle, "--json"))
     assert told["quantization"]["gate"] == gate
 
@@ -209,10 +209,10 @@ def test_users_texts_are_measured_on_what_was_held_out(small: Path) -> None:
     """No reference model: the error of its embeddings is judged, on 5 of 20 texts, then with other 5."""
     told = record(small / "from-data" / "bundle")
     assert told["data"]["name"] == "texts.txt (15 of 20, for calibration)"
-    verdict = told["gate"]["cpu"]
-    assert (verdict["measure"], verdict["n"]) == ("relative error of sentence_embedding", 5)
-    assert (verdict["repeated"]["calibrations"], verdict["repeated"]["n"]) == (2, 2 * 5)
-    assert (verdict["score"], verdict["holds"]) == (None, True)
+    result = told["gate"]["cpu"]
+    assert (result["measure"], result["n"]) == ("relative error of sentence_embedding", 5)
+    assert (result["repeated"]["calibrations"], result["repeated"]["n"]) == (2, 2 * 5)
+    assert (result["score"], result["holds"]) == (None, True)
     assert record(small / "from-ranges" / "bundle")["gate"]["cpu"]["repeated"] is None
 
 
