@@ -183,7 +183,7 @@ class HeldOut:
             loaded: Generator = fp32.loaded
             rows = [
                 list(row.ids)
-                for row in loaded.encoder().encode(heldout_dates()[0][: self.case.held_out], truncate=False).rows
+                for row in loaded.tokenizer().encode(heldout_dates()[0][: self.case.held_out], truncate=False).rows
             ]
             size = loaded.max_size("B")
             batches = [rows[first : first + size] for first in range(0, len(rows), size)]

@@ -110,9 +110,9 @@ def put_bert(bundle: Bert, sample: Sample) -> None:
     if bundle.manifest.task == "feature-extraction" and sample.text_pair is None:
         text = str(bundle.manifest.options.get("prompt", "")) + text  # as ``embed`` does
     pairs = None if sample.text_pair is None else [sample.text_pair]
-    batch = bundle.encoder().encode([text], pairs, truncate=True)
+    batch = bundle.tokenizer().encode([text], pairs, truncate=True)
     if bundle.manifest.task == "fill-mask":
-        batch = with_gaps(batch, bundle.encoder().spec.mask_id)
+        batch = with_gaps(batch, bundle.tokenizer().spec.mask_id)
     bundle.run_texts(batch, bundle.backend("model").graph.outputs[0].name)
 
 
@@ -161,7 +161,7 @@ def put_transformer(bundle: Transformer, sample: Sample) -> None:
 
 def ids_of(bundle: Generator, sample: Sample) -> Row:
     one_text(sample)
-    return list(bundle.encoder().encode([str(sample.text)], truncate=False).rows[0].ids)
+    return list(bundle.tokenizer().encode([str(sample.text)], truncate=False).rows[0].ids)
 
 
 def one_text(sample: Sample) -> None:

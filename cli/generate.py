@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 def streams(bundle: Any, prompts: Sequence[str], options: RunOptions) -> bool:
     """Return whether one text is asked for whose tokens are final as soon as they are there."""
-    from transom.runtime.generation import GenerationSettings
+    from transom.runtime.generation import GenerationConfig
 
     if len(prompts) != 1 or options.score:
         return False
-    settings = GenerationSettings.from_json(bundle.manifest.generation or {}).with_keywords(**options.keywords)
+    settings = GenerationConfig.from_json(bundle.manifest.generation or {}).with_keywords(**options.keywords)
     return settings.rows(1) == 1
 
 
@@ -44,7 +44,7 @@ def pieces(bundle: Any, tokens: Iterator[int]) -> Iterator[str]:
         for number, token in enumerate(tokens):
             yield f" {token}" if number else str(token)
         return
-    text = bundle.target_encoder().stream()
+    text = bundle.target_tokenizer().detokenizer()
     for token in tokens:
         yield text.add(token)
     yield text.end()

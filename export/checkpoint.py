@@ -15,10 +15,10 @@ from transom.models.registry import find_family, find_task
 from transom.models.weights import build_module, stored_names
 from transom.runtime.errors import CheckpointError, ExportError
 from transom.runtime.feeds import is_decoder
-from transom.runtime.generation import GenerationSettings
+from transom.runtime.generation import GenerationConfig
 from transom.runtime.graph_spec import Axis, Graph
 from transom.runtime.image_preprocess import ImagePreprocess
-from transom.runtime.text.tokenizer import MAX_LENGTH, TextEncoder, TextSpec
+from transom.runtime.text.tokenizer import MAX_LENGTH, TextTokenizer, TokenizerSpec
 
 LABELLED = ("text-classification", "token-classification", "image-classification")
 
@@ -35,24 +35,24 @@ class LoadedCheckpoint:
     left_out: list[str]  # stored weights that the task does not use
     graphs: tuple[Graph, ...]
     axes: Mapping[str, Axis]
-    tokenizer: tuple[bytes, TextSpec] | None
-    target_tokenizer: tuple[bytes, TextSpec] | None
+    tokenizer: tuple[bytes, TokenizerSpec] | None
+    target_tokenizer: tuple[bytes, TokenizerSpec] | None
     preprocess: ImagePreprocess | None
     labels: tuple[str, ...]
     options: Mapping[str, Any]
-    generation: GenerationSettings | None  # of families with a decoder
+    generation: GenerationConfig | None  # of families with a decoder
 
     def parts(self) -> dict[str, Any]:
         """The torch.nn.Module behind each graph, by the graph's name."""
         parts = self.family.parts(self.module)
         return {graph.name: parts[graph.name] for graph in self.graphs}
 
-    def text_encoder(self) -> TextEncoder | None:
+    def open_tokenizer(self) -> TextTokenizer | None:
         """The checkpoint's tokenizer without a limit: samples are cut to the shapes of the grid."""
         if self.tokenizer is None:
             return None
         data, spec = self.tokenizer
-        return TextEncoder(data, replace(spec, max_length=MAX_LENGTH), max_tokens=MAX_LENGTH)
+        return TextTokenizer(data, replace(spec, max_length=MAX_LENGTH), max_tokens=MAX_LENGTH)
 
 
 def load_checkpoint(
@@ -129,7 +129,7 @@ def with_bounds(axes: Mapping[str, Axis], max_sizes: Mapping[str, int]) -> dict[
     return bounded
 
 
-def tokenizer_for(checkpoint: Checkpoint, task: str, longest: int, rows: int) -> tuple[bytes, TextSpec] | None:
+def tokenizer_for(checkpoint: Checkpoint, task: str, longest: int, rows: int) -> tuple[bytes, TokenizerSpec] | None:
     """The checkpoint's tokenizer; None where it has none. ``rows`` is the length of the embedding table.
 
     A vocabulary without a padding token is padded with id 0 instead of an id past the table.

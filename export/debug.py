@@ -210,7 +210,7 @@ def held_out_samples(manifest: Manifest, data: Sequence[str]) -> tuple[Sequence[
 
 def parity_samples(loaded: LoadedCheckpoint) -> tuple[list[Sample], str]:
     """Rows of the passage and the photographs that parity is run on, for every graph that takes some."""
-    made = parity_inputs(loaded.graphs, loaded.text_encoder(), loaded.preprocess)
+    made = parity_inputs(loaded.graphs, loaded.open_tokenizer(), loaded.preprocess)
     found: list[Sample] = []
     for graph in loaded.graphs:
         inputs = {tensor.name: tensor for tensor in graph.inputs}

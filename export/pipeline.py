@@ -136,7 +136,7 @@ def export(
         bundle, golden = Bundle(writer.folder), Golden()
         open_default_files(bundle)
         with open_pytorch(bundle, loaded) as theirs:
-            exercises = ParityCases(theirs, parity_inputs(loaded.graphs, loaded.text_encoder(), loaded.preprocess))
+            exercises = ParityCases(theirs, parity_inputs(loaded.graphs, loaded.open_tokenizer(), loaded.preprocess))
             steps.expect(len(exercises))
             ranges = Ranges()
             if precision == "fp16":
@@ -205,7 +205,7 @@ def quantized(
 
     def measure(models: Mapping[str, ir.Model]) -> Largest:
         with open_pytorch(original, loaded) as theirs:
-            exercises = ParityCases(theirs, parity_inputs(loaded.graphs, loaded.text_encoder(), loaded.preprocess))
+            exercises = ParityCases(theirs, parity_inputs(loaded.graphs, loaded.open_tokenizer(), loaded.preprocess))
         return measure_ranges(original, models, loaded, exercises).tensors
 
     with staging_dir(folder, PARTIAL) as beside:
@@ -259,7 +259,7 @@ def verify(
         open_pytorch(opened, loaded) as theirs,
         contextlib.ExitStack() as stack,
     ):
-        exercises = ParityCases(theirs, parity_inputs(loaded.graphs, loaded.text_encoder(), loaded.preprocess))
+        exercises = ParityCases(theirs, parity_inputs(loaded.graphs, loaded.open_tokenizer(), loaded.preprocess))
         steps.expect(len(exercises))
         others = other_devices(opened) if ours.device == "cpu" else None
         third = None if others is None else stack.enter_context(open_variants(opened, others))

@@ -14,7 +14,7 @@ from transom.runtime.feeds import shape_of
 from transom.runtime.graph_spec import Graph, Tensor
 from transom.runtime.image_loading import open_image
 from transom.runtime.image_preprocess import ImagePreprocess
-from transom.runtime.text.tokenizer import TextEncoder
+from transom.runtime.text.tokenizer import TextTokenizer
 
 
 class ParityInputs:
@@ -25,7 +25,7 @@ class ParityInputs:
     padding. Pixels come from photographs through the checkpoint's own image processor.
     """
 
-    def __init__(self, graph: Graph, text: TextEncoder | None, preprocess: ImagePreprocess | None) -> None:
+    def __init__(self, graph: Graph, text: TextTokenizer | None, preprocess: ImagePreprocess | None) -> None:
         self._graph = graph
         self._preprocess = preprocess
         self._ids = None if text is None else passage_ids(text)
@@ -80,7 +80,7 @@ class ParityInputs:
 
 
 def parity_inputs(
-    graphs: Iterable[Graph], text: TextEncoder | None, preprocess: ImagePreprocess | None
+    graphs: Iterable[Graph], text: TextTokenizer | None, preprocess: ImagePreprocess | None
 ) -> dict[str, ParityInputs]:
     """Samples for each graph, by its name."""
     return {graph.name: ParityInputs(graph, text, preprocess) for graph in graphs}
@@ -92,7 +92,7 @@ def single_rows(feeds: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
         yield {name: array[row : row + 1] for name, array in feeds.items()}
 
 
-def passage_ids(text: TextEncoder) -> Array:
+def passage_ids(text: TextTokenizer) -> Array:
     """The passage as one long stream of token ids, special tokens of each line included."""
     batch = text.encode(passage(), truncate=True)
     return np.extract(batch.attention_mask, batch.input_ids)

@@ -13,8 +13,8 @@ from typing import Any
 
 from transom.models.json_files import read_object
 from transom.runtime.errors import CheckpointError, InputError
-from transom.runtime.generation.config import GenerationSettings
-from transom.runtime.generation.field_specs import RULES
+from transom.runtime.generation.config import GenerationConfig
+from transom.runtime.generation.field_specs import FIELD_SPECS
 from transom.runtime.generation.validation import contradiction
 
 FILE = "generation_config.json"
@@ -46,7 +46,7 @@ REFUSED: Mapping[str, Callable[[Any], bool]] = {
 }
 
 
-def generation_from_checkpoint(folder: Path, vocabulary: int) -> GenerationSettings:
+def generation_from_checkpoint(folder: Path, vocabulary: int) -> GenerationConfig:
     """The settings with which transformers' ``model.generate()`` of this folder works.
 
     ``vocabulary`` is the number of tokens the model chooses from. Fields without effect on the text,
@@ -67,8 +67,8 @@ def generation_from_checkpoint(folder: Path, vocabulary: int) -> GenerationSetti
             f"{path} sets {listed}, which the runtime does not follow; the text would differ from transformers'. "
             "Delete the field from a copy of the checkpoint to export without it."
         )
-    values = {name: read_field(path, name, found[name]) for name in RULES if name in found}
-    settings = GenerationSettings(**values)
+    values = {name: read_field(path, name, found[name]) for name in FIELD_SPECS if name in found}
+    settings = GenerationConfig(**values)
     try:
         settings.check(vocabulary, text=True)
     except InputError as error:
@@ -96,7 +96,7 @@ def legacy_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_field(path: Path, name: str, value: Any) -> Any:
-    rule = RULES[name]
+    rule = FIELD_SPECS[name]
     try:
         return rule.read(value)
     except ValueError:

@@ -33,7 +33,7 @@ from transom.export.processors.tokenizer_settings import (
 from transom.export.processors.wordpiece import bert_tokenizer, frame_as_bert
 from transom.models.json_files import read_object
 from transom.runtime.errors import BundleError, CheckpointError
-from transom.runtime.text.tokenizer import MAX_LENGTH, TextEncoder, TextSpec
+from transom.runtime.text.tokenizer import MAX_LENGTH, TextTokenizer, TokenizerSpec
 from transom.runtime.text.tokenizer_json import parse_tokenizer
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ SENTENCE_FILES = tuple(
     f"sentence_{family}_config.json"
     for family in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
-Found = tuple[bytes, TextSpec]
+Found = tuple[bytes, TokenizerSpec]
 
 
 def tokenizer_from_checkpoint(folder: Path, max_positions: int, rows: int | None = None) -> Found | None:
@@ -71,7 +71,7 @@ def tokenizer_from_checkpoint(folder: Path, max_positions: int, rows: int | None
         if sentence.get("do_lower_case"):
             lower_case_first(tokenizer)
         pad, mask = (str(named[name]) if name in named else None for name in ("pad_token", "mask_token"))
-        spec = TextSpec(
+        spec = TokenizerSpec(
             file=FILE,
             max_length=longest(given, sentence, max_positions),
             pad_token=pad,
@@ -100,10 +100,10 @@ def target_tokenizer_from_checkpoint(folder: Path, max_positions: int, rows: int
         return marian(folder, TARGET, given, added, max_positions, rows)
 
 
-def checked(data: bytes, spec: TextSpec, max_positions: int) -> Found:
+def checked(data: bytes, spec: TokenizerSpec, max_positions: int) -> Found:
     """The reader's checks, before anything is written."""
-    spec = TextSpec.from_json(json.loads(json.dumps(spec.to_json())))
-    TextEncoder(data, spec, max_positions)
+    spec = TokenizerSpec.from_json(json.loads(json.dumps(spec.to_json())))
+    TextTokenizer(data, spec, max_positions)
     return data, spec
 
 
@@ -149,7 +149,7 @@ def marian(
     named = marian_special_tokens(given)
     data, ids = marian_bytes(folder, side, given, added, named, rows)
     pad, mask = (str(named[name]) if name in named else None for name in ("pad_token", "mask_token"))
-    spec = TextSpec(
+    spec = TokenizerSpec(
         file=side.file,
         max_length=longest({"model_max_length": 512, **given}, {}, max_positions),
         pad_token=pad,

@@ -109,4 +109,4 @@ def per_token(measured: Measured, tokens: Sequence[int]) -> Measured:
 def tokens_of_blocks(bundle: GPT) -> tuple[int, ...]:
     """How many tokens the score predicts of each of its blocks: all but the newline before it."""
     texts = ["\n" + block for block in blocks(heldout_text())]
-    return tuple(len(row.ids) - 1 for row in bundle.encoder().encode(texts, truncate=False).rows)
+    return tuple(len(row.ids) - 1 for row in bundle.tokenizer().encode(texts, truncate=False).rows)

@@ -124,7 +124,7 @@ def ids_of(bundle: Generator, sample: Sample) -> Row:
     else:
         text = text_of(sample)
         with naming([sample]):
-            ids = list(bundle.encoder().encode([text], truncate=False).rows[0].ids)
+            ids = list(bundle.tokenizer().encode([text], truncate=False).rows[0].ids)
     outside = [token for token in ids if not 0 <= token < bundle.vocabulary]
     if outside:
         raise CalibrationError(

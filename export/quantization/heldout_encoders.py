@@ -134,7 +134,7 @@ def text_row(bundle: Bert, sample: Sample) -> TextRow:
     with naming([sample]):
         prompt = str(bundle.manifest.options.get("prompt", "")) if task == "feature-extraction" else ""
         pairs = None if sample.text_pair is None else [sample.text_pair]
-        batch = bundle.encoder().encode([prompt + text], pairs, truncate=True)
+        batch = bundle.tokenizer().encode([prompt + text], pairs, truncate=True)
     ids, encoding = batch.input_ids[0], batch.rows[0]
     plain = np.array(encoding.special_tokens_mask) == 0
     counted = np.ones(len(ids), np.bool_)
@@ -253,7 +253,7 @@ def text_vectors(bundle: Clip, samples: Sequence[Sample]) -> Iterator[tuple[Samp
     for sample in samples:
         with naming([sample]):
             if sample.text is not None:
-                batch = bundle.encoder().encode([text_of(sample)], truncate=True)
+                batch = bundle.tokenizer().encode([text_of(sample)], truncate=True)
                 found = bundle.run_texts(batch, "text_embeds")
             else:
                 taken = ("input_ids", "attention_mask")

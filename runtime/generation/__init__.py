@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from transom.runtime.generation.calls import generate, stream
-from transom.runtime.generation.config import GenerationSettings
-from transom.runtime.generation.sequences import Continuation
+from transom.runtime.generation.config import GenerationConfig
+from transom.runtime.generation.sequences import DecoderProtocol
 from transom.runtime.generation.stopping import Decode
 
-__all__ = ["Continuation", "Decode", "GenerationSettings", "generate", "stream"]
+__all__ = ["Decode", "DecoderProtocol", "GenerationConfig", "generate", "stream"]

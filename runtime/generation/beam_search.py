@@ -11,17 +11,17 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.runtime.generation.config import GenerationSettings
+from transom.runtime.generation.config import GenerationConfig
 from transom.runtime.generation.logits_processors import log_softmax, processed, processors
-from transom.runtime.generation.sampling import check_choice, check_logits, streams_of
-from transom.runtime.generation.sequences import Continuation, Rows, reorder
-from transom.runtime.generation.stopping import Stopping
-from transom.runtime.generation.topk import largest
+from transom.runtime.generation.sampling import check_choice, check_logits, row_rngs
+from transom.runtime.generation.sequences import DecoderProtocol, Sequences, reorder
+from transom.runtime.generation.stopping import StoppingCriteria
+from transom.runtime.generation.topk import topk
 
-OUT = np.float32(-1.0e9)  # far below any sum of logarithms of probabilities
+MASKED_SCORE = np.float32(-1.0e9)  # far below any sum of logarithms of probabilities
 
 
-class Search:
+class BeamHypotheses:
     """The beams of one prompt: K that go on, and the K best that are finished.
 
     running   (K,) FP32 sums of log probabilities, highest first; at the start only beam 0 counts
@@ -29,13 +29,13 @@ class Search:
     finished  K lists of new tokens; empty where ``complete`` (K,) says that there is none yet
     """
 
-    def __init__(self, settings: GenerationSettings, limit: int) -> None:
+    def __init__(self, settings: GenerationConfig, limit: int) -> None:
         self.settings = settings
         self.limit = limit  # new tokens
         beams = settings.num_beams
-        self.running = np.full(beams, OUT, dtype=np.float32)
+        self.running = np.full(beams, MASKED_SCORE, dtype=np.float32)
         self.running[0] = 0
-        self.scores = np.full(beams, OUT, dtype=np.float32)
+        self.scores = np.full(beams, MASKED_SCORE, dtype=np.float32)
         self.finished: list[list[int]] = [[] for _ in range(beams)]
         self.complete = np.zeros(beams, dtype=np.bool_)
 
@@ -52,13 +52,13 @@ class Search:
         if stream is not None:
             keys, may = sums.copy(), np.flatnonzero(sums > -np.inf)
             keys[may] += stream.gumbel(size=len(may)).astype(np.float32)
-        best = largest(keys, self.settings.candidates)
+        best = topk(keys, self.settings.candidates)
         return sums[best], best // log_probabilities.shape[1], best % log_probabilities.shape[1]
 
     def go_on(self, scores: NDArray[np.float32], ended: NDArray[np.bool_]) -> NDArray[np.intp]:
         """Choose from the candidates (C,) the K beams to go on with; returns their positions."""
-        rest = scores + ended.astype(np.float32) * OUT
-        chosen = largest(rest, self.settings.num_beams)
+        rest = scores + ended.astype(np.float32) * MASKED_SCORE
+        chosen = topk(rest, self.settings.num_beams)
         self.running = rest[chosen]
         return chosen
 
@@ -67,7 +67,7 @@ class Search:
         beams = self.settings.num_beams
         counts = ended & (np.arange(len(ended)) < beams)
         scores = per_length(scores, len(rows[0]), self.settings.length_penalty)
-        scores = scores + (~counts).astype(np.float32) * OUT
+        scores = scores + (~counts).astype(np.float32) * MASKED_SCORE
         merged, complete = np.concatenate([self.scores, scores]), np.concatenate([self.complete, counts])
         best = np.lexsort((~complete, -merged))[:beams]  # of equal ones those that are rows at all
         self.finished = [self.finished[k] if k < beams else rows[k - beams] for k in best]
@@ -79,7 +79,7 @@ class Search:
         early, penalty = self.settings.early_stopping, self.settings.length_penalty
         longest = self.limit if early == "never" and penalty > 0.0 else length
         hope = per_length(self.running[:1], longest, penalty)
-        worst = np.where(self.complete, self.scores.min(), OUT)
+        worst = np.where(self.complete, self.scores.min(), MASKED_SCORE)
         full = bool(self.complete.all()) and early is True
         return full or not bool((hope > worst).any()) or bool(ended.all())
 
@@ -91,11 +91,11 @@ def per_length(sums: NDArray[np.float32], length: int, penalty: float) -> NDArra
 
 
 def beam_search(
-    rows: Rows,
+    rows: Sequences,
     logits: NDArray[np.float32],
-    continuation: Continuation,
-    settings: GenerationSettings,
-    stopping: Stopping,
+    continuation: DecoderProtocol,
+    settings: GenerationConfig,
+    stopping: StoppingCriteria,
     first: int = 0,
 ) -> list[list[int]]:
     """New tokens of the ``num_return_sequences`` best rows of each prompt, in the prompts' order.
@@ -104,9 +104,9 @@ def beam_search(
     The continuation's rows become the beams of the prompts still searched, prompt after prompt.
     """
     beams, chain = settings.num_beams, processors(settings)
-    searches = [Search(settings, int(limit)) for limit in rows.limits - rows.prompts]
+    searches = [BeamHypotheses(settings, int(limit)) for limit in rows.limits - rows.prompts]
     numbers = np.repeat(first + np.arange(len(rows)), settings.num_return_sequences)
-    streams = streams_of(settings, numbers) if settings.do_sample else []
+    streams = row_rngs(settings, numbers) if settings.do_sample else []
     live = list(range(len(rows)))
     held = len(rows)  # rows of the continuation
     at = np.repeat(np.arange(held), beams)  # of each beam, its row there

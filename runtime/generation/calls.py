@@ -8,17 +8,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.runtime.generation.beam_search import beam_search
-from transom.runtime.generation.config import GenerationSettings
+from transom.runtime.generation.config import GenerationConfig
 from transom.runtime.generation.sampling import tokens_of_rows
-from transom.runtime.generation.sequences import Continuation, Rows
-from transom.runtime.generation.stopping import Decode, Stopping
+from transom.runtime.generation.sequences import DecoderProtocol, Sequences
+from transom.runtime.generation.stopping import Decode, StoppingCriteria
 
 
 def generate(
     prompts: Sequence[Sequence[int]],
     logits: NDArray[np.float32],
-    continuation: Continuation,
-    settings: GenerationSettings,
+    continuation: DecoderProtocol,
+    settings: GenerationConfig,
     *,
     decode: Decode | None = None,
     positions: int | None = None,
@@ -60,8 +60,8 @@ def generate(
 def stream(
     prompt: Sequence[int],
     logits: NDArray[np.float32],
-    continuation: Continuation,
-    settings: GenerationSettings,
+    continuation: DecoderProtocol,
+    settings: GenerationConfig,
     *,
     decode: Decode | None = None,
     positions: int | None = None,
@@ -80,15 +80,15 @@ def stream(
 def start(
     prompts: Sequence[Sequence[int]],
     logits: NDArray[np.float32],
-    settings: GenerationSettings,
+    settings: GenerationConfig,
     decode: Decode | None,
     positions: int | None,
     *,
     streaming: bool,
-) -> tuple[Rows, Stopping]:
+) -> tuple[Sequences, StoppingCriteria]:
     """The checked state that a search begins with."""
     settings.check(logits.shape[1], text=decode is not None, streaming=streaming)
     lengths = [len(prompt) for prompt in prompts]
     limits = [length + settings.new_tokens(length, positions) for length in lengths]
     shortest = [settings.shortest(length) for length in lengths]
-    return Rows(prompts, limits, shortest), Stopping(settings, decode)
+    return Sequences(prompts, limits, shortest), StoppingCriteria(settings, decode)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from transom.runtime.errors import InputError
-from transom.runtime.generation.field_specs import RULES
+from transom.runtime.generation.field_specs import FIELD_SPECS
 from transom.runtime.generation.validation import contradiction, read_keywords
 from transom.runtime.json_reader import Fields
 
@@ -18,7 +18,7 @@ DEFAULT_NEW_TOKENS = 20  # transformers' max_length where nobody sets one: count
 
 
 @dataclass(frozen=True)
-class GenerationSettings:
+class GenerationConfig:
     """The object ``generation`` of bundle.json, or that with a call's keywords on top.
 
     The fields are transformers' keywords, with its defaults where a checkpoint says nothing. A value
@@ -58,11 +58,11 @@ class GenerationSettings:
     keywords: frozenset[str] = field(default=frozenset(), compare=False)
 
     @classmethod
-    def from_json(cls, obj: object) -> GenerationSettings:
+    def from_json(cls, obj: object) -> GenerationConfig:
         """Read and check the JSON object; BundleError lists everything that is wrong with it."""
         taken = Fields(obj, "generation")
         values = {}
-        for name, rule in RULES.items():
+        for name, rule in FIELD_SPECS.items():
             value = taken.take(name, rule.accepts_json, rule.expected, default=None)
             if value is not None:
                 values[name] = rule.read(value)
@@ -74,11 +74,11 @@ class GenerationSettings:
         found = {}
         for entry in fields(self):
             value = getattr(self, entry.name)
-            if entry.name in RULES and value != entry.default:
+            if entry.name in FIELD_SPECS and value != entry.default:
                 found[entry.name] = _json(value)
         return found
 
-    def with_keywords(self, **keywords: Any) -> GenerationSettings:
+    def with_keywords(self, **keywords: Any) -> GenerationConfig:
         """These settings with a call's keywords on top, as ``model.generate(**keywords)`` takes them.
 
         None switches a setting off. Raises InputError for a keyword that does not exist, has a wrong

@@ -13,8 +13,8 @@ MAX_ROWS = 65_536  # beams or sequences of one prompt
 
 
 @dataclass(frozen=True)
-class Rule:
-    """``read`` gives a value in the form that GenerationSettings keeps, or raises ValueError."""
+class FieldSpec:
+    """``read`` gives a value in the form that GenerationConfig keeps, or raises ValueError."""
 
     read: Callable[[Any], Any]
     expected: str
@@ -43,16 +43,16 @@ def whole(value: Any, least: int, most: int) -> int:
     return number
 
 
-def integer(least: int, most: int, none: Any = ...) -> Rule:
+def integer(least: int, most: int, none: Any = ...) -> FieldSpec:
     """``none`` is what None stands for; without it None is refused."""
 
     def read(value: Any) -> Any:
         return none if value is None and none is not ... else whole(value, least, most)
 
-    return Rule(read, f"an int, {least}..{most}")
+    return FieldSpec(read, f"an int, {least}..{most}")
 
 
-def number(low: float, high: float, none: Any = ..., *, above: bool = False) -> Rule:
+def number(low: float, high: float, none: Any = ..., *, above: bool = False) -> FieldSpec:
     """``above``: ``low`` itself is excluded."""
 
     def read(value: Any) -> Any:
@@ -71,10 +71,10 @@ def number(low: float, high: float, none: Any = ..., *, above: bool = False) -> 
         return real
 
     start = f"above {low:g}" if above else f"from {low:g}"
-    return Rule(read, f"a number {start} to {high:g}")
+    return FieldSpec(read, f"a number {start} to {high:g}")
 
 
-def switch() -> Rule:
+def switch() -> FieldSpec:
     def read(value: Any) -> bool:
         if value is None:
             return False
@@ -82,7 +82,7 @@ def switch() -> Rule:
             raise ValueError
         return value
 
-    return Rule(read, "True or False")
+    return FieldSpec(read, "True or False")
 
 
 def items(value: Any) -> list[Any]:
@@ -129,10 +129,10 @@ def read_early_stopping(value: Any) -> bool | str:
 
 
 TOKEN = integer(0, MAX_ID, none=None)
-TOKENS = Rule(read_ids, "a list of token ids")
-TOKEN_OR_TOKENS = Rule(read_id_or_ids, "a token id or a list of them")
+TOKENS = FieldSpec(read_ids, "a list of token ids")
+TOKEN_OR_TOKENS = FieldSpec(read_id_or_ids, "a token id or a list of them")
 
-RULES: Mapping[str, Rule] = {
+FIELD_SPECS: Mapping[str, FieldSpec] = {
     "max_new_tokens": integer(1, MAX_LENGTH, none=None),
     "max_length": integer(1, MAX_LENGTH, none=None),
     "min_new_tokens": integer(0, MAX_LENGTH, none=None),
@@ -145,15 +145,15 @@ RULES: Mapping[str, Rule] = {
     "no_repeat_ngram_size": integer(0, MAX_LENGTH, none=0),
     "num_beams": integer(1, MAX_ROWS),
     "length_penalty": number(-100, 100),  # 1e6**100 is a float, 1e6**1000 is none
-    "early_stopping": Rule(read_early_stopping, 'True, False or "never"'),
+    "early_stopping": FieldSpec(read_early_stopping, 'True, False or "never"'),
     "num_return_sequences": integer(1, MAX_ROWS),
     "renormalize_logits": switch(),
-    "stop_strings": Rule(read_strings, "a str or a list of them, none of them empty"),
+    "stop_strings": FieldSpec(read_strings, "a str or a list of them, none of them empty"),
     "eos_token_id": TOKEN_OR_TOKENS,
     "pad_token_id": TOKEN,
     "bos_token_id": TOKEN,
     "decoder_start_token_id": TOKEN,
-    "bad_words_ids": Rule(read_words, "a list of lists of token ids, none of them empty"),
+    "bad_words_ids": FieldSpec(read_words, "a list of lists of token ids, none of them empty"),
     "forced_bos_token_id": TOKEN,
     "forced_eos_token_id": TOKEN_OR_TOKENS,
     "suppress_tokens": TOKENS,

@@ -16,17 +16,17 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from transom.runtime.generation.config import GenerationSettings
-from transom.runtime.generation.sequences import Rows
-from transom.runtime.generation.topk import reaching
+from transom.runtime.generation.config import GenerationConfig
+from transom.runtime.generation.sequences import Sequences
+from transom.runtime.generation.topk import topk_candidates
 
 Scores = NDArray[np.float32]
-Processor = Callable[[Scores, Rows], None]
-NEVER = np.float32(-np.inf)
+Processor = Callable[[Scores, Sequences], None]
+NEG_INF = np.float32(-np.inf)
 NUCLEUS = 1024  # most likely tokens that a top-p without top-k is first looked for in
 
 
-def processors(settings: GenerationSettings) -> list[Processor]:
+def processors(settings: GenerationConfig) -> list[Processor]:
     """The steps that ``settings`` ask for, in order: those on any way of choosing, then those on sampling."""
     eos = list(settings.eos_token_id)
     chain: list[Processor] = []
@@ -62,7 +62,7 @@ def processors(settings: GenerationSettings) -> list[Processor]:
     return chain
 
 
-def processed(scores: Scores, rows: Rows, chain: Sequence[Processor]) -> Scores:
+def processed(scores: Scores, rows: Sequences, chain: Sequence[Processor]) -> Scores:
     """``scores`` after the whole chain; a copy, or with an empty chain ``scores`` itself."""
     if chain:
         scores = scores.copy()
@@ -71,7 +71,7 @@ def processed(scores: Scores, rows: Rows, chain: Sequence[Processor]) -> Scores:
     return scores
 
 
-def penalise_repetition(scores: Scores, rows: Rows, *, penalty: float) -> None:
+def penalise_repetition(scores: Scores, rows: Sequences, *, penalty: float) -> None:
     """Tokens that the row already has, prompt included: positive scores divided, negative ones multiplied."""
     for row in range(len(rows)):
         seen = rows.sequence(row)
@@ -79,89 +79,89 @@ def penalise_repetition(scores: Scores, rows: Rows, *, penalty: float) -> None:
         scores[row, seen] = np.where(score < 0, score * np.float32(penalty), score / np.float32(penalty))
 
 
-def ban_repeated_ngrams(scores: Scores, rows: Rows, *, size: int) -> None:
+def ban_repeated_ngrams(scores: Scores, rows: Sequences, *, size: int) -> None:
     """Tokens that would complete ``size`` tokens in a row that the row already has, prompt included."""
     for row in range(len(rows)):
         tokens = rows.sequence(row)
         if len(tokens) >= size:
             windows = sliding_window_view(tokens, size)
             same = (windows[:, :-1] == tokens[len(tokens) + 1 - size :]).all(axis=1)
-            scores[row, windows[same, -1]] = NEVER
+            scores[row, windows[same, -1]] = NEG_INF
 
 
-def ban_words(scores: Scores, rows: Rows, *, words: Sequence[tuple[int, ...]]) -> None:
+def ban_words(scores: Scores, rows: Sequences, *, words: Sequence[tuple[int, ...]]) -> None:
     """The last token of each of ``words`` where the row ends with the tokens before it."""
-    scores[:, [word[0] for word in words if len(word) == 1]] = NEVER
+    scores[:, [word[0] for word in words if len(word) == 1]] = NEG_INF
     longer = [word for word in words if len(word) > 1]
     for row in range(len(rows) if longer else 0):
         tail = tuple(rows.sequence(row)[-max(map(len, longer)) :].tolist())
         for word in longer:
             if tail[-(len(word) - 1) :] == word[:-1]:
-                scores[row, word[-1]] = NEVER
+                scores[row, word[-1]] = NEG_INF
 
 
-def hold_back_eos(scores: Scores, rows: Rows, *, eos: Sequence[int]) -> None:
+def hold_back_eos(scores: Scores, rows: Sequences, *, eos: Sequence[int]) -> None:
     """No end of sequence in rows that are shorter than ``rows.shortest``: min_length, min_new_tokens."""
     short = np.flatnonzero(rows.lengths < rows.shortest)
-    scores[short[:, None], list(eos)] = NEVER
+    scores[short[:, None], list(eos)] = NEG_INF
 
 
-def force_first(scores: Scores, rows: Rows, *, token: int) -> None:
+def force_first(scores: Scores, rows: Sequences, *, token: int) -> None:
     """Rows of one token, as a decoder's start is: ``token`` comes next."""
     _force(scores, rows.lengths == 1, [token])
 
 
-def force_last(scores: Scores, rows: Rows, *, tokens: Sequence[int]) -> None:
+def force_last(scores: Scores, rows: Sequences, *, tokens: Sequence[int]) -> None:
     """Rows with room for one more token: it is one of ``tokens``, all with the score 0."""
     _force(scores, rows.lengths == rows.limits - 1, tokens)
 
 
 def _force(scores: Scores, where: NDArray[np.bool_], tokens: Sequence[int]) -> None:
     for row in np.flatnonzero(where):
-        scores[row] = NEVER
+        scores[row] = NEG_INF
         scores[row, tokens] = 0
 
 
-def suppress(scores: Scores, rows: Rows, *, tokens: Sequence[int]) -> None:
+def suppress(scores: Scores, rows: Sequences, *, tokens: Sequence[int]) -> None:
     """``tokens`` are never chosen."""
-    scores[:, tokens] = NEVER
+    scores[:, tokens] = NEG_INF
 
 
-def suppress_first(scores: Scores, rows: Rows, *, tokens: Sequence[int], after_forced: bool) -> None:
+def suppress_first(scores: Scores, rows: Sequences, *, tokens: Sequence[int], after_forced: bool) -> None:
     """``tokens`` are not the first new one, or not the second where the first is a forced one."""
     begin = rows.prompts + ((rows.prompts <= 1) & after_forced)
     first = np.flatnonzero(rows.lengths == begin)
-    scores[first[:, None], list(tokens)] = NEVER
+    scores[first[:, None], list(tokens)] = NEG_INF
 
 
-def divide(scores: Scores, rows: Rows, *, temperature: float) -> None:
+def divide(scores: Scores, rows: Sequences, *, temperature: float) -> None:
     """Below 1.0 the likely tokens become likelier, above it the unlikely ones."""
     np.divide(scores, np.float32(temperature), out=scores)
 
 
-def keep_top_k(scores: Scores, rows: Rows, *, count: int) -> None:
+def keep_top_k(scores: Scores, rows: Sequences, *, count: int) -> None:
     """The ``count`` highest scores of each row, and all that equal the lowest of them."""
     for row in range(len(rows)):
         if count < scores.shape[1]:
-            few = reaching(scores[row], count)
+            few = topk_candidates(scores[row], count)
             values = scores[row, few]
             keep = values >= np.partition(values, len(values) - count)[len(values) - count]
-            scores[row] = NEVER
+            scores[row] = NEG_INF
             scores[row, few[keep]] = values[keep]
 
 
-def keep_top_p(scores: Scores, rows: Rows, *, mass: float, least: int) -> None:
+def keep_top_p(scores: Scores, rows: Sequences, *, mass: float, least: int) -> None:
     """The fewest tokens of each row whose probabilities pass ``mass``, and no fewer than ``least``.
 
     Of equal scores those with the higher ids are kept first; transformers leaves that to torch.sort, which
     is not stable.
     """
     for row in range(len(rows)):
-        tokens, values = alive(scores[row])
+        tokens, values = unmasked(scores[row])
         if len(tokens) > least:
             keep = nucleus(values, mass, least)
             values = values[keep]
-            scores[row] = NEVER
+            scores[row] = NEG_INF
             scores[row, tokens[keep]] = values
 
 
@@ -176,7 +176,7 @@ def nucleus(scores: Scores, mass: float, least: int) -> NDArray[np.intp]:
     probabilities = weights / weights.sum()
     share = np.float32(1.0 - mass)
     for count in (NUCLEUS, 8 * NUCLEUS, len(scores)):
-        few = reaching(scores, count) if count < len(scores) else np.arange(len(scores))
+        few = topk_candidates(scores, count) if count < len(scores) else np.arange(len(scores))
         likely = probabilities[few]
         tail = float(probabilities.sum(dtype=np.float64) - likely.sum(dtype=np.float64))
         if len(few) == len(scores) or np.float32(tail) <= share:
@@ -189,16 +189,16 @@ def nucleus(scores: Scores, mass: float, least: int) -> NDArray[np.intp]:
     return np.concatenate([above, equal[len(equal) - (kept - len(above)) :]])
 
 
-def alive(scores: Scores) -> tuple[NDArray[np.intp], Scores]:
+def unmasked(scores: Scores) -> tuple[NDArray[np.intp], Scores]:
     """Tokens (K,) that are not ruled out, in the scores (V,) of one row, and their scores."""
-    may = scores > NEVER
+    may = scores > NEG_INF
     if may.all():
         return np.arange(len(scores)), scores.copy()
     tokens = np.flatnonzero(may)
     return tokens, scores[tokens]
 
 
-def renormalise(scores: Scores, rows: Rows) -> None:
+def renormalise(scores: Scores, rows: Sequences) -> None:
     """Scores become natural logarithms of probabilities again."""
     scores[:] = log_softmax(scores)
 

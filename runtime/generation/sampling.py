@@ -13,18 +13,18 @@ from numpy.typing import NDArray
 
 from transom.runtime.errors import InputError
 from transom.runtime.finite import check_finite
-from transom.runtime.generation.config import GenerationSettings
-from transom.runtime.generation.logits_processors import alive, processed, processors
-from transom.runtime.generation.sequences import Continuation, Rows, reorder
-from transom.runtime.generation.stopping import Stopping
+from transom.runtime.generation.config import GenerationConfig
+from transom.runtime.generation.logits_processors import processed, processors, unmasked
+from transom.runtime.generation.sequences import DecoderProtocol, Sequences, reorder
+from transom.runtime.generation.stopping import StoppingCriteria
 
 
 def tokens_of_rows(
-    rows: Rows,
+    rows: Sequences,
     logits: NDArray[np.float32],
-    continuation: Continuation,
-    settings: GenerationSettings,
-    stopping: Stopping,
+    continuation: DecoderProtocol,
+    settings: GenerationConfig,
+    stopping: StoppingCriteria,
     first: int = 0,
 ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.int64]]]:
     """Yield, step by step, which rows go on and the token of each: (N,) positions in ``rows``, (N,) ids.
@@ -36,7 +36,7 @@ def tokens_of_rows(
     chain = processors(settings)
     live = np.arange(len(rows))
     prompts = first + live // settings.num_return_sequences
-    streams = streams_of(settings, prompts) if settings.do_sample else []
+    streams = row_rngs(settings, prompts) if settings.do_sample else []
     step = 1
     while True:
         check_logits(logits, prompts[live], step)
@@ -60,7 +60,7 @@ def tokens_of_rows(
         step += 1
 
 
-def streams_of(settings: GenerationSettings, prompts: NDArray[np.intp]) -> list[np.random.Generator]:
+def row_rngs(settings: GenerationConfig, prompts: NDArray[np.intp]) -> list[np.random.Generator]:
     """A random stream for each row, of the prompts with these numbers (R,), each prompt's copies together.
 
     PCG64, seeded with the seed, the prompt's number and the copy's.
@@ -81,7 +81,7 @@ def draw(scores: NDArray[np.float32], streams: Sequence[np.random.Generator]) ->
     """
     tokens = np.zeros(len(scores), dtype=np.int64)
     for row, stream in enumerate(streams):
-        may, values = alive(scores[row])
+        may, values = unmasked(scores[row])
         if len(may):
             weights = np.exp(values - values.max())
             reached = np.cumsum(weights, dtype=np.float64)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-class Continuation(Protocol):
+class DecoderProtocol(Protocol):
     """R rows of tokens that a decoder has read, with their KV cache."""
 
     def decode_step(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -19,7 +19,7 @@ class Continuation(Protocol):
         """Row i goes on from what row rows[i] was; R becomes len(rows)."""
 
 
-class Rows:
+class Sequences:
     """R sequences: prompts, and what was chosen after each.
 
     tokens   (R, L) int64; row r is ``tokens[r, : lengths[r]]``, the rest is unused
@@ -55,12 +55,12 @@ class Rows:
         self.lengths += 1
 
     def select(self, rows: NDArray[np.intp]) -> None:
-        """Row i becomes what row rows[i] was, as in ``Continuation.reorder``."""
+        """Row i becomes what row rows[i] was, as in ``DecoderProtocol.reorder``."""
         for name in ("tokens", "lengths", "prompts", "limits", "shortest"):
             setattr(self, name, getattr(self, name)[rows])
 
 
-def reorder(continuation: Continuation, rows: NDArray[np.intp], held: int) -> None:
+def reorder(continuation: DecoderProtocol, rows: NDArray[np.intp], held: int) -> None:
     """Make a continuation of ``held`` rows go on as ``rows``, sparing it a call that would change nothing."""
     if len(rows) != held or bool((rows != np.arange(held)).any()):
         continuation.reorder(rows)

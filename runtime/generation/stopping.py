@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.runtime.generation.config import GenerationSettings
+from transom.runtime.generation.config import GenerationConfig
 
 Decode = Callable[[Sequence[int]], str]
 
 
-class Stopping:
+class StoppingCriteria:
     """The criteria of ``settings``; ``decode`` gives the text of ids, special tokens included.
 
     A row stops with the token that ends it, which stays in the output. A stop string counts where the
@@ -21,7 +21,7 @@ class Stopping:
     StopStringCriteria of transformers 5.23, by looking at the text instead of at tables of tokens.
     """
 
-    def __init__(self, settings: GenerationSettings, decode: Decode | None) -> None:
+    def __init__(self, settings: GenerationConfig, decode: Decode | None) -> None:
         self.eos = np.array(settings.eos_token_id, dtype=np.int64)
         self.strings = settings.stop_strings
         self.decode = decode

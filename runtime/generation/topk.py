@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 GROUP = 64  # numbers in a group, at most
 
 
-def reaching(values: NDArray[np.float32], count: int) -> NDArray[np.intp]:
+def topk_candidates(values: NDArray[np.float32], count: int) -> NDArray[np.intp]:
     """Positions, ascending, of a few of the values (N,), among them the ``count`` highest and all that equal those.
 
     Without NaN. Where fewer than ``count`` are above -inf these are all of them, and then the first others.
@@ -33,7 +33,7 @@ def reaching(values: NDArray[np.float32], count: int) -> NDArray[np.intp]:
     return found
 
 
-def largest(values: NDArray[np.float32], count: int) -> NDArray[np.intp]:
+def topk(values: NDArray[np.float32], count: int) -> NDArray[np.intp]:
     """Positions (count,) of the highest of the values (N,), highest first; of equal ones the first comes first."""
-    few = reaching(values, count)
+    few = topk_candidates(values, count)
     return few[np.argsort(-values[few], kind="stable")[:count]]

@@ -7,19 +7,19 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from transom.runtime.errors import InputError
-from transom.runtime.generation.field_specs import RULES, SEED
+from transom.runtime.generation.field_specs import FIELD_SPECS, SEED
 
 if TYPE_CHECKING:
-    from transom.runtime.generation.config import GenerationSettings
+    from transom.runtime.generation.config import GenerationConfig
 
-KEYWORDS = {**RULES, "seed": SEED}
+KEYWORDS = {**FIELD_SPECS, "seed": SEED}
 # Keywords that only one way of choosing looks at, and the values with which they say nothing
 SAMPLING_ONLY: Mapping[str, tuple[object, ...]] = {"temperature": (1.0,), "top_k": (0, 50), "top_p": (1.0,)}
 BEAMS_ONLY: Mapping[str, tuple[object, ...]] = {"length_penalty": (1.0,), "early_stopping": (False,)}
 
 
 def read_keywords(keywords: Mapping[str, object]) -> dict[str, Any]:
-    """The values as GenerationSettings keeps them; InputError names the first that is unknown or wrong."""
+    """The values as GenerationConfig keeps them; InputError names the first that is unknown or wrong."""
     values = {}
     for name, value in keywords.items():
         rule = KEYWORDS.get(name)
@@ -35,7 +35,7 @@ def read_keywords(keywords: Mapping[str, object]) -> dict[str, Any]:
     return values
 
 
-def contradiction(settings: GenerationSettings, given: Mapping[str, Any]) -> str | None:
+def contradiction(settings: GenerationConfig, given: Mapping[str, Any]) -> str | None:
     """What is contradictory about ``settings``, given the keywords read into it; None where nothing is."""
     for name, idle in SAMPLING_ONLY.items():
         if name in given and given[name] not in idle and not settings.do_sample:

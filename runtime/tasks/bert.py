@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from transom.runtime.errors import InputError
 from transom.runtime.finite import check_finite
-from transom.runtime.tasks.postprocess import Answer, Entity, Ranked, best, label_scores, many, ranked, softmax
+from transom.runtime.tasks.postprocess import Answer, Entity, Ranked, as_list, best, label_scores, ranked, softmax
 from transom.runtime.tasks.spans import best_spans
 from transom.runtime.tasks.task import (
     TOP_K,
@@ -47,7 +47,7 @@ class Bert(TextBundle):
 
     def embed(self, texts: str | Sequence[str]) -> Floats:
         """One vector per text, pooled as the checkpoint says: float32 (E,) for one text, (N, E) for a list."""
-        single, batch = many(texts)
+        single, batch = as_list(texts)
         prompt = str(self.manifest.options.get("prompt", ""))
         vectors = self.text_rows(batch, "sentence_embedding", truncate=True, prefix=prompt)
         return vectors[0] if single else vectors
@@ -66,8 +66,8 @@ class Bert(TextBundle):
         plain number for a regression. ``pairs`` are second texts, one per text.
         """
         self.need_task("text-classification")
-        single, batch = many(texts)
-        seconds = None if pairs is None else many(pairs)[1]
+        single, batch = as_list(texts)
+        seconds = None if pairs is None else as_list(pairs)[1]
         answers: list[Ranked] = [[]] * len(batch)
         for places, logits in self.text_batches(batch, seconds, "logits", truncate=truncate):
             scores = label_scores(logits, self.manifest.options.get("problem_type"))
@@ -81,9 +81,9 @@ class Bert(TextBundle):
     ) -> Any:
         """The probability that ``following`` comes after ``text``; for lists of equal length a list of them."""
         self.need_task("next-sentence-prediction")
-        single, batch = many(text)
+        single, batch = as_list(text)
         answers = [0.0] * len(batch)
-        for places, logits in self.text_batches(batch, many(following)[1], "logits", truncate=truncate):
+        for places, logits in self.text_batches(batch, as_list(following)[1], "logits", truncate=truncate):
             for place, row in zip(places, softmax(logits), strict=True):
                 answers[place] = float(row[0])
         return answers[0] if single else answers
@@ -94,9 +94,9 @@ class Bert(TextBundle):
         Nested as in transformers' pipeline, but that a list of one text gets a list of one answer.
         """
         self.need_task("fill-mask")
-        encoder = self.encoder()
+        encoder = self.tokenizer()
         mask_id = encoder.spec.mask_id
-        single, batch = many(text)
+        single, batch = as_list(text)
         answers: list[Any] = []
         for place, row in enumerate(self._encodings(batch, truncate=truncate)):
             gaps = [position for position, token in enumerate(row.ids) if token == mask_id]
@@ -111,10 +111,10 @@ class Bert(TextBundle):
     def tag(self, texts: str | Sequence[str], *, truncate: bool = False, ignore: Sequence[str] = ("O",)) -> Any:
         """The labelled tokens of each text, in order; labels in ``ignore`` are left out."""
         self.need_task("token-classification")
-        single, batch = many(texts)
+        single, batch = as_list(texts)
         answers = []
         for place, row in enumerate(self._encodings(batch, truncate=truncate)):
-            (logits,) = self._read(self.encoder().padded([row]), TEXT(place), "logits")
+            (logits,) = self._read(self.tokenizer().padded([row]), TEXT(place), "logits")
             probabilities = softmax(logits)
             found = entities(batch[place], row, probabilities, self.labels(probabilities.shape[1]))
             answers.append([entity for entity in found if entity.label not in ignore])
@@ -131,7 +131,7 @@ class Bert(TextBundle):
         InputError for a question so long that there is no room for the context, with what would do.
         """
         self.need_task("question-answering")
-        asked, given = many(question), many(context)
+        asked, given = as_list(question), as_list(context)
         count = max(len(asked[1]), len(given[1]))
         questions, contexts = (each * count if single else each for single, each in (asked, given))
         for what, texts in (("questions", questions), ("contexts", contexts)):
@@ -148,7 +148,7 @@ class Bert(TextBundle):
 
     def _spans(self, question: Any, context: Any, place: str, top_k: int, max_tokens: int) -> list[Answer]:
         """The answers to one question; ``place`` tells it from others in errors."""
-        windows = self.encoder().windows(question, context, place=place)
+        windows = self.tokenizer().windows(question, context, place=place)
         found: list[Answer] = []
         for index, encoding in enumerate(windows.rows):
             starts, ends = self._read(take(windows, [index]), f"question{place}", "start_logits", "end_logits")
@@ -157,12 +157,12 @@ class Bert(TextBundle):
 
     def _words(self, probabilities: Floats, top_k: int) -> Ranked:
         """The ``top_k`` most probable tokens of (V,), as text."""
-        decode, chosen = self.encoder().decode, best(probabilities, top_k)
+        decode, chosen = self.tokenizer().decode, best(probabilities, top_k)
         return [(decode([token], skip_special_tokens=False), float(probabilities[token])) for token in chosen]
 
     def _encodings(self, texts: Sequence[str], *, truncate: bool) -> Iterator[Encoding]:
         """Encode the texts one by one: what is told by tokens runs a text at a time."""
-        encoder = self.encoder()
+        encoder = self.tokenizer()
         encoder.check(texts)
         for place, text in enumerate(texts):
             yield encoder.row(text, truncate=truncate, name=TEXT(place))

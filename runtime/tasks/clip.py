@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from transom.runtime.errors import BundleError, InputError
 from transom.runtime.tasks.batches import Rows, collected
 from transom.runtime.tasks.image_bundle import ImageBundle
-from transom.runtime.tasks.postprocess import Ranked, many, ranked, softmax
+from transom.runtime.tasks.postprocess import Ranked, as_list, ranked, softmax
 from transom.runtime.tasks.task import FamilyTasks, Result, RunOptions, Task, each, label_lines, ranked_json
 from transom.runtime.tasks.text_bundle import TextBundle
 
@@ -67,7 +67,7 @@ class Clip(TextBundle, ImageBundle):
         ("a photo of a {}"), a label stands in each of them, see ``embed_labels``; that method's result
         may be given as ``labels``, so that many calls compute it once.
         """
-        single, batch = many(images)
+        single, batch = as_list(images)
         if not isinstance(labels, Labels):
             labels = self.embed_labels(labels, templates, truncate=truncate)
         elif templates is not None or truncate:
@@ -87,13 +87,13 @@ class Clip(TextBundle, ImageBundle):
 
     def embed_image(self, images: ImageSource | Sequence[ImageSource]) -> Floats:
         """Vectors of unit length: float32 (E,) for one image, (N, E) for a list."""
-        single, batch = many(images)
+        single, batch = as_list(images)
         vectors = self.image_rows(batch, "image_embeds")
         return vectors[0] if single else vectors
 
     def embed_text(self, texts: str | Sequence[str], *, truncate: bool = False) -> Floats:
         """Vectors of unit length: float32 (E,) for one text, (N, E) for a list."""
-        single, batch = many(texts)
+        single, batch = as_list(texts)
         vectors = self.text_rows(batch, "text_embeds", truncate=truncate)
         return vectors[0] if single else vectors
 
@@ -104,10 +104,10 @@ class Clip(TextBundle, ImageBundle):
 
         A template holds ``{}`` where the label goes. The ensemble is Radford et al. (2021), section 3.1.4.
         """
-        single, names = many(labels)
+        single, names = as_list(labels)
         if single:
             raise InputError(f"labels is a {type(labels).__name__}; expected a list of str.")
-        wanted = [BLANK] if templates is None else many(templates)[1]
+        wanted = [BLANK] if templates is None else as_list(templates)[1]
         check_labels(names, wanted)
         return Labels(tuple(names), collected(self._label_batches(names, wanted, truncate=truncate), len(names)))
 

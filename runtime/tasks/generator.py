@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from transom.runtime.decoder import Decoder
 from transom.runtime.errors import BundleError, InputError
 from transom.runtime.feeds import WRITE_INDICES
-from transom.runtime.generation import GenerationSettings, generate, stream
+from transom.runtime.generation import GenerationConfig, generate, stream
 from transom.runtime.process_bound import ProcessBound
 from transom.runtime.session import LoadedBundle
-from transom.runtime.text.tokenizer import TextEncoder, TextSpec, lowered
+from transom.runtime.text.tokenizer import TextTokenizer, TokenizerSpec, lowered
 
 if TYPE_CHECKING:
     from transom.runtime.backends.base import Array
@@ -76,12 +76,12 @@ class Generator(LoadedBundle, ABC):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._defaults = GenerationSettings.from_json(self.manifest.generation or {})
+        self._defaults = GenerationConfig.from_json(self.manifest.generation or {})
         below = self.prompt_tokens().below
         if below is None:
             raise BundleError("bundle.json: the input that takes prompts is not bounded (below); export it again.")
         self.vocabulary = below  # of prompts
-        self._text = self.text_encoder(self.manifest.tokenizer)
+        self._text = self.open_tokenizer(self.manifest.tokenizer)
         self.context = min(self.max_size("C"), self.max_size(str(self._decoder_tokens().shape[1])))
 
     def generate(self, prompts: Any, **keywords: Any) -> Any:
@@ -90,7 +90,7 @@ class Generator(LoadedBundle, ABC):
         Keywords have the names and the meaning of transformers' GenerationConfig: ``max_new_tokens``,
         ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``repetition_penalty``, ``num_beams``,
         ``length_penalty``, ``early_stopping``, ``stop_strings``, ``num_return_sequences`` and more
-        (``transom.runtime.generation.GenerationSettings``); ``seed`` makes sampling repeatable. What is left
+        (``transom.runtime.generation.GenerationConfig``); ``seed`` makes sampling repeatable. What is left
         out is as the checkpoint's generation_config.json says. With ``num_return_sequences`` above 1 each
         prompt gets a list.
 
@@ -119,7 +119,7 @@ class Generator(LoadedBundle, ABC):
                 positions=self.context,
                 first=first,
             )
-            answers += [self.target_encoder().decode(row) for row in found] if asked.text else found
+            answers += [self.target_tokenizer().decode(row) for row in found] if asked.text else found
         return in_kind(answers, single=asked.single, each=settings.num_return_sequences)
 
     def stream(self, prompt: Any, **keywords: Any) -> Stream:
@@ -135,7 +135,7 @@ class Generator(LoadedBundle, ABC):
         tokens = self._tokens(self._ids(asked, 0, 1), settings)
         return Stream(self._pieces(tokens) if asked.text else tokens)
 
-    def _tokens(self, rows: list[Row], settings: GenerationSettings) -> Pieces[int]:
+    def _tokens(self, rows: list[Row], settings: GenerationConfig) -> Pieces[int]:
         prefilled = self.prefill(rows)
         yield from stream(
             prefilled.starts[0],
@@ -147,7 +147,7 @@ class Generator(LoadedBundle, ABC):
         )
 
     def _pieces(self, tokens: Iterator[int]) -> Pieces[str]:
-        text = self.target_encoder().stream()
+        text = self.target_tokenizer().detokenizer()
         for token in tokens:
             piece = text.add(token)
             if piece:
@@ -168,23 +168,23 @@ class Generator(LoadedBundle, ABC):
     def decoder_length(self, row: Sequence[int]) -> int:
         """Tokens that a prompt takes of the decoder's context."""
 
-    def encoder(self) -> TextEncoder:
+    def tokenizer(self) -> TextTokenizer:
         """The tokenizer of prompts; InputError where the checkpoint had none."""
         if self._text is None:
             raise InputError("this bundle has no tokenizer, since its checkpoint had none; give and take token ids.")
         return self._text
 
-    def target_encoder(self) -> TextEncoder:
+    def target_tokenizer(self) -> TextTokenizer:
         """The tokenizer of what is generated."""
-        return self.encoder()
+        return self.tokenizer()
 
-    def text_encoder(self, words: Any) -> TextEncoder | None:
+    def open_tokenizer(self, words: Any) -> TextTokenizer | None:
         """The tokenizer that an object of bundle.json describes."""
         if words is None:
             return None
         # Of any length: scores read windows, and prompts are checked where prompts of ids are
-        spec = replace(TextSpec.from_json(words), max_length=sys.maxsize)
-        return TextEncoder(self._bundle.read(spec.file), spec, max_tokens=sys.maxsize)
+        spec = replace(TokenizerSpec.from_json(words), max_length=sys.maxsize)
+        return TextTokenizer(self._bundle.read(spec.file), spec, max_tokens=sys.maxsize)
 
     def _prompts(self, prompts: Any) -> Prompts:
         """Check the prompts and measure them; InputError for anything but texts or ids.
@@ -211,7 +211,7 @@ class Generator(LoadedBundle, ABC):
     def _row(self, prompt: Any, place: int) -> Row:
         """A prompt as ids; a text's are checked too: added tokens may lie past the model's."""
         if isinstance(prompt, str):
-            return self._checked(self.encoder().row(prompt, truncate=False, name=f"text {place}").ids)
+            return self._checked(self.tokenizer().row(prompt, truncate=False, name=f"text {place}").ids)
         return self._checked(prompt)
 
     def _checked(self, prompt: Any) -> Row:
@@ -230,7 +230,7 @@ class Generator(LoadedBundle, ABC):
             )
         return [int(token) for token in ids]
 
-    def _settings(self, keywords: dict[str, Any], prompts: Prompts, *, streaming: bool = False) -> GenerationSettings:
+    def _settings(self, keywords: dict[str, Any], prompts: Prompts, *, streaming: bool = False) -> GenerationConfig:
         """Keywords over the checkpoint's own settings, checked against this bundle and these prompts."""
         settings = self._defaults.with_keywords(**keywords)
         settings.check(
@@ -275,7 +275,7 @@ class Generator(LoadedBundle, ABC):
 
     def _decode_all(self, ids: Sequence[int]) -> str:
         """With special tokens: a stop string may be one."""
-        return self.target_encoder().decode(ids, skip_special_tokens=False)
+        return self.target_tokenizer().decode(ids, skip_special_tokens=False)
 
 
 def in_kind(answers: list[Any], *, single: bool, each: int) -> Any:

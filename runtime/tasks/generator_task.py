@@ -28,7 +28,7 @@ def ask_generator(bundle: Any, prompts: Sequence[str], options: RunOptions) -> l
 
 def text_or_ids(bundle: Any, tokens: list[int]) -> Result:
     """Return generated tokens as text, or as ids where the bundle has no tokenizer."""
-    return {"text": bundle.target_encoder().decode(tokens)} if has_tokenizer(bundle) else {"ids": tokens}
+    return {"text": bundle.target_tokenizer().decode(tokens)} if has_tokenizer(bundle) else {"ids": tokens}
 
 
 def score(bundle: Any, text: str) -> Result:
@@ -45,7 +45,7 @@ def prompt_ids(bundle: Any, prompt: str, *, truncate: bool) -> list[int]:
     if not prompt:
         raise InputError("a prompt is empty; expected a text, or token ids for a bundle without a tokenizer.")
     if has_tokenizer(bundle):
-        (row,) = bundle.encoder().encode([prompt], truncate=truncate).rows
+        (row,) = bundle.tokenizer().encode([prompt], truncate=truncate).rows
         return list(row.ids)
     words = re.split(r"[\s,]+", prompt.strip())
     if not all(map(ID.fullmatch, words)):

@@ -32,7 +32,7 @@ class Answer(NamedTuple):
     end: int
 
 
-def many(value: Any) -> tuple[bool, list[Any]]:
+def as_list(value: Any) -> tuple[bool, list[Any]]:
     """(was it a single one, the list): a list or tuple is many, anything else is one."""
     if isinstance(value, list | tuple):
         return False, list(value)

@@ -13,7 +13,7 @@ from transom.runtime.errors import BundleError, InputError
 from transom.runtime.finite import check_finite
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks.batches import Name, Rows, batches, collected, name_of_row
-from transom.runtime.text.tokenizer import CompactRow, EncodedBatch, TextEncoder, TextSpec, row_length
+from transom.runtime.text.tokenizer import CompactRow, EncodedBatch, TextTokenizer, TokenizerSpec, row_length
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -31,10 +31,10 @@ class TextBundle(LoadedBundle):
         super().__init__(*arguments, **options)
         self._text = None
         if self.manifest.tokenizer is not None:
-            spec = TextSpec.from_json(self.manifest.tokenizer)
+            spec = TokenizerSpec.from_json(self.manifest.tokenizer)
             if spec.kind != "tokenizers":  # others know ids alone, no offsets into the text
                 raise BundleError(f"tokenizer.kind is {spec.kind!r}, expected 'tokenizers'; export the bundle again.")
-            self._text = TextEncoder(
+            self._text = TextTokenizer(
                 self._bundle.read(spec.file), spec, self.max_size("S"), lambda tokens: self.wider(S=tokens)
             )
 
@@ -58,10 +58,10 @@ class TextBundle(LoadedBundle):
         """Compute an output with one row per text, batch by batch; ``prefix`` goes before each text.
 
         All texts are tokenized first, so that a wrong one is an error before anything runs, but beyond KEPT_BYTES
-        only their lengths are kept. Raises as ``TextEncoder.encode`` does, and NotFiniteError; ``name`` is what errors
-        call the text at a place.
+        only their lengths are kept. Raises as ``TextTokenizer.encode`` does, and NotFiniteError; ``name`` is what
+        errors call the text at a place.
         """
-        encoder = self.encoder()
+        encoder = self.tokenizer()
         encoder.check(texts, pairs)
 
         def row(place: int) -> Encoding:
@@ -89,7 +89,7 @@ class TextBundle(LoadedBundle):
         longest = batch.input_ids.shape[1]
         more = row_length(longest, self.max_size("S")) - longest
         feeds = {
-            "input_ids": padded_by(batch.input_ids, more, self.encoder().spec.pad_id),
+            "input_ids": padded_by(batch.input_ids, more, self.tokenizer().spec.pad_id),
             "attention_mask": padded_by(batch.attention_mask, more, 0),
         }
         graph = self.graph_for(feeds)
@@ -99,7 +99,7 @@ class TextBundle(LoadedBundle):
         by_token = {tensor.name for tensor in graph.outputs if tensor.shape[1:2] == ("S",)}
         return {name: array[:, :longest] if name in by_token else array for name, array in found.items()}
 
-    def encoder(self) -> TextEncoder:
+    def tokenizer(self) -> TextTokenizer:
         """The tokenizer; InputError where the checkpoint had none."""
         if self._text is None:
             raise InputError("this bundle has no tokenizer, since its checkpoint had none; call run() with input_ids.")

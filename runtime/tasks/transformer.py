@@ -16,7 +16,7 @@ from transom.runtime.text.tokenizer import row_length
 
 if TYPE_CHECKING:
     from transom.runtime.graph_spec import Tensor
-    from transom.runtime.text.tokenizer import TextEncoder
+    from transom.runtime.text.tokenizer import TextTokenizer
 
 
 class Transformer(Generator):
@@ -29,7 +29,7 @@ class Transformer(Generator):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._target_text = self.text_encoder(self.manifest.target_tokenizer)
+        self._target_text = self.open_tokenizer(self.manifest.target_tokenizer)
         start = self._defaults.start_token
         if start is None:
             raise BundleError("bundle.json: generation has no decoder_start_token_id; export the bundle again.")
@@ -40,7 +40,7 @@ class Transformer(Generator):
 
         Keywords are those of ``generate``: ``num_beams``, ``max_new_tokens``, ...
         """
-        self.encoder()  # texts need one
+        self.tokenizer()  # texts need one
         return self.generate(texts, **keywords)
 
     def prefill(self, rows: Sequence[Row]) -> PrefillResult:
@@ -66,8 +66,8 @@ class Transformer(Generator):
     def decoder_length(self, row: Sequence[int]) -> int:
         return 1  # the start token
 
-    def target_encoder(self) -> TextEncoder:
-        return self._target_text or self.encoder()
+    def target_tokenizer(self) -> TextTokenizer:
+        return self._target_text or self.tokenizer()
 
     def prompt_tokens(self) -> Tensor:
         return self.backend("encoder").graph.inputs[0]

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.runtime.tasks.image_bundle import ImageBundle
-from transom.runtime.tasks.postprocess import Ranked, label_scores, many, ranked
+from transom.runtime.tasks.postprocess import Ranked, as_list, label_scores, ranked
 from transom.runtime.tasks.task import (
     TOP_K,
     FamilyTasks,
@@ -37,7 +37,7 @@ class ViT(ImageBundle):
     def classify(self, images: ImageSource | Sequence[ImageSource], top_k: int = 5) -> Any:
         """The ``top_k`` most probable labels: ``[(label, probability), ...]`` per image, best first."""
         self.need_task("image-classification")
-        single, batch = many(images)
+        single, batch = as_list(images)
         answers: list[Ranked] = [[]] * len(batch)
         for places, logits in self.image_batches(batch, "logits"):
             scores = label_scores(logits, self.manifest.options.get("problem_type"))
@@ -48,7 +48,7 @@ class ViT(ImageBundle):
 
     def features(self, images: ImageSource | Sequence[ImageSource]) -> NDArray[np.float32]:
         """The class token after the last LayerNorm: float32 (E,) for one image, (N, E) for a list."""
-        single, batch = many(images)
+        single, batch = as_list(images)
         rows = self.image_rows(batch, "last_hidden_state", lambda hidden: hidden[:, 0])
         return cast(NDArray[np.float32], rows[0] if single else rows)
 

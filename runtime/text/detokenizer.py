@@ -27,7 +27,7 @@ ALONE = {None, "WordPiece", "Metaspace", "Replace", "ByteFallback", "Fuse", "Str
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # a token of ByteFallback
 
 
-class TextStream(Protocol):
+class Detokenizer(Protocol):
     """One text in the making; for one thread, and one text."""
 
     def add(self, token: int) -> str:
@@ -39,7 +39,7 @@ class TextStream(Protocol):
         ...
 
 
-def stream_of(tokenizer: Tokenizer) -> TextStream:
+def detokenizer_for(tokenizer: Tokenizer) -> Detokenizer:
     """A stream whose pieces together are ``tokenizer.decode(tokens, skip_special_tokens=True)``.
 
     A decoder that this file does not know gets one that gives everything at the end.
@@ -47,13 +47,13 @@ def stream_of(tokenizer: Tokenizer) -> TextStream:
     steps = decoder_steps(tokenizer)
     kinds = {step.get("type") for step in steps}
     if kinds == {"ByteLevel"}:
-        return ByteStream(tokenizer)
+        return ByteDetokenizer(tokenizer)
     if kinds <= ALONE and not any(step.get("stop") for step in steps):  # Strip's "stop" are characters at the end
-        return NeighbourStream(tokenizer, runs="ByteFallback" in kinds)
-    return LastStream(tokenizer)
+        return NeighbourDetokenizer(tokenizer, runs="ByteFallback" in kinds)
+    return BufferedDetokenizer(tokenizer)
 
 
-class ByteStream:
+class ByteDetokenizer:
     """Byte-level BPE: a token is some bytes, a character is complete when its last byte is there."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -75,7 +75,7 @@ class ByteStream:
         return self._characters.decode(b"", final=True)
 
 
-class NeighbourStream:
+class NeighbourDetokenizer:
     """Decoders that go token by token: decoding a token behind another one shows what it adds.
 
     With ``runs``, byte tokens wait for the end of their run: as a whole it is characters, or none of it is.
@@ -106,7 +106,7 @@ class NeighbourStream:
         return self._tokenizer.decode([*self._before, *run])[len(self._tokenizer.decode(self._before)) :]
 
 
-class LastStream:
+class BufferedDetokenizer:
     """Gives everything at the end."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -121,10 +121,10 @@ class LastStream:
         return self._tokenizer.decode(self._tokens)
 
 
-class CleanStream:
+class CleanUpDetokenizer:
     """``clean_up`` over another stream; holds back from the last character that no clean-up can touch."""
 
-    def __init__(self, inner: TextStream) -> None:
+    def __init__(self, inner: Detokenizer) -> None:
         self._inner = inner
         self._held: list[str] = []
 

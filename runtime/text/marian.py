@@ -1,7 +1,7 @@
 """Marian's tokenizer: SentencePiece cuts the text, vocab.json numbers the pieces.
 
-``MarianText`` has the methods of the tokenizers library's ``Tokenizer`` that ``text.tokenizer`` calls. The behaviour
-followed is that of transformers 5.23, ``models.marian.tokenization_marian`` and ``tokenization_python``.
+``MarianTokenizer`` has the methods of the tokenizers library's ``Tokenizer`` that ``text.tokenizer`` calls. The
+behaviour followed is that of transformers 5.23, ``models.marian.tokenization_marian`` and ``tokenization_python``.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Row:
         self.ids[:] = self.ids[:length] if direction == "right" else self.ids[len(self.ids) - length :]
 
 
-class MarianText:
+class MarianTokenizer:
     """Texts to ids and back; may be shared by threads.
 
     With ``encode_special_tokens`` the tokens that were added are not looked for in a text.
@@ -139,7 +139,7 @@ class MarianText:
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of ids, without blanks at its ends; ids that nothing has are left out."""
-        shown = MarianDecoder(self, skip_special_tokens=skip_special_tokens)
+        shown = MarianDetokenizer(self, skip_special_tokens=skip_special_tokens)
         return "".join([*map(shown.add, ids), shown.end()])
 
     def token_to_id(self, token: str) -> int | None:
@@ -212,10 +212,10 @@ class EndOfText:
         return Row([*ids, self._eos_id] if add_special_tokens else ids)
 
 
-class MarianDecoder:
-    """One text in the making: the pieces of ``add`` and ``end`` together are what ``MarianText.decode`` gives."""
+class MarianDetokenizer:
+    """One text in the making: the pieces of ``add`` and ``end`` together are what ``MarianTokenizer.decode`` gives."""
 
-    def __init__(self, text: MarianText, *, skip_special_tokens: bool = True) -> None:
+    def __init__(self, text: MarianTokenizer, *, skip_special_tokens: bool = True) -> None:
         self._text = text
         self._skip = text.special_ids if skip_special_tokens else frozenset()
         self._special = {token.content for token in text.spec.added if token.special}

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from transom.runtime.errors import BundleError, InputError, ShapeError, one_line
 from transom.runtime.json_reader import Fields
-from transom.runtime.text.detokenizer import CleanStream, TextStream, clean_up, stream_of
-from transom.runtime.text.marian import MarianDecoder, MarianSpec, MarianText
+from transom.runtime.text.detokenizer import CleanUpDetokenizer, Detokenizer, clean_up, detokenizer_for
+from transom.runtime.text.marian import MarianDetokenizer, MarianSpec, MarianTokenizer
 from transom.runtime.text.tokenizer_json import parse_tokenizer, raise_unless_tokenizers
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ KINDS = ("tokenizers", "marian")
 
 
 @dataclass(frozen=True)
-class TextSpec:
+class TokenizerSpec:
     """The object ``tokenizer`` of bundle.json: what the file itself does not say.
 
     file         name of the tokenizer's JSON file, beside bundle.json
@@ -60,7 +60,7 @@ class TextSpec:
     clean_up_spaces: bool = False
 
     @classmethod
-    def from_json(cls, obj: object) -> TextSpec:
+    def from_json(cls, obj: object) -> TokenizerSpec:
         """Read and check the JSON object; BundleError lists everything that is wrong with it."""
         fields = Fields(obj, "tokenizer")
         made = cls(
@@ -122,7 +122,7 @@ def export_again(tokens: int) -> str:
     return f"Export again with --max S={tokens}"
 
 
-class TextEncoder:
+class TextTokenizer:
     """A tokenizer and its limits; may be shared by threads.
 
     ``data`` are the bytes of the file, ``max_tokens`` is the maximum of the bundle's axis S, and ``wider`` says what to
@@ -131,14 +131,14 @@ class TextEncoder:
     """
 
     def __init__(
-        self, data: bytes, spec: TextSpec, max_tokens: int, wider: Callable[[int], str] = export_again
+        self, data: bytes, spec: TokenizerSpec, max_tokens: int, wider: Callable[[int], str] = export_again
     ) -> None:
         self.spec, self._wider = spec, wider
         self.max_tokens = min(max_tokens, spec.max_length)
         self._axis = max_tokens
-        self._tokenizer: Any  # MarianText has those of Tokenizer's methods that are called here
+        self._tokenizer: Any  # MarianTokenizer has those of Tokenizer's methods that are called here
         if spec.kind == "marian":
-            self._tokenizer = MarianText(MarianSpec.from_bytes(data, spec.file))
+            self._tokenizer = MarianTokenizer(MarianSpec.from_bytes(data, spec.file))
         else:
             self._tokenizer = parse_tokenizer(data)
         self._tokenizer.encode_special_tokens = spec.split_special_tokens
@@ -175,11 +175,11 @@ class TextEncoder:
         text: str = self._tokenizer.decode(known, skip_special_tokens=skip_special_tokens)
         return clean_up(text) if self.spec.clean_up_spaces else text
 
-    def stream(self) -> TextStream:
+    def detokenizer(self) -> Detokenizer:
         """The text of tokens that come one by one; its pieces together are what ``decode`` gives for all."""
-        marian = isinstance(self._tokenizer, MarianText)
-        stream: TextStream = MarianDecoder(self._tokenizer) if marian else stream_of(self._tokenizer)
-        return CleanStream(stream) if self.spec.clean_up_spaces else stream
+        marian = isinstance(self._tokenizer, MarianTokenizer)
+        detokenizer: Detokenizer = MarianDetokenizer(self._tokenizer) if marian else detokenizer_for(self._tokenizer)
+        return CleanUpDetokenizer(detokenizer) if self.spec.clean_up_spaces else detokenizer
 
     def encode(self, texts: Sequence[str], pairs: Sequence[str] | None = None, *, truncate: bool) -> EncodedBatch:
         """Encode texts, or texts with their pairs, each to one row padded to the longest.

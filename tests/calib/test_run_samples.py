@@ -132,7 +132,7 @@ def test_calibration_translates_the_sources_that_the_gate_judges(dates_bundle: P
         fp32.generate = lambda rows, **options: asked.extend(rows) or generate(rows, **options)
         translation_questions(fp32, [sample], 9)
         assert len(source) == fp32.max_size("S")
-        assert source[-1] == fp32.encoder().encode(["3 May 1979"], truncate=False).rows[0].ids[-1]
+        assert source[-1] == fp32.tokenizer().encode(["3 May 1979"], truncate=False).rows[0].ids[-1]
     assert asked == [source.tolist()]
 
 

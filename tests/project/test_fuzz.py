@@ -30,7 +30,7 @@ from transom.runtime import load
 from transom.runtime.bundle import MANIFEST, manifest_sha256
 from transom.runtime.errors import BundleError, CheckpointError, InputError, TransomError
 from transom.runtime.image_preprocess import ImagePreprocess
-from transom.runtime.text.tokenizer import TextEncoder, TextSpec
+from transom.runtime.text.tokenizer import TextTokenizer, TokenizerSpec
 
 resource = pytest.importorskip("resource")  # of POSIX
 
@@ -146,7 +146,7 @@ def test_any_bytes_in_a_manifest(manifests: list[dict[str, Any]], data: bytes, a
             load_manifest(made)
 
 
-def use(encoder: TextEncoder) -> None:
+def use(encoder: TextTokenizer) -> None:
     """Ask for everything that a tokenizer is asked for; each call may refuse."""
     text = "Hello, world! 3 May 1979 é 中 ☃ \ufffd [MASK] <|endoftext|>"
     for call in (
@@ -193,7 +193,7 @@ def test_damaged_tokenizers(tokenizers: list[dict[str, Any]], rng: Random) -> No
     if isinstance(words, dict) and rng.random() < 0.4:
         words[rng.choice(PARTS)] = mutated(rng.choice(STEPS), rng, most=1) if rng.random() < 0.5 else rng.choice(STEPS)
     with nothing_but(BundleError):
-        use(TextEncoder(json.dumps(words).encode(), TextSpec("t.json", 64, None, 0, None, None), 64))
+        use(TextTokenizer(json.dumps(words).encode(), TokenizerSpec("t.json", 64, None, 0, None, None), 64))
 
 
 @examples(250)
@@ -201,9 +201,9 @@ def test_damaged_tokenizers(tokenizers: list[dict[str, Any]], rng: Random) -> No
 def test_damaged_marian_tokenizers(rng: Random) -> None:
     with nothing_but(BundleError):
         use(
-            TextEncoder(
+            TextTokenizer(
                 json.dumps(mutated(MARIAN, rng)).encode(),
-                TextSpec("t.json", 64, None, 0, None, None, kind="marian"),
+                TokenizerSpec("t.json", 64, None, 0, None, None, kind="marian"),
                 64,
             )
         )

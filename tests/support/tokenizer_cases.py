@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from transom.export.processors.tokenizer import tokenizer_from_checkpoint
-from transom.runtime.text.tokenizer import TextEncoder, TextSpec
+from transom.runtime.text.tokenizer import TextTokenizer, TokenizerSpec
 
 LIMIT = 100_000  # tokens; so far away that nothing is cut
 
@@ -71,7 +71,7 @@ def write(folder: Path, model_type: str = "bert", /, **files: Any) -> Path:
     return folder
 
 
-def encoder_of(folder: Path, max_positions: int = LIMIT) -> TextEncoder:
+def encoder_of(folder: Path, max_positions: int = LIMIT) -> TextTokenizer:
     found = tokenizer_from_checkpoint(folder, max_positions)
     assert found is not None
-    return TextEncoder(found[0], TextSpec.from_json(json.loads(json.dumps(found[1].to_json()))), max_positions)
+    return TextTokenizer(found[0], TokenizerSpec.from_json(json.loads(json.dumps(found[1].to_json()))), max_positions)

@@ -64,7 +64,7 @@ def alignments(bundle: Bundle, texts: Sequence[str], **keywords: Any) -> list[Al
 
 def alignment(model: Transformer, exposed: Exposed, text: str, keywords: Mapping[str, Any]) -> Alignment:
     """The weights for one text, its answer fed at once."""
-    encoder, target_encoder = model.encoder(), model.target_encoder()
+    encoder, target_encoder = model.tokenizer(), model.target_tokenizer()
     source = encoder.encode([text], truncate=False).rows[0].ids
     need_few(text, len(source))
     target = model.generate(source, **keywords)

@@ -28,7 +28,7 @@ def draw_attention(bundle: Bundle, texts: Sequence[str]) -> str:
     """The attention over each of ``texts``, or over an example."""
     with Bert(bundle) as model:
         exposed = Exposed(bundle, graph_file(bundle, "model"))
-        room = model.encoder().max_tokens - 2  # a character is a token at most, and there are two special ones
+        room = model.tokenizer().max_tokens - 2  # a character is a token at most, and there are two special ones
         figures = [draw(model, exposed, text) for text in texts or [example_text(bundle)[: max(room, 1)]]]
     return "<h2>Which token looks at which</h2>" + "".join(figures)
 
@@ -42,7 +42,7 @@ def example_text(bundle: Bundle) -> str:
 
 def draw(model: Bert, exposed: Exposed, text: str) -> str:
     """One head large, all of them small."""
-    batch = model.encoder().encode([text], truncate=False)
+    batch = model.tokenizer().encode([text], truncate=False)
     row = batch.rows[0]
     need_few(text, len(row.ids))
     graph = model.backend("model").graph

@@ -48,7 +48,7 @@ def example_text(bundle: Bundle) -> str:
 
 def read(model: GPT, text: str) -> list[Read]:
     """What the bundle's graph gives each token of a text that fits its context; InputError for others."""
-    encoder = model.encoder()
+    encoder = model.tokenizer()
     ids = encoder.encode([text], truncate=False).rows[0].ids
     most = min(model.context, MOST_TOKENS)
     if not 2 <= len(ids) <= most or max(ids) >= model.vocabulary:

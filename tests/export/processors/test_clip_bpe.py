@@ -202,8 +202,8 @@ def test_any_ids_decode_as_in_transformers(trained: dict[str, Any], tmp_path: Pa
         among = blanks if rng.random() < 0.5 else range(len(trained["vocab"]))
         ids = [rng.choice(among) for _ in range(rng.randint(0, 12))]
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), ids
-        stream = ours.stream()
-        assert "".join([*map(stream.add, ids), stream.end()]) == ours.decode(ids), ids
+        detokenizer = ours.detokenizer()
+        assert "".join([*map(detokenizer.add, ids), detokenizer.end()]) == ours.decode(ids), ids
 
 
 def test_lower_case_words_between_bos_and_eos(trained: dict[str, Any], tmp_path: Path) -> None:

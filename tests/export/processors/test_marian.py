@@ -27,7 +27,7 @@ from tokenizer_cases import LIMIT, LINES, encoder_of, write
 from transom.export.processors.tokenizer import target_tokenizer_from_checkpoint, tokenizer_from_checkpoint
 from transom.runtime.errors import BundleError, CheckpointError, InputError
 from transom.runtime.text.marian import MarianSpec
-from transom.runtime.text.tokenizer import TextEncoder, TextSpec
+from transom.runtime.text.tokenizer import TextTokenizer, TokenizerSpec
 
 # It is never called when a text is tokenized
 pytestmark = pytest.mark.filterwarnings("ignore:Recommended. pip install sacremoses")
@@ -128,13 +128,13 @@ FOLDERS: dict[str, Callable[[Path, bytes, bytes], Path]] = {
 }
 
 
-def unlimited(folder: Path, read: Any = tokenizer_from_checkpoint) -> TextEncoder:
+def unlimited(folder: Path, read: Any = tokenizer_from_checkpoint) -> TextTokenizer:
     """Marian's 512 tokens, lifted: some lines are longer."""
     data, spec = read(folder, LIMIT)
-    return TextEncoder(data, replace(spec, max_length=LIMIT), LIMIT)
+    return TextTokenizer(data, replace(spec, max_length=LIMIT), LIMIT)
 
 
-def compare(folder: Path, lines: list[str]) -> tuple[TextEncoder, Any]:
+def compare(folder: Path, lines: list[str]) -> tuple[TextTokenizer, Any]:
     """Ids line by line, then decoded text of those ids and of random ones."""
     ours, theirs = unlimited(folder), AutoTokenizer.from_pretrained(folder)
     assert isinstance(theirs, MarianTokenizer)
@@ -197,7 +197,7 @@ def test_two_vocabularies(english: bytes, others: bytes, tmp_path: Path) -> None
 
 @settings(max_examples=300, deadline=None)
 @given(text=st.text(max_size=40))
-def test_any_text(text: str, shared: tuple[TextEncoder, Any]) -> None:
+def test_any_text(text: str, shared: tuple[TextTokenizer, Any]) -> None:
     ours, theirs = shared
     expected = theirs(text)["input_ids"]
     if len(expected) > 1:
@@ -205,19 +205,19 @@ def test_any_text(text: str, shared: tuple[TextEncoder, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def shared(english: bytes, others: bytes, tmp_path_factory: pytest.TempPathFactory) -> tuple[TextEncoder, Any]:
+def shared(english: bytes, others: bytes, tmp_path_factory: pytest.TempPathFactory) -> tuple[TextTokenizer, Any]:
     folder = save(tmp_path_factory.mktemp("marian"), others, english, numbered(english, others))
     return unlimited(folder), AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_a_long_text_is_cut_before_the_end(side: str, shared: tuple[TextEncoder, Any]) -> None:
+def test_a_long_text_is_cut_before_the_end(side: str, shared: tuple[TextTokenizer, Any]) -> None:
     ours, theirs = shared
     theirs.truncation_side = side
     expected = theirs("one two three", truncation=True, max_length=4)["input_ids"]
     theirs.truncation_side = "right"
     data = json.dumps(ours._tokenizer.spec.to_json()).encode()
-    cut = TextEncoder(data, replace(ours.spec, truncation_side=side), 4)
+    cut = TextTokenizer(data, replace(ours.spec, truncation_side=side), 4)
     assert cut.encode(["one two three"], truncate=True).input_ids.tolist() == [expected]
     assert (len(expected), expected[-1]) == (4, 0)
 
@@ -309,13 +309,14 @@ def test_the_runtime_needs_no_sentencepiece(english: bytes, tmp_path: Path) -> N
     code = f"""
 import json, sys
 sys.modules.update(sentencepiece=None, tokenizers=None)
-from transom.runtime.text.tokenizer import TextEncoder, TextSpec
-encoder = TextEncoder(open({str(tmp_path / "file")!r}, "rb").read(), TextSpec.from_json({found[1].to_json()!r}), 512)
-print(json.dumps(encoder.encode(["Ann met him"], truncate=False).input_ids.tolist()))
+from transom.runtime.text.tokenizer import TextTokenizer, TokenizerSpec
+spec = TokenizerSpec.from_json({found[1].to_json()!r})
+tokenizer = TextTokenizer(open({str(tmp_path / "file")!r}, "rb").read(), spec, 512)
+print(json.dumps(tokenizer.encode(["Ann met him"], truncate=False).input_ids.tolist()))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert (
-        json.loads(done.stdout) == TextEncoder(*found, 512).encode(["Ann met him"], truncate=False).input_ids.tolist()
+        json.loads(done.stdout) == TextTokenizer(*found, 512).encode(["Ann met him"], truncate=False).input_ids.tolist()
     )
 
 
@@ -347,17 +348,17 @@ print(json.dumps(encoder.encode(["Ann met him"], truncate=False).input_ids.tolis
     ],
     ids=str,
 )
-def test_a_hostile_file(change: dict[str, Any], said: str, shared: tuple[TextEncoder, Any]) -> None:
+def test_a_hostile_file(change: dict[str, Any], said: str, shared: tuple[TextTokenizer, Any]) -> None:
     stored = shared[0]._tokenizer.spec.to_json()
     for key, value in change.items():
         *within, last = key.split(".")
         (stored[within[0]] if within else stored)[last] = value
     with pytest.raises(BundleError) as caught:
-        TextEncoder(json.dumps(stored).encode(), shared[0].spec, 512)
+        TextTokenizer(json.dumps(stored).encode(), shared[0].spec, 512)
     assert said in str(caught.value)
 
 
-def test_rules_that_lead_nowhere_raise_nothing(shared: tuple[TextEncoder, Any]) -> None:
+def test_rules_that_lead_nowhere_raise_nothing(shared: tuple[TextTokenizer, Any]) -> None:
     """A trie of noise: whatever it makes of a text, it ends, and it is text."""
     import base64
 
@@ -367,11 +368,11 @@ def test_rules_that_lead_nowhere_raise_nothing(shared: tuple[TextEncoder, Any]) 
         noise = (400).to_bytes(4, "little") + rng.randbytes(400) + rng.randbytes(30)
         spec = ours._tokenizer.spec
         wild = replace(spec, unigram=replace(spec.unigram, charsmap=base64.b64encode(noise).decode()))
-        encoder = TextEncoder(json.dumps(wild.to_json()).encode(), ours.spec, 512)
+        encoder = TextTokenizer(json.dumps(wild.to_json()).encode(), ours.spec, 512)
         assert encoder.encode(["x y z " + "".join(map(chr, range(1, 200)))], truncate=True).input_ids.size > 0
 
 
-def test_the_file_reads_back_to_the_same(shared: tuple[TextEncoder, Any]) -> None:
+def test_the_file_reads_back_to_the_same(shared: tuple[TextTokenizer, Any]) -> None:
     spec = shared[0]._tokenizer.spec
     assert MarianSpec.from_bytes(json.dumps(spec.to_json()).encode(), "marian.json") == spec
-    assert TextSpec.from_json(shared[0].spec.to_json()).kind == "marian"
+    assert TokenizerSpec.from_json(shared[0].spec.to_json()).kind == "marian"

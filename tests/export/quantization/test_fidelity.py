@@ -195,7 +195,7 @@ def test_gaps_are_where_masks_are_or_where_calibration_puts_them(exported: Expor
         assert np.flatnonzero(text_row(asked, given).counted).tolist() == [2, 5]
         row = text_row(asked, whole)
         assert np.flatnonzero(row.counted).tolist() == [4, 11]
-        assert set(row.feeds["input_ids"][[4, 11]].tolist()) == {asked.encoder().spec.mask_id}
+        assert set(row.feeds["input_ids"][[4, 11]].tolist()) == {asked.tokenizer().spec.mask_id}
         assert counts(Fp32Outputs(bert, [given, whole], "text").compare(bert)) == (4, 4)
 
 
@@ -224,7 +224,7 @@ def test_perplexity_of_a_text(gpt_bundle: Path) -> None:
     with opened(gpt_bundle) as gpt:
         loaded: Any = gpt
         assert fp32.value == pytest.approx(log(loaded.score(text[:400])), rel=1e-6)
-        assert fp32.units == (len(loaded.encoder().encode([text[:400]], truncate=False).rows[0]) - 1,)
+        assert fp32.units == (len(loaded.tokenizer().encode([text[:400]], truncate=False).rows[0]) - 1,)
     assert other.value == pytest.approx(log(1024))
     assert found.error.value == 1.0  # zeros for logits are wrong by all of them
 
@@ -284,7 +284,7 @@ def test_translations_follow_fp32s_own_greedy_output(dates_bundle: Path) -> None
 
     with opened(dates_bundle) as fp32, opened(dates_bundle, first) as other:
         dates: Any = fp32
-        rows = {s.name: dates.encoder().encode([s.text], truncate=False).rows[0].ids for s in samples}
+        rows = {s.name: dates.tokenizer().encode([s.text], truncate=False).rows[0].ids for s in samples}
         expected = {name: dates.generate(list(row), num_beams=1) for name, row in rows.items()}
         reference = Fp32Outputs(fp32, samples, "dates")
         assert {kept.sample: kept.chosen[:, 0].tolist() for kept in reference._kept} == expected

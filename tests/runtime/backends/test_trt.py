@@ -508,7 +508,7 @@ def test_an_engine_of_narrower_sizes_is_obeyed(put: Put, bert_bundle: Path) -> N
         with pytest.raises(
             InputError, match=r"Pass truncate=True, or run `transom build BUNDLE --target rtx-sm89 --max S="
         ):
-            ours.encoder().encode(["the first of the year was the last one that we had"], truncate=False)
+            ours.tokenizer().encode(["the first of the year was the last one that we had"], truncate=False)
     told = document(transom("selftest", folder, "--device", "tensorrt", "--json"))
     assert all("S=1" in case["name"] or "S=7" in case["name"] for case in told["cases"])
     assert any("axis S allows 1..9 in the engine for rtx-sm89" in line for line in told["left_out"])

@@ -10,21 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import GenerationConfig
+import transformers
 
 from tiny_decoders import VOCABULARY, tiny_gpt
 from transom.export.processors.generation_config import generation_from_checkpoint
 from transom.runtime.errors import BundleError, CheckpointError, InputError
-from transom.runtime.generation import GenerationSettings
-from transom.runtime.generation.field_specs import RULES
+from transom.runtime.generation import GenerationConfig
+from transom.runtime.generation.field_specs import FIELD_SPECS
 
-DEFAULTS = GenerationSettings()
+DEFAULTS = GenerationConfig()
 
 
 def test_the_defaults_are_those_of_transformers() -> None:
-    theirs = GenerationConfig._get_default_generation_params()
+    theirs = transformers.GenerationConfig._get_default_generation_params()
     theirs["max_length"] = None  # its 20 is counted from the prompt's end, as our None is
-    for name, rule in RULES.items():
+    for name, rule in FIELD_SPECS.items():
         if name in theirs:
             ours = None if name == "max_length" else rule.read(theirs[name])
             assert getattr(DEFAULTS, name) == ours, name
@@ -113,11 +113,11 @@ def test_values_that_say_nothing_contradict_nothing() -> None:
 
 
 def test_what_the_checkpoint_says_is_passed_over_and_what_the_caller_says_is_not() -> None:
-    stored = GenerationSettings(temperature=0.6, top_p=0.9, length_penalty=0.6, max_new_tokens=9, min_length=50)
+    stored = GenerationConfig(temperature=0.6, top_p=0.9, length_penalty=0.6, max_new_tokens=9, min_length=50)
     assert stored.with_keywords().new_tokens(4) == 9  # fifty are out of reach, as in transformers
     assert stored.with_keywords(do_sample=True).temperature == 0.6
     assert stored.with_keywords().new_tokens(4, 7) == 3  # a bundle may be exported with less room than that
-    assert GenerationSettings(max_length=512).with_keywords().new_tokens(1, 64) == 63
+    assert GenerationConfig(max_length=512).with_keywords().new_tokens(1, 64) == 63
     assert stored.with_keywords(max_new_tokens=9).new_tokens(4, 7) == 9  # asked for: refused where it does not fit
     with pytest.raises(InputError, match="max_length=30 has no effect beside the model's own max_new_tokens=9"):
         stored.with_keywords(max_length=30)
@@ -149,10 +149,10 @@ def test_a_prompt_without_room_is_refused() -> None:
 
 def test_rows_and_the_start_token() -> None:
     assert DEFAULTS.rows(3) == 3
-    assert GenerationSettings(num_beams=4, num_return_sequences=2).rows(3) == 12
-    assert GenerationSettings(do_sample=True, num_return_sequences=2).rows(3) == 6
-    assert GenerationSettings(bos_token_id=4).start_token == 4
-    assert GenerationSettings(bos_token_id=4, decoder_start_token_id=0).start_token == 0
+    assert GenerationConfig(num_beams=4, num_return_sequences=2).rows(3) == 12
+    assert GenerationConfig(do_sample=True, num_return_sequences=2).rows(3) == 6
+    assert GenerationConfig(bos_token_id=4).start_token == 4
+    assert GenerationConfig(bos_token_id=4, decoder_start_token_id=0).start_token == 0
 
 
 @pytest.mark.parametrize("name", ["eos_token_id", "bad_words_ids", "forced_bos_token_id", "suppress_tokens"])
@@ -181,12 +181,12 @@ FULL: dict[str, Any] = {
 
 
 def test_settings_survive_the_way_through_json() -> None:
-    assert set(FULL) == set(RULES)
-    settings = GenerationSettings.from_json(FULL)
+    assert set(FULL) == set(FIELD_SPECS)
+    settings = GenerationConfig.from_json(FULL)
     assert settings.to_json() == FULL
-    assert GenerationSettings.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+    assert GenerationConfig.from_json(json.loads(json.dumps(settings.to_json()))) == settings
     assert DEFAULTS.to_json() == {}
-    assert GenerationSettings.from_json({}) == DEFAULTS
+    assert GenerationConfig.from_json({}) == DEFAULTS
     assert "seed" not in DEFAULTS.with_keywords(seed=3).to_json()
 
 
@@ -203,7 +203,7 @@ def test_settings_survive_the_way_through_json() -> None:
 )
 def test_a_damaged_object_is_refused(obj: object, message: str) -> None:
     with pytest.raises(BundleError, match=message):
-        GenerationSettings.from_json(obj)
+        GenerationConfig.from_json(obj)
 
 
 def checkpoint(folder: Path, generation: dict[str, Any] | None, config: dict[str, Any] | None = None) -> Path:
@@ -224,7 +224,7 @@ MARIAN = {
 def test_generation_config_json_is_read_as_transformers_reads_it(tmp_path: Path, generation: dict[str, Any]) -> None:
     folder = checkpoint(tmp_path, generation, {"num_beams": 7, "eos_token_id": 9})
     ours = generation_from_checkpoint(folder, VOCABULARY)
-    same_as_theirs(ours, GenerationConfig.from_pretrained(folder))
+    same_as_theirs(ours, transformers.GenerationConfig.from_pretrained(folder))
     assert ours.num_beams == (4 if generation is MARIAN else 1)
     assert ours.top_k == 50
 
@@ -239,12 +239,14 @@ def test_generation_config_json_is_read_as_transformers_reads_it(tmp_path: Path,
 )
 def test_without_it_config_json_is_read_as_transformers_reads_it(tmp_path: Path, config: dict[str, Any]) -> None:
     folder = checkpoint(tmp_path, None, config)
-    theirs = GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True)
+    theirs = transformers.GenerationConfig.from_pretrained(
+        folder, config_file_name="config.json", _from_model_config=True
+    )
     same_as_theirs(generation_from_checkpoint(folder, VOCABULARY), theirs)
 
 
-def same_as_theirs(ours: GenerationSettings, theirs: GenerationConfig) -> None:
-    for name, rule in RULES.items():
+def same_as_theirs(ours: GenerationConfig, theirs: transformers.GenerationConfig) -> None:
+    for name, rule in FIELD_SPECS.items():
         value = getattr(theirs, name)
         assert getattr(ours, name) == (getattr(DEFAULTS, name) if value is None else rule.read(value)), name
 

@@ -17,7 +17,7 @@ import torch
 
 from tiny_decoders import START, Recomputed, Table, tiny_gpt, tiny_marian
 from transom.runtime.errors import InputError
-from transom.runtime.generation import GenerationSettings, generate, stream
+from transom.runtime.generation import GenerationConfig, generate, stream
 
 PROMPTS = [[1, 2, 3], [7, 8, 20, 4, 4], [6]]
 SOURCES = [[3, 4, 5, 0], [9, 10, 0], [12, 1, 17, 17, 2, 0]]
@@ -60,7 +60,7 @@ def gpt_theirs(prompts: list[list[int]], keywords: dict[str, Any]) -> list[list[
 
 def gpt_ours(prompts: list[list[int]], keywords: dict[str, Any]) -> list[list[int]]:
     model = Recomputed(tiny_gpt(), prompts)
-    return generate(prompts, model.logits(), model, GenerationSettings().with_keywords(**keywords))
+    return generate(prompts, model.logits(), model, GenerationConfig().with_keywords(**keywords))
 
 
 def marian_theirs(keywords: dict[str, Any]) -> list[list[int]]:
@@ -74,7 +74,7 @@ def marian_theirs(keywords: dict[str, Any]) -> list[list[int]]:
 def marian_ours(keywords: dict[str, Any]) -> list[list[int]]:
     prompts = [[START]] * len(SOURCES)
     model = Recomputed(tiny_marian(), prompts, SOURCES)
-    return generate(prompts, model.logits(), model, GenerationSettings().with_keywords(**keywords))
+    return generate(prompts, model.logits(), model, GenerationConfig().with_keywords(**keywords))
 
 
 def test_greedy_tokens_are_those_of_transformers() -> None:
@@ -135,7 +135,7 @@ CHAIN[np.arange(9), np.arange(1, 10)] = 5
 
 def test_rows_are_selected_only_when_one_is_finished() -> None:
     model = Table(CHAIN, [5, 7, 6])
-    settings = GenerationSettings().with_keywords(max_new_tokens=6, eos_token_id=9)
+    settings = GenerationConfig().with_keywords(max_new_tokens=6, eos_token_id=9)
     assert generate([[5], [7], [6]], model.logits(), model, settings) == [[6, 7, 8, 9], [8, 9], [7, 8, 9]]
     assert model.selected == [[0, 2], [0]]
     assert model.fed == 3
@@ -143,7 +143,7 @@ def test_rows_are_selected_only_when_one_is_finished() -> None:
 
 def test_beams_are_reordered_only_when_they_change() -> None:
     """Two beams that each go their way are forked once and never reordered; one that dies out is replaced."""
-    settings = GenerationSettings().with_keywords(max_new_tokens=3, num_beams=2)
+    settings = GenerationConfig().with_keywords(max_new_tokens=3, num_beams=2)
     for second, selected in ((4, [[0, 0]]), (-4, [[0, 0], [0, 0]])):
         table = CHAIN.copy()
         table[0, 5], table[5] = second, 0  # beside 0 -> 1 also 0 -> 5, and then ten equal chances
@@ -154,9 +154,7 @@ def test_beams_are_reordered_only_when_they_change() -> None:
 
 def test_a_prompt_that_is_done_leaves_the_beams_of_the_others() -> None:
     model = Table(CHAIN, [7, 3])
-    settings = GenerationSettings().with_keywords(
-        max_new_tokens=6, num_beams=2, eos_token_id=[9, 0], length_penalty=0.0
-    )
+    settings = GenerationConfig().with_keywords(max_new_tokens=6, num_beams=2, eos_token_id=[9, 0], length_penalty=0.0)
     assert generate([[7], [3]], model.logits(), model, settings) == [[8, 9], [4, 5, 6, 7, 8, 9]]
     forked, left = model.selected[:2]
     assert forked == [0, 0, 1, 1]
@@ -171,7 +169,7 @@ def test_a_prompt_that_is_done_leaves_the_beams_of_the_others() -> None:
 def test_a_row_that_is_not_finite_is_named_and_nothing_else_suffers(
     keywords: dict[str, Any], value: float, kind: str
 ) -> None:
-    settings = GenerationSettings().with_keywords(max_new_tokens=6, eos_token_id=9, **keywords)
+    settings = GenerationConfig().with_keywords(max_new_tokens=6, eos_token_id=9, **keywords)
     healthy = Table(CHAIN, [1, 2])
     before = generate([[1], [2]], healthy.logits(), healthy, settings)
     table = CHAIN.copy()
@@ -191,7 +189,7 @@ def test_some_tokens_at_minus_infinity_are_a_model_s_right() -> None:
     table[:, 3] = -np.inf
     for keywords in ({"no_repeat_ngram_size": 1}, {"num_beams": 2}, {"do_sample": True, "seed": 0}):
         model = Table(table, [0])
-        settings = GenerationSettings().with_keywords(max_new_tokens=5, **keywords)
+        settings = GenerationConfig().with_keywords(max_new_tokens=5, **keywords)
         (row,) = generate([[0]], model.logits(), model, settings)
         assert 3 not in row
 
@@ -200,14 +198,14 @@ def test_some_tokens_at_minus_infinity_are_a_model_s_right() -> None:
 def test_settings_that_rule_out_every_token_are_refused(keywords: dict[str, Any]) -> None:
     table = np.zeros((4, 4), dtype=np.float32)
     model = Table(table, [0])
-    settings = GenerationSettings().with_keywords(max_new_tokens=6, no_repeat_ngram_size=1, **keywords)
+    settings = GenerationConfig().with_keywords(max_new_tokens=6, no_repeat_ngram_size=1, **keywords)
     with pytest.raises(InputError, match="rule out every token for prompt 0 at new token 4"):
         generate([[0]], model.logits(), model, settings)
 
 
 def test_a_stream_gives_each_token_before_the_next_is_computed() -> None:
     model = Table(CHAIN, [5])
-    settings = GenerationSettings().with_keywords(max_new_tokens=6, eos_token_id=9)
+    settings = GenerationConfig().with_keywords(max_new_tokens=6, eos_token_id=9)
     tokens = stream([5], model.logits(), model, settings)
     assert next(tokens) == 6
     assert model.fed == 0
@@ -219,7 +217,7 @@ def test_a_stream_gives_each_token_before_the_next_is_computed() -> None:
 
 def test_a_stream_left_half_way_asks_nothing_more() -> None:
     model = Table(CHAIN, [0])
-    tokens = stream([0], model.logits(), model, GenerationSettings(max_new_tokens=6))
+    tokens = stream([0], model.logits(), model, GenerationConfig(max_new_tokens=6))
     assert next(tokens) == 1
     tokens.close()  # type: ignore[attr-defined]
     assert list(tokens) == []
@@ -228,7 +226,7 @@ def test_a_stream_left_half_way_asks_nothing_more() -> None:
 
 def test_a_stream_s_tokens_are_those_of_generate() -> None:
     for keywords in ({}, {"do_sample": True, "seed": 3, "top_k": 5}):
-        settings = GenerationSettings().with_keywords(max_new_tokens=9, eos_token_id=ENDS[1], **keywords)
+        settings = GenerationConfig().with_keywords(max_new_tokens=9, eos_token_id=ENDS[1], **keywords)
         model = Recomputed(tiny_gpt(), PROMPTS[:1])
         streamed = list(stream(PROMPTS[0], model.logits(), model, settings))
         assert streamed == gpt_ours(PROMPTS[:1], {"max_new_tokens": 9, "eos_token_id": ENDS[1], **keywords})[0]
@@ -239,6 +237,6 @@ def test_a_stream_s_tokens_are_those_of_generate() -> None:
 )
 def test_only_one_row_can_be_streamed(keywords: dict[str, Any], name: str) -> None:
     model = Table(CHAIN, [0])
-    settings = GenerationSettings().with_keywords(**keywords)
+    settings = GenerationConfig().with_keywords(**keywords)
     with pytest.raises(InputError, match=rf"{name}.* is 2, but a stream is one row .*call generate"):
         stream([0], model.logits(), model, settings)  # at once, not at the first token

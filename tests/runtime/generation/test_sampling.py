@@ -9,8 +9,8 @@ import pytest
 from numpy.typing import NDArray
 
 from tiny_decoders import Table
-from transom.runtime.generation import GenerationSettings, generate
-from transom.runtime.generation.sampling import draw, streams_of
+from transom.runtime.generation import GenerationConfig, generate
+from transom.runtime.generation.sampling import draw, row_rngs
 
 DRAWS = 5_000
 # 99.9 % of chi-square values lie below, by degrees of freedom; any table of the distribution has them
@@ -22,7 +22,7 @@ LOGITS = np.log(np.array([0.4, 0.2, 0.15, 0.1, 0.08, 0.05, 0.02], dtype=np.float
 def first_tokens(**keywords: Any) -> list[int]:
     """What DRAWS rows that all see LOGITS begin with."""
     model = Table(LOGITS[None], [0] * DRAWS)
-    settings = GenerationSettings().with_keywords(max_new_tokens=1, do_sample=True, seed=11, **keywords)
+    settings = GenerationConfig().with_keywords(max_new_tokens=1, do_sample=True, seed=11, **keywords)
     return [row[0] for row in generate([[0]] * DRAWS, model.logits(), model, settings)]
 
 
@@ -62,7 +62,7 @@ def test_one_seed_gives_one_text_and_another_seed_another() -> None:
 
     def sampled(seed: int | None) -> list[list[int]]:
         model = Table(table, [0, 0])
-        settings = GenerationSettings().with_keywords(max_new_tokens=40, do_sample=True, seed=seed)
+        settings = GenerationConfig().with_keywords(max_new_tokens=40, do_sample=True, seed=seed)
         return generate([[0], [0]], model.logits(), model, settings)
 
     assert sampled(3) == sampled(3)
@@ -75,7 +75,7 @@ def test_a_row_s_stream_does_not_end_with_its_neighbour() -> None:
     """Row 0 is finished at once; row 1 draws what it draws beside a row that is not."""
     table = np.random.default_rng(0).standard_normal((7, 7)).astype(np.float32)
     table[5] = [0, 0, 0, 0, 0, 0, 1e9]
-    settings = GenerationSettings().with_keywords(max_new_tokens=30, do_sample=True, seed=3, eos_token_id=6)
+    settings = GenerationConfig().with_keywords(max_new_tokens=30, do_sample=True, seed=3, eos_token_id=6)
     beside_short, beside_long = (Table(table, [first, 0]) for first in (5, 1))
     short = generate([[5], [0]], beside_short.logits(), beside_short, settings)
     long = generate([[1], [0]], beside_long.logits(), beside_long, settings)
@@ -89,7 +89,7 @@ def test_sequences_of_one_prompt_differ_and_the_first_is_that_of_one_alone() -> 
 
     def sampled(prompts: list[int], copies: int) -> list[list[int]]:
         model = Table(table, prompts)
-        settings = GenerationSettings().with_keywords(
+        settings = GenerationConfig().with_keywords(
             max_new_tokens=20, do_sample=True, seed=3, num_return_sequences=copies
         )
         return generate([[prompt] for prompt in prompts], model.logits(), model, settings)
@@ -103,7 +103,7 @@ def test_sequences_of_one_prompt_differ_and_the_first_is_that_of_one_alone() -> 
 @pytest.mark.parametrize("beams", [1, 2])
 def test_a_call_split_into_batches_draws_as_one(beams: int) -> None:
     table = np.random.default_rng(0).standard_normal((7, 7)).astype(np.float32)
-    settings = GenerationSettings().with_keywords(max_new_tokens=20, do_sample=True, seed=3, num_beams=beams)
+    settings = GenerationConfig().with_keywords(max_new_tokens=20, do_sample=True, seed=3, num_beams=beams)
 
     def sampled(prompts: list[int], first: int) -> list[list[int]]:
         model = Table(table, prompts)
@@ -117,7 +117,7 @@ def test_a_call_split_into_batches_draws_as_one(beams: int) -> None:
 def test_a_drawn_token_is_never_one_that_is_ruled_out() -> None:
     scores = np.full((1, 5), -np.inf, dtype=np.float32)
     scores[0, 3] = -200.0
-    streams = streams_of(GenerationSettings(seed=0), np.array([0]))
+    streams = row_rngs(GenerationConfig(seed=0), np.array([0]))
     assert {int(draw(scores, streams)[0]) for _ in range(50)} == {3}
 
 
@@ -133,7 +133,7 @@ def test_beams_are_drawn_without_replacement() -> None:
             expected[i] += p[i] * p[j] / (1 - p[i]) + p[j] * p[i] / (1 - p[j])
     table = np.log(p).astype(np.float32)[None]
     model = Table(table, [0] * 3000)
-    settings = GenerationSettings().with_keywords(max_new_tokens=1, do_sample=True, seed=2, num_beams=2, top_k=0)
+    settings = GenerationConfig().with_keywords(max_new_tokens=1, do_sample=True, seed=2, num_beams=2, top_k=0)
     found = [row[0] for row in generate([[0]] * 3000, model.logits(), model, settings)]
     statistic, freedom = chi_square(found, expected)
     assert statistic < CHI_SQUARE[freedom]
@@ -144,7 +144,7 @@ def test_drawn_beams_go_on_and_are_repeatable() -> None:
     found = []
     for seed in (1, 1, 2):
         model = Table(table, [0, 1])
-        settings = GenerationSettings().with_keywords(
+        settings = GenerationConfig().with_keywords(
             max_new_tokens=12, do_sample=True, seed=seed, num_beams=3, top_p=0.9, temperature=2.0, eos_token_id=6
         )
         found.append(generate([[0], [1]], model.logits(), model, settings))

@@ -16,8 +16,8 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 
 from tiny_decoders import Table
 from transom.runtime.errors import InputError
-from transom.runtime.generation import GenerationSettings, generate, stream
-from transom.runtime.generation.stopping import Stopping, common_prefix
+from transom.runtime.generation import GenerationConfig, generate, stream
+from transom.runtime.generation.stopping import StoppingCriteria, common_prefix
 
 WORDS = ["st", "op", "stop", "opera", "sto", "pper", "las", "topper", "s", "to", "pped", " stop", "\n", "\n\n", "é"]
 
@@ -31,7 +31,7 @@ class Words:
 
 def completes(stop: str, *words: str) -> bool:
     ids = np.array([WORDS.index(word) for word in words])
-    stopping = Stopping(GenerationSettings().with_keywords(stop_strings=stop), Words().decode)
+    stopping = StoppingCriteria(GenerationConfig().with_keywords(stop_strings=stop), Words().decode)
     return stopping.completes(ids[:-1], int(ids[-1]))
 
 
@@ -56,8 +56,8 @@ def test_a_stop_string_twice_stops_both_times() -> None:
 def test_the_space_that_decoding_takes_from_the_first_token_is_not_missed() -> None:
     """As SentencePiece's decoders do; text before the stop string is decoded along with it."""
     words = ["a", " ", "t"]
-    asked = GenerationSettings().with_keywords(stop_strings=" t")
-    stopping = Stopping(asked, lambda ids: "".join(words[number] for number in ids).lstrip(" "))
+    asked = GenerationConfig().with_keywords(stop_strings=" t")
+    stopping = StoppingCriteria(asked, lambda ids: "".join(words[number] for number in ids).lstrip(" "))
     assert stopping.completes(np.array([0, 0, 0, 1]), 2)
     assert not stopping.completes(np.array([0, 0, 0, 0]), 2)
 
@@ -76,7 +76,7 @@ def rows_after(prompt: list[str], following: dict[str, str], stop: str | list[st
     found = []
     for beams in (1, 2):
         model = Table(table, ids[-1:])
-        keywords = GenerationSettings().with_keywords(max_new_tokens=5, stop_strings=stop, num_beams=beams)
+        keywords = GenerationConfig().with_keywords(max_new_tokens=5, stop_strings=stop, num_beams=beams)
         (row,) = generate([ids], model.logits(), model, keywords, decode=Words().decode)
         found.append([WORDS[token] for token in row])
     assert found[0] == found[1]
@@ -101,13 +101,13 @@ def test_a_stop_string_never_met_runs_to_the_limit() -> None:
 def test_a_stream_ends_with_the_completing_token() -> None:
     table = np.eye(len(WORDS), k=1, dtype=np.float32) * 9  # each word is followed by the next of WORDS
     model = Table(table, [0])
-    asked = GenerationSettings().with_keywords(max_new_tokens=9, stop_strings=["pst"])
+    asked = GenerationConfig().with_keywords(max_new_tokens=9, stop_strings=["pst"])
     assert list(stream([0], model.logits(), model, asked, decode=Words().decode)) == [1, 2]  # "op" + "stop"
 
 
 def test_without_a_tokenizer_stop_strings_are_refused() -> None:
     model = Table(np.eye(3, dtype=np.float32), [0])
-    asked = GenerationSettings().with_keywords(stop_strings=["x"])
+    asked = GenerationConfig().with_keywords(stop_strings=["x"])
     with pytest.raises(InputError, match=r"stop_strings is \['x'\], but this bundle has no tokenizer"):
         generate([[0]], model.logits(), model, asked)
     assert model.fed == 0
@@ -155,8 +155,8 @@ def test_every_token_is_judged_as_by_transformers(text: list[str], stops: tuple[
         size = 2 if cut % 2 and written[:2] in vocab else 1
         ids.append(letters.index(written[:size]))
         written, cut = written[size:], cut // 2
-    stopping = Stopping(
-        GenerationSettings().with_keywords(stop_strings=list(stops)),
+    stopping = StoppingCriteria(
+        GenerationConfig().with_keywords(stop_strings=list(stops)),
         lambda numbers: tokenizer.decode(numbers, clean_up_tokenization_spaces=False),
     )
     for end in range(1, len(ids) + 1):

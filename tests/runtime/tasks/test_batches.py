@@ -59,7 +59,7 @@ def test_memory_beside_the_answers_is_a_batch(family: str, call: Any, monkeypatc
 def test_rows_that_wait_are_bounded_and_the_others_are_tokenized_again(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = TEXTS[:50]
     with load(KEPT / "bert-fp32", threads=1) as bert:
-        encoder = bert.encoder()
+        encoder = bert.tokenizer()
         tokenized, whole = [], encoder.row
         monkeypatch.setattr(encoder, "row", lambda text, *a, **k: (tokenized.append(text), whole(text, *a, **k))[1])
         expected = bert.embed(texts)

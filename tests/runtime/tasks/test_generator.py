@@ -116,7 +116,7 @@ def test_answers_come_in_kind(gpt: Any) -> None:
     assert gpt.generate(np.array([rows[0]]), max_new_tokens=9) == [one]
     assert gpt.generate((tuple(rows[0]), np.array(rows[1])), max_new_tokens=9) == new
     answers = gpt.generate(texts, max_new_tokens=9)
-    assert answers == [gpt.encoder().decode(row) for row in new]
+    assert answers == [gpt.tokenizer().decode(row) for row in new]
     assert gpt.generate(texts[0], max_new_tokens=9) == answers[0]
     assert gpt.generate((texts[0],), max_new_tokens=9) == [answers[0]]
     assert gpt.generate(np.array(texts), max_new_tokens=9) == answers
@@ -266,9 +266,9 @@ def test_translate_equals_transformers(marian: Any, marian_folder: Path) -> None
 
 
 def test_a_source_of_ids_is_translated_to_ids(marian: Any) -> None:
-    ids = marian.encoder().encode([TEXTS[1]], truncate=False).rows[0].ids
+    ids = marian.tokenizer().encode([TEXTS[1]], truncate=False).rows[0].ids
     tokens = marian.generate(ids)
-    assert marian.target_encoder().decode(tokens) == marian.translate(TEXTS[1])
+    assert marian.target_tokenizer().decode(tokens) == marian.translate(TEXTS[1])
     assert tokens[-1] == 0  # </s>: kept, as transformers keeps it
 
 
@@ -344,7 +344,7 @@ def test_keywords_that_cannot_be(gpt: Any, keywords: dict[str, Any], message: st
 
 def test_a_text_whose_tokens_lie_past_the_models(gpt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a token that somebody added to the tokenizer and not to the embedding table."""
-    assert gpt.encoder().encode(["the way"], truncate=False).rows[0].ids[0] >= 2
+    assert gpt.tokenizer().encode(["the way"], truncate=False).rows[0].ids[0] >= 2
     monkeypatch.setattr(gpt, "vocabulary", 2)
     for call in (gpt.generate, gpt.stream, gpt.score):
         with pytest.raises(InputError, match=r"holds the id \d+; expected 0\.\.1"):

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
-from transom.runtime.text.detokenizer import LastStream, byte_of_character, clean_up, stream_of
+from transom.runtime.text.detokenizer import BufferedDetokenizer, byte_of_character, clean_up, detokenizer_for
 from transom.runtime.text.marian import Added, MarianSpec
-from transom.runtime.text.tokenizer import TextEncoder, TextSpec
+from transom.runtime.text.tokenizer import TextTokenizer, TokenizerSpec
 from transom.runtime.text.unigram import UnigramSpec
 
-SPEC = TextSpec("t.json", 1000, None, 0, None, None)
+SPEC = TokenizerSpec("t.json", 1000, None, 0, None, None)
 BYTE = {byte: character for character, byte in byte_of_character().items()}
 
 
@@ -51,7 +51,7 @@ def words(decoder: Any, *more: str) -> Tokenizer:
 
 LLAMA = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
 BYTES = [f"<0x{byte:02X}>" for byte in (0x41, 0xE2, 0x82, 0xAC, 0xF0, 0xFF)]
-TOKENIZERS: dict[str, Tokenizer] = {
+LIBRARY_TOKENIZERS: dict[str, Tokenizer] = {
     "ByteLevel": byte_level(),
     "WordPiece": words(decoders.WordPiece("##")),
     "WordPiece without clean-up": words(decoders.WordPiece("##", False)),
@@ -63,7 +63,7 @@ TOKENIZERS: dict[str, Tokenizer] = {
 }
 
 
-def marian() -> TextEncoder:
+def marian() -> TextTokenizer:
     texts = ["</s>", "<unk>", "▁", "▁a", "b", "▁▁", "s▁", "漢", "👩", "\u3000", "<s>", ".", "n't", " ", "<pad>"]
     scores = dict.fromkeys(texts[2:10], -1.0)
     spec = MarianSpec(
@@ -74,67 +74,71 @@ def marian() -> TextEncoder:
         unk_token="<unk>",
         eos_token="</s>",
     )
-    return TextEncoder(json.dumps(spec.to_json()).encode(), replace(SPEC, kind="marian"), 1000)
+    return TextTokenizer(json.dumps(spec.to_json()).encode(), replace(SPEC, kind="marian"), 1000)
 
 
-ENCODERS: dict[str, TextEncoder] = {
-    **{name: TextEncoder(tokenizer.to_str().encode(), SPEC, 1000) for name, tokenizer in TOKENIZERS.items()},
+TEXT_TOKENIZERS: dict[str, TextTokenizer] = {
+    **{name: TextTokenizer(tokenizer.to_str().encode(), SPEC, 1000) for name, tokenizer in LIBRARY_TOKENIZERS.items()},
     "Marian": marian(),
 }
 
 
 @pytest.mark.parametrize("cleaned", [False, True])
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", TEXT_TOKENIZERS)
 def test_the_pieces_together_are_the_text(name: str, cleaned: bool) -> None:
-    encoder = ENCODERS[name]
+    tokenizer = TEXT_TOKENIZERS[name]
     if cleaned:
-        encoder = TextEncoder(encoder_bytes(name), replace(encoder.spec, clean_up_spaces=True), 1000)
-    most = encoder.vocab_size + 1  # ids that no token has
+        tokenizer = TextTokenizer(tokenizer_bytes(name), replace(tokenizer.spec, clean_up_spaces=True), 1000)
+    most = tokenizer.vocab_size + 1  # ids that no token has
     tokens = st.integers(0, most) | st.integers(max(0, most - 20), most)
 
     @settings(max_examples=200, deadline=None, database=None)
     @given(ids=st.lists(tokens, max_size=30))
     def holds(ids: list[int]) -> None:
-        stream = encoder.stream()
-        pieces = [*map(stream.add, ids), stream.end()]
-        assert "".join(pieces) == encoder.decode(ids)
+        detokenizer = tokenizer.detokenizer()
+        pieces = [*map(detokenizer.add, ids), detokenizer.end()]
+        assert "".join(pieces) == tokenizer.decode(ids)
 
     holds()
 
 
 def test_an_empty_token_behind_bytes_is_no_beginning() -> None:
-    encoder = ENCODERS["ByteFallback"]
-    ids = [encoder.token_id(token) for token in ("<0x41>", "", "▁")]
-    stream = encoder.stream()
-    assert "".join([*map(stream.add, ids), stream.end()]) == encoder.decode(ids) == "A "
+    tokenizer = TEXT_TOKENIZERS["ByteFallback"]
+    ids = [tokenizer.token_id(token) for token in ("<0x41>", "", "▁")]
+    detokenizer = tokenizer.detokenizer()
+    assert "".join([*map(detokenizer.add, ids), detokenizer.end()]) == tokenizer.decode(ids) == "A "
 
 
-def encoder_bytes(name: str) -> bytes:
-    if name in TOKENIZERS:
-        return TOKENIZERS[name].to_str().encode()
-    return json.dumps(ENCODERS[name]._tokenizer.spec.to_json()).encode()
+def tokenizer_bytes(name: str) -> bytes:
+    if name in LIBRARY_TOKENIZERS:
+        return LIBRARY_TOKENIZERS[name].to_str().encode()
+    return json.dumps(TEXT_TOKENIZERS[name]._tokenizer.spec.to_json()).encode()
 
 
 @settings(max_examples=300, deadline=None)
 @given(text=st.text(max_size=20))
 def test_a_text_byte_by_byte_never_shows_half_a_character(text: str) -> None:
-    encoder = ENCODERS["ByteLevel"]
-    stream = encoder.stream()
+    tokenizer = TEXT_TOKENIZERS["ByteLevel"]
+    detokenizer = tokenizer.detokenizer()
     pieces: list[str] = []
     for count, byte in enumerate(text.encode(), 1):
-        pieces.append(stream.add(encoder.token_id(BYTE[byte]) or 0))
+        pieces.append(detokenizer.add(tokenizer.token_id(BYTE[byte]) or 0))
         whole = text.encode()[:count].decode(errors="ignore")
         assert "".join(pieces) == whole  # at once, as soon as the last byte is there
-    assert stream.end() == ""
+    assert detokenizer.end() == ""
 
 
 def test_an_unfinished_character_comes_at_the_end_and_a_broken_one_at_once() -> None:
-    encoder = ENCODERS["ByteLevel"]
-    token = {text: encoder.token_id(written(text)) or 0 for text in (b"\xe2\x82", b"\xac", b"a", b"\xff")}
-    stream = encoder.stream()
-    assert [stream.add(token[b"\xe2\x82"]), stream.add(token[b"\xac"])] == ["", "€"]
-    assert [stream.add(token[b"\xe2\x82"]), stream.add(token[b"a"])] == ["", "\ufffda"]
-    assert [stream.add(token[b"\xff"]), stream.add(token[b"\xe2\x82"]), stream.end()] == ["\ufffd", "", "\ufffd"]
+    tokenizer = TEXT_TOKENIZERS["ByteLevel"]
+    token = {text: tokenizer.token_id(written(text)) or 0 for text in (b"\xe2\x82", b"\xac", b"a", b"\xff")}
+    detokenizer = tokenizer.detokenizer()
+    assert [detokenizer.add(token[b"\xe2\x82"]), detokenizer.add(token[b"\xac"])] == ["", "€"]
+    assert [detokenizer.add(token[b"\xe2\x82"]), detokenizer.add(token[b"a"])] == ["", "\ufffda"]
+    assert [detokenizer.add(token[b"\xff"]), detokenizer.add(token[b"\xe2\x82"]), detokenizer.end()] == [
+        "\ufffd",
+        "",
+        "\ufffd",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -148,21 +152,21 @@ def test_an_unfinished_character_comes_at_the_end_and_a_broken_one_at_once() -> 
     ],
 )
 def test_pieces_come_as_soon_as_they_are_settled(name: str, texts: list[str], pieces: list[str]) -> None:
-    encoder = ENCODERS[name]
-    stream = encoder.stream()
-    found = [stream.add(encoder.token_id(text) or 0) for text in texts] + [stream.end()]
+    tokenizer = TEXT_TOKENIZERS[name]
+    detokenizer = tokenizer.detokenizer()
+    found = [detokenizer.add(tokenizer.token_id(text) or 0) for text in texts] + [detokenizer.end()]
     assert found == [*pieces, *[""] * (len(found) - len(pieces))]
 
 
 def test_cleaning_up_holds_back_what_may_still_change() -> None:
-    encoder = TextEncoder(encoder_bytes("spaces between tokens"), replace(SPEC, clean_up_spaces=True), 1000)
-    stream = encoder.stream()
-    pieces = [stream.add(encoder.token_id(text) or 0) for text in ("x", "n't", "漢", "'", "x", ".")]
-    assert [*pieces, stream.end()] == ["x", "", "n't 漢", "", "'x", "", "."]
+    tokenizer = TextTokenizer(tokenizer_bytes("spaces between tokens"), replace(SPEC, clean_up_spaces=True), 1000)
+    detokenizer = tokenizer.detokenizer()
+    pieces = [detokenizer.add(tokenizer.token_id(text) or 0) for text in ("x", "n't", "漢", "'", "x", ".")]
+    assert [*pieces, detokenizer.end()] == ["x", "", "n't 漢", "", "'x", "", "."]
     assert clean_up("do n't ; I 'm , ' it ' s . ?!") == "don't ; I'm,'it's.?!"
 
 
-@pytest.mark.parametrize("name", [name for name in TOKENIZERS if name not in ("CTC", "BPE")])
+@pytest.mark.parametrize("name", [name for name in LIBRARY_TOKENIZERS if name not in ("CTC", "BPE")])
 def test_a_token_costs_the_same_however_long_the_text(name: str) -> None:
     lengths: list[int] = []
 
@@ -179,15 +183,15 @@ def test_a_token_costs_the_same_however_long_the_text(name: str) -> None:
         def __getattr__(self, attribute: str) -> Any:
             return getattr(self.inner, attribute)
 
-    stream = stream_of(Counting(TOKENIZERS[name]))  # type: ignore[arg-type]
+    detokenizer = detokenizer_for(Counting(LIBRARY_TOKENIZERS[name]))  # type: ignore[arg-type]
     for number in range(3000):
-        stream.add(1 + number % 17)
+        detokenizer.add(1 + number % 17)
     assert max(lengths, default=0) <= 2
 
 
 def test_an_unknown_decoder_gives_everything_at_the_end() -> None:
-    assert isinstance(stream_of(TOKENIZERS["CTC"]), LastStream)
-    assert isinstance(stream_of(words(decoders.Strip(" ", 0, 1))), LastStream)
+    assert isinstance(detokenizer_for(LIBRARY_TOKENIZERS["CTC"]), BufferedDetokenizer)
+    assert isinstance(detokenizer_for(words(decoders.Strip(" ", 0, 1))), BufferedDetokenizer)
 
 
 def test_the_bytes_of_gpt2() -> None:

