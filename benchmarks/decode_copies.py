@@ -62,8 +62,8 @@ def profile(bundle: Bundle, capacity: int, *, in_place: bool) -> dict[str, tuple
         for name, value in feeds.items():
             binding.bind_input(name, "cpu", 0, value.dtype, value.shape, value.ctypes.data)
         for tensor in graph.outputs:
-            if tensor.writes is not None and in_place:
-                buffer = feeds[tensor.writes]
+            if tensor.aliases is not None and in_place:
+                buffer = feeds[tensor.aliases]
                 binding.bind_output(tensor.name, "cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
             else:
                 binding.bind_output(tensor.name, "cpu")

@@ -26,7 +26,7 @@ from transom.calib.table import RANGES
 from transom.export.scores import SCORES
 from transom.runtime.backends.base import Backend, Read, open_backend
 from transom.runtime.backends.integer_sums import integer_sums
-from transom.runtime.bundle import GraphFile
+from transom.runtime.manifest_graphs import GraphFile
 
 EXACT, SATURATING, SEVEN = "8 bits, exact", "8 bits, saturating", "7 bits"
 

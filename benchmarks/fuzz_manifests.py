@@ -98,7 +98,7 @@ class Mutator:
         self.atheris = atheris
 
     def __call__(self, data: bytes, max_size: int, seed: int) -> bytes:
-        from transom.runtime.bundle import manifest_sha256
+        from transom.runtime.manifest import manifest_sha256
 
         rng = Random(seed)
         if self.atheris is not None and rng.random() < 0.02:  # bytes instead of structure
@@ -138,7 +138,7 @@ def main() -> None:
     else:
         with atheris.instrument_imports(include=["transom.runtime"]):
             reader.import_runtime()
-    from transom.runtime.bundle import manifest_sha256
+    from transom.runtime.manifest import manifest_sha256
 
     seeds = [json.dumps(slim(json.loads((bundle / "bundle.json").read_text()))).encode() for bundle in options.bundles]
     for seed in seeds:

@@ -20,8 +20,9 @@ from transom.export.datasets import heldout_dates, heldout_text, masked_text, wo
 from transom.export.scores import DIGIT_NAMES, blocks, heldout_images
 from transom.runtime.backends.base import Array, Backend, Read, open_backend
 from transom.runtime.backends.ort import OrtBackend
-from transom.runtime.bundle import Bundle, GraphFile
+from transom.runtime.bundle import Bundle
 from transom.runtime.greedy_check import NOTHING, greedy, logits_along
+from transom.runtime.manifest_graphs import GraphFile
 from transom.runtime.session import Opener
 from transom.runtime.tasks import task_class
 from transom.runtime.tasks.generator import Generator

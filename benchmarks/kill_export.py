@@ -36,9 +36,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transom.export.staging import NAME, remove_stale
-from transom.runtime.bundle import MANIFEST, Bundle, manifest_sha256
+from transom.runtime.bundle import Bundle
 from transom.runtime.errors import BundleError
 from transom.runtime.host import processor
+from transom.runtime.manifest import MANIFEST, manifest_sha256
 
 COUNTED = ("tempfile.mkdtemp", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.listdir", "os.scandir")
 COMMAND = (sys.executable, "-m", "transom.cli.main")

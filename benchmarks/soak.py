@@ -48,7 +48,7 @@ def main() -> None:
     answers = {}
     memory = []
     with load(options.bundle, threads=1) as model:
-        context, vocabulary = model.context, model.prompt_tokens().below
+        context, vocabulary = model.context, model.prompt_tokens().exclusive_max
         for seed in range(options.generations):
             prompts, keywords = calls(seed, context, vocabulary)
             answers[seed] = model.generate(prompts, **keywords)

@@ -64,7 +64,7 @@ class CollectingBackend:
 
     def run(self, feeds: Mapping[str, Array], shapes: Mapping[str, Sequence[int]]) -> dict[str, Array]:
         """As a backend does."""
-        written = {tensor.name: tensor.writes for tensor in self.graph.outputs if tensor.writes is not None}
+        written = {tensor.name: tensor.aliases for tensor in self.graph.outputs if tensor.aliases is not None}
         names = list(dict.fromkeys([*(name for name in self._instrumented if name not in feeds), *shapes, *written]))
         try:
             results = self._session.run(names, dict(feeds))

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from transom.cli.output import bytes_text, folder_bytes
 
 if TYPE_CHECKING:
-    from transom.runtime.bundle import Manifest
     from transom.runtime.graph_spec import Tensor
+    from transom.runtime.manifest import Manifest
 
 GPU_FORMATS = ("fp16", "bf16")
 GPU_NOTE = "GPU format: on a CPU its files are smaller, nothing is faster"
@@ -22,44 +22,10 @@ FP16_MAX = 65504.0  # IEEE 754 binary16
 
 
 def manifest_json(path: Path, manifest: Manifest) -> dict[str, Any]:
-    """The manifest as plain data, with where the bundle lies and what it takes on disk."""
-    return {
-        "bundle": str(path),
-        "name": manifest.name,
-        "family": manifest.family,
-        "task": manifest.task,
-        "precision": manifest.precision,
-        "size_bytes": folder_bytes(path),
-        "axes": {
-            name: {field: value for field, value in vars(axis).items() if value is not None}
-            for name, axis in manifest.axes.items()
-        },
-        "graphs": [
-            {
-                "name": file.graph.name,
-                "files": file.files,
-                "weights": file.weights,
-                "inputs": [vars(tensor) for tensor in file.graph.inputs],
-                "outputs": [vars(tensor) for tensor in file.graph.outputs],
-            }
-            for file in manifest.graphs
-        ],
-        "labels": manifest.labels,
-        "config": manifest.config,
-        "options": manifest.options,
-        "tokenizer": manifest.tokenizer,
-        "target_tokenizer": manifest.target_tokenizer,
-        "preprocess": manifest.preprocess,
-        "generation": manifest.generation,
-        "files": {name: vars(file) for name, file in manifest.files.items()},
-        "parity": manifest.parity,
-        "score": manifest.score,
-        "source": manifest.source,
-        "tools": manifest.tools,
-        "operators": manifest.operators,
-        "quantization": manifest.quantization,
-        "engines": manifest.engines,
-    }
+    """Return the manifest as plain data, with where the bundle lies and its size on disk in bytes."""
+    fields = manifest.to_json()
+    first = {key: fields[key] for key in ("name", "family", "task", "precision")}
+    return {"bundle": str(path), **first, "size_bytes": folder_bytes(path), **fields}
 
 
 def precision_text(precision: str) -> str:
@@ -91,14 +57,14 @@ def layer_of(tensor: Tensor) -> tuple[str, str, str]:
 
 def tensor_text(tensor: Tensor, name: str) -> str:
     """``input_ids int64 (B, S), values below 30522``."""
-    from transom.runtime.graph_spec import COUNT
+    from transom.runtime.graph_spec import ARANGE
 
     text = f"{name} {tensor.dtype} ({', '.join(map(str, tensor.shape))})"
-    if tensor.below is not None:
-        text += f", values below {tensor.below}"
+    if tensor.exclusive_max is not None:
+        text += f", values below {tensor.exclusive_max}"
     if tensor.default is not None:
-        text += f", {'0, 1, 2, ...' if tensor.default == COUNT else tensor.default} if left out"
-    return text + (", in place" if tensor.writes else "")
+        text += f", {'0, 1, 2, ...' if tensor.default == ARANGE else tensor.default} if left out"
+    return text + (", in place" if tensor.aliases else "")
 
 
 def generation_text(manifest: Manifest) -> str | None:

@@ -27,7 +27,7 @@ from transom.cli.output import bytes_text, folder_bytes, print_json, printable
 from transom.cli.progress import progress
 
 if TYPE_CHECKING:
-    from transom.runtime.bundle import Manifest
+    from transom.runtime.manifest import Manifest
 
 
 class Precision(StrEnum):

@@ -24,7 +24,7 @@ from transom.cli.options import BundlePath, Json
 from transom.cli.output import bytes_text, folder_bytes, print_fields, print_json, print_table
 
 if TYPE_CHECKING:
-    from transom.runtime.bundle import Manifest
+    from transom.runtime.manifest import Manifest
 
 
 def inspect(bundle: BundlePath, as_json: Json = False) -> None:

@@ -18,8 +18,8 @@ def selftest(bundle: BundlePath, device: Device = "cpu", threads: Threads = None
     simulated at the export. With PyTorch it is compared too, within twice the worst error of its export.
     """
     from transom.runtime import selftest as runtime
-    from transom.runtime.bundle import SIMULATED
     from transom.runtime.golden_reference import BUNDLE
+    from transom.runtime.manifest_graphs import SIMULATED
 
     report = runtime.selftest(bundle, device, threads)
     simulated = any(case.against(SIMULATED) for case in report.cases)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from transom.export.checkpoint import LoadedCheckpoint, load_checkpoint
-from transom.runtime.bundle import Bundle, Manifest
+from transom.runtime.bundle import Bundle
 from transom.runtime.errors import CheckpointError
+from transom.runtime.manifest import Manifest
 
 
 def reload_checkpoint(bundle: Bundle, source: str | None = None) -> LoadedCheckpoint:

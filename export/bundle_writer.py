@@ -9,14 +9,13 @@ import json
 import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from transom.export.staging import OLD, PARTIAL, remove_stale, staging_dir
-from transom.runtime.bundle import FORMAT, FORMAT_VERSION, MANIFEST, GraphFile, manifest_sha256, read_manifest
+from transom.runtime.bundle import read_manifest
 from transom.runtime.errors import ExportError
-from transom.runtime.graph_spec import Axis, Tensor
+from transom.runtime.manifest import FORMAT, FORMAT_VERSION, MANIFEST, manifest_sha256
 
 
 class BundleWriter:
@@ -160,21 +159,3 @@ def cannot_write(out: Path, error: OSError) -> ExportError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     remedy = "Free some space" if full else "Check the folder and its permissions"
     return ExportError(f"cannot write {out}: {reason}. Nothing was left there. {remedy} and export again.")
-
-
-def graph_to_json(graph: GraphFile) -> dict[str, Any]:
-    return {
-        "name": graph.graph.name,
-        "files": dict(graph.files),
-        **({"weights": graph.weights} if graph.weights else {}),
-        "inputs": [tensor_to_json(tensor) for tensor in graph.graph.inputs],
-        "outputs": [tensor_to_json(tensor) for tensor in graph.graph.outputs],
-    }
-
-
-def tensor_to_json(tensor: Tensor) -> dict[str, Any]:
-    return {key: value for key, value in asdict(tensor).items() if value is not None and value is not False}
-
-
-def axes_to_json(axes: Mapping[str, Axis]) -> dict[str, Any]:
-    return {name: {k: v for k, v in asdict(axis).items() if v is not None} for name, axis in axes.items()}

@@ -81,13 +81,13 @@ def load_checkpoint(
         raise ExportError(f"--image-size is given, but a {family.name} takes {', '.join(inputs)}; leave it out.")
     tokenizer = target_tokenizer = preprocess = None
     if "input_ids" in inputs:
-        tokenizer = tokenizer_for(checkpoint, chosen, longest["S"].max, inputs["input_ids"].below or 0)
+        tokenizer = tokenizer_for(checkpoint, chosen, longest["S"].max, inputs["input_ids"].exclusive_max or 0)
     if "pixel_values" in inputs:
         preprocess = preprocess_for(checkpoint, inputs["pixel_values"].shape)
     labels = label_names(checkpoint.config_json) if chosen in LABELLED else ()
     if "decoder_input_ids" in inputs:
         target = inputs["decoder_input_ids"]
-        target_tokenizer = target_tokenizer_from_checkpoint(checkpoint.folder, longest["T"].max, target.below)
+        target_tokenizer = target_tokenizer_from_checkpoint(checkpoint.folder, longest["T"].max, target.exclusive_max)
     decoders = [graph for graph in graphs if is_decoder(graph)]
     generation = None
     if decoders:

@@ -30,9 +30,11 @@ from transom.export.quantization.quantize import held_out_again, is_scored
 from transom.export.quantization.quantizer import Layer
 from transom.export.quantization.switched import SwitchedBundle
 from transom.export.variants import make_variants
-from transom.runtime.bundle import BLOCKS, QUANTIZED, SIMULATED, Bundle, Manifest
+from transom.runtime.bundle import Bundle
 from transom.runtime.errors import CalibrationError, ExportError
 from transom.runtime.json_reader import parse_json
+from transom.runtime.manifest import QUANTIZED, Manifest
+from transom.runtime.manifest_graphs import BLOCKS, SIMULATED
 
 HALF = "default"  # the one file of a graph in half precision
 DEBUG_SAMPLES = RANKING_SAMPLES[1]
@@ -219,7 +221,7 @@ def parity_samples(loaded: LoadedCheckpoint) -> tuple[list[Sample], str]:
             feeds["pixel_values"] = made[graph.name].feeds({"B": DEBUG_SAMPLES})["pixel_values"]
         elif "input_ids" in inputs:
             shape = DEBUG_SAMPLES, min(TOKENS, loaded.axes["S"].max)
-            feeds["input_ids"] = made[graph.name].ids(shape, inputs["input_ids"].below or 1)
+            feeds["input_ids"] = made[graph.name].ids(shape, inputs["input_ids"].exclusive_max or 1)
         rows = single_rows(feeds) if feeds else ()
         found += [Sample(f"row {row} of {graph.name}", feeds=fed) for row, fed in enumerate(rows)]
     return found, "passages and photographs of the parity runs"

@@ -42,7 +42,7 @@ def onnx_from_module(module: nn.Module, graph: Graph, axes: Mapping[str, Axis]) 
         if axis.max > 1
     }
     dynamic = [{i: dims[size] for i, size in enumerate(tensor.shape) if size in dims} for tensor in graph.inputs]
-    cached = any(tensor.writes for tensor in graph.outputs)
+    cached = any(tensor.aliases for tensor in graph.outputs)
     try:
         with quiet_exporter():
             program = torch.onnx.export(

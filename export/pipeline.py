@@ -16,7 +16,7 @@ from transom.calib.run_samples import check_reach
 from transom.calib.table import RANGES, RangeTable, load_table
 from transom.export.again import reload_checkpoint
 from transom.export.bundle_graphs import stored_graphs
-from transom.export.bundle_writer import BundleWriter, axes_to_json, check_out, graph_to_json, new_bundle
+from transom.export.bundle_writer import BundleWriter, check_out, new_bundle
 from transom.export.checkpoint import LoadedCheckpoint, load_checkpoint
 from transom.export.onnx_export import onnx_from_module
 from transom.export.parity.cases import ParityCases
@@ -44,11 +44,13 @@ from transom.export.quantization.quantize import Quantization, Quantized, gate_a
 from transom.export.scores import score_both
 from transom.export.staging import PARTIAL, staging_dir
 from transom.export.variants import Variants, check_file, emulations, make_variants, pack, simulated
-from transom.runtime.bundle import PRECISIONS, QUANTIZED, Bundle, Manifest
+from transom.runtime.bundle import Bundle
 from transom.runtime.errors import AccuracyError, ExportError
 from transom.runtime.golden import GOLDEN
 from transom.runtime.golden_reference import pytorch_tolerance
 from transom.runtime.greedy_check import Divergence
+from transom.runtime.manifest import PRECISIONS, QUANTIZED, Manifest
+from transom.runtime.manifest_graphs import axis_to_json, graph_to_json
 from transom.runtime.session import LoadedBundle
 
 TOOLS = (
@@ -339,7 +341,7 @@ def describe(loaded: LoadedCheckpoint, precision: str, variants: Variants) -> di
         "task": loaded.task,
         "precision": precision,
         "config": asdict(loaded.config),
-        "axes": axes_to_json(loaded.axes),
+        "axes": {name: axis_to_json(axis) for name, axis in loaded.axes.items()},
         "graphs": [graph_to_json(graph) for graph in variants.graphs],
         "labels": list(loaded.labels),
         "options": dict(loaded.options),

@@ -15,9 +15,9 @@ from transom.export.external import EXTERNAL_ABOVE, externalize, weight_bytes
 from transom.export.passes.fake_half import fake_half
 from transom.export.passes.half_precision import HALF, convert_precision
 from transom.export.passes.widen import widen_half
-from transom.runtime.bundle import SIMULATED, GraphFile
 from transom.runtime.errors import ExportError, one_line
 from transom.runtime.graph_spec import Graph, Tensor
+from transom.runtime.manifest_graphs import SIMULATED, GraphFile
 
 WEIGHTS = "model.weights"
 STATE_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}

@@ -245,9 +245,9 @@ def graphs(config: BertConfig, task: str) -> tuple[Graph, ...]:
     hidden = TensorSpec("last_hidden_state", "float32", ("B", "S", config.hidden_size))
     embedding = TensorSpec("sentence_embedding", "float32", ("B", config.hidden_size))
     inputs = (
-        TensorSpec("input_ids", "int64", ("B", "S"), below=config.vocab_size),
+        TensorSpec("input_ids", "int64", ("B", "S"), exclusive_max=config.vocab_size),
         TensorSpec("attention_mask", "int64", ("B", "S"), default=1),
-        TensorSpec("token_type_ids", "int64", ("B", "S"), default=0, below=config.type_vocab_size),
+        TensorSpec("token_type_ids", "int64", ("B", "S"), default=0, exclusive_max=config.type_vocab_size),
     )
     return (Graph("model", inputs, (*head_outputs(config, task), hidden, embedding)),)
 

@@ -70,6 +70,6 @@ def cache_inputs(layers: int, heads: int, head_size: int) -> tuple[TensorSpec, .
 def cache_outputs(layers: int, heads: int, head_size: int) -> tuple[TensorSpec, ...]:
     """The caches after this call, each written into the buffer of its input."""
     return tuple(
-        TensorSpec(f"{tensor.name}.written", "float32", tensor.shape, state=True, writes=tensor.name)
+        TensorSpec(f"{tensor.name}.written", "float32", tensor.shape, state=True, aliases=tensor.name)
         for tensor in cache_inputs(layers, heads, head_size)
     )

@@ -311,7 +311,7 @@ def graphs(config: CLIPConfig, task: str) -> tuple[Graph, ...]:
     vision, projected = config.vision_config, ("B", config.projection_dim)
     pixels = TensorSpec("pixel_values", "float32", ("B", vision.num_channels, *vision.image_size))
     tokens = (
-        TensorSpec("input_ids", "int64", ("B", "S"), below=config.text_config.vocab_size),
+        TensorSpec("input_ids", "int64", ("B", "S"), exclusive_max=config.text_config.vocab_size),
         TensorSpec("attention_mask", "int64", ("B", "S"), default=1),
     )
     return (

@@ -16,7 +16,7 @@ from transom.models.cache import cache_inputs, cache_outputs, causal_mask, chose
 from transom.models.family import Family, Source, config_fields
 from transom.models.layers import ACTIVATIONS
 from transom.runtime.errors import CheckpointError
-from transom.runtime.graph_spec import COUNT, Axis, Graph
+from transom.runtime.graph_spec import ARANGE, Axis, Graph
 from transom.runtime.graph_spec import Tensor as TensorSpec
 
 
@@ -178,9 +178,9 @@ def graphs(config: GPTConfig, task: str) -> tuple[Graph, ...]:
     """One graph for prefill, chunked prefill and decode; transformers' tensor names beside the cache's."""
     cache = config.n_layer, config.n_head, config.n_embd // config.n_head
     tokens = (
-        TensorSpec("input_ids", "int64", ("B", "S"), below=config.vocab_size),
-        TensorSpec("write_indices", "int64", ("B",), default=0, below=config.n_positions),
-        TensorSpec("logits_positions", "int64", ("B", "P"), default=COUNT),
+        TensorSpec("input_ids", "int64", ("B", "S"), exclusive_max=config.vocab_size),
+        TensorSpec("write_indices", "int64", ("B",), default=0, exclusive_max=config.n_positions),
+        TensorSpec("logits_positions", "int64", ("B", "P"), default=ARANGE),
     )
     logits = TensorSpec("logits", "float32", ("B", "P", config.vocab_size))
     return (Graph("decoder", (*tokens, *cache_inputs(*cache)), (logits, *cache_outputs(*cache))),)
@@ -192,8 +192,8 @@ def axes(config: GPTConfig) -> dict[str, Axis]:
     return {
         "B": Axis(1, 1, 16),
         "S": Axis(1, opt, longest),
-        "C": Axis(1, opt, longest, like="S"),
-        "P": Axis(1, 1, longest, like="S"),
+        "C": Axis(1, opt, longest, same_as="S"),
+        "P": Axis(1, 1, longest, same_as="S"),
     }
 
 

@@ -21,7 +21,7 @@ from transom.models.cache import cache_inputs, cache_outputs, causal_mask, chose
 from transom.models.family import Family, Source, config_fields
 from transom.models.layers import ACTIVATIONS
 from transom.runtime.errors import CheckpointError
-from transom.runtime.graph_spec import COUNT, Axis, Graph
+from transom.runtime.graph_spec import ARANGE, Axis, Graph
 from transom.runtime.graph_spec import Tensor as TensorSpec
 
 LAYOUTS = ("interleaved", "halves")  # of sines and cosines: the paper's section 3.5, and Marian's
@@ -304,14 +304,14 @@ def graphs(config: TransformerConfig, task: str) -> tuple[Graph, ...]:
     mask = TensorSpec("attention_mask", "int64", ("B", "S"), default=1)
     encoder = Graph(
         "encoder",
-        (TensorSpec("input_ids", "int64", ("B", "S"), below=config.vocab_size), mask),
+        (TensorSpec("input_ids", "int64", ("B", "S"), exclusive_max=config.vocab_size), mask),
         (TensorSpec("last_hidden_state", "float32", ("B", "S", config.d_model)), *cross),
     )
     tokens = (
-        TensorSpec("decoder_input_ids", "int64", ("B", "T"), below=target_vocabulary(config)),
+        TensorSpec("decoder_input_ids", "int64", ("B", "T"), exclusive_max=target_vocabulary(config)),
         mask,
-        TensorSpec("write_indices", "int64", ("B",), default=0, below=config.max_position_embeddings),
-        TensorSpec("logits_positions", "int64", ("B", "P"), default=COUNT),
+        TensorSpec("write_indices", "int64", ("B",), default=0, exclusive_max=config.max_position_embeddings),
+        TensorSpec("logits_positions", "int64", ("B", "P"), default=ARANGE),
     )
     logits = TensorSpec("logits", "float32", ("B", "P", target_vocabulary(config)))
     decoder = Graph("decoder", (*tokens, *cross, *cache_inputs(*cache)), (logits, *cache_outputs(*cache)))
@@ -325,8 +325,8 @@ def axes(config: TransformerConfig) -> dict[str, Axis]:
         "B": Axis(1, 1, 16),
         "S": Axis(1, opt, longest),
         "T": Axis(1, 1, longest),
-        "C": Axis(1, opt, longest, like="T"),
-        "P": Axis(1, 1, longest, like="T"),
+        "C": Axis(1, opt, longest, same_as="T"),
+        "P": Axis(1, 1, longest, same_as="T"),
     }
 
 

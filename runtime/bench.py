@@ -200,7 +200,7 @@ def example_feeds(graph: Graph, sizes: Mapping[str, int]) -> dict[str, Any]:
             return filled(tensor, sizes)
         shape = shape_of(tensor, sizes)
         if tensor.dtype == "int64":
-            return source.integers(0, tensor.below or 1, shape, np.int64)
+            return source.integers(0, tensor.exclusive_max or 1, shape, np.int64)
         return source.standard_normal(shape, np.float32)
 
     return {tensor.name: values(tensor) for tensor in graph.inputs}

@@ -55,7 +55,7 @@ def measure_generation(loaded: Generator, sizes: Mapping[str, int], effort: Effo
     """
     B, S, new = sizes["B"], sizes["S"], sizes["new"]
     source = np.random.default_rng(SEED)
-    prompts = source.integers(0, loaded.prompt_tokens().below or 1, (B, S)).tolist()
+    prompts = source.integers(0, loaded.prompt_tokens().exclusive_max or 1, (B, S)).tolist()
     vocabulary = int(loaded.backend("decoder").graph.outputs[0].shape[2])
     steps = source.integers(0, vocabulary, (new - 1, B))
     label = " ".join(["generation", *(f"{name}={size}" for name, size in sizes.items())])

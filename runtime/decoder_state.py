@@ -92,5 +92,5 @@ def new_decoder_state(backend: Backend, rows: int, limit: int, encoder_outputs: 
 
 def cache_inputs(inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> list[Tensor]:
     """The inputs that the graph writes."""
-    written = {tensor.writes for tensor in outputs}
+    written = {tensor.aliases for tensor in outputs}
     return [tensor for tensor in inputs if tensor.name in written]

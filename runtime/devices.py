@@ -16,7 +16,7 @@ from transom.runtime.errors import BackendError, BundleError
 if TYPE_CHECKING:
     from os import PathLike
 
-    from transom.runtime.bundle import GraphFile
+    from transom.runtime.manifest_graphs import GraphFile
 
 AUTO = "auto"
 FASTEST_FIRST = ("tensorrt", "cuda", "cpu")

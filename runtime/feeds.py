@@ -10,10 +10,10 @@ import numpy as np
 
 from transom.runtime.backends.base import Array
 from transom.runtime.errors import InputError, ShapeError
-from transom.runtime.graph_spec import COUNT, Axis, EngineAxis, Graph, Tensor
+from transom.runtime.graph_spec import ARANGE, Axis, EngineAxis, Graph, Tensor
 
 if TYPE_CHECKING:
-    from transom.runtime.bundle import Plan
+    from transom.runtime.manifest_graphs import Plan
 
 WRITE_INDICES = "write_indices"  # int64 (B,): where each row's new tokens go in its caches
 LOGITS_POSITIONS = "logits_positions"  # int64 (B, P): which of the new tokens get logits
@@ -37,7 +37,7 @@ def checked_feeds(
         check_type(known[name], value)
         check_shape(known[name], value, axes, sizes)
         check_range(known[name], value)
-    check_buffers([output.writes for output in graph.outputs if output.writes is not None], inputs)
+    check_buffers([output.aliases for output in graph.outputs if output.aliases is not None], inputs)
     feeds = {name: np.asarray(value) for name, value in inputs.items()}
     complete_sizes(graph, axes, sizes)
     for tensor in sorted(graph.inputs, key=lambda tensor: tensor.default is not None):  # first those one must give
@@ -51,9 +51,9 @@ def checked_feeds(
 def complete_sizes(graph: Graph, axes: Mapping[str, Axis], sizes: dict[str, int]) -> None:
     """Axes that no given input has are as long as those they are said to be like."""
     for name in {size for tensor in graph.inputs for size in tensor.shape if isinstance(size, str)} - sizes.keys():
-        like = axes[name].like
-        if like in sizes:
-            sizes[name] = sizes[like]
+        other = axes[name].same_as
+        if other in sizes:
+            sizes[name] = sizes[other]
 
 
 def check_type(tensor: Tensor, value: Any) -> None:
@@ -136,7 +136,9 @@ def exported(axis: Axis) -> Axis:
 def engine_axes(axes: Mapping[str, Axis], plan: Plan) -> dict[str, Axis]:
     """The bundle's ``axes`` within the bounds of an engine; those that it does not narrow are as they were."""
     narrowed = {
-        name: EngineAxis(axis.min, axis.opt, axis.max, like=axes[name].like, target=plan.target, exported=axes[name])
+        name: EngineAxis(
+            axis.min, axis.opt, axis.max, same_as=axes[name].same_as, target=plan.target, exported=axes[name]
+        )
         for name, axis in plan.axes.items()
         if (axis.min, axis.max) != (axes[name].min, axes[name].max)
     }
@@ -144,13 +146,13 @@ def engine_axes(axes: Mapping[str, Axis], plan: Plan) -> dict[str, Axis]:
 
 
 def check_range(tensor: Tensor, value: Array) -> None:
-    if tensor.below is None or value.size == 0:
+    if tensor.exclusive_max is None or value.size == 0:
         return
     low, high = int(value.min()), int(value.max())
-    if low < 0 or high >= tensor.below:
+    if low < 0 or high >= tensor.exclusive_max:
         wrong = low if low < 0 else high
         raise InputError(
-            f"input {tensor.name!r} holds {wrong}; expected values in 0..{tensor.below - 1}. "
+            f"input {tensor.name!r} holds {wrong}; expected values in 0..{tensor.exclusive_max - 1}. "
             "Is this the tokenizer of this model?"
         )
 
@@ -205,7 +207,7 @@ def check_positions(graph: Graph, feeds: Mapping[str, Array], sizes: Mapping[str
 
 def is_decoder(graph: Graph) -> bool:
     """Whether the graph writes caches."""
-    return any(tensor.writes is not None for tensor in graph.outputs)
+    return any(tensor.aliases is not None for tensor in graph.outputs)
 
 
 def token_input(graph: Graph) -> Tensor:
@@ -218,7 +220,7 @@ def filled(tensor: Tensor, sizes: Mapping[str, int]) -> Array:
     if tensor.default is None or any(isinstance(name, str) and name not in sizes for name in tensor.shape):
         raise InputError(f"input {tensor.name!r} is missing; expected {tensor.dtype} {expected_shape(tensor)}.")
     shape = shape_of(tensor, sizes)
-    if tensor.default == COUNT:
+    if tensor.default == ARANGE:
         return np.broadcast_to(np.arange(shape[-1], dtype=tensor.dtype), shape).copy()
     try:
         return np.full(shape, tensor.default, storage(tensor))
@@ -240,9 +242,9 @@ def wanted_outputs(graph: Graph, names: Sequence[str] | None, sizes: Mapping[str
 
     A buffer that is written in place goes by the name of its input.
     """
-    known = {tensor.writes or tensor.name: tensor for tensor in graph.outputs}
+    known = {tensor.aliases or tensor.name: tensor for tensor in graph.outputs}
     wanted = list(known) if names is None else list(names)
-    if not wanted and not any(tensor.writes for tensor in graph.outputs):  # a decoder may just write its caches
+    if not wanted and not any(tensor.aliases for tensor in graph.outputs):  # a decoder may just write its caches
         raise InputError("outputs is empty; name at least one, or leave it out for all.")
     strangers = [name for name in wanted if name not in known]
     if strangers:

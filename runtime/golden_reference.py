@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from transom.runtime.backends.integer_sums import integer_sums
 from transom.runtime.backends.ort_library import onnxruntime
-from transom.runtime.bundle import QUANTIZED, SIMULATED, Manifest
 from transom.runtime.cpu import UNKNOWN, instruction_set
+from transom.runtime.manifest import QUANTIZED, Manifest
+from transom.runtime.manifest_graphs import SIMULATED
 from transom.runtime.manifest_sections import worst_error
 from transom.runtime.saturation import multiplies_integers
 

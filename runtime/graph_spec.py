@@ -1,27 +1,28 @@
-"""The vocabulary of a graph: its tensors, their named axes and the bounds of those axes.
+"""Describe a graph: its tensors, their named axes and the bounds of those axes.
 
-Every room speaks these three words; they import nothing but the standard library.
+Every package uses these three words; they import nothing but the standard library. ``transom.runtime.manifest`` has
+their JSON form.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-COUNT = "count"  # a Tensor.default: 0, 1, 2, ... along the last axis
+ARANGE = "arange"  # a Tensor.default: 0, 1, 2, ... along the last axis
 
 
 @dataclass(frozen=True)
 class Axis:
     """Bounds of a named dynamic axis, in elements; ``opt`` is the size to tune for.
 
-    ``like`` names the axis whose size this one takes where no input that was given has it. ``ceiling`` is the largest
+    ``same_as`` names the axis whose size this one takes where no given input has it. ``ceiling`` is the largest
     ``max`` that another export of the model could have, None where nothing but memory limits it.
     """
 
     min: int
     opt: int
     max: int
-    like: str | None = None
+    same_as: str | None = None
     ceiling: int | None = field(default=None, compare=False)  # read from the model's config, no bound of this export
 
 
@@ -37,21 +38,20 @@ class EngineAxis(Axis):
 class Tensor:
     """A graph's input or output: numpy dtype name and a shape of axis names and fixed sizes.
 
-    default   fills an input that the caller leaves out: a number (an attention mask of ones, say), or
-              COUNT
-    below     bounds the values of an index: 0 <= value < below
-    state     passed from call to call, or from graph to graph, and read by nobody on the way: kept in
-              the graph's own precision, where all other tensors are float32 or int64
-    writes    of an output: the input in whose buffer it is written
+    default        fills an input that the caller leaves out: a number (an attention mask of ones, say), or ARANGE
+    exclusive_max  bounds the values of an index: 0 <= value < exclusive_max
+    state          passed from call to call, or from graph to graph, and not read in between: kept in the graph's own
+                   precision, where all other tensors are float32 or int64
+    aliases        of an output: the input in whose buffer it is written
     """
 
     name: str
     dtype: str
     shape: tuple[str | int, ...]
     default: int | str | None = None
-    below: int | None = None
+    exclusive_max: int | None = None
     state: bool = False
-    writes: str | None = None
+    aliases: str | None = None
 
 
 @dataclass(frozen=True)

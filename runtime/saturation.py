@@ -15,7 +15,7 @@ from transom.runtime.cpu import instruction_set
 from transom.runtime.manifest_sections import EXACT, SATURATED
 
 if TYPE_CHECKING:
-    from transom.runtime.bundle import Manifest
+    from transom.runtime.manifest import Manifest
 
 # What the instruction set says of bundles that do not record their sums themselves: those of version 0.1.0.
 SATURATED_ON = ("avx2", "avx512")

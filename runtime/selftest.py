@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from os import PathLike
 
 from transom.runtime.backends.integer_sums import integer_sums
-from transom.runtime.bundle import SIMULATED, Bundle, Manifest
+from transom.runtime.bundle import Bundle
 from transom.runtime.compare import Comparison, compare_outputs, on_scales
 from transom.runtime.cpu import instruction_set
 from transom.runtime.errors import BundleError, NotFiniteError, ParityError, ShapeError
@@ -21,6 +21,8 @@ from transom.runtime.golden import (
     within_bounds,
 )
 from transom.runtime.golden_reference import BUNDLE, PYTORCH, Reference, references
+from transom.runtime.manifest import Manifest
+from transom.runtime.manifest_graphs import SIMULATED
 from transom.runtime.saturation import may_saturate, multiplies_integers, recorded_sums, saturated_export, sums_here
 from transom.runtime.session import LoadedBundle, load
 

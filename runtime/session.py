@@ -10,17 +10,18 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from transom.runtime.backends.base import Array, Backend, FromPlan, Read, open_backend
-from transom.runtime.bundle import Bundle, GraphFile
+from transom.runtime.bundle import Bundle
 from transom.runtime.devices import ASKED, AUTO, Choice, choose, without_engines
 from transom.runtime.errors import BackendError, BundleError, InputError
 from transom.runtime.feeds import checked_feeds, engine_axes, wanted_outputs, wider
 from transom.runtime.graph_spec import Axis, Graph
 from transom.runtime.host import usable_cores
+from transom.runtime.manifest_graphs import GraphFile
 from transom.runtime.process_bound import ProcessBound
 from transom.runtime.saturation import warn_of_saturation
 
 if TYPE_CHECKING:
-    from transom.runtime.bundle import Manifest
+    from transom.runtime.manifest import Manifest
 
 
 Opener = Callable[[GraphFile, Read, str, int | None], Backend]
@@ -205,7 +206,7 @@ def check_graphs(manifest: Manifest, expected: Mapping[str, tuple[str, ...]]) ->
                 f"bundle.json has no graph {name!r}, which {manifest.family} runs; export the bundle again."
             )
         inputs = {tensor.name: tensor for tensor in graphs[name].inputs}
-        written = {tensor.writes for tensor in graphs[name].outputs}
+        written = {tensor.aliases for tensor in graphs[name].outputs}
         asked = {key for key, tensor in inputs.items() if tensor.state or tensor.default is None} - written
         wrong = sorted({*given} - inputs.keys()) or sorted(asked - {*given} - made)
         if wrong:

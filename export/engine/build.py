@@ -21,9 +21,10 @@ from transom.export.engine.trt_parity import require_trt_parity
 from transom.runtime.backends.cuda import find_gpu
 from transom.runtime.backends.trt_library import FULL, NAMES, RTX, library
 from transom.runtime.backends.trt_plans import FULL_TARGET
-from transom.runtime.bundle import QUANTIZED, Bundle, Manifest
+from transom.runtime.bundle import Bundle
 from transom.runtime.errors import BackendError, EngineError, ExportError
 from transom.runtime.graph_spec import Axis
+from transom.runtime.manifest import QUANTIZED, Manifest
 
 FOLDER = "engines"  # in the bundle
 COMPILER = "triton"

@@ -59,7 +59,7 @@ def profile(name: str, graph: Graph, axes: Mapping[str, Axis]) -> Profile:
 def cache_sizes(graph: Graph, axes: Mapping[str, Axis]) -> dict[str, int]:
     """The axes of the buffers that a decoder writes but the batch's, at their greatest."""
     batch = graph.inputs[0].shape[0]
-    written = {tensor.writes for tensor in graph.outputs}
+    written = {tensor.aliases for tensor in graph.outputs}
     names = {size for tensor in graph.inputs if tensor.name in written for size in tensor.shape}
     return {name: axes[name].max for name in sorted(str(n) for n in names if isinstance(n, str)) if name != batch}
 
@@ -138,8 +138,8 @@ def greatest(graph: Graph, known: Profile, enough: int) -> dict[str, NDArray[Any
     What is written into a cache goes to its end.
     """
     sizes = {t.name: tuple(min(size, enough) for size in known.shapes[t.name][2][1:]) for t in graph.inputs}
-    caches = [sizes[str(tensor.writes)] for tensor in graph.outputs if tensor.writes is not None]
-    values = {t.name: t.below - 1 for t in graph.inputs if t.below is not None}
+    caches = [sizes[str(tensor.aliases)] for tensor in graph.outputs if tensor.aliases is not None]
+    values = {t.name: t.exclusive_max - 1 for t in graph.inputs if t.exclusive_max is not None}
     for cache in caches:
         values["write_indices"] = max(cache[1] - sizes[graph.inputs[0].name][0], 0)
     return {

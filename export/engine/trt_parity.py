@@ -37,7 +37,7 @@ class FullCache:
     def __init__(self, backend: Backend, length: int) -> None:
         self._backend, self._length = backend, length
         self.graph = backend.graph
-        self._written = [tensor.writes for tensor in self.graph.outputs if tensor.writes is not None]
+        self._written = [tensor.aliases for tensor in self.graph.outputs if tensor.aliases is not None]
 
     def run(self, feeds: Mapping[str, Array], shapes: Mapping[str, Sequence[int]]) -> dict[str, Array]:
         """As a backend does."""

@@ -112,7 +112,7 @@ def scenarios(bundle: Generator, samples: ParityInputs) -> list[Scenario]:
     context = bundle.context
     longest = min(bundle.max_size("S"), context) if shares else bundle.max_size("S")
     prompt_below, token_below = (
-        t.below or 1 for t in (bundle.prompt_tokens(), bundle.backend("decoder").graph.inputs[0])
+        t.exclusive_max or 1 for t in (bundle.prompt_tokens(), bundle.backend("decoder").graph.inputs[0])
     )
 
     def scenario(lengths: Sequence[int], chunks: Sequence[int]) -> Scenario:

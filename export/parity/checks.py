@@ -16,12 +16,14 @@ from transom.export.parity.golden import Golden
 from transom.export.variants import Variants
 from transom.runtime.backends.base import Array
 from transom.runtime.backends.ort import OrtBackend
-from transom.runtime.bundle import QUANTIZED, SIMULATED, Bundle
+from transom.runtime.bundle import Bundle
 from transom.runtime.compare import compare_outputs, largest_scales, on_scales
 from transom.runtime.errors import BackendError, BundleError, ExportError, ParityError
 from transom.runtime.golden import GENERATION
 from transom.runtime.golden_reference import BUNDLE, PYTORCH
 from transom.runtime.greedy_check import Divergence, as_arrays, greedy, logits_along, require_same_tokens
+from transom.runtime.manifest import QUANTIZED
+from transom.runtime.manifest_graphs import SIMULATED
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks import task_class
 from transom.runtime.tasks.generator import Generator

@@ -55,7 +55,7 @@ class RangeBackend:
 
     def run(self, feeds: Mapping[str, Array], shapes: Mapping[str, Sequence[int]]) -> dict[str, Array]:
         """As a backend does."""
-        written = {tensor.name: tensor.writes for tensor in self.graph.outputs if tensor.writes is not None}
+        written = {tensor.name: tensor.aliases for tensor in self.graph.outputs if tensor.aliases is not None}
         names = [*self._modules, *shapes, *written]
         found = dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
         self._runs += 1

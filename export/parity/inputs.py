@@ -33,9 +33,9 @@ class ParityInputs:
         self._pictures = [open_image(photo) for photo in photos()]
 
     def ids(self, shape: tuple[int, int], below: int) -> Array:
-        """Token ids 0..below-1 of any shape, int64 (R, n): rows of prose that begin anywhere."""
+        """Token ids 0..exclusive_max-1 of any shape, int64 (R, n): rows of prose that begin anywhere."""
         rng = np.random.default_rng(zlib.crc32(repr((shape, below)).encode()))
-        return self._tokens(Tensor("ids", "int64", (), below=below), shape, rng)
+        return self._tokens(Tensor("ids", "int64", (), exclusive_max=below), shape, rng)
 
     def feeds(self, sizes: Mapping[str, int]) -> dict[str, Array]:
         """One array per input of the graph, named axes at ``sizes``."""
@@ -49,7 +49,7 @@ class ParityInputs:
             elif tensor.name == "attention_mask":
                 made[tensor.name] = padding_mask(shape)
             elif tensor.name == "token_type_ids":
-                made[tensor.name] = token_types(shape, tensor.below or 1)
+                made[tensor.name] = token_types(shape, tensor.exclusive_max or 1)
             else:
                 made[tensor.name] = self._tokens(tensor, shape, rng)
         if {"input_ids", "attention_mask"} <= made.keys():
@@ -58,7 +58,7 @@ class ParityInputs:
         return made
 
     def _tokens(self, tensor: Tensor, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
-        below = tensor.below or 2
+        below = tensor.exclusive_max or 2
         if self._ids is None:
             return rng.integers(0, below, shape, dtype=np.int64)
         starts = rng.integers(0, len(self._ids), (shape[0], 1))

@@ -18,8 +18,9 @@ from transom.export.quantization.switched import SwitchedBundle
 from transom.export.variants import Variants
 from transom.runtime.backends.base import Backend, Read
 from transom.runtime.backends.ort import OrtBackend
-from transom.runtime.bundle import Bundle, GraphFile
+from transom.runtime.bundle import Bundle
 from transom.runtime.graph_spec import Graph
+from transom.runtime.manifest_graphs import GraphFile
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks import task_class
 

@@ -22,10 +22,11 @@ from transom.export.quantization.quantizer import NONE
 from transom.export.scores import SCORES
 from transom.export.variants import Variants
 from transom.runtime.backends.integer_sums import integer_sums
-from transom.runtime.bundle import Bundle, Manifest
+from transom.runtime.bundle import Bundle
 from transom.runtime.cpu import instruction_set
 from transom.runtime.errors import CalibrationError
 from transom.runtime.host import cpu_name
+from transom.runtime.manifest import Manifest
 from transom.runtime.manifest_sections import EXACT
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks import task_class

@@ -19,8 +19,8 @@ from transom.export.passes.qdq_static import quantize_static
 from transom.export.passes.weight_only import quantize_weights
 from transom.export.quantization.weights import QuantizedWeights
 from transom.export.variants import Variants, emulations, pack, simulated, state_names, with_integers
-from transom.runtime.bundle import BLOCKS, PRODUCTS
 from transom.runtime.graph_spec import Graph
+from transom.runtime.manifest_graphs import BLOCKS, PRODUCTS
 
 STATIC, DYNAMIC, NONE = "static", "dynamic", "none"
 ACTIVATIONS = (STATIC, DYNAMIC, NONE)

@@ -16,8 +16,9 @@ from transom.export.quantization.quantizer import Layer
 from transom.export.variants import pack, with_integers
 from transom.runtime.backends.base import Array, Backend, Read
 from transom.runtime.backends.ort import OrtBackend
-from transom.runtime.bundle import Bundle, GraphFile
+from transom.runtime.bundle import Bundle
 from transom.runtime.graph_spec import Graph, Tensor
+from transom.runtime.manifest_graphs import GraphFile
 from transom.runtime.tasks import task_class
 
 

@@ -25,7 +25,7 @@ from transom.export.report.kernels import (
     list_of,
     texts,
 )
-from transom.runtime.bundle import Manifest
+from transom.runtime.manifest import Manifest
 
 MOST_ENGINES = 64  # profiles of graphs for targets: a row each
 MOST_NODES = 12  # that are named one by one

@@ -12,8 +12,9 @@ import onnx_ir as ir
 from transom.export.parity.results import operator_counts
 from transom.runtime.backends.ort import PROVIDERS, SLOW_FUSIONS, session_entries
 from transom.runtime.backends.ort_library import FATAL, onnxruntime
-from transom.runtime.bundle import Bundle, GraphFile
+from transom.runtime.bundle import Bundle
 from transom.runtime.errors import BundleError, one_line
+from transom.runtime.manifest_graphs import GraphFile
 
 DEVICE = "cpu"
 

@@ -11,7 +11,8 @@ from transom.export.parity.results import operator_counts
 from transom.export.report.drawing.markup import numeric, section, table, words
 from transom.export.report.drawing.numbers import at, items, whole
 from transom.export.report.graphs import DEVICE, executed_operators
-from transom.runtime.bundle import Bundle, GraphFile
+from transom.runtime.bundle import Bundle
+from transom.runtime.manifest_graphs import GraphFile
 
 MOST_ROWS = 60
 

@@ -23,7 +23,8 @@ from transom.export.report.quantization import verdicts_of
 from transom.export.report.score import interval, score_text, score_value
 from transom.export.report.sizes import running_bytes
 from transom.runtime.bench import BenchReport
-from transom.runtime.bundle import Bundle, Manifest
+from transom.runtime.bundle import Bundle
+from transom.runtime.manifest import Manifest
 
 FAMILIES = {"bert": "BERT", "clip": "CLIP", "gpt": "GPT-2", "transformer": "Transformer", "vit": "Vision Transformer"}
 

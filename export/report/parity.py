@@ -21,7 +21,7 @@ from transom.export.report.drawing.numbers import (
     sizes_text,
     whole,
 )
-from transom.runtime.bundle import Manifest
+from transom.runtime.manifest import Manifest
 
 MOST_OUTPUTS, MOST_CASES, MOST_BINS = 80, 2000, 256
 SANE = 1e-12, 1e3  # the least and the largest tolerance that is drawn

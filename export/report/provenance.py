@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transom.export.report.drawing.markup import section, table, words
 from transom.export.report.drawing.numbers import items
-from transom.runtime.bundle import Manifest
 from transom.runtime.graph_spec import Tensor
+from transom.runtime.manifest import Manifest
 
 MOST_ROWS = 40
 

@@ -12,7 +12,7 @@ from transom.export.report.drawing.chart import LinearAxis, bar, dot, drawing, l
 from transom.export.report.drawing.markup import figure, numeric, section, table, words
 from transom.export.report.drawing.numbers import at, count_text, items, number, short, whole
 from transom.export.report.score import MOST, around, sane
-from transom.runtime.bundle import Manifest
+from transom.runtime.manifest import Manifest
 
 MOST_POINTS, MOST_LAYERS, MOST_VARIANTS = 300, 2000, 8
 MOST_GRAPHS = 8

@@ -7,10 +7,10 @@ from typing import Any, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
 
-from transom.runtime.bundle import GraphFile, Plan
 from transom.runtime.devices import AUTO, FASTEST_FIRST
 from transom.runtime.errors import BackendError
 from transom.runtime.graph_spec import Graph
+from transom.runtime.manifest_graphs import GraphFile, Plan
 
 Array = NDArray[Any]
 Read = Callable[[str], bytes]  # the checked bytes of a bundle's file

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.runtime.bundle import GraphFile
 from transom.runtime.graph_spec import Graph, Tensor
+from transom.runtime.manifest_graphs import GraphFile
 
 IR_VERSION, OPSET = 10, 21
 FLOAT, UINT8, INT8, INT_ATTRIBUTE = 1, 2, 3, 2  # TensorProto.DataType, AttributeProto.AttributeType

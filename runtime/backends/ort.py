@@ -13,11 +13,11 @@ from transom.runtime.backends.base import Array, Read
 from transom.runtime.backends.integer_sums import integer_sums
 from transom.runtime.backends.ort_cache import OrtDecoderState
 from transom.runtime.backends.ort_library import FATAL, onnxruntime
-from transom.runtime.bundle import BLOCKS, PRODUCTS, SIMULATED, GraphFile
 from transom.runtime.decoder_state import DecoderState, HostDecoderState, cache_inputs
 from transom.runtime.errors import BackendError, BundleError, one_line
 from transom.runtime.feeds import storage
 from transom.runtime.graph_spec import Graph, Tensor
+from transom.runtime.manifest_graphs import BLOCKS, PRODUCTS, SIMULATED, GraphFile
 from transom.runtime.process_bound import ProcessBound
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -57,10 +57,10 @@ class OrtBackend(ProcessBound):
                 else:
                     bind(binding.bind_input, tensor, feeds[tensor.name])
             for tensor in self.graph.outputs:
-                if tensor.writes in kept:  # one buffer, input and output: written in place
-                    binding.bind_ortvalue_output(tensor.name, kept[tensor.writes])
-                elif tensor.writes is not None:
-                    bind(binding.bind_output, tensor, feeds[tensor.writes])
+                if tensor.aliases in kept:  # one buffer, input and output: written in place
+                    binding.bind_ortvalue_output(tensor.name, kept[tensor.aliases])
+                elif tensor.aliases is not None:
+                    bind(binding.bind_output, tensor, feeds[tensor.aliases])
                 elif tensor.name in outputs:
                     bind(binding.bind_output, tensor, outputs[tensor.name])
             self._session.run_with_iobinding(binding)

@@ -22,11 +22,11 @@ from transom.runtime.backends.trt_kernel_cache import KernelCache
 from transom.runtime.backends.trt_library import NAMES, library
 from transom.runtime.backends.trt_memory import DeviceArray, Pool, Staging, TrtDecoderState
 from transom.runtime.backends.trt_plans import kind_of, pick_plan, require_version
-from transom.runtime.bundle import GraphFile
 from transom.runtime.decoder_state import cache_inputs
 from transom.runtime.errors import BackendError, BundleError, ShapeError, one_line
 from transom.runtime.feeds import LOGITS_POSITIONS, WRITE_INDICES, is_decoder, storage, token_input
 from transom.runtime.graph_spec import Graph, Tensor
+from transom.runtime.manifest_graphs import GraphFile
 from transom.runtime.process_bound import ProcessBound
 
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64"}
@@ -64,8 +64,8 @@ class Engine(ProcessBound):
         written = cache_inputs(self.graph.inputs, self.graph.outputs)
         self.caches, self.length = written, int(self.engine.get_tensor_shape(written[0].name)[2]) if written else 0
         for output in self.graph.outputs:
-            if output.writes is not None and self.engine.get_aliased_input_tensor(output.name) != output.writes:
-                raise BundleError(f"{plan.file} does not write {output.writes} in place; build it again.")
+            if output.aliases is not None and self.engine.get_aliased_input_tensor(output.name) != output.aliases:
+                raise BundleError(f"{plan.file} does not write {output.aliases} in place; build it again.")
 
     def _bounds(self, profile: int) -> dict[str, tuple[Sizes, Sizes]]:
         found = {}
@@ -224,7 +224,7 @@ class Caller(ProcessBound):
         for tensor in self._graph.outputs:
             made[tensor.name] = tuple(context.get_tensor_shape(tensor.name))
             size = prod(made[tensor.name]) * storage(tensor).itemsize
-            bind(tensor.name, bound[tensor.writes] if tensor.writes else self._staging[tensor.name].room(size))
+            bind(tensor.name, bound[tensor.aliases] if tensor.aliases else self._staging[tensor.name].room(size))
         kept = all(isinstance(feeds[tensor.name], DeviceArray) for tensor in engine.caches)
         self._execute(context, (*bound.items(), *sizes.items()), repeats=profile > 0 and kept)
         return self._fetched(feeds, shapes, made)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transom.runtime.backends.cuda import Gpu
 from transom.runtime.backends.trt_library import FULL, INSTALL, NAMES, RTX, RTX_CAPABILITIES
-from transom.runtime.bundle import GraphFile, Plan
 from transom.runtime.errors import BackendError
+from transom.runtime.manifest_graphs import GraphFile, Plan
 
 FULL_TARGET = "tensorrt"  # built by full TensorRT for the GPU that was present
 

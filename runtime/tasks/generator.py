@@ -77,7 +77,7 @@ class Generator(LoadedBundle, ABC):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._defaults = GenerationConfig.from_json(self.manifest.generation or {})
-        below = self.prompt_tokens().below
+        below = self.prompt_tokens().exclusive_max
         if below is None:
             raise BundleError("bundle.json: the input that takes prompts is not bounded (below); export it again.")
         self.vocabulary = below  # of prompts
@@ -260,7 +260,7 @@ class Generator(LoadedBundle, ABC):
     def _longer(self, tokens: int, *axes: str) -> str:
         """What makes room for ``tokens``: other bounds of the axes, or a model that has seen as many positions."""
         graph = self.backend("decoder").graph
-        positions = next(tensor.below for tensor in graph.inputs if tensor.name == WRITE_INDICES)
+        positions = next(tensor.exclusive_max for tensor in graph.inputs if tensor.name == WRITE_INDICES)
         if positions is None or tokens > positions:
             return "export a model with a longer context"
         words = self.wider(**{axis: tokens for axis in dict.fromkeys(axes) if self.max_size(axis) < tokens})

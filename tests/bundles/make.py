@@ -24,8 +24,8 @@ import numpy as np
 from typer.testing import CliRunner
 
 from transom.cli.main import app
-from transom.runtime.bundle import MANIFEST, PRECISIONS, QUANTIZED, manifest_sha256
 from transom.runtime.cpu import instruction_set
+from transom.runtime.manifest import MANIFEST, PRECISIONS, QUANTIZED, manifest_sha256
 from transom.runtime.tasks import FAMILIES
 
 TESTS = Path(__file__).resolve().parents[1]

@@ -277,7 +277,7 @@ def test_caches_are_written_in_place_and_observed() -> None:
     graph = Graph(
         "c",
         (Tensor("cache", "float32", shape, state=True), Tensor("x", "float32", shape)),
-        (Tensor("new", "float32", shape, state=True, writes="cache"), Tensor("y", "float32", shape)),
+        (Tensor("new", "float32", shape, state=True, aliases="cache"), Tensor("y", "float32", shape)),
     )
     backend = CollectingBackend(model_of(text), graph, ["new", "cache"])
     cache, x = np.zeros((1, 2), np.float32), np.array([[1, -2]], np.float32)

@@ -17,8 +17,9 @@ from transom.calib.run_samples import NEW_TOKENS, check_reach, put_through, what
 from transom.export.quantization.heldout_decoders import translation_questions
 from transom.export.quantization.heldout_encoders import text_row
 from transom.runtime.backends.base import Array, Backend, Read, open_backend
-from transom.runtime.bundle import Bundle, GraphFile
+from transom.runtime.bundle import Bundle
 from transom.runtime.errors import BackendError, CalibrationError
+from transom.runtime.manifest_graphs import GraphFile
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks import task_class
 from transom.runtime.tasks.bert import Bert

@@ -118,7 +118,7 @@ def test_new_tokens_are_for_bundles_that_generate(vit_bundle: Path) -> None:
     assert "new_tokens is 3, but a bundle for image-classification generates nothing" in line
 
 
-IDS = Graph("g", (Tensor("ids", "int64", ("B", 4), below=7), Tensor("mask", "int64", ("B", 4), default=1)), ())
+IDS = Graph("g", (Tensor("ids", "int64", ("B", 4), exclusive_max=7), Tensor("mask", "int64", ("B", 4), default=1)), ())
 AXES = {"B": Axis(1, 3, 8)}
 
 

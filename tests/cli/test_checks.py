@@ -15,9 +15,9 @@ import pytest
 from command_line import ANSI, QUANTIZATION, as_quantized, changed_bundle, document, error_line, transom
 from transom.cli.describe import gate_line
 from transom.cli.output import bytes_text
-from transom.runtime.bundle import MANIFEST
 from transom.runtime.compare import Comparison
 from transom.runtime.errors import ParityError
+from transom.runtime.manifest import MANIFEST
 
 
 def test_inspect_shows_what_the_manifest_says(vit_bundle: Path) -> None:

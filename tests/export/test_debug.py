@@ -24,8 +24,8 @@ from transom.export.checkpoint import load_checkpoint
 from transom.export.debug import debug_accuracy
 from transom.export.passes.layer_switches import RESTORED, add_linear_switches, add_module_switches
 from transom.runtime.backends.ort_library import onnxruntime
-from transom.runtime.bundle import MANIFEST, manifest_sha256
 from transom.runtime.errors import BundleError, CalibrationError, CheckpointError, ExportError
+from transom.runtime.manifest import MANIFEST, manifest_sha256
 
 LAYERS = [f"layer {index}" for index in range(64)]
 KEY, VALUE = (f"encoder.layer.1.attention.attention.{name}" for name in ("key", "value"))

@@ -105,7 +105,7 @@ def feeds_for(loaded: Any, B: int, S: int) -> dict[str, Any]:
     for tensor in loaded.graphs[0].inputs:
         shape = tuple(sizes.get(size, size) for size in tensor.shape)
         random = rng.standard_normal(shape).astype(np.float32)
-        feeds[tensor.name] = random if tensor.dtype == "float32" else rng.integers(0, tensor.below or 2, shape)
+        feeds[tensor.name] = random if tensor.dtype == "float32" else rng.integers(0, tensor.exclusive_max or 2, shape)
     if "attention_mask" in feeds:
         feeds["attention_mask"][:, 0] = 1
     return feeds

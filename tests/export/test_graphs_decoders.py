@@ -13,7 +13,8 @@ import onnxruntime
 import pytest
 
 from transom.export.variants import make_variants
-from transom.runtime.bundle import Bundle, GraphFile
+from transom.runtime.bundle import Bundle
+from transom.runtime.manifest_graphs import GraphFile
 
 Exported = Callable[..., tuple[Path, Path]]
 # GPT-2 has three layers here, Marian's encoder three and its decoder two.
@@ -49,7 +50,7 @@ def test_each_cache_is_written_once_and_read_as_written(exported: Exported, arch
     graph, model = shipped(exported, architecture, "decoder")
     nodes = model.graph.node
     scatters = {node.output[0]: node for node in nodes if node.op_type == "TensorScatter"}
-    caches = {tensor.name: tensor.writes for tensor in graph.graph.outputs if tensor.writes}
+    caches = {tensor.name: tensor.aliases for tensor in graph.graph.outputs if tensor.aliases}
     assert {name: node.input[0] for name, node in scatters.items()} == caches
     assert {node.input[2] for node in scatters.values()} == {"write_indices"}
     for node in scatters.values():
@@ -110,7 +111,7 @@ def test_state_is_half_and_everything_else_at_the_edge_is_not(
             assert tensor.dtype == (half[0] if state else "int64" if tensor.dtype == "int64" else "float32")
             assert value.type.tensor_type.elem_type == edge[tensor.dtype]
         scatters = {node.output[0] for node in model.graph.node if node.op_type == "TensorScatter"}
-        assert scatters == {tensor.name for tensor in graph.graph.outputs if tensor.writes}  # nothing cast behind them
+        assert scatters == {tensor.name for tensor in graph.graph.outputs if tensor.aliases}  # nothing cast behind them
         attention = [node for node in model.graph.node if node.op_type == "Attention"]
         assert scatters <= {name for node in attention for name in node.input}
         counts = Counter(node.op_type for node in model.graph.node)

@@ -23,7 +23,7 @@ TABLE = Graph("model", (Tensor("x", "float32", ("B", "S", 5)),), (Tensor("y", "f
 CACHE = Graph(
     "decoder",
     (
-        Tensor("ids", "int64", ("B", "S"), below=7),
+        Tensor("ids", "int64", ("B", "S"), exclusive_max=7),
         Tensor("positions", "int64", ("B", "P")),
         Tensor("cache", "float32", ("B", 2, "C", 3)),
     ),

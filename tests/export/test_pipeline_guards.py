@@ -32,8 +32,9 @@ from transom.export.passes.half_precision import convert_precision
 from transom.export.pipeline import check_options, export
 from transom.export.quantization.options import QuantizeOptions
 from transom.export.staging import OLD, PARTIAL, remove_stale, staging_dir
-from transom.runtime.bundle import MANIFEST, Bundle
+from transom.runtime.bundle import Bundle
 from transom.runtime.errors import BundleError, CheckpointError, ExportError, PrecisionError
+from transom.runtime.manifest import MANIFEST
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ from transom.export.report.parity import fp16_range
 from transom.export.variants import make_variants
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import ExportError, ParityError
-from transom.runtime.graph_spec import Graph
+from transom.runtime.graph_spec import ARANGE, Graph
 from transom.runtime.selftest import selftest
 from transom.runtime.session import load
 
@@ -121,9 +121,9 @@ def feeds_for(graph: Graph) -> dict[str, Any]:
     feeds: dict[str, Any] = {}
     for tensor in graph.inputs:
         shape = tuple(sizes.get(size, size) if isinstance(size, str) else size for size in tensor.shape)
-        whole = rng.integers(0, tensor.below or 2, shape)
+        whole = rng.integers(0, tensor.exclusive_max or 2, shape)
         feeds[tensor.name] = rng.standard_normal(shape).astype(np.float32) if tensor.dtype == "float32" else whole
-        if tensor.default == "count":
+        if tensor.default == ARANGE:
             feeds[tensor.name] = np.broadcast_to(np.arange(shape[-1]), shape)
         if "mask" in tensor.name:
             feeds[tensor.name] = np.ones(shape, np.int64)

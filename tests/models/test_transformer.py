@@ -103,7 +103,7 @@ def test_marian_with_a_vocabulary_for_each_side(make_checkpoint: MakeCheckpoint,
     )
     loaded = check_marian(folder, targets=52)
     encoder, decoder = loaded.graphs
-    assert (encoder.inputs[0].below, decoder.inputs[0].below) == (101, 53)
+    assert (encoder.inputs[0].exclusive_max, decoder.inputs[0].exclusive_max) == (101, 53)
     assert decoder.outputs[0].shape == ("B", "P", 53)
 
 

@@ -27,9 +27,9 @@ from json_mutations import mutated
 from transom.cli.arrays import read_arrays
 from transom.cli.describe import gate_line, quantization_fields
 from transom.runtime import load
-from transom.runtime.bundle import MANIFEST, manifest_sha256
 from transom.runtime.errors import BundleError, CheckpointError, InputError, TransomError
 from transom.runtime.image_preprocess import ImagePreprocess
+from transom.runtime.manifest import MANIFEST, manifest_sha256
 from transom.runtime.text.tokenizer import TextTokenizer, TokenizerSpec
 
 resource = pytest.importorskip("resource")  # of POSIX

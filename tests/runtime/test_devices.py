@@ -131,7 +131,8 @@ def test_without_a_bundle_a_small_graph_is_tried(monkeypatch: pytest.MonkeyPatch
 def test_engines_are_needed_of_every_graph(clip_bundle: Path) -> None:
     from dataclasses import replace
 
-    from transom.runtime.bundle import Bundle, GraphFile, Plan
+    from transom.runtime.bundle import Bundle
+    from transom.runtime.manifest_graphs import GraphFile, Plan
 
     graphs: Sequence[GraphFile] = Bundle(clip_bundle).manifest.graphs
     planned = [replace(graph, plans={"rtx-sm89": Plan("x.plan", "TensorRT-RTX", "1.7")}) for graph in graphs]

@@ -17,7 +17,8 @@ import pytest
 
 from paths import TESTS
 from transom.runtime import load
-from transom.runtime.bundle import PRECISIONS, Bundle
+from transom.runtime.bundle import Bundle
+from transom.runtime.manifest import PRECISIONS
 from transom.runtime.saturation import SaturationWarning
 from transom.runtime.selftest import selftest
 from transom.runtime.tasks import FAMILIES

@@ -20,8 +20,9 @@ import pytest
 
 from bad_bundles import Damage, Words, drop, manifest_bytes, nested, rewritten, tensor
 from paths import KEPT
-from transom.runtime.bundle import MANIFEST, MAX_MANIFEST_BYTES, Bundle, manifest_sha256
+from transom.runtime.bundle import MAX_MANIFEST_BYTES, Bundle
 from transom.runtime.errors import BundleError
+from transom.runtime.manifest import MANIFEST, manifest_sha256
 
 SHA256 = "0" * 64
 DECODER = "takes bounded tokens (B, S) first"

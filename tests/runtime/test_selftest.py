@@ -27,10 +27,11 @@ from transom.export.parity.inputs import parity_inputs
 from transom.export.quantization.gate import POINTS
 from transom.runtime import load
 from transom.runtime.backends.integer_sums import integer_sums
-from transom.runtime.bundle import SIMULATED, Bundle
+from transom.runtime.bundle import Bundle
 from transom.runtime.errors import AccuracyError, BundleError, ParityError
 from transom.runtime.golden import GOLDEN, read_golden
 from transom.runtime.golden_reference import BELOW_ZEROS, BUNDLE, ENGINE, PYTORCH, REPEAT, Reference, references
+from transom.runtime.manifest_graphs import SIMULATED
 from transom.runtime.selftest import selftest
 
 ALL_SIDES = (PYTORCH, BUNDLE, SIMULATED)

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from command_line import as_quantized
-from transom.runtime.bundle import MANIFEST, manifest_sha256
 from transom.runtime.errors import BackendError, BundleError, InputError, TransomError
+from transom.runtime.manifest import MANIFEST, manifest_sha256
 
 Words = dict[str, Any]
 Damage = Callable[[Path], object]  # what is done to a copy

@@ -18,8 +18,8 @@ from typer.testing import CliRunner, Result
 
 from time_limits import PATIENCE_S
 from transom.cli.main import app
-from transom.runtime.bundle import MANIFEST, manifest_sha256
 from transom.runtime.errors import BackendError
+from transom.runtime.manifest import MANIFEST, manifest_sha256
 
 ANSI = "\x1b"
 

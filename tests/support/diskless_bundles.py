@@ -27,8 +27,9 @@ def load_manifest(data: bytes) -> Any:
 
     Every file of the bundle is a tiny tokenizer, Marian's where the name says so; graphs are as they are described.
     """
-    from transom.runtime.bundle import MANIFEST, manifest_from_json, versioned
+    from transom.runtime.bundle import versioned
     from transom.runtime.errors import BundleError
+    from transom.runtime.manifest import MANIFEST, manifest_from_json
     from transom.runtime.tasks import task_class
 
     manifest = manifest_from_json(versioned(data, MANIFEST))

@@ -35,7 +35,7 @@ def bert(model: Any, rng: np.random.Generator) -> Request:
     texts = [" ".join(rng.choice(WORDS, rng.integers(1, 40))) for _ in range(rng.integers(1, 5))]
     if rng.random() < 0.5:
         return lambda loaded: loaded.embed(texts)
-    below = next(tensor.below for tensor in model.manifest.graphs[0].graph.inputs if tensor.name == "input_ids")
+    below = next(tensor.exclusive_max for tensor in model.manifest.graphs[0].graph.inputs if tensor.name == "input_ids")
     shape = rng.integers(1, 4), rng.integers(1, 33)
     feeds = {"input_ids": rng.integers(0, below, shape), "attention_mask": np.tri(*shape, shape[1] - 1, dtype=np.int64)}
     return lambda loaded: loaded.run(feeds)

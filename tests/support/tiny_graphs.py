@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from transom.calib.histogram import Histogram
 from transom.runtime.backends.ort import session_entries
-from transom.runtime.bundle import PRODUCTS, GraphFile
 from transom.runtime.graph_spec import Graph
+from transom.runtime.manifest_graphs import PRODUCTS, GraphFile
 
 Float = NDArray[np.float32]
 

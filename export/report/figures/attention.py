@@ -12,8 +12,9 @@ from transom.export.passes.expose_attention import expose_weights
 from transom.export.report.graphs import DEVICE, parsed
 from transom.runtime.backends.base import Array
 from transom.runtime.backends.ort import open_session
-from transom.runtime.bundle import Bundle, GraphFile
+from transom.runtime.bundle import Bundle
 from transom.runtime.errors import BackendError, BundleError, one_line
+from transom.runtime.manifest_graphs import GraphFile
 
 Weights = NDArray[np.float32]
 

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from transom.export.report.drawing.heatmap import shade, thumbnail
 from transom.export.report.drawing.markup import figure
 from transom.export.report.graphs import DEVICE
-from transom.runtime.bundle import Bundle, GraphFile
+from transom.runtime.bundle import Bundle
+from transom.runtime.manifest_graphs import GraphFile
 
 NAMES = ("embeddings.position_embeddings", "embeddings.position_embedding.weight")  # of ViT, and of CLIP's image tower
 MOST_SIDE = 8  # maps in a row: of more patches every second or third is drawn

@@ -195,7 +195,7 @@ def test_profiles_of_an_encoder_and_of_a_decoder() -> None:
             Tensor("logits_positions", "int64", ("B", "P")),
             Tensor("key_cache.0", "float32", ("B", 3, "C", 8), state=True),
         ),
-        (Tensor("key_cache.0.written", "float32", ("B", 3, "C", 8), state=True, writes="key_cache.0"),),
+        (Tensor("key_cache.0.written", "float32", ("B", 3, "C", 8), state=True, aliases="key_cache.0"),),
     )
     assert cache_sizes(decoder, axes) == {"C": 32}
     prefill, decode = profiles_of(decoder, axes)

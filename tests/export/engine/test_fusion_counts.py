@@ -19,7 +19,7 @@ from conftest import export_to, reference
 from rtx import needs_rtx
 from transom.calib.data import MIN_SAMPLES, open_calibration_data
 from transom.export.bundle_graphs import canonical_graphs
-from transom.export.bundle_writer import BundleWriter, graph_to_json, read_manifest
+from transom.export.bundle_writer import BundleWriter
 from transom.export.engine.build import Engine, engine_of
 from transom.export.engine.build_process import build_engine
 from transom.export.engine.profiles import profiles_of
@@ -30,7 +30,8 @@ from transom.export.quantization.options import PLAIN, REFERENCE_DATA
 from transom.export.quantization.quantizer import Quantizer
 from transom.export.variants import Variants, make_variants
 from transom.runtime.backends.trt_library import RTX, library
-from transom.runtime.bundle import Bundle
+from transom.runtime.bundle import Bundle, read_manifest
+from transom.runtime.manifest_graphs import graph_to_json
 
 Once = Callable[[str, Callable[[Path], object]], Path]
 

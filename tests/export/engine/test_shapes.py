@@ -39,7 +39,7 @@ DECODER = Graph(
         Tensor("logits_positions", "int64", ("B", "P")),
         Tensor("key_cache.0", "float32", ("B", 3, "C", 8), state=True),
     ),
-    (Tensor("key_cache.0.written", "float32", ("B", 3, "C", 8), state=True, writes="key_cache.0"),),
+    (Tensor("key_cache.0.written", "float32", ("B", 3, "C", 8), state=True, aliases="key_cache.0"),),
 )
 
 
@@ -98,7 +98,7 @@ def test_bounds_that_cannot_be(axes: dict[str, Axis], graph: Graph, shapes: Shap
 
 
 def test_errors_name_the_engines_bounds_and_the_build_that_widens_them() -> None:
-    from transom.runtime.bundle import Plan
+    from transom.runtime.manifest_graphs import Plan
 
     plan = Plan("p", "TensorRT-RTX", "1.7", None, "rtx-sm89", {"S": Axis(8, 64, 100), "B": Axis(1, 1, 16)})
     axes = engine_axes(AXES, plan)

@@ -24,7 +24,7 @@ from transom.runtime.graph_spec import Graph, Tensor
 
 ROWS = (1, 2, 4)  # of a batch: a single row is what a bundle always allows
 ENCODER = Graph("model", (), ())
-DECODER = Graph("decoder", (), (Tensor("k.written", "float16", ("B",), writes="k"),))
+DECODER = Graph("decoder", (), (Tensor("k.written", "float16", ("B",), aliases="k"),))
 
 
 @pytest.fixture(autouse=True)

@@ -24,11 +24,11 @@ from command_line import as_quantized, changed_bundle
 from transom.export import pipeline
 from transom.export.parity.checks import export_limit
 from transom.export.parity.compare import TOLERANCES, Case, grid, require_parity
-from transom.runtime.bundle import manifest_sha256
 from transom.runtime.compare import compare
 from transom.runtime.errors import CheckpointError, ParityError, PrecisionError
 from transom.runtime.golden_reference import REPEAT
 from transom.runtime.graph_spec import Axis
+from transom.runtime.manifest import manifest_sha256
 from transom.runtime.selftest import selftest
 
 MakeCheckpoint = Callable[..., Path]

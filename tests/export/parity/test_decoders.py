@@ -21,10 +21,10 @@ from command_line import as_quantized, changed_bundle
 from transom.export import pipeline
 from transom.export.parity import checks
 from transom.export.parity.compare import TOLERANCES, Case
-from transom.runtime.bundle import manifest_sha256
 from transom.runtime.errors import BundleError, ParityError
 from transom.runtime.golden import GENERATION, GOLDEN
 from transom.runtime.greedy_check import NOTHING, Chosen, Greedy, divergences, require_same_tokens
+from transom.runtime.manifest import manifest_sha256
 from transom.runtime.selftest import selftest
 
 MakeCheckpoint = Callable[..., Path]

@@ -16,7 +16,7 @@ from transom.export.passes.qdq_dynamic import quantize_dynamic
 from transom.export.passes.qdq_static import quantize_static
 from transom.export.passes.weight_only import quantize_weights
 from transom.export.quantization.weights import QuantizedWeights
-from transom.runtime.bundle import SIMULATED
+from transom.runtime.manifest_graphs import SIMULATED
 
 # Values whose scales are powers of two, so that every result is exact: columns reach 127/64, 127/128 and 0.
 W = [[127 / 64, -127 / 128, 0], [-0.5, 0.3, 0]]

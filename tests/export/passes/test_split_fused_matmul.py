@@ -10,7 +10,7 @@ import pytest
 
 from tiny_graphs import graph_of, normal, operators, run, weights_of
 from transom.export.passes.split_fused_matmul import split_fused_matmul
-from transom.runtime.bundle import SIMULATED
+from transom.runtime.manifest_graphs import SIMULATED
 
 # Query, key and value of three channels each, in one product of rows of four numbers.
 CUT = """

@@ -16,8 +16,8 @@ from command_line import transom
 from transom.calib.table import RANGES
 from transom.export.pipeline import export
 from transom.export.quantization.options import QuantizeOptions
-from transom.runtime.bundle import MANIFEST
 from transom.runtime.errors import CalibrationError, ExportError
+from transom.runtime.manifest import MANIFEST
 
 TEXTS = [f"{subject} {verb}" for subject in ("the people", "a city", "paris", "who", "she") for verb in ("see", "go")]
 

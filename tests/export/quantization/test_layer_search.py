@@ -38,7 +38,7 @@ ENCODER = Graph("model", (Tensor("x", "float32", ("B", "S", 64)),), (Tensor("y",
 DECODER = Graph(
     "decoder",
     (Tensor("input_ids", "int64", ("B", "S")), Tensor("cache", "float32", ("B", "C"), state=True)),
-    (Tensor("cache_out", "float32", ("B", "C"), state=True, writes="cache"),),
+    (Tensor("cache_out", "float32", ("B", "C"), state=True, aliases="cache"),),
 )
 TEXT = """model (float[B, S, 64] x) => (float[B, S, 48] y) {
     n = LayerNormalization <axis = -1> (x, gain, shift)

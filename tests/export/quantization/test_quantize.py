@@ -24,9 +24,10 @@ from transom.export.bundle_graphs import canonical_graphs
 from transom.export.parity.compare import TOLERANCES
 from transom.export.quantization.options import QuantizeOptions
 from transom.runtime import load
-from transom.runtime.bundle import MANIFEST, Bundle
+from transom.runtime.bundle import Bundle
 from transom.runtime.errors import AccuracyError, CalibrationError, ParityError
 from transom.runtime.golden import GOLDEN
+from transom.runtime.manifest import MANIFEST
 from transom.runtime.selftest import selftest
 
 Once = Callable[[str, Callable[[Path], object]], Path]

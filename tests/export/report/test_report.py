@@ -18,8 +18,9 @@ from report_pages import Page
 from transom.export.report import write
 from transom.export.report.drawing.numbers import number, short, whole
 from transom.export.report.write import write_report
-from transom.runtime.bundle import MANIFEST, Bundle
+from transom.runtime.bundle import Bundle
 from transom.runtime.errors import InputError
+from transom.runtime.manifest import MANIFEST
 
 Exported = Callable[..., tuple[Path, Path]]
 Report = Callable[..., str]

@@ -23,8 +23,8 @@ from transom.runtime.backends import integer_sums as measured
 from transom.runtime.backends.integer_sums import LOST, NATIVE, U8U8, WIDENED, integer_sums, sums_right
 from transom.runtime.backends.known_sum import K, N, known_product, qdq_model
 from transom.runtime.backends.ort import OrtBackend, session_entries
-from transom.runtime.bundle import BLOCKS, PRODUCTS, SIMULATED, GraphFile
 from transom.runtime.graph_spec import Graph, Tensor
+from transom.runtime.manifest_graphs import BLOCKS, PRODUCTS, SIMULATED, GraphFile
 
 ROWS = (1, 2, 5, 64)  # one row has kernels of its own
 SIZES = ((1, 1), (2, 5), (7, 16), (31, 33), (64, 17), (256, 64))  # K, N

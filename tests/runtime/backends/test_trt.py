@@ -44,10 +44,11 @@ from transom.runtime.backends import cuda, trt, trt_library
 from transom.runtime.backends.cuda import Gpu
 from transom.runtime.backends.trt_memory import Pool
 from transom.runtime.backends.trt_plans import pick_plan, require_version
-from transom.runtime.bundle import Bundle, GraphFile
-from transom.runtime.bundle import Plan as PlanFile
+from transom.runtime.bundle import Bundle
 from transom.runtime.errors import BackendError, BundleError, InputError, ParityError, ShapeError
 from transom.runtime.graph_spec import Graph
+from transom.runtime.manifest_graphs import GraphFile
+from transom.runtime.manifest_graphs import Plan as PlanFile
 from transom.runtime.selftest import selftest
 
 real_cuda = pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not installed")

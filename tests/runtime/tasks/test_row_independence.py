@@ -46,7 +46,7 @@ def feeds_of(graph: Graph, sizes: dict[str, int], random: np.random.Generator) -
         if tensor.name == "attention_mask":
             feeds[tensor.name] = np.ones(shape, np.int64)
         elif tensor.dtype == "int64" and tensor.default is None:
-            feeds[tensor.name] = random.integers(1, tensor.below or 100, shape)
+            feeds[tensor.name] = random.integers(1, tensor.exclusive_max or 100, shape)
         elif tensor.default is None:
             feeds[tensor.name] = random.standard_normal(shape).astype(np.float32)
     return feeds
@@ -86,8 +86,8 @@ def check_decoder(bundle: Generator, bound: float) -> None:
     """Prompts of several lengths, then tokens one by one: in a batch whose caches are as long as the longest needs."""
     random = np.random.default_rng(1)
     rows, context = min(8, bundle.max_size("B")), min(bundle.context, 80)
-    prompt_below = bundle.prompt_tokens().below or 100
-    token_below = bundle.backend("decoder").graph.inputs[0].below or 100
+    prompt_below = bundle.prompt_tokens().exclusive_max or 100
+    token_below = bundle.backend("decoder").graph.inputs[0].exclusive_max or 100
     most = min(context // 2, bundle.max_size(str(bundle.prompt_tokens().shape[1])))
     prompts = [random.integers(1, prompt_below, max(1, min(length, most))).tolist() for length in LENGTHS[:rows]]
     chunks = [random.integers(1, token_below, (rows, 1)) for _ in range(min(6, context // 2 - 1))]

@@ -168,7 +168,7 @@ def overflowing(exported: Exported, make_checkpoint: MakeCheckpoint, tmp_path_fa
 
     import onnx
 
-    from transom.runtime.bundle import manifest_sha256
+    from transom.runtime.manifest import manifest_sha256
 
     folder = tmp_path_factory.mktemp("overflowing") / "bundle"
     shutil.copytree(exported("GPT2LMHeadModel")[1], folder)

@@ -58,7 +58,7 @@ from processors.prepare import (
 )
 from processors.running import Done, Processes, ended_with, run_all
 from processors.table import page
-from transom.runtime.bundle import MANIFEST
+from transom.runtime.manifest import MANIFEST
 
 ARCHITECTURES = {"arm": "aarch64", "x86": "x86_64"}
 TITLES = {"arm": "Emulated Arm processors", "x86": "Emulated x86 processors without VNNI"}

@@ -1,0 +1,176 @@
+"""Read and write the graphs of bundle.json: GraphFile and Plan, their tensors and axes, both directions.
+
+The keys of bundle.json are those of format version 1; where a field's name is another one, KEYS has both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transom.runtime.graph_spec import ARANGE, Axis, Graph, Tensor
+from transom.runtime.json_reader import Fields
+
+MAX_AXIS = 2**31 - 1
+DTYPES = ("int64", "float32")  # half precision stays inside the graph: the edges are the same in every bundle
+STATE_DTYPES = ("float32", "float16", "bfloat16")  # but for state, which is the graph's own
+ARANGE_JSON = "count"  # ARANGE, as bundle.json calls it
+KEYS = {"same_as": "like", "exclusive_max": "below", "aliases": "writes"}  # field of Axis or Tensor -> key
+# What a CPU session makes of the integers of a graph: products of U8 x S8; weights in blocks (MatMulNBits); or Q/DQ
+# pairs computed in float32, as of the graph for TensorRT, whose S8 x S8 no CPU is to multiply.
+PRODUCTS, BLOCKS, SIMULATED = "products", "blocks", "simulated"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An engine of one graph: its file, and what built it. ``sm`` is that of the GPU it was built on, where it was.
+
+    ``axes`` are the bounds that it was built for, those of the bundle where bundle.json does not say (version 0.1.0).
+    """
+
+    file: str
+    library: str
+    version: str
+    sm: str | None = None
+    target: str = ""
+    axes: Mapping[str, Axis] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class GraphFile:
+    """A graph and where it lies: ``files`` maps a variant ("default", "cpu") to an ONNX file, ``plans`` a target to an
+    engine. ``integers`` is PRODUCTS, BLOCKS, SIMULATED, or None where the graph has none."""
+
+    graph: Graph
+    files: Mapping[str, str]
+    weights: str | None  # external data shared by all of ``files``
+    plans: Mapping[str, Plan] = field(default_factory=dict)
+    integers: str | None = None
+
+    def file_for(self, device: str) -> str:
+        return self.files.get(device, self.files["default"])
+
+
+def axis_from_json(name: str, value: Any, problems: list[str]) -> Axis:
+    fields = Fields(value, f"axes.{name}", problems)
+    like = fields.text("like", None)
+    low, opt, high = (fields.integer(key, 1, MAX_AXIS) or 1 for key in ("min", "opt", "max"))
+    if not low <= opt <= high:
+        problems.append(f"axes.{name} has min {low}, opt {opt}, max {high}, expected them in this order")
+    fields.done()
+    return Axis(low, opt, high, like)
+
+
+def axis_to_json(axis: Axis) -> dict[str, Any]:
+    """Return an axis as plain data; what is not set is left out."""
+    return {KEYS.get(name, name): value for name, value in vars(axis).items() if value is not None}
+
+
+def graph_from_json(value: Any, axes: Mapping[str, Axis], files: Collection[str], problems: list[str]) -> GraphFile:
+    fields = Fields(value, "graphs[]", problems)
+    targets = fields.take("files", _names, 'an object of file names, one of them "default"') or {}
+    weights = fields.text("weights", None)
+    named = [*targets.values(), *([weights] if weights else [])]
+    problems += [f"graphs[] names the file {str(f)[:60]!r}, which files does not list" for f in named if f not in files]
+    graph = Graph(
+        name=fields.text("name"),
+        inputs=tuple(tensor_from_json(v, axes, problems) for v in fields.sequence("inputs")),
+        outputs=tuple(tensor_from_json(v, axes, problems) for v in fields.sequence("outputs")),
+    )
+    fields.done()
+    tensors = [str(tensor.name) for tensor in (*graph.inputs, *graph.outputs)]
+    problems += [f"two tensors are called {n[:60]!r}" for n in sorted(set(tensors)) if tensors.count(n) > 1]
+    given = {size for tensor in graph.inputs for size in tensor.shape if isinstance(size, str)}
+    asked = {size for tensor in graph.outputs for size in tensor.shape if isinstance(size, str)}
+    problems += decoder_problems(graph)
+    if not asked <= given:
+        problems.append(f"graphs[] has outputs with the axes {sorted(asked - given)}, which no input has")
+    return GraphFile(graph, targets, weights)
+
+
+def decoder_problems(graph: Graph) -> list[str]:
+    """What is wrong with a graph that writes caches: the runtime relies on its inputs' names and shapes."""
+    written = [output for output in graph.outputs if output.aliases is not None]
+    inputs = {tensor.name: tensor.shape for tensor in graph.inputs}
+    problems = [
+        f"{str(output.name)[:60]!r} writes {str(output.aliases)[:60]!r}, which is no input of its shape (B, H, C, D)"
+        for output in written
+        if inputs.get(str(output.aliases)) != output.shape or len(output.shape) != 4 or output.shape[2] != "C"
+    ]
+    targets = [str(output.aliases) for output in written]
+    problems += [f"two outputs write {name[:60]!r}" for name in sorted(set(targets)) if targets.count(name) > 1]
+    if written and (graph.outputs[0].shape[:2] != ("B", "P") or not isinstance(graph.outputs[0].shape[-1], int)):
+        problems.append("a graph that writes caches gives logits (B, P, vocabulary) first")
+    if written and (
+        inputs.get("write_indices") != ("B",)
+        or inputs.get("logits_positions") != ("B", "P")
+        or len(graph.inputs[0].shape) != 2
+        or not isinstance(graph.inputs[0].shape[1], str)
+        or graph.inputs[0].dtype != "int64"
+        or graph.inputs[0].exclusive_max is None
+    ):
+        problems.append(
+            "a graph that writes caches takes bounded tokens (B, S) first, "
+            "write_indices (B) and logits_positions (B, P)"
+        )
+    return problems
+
+
+def tensor_from_json(value: Any, axes: Mapping[str, Axis], problems: list[str]) -> Tensor:
+    fields = Fields(value, "graphs[].tensor", problems)
+    state = fields.boolean("state", False)
+    default = fields.take("default", _is_default, f"an integer of 32 bits or {ARANGE_JSON!r}", None)
+    tensor = Tensor(
+        name=fields.text("name"),
+        dtype=fields.text("dtype", among=STATE_DTYPES if state else DTYPES),
+        shape=tuple(fields.sequence("shape")),
+        default=ARANGE if default == ARANGE_JSON else default,
+        exclusive_max=fields.integer("below", 1, 2**63 - 1, None),
+        state=state,
+        aliases=fields.text("writes", None),
+    )
+    fields.done()
+    for size in tensor.shape:
+        known = size in axes if isinstance(size, str) else type(size) is int and 0 < size <= MAX_AXIS
+        if not known:
+            problems.append(f"the shape of {tensor.name!r} has {repr(size)[:60]}, expected an axis name or a size")
+    return tensor
+
+
+def _is_default(value: Any) -> bool:
+    return value == ARANGE_JSON or (type(value) is int and abs(value) <= 2**31)
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, dict) and "default" in value and all(isinstance(name, str) for name in value.values())
+
+
+def graph_to_json(file: GraphFile) -> dict[str, Any]:
+    """Return a graph's entry in bundle.json: what is null or false is left out."""
+    entry = every_field(file)
+    for side in ("inputs", "outputs"):
+        entry[side] = [set_fields(tensor) for tensor in entry[side]]
+    return set_fields(entry)
+
+
+def every_field(file: GraphFile) -> dict[str, Any]:
+    """Return a graph as plain data, null where something is not set."""
+    return {
+        "name": file.graph.name,
+        "files": dict(file.files),
+        "weights": file.weights,
+        "inputs": [tensor_to_json(tensor) for tensor in file.graph.inputs],
+        "outputs": [tensor_to_json(tensor) for tensor in file.graph.outputs],
+    }
+
+
+def tensor_to_json(tensor: Tensor) -> dict[str, Any]:
+    """Return a tensor as plain data, null where something is not set."""
+    entry = {KEYS.get(name, name): value for name, value in vars(tensor).items()}
+    return entry | ({"default": ARANGE_JSON} if tensor.default == ARANGE else {})
+
+
+def set_fields(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of an entry that are neither null nor false."""
+    return {key: value for key, value in entry.items() if value is not None and value is not False}
