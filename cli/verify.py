@@ -19,7 +19,7 @@ from transom.cli.output import comparison_cells, print_json, print_table, printa
 from transom.cli.progress import progress
 
 if TYPE_CHECKING:
-    from transom.export.parity.compare import Case
+    from transom.export.parity.results import CaseResult
     from transom.runtime.compare import Comparison
 
 
@@ -97,14 +97,14 @@ def verify(
     raise typer.Exit(FAILED * missing)
 
 
-def shown(cases: Sequence[Case]) -> Iterator[tuple[str, Sequence[Comparison]]]:
+def shown(cases: Sequence[CaseResult]) -> Iterator[tuple[str, Sequence[Comparison]]]:
     """What each case is called, and its comparisons; tokens fed one by one are one line, of the worst of them.
 
     The shape of a decoder's case is rows, tokens of the prompt, the number of a chunk and its tokens. Chunk 0 is the
     prompt itself, so that steps of two prompts never meet. What is rounded as a GPU would round it comes last.
     """
 
-    def kind(case: Case) -> tuple[bool, bool]:
+    def kind(case: CaseResult) -> tuple[bool, bool]:
         return case.emulated, case.shape.get("chunk", 0) > 0 and case.shape["tokens"] == 1
 
     for (emulated, single), group in groupby(sorted(cases, key=lambda case: case.emulated), key=kind):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -80,3 +81,12 @@ def inside(tensor: ir.ExternalTensor, outside: bytes) -> ir.TensorProtocol:
         raise BundleError(f"the weight {tensor.name} lies beyond the end of the weights; export the bundle again.")
     array = np.frombuffer(outside, tensor.dtype.numpy(), tensor.size, start)
     return ir.Tensor(array.reshape(tensor.shape.numpy()), name=tensor.name)
+
+
+def operator_counts(model: ir.Model) -> dict[str, int]:
+    """How many nodes of each operator, those of subgraphs too, the most frequent first.
+
+    An operator that is not ONNX's own carries its domain: ``com.microsoft::FusedMatMul``.
+    """
+    names = (f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in model.graph.all_nodes())
+    return dict(sorted(Counter(names).items(), key=lambda item: (-item[1], item[0])))

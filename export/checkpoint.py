@@ -1,9 +1,10 @@
-"""A checkpoint, opened and understood: everything the later stages need of it."""
+"""Checkpoints: opened and loaded for an export, and loaded again for a bundle that was exported."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from transom.export.processors.generation_config import generation_from_checkpoint
@@ -13,11 +14,13 @@ from transom.models.checkpoint import Checkpoint, open_checkpoint
 from transom.models.family import Family, Source, label_names
 from transom.models.registry import find_family, find_task
 from transom.models.weights import build_module, stored_names
+from transom.runtime.bundle import Bundle
 from transom.runtime.errors import CheckpointError, ExportError
 from transom.runtime.feeds import is_decoder
 from transom.runtime.generation import GenerationConfig
 from transom.runtime.graph_spec import Axis, Graph
 from transom.runtime.image_preprocess import ImagePreprocess
+from transom.runtime.manifest import Manifest
 from transom.runtime.text.tokenizer import MAX_LENGTH, TextTokenizer, TokenizerSpec
 
 LABELLED = ("text-classification", "token-classification", "image-classification")
@@ -25,7 +28,7 @@ LABELLED = ("text-classification", "token-classification", "image-classification
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """A checkpoint as a module with weights, its graph, and how its inputs are made."""
+    """A checkpoint as a module with its weights, its graphs, and the processors that make their inputs."""
 
     checkpoint: Checkpoint
     family: Family
@@ -42,13 +45,18 @@ class LoadedCheckpoint:
     options: Mapping[str, Any]
     generation: GenerationConfig | None  # of families with a decoder
 
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the files that the graphs are made of, in hex; they are read when it is first asked for."""
+        return self.checkpoint.sha256()
+
     def parts(self) -> dict[str, Any]:
-        """The torch.nn.Module behind each graph, by the graph's name."""
+        """Return the torch.nn.Module behind each graph, by the graph's name."""
         parts = self.family.parts(self.module)
         return {graph.name: parts[graph.name] for graph in self.graphs}
 
     def open_tokenizer(self) -> TextTokenizer | None:
-        """The checkpoint's tokenizer without a limit: samples are cut to the shapes of the grid."""
+        """Return the checkpoint's tokenizer without a limit: parity inputs are cut to the shapes of the grid."""
         if self.tokenizer is None:
             return None
         data, spec = self.tokenizer
@@ -63,7 +71,7 @@ def load_checkpoint(
     image_size: tuple[int, int] | None,
     ignore_unused: bool,
 ) -> LoadedCheckpoint:
-    """Find SOURCE, choose family and task, read its processors, fill the module.
+    """Find ``source``, choose family and task, read its processors, fill the module.
 
     Everything cheap is checked before the weights are read. Raises CheckpointError, or ExportError
     for an axis or image size that the family does not have.
@@ -116,8 +124,38 @@ def load_checkpoint(
     )
 
 
+def reload_checkpoint(bundle: Bundle, source: str | None = None) -> LoadedCheckpoint:
+    """Load the checkpoint that ``bundle`` was exported from, with the bundle's bounds.
+
+    ``source`` says where it lies now, if it moved. Raises CheckpointError where it is gone, or is another one.
+    """
+    manifest = bundle.manifest
+    loaded = load_checkpoint(
+        source or str(manifest.source.get("checkpoint")),
+        task=manifest.task,
+        max_sizes={name: axis.max for name, axis in manifest.axes.items()},
+        image_size=image_size_of(manifest),
+        ignore_unused=True,
+    )
+    if loaded.sha256 != manifest.source.get("sha256"):
+        raise CheckpointError(
+            f"{loaded.checkpoint.folder} is not the checkpoint that {bundle.folder} was made from: its hash differs. "
+            "Give the right one with --source, or export again."
+        )
+    return loaded
+
+
+def image_size_of(manifest: Manifest) -> tuple[int, int] | None:
+    """Return (height, width) in pixels that the bundle was exported for; None where it takes no images."""
+    for file in manifest.graphs:
+        for tensor in file.graph.inputs:
+            if tensor.name == "pixel_values":
+                return int(tensor.shape[2]), int(tensor.shape[3])
+    return None
+
+
 def with_bounds(axes: Mapping[str, Axis], max_sizes: Mapping[str, int]) -> dict[str, Axis]:
-    """The family's axes with the maxima the user asked for."""
+    """Return the family's axes with the maxima that the user asked for."""
     bounded = dict(axes)
     for name, size in max_sizes.items():
         if name not in axes:
@@ -130,7 +168,7 @@ def with_bounds(axes: Mapping[str, Axis], max_sizes: Mapping[str, int]) -> dict[
 
 
 def tokenizer_for(checkpoint: Checkpoint, task: str, longest: int, rows: int) -> tuple[bytes, TokenizerSpec] | None:
-    """The checkpoint's tokenizer; None where it has none. ``rows`` is the length of the embedding table.
+    """Read the checkpoint's tokenizer; None where it has none. ``rows`` is the length of the embedding table.
 
     A vocabulary without a padding token is padded with id 0 instead of an id past the table.
     """
@@ -149,7 +187,7 @@ def tokenizer_for(checkpoint: Checkpoint, task: str, longest: int, rows: int) ->
 
 
 def preprocess_for(checkpoint: Checkpoint, shape: tuple[str | int, ...]) -> ImagePreprocess | None:
-    """How images become ``pixel_values`` (B, C, height, width); None for other than three channels."""
+    """Read how images become ``pixel_values`` (B, C, height, width); None for other than three channels."""
     _, channels, height, width = shape
     if channels != 3:
         return None  # no image processor makes such pixels; the bundle takes raw arrays
@@ -157,7 +195,7 @@ def preprocess_for(checkpoint: Checkpoint, shape: tuple[str | int, ...]) -> Imag
 
 
 def task_options(checkpoint: Checkpoint, task: str) -> dict[str, Any]:
-    """What the runtime's tasks need to know beside the graph."""
+    """Return the settings that the runtime's tasks need beside the graphs."""
     options: dict[str, Any] = {}
     if task in ("text-classification", "image-classification") and checkpoint.config_json.get("problem_type"):
         options["problem_type"] = str(checkpoint.config_json["problem_type"])

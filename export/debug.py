@@ -14,22 +14,21 @@ from typing import Any
 from transom.calib.data import Sample
 from transom.calib.graph_hash import graph_sha256
 from transom.calib.table import RANGES, RangeTable
-from transom.export.again import reload_checkpoint
 from transom.export.bisect import bisect_layers
 from transom.export.bundle_graphs import stored_graphs
-from transom.export.checkpoint import LoadedCheckpoint
+from transom.export.checkpoint import LoadedCheckpoint, reload_checkpoint
 from transom.export.onnx_export import onnx_from_module
 from transom.export.parity.inputs import parity_inputs, single_rows
 from transom.export.progress import Progress, ProgressReporter, silent
 from transom.export.quantization.calibrate import smoothed
-from transom.export.quantization.candidate import CPU, RANKING_SAMPLES, open_variants
+from transom.export.quantization.candidate import CPU, RANKING_SAMPLES
 from transom.export.quantization.fidelity import Fidelity, Fp32Outputs
 from transom.export.quantization.heldout import reference_samples
 from transom.export.quantization.options import REFERENCE_DATA
 from transom.export.quantization.quantize import held_out_again, is_scored
 from transom.export.quantization.quantizer import Layer
 from transom.export.quantization.switched import SwitchedBundle
-from transom.export.variants import make_variants
+from transom.export.variants import make_variants, open_variants
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import CalibrationError, ExportError
 from transom.runtime.json_reader import parse_json

@@ -14,36 +14,33 @@ import onnx_ir as ir
 from transom.calib.data import CalibrationData, open_calibration_data
 from transom.calib.run_samples import check_reach
 from transom.calib.table import RANGES, RangeTable, load_table
-from transom.export.again import reload_checkpoint
-from transom.export.bundle_graphs import stored_graphs
+from transom.export.bundle_graphs import operator_counts, stored_graphs
 from transom.export.bundle_writer import BundleWriter, check_out, new_bundle
-from transom.export.checkpoint import LoadedCheckpoint, load_checkpoint
+from transom.export.checkpoint import LoadedCheckpoint, load_checkpoint, reload_checkpoint
 from transom.export.onnx_export import onnx_from_module
+from transom.export.parity.backends import open_bundle, open_default_files, open_pytorch
 from transom.export.parity.cases import ParityCases
-from transom.export.parity.checks import (
-    Limit,
-    check_greedy,
-    check_parity,
-    export_limit,
-    measure_ranges,
-    open_bundle,
-    open_default_files,
-    open_emulated,
-    open_pytorch,
-)
-from transom.export.parity.compare import TOLERANCES, Case
-from transom.export.parity.fp16_range import Largest, Ranges, require_fp16_range
-from transom.export.parity.golden import Golden
+from transom.export.parity.compare import TOLERANCES, Limit, check_greedy, check_parity, export_limit
+from transom.export.parity.fp16_range import Largest, Ranges, measure_ranges, require_fp16_range
 from transom.export.parity.inputs import parity_inputs
-from transom.export.parity.results import operator_counts, parity_to_json
+from transom.export.parity.results import CaseResult, Golden, parity_to_json
 from transom.export.progress import Progress, ProgressReporter, silent
-from transom.export.quantization.candidate import gated, open_variants
+from transom.export.quantization.candidate import gated
 from transom.export.quantization.gate_result import GateResult
 from transom.export.quantization.options import PLAIN, QuantizeOptions
 from transom.export.quantization.quantize import Quantization, Quantized, gate_again
 from transom.export.scores import score_both
 from transom.export.staging import PARTIAL, staging_dir
-from transom.export.variants import Variants, check_file, emulations, make_variants, pack, simulated
+from transom.export.variants import (
+    Variants,
+    check_file,
+    emulated_variants,
+    emulations,
+    make_variants,
+    open_variants,
+    pack,
+    simulated,
+)
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import AccuracyError, ExportError
 from transom.runtime.golden import GOLDEN
@@ -77,7 +74,7 @@ class Verified:
     NOT_CHECKED, or None of a bundle that is not quantised, whose parity says it all.
     """
 
-    cases: list[Case]
+    cases: list[CaseResult]
     near_ties: list[Divergence]
     gate: GateResult | None
     accuracy: str | None
@@ -138,16 +135,20 @@ def export(
         bundle, golden = Bundle(writer.folder), Golden()
         open_default_files(bundle)
         with open_pytorch(bundle, loaded) as theirs:
-            exercises = ParityCases(theirs, parity_inputs(loaded.graphs, loaded.open_tokenizer(), loaded.preprocess))
+            exercises = ParityCases(
+                bundle.manifest, parity_inputs(loaded.graphs, loaded.open_tokenizer(), loaded.preprocess)
+            )
             steps.expect(len(exercises))
             ranges = Ranges()
             if precision == "fp16":
                 steps.next("measuring every tensor's range")
-                ranges = measure_ranges(bundle, canonical, loaded, exercises, sums=True)
+                ranges = measure_ranges(bundle, canonical, exercises, sums=True)
                 require_fp16_range(ranges.tensors)
             del canonical
             with open_bundle(bundle) as ours, contextlib.ExitStack() as stack:
-                third = stack.enter_context(open_emulated(bundle, variants)) if variants.emulated else None
+                third = None
+                if variants.emulated:
+                    third = stack.enter_context(open_variants(bundle, emulated_variants(variants)))
                 cases = check_parity(ours, theirs, third, exercises, golden, export_limit(precision), steps.next)
                 near_ties = check_greedy(ours, theirs, third, exercises, cases, golden)
                 steps.next("scoring")
@@ -155,7 +156,7 @@ def export(
         writer.add(GOLDEN, golden.to_bytes())
         figures = {
             "operators": operators,
-            "parity": parity_to_json(cases, precision, ranges, near_ties),
+            "parity": parity_to_json(cases, TOLERANCES[precision], ranges, near_ties),
             **({"score": score} if score else {}),
         }
         writer.describe({**description, **figures})
@@ -206,9 +207,9 @@ def quantized(
     """Integer graphs whose accuracy was measured, beside an FP32 bundle that exists for as long as this takes."""
 
     def measure(models: Mapping[str, ir.Model]) -> Largest:
-        with open_pytorch(original, loaded) as theirs:
-            exercises = ParityCases(theirs, parity_inputs(loaded.graphs, loaded.open_tokenizer(), loaded.preprocess))
-        return measure_ranges(original, models, loaded, exercises).tensors
+        inputs = parity_inputs(loaded.graphs, loaded.open_tokenizer(), loaded.preprocess)
+        exercises = ParityCases(original.manifest, inputs)
+        return measure_ranges(original, models, exercises).tensors
 
     with staging_dir(folder, PARTIAL) as beside:
         writer = BundleWriter(beside)
@@ -261,7 +262,7 @@ def verify(
         open_pytorch(opened, loaded) as theirs,
         contextlib.ExitStack() as stack,
     ):
-        exercises = ParityCases(theirs, parity_inputs(loaded.graphs, loaded.open_tokenizer(), loaded.preprocess))
+        exercises = ParityCases(manifest, parity_inputs(loaded.graphs, loaded.open_tokenizer(), loaded.preprocess))
         steps.expect(len(exercises))
         others = other_devices(opened) if ours.device == "cpu" else None
         third = None if others is None else stack.enter_context(open_variants(opened, others))

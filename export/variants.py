@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,15 +12,22 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
-from transom.export.external import EXTERNAL_ABOVE, externalize, weight_bytes
 from transom.export.passes.fake_half import fake_half
 from transom.export.passes.half_precision import HALF, convert_precision
 from transom.export.passes.widen import widen_half
+from transom.runtime.backends.base import Backend
+from transom.runtime.backends.ort import OrtBackend
+from transom.runtime.bundle import Bundle
 from transom.runtime.errors import ExportError, one_line
-from transom.runtime.graph_spec import Graph, Tensor
+from transom.runtime.graph_spec import Graph
 from transom.runtime.manifest_graphs import SIMULATED, GraphFile
+from transom.runtime.session import LoadedBundle
+from transom.runtime.tasks import task_class
 
 WEIGHTS = "model.weights"
+EXTERNAL_ABOVE = 256 << 20  # bytes of weights; protobuf ends at 2 GiB and is parsed as a whole
+SMALLEST = 1024  # bytes; scalars and shapes stay in the graph, where shape inference can see them
+ALIGNMENT = 64  # bytes: a cache line
 STATE_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -100,7 +108,9 @@ def pack(
     def graph_files(kinds: Mapping[str, str]) -> tuple[GraphFile, ...]:
         return tuple(
             GraphFile(
-                with_state(graph, state), {kind: f"{graph.name}{ending}" for kind, ending in kinds.items()}, weights
+                graph.with_state_dtype(state),
+                {kind: f"{graph.name}{ending}" for kind, ending in kinds.items()},
+                weights,
             )
             for graph in graphs
         )
@@ -111,6 +121,33 @@ def pack(
         emulated=graph_files({"default": ".emulated.onnx"}) if emulated else (),
         emulated_files=files if emulated else {},
     )
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Size of all weights in bytes."""
+    return sum(w.const_value.nbytes for w in model.graph.initializers.values() if w.const_value is not None)
+
+
+def externalize(models: Sequence[ir.Model], location: str) -> bytes:
+    """Point the models' weights at ``location`` and return that file's bytes; equal weights are stored once."""
+    blob = bytearray()
+    places: dict[bytes, tuple[int, int]] = {}
+    for model in models:
+        for name, weight in model.graph.initializers.items():
+            tensor = weight.const_value
+            if tensor is None or tensor.nbytes < SMALLEST:
+                continue
+            data = tensor.tobytes()
+            key = hashlib.sha256(data).digest()
+            if key not in places:
+                blob += bytes(-len(blob) % ALIGNMENT)
+                places[key] = (len(blob), len(data))
+                blob += data
+            offset, length = places[key]
+            weight.const_value = ir.ExternalTensor(
+                location, offset, length, tensor.dtype, shape=ir.Shape(tensor.numpy().shape), name=name, base_dir=""
+            )
+    return bytes(blob)
 
 
 def with_integers(variants: Variants, integers: Mapping[str, str]) -> Variants:
@@ -127,17 +164,28 @@ def simulated(variants: Variants) -> Variants:
     return with_integers(variants, dict.fromkeys((file.graph.name for file in variants.graphs), SIMULATED))
 
 
+def load_with_backends(bundle: Bundle, backends: Mapping[str, Backend]) -> LoadedBundle:
+    """Load ``bundle`` around ``backends``, by the graphs' names."""
+    return task_class(bundle.manifest.family)(
+        bundle, opener=lambda graph, read, device, threads: backends[graph.graph.name]
+    )
+
+
+def open_variants(
+    bundle: Bundle, variants: Variants, around: Callable[[Backend], Backend] = lambda backend: backend
+) -> LoadedBundle:
+    """Load ``bundle`` around graphs that are not in it, on the CPU; ``around`` wraps each backend."""
+    opened = {file.graph.name: OrtBackend(file, variants.files.__getitem__, "cpu", None) for file in variants.graphs}
+    return load_with_backends(bundle, {name: around(backend) for name, backend in opened.items()})
+
+
+def emulated_variants(variants: Variants) -> Variants:
+    """Return the emulated graphs as variants of their own, to be opened."""
+    return Variants(variants.emulated, variants.emulated_files, (), {})
+
+
 def state_names(graph: Graph) -> frozenset[str]:
     return frozenset(tensor.name for tensor in (*graph.inputs, *graph.outputs) if tensor.state)
-
-
-def with_state(graph: Graph, dtype: str) -> Graph:
-    """The graph with its state in ``dtype``."""
-
-    def converted(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(replace(tensor, dtype=dtype) if tensor.state else tensor for tensor in tensors)
-
-    return replace(graph, inputs=converted(graph.inputs), outputs=converted(graph.outputs))
 
 
 def serialized(model: ir.Model) -> bytes:

@@ -6,7 +6,7 @@ their JSON form.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 ARANGE = "arange"  # a Tensor.default: 0, 1, 2, ... along the last axis
 
@@ -61,3 +61,11 @@ class Graph:
     name: str
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
+
+    def with_state_dtype(self, dtype: str) -> Graph:
+        """Return the graph with its state tensors in ``dtype``."""
+
+        def converted(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(replace(tensor, dtype=dtype) if tensor.state else tensor for tensor in tensors)
+
+        return replace(self, inputs=converted(self.inputs), outputs=converted(self.outputs))

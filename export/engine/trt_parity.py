@@ -12,8 +12,7 @@ from transom.export.engine.profiles import cache_sizes
 from transom.export.engine.trt_graphs import TensorRTGraph
 from transom.export.passes.plugin_attention import inline_functions
 from transom.export.passes.trt_attention import standard_attention
-from transom.export.quantization.candidate import open_variants
-from transom.export.variants import Variants, emulations, pack, simulated
+from transom.export.variants import Variants, emulations, open_variants, pack, simulated
 from transom.runtime.backends.base import Array, Backend
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import ExportError, ParityError

@@ -1,19 +1,24 @@
-"""Parity: what ships, held against PyTorch in FP32, over a grid of shapes. Beyond tolerance is an error."""
+"""Parity: a bundle's outputs compared with PyTorch's in FP32, case by case. Beyond tolerance is an error."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
-import torch
-from torch import nn
+import numpy as np
 
-from transom.export.variants import with_state
+from transom.export.parity.cases import ParityCases, Run
+from transom.export.parity.results import CaseResult, Golden
 from transom.runtime.backends.base import Array
-from transom.runtime.compare import Comparison
+from transom.runtime.compare import compare_outputs, largest_scales, on_scales
 from transom.runtime.errors import ParityError
-from transom.runtime.graph_spec import Axis, Graph
+from transom.runtime.golden import GENERATION
+from transom.runtime.golden_reference import BUNDLE, PYTORCH
+from transom.runtime.greedy_check import Divergence, as_arrays, greedy, logits_along, require_same_tokens
+from transom.runtime.manifest import QUANTIZED
+from transom.runtime.manifest_graphs import SIMULATED
+from transom.runtime.session import LoadedBundle
+from transom.runtime.tasks.generator import Generator
 
 # max|ours - theirs| / max|theirs| per output tensor. The unit roundoff u is 2^-24 for FP32, 2^-11 for FP16
 # and 2^-8 for BF16; errors of n roundings grow between sqrt(n) and n.
@@ -30,68 +35,157 @@ TOLERANCES = {
 
 
 @dataclass(frozen=True)
-class Case:
-    """One shape of the grid and the worst element of each output there.
+class Limit:
+    """The error from which on parity fails, on each output's scale, and the advice of that error's message."""
 
-    ``emulated``: not of what ships, but of FP16 as a GPU would round it.
+    tolerance: float
+    advice: str
+
+
+def export_limit(precision: str) -> Limit:
+    """Return the limit of an export in ``precision``."""
+    more = "try more calibration data like what the model will see, or --activations dynamic" * (precision in QUANTIZED)
+    advice = f"Nothing was written. If the model is sound, report it; {more or 'if it is badly scaled'}, or"
+    return Limit(TOLERANCES[precision], f"{advice} a wider precision.")
+
+
+def check_parity(
+    ours: LoadedBundle,
+    theirs: LoadedBundle,
+    simulated: LoadedBundle | None,
+    parity_cases: ParityCases,
+    golden: Golden,
+    limit: Limit,
+    report: Callable[[str], None],
+) -> list[CaseResult]:
+    """Compare ``ours`` with ``theirs``, PyTorch, in every case; offer each case to ``golden``.
+
+    ``simulated`` is a third side, where there is one: the bundle's graphs for other devices as those would compute
+    them. Errors are taken on each output's scale over all cases. ``report`` gets each case in words. Raises ParityError
+    where any error is beyond ``limit``, and as ``in_step`` does.
     """
+    results: list[CaseResult] = []
+    sides = in_step([parity_cases.runs(theirs), parity_cases.runs(ours)], len(parity_cases))
+    third = None if simulated is None else in_step([parity_cases.runs(simulated, by_row=True)], len(parity_cases))
+    for expected, found in sides:
+        shown = " ".join(f"{axis}={size}" for axis, size in expected.sizes.items())
+        report("parity at " + shown.partition(" chunk=")[0])
+        compared = compare_outputs(found.graph, found.feeds, found.outputs, expected.outputs)
+        results.append(CaseResult(expected.sizes, compared))
+        kept = {PYTORCH: small(expected, golden), BUNDLE: small(found, golden)}
+        del found  # outputs at the maximum can be gigabytes
+        if third is not None:
+            (run,) = next(third)
+            require_outputs([expected, run])
+            compared = compare_outputs(run.graph, run.feeds, run.outputs, expected.outputs)
+            results.append(CaseResult(run.sizes, compared, emulated=True))
+            if ours.manifest.precision in QUANTIZED:
+                kept[SIMULATED] = small(run, golden)
+            del run
+        if expected.feeds and all(kept.values()):
+            golden.offer(shown, expected.feeds, kept)
+    if third is not None:
+        next(third, None)  # which has no more cases either
+    scales = largest_scales(comparison for result in results for comparison in result.comparisons)
+    results = [replace(result, comparisons=on_scales(result.comparisons, scales)) for result in results]
+    require_parity(results, limit.tolerance, f"{ours.manifest.name} in {ours.manifest.precision}", limit.advice)
+    return results
 
-    shape: Mapping[str, int]
-    comparisons: tuple[Comparison, ...]
-    emulated: bool = False
 
-    @property
-    def worst(self) -> Comparison:
-        return max(self.comparisons, key=lambda comparison: comparison.error)
+def small(run: Run, golden: Golden) -> dict[str, Array]:
+    """Return the outputs that golden values may keep: none of a large case, and no state, which later cases show."""
+    read = {tensor.name: run.outputs[tensor.name] for tensor in run.graph.outputs if not tensor.state}
+    return read if golden.fits(sum(array.nbytes for array in read.values())) else {}
 
 
-def grid(axes: Mapping[str, Axis]) -> list[dict[str, int]]:
-    """Every corner of the axes' bounds, the size to tune for, and awkward sizes in between.
+def in_step(sides: Sequence[Iterator[Run]], cases: int) -> Iterator[list[Run]]:
+    """Yield the runs of each case, one of each side.
 
-    Corners first: 1x1 and the maximum are where shapes go wrong.
+    Raises ParityError where there are no cases, where a side has more or fewer of them than ``cases``, and as
+    ``require_outputs`` does.
     """
-    corners = itertools.product(*(sorted({axis.min, axis.max}) for axis in axes.values()))
-    inside = [
-        [clamped(axis, size) for axis, size in zip(axes.values(), sizes, strict=True)]
-        for sizes in (
-            [axis.opt for axis in axes.values()],
-            list(itertools.islice(itertools.cycle((2, 7)), len(axes))),
-            list(itertools.islice(itertools.cycle((3, 67)), len(axes))),
+    for number in range(cases + 1):
+        runs = [run for side in sides if (run := next(side, None)) is not None]
+        if cases == 0 or len(runs) != (len(sides) if number < cases else 0):
+            raise ParityError(
+                f"{len(runs)} of {len(sides)} sides have a case {number + 1}; expected {cases} cases, at least one, of "
+                "each. Nothing was proven; report this, with the checkpoint's config.json."
+            )
+        if runs:
+            require_outputs(runs)
+            yield [runs.pop(0) for _ in sides]  # no reference is kept here: outputs can be gigabytes
+
+
+def require_outputs(runs: Sequence[Run]) -> None:
+    """Raise ParityError where the runs of one case give different outputs or none: a missing output cannot differ."""
+    if not runs[0].outputs or any(run.outputs.keys() != runs[0].outputs.keys() for run in runs):
+        given = " and ".join(", ".join(run.outputs) or "nothing" for run in runs)
+        raise ParityError(
+            f"the sides of a case give {given}; expected the same outputs. Nothing was proven; report this, with the "
+            "checkpoint's config.json."
         )
-    ]
-    unique = dict.fromkeys(tuple(sizes) for sizes in (*corners, *inside))
-    return [dict(zip(axes, sizes, strict=True)) for sizes in unique]
 
 
-def clamped(axis: Axis, size: int) -> int:
-    return max(axis.min, min(size, axis.max))
+def check_greedy(
+    ours: LoadedBundle,
+    theirs: LoadedBundle,
+    simulated: LoadedBundle | None,
+    parity_cases: ParityCases,
+    results: Sequence[CaseResult],
+    golden: Golden,
+) -> list[Divergence]:
+    """Compare greedy generations of both sides token by token; return the rows that diverge at a near tie of PyTorch.
+
+    An empty list where the family does not generate. ``results`` are those of ``check_parity``. Raises ParityError for
+    any other difference, except in a quantised bundle, whose tokens the accuracy gate judges. ``simulated`` generates
+    only for the golden values of such a bundle.
+    """
+    if not (isinstance(ours, Generator) and isinstance(theirs, Generator)):
+        return []
+    quantized = ours.manifest.precision in QUANTIZED
+    sides: dict[str, Generator] = {PYTORCH: theirs, BUNDLE: ours}
+    if quantized and isinstance(simulated, Generator):
+        sides[SIMULATED] = simulated
+    prompts, new_tokens = parity_cases.greedy_prompts, parity_cases.greedy_tokens
+    if new_tokens == 0:  # a context of one token: nothing to generate, and one token's logits to remember
+        tokens = ours.prompt_tokens()
+        if tokens in ours.backend("decoder").graph.inputs:
+            feeds = {tokens.name: np.array([prompts[0][:1]])}
+            runs = {name: side.run(feeds, ["logits"]) for name, side in sides.items()}
+            golden.offer("one token", feeds, runs, always=True)
+        return []
+    found = {name: greedy(side, prompts, new_tokens) for name, side in sides.items()}
+    expected = found[PYTORCH].chosen
+    near_ties = []
+    if not quantized:
+        scale = largest_scales(comparison for result in results for comparison in result.comparisons)["logits"]
+        tolerance = TOLERANCES[ours.manifest.precision] * scale
+        near_ties = require_same_tokens(found[BUNDLE], expected, tolerance)
+    steps = golden.steps(found[PYTORCH].logits[:, :1].nbytes, len(sides))
+    golden.offer(
+        GENERATION,
+        as_arrays(prompts),
+        {
+            name: {
+                **generation.chosen.to_arrays(),
+                "logits": logits_along(sides[name], prompts, expected.tokens)[:, :steps],
+            }
+            for name, generation in found.items()
+        },
+        always=True,  # nothing else runs the decoder
+    )
+    return near_ties
 
 
-class PyTorchBackend:
-    """The definition itself as a backend: the runtime's own code around it, PyTorch FP32 inside."""
-
-    device = "pytorch"
-
-    def __init__(self, module: nn.Module, graph: Graph) -> None:
-        self._module, self.graph = module, with_state(graph, "float32")
-
-    def run(self, feeds: Mapping[str, Array], shapes: Mapping[str, Sequence[int]]) -> dict[str, Array]:
-        """As a backend does; the definition itself writes its caches in place."""
-        with torch.inference_mode():
-            outputs = self._module(*(torch.from_numpy(feeds[tensor.name]) for tensor in self.graph.inputs))
-        named = {tensor.name: value.numpy() for tensor, value in zip(self.graph.outputs, outputs, strict=True)}
-        return {name: named[name] for name in shapes}
-
-
-def require_parity(cases: Iterable[Case], tolerance: float, what: str, advice: str) -> None:
+def require_parity(results: Iterable[CaseResult], tolerance: float, what: str, advice: str) -> None:
     """Raise ParityError naming the worst element if the error of any case is ``tolerance`` or more.
 
-    So it does where there is no case at all: nothing is proven then. ``advice`` says what to do about it.
+    Raises it for no cases at all, too. ``advice`` ends the message.
     """
-    cases = list(cases)
-    if not cases:
+    results = list(results)
+    if not results:
         raise ParityError(f"{what} was compared with PyTorch in no case at all. Report this, with its config.json.")
-    worst = max(cases, key=lambda case: case.worst.error)
+    worst = max(results, key=lambda result: result.worst.error)
     if not worst.worst.error < tolerance:
         shape = " ".join(f"{name}={size}" for name, size in worst.shape.items())
         simulated = ", simulated as another device computes it," if worst.emulated else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import onnx_ir as ir
@@ -15,12 +15,9 @@ from transom.export.quantization.gate import Gate
 from transom.export.quantization.gate_result import GateResult
 from transom.export.quantization.quantizer import DYNAMIC, NONE, STATIC, Layer, QuantizationConfig, Quantizer
 from transom.export.quantization.switched import SwitchedBundle
-from transom.export.variants import Variants
-from transom.runtime.backends.base import Backend, Read
-from transom.runtime.backends.ort import OrtBackend
+from transom.export.variants import open_variants
 from transom.runtime.bundle import Bundle
 from transom.runtime.graph_spec import Graph
-from transom.runtime.manifest_graphs import GraphFile
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks import task_class
 
@@ -86,18 +83,6 @@ class Candidate:
 def gated(modes: Collection[str]) -> str:
     """The gate's word for graphs of several modes: that of the coarsest."""
     return next(GATED[mode] for mode in (STATIC, DYNAMIC, NONE) if mode in modes)
-
-
-def open_variants(
-    bundle: Bundle, variants: Variants, around: Callable[[Backend], Backend] = lambda backend: backend
-) -> LoadedBundle:
-    """The runtime of ``bundle`` around graphs that are not in it, with ``around`` each backend what they need."""
-    files = {file.graph.name: file for file in variants.graphs}
-
-    def opener(graph: GraphFile, read: Read, device: str, threads: int | None) -> Backend:
-        return around(OrtBackend(files[graph.graph.name], variants.files.__getitem__, device, threads))
-
-    return task_class(bundle.manifest.family)(bundle, opener=opener)
 
 
 def ranking_reference(bundle: Bundle, samples: Sequence[Sample], name: str, layers: int) -> Fp32Outputs:

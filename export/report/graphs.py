@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 import onnx
 import onnx_ir as ir
 
-from transom.export.parity.results import operator_counts
+from transom.export.bundle_graphs import operator_counts
 from transom.runtime.backends.ort import PROVIDERS, SLOW_FUSIONS, session_entries
 from transom.runtime.backends.ort_library import FATAL, onnxruntime
 from transom.runtime.bundle import Bundle

@@ -7,7 +7,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from transom.export.parity.results import operator_counts
+from transom.export.bundle_graphs import operator_counts
 from transom.export.report.drawing.markup import numeric, section, table, words
 from transom.export.report.drawing.numbers import at, items, whole
 from transom.export.report.graphs import DEVICE, executed_operators

@@ -232,7 +232,7 @@ def test_large_weights_lie_outside_and_compute_the_same(traced: Any) -> None:
 
 
 def test_equal_weights_are_stored_once(traced: Any) -> None:
-    from transom.export.external import externalize
+    from transom.export.variants import externalize
 
     _, model = traced("BertModel")
     weights = [w for w in model.graph.initializers.values() if w.const_value is not None]

@@ -22,10 +22,10 @@ from tiny_graphs import graph_of
 from transom.export import bundle_writer as bundle_module
 from transom.export import pipeline
 from transom.export import staging as leftovers
-from transom.export.again import reload_checkpoint
 from transom.export.bundle_graphs import inside
 from transom.export.bundle_writer import BundleWriter, add_to_bundle, check_out, new_bundle, write_manifest
-from transom.export.parity.checks import open_default_files
+from transom.export.checkpoint import reload_checkpoint
+from transom.export.parity.backends import open_default_files
 from transom.export.parity.fp16_range import beyond_fp16, require_fp16_range
 from transom.export.passes.fp16_embeddings import fp16_embeddings
 from transom.export.passes.half_precision import convert_precision
@@ -291,18 +291,12 @@ def test_options_for_integers_need_integers(precision: str) -> None:
 
 def test_a_bundle_is_compared_with_its_own_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = Bundle(KEPT / "bert-fp32")
-    hashes: dict[str, Any] = {"now": bundle.manifest.source["sha256"]}
+    hashes = {"sha256": bundle.manifest.source["sha256"]}
 
-    class Checkpoint:
-        folder = Path("checkpoint")
-
-        def sha256(self) -> Any:
-            return hashes["now"]
-
-    loaded = SimpleNamespace(checkpoint=Checkpoint())
-    monkeypatch.setattr("transom.export.again.load_checkpoint", lambda *source, **options: loaded)
+    loaded = SimpleNamespace(checkpoint=SimpleNamespace(folder=Path("checkpoint")), **hashes)
+    monkeypatch.setattr("transom.export.checkpoint.load_checkpoint", lambda *source, **options: loaded)
     assert reload_checkpoint(bundle) is loaded
-    hashes["now"] = "0" * 64
+    loaded.sha256 = "0" * 64
     with pytest.raises(CheckpointError, match="is not the checkpoint that .* was made from: its hash differs"):  # noqa: RUF043
         reload_checkpoint(bundle)
 
@@ -394,7 +388,8 @@ def test_the_stages_of_an_export_are_all_there(monkeypatch: pytest.MonkeyPatch, 
         "load_checkpoint": fake, "onnx_from_module": graph_of("g (float[1] x) => (float[1] y) { y = Neg (x) }"),
         "make_variants": SimpleNamespace(emulated=(1,)), "describe": {},
         "write_files": None, "Bundle": SimpleNamespace(manifest="manifest"), "open_default_files": None,
-        "open_pytorch": Side(), "ParityCases": [1], "parity_inputs": {}, "open_bundle": Side(), "open_emulated": Side(),
+        "open_pytorch": Side(), "ParityCases": [1], "parity_inputs": {}, "open_bundle": Side(),
+        "emulated_variants": None, "open_variants": Side(),
         "measure_ranges": SimpleNamespace(tensors={}), "require_fp16_range": None, "check_parity": [],
         "check_greedy": [], "score_both": None, "parity_to_json": {},
     }.items():  # fmt: skip
@@ -405,7 +400,7 @@ def test_the_stages_of_an_export_are_all_there(monkeypatch: pytest.MonkeyPatch, 
         "open_default_files",
         "measure_ranges",
         "require_fp16_range",
-        "open_emulated",
+        "open_variants",
         "check_parity",
         "check_greedy",
     ]

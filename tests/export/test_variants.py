@@ -23,14 +23,13 @@ from conftest import export_to
 from tiny_graphs import graph_of, operators, relative_error
 from transom.export import pipeline, variants
 from transom.export.bundle_graphs import canonical_graphs, stored_graphs
-from transom.export.external import ALIGNMENT
-from transom.export.parity.checks import open_default_files
+from transom.export.parity.backends import open_default_files
 from transom.export.parity.fp16_range import RangeBackend, beyond_fp16, in_half
 from transom.export.passes.half_precision import convert_precision
 from transom.export.passes.widen import widen_half
 from transom.export.report.graphs import executed_operators, graph_file
 from transom.export.report.parity import fp16_range
-from transom.export.variants import make_variants
+from transom.export.variants import ALIGNMENT, make_variants
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import ExportError, ParityError
 from transom.runtime.graph_spec import ARANGE, Graph

@@ -16,9 +16,8 @@ from paths import TESTS
 from tiny_graphs import graph_of
 from transom.export import pipeline
 from transom.export.bundle_writer import BundleWriter
-from transom.export.external import externalize
 from transom.export.passes.half_precision import convert_precision
-from transom.export.variants import Variants, check_file, serialized
+from transom.export.variants import Variants, check_file, externalize, serialized
 from transom.runtime.errors import ExportError
 
 KEPT = TESTS / "bundles"

@@ -38,7 +38,7 @@ THEIRS = {
     | {"safetensors", "tokenizers", "sentencepiece", "PIL", "huggingface_hub"},
     "cli": {"typer", "rich", "numpy", "PIL"},
 }
-TORCH_TOO = {"export/onnx_export.py", "export/parity/compare.py"}
+TORCH_TOO = {"export/onnx_export.py", "export/parity/backends.py"}
 # Only inside functions: `transom --help` must not wait for them, nor a local checkpoint for the hub's client.
 LAZY = {"models": ("huggingface_hub",), "cli": ("transom", "numpy", "PIL")}
 EAGER_ALL_THE_SAME = {"cli": ("transom.cli", "transom.runtime.errors")}
@@ -204,7 +204,6 @@ def test_what_works_on_graphs_alone_loads_no_torch(tmp_path: Path) -> None:
         *files("calib", "export/passes", "export/engine"),
         "export/variants.py",
         "export/bundle_writer.py",
-        "export/external.py",
     ]
     modules = [".".join(("transom", *Path(path).with_suffix("").parts)).removesuffix(".__init__") for path in paths]
     code = f"import sys, {', '.join(modules)}; print('onnx_ir' in sys.modules, {TORCH!r} & sys.modules.keys())"

@@ -20,10 +20,9 @@ from command_line import as_quantized, changed_bundle, document, transom
 from paths import KEPT
 from transom.export import pipeline
 from transom.export.parity.cases import ParityCases
-from transom.export.parity.checks import check_parity, export_limit
-from transom.export.parity.compare import TOLERANCES
-from transom.export.parity.golden import Golden
+from transom.export.parity.compare import TOLERANCES, check_parity, export_limit
 from transom.export.parity.inputs import parity_inputs
+from transom.export.parity.results import Golden
 from transom.export.quantization.gate import POINTS
 from transom.runtime import load
 from transom.runtime.backends.integer_sums import integer_sums
@@ -283,7 +282,7 @@ def test_a_new_export_keeps_the_simulated_side(vit_bundle: Path, tmp_path: Path)
     bundle = changed_bundle(vit_bundle, tmp_path, as_quantized)
     golden = Golden()
     with load(bundle) as side:
-        exercises = ParityCases(side, parity_inputs((file.graph for file in side.manifest.graphs), None, None))
+        exercises = ParityCases(side.manifest, parity_inputs((file.graph for file in side.manifest.graphs), None, None))
         cases = check_parity(side, side, side, exercises, golden, export_limit("int8"), lambda said: None)
     assert [case.emulated for case in cases] == [False, True] * len(exercises)
     sides = {name.split("/")[1] for name in parse(golden.to_bytes())}

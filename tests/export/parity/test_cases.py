@@ -17,10 +17,10 @@ from transom.export.bundle_graphs import canonical_graphs
 from transom.export.engine.trt_graphs import tensorrt_graphs
 from transom.export.engine.trt_parity import require_trt_parity
 from transom.export.parity.cases import ParityCases, Run
-from transom.export.parity.checks import check_parity, export_limit, in_step, measure_ranges
-from transom.export.parity.fp16_range import RangeBackend, require_fp16_range
-from transom.export.parity.golden import Golden
+from transom.export.parity.compare import check_parity, export_limit, in_step
+from transom.export.parity.fp16_range import RangeBackend, measure_ranges, require_fp16_range
 from transom.export.parity.inputs import parity_inputs
+from transom.export.parity.results import Golden
 from transom.runtime import load
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import ExportError, ParityError, PrecisionError
@@ -84,7 +84,7 @@ def test_a_third_side_that_ends_early_fails_parity(exported: Any, monkeypatch: p
     """The artefact beside itself: whatever is compared is equal."""
     monkeypatch.setattr(Cut, "change", change)
     with load(KEPT / "bert-fp32") as side:
-        exercises = Cut(side, parity_inputs((file.graph for file in side.manifest.graphs), None, None))
+        exercises = Cut(side.manifest, parity_inputs((file.graph for file in side.manifest.graphs), None, None))
         assert len(exercises) > 3
         if change:
             with pytest.raises(ParityError, match=r"[01] of 1 sides have a case"):
@@ -97,21 +97,20 @@ def test_a_third_side_that_ends_early_fails_parity(exported: Any, monkeypatch: p
 def test_a_graph_that_no_case_runs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with load(KEPT / "gpt-fp32") as gpt:
         samples = parity_inputs((file.graph for file in gpt.manifest.graphs), None, None)
-        assert len(ParityCases(gpt, samples))
+        assert len(ParityCases(gpt.manifest, samples))
         monkeypatch.setattr("transom.export.parity.cases.Generator", type(None))
         with pytest.raises(ExportError, match="no case runs the graph 'decoder' of this gpt"):
-            ParityCases(gpt, samples)
+            ParityCases(gpt.manifest, samples)
 
 
 def test_ranges_of_a_graph_that_never_ran_are_not_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = Bundle(KEPT / "bert-fp32")
     with load(KEPT / "bert-fp32") as side:
-        exercises = ParityCases(side, parity_inputs((file.graph for file in side.manifest.graphs), None, None))
-    loaded: Any = type("LoadedCheckpoint", (), {"graphs": tuple(file.graph for file in bundle.manifest.graphs)})
-    assert measure_ranges(bundle, canonical_graphs(bundle), loaded, exercises).tensors
+        exercises = ParityCases(side.manifest, parity_inputs((file.graph for file in side.manifest.graphs), None, None))
+    assert measure_ranges(bundle, canonical_graphs(bundle), exercises).tensors
     monkeypatch.setattr(exercises, "runs", lambda side, by_row: runs(0))
     with pytest.raises(PrecisionError, match="the graph model was never run, so no range of its tensors is known"):
-        measure_ranges(bundle, canonical_graphs(bundle), loaded, exercises)
+        measure_ranges(bundle, canonical_graphs(bundle), exercises)
 
 
 @pytest.mark.parametrize("values", [[[math.nan], [1.0]], [[1.0], [math.nan]], [[math.inf], [1.0]]], ids=str)

@@ -22,8 +22,9 @@ from safetensors.numpy import save
 from bad_bundles import replaced
 from command_line import as_quantized, changed_bundle
 from transom.export import pipeline
-from transom.export.parity.checks import export_limit
-from transom.export.parity.compare import TOLERANCES, Case, grid, require_parity
+from transom.export.parity.cases import grid
+from transom.export.parity.compare import TOLERANCES, export_limit, require_parity
+from transom.export.parity.results import CaseResult
 from transom.runtime.compare import compare
 from transom.runtime.errors import CheckpointError, ParityError, PrecisionError
 from transom.runtime.golden_reference import REPEAT
@@ -81,7 +82,7 @@ def test_the_grid_has_every_corner() -> None:
 def test_beyond_tolerance_names_the_worst_element() -> None:
     theirs = {"logits": np.ones((1, 3), np.float32)}
     ours = {"logits": np.array([[1.0, 1.0, 1.001]], np.float32)}
-    case = Case({"B": 1, "S": 7}, (compare("logits", ours["logits"], theirs["logits"]),))
+    case = CaseResult({"B": 1, "S": 7}, (compare("logits", ours["logits"], theirs["logits"]),))
     require_parity([case], TOLERANCES["fp16"], "x", "")
     expected = (
         r"x differs from PyTorch at B=1 S=7: logits\[0, 2\] is 1\.001, expected 1 .* below 2e-05\. Do something\."
@@ -89,7 +90,7 @@ def test_beyond_tolerance_names_the_worst_element() -> None:
     with pytest.raises(ParityError, match=expected):
         require_parity([case], TOLERANCES["fp32"], "x", "Do something.")
     with pytest.raises(ParityError, match=r"x, simulated as another device computes it, differs"):
-        require_parity([Case(case.shape, case.comparisons, emulated=True)], TOLERANCES["fp32"], "x", "")
+        require_parity([CaseResult(case.shape, case.comparisons, emulated=True)], TOLERANCES["fp32"], "x", "")
 
 
 @pytest.mark.parametrize(("precision", "limit"), [("int8", 0.5), ("int4", 0.8)])
@@ -98,7 +99,7 @@ def test_integers_are_refused_from_half_the_largest_value_on(precision: str, lim
     theirs = np.array([[1.0, -4.0]], np.float32)
 
     def parity(ours: NDArray[np.float32]) -> None:
-        require_parity([Case({"B": 1}, (compare("logits", ours, theirs),))], TOLERANCES[precision], "x", "")
+        require_parity([CaseResult({"B": 1}, (compare("logits", ours, theirs),))], TOLERANCES[precision], "x", "")
 
     parity(theirs + np.float32(3.99 * limit))
     for wrong in (theirs + np.float32(4 * limit), 0 * theirs, -theirs):
@@ -260,10 +261,10 @@ def test_one_logit_near_zero_has_the_scale_of_the_others(
     selftest(tmp_path / "out")
 
 
-def worst_of(*errors: float) -> Case:
+def worst_of(*errors: float) -> CaseResult:
     """One output for each error, of a largest value of 1."""
     theirs = np.ones((1,), np.float32)
-    return Case({"B": 1}, tuple(compare(f"y{i}", theirs + np.float32(e), theirs) for i, e in enumerate(errors)))
+    return CaseResult({"B": 1}, tuple(compare(f"y{i}", theirs + np.float32(e), theirs) for i, e in enumerate(errors)))
 
 
 def test_the_worst_of_all_cases_is_judged() -> None:

@@ -19,8 +19,9 @@ from safetensors.numpy import load_file, save
 
 from command_line import as_quantized, changed_bundle
 from transom.export import pipeline
-from transom.export.parity import checks
-from transom.export.parity.compare import TOLERANCES, Case
+from transom.export.parity import compare
+from transom.export.parity.compare import TOLERANCES
+from transom.export.parity.results import CaseResult
 from transom.runtime.errors import BundleError, ParityError
 from transom.runtime.golden import GENERATION, GOLDEN
 from transom.runtime.greedy_check import NOTHING, Chosen, Greedy, divergences, require_same_tokens
@@ -83,9 +84,9 @@ def test_a_checkpoint_that_draws_several_answers_by_default_exports(
     assert selftest(tmp_path / "out").cases
 
 
-def patched(monkeypatch: pytest.MonkeyPatch, change: Callable[[ir.Model], object]) -> list[Case]:
+def patched(monkeypatch: pytest.MonkeyPatch, change: Callable[[ir.Model], object]) -> list[CaseResult]:
     """``change`` the decoder's graph behind the tracing; gives the list that the parity cases will be in."""
-    trace, judge, seen = pipeline.onnx_from_module, checks.require_parity, []
+    trace, judge, seen = pipeline.onnx_from_module, compare.require_parity, []
 
     def trace_then_change(module: Any, graph: Any, axes: Any) -> ir.Model:
         model = trace(module, graph, axes)
@@ -93,12 +94,12 @@ def patched(monkeypatch: pytest.MonkeyPatch, change: Callable[[ir.Model], object
             change(model)
         return model
 
-    def note(cases: list[Case], *rest: Any) -> None:
+    def note(cases: list[CaseResult], *rest: Any) -> None:
         seen.extend(cases)
         judge(cases, *rest)
 
     monkeypatch.setattr(pipeline, "onnx_from_module", trace_then_change)
-    monkeypatch.setattr(checks, "require_parity", note)
+    monkeypatch.setattr(compare, "require_parity", note)
     return seen
 
 
@@ -260,7 +261,7 @@ def test_other_greedy_tokens_fail_the_export(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The logits agree, yet one side chooses otherwise: only the comparison of whole generations sees it."""
-    folder, greedy, calls = make_checkpoint("GPT2LMHeadModel"), checks.greedy, []
+    folder, greedy, calls = make_checkpoint("GPT2LMHeadModel"), compare.greedy, []
 
     def other(*arguments: Any) -> Any:
         found = greedy(*arguments)
@@ -269,12 +270,12 @@ def test_other_greedy_tokens_fail_the_export(
             found.chosen.tokens[0, 3] = (found.chosen.tokens[0, 3] + 1) % 101
         return found
 
-    monkeypatch.setattr(checks, "greedy", other)
+    monkeypatch.setattr(compare, "greedy", other)
     with pytest.raises(ParityError, match=r"greedy token 3 of row 0 is \d+, PyTorch's is \d+ \(its margin"):
         pipeline.export(str(folder), tmp_path / "out", max_sizes={"B": 3})
     assert list(tmp_path.iterdir()) == []
     calls.clear()
-    monkeypatch.setattr(checks, "require_same_tokens", lambda ours, theirs, tolerance: [
+    monkeypatch.setattr(compare, "require_same_tokens", lambda ours, theirs, tolerance: [
         *divergences(ours.chosen.tokens, replace(theirs, margins=theirs.margins * 0))
     ])  # fmt: skip
     manifest = pipeline.export(str(folder), tmp_path / "near", max_sizes={"B": 3})

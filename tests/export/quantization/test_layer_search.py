@@ -19,7 +19,7 @@ from transom.calib.table import RANGES, GraphRanges, RangeTable, Smoothing, Tens
 from transom.export.bundle_graphs import canonical_graphs
 from transom.export.metrics import Accuracy
 from transom.export.quantization.calibrate import require_fitting
-from transom.export.quantization.candidate import Candidate, open_variants
+from transom.export.quantization.candidate import Candidate
 from transom.export.quantization.fidelity import Fp32Outputs, RelativeError
 from transom.export.quantization.gate import Gate
 from transom.export.quantization.gate_result import SCORE, GateResult
@@ -27,7 +27,7 @@ from transom.export.quantization.heldout import reference_samples
 from transom.export.quantization.layer_search import LayerSearchResult, search_layers
 from transom.export.quantization.options import PLAIN, QuantizeOptions
 from transom.export.quantization.quantizer import Layer, QuantizationConfig, Quantizer, observed_tensors
-from transom.export.variants import pack
+from transom.export.variants import open_variants, pack
 from transom.runtime import load
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import AccuracyError, CalibrationError, ExportError

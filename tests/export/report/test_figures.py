@@ -15,9 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
+from transom.export.bundle_graphs import operator_counts
 from transom.export.datasets import heldout_digits
-from transom.export.parity.compare import Case
-from transom.export.parity.results import operator_counts, outputs_to_json
+from transom.export.parity.results import CaseResult, outputs_to_json
 from transom.export.report.drawing.chart import LinearAxis, LogAxis
 from transom.export.report.drawing.heatmap import heatmap, thumbnail
 from transom.export.report.drawing.markup import token_words, words
@@ -79,10 +79,12 @@ def test_the_histogram_of_a_comparison_by_pencil() -> None:
     real = np.array([[True, True, True], [True, True, False]])
     comparison = compare("x", ours, theirs, real)
     assert dict(enumerate(comparison.histogram[comparison.histogram > 0])) == {0: 2, 1: 2, 2: 1}
-    told = outputs_to_json([Case({"B": 2}, (comparison,)), Case({"B": 1}, (compare("x", ours[:1], theirs[:1]),))])
+    told = outputs_to_json(
+        [CaseResult({"B": 2}, (comparison,)), CaseResult({"B": 1}, (compare("x", ours[:1], theirs[:1]),))]
+    )
     assert (told["x"]["equal"], told["x"]["exponent"], told["x"]["counts"]) == (3, -3, [4, 0, 0, 0, 1])
     assert told["x"]["worst"]["index"] == (1, 1)
-    same = outputs_to_json([Case({"B": 2}, (compare("x", theirs, theirs),))])
+    same = outputs_to_json([CaseResult({"B": 2}, (compare("x", theirs, theirs),))])
     assert (same["x"]["equal"], same["x"]["counts"]) == (6, [])
 
 

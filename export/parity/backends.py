@@ -1,0 +1,80 @@
+"""The sides of a parity run as loaded bundles: the same runtime around the PyTorch module, or around other graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from transom.export.checkpoint import LoadedCheckpoint
+from transom.export.variants import load_with_backends
+from transom.runtime.backends.base import Array
+from transom.runtime.backends.ort import OrtBackend
+from transom.runtime.bundle import Bundle
+from transom.runtime.errors import BackendError, BundleError, ExportError
+from transom.runtime.graph_spec import Graph
+from transom.runtime.manifest_graphs import SIMULATED
+from transom.runtime.session import LoadedBundle
+from transom.runtime.tasks import task_class
+
+
+class PyTorchBackend:
+    """The PyTorch module in FP32 as a backend."""
+
+    device = "pytorch"
+
+    def __init__(self, module: nn.Module, graph: Graph) -> None:
+        self._module, self.graph = module, graph.with_state_dtype("float32")
+
+    def run(self, feeds: Mapping[str, Array], shapes: Mapping[str, Sequence[int]]) -> dict[str, Array]:
+        """Compute the outputs ``shapes`` names, as a backend does; the module writes its caches in place."""
+        with torch.inference_mode():
+            outputs = self._module(*(torch.from_numpy(feeds[tensor.name]) for tensor in self.graph.inputs))
+        named = {tensor.name: value.numpy() for tensor, value in zip(self.graph.outputs, outputs, strict=True)}
+        return {name: named[name] for name in shapes}
+
+
+def open_bundle(bundle: Bundle, device: str = "cpu", threads: int | None = None) -> LoadedBundle:
+    """Load the bundle as a device would."""
+    return task_class(bundle.manifest.family)(bundle, device, threads)
+
+
+def open_pytorch(bundle: Bundle, loaded: LoadedCheckpoint) -> LoadedBundle:
+    """Load the bundle around the PyTorch module: whatever differs comes from the graphs alone."""
+    parts = loaded.parts()
+    return load_with_backends(
+        bundle,
+        {file.graph.name: PyTorchBackend(parts[file.graph.name], file.graph) for file in bundle.manifest.graphs},
+    )
+
+
+def open_default_files(bundle: Bundle) -> None:
+    """Build an ONNX Runtime session of each default file that has a variant for the CPU beside it.
+
+    Parity opens the variant alone, so nothing else would show that what ships for other devices loads at all. Types and
+    the graph's edges are checked and kernels found; nothing is computed, for how half precision adds depends on the
+    processor. ONNX Runtime's CPU has no kernels of BF16: of such a file only operators, types and shapes were checked,
+    when it was written. Raises ExportError.
+    """
+    if bundle.manifest.precision == "bf16":
+        return
+    for file in bundle.manifest.graphs:
+        default = file.files["default"]
+        if file.file_for("cpu") == default:
+            continue
+        alone = replace(file, files={"default": default}, integers=file.integers and SIMULATED)
+        try:
+            opened = OrtBackend(alone, bundle.read, "cpu", None)
+        except (BackendError, BundleError) as error:
+            raise ExportError(
+                f"{default}, which would ship for GPUs, does not load: {error} Report this, with the checkpoint's "
+                "config.json; --precision fp32 ships no such file."
+            ) from None
+        wrong = {*opened.graph.inputs, *opened.graph.outputs} - {*file.graph.inputs, *file.graph.outputs}
+        if wrong:
+            raise ExportError(
+                f"{default}, which would ship for GPUs, has {', '.join(sorted(each.name for each in wrong))} in "
+                "another dtype than bundle.json says. Report this, with the checkpoint's config.json."
+            )
