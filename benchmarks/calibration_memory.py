@@ -34,7 +34,7 @@ from transom.calib.data import open_calibration_data
 from transom.calib.graph_hash import graph_sha256
 from transom.calib.table import GraphRanges, RangeTable
 from transom.export.passes.linear_layers import find_linears
-from transom.models.references import reference_folder
+from transom.export.reference_models import reference_folder
 from transom.runtime.backends.ort_library import onnxruntime
 from transom.runtime.bundle import Bundle
 from transom.runtime.host import processor

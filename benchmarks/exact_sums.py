@@ -23,7 +23,7 @@ from int8_cases import CASES, THREADS, Case, HeldOut, bundle_of, open_side
 from int8_measures import alternating, machine, relative_error, timed_call
 
 from transom.calib.table import RANGES
-from transom.export.scores import SCORES
+from transom.export.reference_models import REFERENCE_MODELS
 from transom.runtime.backends.base import Backend, Read, open_backend
 from transom.runtime.backends.integer_sums import integer_sums
 from transom.runtime.manifest_graphs import GraphFile
@@ -78,7 +78,7 @@ def figures_of(case: Case, work: Path) -> Iterator[Figures]:
             yield Figures(
                 case.name,
                 way,
-                SCORES[case.name].of(side.loaded).value,
+                REFERENCE_MODELS[case.name].score(side.loaded).value,
                 relative_error(held_out.answers(side), held_out.reference),
                 seconds[way] / seconds[EXACT],
                 1e3 * seconds[way],

@@ -161,13 +161,15 @@ def size_of(bundle: Bundle) -> int:
 def calibration_feeds(case: Case, folder: Path, samples: int) -> dict[str, list[dict[str, Array]]]:
     """Graph -> what the runtime feeds it when samples, evenly spread over the data, go through one by one."""
     from transom.calib.data import open_calibration_data
-    from transom.calib.run_samples import put_through
+    from transom.calib.run_samples import run_sample
+    from transom.export.families.base import export_family
 
     data = open_calibration_data([case.data]).samples
     with open_side(case, folder) as side:
+        runner = export_family(side.loaded.manifest.family).samples
         side.recorder.on = True
         for index in np.linspace(0, len(data) - 1, min(samples, len(data))).astype(int):
-            put_through(side.loaded, data[int(index)])
+            run_sample(side.loaded, data[int(index)], runner)
     return side.recorder.fed
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from int8_cases import HeldOut, Side
 
 from transom.export.metrics import Rate
-from transom.export.scores import SCORES
+from transom.export.reference_models import REFERENCE_MODELS
 from transom.runtime.backends.base import Array
 from transom.runtime.backends.integer_sums import integer_sums
 from transom.runtime.bench import example_feeds, sizes_of
@@ -56,7 +56,7 @@ class Row:
 def measured(who: str, side: Side, fp32: Side, held_out: HeldOut, *, note: str = "") -> Row:
     """All figures of a side. What goes wrong here is raised."""
     answers = held_out.answers(side)
-    score = SCORES[side.case.name].of(side.loaded)
+    score = REFERENCE_MODELS[side.case.name].score(side.loaded)
     ratios = alternating({"fp32": timed_call(fp32), "side": timed_call(side)}) if side is not fp32 else None
     return Row(
         side.case.name,

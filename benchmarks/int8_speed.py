@@ -33,7 +33,7 @@ def random_bert(folder: Path) -> Path:
     import torch
     import transformers
 
-    from transom.models.references import reference_folder
+    from transom.export.reference_models import reference_folder
 
     if not (folder / "model.safetensors").is_file():
         torch.manual_seed(0)

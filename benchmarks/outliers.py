@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
+from transom.export.reference_models import reference_folders
 from transom.models.checkpoint import open_checkpoint
 
 LEAST, MOST = 20.0, 60.0  # times as loud; the channels are spread between, geometrically
@@ -78,7 +79,7 @@ def inject(source: str, out: Path, *, channels: int = CHANNELS, least: float = L
     Weights are stored as float32: in float16 a factor and its inverse would not cancel. Raises KeyError for a
     model_type that PAIRS does not have, ValueError where a checkpoint has none of the parts or is sharded.
     """
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, reference_folders())
     if len(checkpoint.weight_files) != 1:
         raise ValueError(f"{source} has {len(checkpoint.weight_files)} weight files; expected one model.safetensors.")
     weights = {
@@ -142,7 +143,7 @@ def outlier_checkpoint(name: str, work: Path) -> Path:
 def main() -> None:
     from int8_cases import CASES, HeldOut, bundle_of, open_side
 
-    from transom.export.scores import SCORES
+    from transom.export.reference_models import REFERENCE_MODELS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=list(CASES), metavar="NAME", help=f"of {', '.join(CASES)}")
@@ -156,7 +157,7 @@ def main() -> None:
             pairs = list(zip(held_out.answers(loud), held_out.reference, strict=True))
             difference = max(float(np.abs(a - b).max()) for a, b in pairs)
             scale = max(float(np.abs(b).max()) for _, b in pairs)
-            scores = [SCORES[case.name].of(side.loaded).value for side in (plain, loud)]
+            scores = [REFERENCE_MODELS[case.name].score(side.loaded).value for side in (plain, loud)]
         print(f"| {case.name} | {difference:.1e} | {scale:.3g} | {scores[0]:.4f} | {scores[1]:.4f} |", flush=True)
 
 

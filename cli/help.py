@@ -27,9 +27,9 @@ class GroupedCommand(TyperCommand):
 
 
 def filled(text: str) -> str:
-    """The help text with what only other rooms know."""
+    """The help text with the names of the reference models."""
     if REFERENCES not in text:
         return text
-    from transom.models.references import REFERENCES as known
+    from transom.export.reference_models import REFERENCE_MODELS as known
 
     return text.replace(REFERENCES, ", ".join(known))

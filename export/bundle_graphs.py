@@ -13,9 +13,11 @@ from transom.calib.data import open_calibration_data
 from transom.calib.run_samples import check_reach
 from transom.calib.table import RANGES, RangeTable
 from transom.export.bundle_writer import add_to_bundle
+from transom.export.families.base import export_family
 from transom.export.quantization.calibrate import calibrate
 from transom.export.quantization.options import QuantizeOptions
-from transom.export.quantization.quantize import held_out_of, is_scored
+from transom.export.quantization.quantize import held_out_of
+from transom.export.reference_models import scored_model
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import BundleError, CalibrationError, one_line
 
@@ -42,9 +44,13 @@ def calibrate_bundle(
     config = options.config("int8", tuple(file.graph for file in manifest.graphs))
     data = open_calibration_data(options.data_for(source))
     check_reach(
-        manifest.family, data, tokenizer=manifest.tokenizer is not None, preprocess=manifest.preprocess is not None
+        manifest.family,
+        export_family(manifest.family).samples,
+        data,
+        tokenizer=manifest.tokenizer is not None,
+        preprocess=manifest.preprocess is not None,
     )
-    kept, _ = held_out_of(data, scored=is_scored(source, manifest.task))
+    kept, _ = held_out_of(data, scored=scored_model(source, manifest.task) is not None)
     table = calibrate(bundle, canonical_graphs(bundle), config, kept, smooth=options.smooth, tell=tell)
     add_to_bundle(bundle.folder, {RANGES: table.to_bytes()})
     return table

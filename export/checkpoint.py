@@ -10,6 +10,7 @@ from typing import Any
 from transom.export.processors.generation_config import generation_from_checkpoint
 from transom.export.processors.image import image_preprocess_from_checkpoint
 from transom.export.processors.tokenizer import target_tokenizer_from_checkpoint, tokenizer_from_checkpoint
+from transom.export.reference_models import reference_folders
 from transom.models.checkpoint import Checkpoint, open_checkpoint
 from transom.models.family import Family, Source, label_names
 from transom.models.registry import find_family, find_task
@@ -76,7 +77,7 @@ def load_checkpoint(
     Everything cheap is checked before the weights are read. Raises CheckpointError, or ExportError
     for an axis or image size that the family does not have.
     """
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, reference_folders())
     family = find_family(checkpoint.config_json)
     chosen = find_task(family, checkpoint.config_json, task)
     names = stored_names(checkpoint.weight_files)

@@ -23,11 +23,10 @@ from transom.export.progress import Progress, ProgressReporter, silent
 from transom.export.quantization.calibrate import smoothed
 from transom.export.quantization.candidate import CPU, RANKING_SAMPLES
 from transom.export.quantization.fidelity import Fidelity, Fp32Outputs
-from transom.export.quantization.heldout import reference_samples
-from transom.export.quantization.options import REFERENCE_DATA
-from transom.export.quantization.quantize import held_out_again, is_scored
+from transom.export.quantization.quantize import held_out_again
 from transom.export.quantization.quantizer import Layer
 from transom.export.quantization.switched import SwitchedBundle
+from transom.export.reference_models import REFERENCE_MODELS, scored_model
 from transom.export.variants import make_variants, open_variants
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import CalibrationError, ExportError
@@ -196,11 +195,11 @@ def held_out_samples(manifest: Manifest, data: Sequence[str]) -> tuple[Sequence[
     Raises CalibrationError where a quantised bundle needs the user's data.
     """
     source = str(manifest.source.get("checkpoint"))
-    if data and not (manifest.quantization and is_scored(source, manifest.task)):
+    if data and not (manifest.quantization and scored_model(source, manifest.task)):
         held_out = held_out_again(manifest, data)
         return held_out.samples, held_out.name
-    if source in REFERENCE_DATA:
-        return reference_samples(source), f"held-out data of {source}"
+    if source in REFERENCE_MODELS:
+        return REFERENCE_MODELS[source].held_out(), f"held-out data of {source}"
     if manifest.precision in QUANTIZED:
         raise CalibrationError(
             f"the layers of {manifest.name} are measured on inputs that its calibration did not see, and none are "

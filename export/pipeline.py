@@ -17,6 +17,7 @@ from transom.calib.table import RANGES, RangeTable, load_table
 from transom.export.bundle_graphs import operator_counts, stored_graphs
 from transom.export.bundle_writer import BundleWriter, check_out, new_bundle
 from transom.export.checkpoint import LoadedCheckpoint, load_checkpoint, reload_checkpoint
+from transom.export.families.base import export_family
 from transom.export.onnx_export import onnx_from_module
 from transom.export.parity.backends import open_bundle, open_default_files, open_pytorch
 from transom.export.parity.cases import ParityCases
@@ -29,7 +30,7 @@ from transom.export.quantization.candidate import gated
 from transom.export.quantization.gate_result import GateResult
 from transom.export.quantization.options import PLAIN, QuantizeOptions
 from transom.export.quantization.quantize import Quantization, Quantized, gate_again
-from transom.export.scores import score_both
+from transom.export.reference_models import score_both
 from transom.export.staging import PARTIAL, staging_dir
 from transom.export.variants import (
     Variants,
@@ -176,7 +177,13 @@ class Calibration:
         """Raise CalibrationError or ExportError for what does not go with the model, before anything is computed."""
         options.config(precision, loaded.graphs)
         tokenizer, preprocess = loaded.tokenizer is not None, loaded.preprocess is not None
-        check_reach(loaded.family.name, self.data, tokenizer=tokenizer, preprocess=preprocess)
+        check_reach(
+            loaded.family.name,
+            export_family(loaded.family.name).samples,
+            self.data,
+            tokenizer=tokenizer,
+            preprocess=preprocess,
+        )
 
 
 def check_options(precision: str, source: str, quantize: QuantizeOptions) -> Calibration | None:

@@ -1,4 +1,4 @@
-"""Task scores of the reference models: what is measured, on which data, and the same for PyTorch and the bundle.
+"""Measure the task scores of the reference models, by the same code for PyTorch and for the bundle.
 
 A score takes a function from inputs to answers. Whoever computes them, everything around it is the same code on
 the same data, so that two scores differ by the artefact alone.
@@ -7,7 +7,6 @@ the same data, so that two scores differ by the artefact alone.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -176,14 +175,6 @@ def finite(answers: NDArray[Any], shape: tuple[int, int | None], call: str) -> N
     return array
 
 
-@dataclass(frozen=True)
-class TaskScore:
-    """How a loaded bundle is scored, if it was exported for ``task``."""
-
-    task: str
-    of: Callable[[LoadedBundle], Accuracy | Rate]
-
-
 def digits_score_of(bundle: LoadedBundle) -> Accuracy:
     def predict(images: list[NDArray[np.uint8]]) -> NDArray[np.float64]:
         ranked = cast(ViT, bundle).classify(images, top_k=DIGITS)
@@ -219,27 +210,3 @@ def masked_score_of(bundle: LoadedBundle) -> Accuracy:
 
 def dates_score_of(bundle: LoadedBundle) -> Accuracy:
     return dates_score(lambda texts: cast(Transformer, bundle).translate(texts, num_beams=1))
-
-
-SCORES = {  # by the reference model's name
-    "vit": TaskScore("image-classification", digits_score_of),
-    "minilm": TaskScore("feature-extraction", retrieval_score_of),
-    "gpt": TaskScore("text-generation", bits_per_byte_of),
-    "bert": TaskScore("fill-mask", masked_score_of),
-    "transformer": TaskScore("translation", dates_score_of),
-    "clip": TaskScore("zero-shot-image-classification", zero_shot_score_of),
-}
-
-
-def score_both(source: str, theirs: LoadedBundle, ours: LoadedBundle) -> dict[str, Any] | None:
-    """The task score of both sides as bundle.json records it.
-
-    ``source`` is SOURCE as the user gave it, ``theirs`` PyTorch behind the runtime's own code, ``ours`` the
-    artefact. None where ``source`` names no reference model, or is exported for another task than the scored
-    one (the features of ``vit``, say).
-    """
-    scored = SCORES.get(source)
-    if scored is None or ours.manifest.task != scored.task:
-        return None
-    pytorch, bundle = scored.of(theirs), scored.of(ours)
-    return {**bundle.shared(), "pytorch": pytorch.figures(), "bundle": bundle.figures()}

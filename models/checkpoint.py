@@ -8,14 +8,13 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transom.models.json_files import read_object
 from transom.models.pooling import sentence_modules, sentence_pooling
-from transom.models.references import REFERENCES, reference_folder
 from transom.runtime.errors import CheckpointError, one_line
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
@@ -52,13 +51,15 @@ def blocks(path: Path, size: int = 1 << 22) -> Iterator[bytes]:
             yield block
 
 
-def open_checkpoint(source: str) -> Checkpoint:
+def open_checkpoint(source: str, references: Mapping[str, Callable[[], Path]]) -> Checkpoint:
     """Find SOURCE and read its config.json; weights are located, not read.
+
+    ``references`` are the reference models by name, each a function that finds and checks its folder.
 
     Raises CheckpointError when nothing is found, config.json is missing or damaged, the weights are
     pickled or missing, or a sharded index names a file outside the folder.
     """
-    root, name, recorded = locate(source)
+    root, name, recorded = locate(source, references)
     transformer = next((where for kind, where in sentence_modules(root) if kind == "transformer"), root)
     config = transformer / "config.json"
     if not config.is_file():
@@ -73,10 +74,10 @@ def open_checkpoint(source: str) -> Checkpoint:
     )
 
 
-def locate(source: str) -> tuple[Path, str, str]:
-    """The folder of SOURCE, the name its bundle gets, and SOURCE as recorded in the bundle."""
-    if source in REFERENCES:
-        return reference_folder(source), source, source
+def locate(source: str, references: Mapping[str, Callable[[], Path]]) -> tuple[Path, str, str]:
+    """Return the folder of SOURCE, the name its bundle gets, and SOURCE as recorded in the bundle."""
+    if source in references:
+        return references[source](), source, source
     try:
         folder = Path(source).expanduser()
         is_folder, exists = folder.is_dir(), folder.exists()
@@ -89,7 +90,7 @@ def locate(source: str) -> tuple[Path, str, str]:
     if not HUB_ID.fullmatch(source) or source.startswith((".", "/", "~")):
         raise CheckpointError(
             f"{source!r} is neither a folder nor a hub id (organisation/model[@revision]) nor one of our reference "
-            f"models ({', '.join(REFERENCES)}). Check the path."
+            f"models ({', '.join(references)}). Check the path."
         )
     return download(source), source.partition("@")[0].rsplit("/", 1)[-1], source
 

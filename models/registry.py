@@ -1,19 +1,18 @@
-"""The families Transom defines. A new one is a file beside this and a line in FAMILIES."""
+"""Find the family and the task of a checkpoint's config.json."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from transom.models import bert, clip, gpt, transformer, vit
 from transom.models.family import Family
 from transom.runtime.errors import CheckpointError
+from transom.runtime.families import FAMILIES as NAMES
+from transom.runtime.families import family_record
 
-FAMILIES: dict[str, Family] = {
-    family.name: family for family in (bert.FAMILY, vit.FAMILY, gpt.FAMILY, transformer.FAMILY, clip.FAMILY)
-}
+FAMILIES: dict[str, Family] = {name: family_record("models", name) for name in NAMES}
 
-# Relatives that people will try: what differs, so that nobody has to find out by a wrong result.
+# Relatives that people will try, and what differs; those that a family has defined since are passed over.
 RELATIVES = {
     "roberta": "RoBERTa counts positions from pad_token_id + 1 over real tokens only, has another LM head and a "
     "byte-level BPE tokenizer",

@@ -310,6 +310,6 @@ def clip_bundle(once: Once) -> Path:
 
 
 def reference(name: str) -> Path:
-    from transom.models.references import reference_folder
+    from transom.export.reference_models import reference_folder
 
     return reference_folder(name)

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from transom.calib.collector import CollectingBackend
 from transom.calib.data import CalibrationData, Sample
 from transom.calib.graph_hash import graph_sha256
-from transom.calib.run_samples import put_through
+from transom.calib.run_samples import run_sample
 from transom.calib.smoothquant import LARGEST_FACTOR, search_alpha
 from transom.calib.table import GraphRanges, RangeTable, Smoothing
+from transom.export.families.base import export_family
 from transom.export.passes.smoothquant import find_smoothquant_sites, fold_smoothing
 from transom.export.quantization.quantizer import QuantizationConfig, observed_tensors
 from transom.runtime.bundle import Bundle
@@ -155,12 +156,13 @@ def put_all_through(
     def opener(graph: Any, *_: object) -> CollectingBackend:
         return observed[graph.graph.name]
 
+    runner = export_family(bundle.manifest.family).samples
     with task_class(bundle.manifest.family)(bundle, opener=opener) as loaded:
         for sample in samples:
             before_each()
             for backend in observed.values():
                 backend.sample = sample.name
-            put_through(loaded, sample)
+            run_sample(loaded, sample, runner)
     for name, backend in observed.items():
         backend.noise.check(name)
 

@@ -9,31 +9,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf, sqrt
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from transom.calib.samples import Sample
-from transom.export.metrics import Accuracy, Rate, Z
-from transom.export.quantization.heldout import (
+from transom.export.families.base import export_family
+from transom.export.families.evaluation import (
     MAX_SAMPLES,
     NEIGHBOUR,
     TOKENS_PER_SAMPLE,
-    Answers,
     Floats,
-    Questions,
+    Outputs,
     drawn,
 )
-from transom.export.quantization.heldout_decoders import generation_questions, translation_questions
-from transom.export.quantization.heldout_encoders import clip_questions, image_questions, text_questions
+from transom.export.metrics import Accuracy, Rate, Z
 from transom.runtime.errors import CalibrationError, ExportError
 from transom.runtime.session import LoadedBundle
-from transom.runtime.tasks.bert import Bert
-from transom.runtime.tasks.clip import Clip
-from transom.runtime.tasks.gpt import GPT
-from transom.runtime.tasks.transformer import Transformer
-from transom.runtime.tasks.vit import ViT
 
 KEEP_BYTES = 256 << 20  # of FP32's outputs that are kept: 1,280 rows of GPT-2's logits, all there is of most tasks
 
@@ -108,12 +101,13 @@ class Fp32Outputs:
     def __init__(self, fp32: LoadedBundle, samples: Sequence[Sample], data: str, most: int = MAX_SAMPLES) -> None:
         self._data = data
         self._task = fp32.manifest.family, fp32.manifest.task
-        self._questions = questions(fp32, drawn(samples, most), TOKENS_PER_SAMPLE * most)
-        self._kept: list[Answers] = []
+        family = export_family(fp32.manifest.family)
+        self._cases = family.cases(fp32, drawn(samples, most), TOKENS_PER_SAMPLE * most)
+        self._kept: list[Outputs] = []
         self._values: list[Floats | None] = []
         room = KEEP_BYTES
         varies = False
-        for answers in self._questions.ask(fp32):
+        for answers in self._cases.run(fp32):
             if not np.isfinite(answers.values).all():
                 raise CalibrationError(
                     f"held-out sample {answers.sample} gives values in FP32 that are not finite; nothing can be held "
@@ -133,7 +127,7 @@ class Fp32Outputs:
                 f"FP32 gives one and the same output for all {len(self._kept)} held-out samples of {data}, so that "
                 "nothing a quantised model loses could be seen. Check the checkpoint, or give other calibration data."
             )
-        self._nearest = nearest_others(self._kept) if self._questions.top1 == NEIGHBOUR else None
+        self._nearest = nearest_others(self._kept) if self._cases.top1 == NEIGHBOUR else None
 
     def compare(self, bundle: LoadedBundle) -> Fidelity:
         """Ask ``bundle`` the same. An answer that is not finite agrees with nothing, and its error is infinite.
@@ -146,11 +140,11 @@ class Fp32Outputs:
                 f"a bundle of {' for '.join(task)} is held against one of {' for '.join(self._task)}; expected the "
                 "same. Quantise the FP32 bundle that it is compared with."
             )
-        found: list[Answers] = []
+        found: list[Outputs] = []
         differences, references = [], []
         same: list[int] = []
         with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is seen here
-            for theirs, values, ours in zip(self._kept, self._values, self._questions.ask(bundle), strict=True):
+            for theirs, values, ours in zip(self._kept, self._values, self._cases.run(bundle), strict=True):
                 self._check_shapes(theirs, values, ours)
                 finite = bool(np.isfinite(ours.values).all())
                 if not finite or values is not None:
@@ -162,17 +156,17 @@ class Fp32Outputs:
         if self._nearest is not None and len(found) > 2:  # of two, each is the other's nearest
             same = (nearest_others(found) == self._nearest).astype(int).tolist()
             cases = [1] * len(found)
-        asked = self._questions
+        cases_run = self._cases
         return Fidelity(
-            by_sample(f"same top-1 as FP32, {asked.cases}", self._data, self._kept, same, cases),
-            asked.top1 == NEIGHBOUR,
-            asked.output,
+            by_sample(f"same top-1 as FP32, {cases_run.counted}", self._data, self._kept, same, cases),
+            cases_run.top1 == NEIGHBOUR,
+            cases_run.output,
             RelativeError(tuple(differences), tuple(references)),
             (nats_rate(self._kept, self._data), nats_rate(found, self._data)) if found[0].nats else None,
             self._right(found),
         )
 
-    def _right(self, found: Sequence[Answers]) -> tuple[Accuracy, Accuracy] | None:
+    def _right(self, found: Sequence[Outputs]) -> tuple[Accuracy, Accuracy] | None:
         """FP32's and the bundle's; None unless the truth of every sample is known."""
         sides = []
         for answers in (self._kept, found):
@@ -180,11 +174,11 @@ class Fp32Outputs:
             if len(counts) < len(answers):
                 return None
             right, cases = zip(*counts, strict=True)
-            sides.append(by_sample(f"accuracy of {self._questions.cases}", self._data, answers, right, cases))
+            sides.append(by_sample(f"accuracy of {self._cases.counted}", self._data, answers, right, cases))
         fp32, bundle = sides
         return None if fp32 is None or bundle is None else (fp32, bundle)
 
-    def _check_shapes(self, theirs: Answers, values: Floats | None, ours: Answers) -> None:
+    def _check_shapes(self, theirs: Outputs, values: Floats | None, ours: Outputs) -> None:
         if theirs.chosen.shape != ours.chosen.shape or (values is not None and values.shape != ours.values.shape):
             raise ExportError(
                 f"held-out sample {ours.sample} gives other shapes than FP32 does; expected the same model. "
@@ -192,24 +186,8 @@ class Fp32Outputs:
             )
 
 
-def questions(fp32: LoadedBundle, samples: Sequence[Sample], tokens: int) -> Questions:
-    """What the samples ask of bundles like ``fp32``, which gives the tokenizer and a translation's greedy output.
-
-    ``tokens`` is how many are asked for at most where a task answers at every one.
-    """
-    if isinstance(fp32, Clip):
-        return clip_questions(fp32, samples)
-    if isinstance(fp32, Transformer):
-        return translation_questions(fp32, samples, tokens)
-    if isinstance(fp32, GPT):
-        return generation_questions(fp32, samples, tokens)
-    if isinstance(fp32, ViT):
-        return image_questions(fp32, samples)
-    return text_questions(cast(Bert, fp32), samples, tokens)
-
-
 def by_sample(
-    name: str, data: str, answers: Sequence[Answers], right: Sequence[int], cases: Sequence[int]
+    name: str, data: str, answers: Sequence[Outputs], right: Sequence[int], cases: Sequence[int]
 ) -> Accuracy | None:
     """A score over samples, the runs of a long text together; None without a case."""
     counts: dict[str, tuple[int, int]] = {}
@@ -230,7 +208,7 @@ def differs(values: Floats, first: Floats | None) -> bool:
     return bool((values.reshape(-1, width) != first.reshape(-1, width)[0]).any())
 
 
-def without_values(answers: Answers) -> Answers:
+def without_values(answers: Outputs) -> Outputs:
     return replace(answers, values=np.empty(0, np.float32))
 
 
@@ -239,7 +217,7 @@ def squares(array: Floats) -> float:
     return float(np.square(array, dtype=np.float64).sum())
 
 
-def nearest_others(answers: Sequence[Answers]) -> NDArray[np.int64]:
+def nearest_others(answers: Sequence[Outputs]) -> NDArray[np.int64]:
     """Of each vector the index of the nearest other by cosine, (N,); -1 of one that is not finite.
 
     The lower index where two are as near.
@@ -255,6 +233,6 @@ def nearest_others(answers: Sequence[Answers]) -> NDArray[np.int64]:
     return np.where(broken, -1, cosines.argmax(1))
 
 
-def nats_rate(answers: Sequence[Answers], data: str) -> Rate:
+def nats_rate(answers: Sequence[Outputs], data: str) -> Rate:
     amounts, tokens = zip(*(answer.nats for answer in answers if answer.nats is not None), strict=True)
     return Rate("nats per token", data, amounts, tokens)

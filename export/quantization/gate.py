@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import isfinite, log
+from typing import cast
 
 from transom.calib.samples import Sample
 from transom.export.datasets import heldout_text
+from transom.export.families.base import export_family
+from transom.export.families.evaluation import GateLimits
 from transom.export.metrics import Accuracy, Rate
 from transom.export.quantization.fidelity import Fidelity, Fp32Outputs
 from transom.export.quantization.gate_result import (
@@ -24,16 +27,15 @@ from transom.export.quantization.gate_result import (
     Measured,
     pooled,
 )
-from transom.export.quantization.heldout import reference_samples
-from transom.export.scores import SCORES, blocks
+from transom.export.reference_models import ReferenceModel
+from transom.export.scores import blocks
 from transom.runtime.errors import ExportError
 from transom.runtime.session import LoadedBundle
-from transom.runtime.tasks.gpt import GPT
+from transom.runtime.tasks.generator import Generator
 
-__all__ = ["EMBEDDING_ERROR", "ENOUGH", "MOST_NATS", "PERPLEXITY", "POINTS", "Gate", "GateResult", "pooled"]
+__all__ = ["EMBEDDING_ERROR", "ENOUGH", "MODES", "MOST_NATS", "Gate", "GateResult", "pooled"]
 
-POINTS = {"bert": 0.010, "clip": 0.010, "transformer": 0.010, "vit": 0.013}  # of a score or of agreement
-PERPLEXITY = {"static": 0.05, "dynamic": 0.03, "weight-only": 0.03}  # growth, by how activations are quantised
+MODES = ("static", "dynamic", "weight-only")  # how activations are quantised
 EMBEDDING_ERROR = 0.10  # of an embedding's length
 
 
@@ -51,44 +53,46 @@ class Gate:
         data: str,
         score: Callable[[LoadedBundle], Measured] | None = None,
     ) -> None:
-        self._family = fp32.manifest.family
+        self._limits = export_family(fp32.manifest.family).gate
         self._reference = Fp32Outputs(fp32, held_out, data)
         self._score = score
-        self._tokens = tokens_of_blocks(fp32) if score is not None and isinstance(fp32, GPT) else ()
-        self._fp32 = None if score is None else per_token(score(fp32), self._tokens)
+        self._tokens: tuple[int, ...] = ()
+        self._fp32: Measured | None = None
+        if score is not None:
+            measured = score(fp32)
+            self._tokens = tokens_of_blocks(fp32) if isinstance(measured, Rate) else ()
+            self._fp32 = per_token(measured, self._tokens)
 
     @classmethod
-    def of_reference(cls, source: str, fp32: LoadedBundle) -> Gate:
-        """The gate of a reference model: its score, and the held-out data that ships with it."""
-        scored = SCORES[source]
-        if fp32.manifest.task != scored.task:
-            raise ExportError(f"{source} is scored as {scored.task}; this bundle is for {fp32.manifest.task}.")
-        samples = reference_samples(source)
-        return cls(fp32, samples, f"held-out data of {source}", scored.of)
+    def of_reference(cls, model: ReferenceModel, fp32: LoadedBundle) -> Gate:
+        """Return the gate of a reference model: its score, and the held-out data that ships with it."""
+        if fp32.manifest.task != model.task:
+            raise ExportError(f"{model.name} is scored as {model.task}; this bundle is for {fp32.manifest.task}.")
+        return cls(fp32, model.held_out(), f"held-out data of {model.name}", model.score)
 
     def evaluate(self, bundle: LoadedBundle, activations: str) -> GateResult:
         """Measure a quantised bundle; ``activations`` are "static", "dynamic" or "weight-only"."""
-        if activations not in PERPLEXITY:
-            raise ExportError(f"activations is {activations!r}; expected one of {', '.join(PERPLEXITY)}.")
+        if activations not in MODES:
+            raise ExportError(f"activations is {activations!r}; expected one of {', '.join(MODES)}.")
         agreement = self._reference.compare(bundle)
         scores: tuple[Measured, Measured] | None = agreement.nats or agreement.right
         if self._score is not None and self._fp32 is not None:
             finite = isfinite(agreement.error.value)  # a score refuses what is not finite, the verdict says it
             scores = (self._fp32, per_token(self._score(bundle), self._tokens)) if finite else None
-        return gate_result(self._family, activations, agreement, scores)
+        return gate_result(self._limits, activations, agreement, scores)
 
 
 def gate_result(
-    family: str, activations: str, agreement: Fidelity, scores: tuple[Measured, Measured] | None
+    limits: GateLimits, activations: str, agreement: Fidelity, scores: tuple[Measured, Measured] | None
 ) -> GateResult:
-    """What is judged of these measurements, and by what. ``scores`` are FP32's and the quantised model's."""
+    """Choose what is judged of these measurements. ``scores`` are FP32's and the quantised model's."""
     top1 = agreement.top1
-    if family == "gpt":
-        criterion, allowed = GROWTH, PERPLEXITY[activations]
-    elif scores is not None:
-        criterion, allowed = SCORE, POINTS[family]
-    elif top1 is not None and not agreement.embeds:
-        criterion, allowed = AGREEMENT, POINTS[family]
+    if limits.growth is not None:
+        criterion, allowed = GROWTH, limits.growth[activations]
+    elif limits.points is not None and scores is not None:
+        criterion, allowed = SCORE, limits.points
+    elif limits.points is not None and top1 is not None and not agreement.embeds:
+        criterion, allowed = AGREEMENT, limits.points
     else:
         criterion, allowed = ERROR, EMBEDDING_ERROR
     before, after = scores or (None, None)
@@ -106,7 +110,7 @@ def per_token(measured: Measured, tokens: Sequence[int]) -> Measured:
     return Rate("nats per token", measured.data, nats, tuple(tokens))
 
 
-def tokens_of_blocks(bundle: GPT) -> tuple[int, ...]:
-    """How many tokens the score predicts of each of its blocks: all but the newline before it."""
+def tokens_of_blocks(bundle: LoadedBundle) -> tuple[int, ...]:
+    """Count the tokens that the score predicts of each of its blocks: all but the newline before it."""
     texts = ["\n" + block for block in blocks(heldout_text())]
-    return tuple(len(row.ids) - 1 for row in bundle.tokenizer().encode(texts, truncate=False).rows)
+    return tuple(len(row.ids) - 1 for row in cast(Generator, bundle).tokenizer().encode(texts, truncate=False).rows)

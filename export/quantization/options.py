@@ -8,19 +8,12 @@ from pathlib import Path
 from transom.calib.scales import BLOCKS, METHODS
 from transom.export.passes.extras import OPTIONAL_SITES
 from transom.export.quantization.quantizer import ACTIVATIONS, DYNAMIC, NONE, STATIC, QuantizationConfig
+from transom.export.reference_models import REFERENCE_MODELS
 from transom.runtime.errors import ExportError
 from transom.runtime.feeds import is_decoder
 from transom.runtime.graph_spec import Graph
 
 WEIGHT_BITS, BLOCK_SIZE = 8, 32  # where nothing is said
-REFERENCE_DATA = {  # the reference models' own training inputs, names of transom.calib.builtin_sets
-    "vit": "digits",
-    "clip": "digit-captions",
-    "minilm": "wordnet",
-    "bert": "austen",
-    "gpt": "austen",
-    "transformer": "dates",
-}
 
 
 @dataclass(frozen=True)
@@ -44,8 +37,8 @@ class QuantizeOptions:
         """What to calibrate on. Raises ExportError where a model that is not ours comes without data."""
         if self.calibration_data:
             return self.calibration_data
-        if source in REFERENCE_DATA:
-            return (REFERENCE_DATA[source],)
+        if source in REFERENCE_MODELS:
+            return (REFERENCE_MODELS[source].calibration_set,)
         if self.ranges is not None:
             raise ExportError(
                 f"quantising {source} by {self.ranges} needs inputs for its accuracy gate, and none were given. "

@@ -9,17 +9,16 @@ from typing import Any
 
 import onnx_ir as ir
 
-from transom.calib.data import CalibrationData, open_calibration_data
+from transom.calib.data import CalibrationData, Sample, open_calibration_data
 from transom.calib.table import RANGES, RangeTable, Smoothing
 from transom.export.parity.fp16_range import beyond_fp16
 from transom.export.quantization.calibrate import calibrate, require_fitting, smoothed
 from transom.export.quantization.candidate import CPU, Candidate, ranking_reference
 from transom.export.quantization.gate import Gate
-from transom.export.quantization.heldout import reference_samples
 from transom.export.quantization.layer_search import LayerSearchResult, search_layers
 from transom.export.quantization.options import QuantizeOptions
 from transom.export.quantization.quantizer import NONE
-from transom.export.scores import SCORES
+from transom.export.reference_models import scored_model
 from transom.export.variants import Variants
 from transom.runtime.backends.integer_sums import integer_sums
 from transom.runtime.bundle import Bundle
@@ -69,10 +68,11 @@ class Quantization:
         self._bundle, self._canonical, self._source = bundle, canonical, source
         self._options, self._data, self._measure, self._tell = options, data, measure, tell
         self._config = options.config(precision, tuple(file.graph for file in bundle.manifest.graphs))
-        self._scored = is_scored(source, bundle.manifest.task)
+        self._reference = scored_model(source, bundle.manifest.task)
+        self._scored = self._reference is not None
         if table is not None:
             require_fitting(table, canonical, self._config)
-            if not self._scored:
+            if self._reference is None:
                 require_same(data.split(PARTS)[0], table.data, "the table of ranges")
         self._given = table
         self._smoothing: Mapping[str, Mapping[str, Smoothing]] | None = None  # the first calibration's, for all
@@ -88,7 +88,7 @@ class Quantization:
         if self._options.gate and self._given is None:
             wanted = min(MAX_CANDIDATES, first.evaluate(CPU, ()).wanted)
             candidates += [self._another(part, half=half) for part in range(1, wanted)]
-        samples = reference_samples(self._source) if held_out is None else list(held_out.samples)
+        samples = self._samples(held_out)
         reference = ranking_reference(self._bundle, samples, self._name_of(held_out), len(first.quantizer.layers))
         found = search_layers(candidates, reference, gate=self._options.gate, same_inputs=self._scored, tell=self._tell)
         return Quantized(first.quantizer.variants(found.kept), table, self._record(table, found, first, half=half))
@@ -112,10 +112,10 @@ class Quantization:
     def _candidate(self, table: RangeTable, held_out: CalibrationData | None, *, half: bool) -> Candidate:
         with task_class(self._bundle.manifest.family)(self._bundle) as fp32:
             self._tell("measuring FP32")
-            if held_out is None:
-                gate = Gate.of_reference(self._source, fp32)
+            if held_out is None and self._reference is not None:
+                gate = Gate.of_reference(self._reference, fp32)
             else:
-                gate = Gate(fp32, held_out.samples, self._name_of(held_out))
+                gate = Gate(fp32, self._samples(held_out), self._name_of(held_out))
         return Candidate(self._bundle, self._canonical, self._config, table, gate, half=half)
 
     def _fits_fp16(self, table: RangeTable) -> bool:
@@ -124,6 +124,12 @@ class Quantization:
         self._tell("measuring every tensor's range")
         smoothing = {name: table.graphs[name].smoothing for name in self._canonical}
         return not beyond_fp16(self._measure(smoothed(self._canonical, smoothing)))
+
+    def _samples(self, held_out: CalibrationData | None) -> Sequence[Sample]:
+        """Return the user's held-out samples, or those of the reference model, which brings its own."""
+        if held_out is not None:
+            return held_out.samples
+        return [] if self._reference is None else self._reference.held_out()
 
     def _name_of(self, held_out: CalibrationData | None) -> str:
         return f"held-out data of {self._source}" if held_out is None else held_out.name
@@ -175,16 +181,11 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not isfinite(value) else value
 
 
-def is_scored(source: str, task: str) -> bool:
-    """Whether a checkpoint has a task score, with held-out data of its own."""
-    scored = SCORES.get(source)
-    return scored is not None and scored.task == task
-
-
 def gate_again(source: str, fp32: LoadedBundle, data: Sequence[str]) -> Gate | None:
     """The gate that a bundle was judged by; None where it takes the user's data and they are not given."""
-    if is_scored(source, fp32.manifest.task):
-        return Gate.of_reference(source, fp32)
+    model = scored_model(source, fp32.manifest.task)
+    if model is not None:
+        return Gate.of_reference(model, fp32)
     if not data:
         return None
     held_out = held_out_again(fp32.manifest, data)

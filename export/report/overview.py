@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from transom.export.families.base import export_family
 from transom.export.report.drawing.markup import words
 from transom.export.report.drawing.numbers import (
     at,
@@ -24,15 +25,15 @@ from transom.export.report.score import interval, score_text, score_value
 from transom.export.report.sizes import running_bytes
 from transom.runtime.bench import BenchReport
 from transom.runtime.bundle import Bundle
+from transom.runtime.families import FAMILIES
 from transom.runtime.manifest import Manifest
-
-FAMILIES = {"bert": "BERT", "clip": "CLIP", "gpt": "GPT-2", "transformer": "Transformer", "vit": "Vision Transformer"}
 
 
 def headline(bundle: Bundle, parameters: int, timed: BenchReport) -> str:
     """Name, verdict and four figures."""
     manifest = bundle.manifest
-    family = FAMILIES.get(manifest.family) or words(manifest.family, 60)
+    known = manifest.family in FAMILIES
+    family = export_family(manifest.family).title if known else words(manifest.family, 60)
     source = words(manifest.source.get("checkpoint"), 120)
     return (
         f'<header><h1>{words(manifest.name, 120)}</h1><p class="soft">{family} for {words(manifest.task, 60)} in '

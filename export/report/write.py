@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from transom.export.bundle_writer import write
-from transom.export.report.figures.families import draw_pictures
+from transom.export.report.family_figure import draw_figure
 from transom.export.report.latency import RUNS, SECONDS, WARMUP
 from transom.export.report.page import page
 from transom.runtime.bench import bench
@@ -23,7 +23,7 @@ def write_report(folder: Path, inputs: Sequence[str], out: Path, prompts: Sequen
     for inputs that cannot be drawn, ExportError where ``out`` cannot be written.
     """
     bundle = Bundle(folder)
-    pictures = draw_pictures(bundle, inputs, prompts)
+    pictures = draw_figure(bundle, inputs, prompts)
     timed = bench(folder, runs=RUNS, warmup=WARMUP, seconds=SECONDS)
     try:
         write(out, page(bundle, pictures, timed).encode())

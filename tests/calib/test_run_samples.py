@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from transom.calib.data import CalibrationData, Sample, open_calibration_data
-from transom.calib.run_samples import NEW_TOKENS, check_reach, put_through, what_reads
-from transom.export.quantization.heldout_decoders import translation_questions
-from transom.export.quantization.heldout_encoders import text_row
+from transom.calib.run_samples import check_reach, run_sample
+from transom.export.families.base import export_family
+from transom.export.families.bert import text_row
+from transom.export.families.transformer import NEW_TOKENS, translation_cases
 from transom.runtime.backends.base import Array, Backend, Read, open_backend
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import BackendError, CalibrationError
@@ -56,8 +57,9 @@ def recorded(folder: Path, calls: list[Call], **changed: Any) -> LoadedBundle:
 def calls_of(folder: Path, *samples: Sample, **changed: Any) -> list[Call]:
     calls: list[Call] = []
     with recorded(folder, calls, **changed) as bundle:
+        runner = export_family(bundle.manifest.family).samples
         for sample in samples:
-            put_through(bundle, sample)
+            run_sample(bundle, sample, runner)
     return [(graph, without_padding(feeds)) for graph, feeds in calls]
 
 
@@ -131,7 +133,7 @@ def test_calibration_translates_the_sources_that_the_gate_judges(dates_bundle: P
         fp32 = cast(Any, transformer)
         generate = fp32.generate
         fp32.generate = lambda rows, **options: asked.extend(rows) or generate(rows, **options)
-        translation_questions(fp32, [sample], 9)
+        translation_cases(fp32, [sample], 9)
         assert len(source) == fp32.max_size("S")
         assert source[-1] == fp32.tokenizer().encode(["3 May 1979"], truncate=False).rows[0].ids[-1]
     assert asked == [source.tolist()]
@@ -281,7 +283,7 @@ def data_of(tmp_path: Path, *lines: Any) -> CalibrationData:
 
 
 def test_clip_needs_texts_and_images(tmp_path: Path) -> None:
-    check = partial(check_reach, "clip", tokenizer=True, preprocess=True)
+    check = partial(check_reach, "clip", export_family("clip").samples, tokenizer=True, preprocess=True)
     check(open_calibration_data(["digit-captions"]))
     check(open_calibration_data(["digits", "dates"]))
     with pytest.raises(
@@ -295,9 +297,17 @@ def test_clip_needs_texts_and_images(tmp_path: Path) -> None:
 
 def test_a_sample_of_another_kind_is_found_before_anything_runs() -> None:
     with pytest.raises(CalibrationError, match=r"^dates\[0\] holds a text: samples that don't fit the graph"):
-        check_reach("vit", open_calibration_data(["digits", "dates"]), tokenizer=False, preprocess=True)
+        check_reach(
+            "vit",
+            export_family("vit").samples,
+            open_calibration_data(["digits", "dates"]),
+            tokenizer=False,
+            preprocess=True,
+        )
     with pytest.raises(CalibrationError, match=r"but this bert has no tokenizer, .* Give a \.npz file with input_ids"):
-        check_reach("bert", open_calibration_data(["dates"]), tokenizer=False, preprocess=False)
+        check_reach(
+            "bert", export_family("bert").samples, open_calibration_data(["dates"]), tokenizer=False, preprocess=False
+        )
 
 
 def test_arrays_that_no_graph_takes_are_found_before_anything_runs(tmp_path: Path) -> None:
@@ -307,9 +317,9 @@ def test_arrays_that_no_graph_takes_are_found_before_anything_runs(tmp_path: Pat
         CalibrationError,
         match=r"^raw\.npz\[0\] holds scale and tokens: samples .* takes texts \(or a \.npz file with input_ids",
     ):
-        check_reach("gpt", data, tokenizer=True, preprocess=False)
+        check_reach("gpt", export_family("gpt").samples, data, tokenizer=True, preprocess=False)
     with pytest.raises(CalibrationError, match=r"takes images \(or a \.npz file with pixel_values\) and texts"):
-        check_reach("clip", data, tokenizer=True, preprocess=True)
+        check_reach("clip", export_family("clip").samples, data, tokenizer=True, preprocess=True)
 
 
 def test_each_reference_model_takes_its_own_set(
@@ -320,8 +330,10 @@ def test_each_reference_model_takes_its_own_set(
         data = open_calibration_data([name])
         calls: list[Call] = []
         with recorded(folder, calls) as bundle:
-            family, tokenizer, preprocess = what_reads(bundle)
-            check_reach(family, data, tokenizer=tokenizer, preprocess=preprocess)
+            manifest = bundle.manifest
+            runner = export_family(manifest.family).samples
+            there = {"tokenizer": manifest.tokenizer is not None, "preprocess": manifest.preprocess is not None}
+            check_reach(manifest.family, runner, data, **there)
             for sample in data.samples[:8]:
-                put_through(bundle, sample)
+                run_sample(bundle, sample, runner)
             assert {graph for graph, _ in calls} == {file.graph.name for file in bundle.manifest.graphs}

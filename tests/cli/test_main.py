@@ -46,9 +46,9 @@ def test_help_of_run_groups_the_options_of_generation() -> None:
 
 
 def test_help_of_export_names_every_reference_model() -> None:
-    from transom.models.references import REFERENCES
+    from transom.export.reference_models import REFERENCE_MODELS
 
-    assert f"({', '.join(REFERENCES)})" in " ".join(transom("export", "--help").stdout.split())
+    assert f"({', '.join(REFERENCE_MODELS)})" in " ".join(transom("export", "--help").stdout.split())
 
 
 def test_help_is_what_one_gets_without_arguments() -> None:

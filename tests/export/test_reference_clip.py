@@ -15,8 +15,8 @@ import pytest
 
 from paths import REPO
 from transom.export.datasets import digit_prompts, heldout_digits
+from transom.export.reference_models import reference_folder
 from transom.export.scores import DIGIT_NAMES, zero_shot_score, zero_shot_score_of
-from transom.models.references import reference_folder
 from transom.runtime import load
 from transom.runtime.errors import ExportError
 

@@ -15,8 +15,8 @@ import pytest
 
 from paths import REPO
 from transom.export.datasets import heldout_dates, heldout_text, masked_text
+from transom.export.reference_models import reference_folder
 from transom.export.scores import bits_per_byte
-from transom.models.references import reference_folder
 
 
 @pytest.fixture(scope="module", autouse=True)

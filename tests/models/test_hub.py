@@ -24,7 +24,7 @@ import sys
 from transom.models.checkpoint import open_checkpoint
 from transom.runtime.errors import CheckpointError
 try:
-    checkpoint = open_checkpoint(sys.argv[1])
+    checkpoint = open_checkpoint(sys.argv[1], {})
     print(checkpoint.name, checkpoint.source, len(checkpoint.weight_files), checkpoint.config_json["model_type"])
 except CheckpointError as error:
     print("CheckpointError:", error)

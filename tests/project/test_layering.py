@@ -24,7 +24,7 @@ ROOMS = ("models", "export", "runtime", "calib", "cli")
 # Prefixes of what each room may import of ours. A name counts as deep as it is written:
 # `from transom.runtime import load` is `transom.runtime.load`.
 OURS = {
-    "models": ("transom.models", "transom.runtime.errors", "transom.runtime.graph_spec"),
+    "models": ("transom.models", "transom.runtime.errors", "transom.runtime.graph_spec", "transom.runtime.families"),
     "runtime": ("transom.runtime",),
     "calib": ("transom.calib", "transom.runtime"),
     "export": ("transom.export", "transom.models", "transom.calib", "transom.runtime"),

@@ -221,10 +221,10 @@ def test_make_alone_is_the_table_of_contents(workshop: Path) -> None:
 
 
 def test_make_export_knows_every_reference_model() -> None:
-    from transom.models.references import REFERENCES
+    from transom.export.reference_models import REFERENCE_MODELS
 
     (line,) = re.findall(r"^REFERENCES := (.*)$", (REPO / "Makefile").read_text(), re.MULTILINE)
-    assert sorted(line.split()) == sorted(REFERENCES)
+    assert sorted(line.split()) == sorted(REFERENCE_MODELS)
 
 
 def test_make_export_goes_on_after_a_failure_and_then_fails(workshop: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.export.datasets import heldout_dates, passage
+from transom.export.reference_models import examples_for
 from transom.export.report.drawing.heatmap import heatmap, shades_key
 from transom.export.report.drawing.markup import figure, folded, words
 from transom.export.report.figures.attention import Exposed
@@ -48,7 +48,7 @@ def draw_alignments(bundle: Bundle, texts: Sequence[str]) -> str:
 
 def example_texts(bundle: Bundle) -> list[str]:
     """A few lines that the model may have an answer to: held-out dates of the reference model, else prose."""
-    lines = heldout_dates()[0] if bundle.manifest.source.get("checkpoint") == "transformer" else passage()
+    lines = examples_for(bundle.manifest.source.get("checkpoint")).texts
     return [line[:EXAMPLE_CHARACTERS] for line in lines[:EXAMPLES]]
 
 

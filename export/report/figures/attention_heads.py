@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.export.datasets import heldout_text, passage
+from transom.export.reference_models import examples_for
 from transom.export.report.drawing.heatmap import heatmap, shades_key
 from transom.export.report.drawing.markup import figure, words
 from transom.export.report.figures.attention import Exposed
@@ -35,7 +35,7 @@ def draw_attention(bundle: Bundle, texts: Sequence[str]) -> str:
 
 def example_text(bundle: Bundle) -> str:
     """A sentence of the kind the model knows."""
-    lines = heldout_text().splitlines() if bundle.manifest.source.get("checkpoint") == "bert" else passage()
+    lines = examples_for(bundle.manifest.source.get("checkpoint")).texts
     low, high = EXAMPLE_CHARACTERS
     return next((line for line in lines if low <= len(line) <= high), lines[0][:high])
 

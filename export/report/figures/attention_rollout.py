@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.export.datasets import heldout_digits, photos
+from transom.export.reference_models import examples_for
 from transom.export.report.drawing.markup import figure, words
 from transom.export.report.drawing.raster import FEW, data_uri, pixels_class, seen
 from transom.export.report.figures.attention import Exposed
@@ -26,7 +26,6 @@ from transom.runtime.tasks.postprocess import label_scores, ranked
 if TYPE_CHECKING:
     from transom.runtime.image_loading import ImageSource
 
-DIGITS = 6  # scans drawn where no image is given
 TOP = 3  # labels told
 VEIL = 0.92  # opacity where the least comes from
 
@@ -57,11 +56,7 @@ def draw_sight(bundle: Bundle, images: Sequence[str]) -> str:
 
 def example_images(bundle: Bundle) -> list[Any]:
     """Held-out scans of different digits for the reference model, photographs for others."""
-    if bundle.manifest.source.get("checkpoint") != "vit":
-        return list(photos())
-    scans, labels = heldout_digits()
-    first = [int(np.flatnonzero(labels == digit)[0]) for digit in range(DIGITS)]
-    return [np.repeat(scans[index][:, :, None], 3, axis=2) for index in first]
+    return list(examples_for(bundle.manifest.source.get("checkpoint")).images)
 
 
 def draw(bundle: Bundle, exposed: Exposed, preprocess: ImagePreprocess, grid: Grid, source: ImageSource) -> str:

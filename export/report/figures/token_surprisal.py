@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from transom.export.datasets import heldout_text, passage
+from transom.export.reference_models import examples_for
 from transom.export.report.drawing.chart import bar, drawing, level
 from transom.export.report.drawing.markup import figure, numeric, table, token_words, words
 from transom.runtime.bundle import Bundle
@@ -41,7 +41,7 @@ def draw_surprise(bundle: Bundle, texts: Sequence[str]) -> str:
 
 def example_text(bundle: Bundle) -> str:
     """A paragraph of the kind the model knows."""
-    lines = heldout_text().splitlines() if bundle.manifest.source.get("checkpoint") == "gpt" else passage()
+    lines = examples_for(bundle.manifest.source.get("checkpoint")).texts
     low, high = EXAMPLE_CHARACTERS
     return next((line for line in lines if low <= len(line) <= high), lines[0][:high])
 

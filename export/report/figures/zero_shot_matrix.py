@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
-
-from transom.export.datasets import digit_prompts, heldout_digits, photos
+from transom.export.reference_models import examples_for
 from transom.export.report.drawing.markup import figure, words
 from transom.export.report.drawing.raster import data_uri, pixels_class, reduced
-from transom.export.scores import DIGIT_NAMES
 from transom.runtime.bundle import Bundle
 from transom.runtime.image_loading import open_image
 from transom.runtime.tasks.clip import BLANK, Clip
@@ -24,14 +20,15 @@ PROMPTS = ("a photo of a building", "a photo of a flower", "a photo of a person"
 def draw_matching(bundle: Bundle, images: Sequence[str], prompts: Sequence[str]) -> str:
     """The matrix of ``images`` and ``prompts``; examples for what is not given."""
     names, asked = list(dict.fromkeys(prompts)), ""
-    reference = bundle.manifest.source.get("checkpoint") == "clip"
-    if not names and reference:
-        template = digit_prompts()[0]
-        names, asked = list(DIGIT_NAMES), f"Asked as “{template}”, {BLANK} being the column's name. "
-    pictures = [open_image(source) for source in images or example_images(reference=reference)]
+    examples = examples_for(bundle.manifest.source.get("checkpoint"))
+    template = None
+    if not names and examples.labels:
+        template = examples.template
+        names, asked = list(examples.labels), f"Asked as “{template}”, {BLANK} being the column's name. "
+    pictures = [open_image(source) for source in images or examples.images]
     names = names or list(PROMPTS)
     with Clip(bundle) as model:
-        answers = model.zero_shot(pictures, names, templates=digit_prompts()[0] if asked else None)
+        answers = model.zero_shot(pictures, names, templates=template)
     rows = []
     for picture, answer in zip(pictures, answers, strict=True):
         found = dict(answer)
@@ -46,15 +43,6 @@ def draw_matching(bundle: Bundle, images: Sequence[str], prompts: Sequence[str])
         f"the cosines times {model.logit_scale:.4g}. The outlined one is the answer. Nobody trained a classifier.",
         f"{matrix}<tbody>{''.join(rows)}</tbody></table></div>",
     )
-
-
-def example_images(*, reference: bool) -> list[Any]:
-    """A held-out scan of each digit for the reference model, photographs for others."""
-    if not reference:
-        return list(photos())
-    scans, labels = heldout_digits()
-    first = [int(np.flatnonzero(labels == digit)[0]) for digit in range(len(DIGIT_NAMES))]
-    return [np.repeat(scans[index][:, :, None], 3, axis=2) for index in first]
 
 
 def cell(probability: float, *, top: bool) -> str:

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from transom.calib.samples import Sample
+from transom.export.families.bert import text_row
+from transom.export.families.evaluation import MAX_SAMPLES, Outputs, drawn
 from transom.export.metrics import Accuracy
 from transom.export.quantization import fidelity as agreement_module
 from transom.export.quantization.fidelity import Fidelity, Fp32Outputs, RelativeError, nearest_others
-from transom.export.quantization.heldout import MAX_SAMPLES, Answers, drawn, reference_samples
-from transom.export.quantization.heldout_encoders import text_row
-from transom.export.scores import DIGIT_NAMES, SCORES, heldout_images
+from transom.export.reference_models import REFERENCE_MODELS
+from transom.export.scores import DIGIT_NAMES, heldout_images
 from transom.runtime.backends.base import Array, Backend, open_backend
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import CalibrationError, ExportError
@@ -89,7 +90,7 @@ def families(
 ) -> dict[str, tuple[Path, list[Sample], int]]:
     """Bundle, held-out samples and how many cases they are."""
     rows = [[5, 3, 9, 7, 2], [8, 1], [4, 4, 6]]
-    digits = reference_samples("clip")
+    digits = REFERENCE_MODELS["clip"].held_out()
     return {
         "bert": (bert_bundle, texts(*TEXTS), 4),
         "vit": (vit_bundle, digits[:20], 20),
@@ -133,12 +134,12 @@ def test_fp32_that_is_not_finite_is_refused(vit_bundle: Path) -> None:
         opened(vit_bundle, third) as fp32,
         pytest.raises(CalibrationError, match=r"held-out sample scan \d+ gives values in FP32 that are not finite"),
     ):
-        Fp32Outputs(fp32, reference_samples("vit")[:5], "scans")
+        Fp32Outputs(fp32, REFERENCE_MODELS["vit"].held_out()[:5], "scans")
 
 
 def test_another_task_is_refused(vit_bundle: Path, bert_bundle: Path) -> None:
     with opened(vit_bundle) as vit, opened(bert_bundle) as bert:
-        reference = Fp32Outputs(vit, reference_samples("vit")[:2], "scans")
+        reference = Fp32Outputs(vit, REFERENCE_MODELS["vit"].held_out()[:2], "scans")
         with pytest.raises(ExportError, match=r"bert for feature-extraction is held against .* vit for image-class"):
             reference.compare(bert)
 
@@ -151,7 +152,7 @@ def test_fp32_runs_once_for_many(vit_bundle: Path) -> None:
         return found
 
     with opened(vit_bundle, counted) as fp32, opened(vit_bundle) as other:
-        reference = Fp32Outputs(fp32, reference_samples("vit")[:40], "scans")
+        reference = Fp32Outputs(fp32, REFERENCE_MODELS["vit"].held_out()[:40], "scans")
         assert runs == [16, 16, 8]
         assert reference.compare(other) == reference.compare(other)
         assert len(runs) == 3
@@ -164,7 +165,7 @@ def test_flipped_answers_are_counted(vit_bundle: Path) -> None:
         found["logits"][0] *= -1
         return found
 
-    found = compared(vit_bundle, reference_samples("vit")[:40], first_of_each)
+    found = compared(vit_bundle, REFERENCE_MODELS["vit"].held_out()[:40], first_of_each)
     same = [index not in (0, 16, 32) for index in range(40)]
     assert found.top1 == Accuracy.of_each("same top-1 as FP32, images", "some data", same)
     assert found.error.n == 40
@@ -216,7 +217,7 @@ def test_perplexity_of_a_text(gpt_bundle: Path) -> None:
     def uniform(feeds: Mapping[str, Array], found: dict[str, Array]) -> dict[str, Array]:
         return {name: np.zeros_like(array) for name, array in found.items()}
 
-    text = reference_samples("gpt")[0].text
+    text = REFERENCE_MODELS["gpt"].held_out()[0].text
     assert text is not None
     found = compared(gpt_bundle, texts(text[:400]), uniform)
     assert found.nats is not None
@@ -242,7 +243,7 @@ def test_a_long_text_is_read_in_windows_up_to_the_most(exported: Exported) -> No
 
 def test_few_samples_of_clip_are_as_many_images_and_texts(clip_bundle: Path) -> None:
     with opened(clip_bundle) as clip:
-        found = Fp32Outputs(clip, reference_samples("clip"), "scans", most=8).compare(clip)
+        found = Fp32Outputs(clip, REFERENCE_MODELS["clip"].held_out(), "scans", most=8).compare(clip)
     assert found.top1 == Accuracy.of_each("same top-1 as FP32, images among 8 texts", "scans", [True] * 8)
     assert found.right is None  # none of the texts came with an image
 
@@ -266,7 +267,10 @@ def test_a_model_that_answers_everything_alike_cannot_be_judged(vit_bundle: Path
     def alike(feeds: Mapping[str, Array], found: dict[str, Array]) -> dict[str, Array]:
         return {name: np.ones_like(array) for name, array in found.items()}
 
-    for folder, samples in ((vit_bundle, reference_samples("vit")[:20]), (gpt_bundle, texts("the people", "to be"))):
+    for folder, samples in (
+        (vit_bundle, REFERENCE_MODELS["vit"].held_out()[:20]),
+        (gpt_bundle, texts("the people", "to be")),
+    ):
         with opened(folder, alike) as dull, pytest.raises(CalibrationError, match="one and the same output for all"):
             Fp32Outputs(dull, samples, "some data")
 
@@ -275,7 +279,7 @@ def test_translations_follow_fp32s_own_greedy_output(dates_bundle: Path) -> None
     """FP32 chooses its own tokens along them. One wrong token per sentence, the first, costs one case each: what
     follows is fed as FP32 has it.
     """
-    samples = reference_samples("transformer")[:20]
+    samples = REFERENCE_MODELS["transformer"].held_out()[:20]
 
     def first(feeds: Mapping[str, Array], found: dict[str, Array]) -> dict[str, Array]:
         if "logits" in found and not feeds["write_indices"].any():
@@ -295,10 +299,12 @@ def test_translations_follow_fp32s_own_greedy_output(dates_bundle: Path) -> None
 
 def test_outputs_are_kept_while_there_is_room(vit_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agreement_module, "KEEP_BYTES", 12 * 10 * 4)  # twelve images' logits
-    found = compared(vit_bundle, reference_samples("vit")[:40], scaled)
+    found = compared(vit_bundle, REFERENCE_MODELS["vit"].held_out()[:40], scaled)
     assert (found.error.n, counts(found)) == (12, (40, 40))
     assert found.error.value == pytest.approx(0.02, rel=1e-3)
-    assert compared(vit_bundle, reference_samples("vit")[:40], broken).error.n == 40  # seen without anything kept
+    assert (
+        compared(vit_bundle, REFERENCE_MODELS["vit"].held_out()[:40], broken).error.n == 40
+    )  # seen without anything kept
 
 
 def test_relative_error_by_pencil() -> None:
@@ -318,7 +324,7 @@ def test_nearest_others_by_pencil() -> None:
     def nearest(*rows: Sequence[float]) -> list[int]:
         vectors = [np.array(row, np.float32) for row in rows]
         none = np.empty((0, 1), np.int64)
-        return nearest_others([Answers("row", vector, none, vector) for vector in vectors]).tolist()
+        return nearest_others([Outputs("row", vector, none, vector) for vector in vectors]).tolist()
 
     assert nearest([1, 0], [100, 1], [0, 1], [0, -1], [1, 0]) == [4, 0, 1, 0, 0]
     assert nearest([1, 0], [-1, 0], [np.nan, 0]) == [1, 0, -1]
@@ -351,8 +357,8 @@ def test_samples_that_do_not_fit_are_named(exported: Exported, sample: Sample, m
         Fp32Outputs(gpt, [sample], "data")
 
 
-@pytest.mark.parametrize("source", SCORES)
+@pytest.mark.parametrize("source", REFERENCE_MODELS)
 def test_every_scored_model_has_held_out_samples(source: str) -> None:
-    samples = reference_samples(source)
+    samples = REFERENCE_MODELS[source].held_out()
     assert len(samples) >= 40
     assert all(sample.kinds for sample in samples)

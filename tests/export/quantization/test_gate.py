@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from transom.export.families.base import export_family
 from transom.export.metrics import Accuracy, Rate
 from transom.export.quantization.fidelity import Fidelity, RelativeError
 from transom.export.quantization.gate import Gate, gate_result, per_token, pooled
 from transom.export.quantization.gate_result import GateResult, drop_interval, growth_interval
-from transom.export.quantization.heldout import reference_samples
+from transom.export.reference_models import REFERENCE_MODELS
 from transom.export.scores import bits_per_byte
 from transom.runtime import load
 from transom.runtime.errors import ExportError
@@ -24,6 +25,10 @@ from transom.runtime.errors import ExportError
 ERROR = RelativeError((1.0, 3.0), (400.0, 1200.0))  # 0.05
 TOP1 = Accuracy.of_each("same top-1 as FP32, images", "scans", [True] * 538 + [False] * 2)
 ALIKE = Fidelity(TOP1, False, "logits", ERROR)
+
+
+def judged(family: str, activations: str, agreement: Fidelity, scores: Any) -> GateResult:
+    return gate_result(export_family(family).gate, activations, agreement, scores)
 
 
 def accuracy(correct: int, n: int = 1000) -> Accuracy:
@@ -49,7 +54,7 @@ def nats(*amounts: float) -> Rate:
     ],
 )
 def test_points_of_a_score(family: str, correct: int, holds: bool) -> None:
-    found = gate_result(family, "static", ALIKE, (accuracy(990), accuracy(correct)))
+    found = judged(family, "static", ALIKE, (accuracy(990), accuracy(correct)))
     assert found.holds == holds
     assert (found.measure, found.n) == ("zero-shot accuracy", 1000)
     assert found.found == pytest.approx((990 - correct) / 1000)
@@ -69,7 +74,7 @@ def test_points_of_a_score(family: str, correct: int, holds: bool) -> None:
 def test_growth_of_perplexity_is_per_token(activations: str, more: float, holds: bool) -> None:
     """200 tokens of 3 nats each, and ``more`` of them."""
     scores = nats(300, 300), nats(100 * (3 + more), 100 * (3 + more))
-    found = gate_result("gpt", activations, ALIKE, scores)
+    found = judged("gpt", activations, ALIKE, scores)
     assert (found.measure, found.n, found.holds) == ("perplexity", 200, holds)
     assert found.found == pytest.approx(np.exp(more) - 1)
 
@@ -84,29 +89,29 @@ def test_bits_per_byte_become_nats_per_token() -> None:
 
 def test_without_a_score_answers_are_judged() -> None:
     """2 of 540 changed are 0.37 points; 6 are 1.11, too many for BERT and few enough for ViT."""
-    assert gate_result("bert", "static", ALIKE, None).found == pytest.approx(2 / 540)
-    assert gate_result("bert", "static", ALIKE, None).holds
+    assert judged("bert", "static", ALIKE, None).found == pytest.approx(2 / 540)
+    assert judged("bert", "static", ALIKE, None).holds
     six = replace(ALIKE, top1=Accuracy.of_each(TOP1.name, "scans", [True] * 534 + [False] * 6))
-    assert not gate_result("bert", "static", six, None).holds
-    assert gate_result("vit", "static", six, None).holds
-    assert gate_result("vit", "static", six, None).n == 540
+    assert not judged("bert", "static", six, None).holds
+    assert judged("vit", "static", six, None).holds
+    assert judged("vit", "static", six, None).n == 540
 
 
 @pytest.mark.parametrize("agreement", [replace(ALIKE, embeds=True), replace(ALIKE, top1=None)])
 def test_embeddings_and_regressions_are_judged_by_their_error(agreement: Fidelity) -> None:
-    found = gate_result("bert", "static", agreement, None)
+    found = judged("bert", "static", agreement, None)
     assert (found.measure, found.found, found.n, found.holds) == ("relative error of logits", 0.05, 2, True)
     wrong = replace(agreement, error=RelativeError((1.1,), (100.0,)))
-    assert not gate_result("bert", "static", wrong, None).holds  # 0.105
+    assert not judged("bert", "static", wrong, None).holds  # 0.105
 
 
 @pytest.mark.parametrize(("family", "scores"), [("vit", None), ("gpt", (nats(3, 3), nats(nan, 3)))])
 def test_what_is_not_finite_fails_every_gate(family: str, scores: Any) -> None:
     broken = replace(ALIKE, error=RelativeError((inf,), (1.0,)))
-    found = gate_result(family, "static", broken, scores)
+    found = judged(family, "static", broken, scores)
     assert (found.found, found.interval, found.holds) == (inf, None, False)
-    assert not gate_result("gpt", "static", ALIKE, (nats(3, 3), nats(inf, 3))).holds
-    assert found.summary()
+    assert not judged("gpt", "static", ALIKE, (nats(3, 3), nats(inf, 3))).holds
+    assert found.words()
 
 
 def test_the_interval_of_a_drop_pairs_the_answers() -> None:
@@ -144,18 +149,18 @@ def test_the_interval_of_growth_pairs_the_blocks() -> None:
 
 def test_words_of_each_kind() -> None:
     rest = "agrees with FP32 in 538 of 540 images (95 %: 98.7 to 99.9 %); relative error of logits 0.05"
-    scored = gate_result("clip", "static", ALIKE, (accuracy(537, 540), accuracy(535, 540)))
-    assert scored.summary() == (f"zero-shot accuracy 0.9944 -> 0.9907, -0.37 points of 1.0 allowed, n = 540; {rest}")
-    written = gate_result("gpt", "dynamic", ALIKE, (nats(300, 300), nats(301, 301)))
-    assert written.summary() == f"perplexity 20.09 -> 20.29, +1.01 % of 3.0 % allowed, n = 200 tokens; {rest}"
-    changed = gate_result("bert", "static", ALIKE, None)
-    assert changed.summary() == f"0.37 points of answers changed of 1.0 allowed, n = 540; {rest}"
-    embedded = gate_result("bert", "static", Fidelity(None, True, "sentence_embedding", ERROR), None)
-    assert embedded.summary() == "relative error of sentence_embedding 0.05 of 0.1 allowed, n = 2"
+    scored = judged("clip", "static", ALIKE, (accuracy(537, 540), accuracy(535, 540)))
+    assert scored.words() == (f"zero-shot accuracy 0.9944 -> 0.9907, -0.37 points of 1.0 allowed, n = 540; {rest}")
+    written = judged("gpt", "dynamic", ALIKE, (nats(300, 300), nats(301, 301)))
+    assert written.words() == f"perplexity 20.09 -> 20.29, +1.01 % of 3.0 % allowed, n = 200 tokens; {rest}"
+    changed = judged("bert", "static", ALIKE, None)
+    assert changed.words() == f"0.37 points of answers changed of 1.0 allowed, n = 540; {rest}"
+    embedded = judged("bert", "static", Fidelity(None, True, "sentence_embedding", ERROR), None)
+    assert embedded.words() == "relative error of sentence_embedding 0.05 of 0.1 allowed, n = 2"
 
 
 def test_json_is_what_a_bundle_records() -> None:
-    found = gate_result("clip", "static", ALIKE, (accuracy(990), accuracy(985)))
+    found = judged("clip", "static", ALIKE, (accuracy(990), accuracy(985)))
     words = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert words["measure"] == "zero-shot accuracy"
     assert (words["allowed"], words["found"], words["n"], words["holds"]) == (0.01, 0.005, 1000, True)
@@ -166,12 +171,12 @@ def test_json_is_what_a_bundle_records() -> None:
     error = words["relative_error"]
     assert (error["output"], error["value"], error["n"]) == ("logits", 0.05, 2)
     assert error["interval"] == pytest.approx([0.05, 0.05])
-    written = gate_result("gpt", "static", ALIKE, (nats(300, 300), nats(301, 301))).to_json()
+    written = judged("gpt", "static", ALIKE, (nats(300, 300), nats(301, 301))).to_json()
     assert written["score"]["fp32"]["perplexity"] == pytest.approx(np.exp(3))
 
 
 def once(lost: int, n: int = 540) -> GateResult:
-    return gate_result("clip", "static", ALIKE, (accuracy(n, n), accuracy(n - lost, n)))
+    return judged("clip", "static", ALIKE, (accuracy(n, n), accuracy(n - lost, n)))
 
 
 def test_repetitions_on_other_inputs_add_up() -> None:
@@ -185,7 +190,7 @@ def test_repetitions_on_other_inputs_add_up() -> None:
     assert not once(6).holds
     assert pooled([once(4), once(6)], same_inputs=False).holds
     assert pooled([once(5)], same_inputs=False) == once(5)
-    grown = [gate_result("gpt", "static", ALIKE, (nats(300), nats(after))) for after in (303, 309)]
+    grown = [judged("gpt", "static", ALIKE, (nats(300), nats(after))) for after in (303, 309)]
     assert pooled(grown, same_inputs=False).found == pytest.approx(np.exp(0.06) - 1)
     assert pooled(grown, same_inputs=False).interval is not None
     with pytest.raises(ExportError, match="no verdicts"):
@@ -203,7 +208,7 @@ def test_repetitions_on_the_same_inputs_are_averaged() -> None:
     assert nothing is not None
     assert both is not None
     assert both[1] - both[0] > 2 * (nothing[1] - nothing[0])
-    grown = [gate_result("gpt", "static", ALIKE, (nats(300, 300), nats(300, more))) for more in (303, 309)]
+    grown = [judged("gpt", "static", ALIKE, (nats(300, 300), nats(300, more))) for more in (303, 309)]
     assert pooled(grown, same_inputs=True).n == 200
     assert pooled(grown, same_inputs=True).found == pytest.approx(np.exp(0.03) - 1)
 
@@ -227,15 +232,15 @@ def test_how_many_repetitions_are_wanted() -> None:
     """1,000 cases of 100 inputs: 540 scans twice; 2,000 tokens of 20 texts five times."""
     assert [once(0, n).wanted for n in (540, 999, 1000, 5000)] == [2, 2, 1, 1]
     top1 = Accuracy("same", "texts", (100,) * 20, (100,) * 20)
-    few = gate_result("bert", "static", replace(ALIKE, top1=top1), None)
+    few = judged("bert", "static", replace(ALIKE, top1=top1), None)
     assert (few.n, few.inputs, few.wanted) == (2000, 20, 5)
 
 
 def test_a_reference_model_against_itself_and_damaged(vit_bundle: Path) -> None:
     """Without its patches ViT tells all scans alike: nine points in ten are lost."""
     with load(vit_bundle, threads=1) as vit:
-        gate = Gate.of_reference("vit", vit)
-        same = gate.evaluate(vit, "static")
+        gate = Gate.of_reference(REFERENCE_MODELS["vit"], vit)
+        same = gate.judge(vit, "static")
         assert (same.n, same.found, same.relative_error, same.holds) == (540, 0.0, 0.0, True)
         assert same.agreement is not None
         assert same.agreement.correct == 540
@@ -261,8 +266,8 @@ class Blind:
 
 def test_perplexity_with_a_score_and_without(gpt_bundle: Path) -> None:
     """Of the same text both are the perplexity per token that ``score`` gives."""
-    text = (reference_samples("gpt")[0].text or "")[:300]
-    samples = [replace(reference_samples("gpt")[0], text=text)]
+    text = (REFERENCE_MODELS["gpt"].held_out()[0].text or "")[:300]
+    samples = [replace(REFERENCE_MODELS["gpt"].held_out()[0], text=text)]
     with load(gpt_bundle, threads=1) as gpt:
         bare = Gate(gpt, samples, "a paragraph").evaluate(gpt, "dynamic")
         assert isinstance(bare.score_fp32, Rate)
@@ -277,4 +282,4 @@ def test_perplexity_with_a_score_and_without(gpt_bundle: Path) -> None:
 def test_a_reference_model_of_another_task_has_no_gate() -> None:
     other: Any = SimpleNamespace(manifest=SimpleNamespace(family="vit", task="feature-extraction"))
     with pytest.raises(ExportError, match="vit is scored as image-classification; this bundle is for feature-extr"):
-        Gate.of_reference("vit", other)
+        Gate.of_reference(REFERENCE_MODELS["vit"], other)

@@ -23,10 +23,10 @@ from transom.export.quantization.candidate import Candidate
 from transom.export.quantization.fidelity import Fp32Outputs, RelativeError
 from transom.export.quantization.gate import Gate
 from transom.export.quantization.gate_result import SCORE, GateResult
-from transom.export.quantization.heldout import reference_samples
 from transom.export.quantization.layer_search import LayerSearchResult, search_layers
 from transom.export.quantization.options import PLAIN, QuantizeOptions
 from transom.export.quantization.quantizer import Layer, QuantizationConfig, Quantizer, observed_tensors
+from transom.export.reference_models import REFERENCE_MODELS
 from transom.export.variants import open_variants, pack
 from transom.runtime import load
 from transom.runtime.bundle import Bundle
@@ -353,7 +353,7 @@ def test_layers_are_ranked_by_what_each_costs_alone(vit_bundle: Path, int8_bundl
     """In one session with a switch for every layer: the same errors as of graphs made with all others in FP32."""
     bundle = Bundle(vit_bundle)
     graphs = tuple(file.graph for file in bundle.manifest.graphs)
-    samples = reference_samples("vit")[:16]
+    samples = REFERENCE_MODELS["vit"].held_out()[:16]
     with load(vit_bundle, threads=1) as fp32:
         gate, reference = Gate(fp32, samples, "scans"), Fp32Outputs(fp32, samples, "scans")
     config, ranges = PLAIN.config("int8", graphs), load_table(int8_bundle / RANGES)

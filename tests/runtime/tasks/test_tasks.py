@@ -246,7 +246,7 @@ def test_minilm_embeds_as_sentence_transformers(minilm: Any) -> None:
     import sentence_transformers
 
     from transom.export.datasets import passage
-    from transom.models.references import reference_folder
+    from transom.export.reference_models import reference_folder
 
     theirs = sentence_transformers.SentenceTransformer(str(reference_folder("minilm")), device="cpu")
     texts = [*passage(), " ".join(passage()), "x", "Straße — naïve café; 北京 😀"]

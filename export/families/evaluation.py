@@ -1,17 +1,16 @@
-"""Held-out samples as questions to a bundle: what is asked, what an answer holds, and which samples are drawn."""
+"""Define the cases on which bundles are compared with FP32: how they run, what is kept, and the limits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from transom.calib.samples import Sample
-from transom.export.datasets import digit_prompts, heldout_dates, heldout_text, masked_text, wordnet_pairs
-from transom.export.scores import DIGIT_NAMES, blocks, heldout_images
 from transom.runtime.errors import CalibrationError, TransomError, one_line
 from transom.runtime.session import LoadedBundle
 
@@ -24,11 +23,12 @@ NEIGHBOUR = "neighbour"  # of embeddings the nearest other sample
 NOTHING = "nothing"  # of a regression
 
 Floats = NDArray[np.float32]
+NO_CHOICE = np.empty((0, 1), np.int64)
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What one held-out sample got; of a long text, one run of its tokens.
+class Outputs:
+    """What a bundle gives for one held-out sample; of a long text, for one run of its tokens.
 
     values    float32, any shape: the main output at the positions that count
     chosen    int64 (cases, k): two bundles agree on a case where all its k numbers are equal
@@ -46,42 +46,35 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Questions:
-    """What is asked of every bundle of a family and task.
+class EvaluationCases:
+    """The cases on which every bundle of a family and task is run.
 
-    ask      gives the answers, in one order and one division into batches; they come and go one by one
+    run      yields the outputs of a bundle, in one order and one division into batches, one by one
     top1     CHOICE, NEIGHBOUR or NOTHING
-    cases    the word for what is counted where two bundles agree
+    counted  the word for what is counted where two bundles agree
     output   what the relative error is taken over
     """
 
-    ask: Callable[[LoadedBundle], Iterator[Answers]]
+    run: Callable[[LoadedBundle], Iterator[Outputs]]
     top1: str
-    cases: str
+    counted: str
     output: str
 
 
-def reference_samples(source: str) -> list[Sample]:
-    """The held-out inputs that a reference model's score runs on.
+@dataclass(frozen=True)
+class GateLimits:
+    """How much a quantised bundle of a family may lose against FP32.
 
-    Of MiniLM's pairs the definitions; with CLIP's images the ten names in the first of the unseen prompts.
+    points  of a score, or of agreement with FP32 where there is none, as a fraction
+    growth  of perplexity, by how activations are quantised; where it is given, it is judged and nothing else
     """
-    if source in ("vit", "clip"):
-        images = [Sample(f"scan {index}", image=image) for index, image in enumerate(heldout_images()[0])]
-        prompt = digit_prompts()[0]
-        labels = [prompt.replace("{}", name) for name in DIGIT_NAMES] if source == "clip" else []
-        return images + [Sample(repr(label), text=label) for label in labels]
-    made: dict[str, Callable[[], list[str]]] = {
-        "minilm": lambda: wordnet_pairs()[0],
-        "gpt": lambda: ["\n" + block for block in blocks(heldout_text())],
-        "bert": lambda: [text for text, _ in masked_text()],
-        "transformer": lambda: heldout_dates()[0],
-    }
-    return [Sample(f"held-out text {index}", text=text) for index, text in enumerate(made[source]())]
+
+    points: float | None = None
+    growth: Mapping[str, float] | None = None
 
 
 def drawn(samples: Sequence[Sample], most: int = MAX_SAMPLES) -> list[Sample]:
-    """At most ``most`` samples with an image and as many without, drawn by a fixed seed; each text once.
+    """Draw at most ``most`` samples with an image and as many without, drawn by a fixed seed; each text once.
 
     A text that is there twice would be its own nearest neighbour, and count twice. Raises CalibrationError for none.
     """
@@ -105,7 +98,7 @@ def drawn(samples: Sequence[Sample], most: int = MAX_SAMPLES) -> list[Sample]:
 
 @contextmanager
 def naming(samples: Sequence[Sample]) -> Iterator[None]:
-    """An error of ours inside becomes a CalibrationError that says which samples were read."""
+    """Turn an error inside into a CalibrationError that says which samples were read."""
     try:
         yield
     except TransomError as error:
@@ -119,3 +112,14 @@ def text_of(sample: Sample) -> str:
     if sample.text is None:
         raise CalibrationError(f"held-out sample {sample.name} has no text, which this model reads. Leave it out.")
     return sample.text
+
+
+def top1_of_head(options: Mapping[str, Any]) -> str:
+    return NOTHING if options.get("problem_type") == "regression" else CHOICE
+
+
+def choice_of_head(logits: Floats, options: Mapping[str, Any]) -> NDArray[np.int64]:
+    """Return the label of logits (L,); of a single one whether it is above even odds; of a regression nothing."""
+    if top1_of_head(options) == NOTHING:
+        return NO_CHOICE
+    return np.array([[int(logits.argmax()) if len(logits) > 1 else int(logits[0] > 0)]], np.int64)

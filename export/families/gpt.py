@@ -1,0 +1,101 @@
+"""Calibrate, evaluate and draw GPT: how probable the next token of a text is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transom.calib.run_samples import IDS, SampleRunner
+from transom.calib.samples import TEXT, Sample
+from transom.export.families.base import ExportFamily, Figure
+from transom.export.families.evaluation import CHOICE, EvaluationCases, Floats, GateLimits, Outputs
+from transom.export.families.token_rows import ids_of, prompt_of, row_of
+from transom.runtime.backends.base import Array
+from transom.runtime.bundle import Bundle
+from transom.runtime.decoder import CHUNK
+from transom.runtime.session import LoadedBundle
+from transom.runtime.tasks.generator import Row
+from transom.runtime.tasks.gpt import GPT
+
+
+def run_text(bundle: GPT, sample: Sample) -> None:
+    """Read a text: one context of it at most."""
+    read(bundle, prompt_of(bundle, sample))
+
+
+def run_raw(bundle: GPT, feeds: Mapping[str, Array]) -> None:
+    """Read raw ids as a text; other feeds run as they are."""
+    row = row_of(feeds)
+    if row is None:
+        bundle.run(feeds)
+    else:
+        read(bundle, row)
+
+
+def read(bundle: GPT, ids: Row) -> None:
+    """The first context's worth of tokens; a single one has no probability, but is read all the same."""
+    shown = ids[: bundle.context]
+    if len(shown) == 1:
+        bundle.prefill([shown])
+    else:
+        bundle.log_probabilities(shown)
+
+
+def next_token_cases(fp32: GPT, samples: Sequence[Sample], most: int) -> EvaluationCases:
+    """Teacher forcing: the next token at every position of texts, which are cut into windows of one context.
+
+    At most ``most`` of them; a window's first token has nothing before it and is not predicted.
+    """
+    windows: list[tuple[str, Row]] = []
+    left = most
+    for sample in samples:
+        if left <= 0:
+            break
+        ids = ids_of(fp32, sample)
+        for start in range(0, len(ids), fp32.context):
+            window = ids[start : start + min(fp32.context, left + 1)]
+            if len(window) > 1 and left > 0:
+                windows.append((sample.name, window))
+                left -= len(window) - 1
+
+    def run(bundle: LoadedBundle) -> Iterator[Outputs]:
+        for name, window in windows:
+            decoder = cast(GPT, bundle).new_decoder(1)
+            read, following = np.array([window[:-1]]), np.array(window[1:])
+            for first in range(0, len(following), CHUNK):
+                logits = decoder.forward_logits(read[:, first : first + CHUNK])[0]
+                targets = following[first : first + CHUNK]
+                yield Outputs(
+                    name,
+                    logits,
+                    logits.argmax(1)[:, None],
+                    nats=(negative_log_likelihood(logits, targets), len(targets)),
+                )
+
+    return EvaluationCases(run, CHOICE, "next tokens of held-out texts", "logits")
+
+
+def negative_log_likelihood(logits: Floats, targets: NDArray[np.int64]) -> float:
+    """-sum of log softmax(logits)[i, targets[i]] in nats; logits (n, V), targets (n,)."""
+    wide = logits.astype(np.float64)
+    top = wide.max(1)
+    normalisers = np.log(np.exp(wide - top[:, None]).sum(1)) + top
+    return float((normalisers - wide[np.arange(len(targets)), targets]).sum())
+
+
+def draw(bundle: Bundle, inputs: Sequence[str], prompts: Sequence[str]) -> str:
+    from transom.export.report.figures.token_surprisal import draw_surprise
+
+    return draw_surprise(bundle, inputs)
+
+
+FAMILY = ExportFamily(
+    "GPT-2",
+    SampleRunner({"decoder": (TEXT, IDS)}, run_text, run_raw),
+    next_token_cases,
+    GateLimits(growth={"static": 0.05, "dynamic": 0.03, "weight-only": 0.03}),
+    Figure(draw, texts=True),
+)
