@@ -111,7 +111,7 @@ def test_what_is_not_finite_fails_every_gate(family: str, scores: Any) -> None:
     found = judged(family, "static", broken, scores)
     assert (found.found, found.interval, found.holds) == (inf, None, False)
     assert not judged("gpt", "static", ALIKE, (nats(3, 3), nats(inf, 3))).holds
-    assert found.words()
+    assert found.summary()
 
 
 def test_the_interval_of_a_drop_pairs_the_answers() -> None:
@@ -150,13 +150,13 @@ def test_the_interval_of_growth_pairs_the_blocks() -> None:
 def test_words_of_each_kind() -> None:
     rest = "agrees with FP32 in 538 of 540 images (95 %: 98.7 to 99.9 %); relative error of logits 0.05"
     scored = judged("clip", "static", ALIKE, (accuracy(537, 540), accuracy(535, 540)))
-    assert scored.words() == (f"zero-shot accuracy 0.9944 -> 0.9907, -0.37 points of 1.0 allowed, n = 540; {rest}")
+    assert scored.summary() == (f"zero-shot accuracy 0.9944 -> 0.9907, -0.37 points of 1.0 allowed, n = 540; {rest}")
     written = judged("gpt", "dynamic", ALIKE, (nats(300, 300), nats(301, 301)))
-    assert written.words() == f"perplexity 20.09 -> 20.29, +1.01 % of 3.0 % allowed, n = 200 tokens; {rest}"
+    assert written.summary() == f"perplexity 20.09 -> 20.29, +1.01 % of 3.0 % allowed, n = 200 tokens; {rest}"
     changed = judged("bert", "static", ALIKE, None)
-    assert changed.words() == f"0.37 points of answers changed of 1.0 allowed, n = 540; {rest}"
+    assert changed.summary() == f"0.37 points of answers changed of 1.0 allowed, n = 540; {rest}"
     embedded = judged("bert", "static", Fidelity(None, True, "sentence_embedding", ERROR), None)
-    assert embedded.words() == "relative error of sentence_embedding 0.05 of 0.1 allowed, n = 2"
+    assert embedded.summary() == "relative error of sentence_embedding 0.05 of 0.1 allowed, n = 2"
 
 
 def test_json_is_what_a_bundle_records() -> None:
