@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 def streams(bundle: Any, prompts: Sequence[str], options: RunOptions) -> bool:
     """Return whether one text is asked for whose tokens are final as soon as they are there."""
-    from transom.runtime.generation import GenerationConfig
+    from transom.runtime.generation import GenerationConfig, with_keywords
 
     if len(prompts) != 1 or options.score:
         return False
-    settings = GenerationConfig.from_json(bundle.manifest.generation or {}).with_keywords(**options.keywords)
-    return settings.rows(1) == 1
+    stored = GenerationConfig.from_json(bundle.manifest.generation or {})
+    return with_keywords(stored, **options.keywords).rows(1) == 1
 
 
 def print_stream(bundle: Any, prompt: str, options: RunOptions) -> None:

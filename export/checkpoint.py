@@ -22,7 +22,8 @@ from transom.runtime.generation import GenerationConfig
 from transom.runtime.graph_spec import Axis, Graph
 from transom.runtime.image_preprocess import ImagePreprocess
 from transom.runtime.manifest import Manifest
-from transom.runtime.text.tokenizer import MAX_LENGTH, TextTokenizer, TokenizerSpec
+from transom.runtime.text.tokenizer import TextTokenizer
+from transom.runtime.text.tokenizer_spec import MAX_LENGTH, TokenizerSpec
 
 LABELLED = ("text-classification", "token-classification", "image-classification")
 

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from transom.runtime.backends.base import Array
 from transom.runtime.errors import ParityError
-from transom.runtime.tasks.generator import Generator, Row, padded
+from transom.runtime.tasks.generator import Generator
+from transom.runtime.tasks.prompts import Row, padded
 
 NOTHING = -1  # fills rows of tokens that ended early
 TOP = 16  # logits of each step that golden values keep: whoever chose another token chose one of these

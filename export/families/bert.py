@@ -29,7 +29,7 @@ from transom.runtime.bundle import Bundle
 from transom.runtime.errors import CalibrationError
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks.bert import Bert
-from transom.runtime.text.tokenizer import EncodedBatch
+from transom.runtime.text.batch import EncodedBatch
 
 GAP_EVERY = 7  # tokens, where a masked-language model is given a text without a gap: about the 15 % of BERT's paper
 HEAD_OUTPUTS = {  # by task; others have logits

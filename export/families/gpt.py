@@ -17,8 +17,8 @@ from transom.runtime.backends.base import Array
 from transom.runtime.bundle import Bundle
 from transom.runtime.decoder import CHUNK
 from transom.runtime.session import LoadedBundle
-from transom.runtime.tasks.generator import Row
 from transom.runtime.tasks.gpt import GPT
+from transom.runtime.tasks.prompts import Row
 
 
 def run_text(bundle: GPT, sample: Sample) -> None:

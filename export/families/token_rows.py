@@ -11,7 +11,8 @@ from transom.calib.samples import Sample
 from transom.export.families.evaluation import naming, text_of
 from transom.runtime.backends.base import Array
 from transom.runtime.errors import CalibrationError, InputError
-from transom.runtime.tasks.generator import Generator, Row
+from transom.runtime.tasks.generator import Generator
+from transom.runtime.tasks.prompts import Row
 
 
 def prompt_of(bundle: Generator, sample: Sample) -> Row:

@@ -23,7 +23,8 @@ from transom.export.families.token_rows import ids_of, prompt_of, row_of
 from transom.runtime.backends.base import Array
 from transom.runtime.bundle import Bundle
 from transom.runtime.session import LoadedBundle
-from transom.runtime.tasks.generator import Generator, Row
+from transom.runtime.tasks.generator import Generator
+from transom.runtime.tasks.prompts import Row
 from transom.runtime.tasks.transformer import Transformer
 
 NEW_TOKENS = 64  # of a generated text, at most: most sentences end before

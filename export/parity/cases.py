@@ -23,7 +23,8 @@ from transom.runtime.kv_cache import STEP
 from transom.runtime.manifest import Manifest
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks import task_class
-from transom.runtime.tasks.generator import Generator, Row
+from transom.runtime.tasks.generator import Generator
+from transom.runtime.tasks.prompts import Row
 
 FORCED_STEPS = 64  # tokens fed one by one
 LONG_CHUNK = 300  # tokens, all with logits: of a vocabulary of 50,000, 60 MB on each side

@@ -15,7 +15,7 @@ from transom.models.json_files import read_object
 from transom.runtime.errors import CheckpointError, InputError
 from transom.runtime.generation.config import GenerationConfig
 from transom.runtime.generation.field_specs import FIELD_SPECS
-from transom.runtime.generation.validation import contradiction
+from transom.runtime.generation.validation import check_for_model, contradiction
 
 FILE = "generation_config.json"
 DECODERS = ("decoder", "generator", "text_config")  # parts of config.json that may hold the fields
@@ -68,15 +68,15 @@ def generation_from_checkpoint(folder: Path, vocabulary: int) -> GenerationConfi
             "Delete the field from a copy of the checkpoint to export without it."
         )
     values = {name: read_field(path, name, found[name]) for name in FIELD_SPECS if name in found}
-    settings = GenerationConfig(**values)
+    config = GenerationConfig(**values)
     try:
-        settings.check(vocabulary, text=True)
+        check_for_model(config, vocabulary, text=True)
     except InputError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    problem = contradiction(settings, {})
+    problem = contradiction(config, {})
     if problem:
         raise CheckpointError(f"{path}: {problem}")
-    return settings
+    return config
 
 
 def given(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,8 +96,8 @@ def legacy_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_field(path: Path, name: str, value: Any) -> Any:
-    rule = FIELD_SPECS[name]
+    spec = FIELD_SPECS[name]
     try:
-        return rule.read(value)
+        return spec.parse(value)
     except ValueError:
-        raise CheckpointError(f"{path}: {name} is {value!r:.60}, expected {rule.expected}. Correct it.") from None
+        raise CheckpointError(f"{path}: {name} is {value!r:.60}, expected {spec.expected}. Correct it.") from None

@@ -33,8 +33,9 @@ from transom.export.processors.tokenizer_settings import (
 from transom.export.processors.wordpiece import bert_tokenizer, frame_as_bert
 from transom.models.json_files import read_object
 from transom.runtime.errors import BundleError, CheckpointError
-from transom.runtime.text.tokenizer import MAX_LENGTH, TextTokenizer, TokenizerSpec
+from transom.runtime.text.tokenizer import TextTokenizer
 from transom.runtime.text.tokenizer_json import parse_tokenizer
+from transom.runtime.text.tokenizer_spec import MAX_LENGTH, TokenizerSpec
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer

@@ -1,4 +1,4 @@
-"""How a model's text is chosen: the settings of ``generate``, named and meant as transformers' are.
+"""The generation config: the fields of transformers' GenerationConfig that this runtime follows.
 
 The source followed is transformers 5.23: GenerationConfig, and in GenerationMixin
 ``_prepare_generation_config``, ``_prepare_generated_length`` and ``_validate_generated_length``.
@@ -6,15 +6,14 @@ The source followed is transformers 5.23: GenerationConfig, and in GenerationMix
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transom.runtime.errors import InputError
 from transom.runtime.generation.field_specs import FIELD_SPECS
-from transom.runtime.generation.validation import contradiction, read_keywords
 from transom.runtime.json_reader import Fields
 
-DEFAULT_NEW_TOKENS = 20  # transformers' max_length where nobody sets one: counted from the prompt's end
+DEFAULT_NEW_TOKENS = 20  # transformers' max_length where none is set: counted from the prompt's end
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class GenerationConfig:
     The fields are transformers' keywords, with its defaults where a checkpoint says nothing. A value
     that switches a step off is stored as its neutral number: ``top_k`` 0, ``top_p`` and ``temperature``
     1.0. ``max_length`` None is the default of 20 new tokens. Without ``eos_token_id`` nothing but the
-    length and ``stop_strings`` ends a row. ``early_stopping`` is False, True or "never".
+    length and ``stop_strings`` ends a sequence. ``early_stopping`` is False, True or "never".
 
     ``seed`` belongs to a call and is never stored; nor are ``keywords``, the names that the caller gave.
     """
@@ -62,49 +61,38 @@ class GenerationConfig:
         """Read and check the JSON object; BundleError lists everything that is wrong with it."""
         taken = Fields(obj, "generation")
         values = {}
-        for name, rule in FIELD_SPECS.items():
-            value = taken.take(name, rule.accepts_json, rule.expected, default=None)
+        for name, spec in FIELD_SPECS.items():
+            value = taken.take(name, spec.accepts_json, spec.expected, default=None)
             if value is not None:
-                values[name] = rule.read(value)
+                values[name] = spec.parse(value)
         taken.done()
         return cls(**values)
 
     def to_json(self) -> dict[str, Any]:
-        """What differs from the defaults, as JSON that ``from_json`` reads back to an equal value."""
-        found = {}
+        """Return what differs from the defaults, as JSON that ``from_json`` reads back to an equal value."""
+        stored = {}
         for entry in fields(self):
             value = getattr(self, entry.name)
             if entry.name in FIELD_SPECS and value != entry.default:
-                found[entry.name] = _json(value)
-        return found
-
-    def with_keywords(self, **keywords: Any) -> GenerationConfig:
-        """These settings with a call's keywords on top, as ``model.generate(**keywords)`` takes them.
-
-        None switches a setting off. Raises InputError for a keyword that does not exist, has a wrong
-        type or is out of range, and where keywords contradict each other or would have no effect:
-        ``top_p`` without ``do_sample``, ``length_penalty`` without beams, ``max_length`` beside
-        ``max_new_tokens``. The checkpoint's own settings may hold such pairs: transformers passes over
-        them, and so do we.
-        """
-        values = read_keywords(keywords)
-        made = replace(self, **values, keywords=self.keywords | values.keys())
-        problem = contradiction(made, values)
-        if problem:
-            raise InputError(problem)
-        return made
+                stored[entry.name] = _json(value)
+        return stored
 
     @property
     def start_token(self) -> int | None:
-        """What an encoder-decoder's decoder begins with."""
+        """The first token of an encoder-decoder's decoder."""
         return self.bos_token_id if self.decoder_start_token_id is None else self.decoder_start_token_id
 
+    @property
+    def candidates(self) -> int:
+        """Continuations of a prompt that beam search scores in a step: enough to go on after every EOS."""
+        return max(2, 1 + len(self.eos_token_id)) * self.num_beams
+
     def rows(self, prompts: int) -> int:
-        """Most rows that generation from ``prompts`` prompts keeps at once."""
+        """Return the most rows that generation from ``prompts`` prompts keeps at once."""
         return prompts * max(self.num_beams, self.num_return_sequences)
 
     def new_tokens(self, prompt_length: int, positions: int | None = None) -> int:
-        """Most tokens that may follow a prompt of ``prompt_length`` tokens; all but the last are fed back.
+        """Return the most tokens that may follow a prompt of ``prompt_length`` tokens; all but the last are fed back.
 
         In an encoder-decoder the prompt is the decoder's, one token as a rule. ``positions`` is how many
         the context holds: the checkpoint's own length, and the default of 20 new tokens, stop there. Raises
@@ -137,54 +125,8 @@ class GenerationConfig:
         return most
 
     def shortest(self, prompt_length: int) -> int:
-        """Length, prompt included, before which no end-of-sequence token is chosen."""
+        """Return the length, prompt included, before which no end-of-sequence token is chosen."""
         return self.min_length if self.min_new_tokens is None else prompt_length + self.min_new_tokens
-
-    def check(self, vocabulary: int, *, text: bool, streaming: bool = False) -> None:
-        """InputError if a model of ``vocabulary`` tokens, with a tokenizer if ``text``, cannot follow them."""
-        for name in TOKEN_FIELDS:
-            past = [number for number in _flat(getattr(self, name)) if number >= vocabulary]
-            if past:
-                raise InputError(
-                    f"{name} has the token {past[0]}, but the model has {vocabulary}: 0..{vocabulary - 1}. "
-                    "Name tokens of this model's own."
-                )
-        if self.stop_strings and not text:
-            raise InputError(
-                f"stop_strings is {list(self.stop_strings)!r:.60}, but this bundle has no tokenizer to find them with. "
-                "Pass eos_token_id instead, and stop_strings=None."
-            )
-        if streaming and (self.num_beams > 1 or self.num_return_sequences > 1):
-            name = "num_beams" if self.num_beams > 1 else "num_return_sequences"
-            raise InputError(
-                f"{name} is {getattr(self, name)}, but a stream is one row whose tokens are final at once. "
-                f"Pass {name}=1, or call generate."
-            )
-        if self.candidates > self.num_beams * vocabulary:
-            raise InputError(
-                f"num_beams={self.num_beams} looks at {self.candidates} continuations, but a vocabulary of "
-                f"{vocabulary} has fewer. Pass fewer eos_token_id."
-            )
-
-    @property
-    def candidates(self) -> int:
-        """Continuations of a prompt that beam search looks at in a step: enough to go on after every EOS."""
-        return max(2, 1 + len(self.eos_token_id)) * self.num_beams
-
-
-# A padding token past the vocabulary is common, and harmless: rows are never padded here
-TOKEN_FIELDS = (
-    "eos_token_id", "bos_token_id", "decoder_start_token_id", "bad_words_ids", "forced_bos_token_id",
-    "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens",
-)  # fmt: skip
-
-
-def _flat(value: Any) -> list[int]:
-    if value is None:
-        return []
-    if isinstance(value, tuple):
-        return [number for item in value for number in _flat(item)]
-    return [value]
 
 
 def _json(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What each generation setting may be: one table for keywords, bundle.json and generation_config.json."""
+"""Field specs: the values each generation keyword allows, for calls, bundle.json and generation_config.json."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ MAX_ROWS = 65_536  # beams or sequences of one prompt
 
 @dataclass(frozen=True)
 class FieldSpec:
-    """``read`` gives a value in the form that GenerationConfig keeps, or raises ValueError."""
+    """One field's type and range; ``parse`` returns the value as GenerationConfig stores it, or raises ValueError."""
 
-    read: Callable[[Any], Any]
+    parse: Callable[[Any], Any]
     expected: str
 
     def accepts_json(self, value: object) -> bool:
-        """Whether a file may say so; null is how a file says nothing, so it is left out there."""
+        """Return whether a file may hold the value; null is not one: a file leaves out what is not set."""
         if value is None:
             return False
         try:
-            self.read(value)
+            self.parse(value)
         except ValueError:
             return False
         return True
 
 
-def whole(value: Any, least: int, most: int) -> int:
-    """An int, numpy's included; neither a bool nor a float that happens to be whole."""
+def integer_within(value: Any, least: int, most: int) -> int:
+    """Return an int, numpy's included, within the bounds; ValueError for others, for a bool and for a float."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise ValueError
     try:
@@ -44,18 +44,18 @@ def whole(value: Any, least: int, most: int) -> int:
 
 
 def integer(least: int, most: int, none: Any = ...) -> FieldSpec:
-    """``none`` is what None stands for; without it None is refused."""
+    """Return the spec of an int; ``none`` is the value that None stands for, without it None is refused."""
 
-    def read(value: Any) -> Any:
-        return none if value is None and none is not ... else whole(value, least, most)
+    def parse(value: Any) -> Any:
+        return none if value is None and none is not ... else integer_within(value, least, most)
 
-    return FieldSpec(read, f"an int, {least}..{most}")
+    return FieldSpec(parse, f"an int, {least}..{most}")
 
 
 def number(low: float, high: float, none: Any = ..., *, above: bool = False) -> FieldSpec:
-    """``above``: ``low`` itself is excluded."""
+    """Return the spec of a number; with ``above``, ``low`` itself is excluded."""
 
-    def read(value: Any) -> Any:
+    def parse(value: Any) -> Any:
         if value is None and none is not ...:
             return none
         if isinstance(value, bool) or not (hasattr(value, "__float__") and hasattr(value, "__mul__")):
@@ -71,22 +71,22 @@ def number(low: float, high: float, none: Any = ..., *, above: bool = False) -> 
         return real
 
     start = f"above {low:g}" if above else f"from {low:g}"
-    return FieldSpec(read, f"a number {start} to {high:g}")
+    return FieldSpec(parse, f"a number {start} to {high:g}")
 
 
-def switch() -> FieldSpec:
-    def read(value: Any) -> bool:
+def boolean() -> FieldSpec:
+    def parse(value: Any) -> bool:
         if value is None:
             return False
         if not isinstance(value, bool):
             raise ValueError
         return value
 
-    return FieldSpec(read, "True or False")
+    return FieldSpec(parse, "True or False")
 
 
 def items(value: Any) -> list[Any]:
-    """The items of a list or tuple, or of a 1-D array."""
+    """Return the items of a list or tuple, or of a 1-D array; ValueError for anything else."""
     if isinstance(value, (list, tuple)):
         return list(value)
     if getattr(value, "ndim", None) == 1:
@@ -94,25 +94,25 @@ def items(value: Any) -> list[Any]:
     raise ValueError
 
 
-def read_ids(value: Any) -> tuple[int, ...]:
+def parse_ids(value: Any) -> tuple[int, ...]:
     if value is None:
         return ()
-    return tuple(whole(item, 0, MAX_ID) for item in items(value))
+    return tuple(integer_within(item, 0, MAX_ID) for item in items(value))
 
 
-def read_id_or_ids(value: Any) -> tuple[int, ...]:
+def parse_id_or_ids(value: Any) -> tuple[int, ...]:
     single = hasattr(value, "__index__") and getattr(value, "ndim", 0) == 0  # an array has the attribute, too
-    return (whole(value, 0, MAX_ID),) if single else read_ids(value)
+    return (integer_within(value, 0, MAX_ID),) if single else parse_ids(value)
 
 
-def read_words(value: Any) -> tuple[tuple[int, ...], ...]:
-    words = () if value is None else tuple(read_ids(word) for word in items(value))
+def parse_words(value: Any) -> tuple[tuple[int, ...], ...]:
+    words = () if value is None else tuple(parse_ids(word) for word in items(value))
     if not all(words):
         raise ValueError
     return words
 
 
-def read_strings(value: Any) -> tuple[str, ...]:
+def parse_strings(value: Any) -> tuple[str, ...]:
     strings = () if value is None else (value,) if isinstance(value, str) else tuple(items(value))
     for string in strings:
         if not isinstance(string, str) or not string or any("\ud800" <= letter <= "\udfff" for letter in string):
@@ -120,7 +120,7 @@ def read_strings(value: Any) -> tuple[str, ...]:
     return strings
 
 
-def read_early_stopping(value: Any) -> bool | str:
+def parse_early_stopping(value: Any) -> bool | str:
     if value is None:
         return False
     if isinstance(value, bool) or (isinstance(value, str) and value == "never"):
@@ -129,15 +129,15 @@ def read_early_stopping(value: Any) -> bool | str:
 
 
 TOKEN = integer(0, MAX_ID, none=None)
-TOKENS = FieldSpec(read_ids, "a list of token ids")
-TOKEN_OR_TOKENS = FieldSpec(read_id_or_ids, "a token id or a list of them")
+TOKENS = FieldSpec(parse_ids, "a list of token ids")
+TOKEN_OR_TOKENS = FieldSpec(parse_id_or_ids, "a token id or a list of them")
 
 FIELD_SPECS: Mapping[str, FieldSpec] = {
     "max_new_tokens": integer(1, MAX_LENGTH, none=None),
     "max_length": integer(1, MAX_LENGTH, none=None),
     "min_new_tokens": integer(0, MAX_LENGTH, none=None),
     "min_length": integer(0, MAX_LENGTH, none=0),
-    "do_sample": switch(),
+    "do_sample": boolean(),
     "temperature": number(0, 1e6, none=1.0, above=True),
     "top_k": integer(0, MAX_ID, none=0),
     "top_p": number(0, 1, none=1.0, above=True),
@@ -145,15 +145,15 @@ FIELD_SPECS: Mapping[str, FieldSpec] = {
     "no_repeat_ngram_size": integer(0, MAX_LENGTH, none=0),
     "num_beams": integer(1, MAX_ROWS),
     "length_penalty": number(-100, 100),  # 1e6**100 is a float, 1e6**1000 is none
-    "early_stopping": FieldSpec(read_early_stopping, 'True, False or "never"'),
+    "early_stopping": FieldSpec(parse_early_stopping, 'True, False or "never"'),
     "num_return_sequences": integer(1, MAX_ROWS),
-    "renormalize_logits": switch(),
-    "stop_strings": FieldSpec(read_strings, "a str or a list of them, none of them empty"),
+    "renormalize_logits": boolean(),
+    "stop_strings": FieldSpec(parse_strings, "a str or a list of them, none of them empty"),
     "eos_token_id": TOKEN_OR_TOKENS,
     "pad_token_id": TOKEN,
     "bos_token_id": TOKEN,
     "decoder_start_token_id": TOKEN,
-    "bad_words_ids": FieldSpec(read_words, "a list of lists of token ids, none of them empty"),
+    "bad_words_ids": FieldSpec(parse_words, "a list of lists of token ids, none of them empty"),
     "forced_bos_token_id": TOKEN,
     "forced_eos_token_id": TOKEN_OR_TOKENS,
     "suppress_tokens": TOKENS,

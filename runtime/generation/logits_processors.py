@@ -1,6 +1,6 @@
-"""What is done to logits before a token is chosen, in transformers' order and arithmetic (FP32).
+"""Logits processors: what changes the logits before a token is chosen, in transformers' order and arithmetic (FP32).
 
-Each function changes ``scores`` (R, V) float32 in place, for rows whose tokens so far are ``rows``. The
+Each processor changes ``scores`` (R, V) float32 in place, for the R ``sequences`` so far. The
 source followed is ``generation/logits_process.py`` of transformers 5.23 and, for the order,
 ``GenerationMixin._get_logits_processor``; every row is treated as transformers treats it alone,
 without padding. Repetition penalty: Keskar et al. 2019, "CTRL"; nucleus (top-p) sampling: Holtzman et
@@ -18,102 +18,102 @@ from numpy.typing import NDArray
 
 from transom.runtime.generation.config import GenerationConfig
 from transom.runtime.generation.sequences import Sequences
-from transom.runtime.generation.topk import topk_candidates
+from transom.runtime.numeric import log_softmax, topk_candidates
 
 Scores = NDArray[np.float32]
 Processor = Callable[[Scores, Sequences], None]
 NEG_INF = np.float32(-np.inf)
-NUCLEUS = 1024  # most likely tokens that a top-p without top-k is first looked for in
+NUCLEUS = 1024  # most likely tokens that a top-p without top-k is first sought in
 
 
-def processors(settings: GenerationConfig) -> list[Processor]:
-    """The steps that ``settings`` ask for, in order: those on any way of choosing, then those on sampling."""
-    eos = list(settings.eos_token_id)
-    chain: list[Processor] = []
-    if settings.repetition_penalty != 1.0:
-        chain.append(partial(penalise_repetition, penalty=settings.repetition_penalty))
-    if settings.no_repeat_ngram_size > 0:
-        chain.append(partial(ban_repeated_ngrams, size=settings.no_repeat_ngram_size))
-    words = [word for word in settings.bad_words_ids if word not in {(token,) for token in eos}]
+def logits_processors(config: GenerationConfig) -> list[Processor]:
+    """Return the processors that ``config`` asks for, in order: those of every strategy, then those of sampling."""
+    eos = list(config.eos_token_id)
+    processors: list[Processor] = []
+    if config.repetition_penalty != 1.0:
+        processors.append(partial(penalise_repetition, penalty=config.repetition_penalty))
+    if config.no_repeat_ngram_size > 0:
+        processors.append(partial(ban_repeated_ngrams, size=config.no_repeat_ngram_size))
+    words = [word for word in config.bad_words_ids if word not in {(token,) for token in eos}]
     if words:
-        chain.append(partial(ban_words, words=words))
-    if eos and (settings.min_length > 0 or settings.min_new_tokens):
-        chain.append(partial(hold_back_eos, eos=eos))
-    if settings.forced_bos_token_id is not None:
-        chain.append(partial(force_first, token=settings.forced_bos_token_id))
-    if settings.forced_eos_token_id:
-        chain.append(partial(force_last, tokens=list(settings.forced_eos_token_id)))
-    if settings.suppress_tokens:
-        chain.append(partial(suppress, tokens=list(settings.suppress_tokens)))
-    if settings.begin_suppress_tokens:
-        forced = settings.forced_bos_token_id is not None
-        chain.append(partial(suppress_first, tokens=list(settings.begin_suppress_tokens), after_forced=forced))
-    if settings.do_sample:
-        # beams must keep more than the ends of sentences, or no beam could go on
-        least = 1 if settings.num_beams == 1 else max(2, len(eos) + 1)
-        if settings.temperature != 1.0:
-            chain.append(partial(divide, temperature=settings.temperature))
-        if settings.top_k > 0:
-            chain.append(partial(keep_top_k, count=max(settings.top_k, least)))
-        if settings.top_p < 1.0:
-            chain.append(partial(keep_top_p, mass=settings.top_p, least=least))
-    if settings.renormalize_logits:
-        chain.append(renormalise)
-    return chain
+        processors.append(partial(ban_words, words=words))
+    if eos and (config.min_length > 0 or config.min_new_tokens):
+        processors.append(partial(ban_early_eos, eos=eos))
+    if config.forced_bos_token_id is not None:
+        processors.append(partial(force_first, token=config.forced_bos_token_id))
+    if config.forced_eos_token_id:
+        processors.append(partial(force_last, tokens=list(config.forced_eos_token_id)))
+    if config.suppress_tokens:
+        processors.append(partial(suppress, tokens=list(config.suppress_tokens)))
+    if config.begin_suppress_tokens:
+        forced = config.forced_bos_token_id is not None
+        processors.append(partial(suppress_at_begin, tokens=list(config.begin_suppress_tokens), after_forced=forced))
+    if config.do_sample:
+        # beams must keep more than the end-of-sequence tokens, or no beam could go on
+        least = 1 if config.num_beams == 1 else max(2, len(eos) + 1)
+        if config.temperature != 1.0:
+            processors.append(partial(divide_by_temperature, temperature=config.temperature))
+        if config.top_k > 0:
+            processors.append(partial(keep_top_k, count=max(config.top_k, least)))
+        if config.top_p < 1.0:
+            processors.append(partial(keep_top_p, mass=config.top_p, least=least))
+    if config.renormalize_logits:
+        processors.append(renormalise)
+    return processors
 
 
-def processed(scores: Scores, rows: Sequences, chain: Sequence[Processor]) -> Scores:
-    """``scores`` after the whole chain; a copy, or with an empty chain ``scores`` itself."""
-    if chain:
+def process_logits(scores: Scores, sequences: Sequences, processors: Sequence[Processor]) -> Scores:
+    """Return a copy of ``scores`` after all processors, or ``scores`` itself where there are none."""
+    if processors:
         scores = scores.copy()
-        for process in chain:
-            process(scores, rows)
+        for process in processors:
+            process(scores, sequences)
     return scores
 
 
-def penalise_repetition(scores: Scores, rows: Sequences, *, penalty: float) -> None:
-    """Tokens that the row already has, prompt included: positive scores divided, negative ones multiplied."""
-    for row in range(len(rows)):
-        seen = rows.sequence(row)
+def penalise_repetition(scores: Scores, sequences: Sequences, *, penalty: float) -> None:
+    """Divide the positive and multiply the negative scores of tokens that the row already has, prompt included."""
+    for row in range(len(sequences)):
+        seen = sequences.row(row)
         score = scores[row, seen]
         scores[row, seen] = np.where(score < 0, score * np.float32(penalty), score / np.float32(penalty))
 
 
-def ban_repeated_ngrams(scores: Scores, rows: Sequences, *, size: int) -> None:
-    """Tokens that would complete ``size`` tokens in a row that the row already has, prompt included."""
-    for row in range(len(rows)):
-        tokens = rows.sequence(row)
+def ban_repeated_ngrams(scores: Scores, sequences: Sequences, *, size: int) -> None:
+    """Ban tokens that would complete an n-gram of ``size`` that the row already has, prompt included."""
+    for row in range(len(sequences)):
+        tokens = sequences.row(row)
         if len(tokens) >= size:
             windows = sliding_window_view(tokens, size)
             same = (windows[:, :-1] == tokens[len(tokens) + 1 - size :]).all(axis=1)
             scores[row, windows[same, -1]] = NEG_INF
 
 
-def ban_words(scores: Scores, rows: Sequences, *, words: Sequence[tuple[int, ...]]) -> None:
-    """The last token of each of ``words`` where the row ends with the tokens before it."""
+def ban_words(scores: Scores, sequences: Sequences, *, words: Sequence[tuple[int, ...]]) -> None:
+    """Ban the last token of each of ``words`` where the row ends with the tokens before it."""
     scores[:, [word[0] for word in words if len(word) == 1]] = NEG_INF
     longer = [word for word in words if len(word) > 1]
-    for row in range(len(rows) if longer else 0):
-        tail = tuple(rows.sequence(row)[-max(map(len, longer)) :].tolist())
+    for row in range(len(sequences) if longer else 0):
+        tail = tuple(sequences.row(row)[-max(map(len, longer)) :].tolist())
         for word in longer:
             if tail[-(len(word) - 1) :] == word[:-1]:
                 scores[row, word[-1]] = NEG_INF
 
 
-def hold_back_eos(scores: Scores, rows: Sequences, *, eos: Sequence[int]) -> None:
-    """No end of sequence in rows that are shorter than ``rows.shortest``: min_length, min_new_tokens."""
-    short = np.flatnonzero(rows.lengths < rows.shortest)
+def ban_early_eos(scores: Scores, sequences: Sequences, *, eos: Sequence[int]) -> None:
+    """Ban end-of-sequence tokens in rows shorter than ``sequences.shortest``: min_length, min_new_tokens."""
+    short = np.flatnonzero(sequences.lengths < sequences.shortest)
     scores[short[:, None], list(eos)] = NEG_INF
 
 
-def force_first(scores: Scores, rows: Sequences, *, token: int) -> None:
-    """Rows of one token, as a decoder's start is: ``token`` comes next."""
-    _force(scores, rows.lengths == 1, [token])
+def force_first(scores: Scores, sequences: Sequences, *, token: int) -> None:
+    """Force ``token`` after the first token of a row, as after a decoder's start."""
+    _force(scores, sequences.lengths == 1, [token])
 
 
-def force_last(scores: Scores, rows: Sequences, *, tokens: Sequence[int]) -> None:
-    """Rows with room for one more token: it is one of ``tokens``, all with the score 0."""
-    _force(scores, rows.lengths == rows.limits - 1, tokens)
+def force_last(scores: Scores, sequences: Sequences, *, tokens: Sequence[int]) -> None:
+    """Force one of ``tokens``, all with the score 0, as the last token that a row's limit allows."""
+    _force(scores, sequences.lengths == sequences.limits - 1, tokens)
 
 
 def _force(scores: Scores, where: NDArray[np.bool_], tokens: Sequence[int]) -> None:
@@ -122,26 +122,26 @@ def _force(scores: Scores, where: NDArray[np.bool_], tokens: Sequence[int]) -> N
         scores[row, tokens] = 0
 
 
-def suppress(scores: Scores, rows: Sequences, *, tokens: Sequence[int]) -> None:
-    """``tokens`` are never chosen."""
+def suppress(scores: Scores, sequences: Sequences, *, tokens: Sequence[int]) -> None:
+    """Ban ``tokens``."""
     scores[:, tokens] = NEG_INF
 
 
-def suppress_first(scores: Scores, rows: Sequences, *, tokens: Sequence[int], after_forced: bool) -> None:
-    """``tokens`` are not the first new one, or not the second where the first is a forced one."""
-    begin = rows.prompts + ((rows.prompts <= 1) & after_forced)
-    first = np.flatnonzero(rows.lengths == begin)
+def suppress_at_begin(scores: Scores, sequences: Sequences, *, tokens: Sequence[int], after_forced: bool) -> None:
+    """Ban ``tokens`` as the first new token, or as the second where the first is forced."""
+    begin = sequences.prompts + ((sequences.prompts <= 1) & after_forced)
+    first = np.flatnonzero(sequences.lengths == begin)
     scores[first[:, None], list(tokens)] = NEG_INF
 
 
-def divide(scores: Scores, rows: Sequences, *, temperature: float) -> None:
-    """Below 1.0 the likely tokens become likelier, above it the unlikely ones."""
+def divide_by_temperature(scores: Scores, sequences: Sequences, *, temperature: float) -> None:
+    """Divide by the temperature: below 1.0 likely tokens become likelier, above it unlikely ones do."""
     np.divide(scores, np.float32(temperature), out=scores)
 
 
-def keep_top_k(scores: Scores, rows: Sequences, *, count: int) -> None:
-    """The ``count`` highest scores of each row, and all that equal the lowest of them."""
-    for row in range(len(rows)):
+def keep_top_k(scores: Scores, sequences: Sequences, *, count: int) -> None:
+    """Keep the ``count`` highest scores of each row, and all that equal the lowest of them."""
+    for row in range(len(sequences)):
         if count < scores.shape[1]:
             few = topk_candidates(scores[row], count)
             values = scores[row, few]
@@ -150,13 +150,13 @@ def keep_top_k(scores: Scores, rows: Sequences, *, count: int) -> None:
             scores[row, few[keep]] = values[keep]
 
 
-def keep_top_p(scores: Scores, rows: Sequences, *, mass: float, least: int) -> None:
-    """The fewest tokens of each row whose probabilities pass ``mass``, and no fewer than ``least``.
+def keep_top_p(scores: Scores, sequences: Sequences, *, mass: float, least: int) -> None:
+    """Keep the fewest tokens of each row whose probabilities pass ``mass``, and no fewer than ``least``.
 
     Of equal scores those with the higher ids are kept first; transformers leaves that to torch.sort, which
     is not stable.
     """
-    for row in range(len(rows)):
+    for row in range(len(sequences)):
         tokens, values = unmasked(scores[row])
         if len(tokens) > least:
             keep = nucleus(values, mass, least)
@@ -166,11 +166,11 @@ def keep_top_p(scores: Scores, rows: Sequences, *, mass: float, least: int) -> N
 
 
 def nucleus(scores: Scores, mass: float, least: int) -> NDArray[np.intp]:
-    """Positions (K,) of the scores (N,), all finite, that a top-p of ``mass`` keeps.
+    """Return the positions (K,) of the scores (N,), all finite, that a top-p of ``mass`` keeps.
 
-    A token goes where its probability and all below it add up to at most 1 - mass. Sorting a whole
-    vocabulary would cost more than all else, so the unlikely tokens are added up unsorted where they
-    are light enough to go as a whole.
+    A token is dropped where its probability and all below it add up to at most 1 - mass. Sorting a whole
+    vocabulary would cost more than all else, so the unlikely tokens are added up unsorted where their
+    sum is small enough to drop them as a whole.
     """
     weights = np.exp(scores - scores.max())
     probabilities = weights / weights.sum()
@@ -190,21 +190,14 @@ def nucleus(scores: Scores, mass: float, least: int) -> NDArray[np.intp]:
 
 
 def unmasked(scores: Scores) -> tuple[NDArray[np.intp], Scores]:
-    """Tokens (K,) that are not ruled out, in the scores (V,) of one row, and their scores."""
-    may = scores > NEG_INF
-    if may.all():
+    """Return the tokens (K,) whose scores are above -inf, of the scores (V,) of one row, and those scores."""
+    possible = scores > NEG_INF
+    if possible.all():
         return np.arange(len(scores)), scores.copy()
-    tokens = np.flatnonzero(may)
+    tokens = np.flatnonzero(possible)
     return tokens, scores[tokens]
 
 
-def renormalise(scores: Scores, rows: Sequences) -> None:
-    """Scores become natural logarithms of probabilities again."""
+def renormalise(scores: Scores, sequences: Sequences) -> None:
+    """Turn scores into natural logarithms of probabilities again."""
     scores[:] = log_softmax(scores)
-
-
-def log_softmax(logits: Scores) -> Scores:
-    """(R, V) -> (R, V), FP32 in the order of PyTorch's kernel: minus the maximum, minus the logarithm of the sum."""
-    shifted: Scores = logits - logits.max(axis=1, keepdims=True)
-    shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return shifted

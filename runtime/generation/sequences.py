@@ -1,4 +1,4 @@
-"""The token sequences that are being continued, and the model that continues them."""
+"""Token sequences that generation appends to, and the decoder that it needs for them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from numpy.typing import NDArray
 
 
 class DecoderProtocol(Protocol):
-    """R rows of tokens that a decoder has read, with their KV cache."""
+    """A decoder that has read R rows of tokens, with their KV cache."""
 
     def decode_step(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Append one token to each row: (R,) -> logits (R, V) of what comes next."""
+        """Append one token to each row: (R,) -> logits (R, V) of the next token."""
 
     def reorder(self, rows: NDArray[np.intp]) -> None:
-        """Row i goes on from what row rows[i] was; R becomes len(rows)."""
+        """Let row i continue what row ``rows[i]`` was; R becomes ``len(rows)``."""
 
 
 class Sequences:
-    """R sequences: prompts, and what was chosen after each.
+    """R sequences of tokens: prompts, each followed by its new tokens.
 
     tokens   (R, L) int64; row r is ``tokens[r, : lengths[r]]``, the rest is unused
     prompts  (R,) lengths of the prompts; ``lengths`` counts the new tokens, too
@@ -40,27 +40,27 @@ class Sequences:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def sequence(self, row: int) -> NDArray[np.int64]:
-        """A view of the row's tokens, prompt included."""
+    def row(self, row: int) -> NDArray[np.int64]:
+        """Return a view of the row's tokens, prompt included."""
         return self.tokens[row, : self.lengths[row]]
 
-    def new(self, row: int) -> list[int]:
-        """What was chosen after the row's prompt."""
-        found: list[int] = self.tokens[row, self.prompts[row] : self.lengths[row]].tolist()
-        return found
+    def new_tokens(self, row: int) -> list[int]:
+        """Return the tokens after the row's prompt."""
+        new: list[int] = self.tokens[row, self.prompts[row] : self.lengths[row]].tolist()
+        return new
 
     def append(self, tokens: NDArray[np.int64]) -> None:
-        """One token to each row: (R,)."""
+        """Append one token to each row: (R,)."""
         self.tokens[np.arange(len(self)), self.lengths] = tokens
         self.lengths += 1
 
-    def select(self, rows: NDArray[np.intp]) -> None:
-        """Row i becomes what row rows[i] was, as in ``DecoderProtocol.reorder``."""
+    def reorder(self, rows: NDArray[np.intp]) -> None:
+        """Let row i continue what row ``rows[i]`` was, as in ``DecoderProtocol.reorder``."""
         for name in ("tokens", "lengths", "prompts", "limits", "shortest"):
             setattr(self, name, getattr(self, name)[rows])
 
 
-def reorder(continuation: DecoderProtocol, rows: NDArray[np.intp], held: int) -> None:
-    """Make a continuation of ``held`` rows go on as ``rows``, sparing it a call that would change nothing."""
-    if len(rows) != held or bool((rows != np.arange(held)).any()):
-        continuation.reorder(rows)
+def reorder_decoder(decoder: DecoderProtocol, rows: NDArray[np.intp], count: int) -> None:
+    """Reorder a decoder of ``count`` rows, unless ``rows`` are all of them in their order."""
+    if len(rows) != count or bool((rows != np.arange(count)).any()):
+        decoder.reorder(rows)

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from transom.runtime.errors import InputError
 from transom.runtime.finite import check_finite
-from transom.runtime.tasks.postprocess import Answer, Entity, Ranked, as_list, best, label_scores, ranked, softmax
+from transom.runtime.numeric import softmax
+from transom.runtime.tasks.postprocess import Answer, Entity, Ranked, as_list, best, label_scores, ranked
 from transom.runtime.tasks.spans import best_spans
 from transom.runtime.tasks.task import (
     TOP_K,
@@ -30,7 +31,7 @@ from transom.runtime.tasks.text_bundle import TEXT, TextBundle, take
 if TYPE_CHECKING:
     from tokenizers import Encoding
 
-    from transom.runtime.text.tokenizer import EncodedBatch
+    from transom.runtime.text.batch import EncodedBatch
 
 Floats = NDArray[np.float32]
 

@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.runtime.errors import BundleError, InputError
+from transom.runtime.numeric import softmax
 from transom.runtime.tasks.batches import Rows, collected
 from transom.runtime.tasks.image_bundle import ImageBundle
-from transom.runtime.tasks.postprocess import Ranked, as_list, ranked, softmax
+from transom.runtime.tasks.postprocess import Ranked, as_list, ranked
 from transom.runtime.tasks.task import FamilyTasks, Result, RunOptions, Task, each, label_lines, ranked_json
 from transom.runtime.tasks.text_bundle import TextBundle
 

@@ -1,4 +1,4 @@
-"""What every bundle that generates shares: prompts in, batches of rows, tokens or text out."""
+"""Base class of bundles that generate: prompts in, batches of rows, tokens or text out."""
 
 from __future__ import annotations
 
@@ -15,43 +15,27 @@ from numpy.typing import NDArray
 from transom.runtime.decoder import Decoder
 from transom.runtime.errors import BundleError, InputError
 from transom.runtime.feeds import WRITE_INDICES
-from transom.runtime.generation import GenerationConfig, generate, stream
+from transom.runtime.generation import GenerationConfig, check_for_model, generate, stream, with_keywords
 from transom.runtime.process_bound import ProcessBound
 from transom.runtime.session import LoadedBundle
-from transom.runtime.text.tokenizer import TextTokenizer, TokenizerSpec, lowered
+from transom.runtime.tasks.prompts import PromptReader, Prompts, Row
+from transom.runtime.text.tokenizer import TextTokenizer, lowered
+from transom.runtime.text.tokenizer_spec import TokenizerSpec
 
 if TYPE_CHECKING:
     from transom.runtime.backends.base import Array
     from transom.runtime.graph_spec import Tensor
 
-Row = list[int]
 Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class PrefillResult:
-    """A batch whose prompts are read: what goes on, each row's first ids, and the logits (R, V) behind them."""
+    """A prefilled batch: its decoder, each row's first ids, and the logits (R, V) of the next token."""
 
     decoder: Decoder
     starts: list[Row]
     logits: Floats
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """The prompts of one call, checked, and how many tokens each has; ``given`` are texts or ids, as ``text`` says.
-
-    ``single``: one prompt was handed in, not a list of them.
-    """
-
-    single: bool
-    text: bool
-    given: Sequence[Any]
-    lengths: Sequence[int]
-
-    def name(self, place: int) -> str:
-        """What errors call a prompt."""
-        return f"{'text' if self.text else 'prompt'} {place}"
 
 
 class Stream(ProcessBound, Iterator[Any]):
@@ -68,10 +52,10 @@ class Stream(ProcessBound, Iterator[Any]):
 
 
 class Generator(LoadedBundle, ABC):
-    """A loaded bundle with a decoder. Families say how a batch of prompts is begun.
+    """A loaded bundle with a decoder. A family defines ``prefill`` and ``decoder_length``.
 
-    Prompts are texts, or token ids: one (``"..."``, ``[1, 2, 3]``) or a list of them. Answers come in
-    kind, and hold what is new alone.
+    Prompts are texts, or token ids: one (``"..."``, ``[1, 2, 3]``) or a list of them. Results are of the
+    same kind, and hold the new tokens alone.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -81,11 +65,12 @@ class Generator(LoadedBundle, ABC):
         if below is None:
             raise BundleError("bundle.json: the input that takes prompts is not bounded (below); export it again.")
         self.vocabulary = below  # of prompts
-        self._text = self.open_tokenizer(self.manifest.tokenizer)
+        self._tokenizer = self.open_tokenizer(self.manifest.tokenizer)
+        self._prompt_reader = PromptReader(self.vocabulary, self._tokenizer)
         self.context = min(self.max_size("C"), self.max_size(str(self._decoder_tokens().shape[1])))
 
     def generate(self, prompts: Any, **keywords: Any) -> Any:
-        """What comes after the prompts: text for text, ids for ids, a list for a list.
+        """Continue the prompts: text for text, ids for ids, a list for a list.
 
         Keywords have the names and the meaning of transformers' GenerationConfig: ``max_new_tokens``,
         ``do_sample``, ``temperature``, ``top_k``, ``top_p``, ``repetition_penalty``, ``num_beams``,
@@ -98,9 +83,9 @@ class Generator(LoadedBundle, ABC):
         InputError, before the first step, for keywords that contradict each other, ids outside the
         vocabulary, an empty prompt, and a prompt that with the new tokens is longer than the context.
         """
-        asked = self._prompts(prompts)
-        settings = self._settings(keywords, asked)
-        each = settings.rows(1)
+        read = self._prompt_reader.read(prompts)
+        config = self._config(keywords, read)
+        each = config.rows(1)
         if each > self.max_size("B"):
             raise InputError(
                 f"num_beams or num_return_sequences asks for {each} rows; this bundle allows {self.max_size('B')}. "
@@ -108,57 +93,57 @@ class Generator(LoadedBundle, ABC):
             )
         size = self.max_size("B") // each
         answers: list[Any] = []
-        for first in range(0, len(asked.given), size):
-            prefilled = self.prefill(self._ids(asked, first, first + size))
+        for first in range(0, len(read.given), size):
+            prefilled = self.prefill(self._prompt_reader.ids(read, first, first + size))
             found = generate(
                 prefilled.starts,
                 prefilled.logits,
                 prefilled.decoder,
-                settings,
-                decode=self._decode_all if self._text else None,
+                config,
+                decode=self._decode_all if self._tokenizer else None,
                 positions=self.context,
                 first=first,
             )
-            answers += [self.target_tokenizer().decode(row) for row in found] if asked.text else found
-        return in_kind(answers, single=asked.single, each=settings.num_return_sequences)
+            answers += [self.target_tokenizer().decode(row) for row in found] if read.text else found
+        return in_kind(answers, single=read.single, each=config.num_return_sequences)
 
     def stream(self, prompt: Any, **keywords: Any) -> Stream:
-        """``generate`` for one prompt, piece by piece as it is made: whole characters, or ids where ids were given.
+        """Yield what ``generate`` returns for one prompt, piece by piece: whole characters, or ids for ids.
 
         The pieces joined are what ``generate`` returns. The call itself checks everything; leaving the
         loop early frees the cache.
         """
-        asked = self._prompts(prompt)
-        if not asked.single:
-            raise InputError(f"stream takes one prompt, received a list of {len(asked.given)}; call it once for each.")
-        settings = self._settings(keywords, asked, streaming=True)
-        tokens = self._tokens(self._ids(asked, 0, 1), settings)
-        return Stream(self._pieces(tokens) if asked.text else tokens)
+        read = self._prompt_reader.read(prompt)
+        if not read.single:
+            raise InputError(f"stream takes one prompt, received a list of {len(read.given)}; call it once for each.")
+        config = self._config(keywords, read, streaming=True)
+        tokens = self._tokens(self._prompt_reader.ids(read, 0, 1), config)
+        return Stream(self._pieces(tokens) if read.text else tokens)
 
-    def _tokens(self, rows: list[Row], settings: GenerationConfig) -> Pieces[int]:
+    def _tokens(self, rows: list[Row], config: GenerationConfig) -> Pieces[int]:
         prefilled = self.prefill(rows)
         yield from stream(
             prefilled.starts[0],
             prefilled.logits,
             prefilled.decoder,
-            settings,
-            decode=self._decode_all if self._text else None,
+            config,
+            decode=self._decode_all if self._tokenizer else None,
             positions=self.context,
         )
 
     def _pieces(self, tokens: Iterator[int]) -> Pieces[str]:
-        text = self.target_tokenizer().detokenizer()
+        detokenizer = self.target_tokenizer().detokenizer()
         for token in tokens:
-            piece = text.add(token)
+            piece = detokenizer.add(token)
             if piece:
                 yield piece
-        rest = text.end()
+        rest = detokenizer.end()
         if rest:
             yield rest
 
     @abstractmethod
     def prefill(self, rows: Sequence[Row]) -> PrefillResult:
-        """Read a batch of prompts, ids of different lengths."""
+        """Prefill a decoder with a batch of prompts, ids of different lengths."""
 
     def new_decoder(self, rows: int, encoder_outputs: Mapping[str, Array] | None = None) -> Decoder:
         """An empty cache for ``rows`` rows, within this bundle's bounds; ``encoder_outputs`` as in Decoder."""
@@ -166,76 +151,29 @@ class Generator(LoadedBundle, ABC):
 
     @abstractmethod
     def decoder_length(self, row: Sequence[int]) -> int:
-        """Tokens that a prompt takes of the decoder's context."""
+        """Return how many tokens of the decoder's context a prompt takes."""
 
     def tokenizer(self) -> TextTokenizer:
-        """The tokenizer of prompts; InputError where the checkpoint had none."""
-        if self._text is None:
-            raise InputError("this bundle has no tokenizer, since its checkpoint had none; give and take token ids.")
-        return self._text
+        """Return the tokenizer of prompts; InputError where the checkpoint had none."""
+        return self._prompt_reader.tokenizer()
 
     def target_tokenizer(self) -> TextTokenizer:
-        """The tokenizer of what is generated."""
+        """Return the tokenizer of generated tokens."""
         return self.tokenizer()
 
-    def open_tokenizer(self, words: Any) -> TextTokenizer | None:
-        """The tokenizer that an object of bundle.json describes."""
-        if words is None:
+    def open_tokenizer(self, stored: Any) -> TextTokenizer | None:
+        """Open the tokenizer that an object of bundle.json describes; None for None."""
+        if stored is None:
             return None
-        # Of any length: scores read windows, and prompts are checked where prompts of ids are
-        spec = replace(TokenizerSpec.from_json(words), max_length=sys.maxsize)
+        # Of any length: ``score`` reads windows, and prompts are checked like those of ids
+        spec = replace(TokenizerSpec.from_json(stored), max_length=sys.maxsize)
         return TextTokenizer(self._bundle.read(spec.file), spec, max_tokens=sys.maxsize)
 
-    def _prompts(self, prompts: Any) -> Prompts:
-        """Check the prompts and measure them; InputError for anything but texts or ids.
-
-        They become ids batch by batch (``_ids``): those of all of a long list would be many times what it holds.
-        """
-        given = prompts.tolist() if isinstance(prompts, np.ndarray) else prompts
-        if not isinstance(given, str | list | tuple):
-            raise InputError(f"prompts is a {type(given).__name__}; expected a str, a list of ids, or a list of those.")
-        single = isinstance(given, str) or not any(isinstance(part, str | list | tuple | np.ndarray) for part in given)
-        batch = [given] if single else list(given)
-        if not batch or not all(len(prompt) if isinstance(prompt, str | list | tuple) else 1 for prompt in batch):
-            raise InputError("a prompt is empty; expected at least one token. Begin with the token a text begins with.")
-        kinds = {isinstance(prompt, str) for prompt in batch}
-        if len(kinds) == 2:
-            raise InputError("prompts holds both texts and ids; give one kind in one call.")
-        lengths = [len(self._row(prompt, place)) for place, prompt in enumerate(batch)]
-        return Prompts(single, kinds == {True}, batch, lengths)
-
-    def _ids(self, prompts: Prompts, start: int, stop: int) -> list[Row]:
-        """The prompts from ``start`` on, ``stop`` excluded, as ids."""
-        return [self._row(prompt, start + index) for index, prompt in enumerate(prompts.given[start:stop])]
-
-    def _row(self, prompt: Any, place: int) -> Row:
-        """A prompt as ids; a text's are checked too: added tokens may lie past the model's."""
-        if isinstance(prompt, str):
-            return self._checked(self.tokenizer().row(prompt, truncate=False, name=f"text {place}").ids)
-        return self._checked(prompt)
-
-    def _checked(self, prompt: Any) -> Row:
-        """One prompt of ids."""
-        ids = prompt.tolist() if isinstance(prompt, np.ndarray) else prompt
-        below = self.vocabulary
-        if not isinstance(ids, list | tuple):
-            raise InputError(f"a prompt is a {type(ids).__name__}; expected a str or a list of ids.")
-        wrong = [token for token in ids if isinstance(token, bool) or not isinstance(token, int | np.integer)]
-        if wrong:
-            raise InputError(f"a prompt of ids holds {str(wrong[0])[:40]!r}; expected integers.")
-        outside = [token for token in ids if not 0 <= token < below]
-        if outside:
-            raise InputError(
-                f"a prompt holds the id {outside[0]}; expected 0..{below - 1}. Is this the tokenizer of this model?"
-            )
-        return [int(token) for token in ids]
-
-    def _settings(self, keywords: dict[str, Any], prompts: Prompts, *, streaming: bool = False) -> GenerationConfig:
-        """Keywords over the checkpoint's own settings, checked against this bundle and these prompts."""
-        settings = self._defaults.with_keywords(**keywords)
-        settings.check(
-            int(self.backend("decoder").graph.outputs[0].shape[2]), text=self._text is not None, streaming=streaming
-        )
+    def _config(self, keywords: dict[str, Any], prompts: Prompts, *, streaming: bool = False) -> GenerationConfig:
+        """Return the checkpoint's generation config with the keywords on top, checked for this bundle and prompts."""
+        config = with_keywords(self._defaults, **keywords)
+        vocabulary = int(self.backend("decoder").graph.outputs[0].shape[2])
+        check_for_model(config, vocabulary, text=self._tokenizer is not None, streaming=streaming)
         axis = str(self.prompt_tokens().shape[1])
         alone = len(prompts.lengths) == 1
         for index, tokens in enumerate(prompts.lengths):
@@ -246,7 +184,7 @@ class Generator(LoadedBundle, ABC):
                     f"{which} is {tokens} tokens; axis {axis} allows {self.max_size(axis)}. Shorten it, or "
                     f"{self._longer(tokens, axis)}."
                 )
-            new = settings.new_tokens(length, self.context)
+            new = config.new_tokens(length, self.context)
             if length + new > self.context:
                 which = "a prompt" if alone else f"prompt {index}"
                 room = f" Ask for max_new_tokens={self.context - length} at most," if length < self.context else ""
@@ -255,10 +193,10 @@ class Generator(LoadedBundle, ABC):
                     f"{which} of {length} tokens and {new} new ones make {length + new}; the context holds "
                     f"{self.context}.{room or ' Shorten the prompt,'} or {self._longer(length + new, *axes)}."
                 )
-        return settings
+        return config
 
     def _longer(self, tokens: int, *axes: str) -> str:
-        """What makes room for ``tokens``: other bounds of the axes, or a model that has seen as many positions."""
+        """Return advice that makes room for ``tokens``: other bounds of the axes, or a model with as many positions."""
         graph = self.backend("decoder").graph
         positions = next(tensor.exclusive_max for tensor in graph.inputs if tensor.name == WRITE_INDICES)
         if positions is None or tokens > positions:
@@ -270,26 +208,15 @@ class Generator(LoadedBundle, ABC):
         return self.backend("decoder").graph.inputs[0]
 
     def prompt_tokens(self) -> Tensor:
-        """The graph input that prompts go to."""
+        """Return the graph input that takes prompts."""
         return self._decoder_tokens()
 
     def _decode_all(self, ids: Sequence[int]) -> str:
-        """With special tokens: a stop string may be one."""
+        """Decode with special tokens: a stop string may be one."""
         return self.target_tokenizer().decode(ids, skip_special_tokens=False)
 
 
 def in_kind(answers: list[Any], *, single: bool, each: int) -> Any:
-    """``each`` answers per prompt: lists of them where there are several, the first where the prompt was single."""
+    """Group ``each`` answers per prompt: a list where there are several; of a single prompt its own alone."""
     grouped = answers if each == 1 else [answers[i : i + each] for i in range(0, len(answers), each)]
     return grouped[0] if single else grouped
-
-
-def padded(rows: Sequence[Row], length: int | None = None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Rows filled up on the right: int64 (R, S), and their lengths (R,). S is ``length``, or that of the longest.
-
-    With a row's own last token: what is computed for padding is masked, but NaN and infinity pass
-    through every mask, and a row must not get them from a token that it does not hold.
-    """
-    lengths = np.array([len(row) for row in rows])
-    size = int(lengths.max()) if length is None else length
-    return np.array([[*row, *row[-1:] * (size - len(row))] for row in rows], np.int64), lengths

@@ -12,8 +12,9 @@ from transom.runtime.decoder import CHUNK
 from transom.runtime.errors import InputError
 from transom.runtime.feeds import LOGITS_POSITIONS, WRITE_INDICES
 from transom.runtime.finite import check_finite
-from transom.runtime.tasks.generator import Generator, PrefillResult, Row, padded
+from transom.runtime.tasks.generator import Generator, PrefillResult
 from transom.runtime.tasks.generator_task import ask_generator, generated_lines
+from transom.runtime.tasks.prompts import Row, padded
 from transom.runtime.tasks.task import FamilyTasks, Task
 
 
@@ -35,11 +36,11 @@ class GPT(Generator):
 
         As transformers' loss, over every token but the first. A list of texts gets a list.
         """
-        prompts = self._prompts(text)
+        prompts = self._prompt_reader.read(text)
         found = [
             perplexity(self._log_probabilities(row, prompts.name(place)))
             for place in range(len(prompts.given))
-            for row in self._ids(prompts, place, place + 1)
+            for row in self._prompt_reader.ids(prompts, place, place + 1)
         ]
         return found[0] if prompts.single else found
 
@@ -49,10 +50,10 @@ class GPT(Generator):
         A text longer than the context is read in windows that share half of it; each token is then
         given at least half a context. Raises NotFiniteError, as ``score`` does.
         """
-        prompts = self._prompts(text)
+        prompts = self._prompt_reader.read(text)
         if not prompts.single:
             raise InputError(f"log_probabilities takes one text, received {len(prompts.given)}; call it once for each.")
-        return self._log_probabilities(self._ids(prompts, 0, 1)[0], prompts.name(0))
+        return self._log_probabilities(self._prompt_reader.ids(prompts, 0, 1)[0], prompts.name(0))
 
     def _log_probabilities(self, row: Row, name: str) -> NDArray[np.float64]:
         if len(row) < 2:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.runtime.errors import InputError
+from transom.runtime.numeric import sigmoid, softmax
 
 Ranked = list[tuple[str, float]]
 
@@ -37,17 +38,6 @@ def as_list(value: Any) -> tuple[bool, list[Any]]:
     if isinstance(value, list | tuple):
         return False, list(value)
     return True, [value]
-
-
-def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Over the last axis, in FP32, shifted by the maximum so that nothing overflows."""
-    powers = np.exp(logits - logits.max(-1, keepdims=True))
-    return np.asarray(powers / powers.sum(-1, keepdims=True), np.float32)
-
-
-def sigmoid(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Elementwise, without overflow on either side."""
-    return np.asarray(0.5 * (1 + np.tanh(0.5 * logits)), np.float32)
 
 
 def label_scores(logits: NDArray[np.float32], problem_type: Any) -> NDArray[np.float32]:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.runtime.tasks.postprocess import Answer, best, softmax
+from transom.runtime.numeric import softmax
+from transom.runtime.tasks.postprocess import Answer, best
 
 if TYPE_CHECKING:
     from tokenizers import Encoding

@@ -13,7 +13,9 @@ from transom.runtime.errors import BundleError, InputError
 from transom.runtime.finite import check_finite
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks.batches import Name, Rows, batches, collected, name_of_row
-from transom.runtime.text.tokenizer import CompactRow, EncodedBatch, TextTokenizer, TokenizerSpec, row_length
+from transom.runtime.text.batch import CompactRow, EncodedBatch, row_length
+from transom.runtime.text.tokenizer import TextTokenizer
+from transom.runtime.text.tokenizer_spec import TokenizerSpec
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -29,12 +31,12 @@ class TextBundle(LoadedBundle):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._text = None
+        self._tokenizer = None
         if self.manifest.tokenizer is not None:
             spec = TokenizerSpec.from_json(self.manifest.tokenizer)
             if spec.kind != "tokenizers":  # others know ids alone, no offsets into the text
                 raise BundleError(f"tokenizer.kind is {spec.kind!r}, expected 'tokenizers'; export the bundle again.")
-            self._text = TextTokenizer(
+            self._tokenizer = TextTokenizer(
                 self._bundle.read(spec.file), spec, self.max_size("S"), lambda tokens: self.wider(S=tokens)
             )
 
@@ -101,9 +103,9 @@ class TextBundle(LoadedBundle):
 
     def tokenizer(self) -> TextTokenizer:
         """The tokenizer; InputError where the checkpoint had none."""
-        if self._text is None:
+        if self._tokenizer is None:
             raise InputError("this bundle has no tokenizer, since its checkpoint had none; call run() with input_ids.")
-        return self._text
+        return self._tokenizer
 
 
 def padded_by(array: NDArray[np.int64], more: int, value: int) -> NDArray[np.int64]:

@@ -9,10 +9,11 @@ import numpy as np
 
 from transom.runtime.errors import BundleError
 from transom.runtime.feeds import LOGITS_POSITIONS, WRITE_INDICES, shape_of
-from transom.runtime.tasks.generator import Generator, PrefillResult, Row, padded
+from transom.runtime.tasks.generator import Generator, PrefillResult
 from transom.runtime.tasks.generator_task import ask_generator, generated_lines
+from transom.runtime.tasks.prompts import Row, padded
 from transom.runtime.tasks.task import FamilyTasks, Task
-from transom.runtime.text.tokenizer import row_length
+from transom.runtime.text.batch import row_length
 
 if TYPE_CHECKING:
     from transom.runtime.graph_spec import Tensor
@@ -29,7 +30,7 @@ class Transformer(Generator):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._target_text = self.open_tokenizer(self.manifest.target_tokenizer)
+        self._target_tokenizer = self.open_tokenizer(self.manifest.target_tokenizer)
         start = self._defaults.start_token
         if start is None:
             raise BundleError("bundle.json: generation has no decoder_start_token_id; export the bundle again.")
@@ -67,7 +68,7 @@ class Transformer(Generator):
         return 1  # the start token
 
     def target_tokenizer(self) -> TextTokenizer:
-        return self._target_text or self.tokenizer()
+        return self._target_tokenizer or self.tokenizer()
 
     def prompt_tokens(self) -> Tensor:
         return self.backend("encoder").graph.inputs[0]

@@ -1,133 +1,39 @@
-"""From text to ``input_ids`` and back: a tokenizer of either kind, padded and cut here.
+"""Encode texts to ``input_ids`` and decode them, with a tokenizer of either kind; truncation and padding happen here.
 
-The tokenizers library carries truncation and padding as settings of its own; they are switched off once
-and never touched again, so that threads can share one encoder.
+The tokenizers library stores truncation and padding in its tokenizer; they are switched off once
+and never set again, so that threads can share one tokenizer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from transom.runtime.errors import BundleError, InputError, ShapeError, one_line
-from transom.runtime.json_reader import Fields
+from transom.runtime.text.batch import CompactRow, EncodedBatch
 from transom.runtime.text.detokenizer import CleanUpDetokenizer, Detokenizer, clean_up, detokenizer_for
 from transom.runtime.text.marian import MarianDetokenizer, MarianSpec, MarianTokenizer
 from transom.runtime.text.tokenizer_json import parse_tokenizer, raise_unless_tokenizers
+from transom.runtime.text.tokenizer_spec import MAX_ID, TokenizerSpec
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
 
-MAX_ID = 2**31 - 1  # ids are int64 in the graph, but no embedding table is longer than this
-MAX_LENGTH = 1_000_000  # tokens; far past any position table
-ROW_STEP = 4  # tokens: kernels add up what is along a row four by four, and the rest of a row otherwise
-DOC_STRIDE = 128  # tokens two neighbouring windows of a long context share, as in transformers' pipeline
-KINDS = ("tokenizers", "marian")
-
-
-@dataclass(frozen=True)
-class TokenizerSpec:
-    """The object ``tokenizer`` of bundle.json: what the file itself does not say.
-
-    file         name of the tokenizer's JSON file, beside bundle.json
-    max_length   tokens of the longest row the checkpoint was made for, special ones included, whatever the bundle's S
-    pad_token    fills a shorter row, on the right, under an attention mask of zeros; None: id 0 does
-    mask_token   what ``fill_mask`` replaces, or None
-    truncation_side       "right" or "left": the end that is cut off
-    split_special_tokens  True: "[MASK]" within a text is ordinary text
-    token_types           False: token_type_ids are 0 in a pair's second text too, because the
-                          checkpoint's own tokenizer hands none to the model
-    kind                  what ``file`` is: "tokenizers" (that library's own format) or "marian"
-                          (``runtime.text.marian.MarianSpec``)
-    clean_up_spaces       decoded text loses the spaces before punctuation, as in transformers'
-                          clean_up_tokenization_spaces
-    """
-
-    file: str
-    max_length: int
-    pad_token: str | None
-    pad_id: int
-    mask_token: str | None
-    mask_id: int | None
-    truncation_side: str = "right"
-    split_special_tokens: bool = False
-    token_types: bool = True
-    kind: str = "tokenizers"
-    clean_up_spaces: bool = False
-
-    @classmethod
-    def from_json(cls, obj: object) -> TokenizerSpec:
-        """Read and check the JSON object; BundleError lists everything that is wrong with it."""
-        fields = Fields(obj, "tokenizer")
-        made = cls(
-            file=fields.take("file", _is_file_name, "the name of a file beside bundle.json"),
-            max_length=fields.integer("max_length", 1, MAX_LENGTH),
-            pad_token=fields.take("pad_token", _is_token, "a str, or null"),
-            pad_id=fields.integer("pad_id", 0, MAX_ID),
-            mask_token=fields.take("mask_token", _is_token, "a str, or null"),
-            mask_id=fields.take("mask_id", _is_id, f"0..{MAX_ID}, or null"),
-            truncation_side=fields.text("truncation_side", among=("right", "left")),
-            split_special_tokens=fields.boolean("split_special_tokens"),
-            token_types=fields.boolean("token_types"),
-            kind=fields.text("kind", "tokenizers", among=KINDS),
-            clean_up_spaces=fields.boolean("clean_up_spaces", False),
-        )
-        if not fields.problems and (made.mask_token is None) != (made.mask_id is None):
-            fields.problems.append(
-                "one of tokenizer.mask_token and tokenizer.mask_id is null, expected both or neither"
-            )
-        fields.done()
-        return made
-
-    def to_json(self) -> dict[str, Any]:
-        """The JSON object that ``from_json`` reads back to an equal value."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class EncodedBatch:
-    """B rows of S tokens: int64 (B, S) arrays named as the graph's inputs.
-
-    ``rows`` are the tokenizers library's encodings without padding: ``offsets`` into the text in
-    characters, ``special_tokens_mask``, ``sequence_ids``, ``word_ids``, ``tokens``. Those of a Marian
-    tokenizer have ``ids`` alone, a ``CompactRow`` ``ids`` and ``type_ids``.
-    """
-
-    input_ids: NDArray[np.int64]
-    attention_mask: NDArray[np.int64]
-    token_type_ids: NDArray[np.int64]
-    rows: tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class CompactRow:
-    """What a graph reads of one encoding, int32: a tenth of the memory, for rows that wait for their batch."""
-
-    ids: NDArray[np.int32]
-    type_ids: NDArray[np.int32]
-
-    @classmethod
-    def of(cls, encoding: Encoding) -> CompactRow:
-        return cls(*np.array([encoding.ids, encoding.type_ids], np.int32))
-
-    def __len__(self) -> int:
-        return len(self.ids)
+DOC_STRIDE = 128  # tokens that neighbouring windows of a long context share, as in transformers' pipeline
 
 
 def export_again(tokens: int) -> str:
+    """Return the advice for a text of ``tokens`` tokens that the bundle's axis S does not hold."""
     return f"Export again with --max S={tokens}"
 
 
 class TextTokenizer:
     """A tokenizer and its limits; may be shared by threads.
 
-    ``data`` are the bytes of the file, ``max_tokens`` is the maximum of the bundle's axis S, and ``wider`` says what to
-    do for more of them.
-    Raises BundleError when the file is damaged or hostile, or disagrees with ``spec``.
+    ``data`` are the bytes of the file, ``max_tokens`` is the maximum of the bundle's axis S, and ``wider`` returns the
+    advice for more of them. Raises BundleError when the file is damaged or hostile, or disagrees with ``spec``.
     """
 
     def __init__(
@@ -136,14 +42,14 @@ class TextTokenizer:
         self.spec, self._wider = spec, wider
         self.max_tokens = min(max_tokens, spec.max_length)
         self._axis = max_tokens
-        self._tokenizer: Any  # MarianTokenizer has those of Tokenizer's methods that are called here
+        self._tokenizer: Any  # MarianTokenizer has the methods of the library's Tokenizer that are called here
         if spec.kind == "marian":
             self._tokenizer = MarianTokenizer(MarianSpec.from_bytes(data, spec.file))
         else:
             self._tokenizer = parse_tokenizer(data)
         self._tokenizer.encode_special_tokens = spec.split_special_tokens
         self._processor = self._tokenizer.post_processor
-        self._tokenizer.post_processor = None  # applied by hand, after the cut
+        self._tokenizer.post_processor = None  # applied here, after truncation
         for name, token, number in (
             ("pad_token", spec.pad_token, spec.pad_id),
             ("mask_token", spec.mask_token, spec.mask_id),
@@ -156,27 +62,27 @@ class TextTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, added ones included."""
+        """The number of tokens, added ones included."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     def token_id(self, token: str) -> int | None:
-        """The id of a token as it stands in the vocabulary, or None."""
+        """Return the id of a token of the vocabulary, or None."""
         number: int | None = self._tokenizer.token_to_id(token)
         return number
 
     def token(self, number: int) -> str | None:
-        """The token of an id as it stands in the vocabulary, or None."""
+        """Return the token of an id as the vocabulary spells it, or None."""
         token: str | None = self._tokenizer.id_to_token(number) if 0 <= number <= MAX_ID else None
         return token
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of token ids, as transformers' ``decode`` gives it; ids that no token has are left out."""
+        """Return the text of token ids as transformers' ``decode`` does; ids that no token has are left out."""
         known = [int(number) for number in ids if 0 <= number <= MAX_ID]
         text: str = self._tokenizer.decode(known, skip_special_tokens=skip_special_tokens)
         return clean_up(text) if self.spec.clean_up_spaces else text
 
     def detokenizer(self) -> Detokenizer:
-        """The text of tokens that come one by one; its pieces together are what ``decode`` gives for all."""
+        """Return a detokenizer of one text; its pieces joined equal ``decode`` of all its tokens."""
         marian = isinstance(self._tokenizer, MarianTokenizer)
         detokenizer: Detokenizer = MarianDetokenizer(self._tokenizer) if marian else detokenizer_for(self._tokenizer)
         return CleanUpDetokenizer(detokenizer) if self.spec.clean_up_spaces else detokenizer
@@ -211,7 +117,7 @@ class TextTokenizer:
     ) -> Encoding:
         """Encode one text, or a text with its pair, special tokens included.
 
-        Too long a row is cut with ``truncate``, a pair from its longer side first ('longest_first' in
+        Too long a row is truncated with ``truncate``, a pair from its longer side first ('longest_first' in
         transformers), else it is a ShapeError. InputError: no str, no Unicode, or not a single token. Errors call
         the text ``name`` and its pair ``pair_name``.
         """
@@ -223,7 +129,7 @@ class TextTokenizer:
         if length > room:
             least = 1 if second is None else 2
             if not truncate or room < least:
-                raise ShapeError(self._too_long(name, length + added, added, can_cut=room >= least))
+                raise ShapeError(self._too_long(name, length + added, added, can_truncate=room >= least))
             keep_first, keep_second = longest_first(len(first), length - len(first), room)
             first.truncate(keep_first, direction=self.spec.truncation_side)
             if second is not None:
@@ -240,13 +146,13 @@ class TextTokenizer:
         *,
         place: str = "",
     ) -> EncodedBatch:
-        """The question with as many overlapping pieces of the context as it takes, one row each.
+        """Encode a question with overlapping windows of its context, one row each.
 
         ``max_length`` bounds a row in tokens, as many as the bundle allows by default; ``stride`` is the overlap of
         two pieces, by default that of transformers' pipeline: DOC_STRIDE, or half a short row. The rows are those of
         transformers' ``truncation="only_second", return_overflowing_tokens=True``. Raises as ``row`` does, and
         InputError where the question leaves no room for the context, or the context needs several rows and the room
-        is no larger than the overlap. ``place`` tells the question from others in errors.
+        is no larger than the overlap. ``place`` numbers the question in errors.
         """
         asked, given = self._tokens(question, f"question{place}"), self._tokens(context, f"context{place}")
         length = self.max_tokens if max_length is None else max_length
@@ -279,7 +185,7 @@ class TextTokenizer:
         return batch
 
     def padded(self, rows: Sequence[Encoding | CompactRow]) -> EncodedBatch:
-        """Rows of ``row`` as one batch, padded to the longest of them."""
+        """Pad rows of ``row`` to the longest of them, as one batch."""
         shape = (len(rows), max(len(row) for row in rows))
         ids = np.full(shape, self.spec.pad_id, dtype=np.int64)
         mask, types = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
@@ -291,7 +197,7 @@ class TextTokenizer:
         return EncodedBatch(ids, mask, types, tuple(rows))
 
     def _tokens(self, text: str, name: str) -> Encoding:
-        """The encoding, without special tokens, of a text that is checked first."""
+        """Check a text, and return its encoding without special tokens."""
         if not isinstance(text, str):
             raise InputError(f"{name} is a {type(text).__name__}, expected a str.")
         try:
@@ -312,16 +218,17 @@ class TextTokenizer:
             )
         return encoding
 
-    def _too_long(self, name: str, length: int, added: int, *, can_cut: bool) -> str:
+    def _too_long(self, name: str, length: int, added: int, *, can_truncate: bool) -> str:
+        """Explain that a text is too long, and what to do about it."""
         said = f"{name} is {length} tokens, {added} of them special; at most {self.max_tokens} fit."
         longest = min(length, self.spec.max_length)  # of any export of this checkpoint
         more = longest > self.max_tokens
-        if not can_cut:  # not to one token of each text
+        if not can_truncate:  # not to one token of each text
             return f"{said} {self._wider(longest) if more else 'This model reads no such text'}."
         if more and longest == length:
             return f"{said} Pass truncate=True, or {lowered(self._wider(length))}."
-        made = f"{longest} at most" if more else "no more"
-        return f"{said} The checkpoint was made for {made}: pass truncate=True, or split the text."
+        trained = f"{longest} at most" if more else "no more"
+        return f"{said} The checkpoint was trained for {trained}: pass truncate=True, or split the text."
 
     def _question_too_long(self, taken: int, added: int, context: int, length: int, overlap: int) -> str:
         """Explain that a question, ``taken`` tokens with the ``added`` ones, leaves too little room for a context."""
@@ -338,21 +245,13 @@ class TextTokenizer:
         return f"{said} {', '.join(ways) or 'Ask a model that reads longer texts'}."
 
 
-def row_length(longest: int, most: int) -> int:
-    """To how many tokens the rows of a batch are padded, the longest of which has ``longest``; ``most`` are allowed.
-
-    A multiple of ROW_STEP: what follows a row's own tokens, of which its neighbours decide, then changes no bit of it.
-    """
-    return max(longest, min(-(-longest // ROW_STEP) * ROW_STEP, most))
-
-
 def lowered(sentence: str) -> str:
-    """The sentence as the end of another one."""
+    """Return the sentence with its first letter in lower case, as the end of another one."""
     return f"{sentence[0].lower()}{sentence[1:]}"
 
 
 def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
-    """Tokens to keep of a pair of lengths so that both fit into ``room``: the longer one gives first.
+    """Return how many tokens to keep of each of a pair so that both fit into ``room``: the longer one loses first.
 
     As ``truncate_encodings`` in tokenizers' Rust source, src/utils/truncation.rs.
     """
@@ -362,21 +261,3 @@ def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
         short = room // 2
         long = short + room % 2
     return (long, short) if first > second else (short, long)
-
-
-def _is_file_name(value: object) -> bool:
-    """Printable ASCII without a separator: no path that leaves the folder, on any system."""
-    if not isinstance(value, str) or value in ("", ".", ".."):
-        return False
-    return value.isascii() and value.isprintable() and not set(value) & set("/\\:")
-
-
-def _is_id(value: object) -> bool:
-    return value is None or (type(value) is int and 0 <= value <= MAX_ID)
-
-
-def _is_token(value: object) -> bool:
-    """A str that is Unicode: JSON can smuggle in a lone surrogate."""
-    if value is None or not isinstance(value, str):
-        return value is None
-    return value != "" and not any("\ud800" <= character <= "\udfff" for character in value)

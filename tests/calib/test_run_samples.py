@@ -24,7 +24,7 @@ from transom.runtime.manifest_graphs import GraphFile
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks import task_class
 from transom.runtime.tasks.bert import Bert
-from transom.runtime.text.tokenizer import ROW_STEP
+from transom.runtime.text.batch import ROW_STEP
 
 Call = tuple[str, dict[str, Array]]
 

@@ -30,7 +30,8 @@ from transom.runtime import load
 from transom.runtime.errors import BundleError, CheckpointError, InputError, TransomError
 from transom.runtime.image_preprocess import ImagePreprocess
 from transom.runtime.manifest import MANIFEST, manifest_sha256
-from transom.runtime.text.tokenizer import TextTokenizer, TokenizerSpec
+from transom.runtime.text.tokenizer import TextTokenizer
+from transom.runtime.text.tokenizer_spec import TokenizerSpec
 
 resource = pytest.importorskip("resource")  # of POSIX
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from transom.export.processors.tokenizer import tokenizer_from_checkpoint
-from transom.runtime.text.tokenizer import TextTokenizer, TokenizerSpec
+from transom.runtime.text.tokenizer import TextTokenizer
+from transom.runtime.text.tokenizer_spec import TokenizerSpec
 
 LIMIT = 100_000  # tokens; so far away that nothing is cut
 

@@ -27,7 +27,8 @@ from tokenizer_cases import LIMIT, LINES, encoder_of, write
 from transom.export.processors.tokenizer import target_tokenizer_from_checkpoint, tokenizer_from_checkpoint
 from transom.runtime.errors import BundleError, CheckpointError, InputError
 from transom.runtime.text.marian import MarianSpec
-from transom.runtime.text.tokenizer import TextTokenizer, TokenizerSpec
+from transom.runtime.text.tokenizer import TextTokenizer
+from transom.runtime.text.tokenizer_spec import TokenizerSpec
 
 # It is never called when a text is tokenized
 pytestmark = pytest.mark.filterwarnings("ignore:Recommended. pip install sacremoses")
@@ -309,7 +310,8 @@ def test_the_runtime_needs_no_sentencepiece(english: bytes, tmp_path: Path) -> N
     code = f"""
 import json, sys
 sys.modules.update(sentencepiece=None, tokenizers=None)
-from transom.runtime.text.tokenizer import TextTokenizer, TokenizerSpec
+from transom.runtime.text.tokenizer import TextTokenizer
+from transom.runtime.text.tokenizer_spec import TokenizerSpec
 spec = TokenizerSpec.from_json({found[1].to_json()!r})
 tokenizer = TextTokenizer(open({str(tmp_path / "file")!r}, "rb").read(), spec, 512)
 print(json.dumps(tokenizer.encode(["Ann met him"], truncate=False).input_ids.tolist()))

@@ -1,4 +1,4 @@
-"""Keywords and stored settings: what is read, what is refused, and how long an answer may be."""
+"""Keywords and stored config: what is read, what is refused, and how long an answer may be."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import transformers
 from tiny_decoders import VOCABULARY, tiny_gpt
 from transom.export.processors.generation_config import generation_from_checkpoint
 from transom.runtime.errors import BundleError, CheckpointError, InputError
-from transom.runtime.generation import GenerationConfig
+from transom.runtime.generation import GenerationConfig, check_for_model, with_keywords
 from transom.runtime.generation.field_specs import FIELD_SPECS
 
 DEFAULTS = GenerationConfig()
@@ -24,14 +24,14 @@ DEFAULTS = GenerationConfig()
 def test_the_defaults_are_those_of_transformers() -> None:
     theirs = transformers.GenerationConfig._get_default_generation_params()
     theirs["max_length"] = None  # its 20 is counted from the prompt's end, as our None is
-    for name, rule in FIELD_SPECS.items():
+    for name, spec in FIELD_SPECS.items():
         if name in theirs:
-            ours = None if name == "max_length" else rule.read(theirs[name])
+            ours = None if name == "max_length" else spec.parse(theirs[name])
             assert getattr(DEFAULTS, name) == ours, name
 
 
 def test_keywords_are_read_into_one_form() -> None:
-    found = DEFAULTS.with_keywords(
+    found = with_keywords(DEFAULTS,
         eos_token_id=5, stop_strings="x", bad_words_ids=[[1], (2, 3)], max_new_tokens=np.int64(7),
         do_sample=True, temperature=np.float32(0.5), top_k=None, top_p=1, forced_eos_token_id=[1, 2], seed=0,
     )  # fmt: skip
@@ -41,9 +41,9 @@ def test_keywords_are_read_into_one_form() -> None:
     assert (type(found.max_new_tokens), found.max_new_tokens) == (int, 7)
     assert (type(found.temperature), found.temperature) == (float, 0.5)
     assert (found.top_k, found.top_p, found.seed, found.forced_eos_token_id) == (0, 1.0, 0, (1, 2))
-    assert found.with_keywords(eos_token_id=None, stop_strings=None).eos_token_id == ()
-    assert found.with_keywords(eos_token_id=np.array([3, 4])).eos_token_id == (3, 4)
-    assert found.with_keywords(eos_token_id=np.array(3)).eos_token_id == (3,)
+    assert with_keywords(found, eos_token_id=None, stop_strings=None).eos_token_id == ()
+    assert with_keywords(found, eos_token_id=np.array([3, 4])).eos_token_id == (3, 4)
+    assert with_keywords(found, eos_token_id=np.array(3)).eos_token_id == (3,)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_keywords_are_read_into_one_form() -> None:
 def test_a_wrong_value_is_named_with_what_was_expected(keywords: dict[str, Any]) -> None:
     name = next(iter(keywords))
     with pytest.raises(InputError, match=rf"^{name} is .*, expected "):
-        DEFAULTS.with_keywords(**keywords)
+        with_keywords(DEFAULTS, **keywords)
 
 
 @pytest.mark.parametrize(
@@ -104,26 +104,26 @@ def test_a_wrong_value_is_named_with_what_was_expected(keywords: dict[str, Any])
 )
 def test_contradictory_keywords_are_refused(keywords: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        DEFAULTS.with_keywords(**keywords)
+        with_keywords(DEFAULTS, **keywords)
 
 
 def test_values_that_say_nothing_contradict_nothing() -> None:
-    DEFAULTS.with_keywords(temperature=1.0, top_p=1.0, top_k=50, length_penalty=1.0, early_stopping=False, seed=3)
-    DEFAULTS.with_keywords(max_length=9, max_new_tokens=None, min_length=0, min_new_tokens=2)
+    with_keywords(DEFAULTS, temperature=1.0, top_p=1.0, top_k=50, length_penalty=1.0, early_stopping=False, seed=3)
+    with_keywords(DEFAULTS, max_length=9, max_new_tokens=None, min_length=0, min_new_tokens=2)
 
 
 def test_what_the_checkpoint_says_is_passed_over_and_what_the_caller_says_is_not() -> None:
     stored = GenerationConfig(temperature=0.6, top_p=0.9, length_penalty=0.6, max_new_tokens=9, min_length=50)
-    assert stored.with_keywords().new_tokens(4) == 9  # fifty are out of reach, as in transformers
-    assert stored.with_keywords(do_sample=True).temperature == 0.6
-    assert stored.with_keywords().new_tokens(4, 7) == 3  # a bundle may be exported with less room than that
-    assert GenerationConfig(max_length=512).with_keywords().new_tokens(1, 64) == 63
-    assert stored.with_keywords(max_new_tokens=9).new_tokens(4, 7) == 9  # asked for: refused where it does not fit
+    assert with_keywords(stored).new_tokens(4) == 9  # fifty are out of reach, as in transformers
+    assert with_keywords(stored, do_sample=True).temperature == 0.6
+    assert with_keywords(stored).new_tokens(4, 7) == 3  # a bundle may be exported with less room than that
+    assert with_keywords(GenerationConfig(max_length=512)).new_tokens(1, 64) == 63
+    assert with_keywords(stored, max_new_tokens=9).new_tokens(4, 7) == 9  # asked for: refused where it does not fit
     with pytest.raises(InputError, match="max_length=30 has no effect beside the model's own max_new_tokens=9"):
-        stored.with_keywords(max_length=30)
-    assert stored.with_keywords(max_length=30, max_new_tokens=None).new_tokens(4) == 26
+        with_keywords(stored, max_length=30)
+    assert with_keywords(stored, max_length=30, max_new_tokens=None).new_tokens(4) == 26
     with pytest.raises(InputError, match="at least 16 new tokens are asked for after a prompt of 4, at most 9"):
-        stored.with_keywords(min_length=20).new_tokens(4)
+        with_keywords(stored, min_length=20).new_tokens(4)
 
 
 @pytest.mark.parametrize(
@@ -135,16 +135,16 @@ def test_an_answer_is_as_long_as_transformers_makes_it(prompt: int, keywords: di
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         row = model.generate(torch.ones((1, prompt), dtype=torch.long), eos_token_id=None, do_sample=False, **keywords)
-    assert DEFAULTS.with_keywords(**keywords).new_tokens(prompt, positions=48) == row.shape[1] - prompt
+    assert with_keywords(DEFAULTS, **keywords).new_tokens(prompt, positions=48) == row.shape[1] - prompt
 
 
 def test_a_prompt_without_room_is_refused() -> None:
     with pytest.raises(InputError, match="the prompt is 48 tokens, but the context holds 48: no room for a new one"):
         DEFAULTS.new_tokens(48, positions=48)
     with pytest.raises(InputError, match="the prompt is 9 tokens, but max_length is 8: no room"):
-        DEFAULTS.with_keywords(max_length=8).new_tokens(9)
+        with_keywords(DEFAULTS, max_length=8).new_tokens(9)
     assert DEFAULTS.new_tokens(48) == 20
-    assert DEFAULTS.with_keywords(max_new_tokens=5).new_tokens(48, positions=48) == 5  # the caller's cache says no
+    assert with_keywords(DEFAULTS, max_new_tokens=5).new_tokens(48, positions=48) == 5  # the caller's cache says no
 
 
 def test_rows_and_the_start_token() -> None:
@@ -158,16 +158,16 @@ def test_rows_and_the_start_token() -> None:
 @pytest.mark.parametrize("name", ["eos_token_id", "bad_words_ids", "forced_bos_token_id", "suppress_tokens"])
 def test_a_token_past_the_vocabulary_is_refused(name: str) -> None:
     value: Any = {"bad_words_ids": [[1, 23]], "suppress_tokens": [23]}.get(name, 23)
-    asked = DEFAULTS.with_keywords(**{name: value})
+    asked = with_keywords(DEFAULTS, **{name: value})
     with pytest.raises(InputError, match=rf"{name} has the token 23, but the model has 23: 0..22"):
-        asked.check(VOCABULARY, text=True)
-    asked.check(VOCABULARY + 1, text=True)
+        check_for_model(asked, VOCABULARY, text=True)
+    check_for_model(asked, VOCABULARY + 1, text=True)
 
 
 def test_more_ends_than_the_vocabulary_leaves_room_for() -> None:
-    asked = DEFAULTS.with_keywords(num_beams=2, eos_token_id=[0, 1, 2])
-    with pytest.raises(InputError, match="looks at 8 continuations, but a vocabulary of 3 has fewer"):
-        asked.check(3, text=True)
+    asked = with_keywords(DEFAULTS, num_beams=2, eos_token_id=[0, 1, 2])
+    with pytest.raises(InputError, match="scores 8 continuations in a step, but a vocabulary of 3 has fewer"):
+        check_for_model(asked, 3, text=True)
 
 
 FULL: dict[str, Any] = {
@@ -182,12 +182,12 @@ FULL: dict[str, Any] = {
 
 def test_settings_survive_the_way_through_json() -> None:
     assert set(FULL) == set(FIELD_SPECS)
-    settings = GenerationConfig.from_json(FULL)
-    assert settings.to_json() == FULL
-    assert GenerationConfig.from_json(json.loads(json.dumps(settings.to_json()))) == settings
+    config = GenerationConfig.from_json(FULL)
+    assert config.to_json() == FULL
+    assert GenerationConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
     assert DEFAULTS.to_json() == {}
     assert GenerationConfig.from_json({}) == DEFAULTS
-    assert "seed" not in DEFAULTS.with_keywords(seed=3).to_json()
+    assert "seed" not in with_keywords(DEFAULTS, seed=3).to_json()
 
 
 @pytest.mark.parametrize(
@@ -246,9 +246,9 @@ def test_without_it_config_json_is_read_as_transformers_reads_it(tmp_path: Path,
 
 
 def same_as_theirs(ours: GenerationConfig, theirs: transformers.GenerationConfig) -> None:
-    for name, rule in FIELD_SPECS.items():
+    for name, spec in FIELD_SPECS.items():
         value = getattr(theirs, name)
-        assert getattr(ours, name) == (getattr(DEFAULTS, name) if value is None else rule.read(value)), name
+        assert getattr(ours, name) == (getattr(DEFAULTS, name) if value is None else spec.parse(value)), name
 
 
 @pytest.mark.parametrize(

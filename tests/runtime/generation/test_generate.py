@@ -17,7 +17,7 @@ import torch
 
 from tiny_decoders import START, Recomputed, Table, tiny_gpt, tiny_marian
 from transom.runtime.errors import InputError
-from transom.runtime.generation import GenerationConfig, generate, stream
+from transom.runtime.generation import GenerationConfig, generate, stream, with_keywords
 
 PROMPTS = [[1, 2, 3], [7, 8, 20, 4, 4], [6]]
 SOURCES = [[3, 4, 5, 0], [9, 10, 0], [12, 1, 17, 17, 2, 0]]
@@ -60,7 +60,7 @@ def gpt_theirs(prompts: list[list[int]], keywords: dict[str, Any]) -> list[list[
 
 def gpt_ours(prompts: list[list[int]], keywords: dict[str, Any]) -> list[list[int]]:
     model = Recomputed(tiny_gpt(), prompts)
-    return generate(prompts, model.logits(), model, GenerationConfig().with_keywords(**keywords))
+    return generate(prompts, model.logits(), model, with_keywords(GenerationConfig(), **keywords))
 
 
 def marian_theirs(keywords: dict[str, Any]) -> list[list[int]]:
@@ -74,7 +74,7 @@ def marian_theirs(keywords: dict[str, Any]) -> list[list[int]]:
 def marian_ours(keywords: dict[str, Any]) -> list[list[int]]:
     prompts = [[START]] * len(SOURCES)
     model = Recomputed(tiny_marian(), prompts, SOURCES)
-    return generate(prompts, model.logits(), model, GenerationConfig().with_keywords(**keywords))
+    return generate(prompts, model.logits(), model, with_keywords(GenerationConfig(), **keywords))
 
 
 def test_greedy_tokens_are_those_of_transformers() -> None:
@@ -135,27 +135,27 @@ CHAIN[np.arange(9), np.arange(1, 10)] = 5
 
 def test_rows_are_selected_only_when_one_is_finished() -> None:
     model = Table(CHAIN, [5, 7, 6])
-    settings = GenerationConfig().with_keywords(max_new_tokens=6, eos_token_id=9)
-    assert generate([[5], [7], [6]], model.logits(), model, settings) == [[6, 7, 8, 9], [8, 9], [7, 8, 9]]
+    config = with_keywords(GenerationConfig(), max_new_tokens=6, eos_token_id=9)
+    assert generate([[5], [7], [6]], model.logits(), model, config) == [[6, 7, 8, 9], [8, 9], [7, 8, 9]]
     assert model.selected == [[0, 2], [0]]
     assert model.fed == 3
 
 
 def test_beams_are_reordered_only_when_they_change() -> None:
     """Two beams that each go their way are forked once and never reordered; one that dies out is replaced."""
-    settings = GenerationConfig().with_keywords(max_new_tokens=3, num_beams=2)
+    config = with_keywords(GenerationConfig(), max_new_tokens=3, num_beams=2)
     for second, selected in ((4, [[0, 0]]), (-4, [[0, 0], [0, 0]])):
         table = CHAIN.copy()
         table[0, 5], table[5] = second, 0  # beside 0 -> 1 also 0 -> 5, and then ten equal chances
         model = Table(table, [0])
-        assert generate([[0]], model.logits(), model, settings) == [[1, 2, 3]]
+        assert generate([[0]], model.logits(), model, config) == [[1, 2, 3]]
         assert model.selected == selected
 
 
 def test_a_prompt_that_is_done_leaves_the_beams_of_the_others() -> None:
     model = Table(CHAIN, [7, 3])
-    settings = GenerationConfig().with_keywords(max_new_tokens=6, num_beams=2, eos_token_id=[9, 0], length_penalty=0.0)
-    assert generate([[7], [3]], model.logits(), model, settings) == [[8, 9], [4, 5, 6, 7, 8, 9]]
+    config = with_keywords(GenerationConfig(), max_new_tokens=6, num_beams=2, eos_token_id=[9, 0], length_penalty=0.0)
+    assert generate([[7], [3]], model.logits(), model, config) == [[8, 9], [4, 5, 6, 7, 8, 9]]
     forked, left = model.selected[:2]
     assert forked == [0, 0, 1, 1]
     assert len(left) == 2
@@ -169,9 +169,9 @@ def test_a_prompt_that_is_done_leaves_the_beams_of_the_others() -> None:
 def test_a_row_that_is_not_finite_is_named_and_nothing_else_suffers(
     keywords: dict[str, Any], value: float, kind: str
 ) -> None:
-    settings = GenerationConfig().with_keywords(max_new_tokens=6, eos_token_id=9, **keywords)
+    config = with_keywords(GenerationConfig(), max_new_tokens=6, eos_token_id=9, **keywords)
     healthy = Table(CHAIN, [1, 2])
-    before = generate([[1], [2]], healthy.logits(), healthy, settings)
+    before = generate([[1], [2]], healthy.logits(), healthy, config)
     table = CHAIN.copy()
     if np.isneginf(value):
         table[4] = value
@@ -179,9 +179,9 @@ def test_a_row_that_is_not_finite_is_named_and_nothing_else_suffers(
         table[4, 7] = value  # what follows 4, which prompt 1 reaches first
     model = Table(table, [1, 2])
     with pytest.raises(InputError, match=rf"prompt 1 are {kind} at new token 3, expected finite"):
-        generate([[1], [2]], model.logits(), model, settings)
+        generate([[1], [2]], model.logits(), model, config)
     again = Table(CHAIN, [1, 2])
-    assert generate([[1], [2]], again.logits(), again, settings) == before
+    assert generate([[1], [2]], again.logits(), again, config) == before
 
 
 def test_some_tokens_at_minus_infinity_are_a_model_s_right() -> None:
@@ -189,8 +189,8 @@ def test_some_tokens_at_minus_infinity_are_a_model_s_right() -> None:
     table[:, 3] = -np.inf
     for keywords in ({"no_repeat_ngram_size": 1}, {"num_beams": 2}, {"do_sample": True, "seed": 0}):
         model = Table(table, [0])
-        settings = GenerationConfig().with_keywords(max_new_tokens=5, **keywords)
-        (row,) = generate([[0]], model.logits(), model, settings)
+        config = with_keywords(GenerationConfig(), max_new_tokens=5, **keywords)
+        (row,) = generate([[0]], model.logits(), model, config)
         assert 3 not in row
 
 
@@ -198,15 +198,15 @@ def test_some_tokens_at_minus_infinity_are_a_model_s_right() -> None:
 def test_settings_that_rule_out_every_token_are_refused(keywords: dict[str, Any]) -> None:
     table = np.zeros((4, 4), dtype=np.float32)
     model = Table(table, [0])
-    settings = GenerationConfig().with_keywords(max_new_tokens=6, no_repeat_ngram_size=1, **keywords)
+    config = with_keywords(GenerationConfig(), max_new_tokens=6, no_repeat_ngram_size=1, **keywords)
     with pytest.raises(InputError, match="rule out every token for prompt 0 at new token 4"):
-        generate([[0]], model.logits(), model, settings)
+        generate([[0]], model.logits(), model, config)
 
 
 def test_a_stream_gives_each_token_before_the_next_is_computed() -> None:
     model = Table(CHAIN, [5])
-    settings = GenerationConfig().with_keywords(max_new_tokens=6, eos_token_id=9)
-    tokens = stream([5], model.logits(), model, settings)
+    config = with_keywords(GenerationConfig(), max_new_tokens=6, eos_token_id=9)
+    tokens = stream([5], model.logits(), model, config)
     assert next(tokens) == 6
     assert model.fed == 0
     assert next(tokens) == 7
@@ -226,9 +226,9 @@ def test_a_stream_left_half_way_asks_nothing_more() -> None:
 
 def test_a_stream_s_tokens_are_those_of_generate() -> None:
     for keywords in ({}, {"do_sample": True, "seed": 3, "top_k": 5}):
-        settings = GenerationConfig().with_keywords(max_new_tokens=9, eos_token_id=ENDS[1], **keywords)
+        config = with_keywords(GenerationConfig(), max_new_tokens=9, eos_token_id=ENDS[1], **keywords)
         model = Recomputed(tiny_gpt(), PROMPTS[:1])
-        streamed = list(stream(PROMPTS[0], model.logits(), model, settings))
+        streamed = list(stream(PROMPTS[0], model.logits(), model, config))
         assert streamed == gpt_ours(PROMPTS[:1], {"max_new_tokens": 9, "eos_token_id": ENDS[1], **keywords})[0]
 
 
@@ -237,6 +237,6 @@ def test_a_stream_s_tokens_are_those_of_generate() -> None:
 )
 def test_only_one_row_can_be_streamed(keywords: dict[str, Any], name: str) -> None:
     model = Table(CHAIN, [0])
-    settings = GenerationConfig().with_keywords(**keywords)
+    config = with_keywords(GenerationConfig(), **keywords)
     with pytest.raises(InputError, match=rf"{name}.* is 2, but a stream is one row .*call generate"):
-        stream([0], model.logits(), model, settings)  # at once, not at the first token
+        stream([0], model.logits(), model, config)  # at once, not at the first token

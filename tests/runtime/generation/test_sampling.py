@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from tiny_decoders import Table
-from transom.runtime.generation import GenerationConfig, generate
+from transom.runtime.generation import GenerationConfig, generate, with_keywords
 from transom.runtime.generation.sampling import draw, row_rngs
 
 DRAWS = 5_000
@@ -22,8 +22,8 @@ LOGITS = np.log(np.array([0.4, 0.2, 0.15, 0.1, 0.08, 0.05, 0.02], dtype=np.float
 def first_tokens(**keywords: Any) -> list[int]:
     """What DRAWS rows that all see LOGITS begin with."""
     model = Table(LOGITS[None], [0] * DRAWS)
-    settings = GenerationConfig().with_keywords(max_new_tokens=1, do_sample=True, seed=11, **keywords)
-    return [row[0] for row in generate([[0]] * DRAWS, model.logits(), model, settings)]
+    config = with_keywords(GenerationConfig(), max_new_tokens=1, do_sample=True, seed=11, **keywords)
+    return [row[0] for row in generate([[0]] * DRAWS, model.logits(), model, config)]
 
 
 def chi_square(found: list[int], expected: NDArray[np.float64]) -> tuple[float, int]:
@@ -62,8 +62,8 @@ def test_one_seed_gives_one_text_and_another_seed_another() -> None:
 
     def sampled(seed: int | None) -> list[list[int]]:
         model = Table(table, [0, 0])
-        settings = GenerationConfig().with_keywords(max_new_tokens=40, do_sample=True, seed=seed)
-        return generate([[0], [0]], model.logits(), model, settings)
+        config = with_keywords(GenerationConfig(), max_new_tokens=40, do_sample=True, seed=seed)
+        return generate([[0], [0]], model.logits(), model, config)
 
     assert sampled(3) == sampled(3)
     assert sampled(3) != sampled(4)
@@ -75,10 +75,10 @@ def test_a_row_s_stream_does_not_end_with_its_neighbour() -> None:
     """Row 0 is finished at once; row 1 draws what it draws beside a row that is not."""
     table = np.random.default_rng(0).standard_normal((7, 7)).astype(np.float32)
     table[5] = [0, 0, 0, 0, 0, 0, 1e9]
-    settings = GenerationConfig().with_keywords(max_new_tokens=30, do_sample=True, seed=3, eos_token_id=6)
+    config = with_keywords(GenerationConfig(), max_new_tokens=30, do_sample=True, seed=3, eos_token_id=6)
     beside_short, beside_long = (Table(table, [first, 0]) for first in (5, 1))
-    short = generate([[5], [0]], beside_short.logits(), beside_short, settings)
-    long = generate([[1], [0]], beside_long.logits(), beside_long, settings)
+    short = generate([[5], [0]], beside_short.logits(), beside_short, config)
+    long = generate([[1], [0]], beside_long.logits(), beside_long, config)
     assert short[0] == [6]
     assert len(long[0]) > 1
     assert short[1] == long[1]
@@ -89,10 +89,10 @@ def test_sequences_of_one_prompt_differ_and_the_first_is_that_of_one_alone() -> 
 
     def sampled(prompts: list[int], copies: int) -> list[list[int]]:
         model = Table(table, prompts)
-        settings = GenerationConfig().with_keywords(
-            max_new_tokens=20, do_sample=True, seed=3, num_return_sequences=copies
+        config = with_keywords(
+            GenerationConfig(), max_new_tokens=20, do_sample=True, seed=3, num_return_sequences=copies
         )
-        return generate([[prompt] for prompt in prompts], model.logits(), model, settings)
+        return generate([[prompt] for prompt in prompts], model.logits(), model, config)
 
     three = sampled([0, 1], 3)
     assert len(three) == 6
@@ -103,11 +103,11 @@ def test_sequences_of_one_prompt_differ_and_the_first_is_that_of_one_alone() -> 
 @pytest.mark.parametrize("beams", [1, 2])
 def test_a_call_split_into_batches_draws_as_one(beams: int) -> None:
     table = np.random.default_rng(0).standard_normal((7, 7)).astype(np.float32)
-    settings = GenerationConfig().with_keywords(max_new_tokens=20, do_sample=True, seed=3, num_beams=beams)
+    config = with_keywords(GenerationConfig(), max_new_tokens=20, do_sample=True, seed=3, num_beams=beams)
 
     def sampled(prompts: list[int], first: int) -> list[list[int]]:
         model = Table(table, prompts)
-        return generate([[prompt] for prompt in prompts], model.logits(), model, settings, first=first)
+        return generate([[prompt] for prompt in prompts], model.logits(), model, config, first=first)
 
     whole = sampled([0, 0, 0], 0)
     assert whole == sampled([0, 0], 0) + sampled([0], 2)
@@ -133,8 +133,8 @@ def test_beams_are_drawn_without_replacement() -> None:
             expected[i] += p[i] * p[j] / (1 - p[i]) + p[j] * p[i] / (1 - p[j])
     table = np.log(p).astype(np.float32)[None]
     model = Table(table, [0] * 3000)
-    settings = GenerationConfig().with_keywords(max_new_tokens=1, do_sample=True, seed=2, num_beams=2, top_k=0)
-    found = [row[0] for row in generate([[0]] * 3000, model.logits(), model, settings)]
+    config = with_keywords(GenerationConfig(), max_new_tokens=1, do_sample=True, seed=2, num_beams=2, top_k=0)
+    found = [row[0] for row in generate([[0]] * 3000, model.logits(), model, config)]
     statistic, freedom = chi_square(found, expected)
     assert statistic < CHI_SQUARE[freedom]
 
@@ -144,9 +144,16 @@ def test_drawn_beams_go_on_and_are_repeatable() -> None:
     found = []
     for seed in (1, 1, 2):
         model = Table(table, [0, 1])
-        settings = GenerationConfig().with_keywords(
-            max_new_tokens=12, do_sample=True, seed=seed, num_beams=3, top_p=0.9, temperature=2.0, eos_token_id=6
+        config = with_keywords(
+            GenerationConfig(),
+            max_new_tokens=12,
+            do_sample=True,
+            seed=seed,
+            num_beams=3,
+            top_p=0.9,
+            temperature=2.0,
+            eos_token_id=6,
         )
-        found.append(generate([[0], [1]], model.logits(), model, settings))
+        found.append(generate([[0], [1]], model.logits(), model, config))
     assert found[0] == found[1]
     assert found[0] != found[2]

@@ -22,7 +22,7 @@ from transom.runtime.graph_spec import Graph
 from transom.runtime.greedy_check import forced_logits
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks.generator import Generator
-from transom.runtime.text.tokenizer import row_length
+from transom.runtime.text.batch import row_length
 
 EARLIER = sorted(path.name for path in KEPT.iterdir() if path.name.count("-") == 1)
 BLOCKS_BOUND = 1e-5

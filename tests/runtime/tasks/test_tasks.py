@@ -190,7 +190,7 @@ def test_advice_to_export_with_more_tokens_can_be_followed(make_checkpoint: Make
         assert bert.answer("way " * 8, context)
         with pytest.raises(ShapeError, match=r"text 0 is 27 tokens.*truncate=True, or export again with --max S=27\.$"):
             bert.tokenizer().encode(["way " * 25], truncate=False)
-        with pytest.raises(ShapeError, match=r"The checkpoint was made for 67 at most: pass truncate=True, or split"):
+        with pytest.raises(ShapeError, match=r"checkpoint was trained for 67 at most: pass truncate=True, or split"):
             bert.tokenizer().encode(["way " * 99], truncate=False)
         with pytest.raises(ShapeError, match=r"axis S allows 1\.\.24\. Export again with --max S=67\."):
             bert.run({"input_ids": np.ones((1, 67), np.int64)})

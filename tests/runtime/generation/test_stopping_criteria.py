@@ -16,8 +16,8 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 
 from tiny_decoders import Table
 from transom.runtime.errors import InputError
-from transom.runtime.generation import GenerationConfig, generate, stream
-from transom.runtime.generation.stopping import StoppingCriteria, common_prefix
+from transom.runtime.generation import GenerationConfig, generate, stream, with_keywords
+from transom.runtime.generation.stopping_criteria import StoppingCriteria, common_prefix
 
 WORDS = ["st", "op", "stop", "opera", "sto", "pper", "las", "topper", "s", "to", "pped", " stop", "\n", "\n\n", "é"]
 
@@ -31,8 +31,8 @@ class Words:
 
 def completes(stop: str, *words: str) -> bool:
     ids = np.array([WORDS.index(word) for word in words])
-    stopping = StoppingCriteria(GenerationConfig().with_keywords(stop_strings=stop), Words().decode)
-    return stopping.completes(ids[:-1], int(ids[-1]))
+    stopping = StoppingCriteria(with_keywords(GenerationConfig(), stop_strings=stop), Words().decode)
+    return stopping.completes_stop_string(ids[:-1], int(ids[-1]))
 
 
 @pytest.mark.parametrize(
@@ -56,10 +56,10 @@ def test_a_stop_string_twice_stops_both_times() -> None:
 def test_the_space_that_decoding_takes_from_the_first_token_is_not_missed() -> None:
     """As SentencePiece's decoders do; text before the stop string is decoded along with it."""
     words = ["a", " ", "t"]
-    asked = GenerationConfig().with_keywords(stop_strings=" t")
+    asked = with_keywords(GenerationConfig(), stop_strings=" t")
     stopping = StoppingCriteria(asked, lambda ids: "".join(words[number] for number in ids).lstrip(" "))
-    assert stopping.completes(np.array([0, 0, 0, 1]), 2)
-    assert not stopping.completes(np.array([0, 0, 0, 0]), 2)
+    assert stopping.completes_stop_string(np.array([0, 0, 0, 1]), 2)
+    assert not stopping.completes_stop_string(np.array([0, 0, 0, 0]), 2)
 
 
 def test_common_characters() -> None:
@@ -76,7 +76,7 @@ def rows_after(prompt: list[str], following: dict[str, str], stop: str | list[st
     found = []
     for beams in (1, 2):
         model = Table(table, ids[-1:])
-        keywords = GenerationConfig().with_keywords(max_new_tokens=5, stop_strings=stop, num_beams=beams)
+        keywords = with_keywords(GenerationConfig(), max_new_tokens=5, stop_strings=stop, num_beams=beams)
         (row,) = generate([ids], model.logits(), model, keywords, decode=Words().decode)
         found.append([WORDS[token] for token in row])
     assert found[0] == found[1]
@@ -101,13 +101,13 @@ def test_a_stop_string_never_met_runs_to_the_limit() -> None:
 def test_a_stream_ends_with_the_completing_token() -> None:
     table = np.eye(len(WORDS), k=1, dtype=np.float32) * 9  # each word is followed by the next of WORDS
     model = Table(table, [0])
-    asked = GenerationConfig().with_keywords(max_new_tokens=9, stop_strings=["pst"])
+    asked = with_keywords(GenerationConfig(), max_new_tokens=9, stop_strings=["pst"])
     assert list(stream([0], model.logits(), model, asked, decode=Words().decode)) == [1, 2]  # "op" + "stop"
 
 
 def test_without_a_tokenizer_stop_strings_are_refused() -> None:
     model = Table(np.eye(3, dtype=np.float32), [0])
-    asked = GenerationConfig().with_keywords(stop_strings=["x"])
+    asked = with_keywords(GenerationConfig(), stop_strings=["x"])
     with pytest.raises(InputError, match=r"stop_strings is \['x'\], but this bundle has no tokenizer"):
         generate([[0]], model.logits(), model, asked)
     assert model.fed == 0
@@ -156,10 +156,10 @@ def test_every_token_is_judged_as_by_transformers(text: list[str], stops: tuple[
         ids.append(letters.index(written[:size]))
         written, cut = written[size:], cut // 2
     stopping = StoppingCriteria(
-        GenerationConfig().with_keywords(stop_strings=list(stops)),
+        with_keywords(GenerationConfig(), stop_strings=list(stops)),
         lambda numbers: tokenizer.decode(numbers, clean_up_tokenization_spaces=False),
     )
     for end in range(1, len(ids) + 1):
         theirs = bool(criteria(stops)(torch.tensor([ids[:end]]), None)[0])
-        ours = stopping.completes(np.array(ids[: end - 1], dtype=np.int64), ids[end - 1])
+        ours = stopping.completes_stop_string(np.array(ids[: end - 1], dtype=np.int64), ids[end - 1])
         assert ours == theirs, (ids[:end], stops)

@@ -1,4 +1,4 @@
-"""When a row is finished: its length, an end-of-sequence token, or a stop string."""
+"""Stopping criteria of a row: an end-of-sequence token or a stop string. (Its length limit is in ``Sequences``.)"""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ Decode = Callable[[Sequence[int]], str]
 
 
 class StoppingCriteria:
-    """The criteria of ``settings``; ``decode`` gives the text of ids, special tokens included.
+    """The stopping criteria of ``config``; ``decode`` gives the text of ids, special tokens included.
 
     A row stops with the token that ends it, which stays in the output. A stop string counts where the
     newest token completes it, though it may begin in earlier tokens, the prompt's too, and end within
-    the newest one ("stop" in "st" + "opera"); where it stands wholly before, it is over. As
-    StopStringCriteria of transformers 5.23, by looking at the text instead of at tables of tokens.
+    the newest one ("stop" in "st" + "opera"); one that ended before the newest token does not count. As
+    StopStringCriteria of transformers 5.23, by searching the text instead of tables of tokens.
     """
 
-    def __init__(self, settings: GenerationConfig, decode: Decode | None) -> None:
-        self.eos = np.array(settings.eos_token_id, dtype=np.int64)
-        self.strings = settings.stop_strings
+    def __init__(self, config: GenerationConfig, decode: Decode | None) -> None:
+        self.eos = np.array(config.eos_token_id, dtype=np.int64)
+        self.strings = config.stop_strings
         self.decode = decode
         # tokens before the newest: each is at least a byte, and the leftmost may lose its space in decoding
         self.window = max((len(string.encode()) for string in self.strings), default=0)
 
-    def ends(self, tokens: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which of the tokens (N,) are end-of-sequence tokens."""
+    def is_eos(self, tokens: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return which of the tokens (N,) are end-of-sequence tokens."""
         if len(self.eos) == 0:
             return np.zeros(len(tokens), dtype=np.bool_)
         return np.asarray((tokens[:, None] == self.eos).any(axis=1))
 
-    def completes(self, before: NDArray[np.int64], token: int) -> bool:
-        """Whether ``token`` after the tokens ``before`` completes a stop string."""
+    def completes_stop_string(self, before: NDArray[np.int64], token: int) -> bool:
+        """Return whether ``token`` after the tokens ``before`` completes a stop string."""
         if not self.strings or self.decode is None:
             return False
         tail = before[-self.window :].tolist()
@@ -47,6 +47,6 @@ class StoppingCriteria:
 
 
 def common_prefix(one: str, other: str) -> int:
-    """Number of characters with which both begin; a character cut in its bytes is no common one."""
+    """Return the number of characters that both begin with; a character cut in its bytes is not common."""
     length = min(len(one), len(other))
     return next((index for index in range(length) if one[index] != other[index]), length)
