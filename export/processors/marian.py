@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from transom.export.processors.spm import read_spm
 from transom.export.processors.tokenizer_settings import names
 from transom.export.processors.vocabulary import read_vocabulary
-from transom.runtime.text.marian import Added, MarianSpec
+from transom.runtime.text.marian import MarianAddedToken, MarianSpec
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -84,14 +84,14 @@ def marian_bytes(
 
 def added_tokens(
     added: Mapping[int, AddedToken], named: Mapping[str, Any], extra: list[Any], vocabulary: Mapping[str, int]
-) -> tuple[Added, ...]:
+) -> tuple[MarianAddedToken, ...]:
     """Tokens that are found before SentencePiece sees the text: special ones that have no id yet get the next.
 
     Their ids are the source's, on both sides.
     """
     special = list(dict.fromkeys([*map(str, named.values()), *map(str, extra)]))
     found = {
-        token.content: Added(
+        token.content: MarianAddedToken(
             token.content, number, token.lstrip, token.rstrip, token.single_word, token.content in special
         )
         for number, token in added.items()
@@ -100,5 +100,5 @@ def added_tokens(
     for content in special:
         if content and content not in found:
             number = known.setdefault(content, len(known))
-            found[content] = Added(content, number, False, False, False, True)
+            found[content] = MarianAddedToken(content, number, False, False, False, True)
     return tuple(found.values())

@@ -69,7 +69,7 @@ def read_spm(path: Path) -> SentencePieceModel:
     spec = unigram_spec(model, of_type)
     ours = Unigram(spec)
     for probe in PROBES:
-        if ours.cut(probe) != processor.encode(probe, out_type=str):
+        if ours.encode(probe) != processor.encode(probe, out_type=str):
             raise ValueError(f"{path.name}: sentencepiece cuts {probe!r} into other pieces than we do")
     surfaces = {piece.piece: "" for piece in of_type[CONTROL]}
     surfaces |= {piece.piece: model.trainer_spec.unk_surface for piece in of_type[UNKNOWN]}

@@ -1,1 +1,1 @@
-"""From text to ids and back: tokenizers of two kinds, Marian's own rules, and text that grows token by token."""
+"""Encode text to ids and decode it: tokenizers of two kinds, Marian's own rules, and detokenizers."""

@@ -1,4 +1,4 @@
-"""SentencePiece's precompiled charsmap: which bytes of a text are replaced by which.
+"""Apply SentencePiece's precompiled charsmap, the normaliser's rules that replace bytes of a text by others.
 
 The format is that of SentencePiece's ``normalizer.cc``: the size of a trie in bytes (uint32, little-endian),
 the trie (a double array of Darts-clone), and the replacements, each ended by a zero byte. The charsmap stays
@@ -11,18 +11,18 @@ import struct
 
 from transom.runtime.errors import BundleError
 
-LONGEST = 256  # bytes that stand for a character; Unicode's compatibility forms have 33. More could fill the memory
+MAX_REPLACEMENT = 256  # bytes; Unicode's compatibility forms have 33. More could fill the memory
 
 
 class Charsmap:
-    """The longest rule that fits counts. A unit of the trie is 32 bits:
+    """The trie and the replacements; the longest matching rule applies. A unit of the trie is 32 bits:
 
-    bits 0..7, 31   the byte that leads here; bit 31 is set where bits 0..30 are the end of a rule instead,
-                    the place of its replacement
-    bit 8           whether a rule ends here; its place then stands in child 0
-    bits 9..31      where the children are: child c of the unit at i is at i xor distance xor c
+    bits 0..7, 31   the byte of the edge to this unit; where bit 31 is set the unit ends a rule instead, and
+                    bits 0..30 are the offset of its replacement
+    bit 8           whether a rule ends here; child 0 then has the offset of its replacement
+    bits 9..31      the offset of the children: child c of the unit at i is at i xor offset xor c
 
-    Raises BundleError where the parts do not fit together.
+    Every access is checked against the size of the trie. Raises BundleError where the parts do not fit together.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -35,27 +35,27 @@ class Charsmap:
             self._units = struct.unpack_from(f"<{size // 4}I", data, 4)
             self._replacements = data[4 + size :]
             longest = max(map(len, self._replacements.split(b"\0")))
-            if longest > LONGEST:
+            if longest > MAX_REPLACEMENT:
                 raise BundleError(
-                    f"the charsmap has a replacement of {longest} bytes, expected {LONGEST} at most. Export the bundle "
-                    "again."
+                    f"the charsmap has a replacement of {longest} bytes, expected {MAX_REPLACEMENT} at most. Export "
+                    "the bundle again."
                 )
         self._starts = [
-            self._child(distance(self._units[0]), byte) is not None if data else False for byte in range(256)
+            self._child(children_offset(self._units[0]), byte) is not None if data else False for byte in range(256)
         ]
 
     def rewrite(self, text: bytes, start: int) -> tuple[bytes, int] | None:
-        """What stands for the UTF-8 bytes of ``text`` at ``start``, and how many of them; None without a rule."""
+        """Return the replacement of the bytes of ``text`` at ``start``, and how many they are; None without a rule."""
         if not self._starts[text[start]]:
             return None
         found = None
-        node = distance(self._units[0])
+        node = children_offset(self._units[0])
         for position in range(start, len(text)):
             child = self._child(node, text[position])
             if child is None:
                 break
             unit = self._units[child]
-            node = child ^ distance(unit)
+            node = child ^ children_offset(unit)
             if unit >> 8 & 1 and node < len(self._units):
                 found = self._units[node] & 0x7FFFFFFF, position + 1 - start
         if found is None:
@@ -71,6 +71,6 @@ class Charsmap:
         return None
 
 
-def distance(unit: int) -> int:
-    """From a unit to its children; bit 9 says that it is in steps of 256."""
+def children_offset(unit: int) -> int:
+    """Return the offset of a unit's children; where bit 9 is set it is in steps of 256."""
     return (unit >> 10) << ((unit & 1 << 9) >> 6)

@@ -1,8 +1,8 @@
-"""Text that grows token by token: whole characters only, and in the end exactly what ``decode`` gives.
+"""Detokenizers: decode tokens one by one, whole characters only, to exactly what ``decode`` returns in the end.
 
-What a token adds depends on what was before it (a word piece takes no space at the beginning) and on what is
-to come (bytes of an unfinished character, a space before a full stop). Each decoder below looks back no
-further than one token and holds back what is not settled, so that a token costs the same however long the text.
+What a token adds depends on the tokens before it (a word piece takes no space at the beginning) and after it
+(bytes of an unfinished character, a space before a full stop). Each detokenizer looks back no further than
+one token and holds back text that is not final yet, so that a token costs the same however long the text is.
 """
 
 from __future__ import annotations
@@ -21,40 +21,40 @@ CLEAN_UP = (
     (" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"),
     (" n't", "n't"), (" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re"),
 )  # fmt: skip
-AFFECTED = frozenset("".join(before for before, _ in CLEAN_UP))  # a clean-up never reaches across other characters
+AFFECTED = frozenset("".join(before for before, _ in CLEAN_UP))  # a clean-up never changes other characters
 # Decoders that look at one token at a time, and whether it is the first; ByteFallback at runs of bytes
-ALONE = {None, "WordPiece", "Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"}
+PER_TOKEN = {None, "WordPiece", "Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"}
 BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")  # a token of ByteFallback
 
 
 class Detokenizer(Protocol):
-    """One text in the making; for one thread, and one text."""
+    """Decodes one text token by token; for one thread, and one text."""
 
     def add(self, token: int) -> str:
-        """The whole characters that this token settles; "" if none."""
+        """Add a token; return the whole characters that it makes final, "" if none."""
         ...
 
     def end(self) -> str:
-        """What was held back. Nothing may be added after it."""
+        """Return the text that was held back. No token may be added after it."""
         ...
 
 
 def detokenizer_for(tokenizer: Tokenizer) -> Detokenizer:
-    """A stream whose pieces together are ``tokenizer.decode(tokens, skip_special_tokens=True)``.
+    """Return a detokenizer whose pieces joined equal ``tokenizer.decode(tokens, skip_special_tokens=True)``.
 
-    A decoder that this file does not know gets one that gives everything at the end.
+    For a decoder that this file does not know it returns the whole text at the end.
     """
     steps = decoder_steps(tokenizer)
     kinds = {step.get("type") for step in steps}
     if kinds == {"ByteLevel"}:
         return ByteDetokenizer(tokenizer)
-    if kinds <= ALONE and not any(step.get("stop") for step in steps):  # Strip's "stop" are characters at the end
+    if kinds <= PER_TOKEN and not any(step.get("stop") for step in steps):  # Strip's "stop" are characters at the end
         return NeighbourDetokenizer(tokenizer, runs="ByteFallback" in kinds)
     return BufferedDetokenizer(tokenizer)
 
 
 class ByteDetokenizer:
-    """Byte-level BPE: a token is some bytes, a character is complete when its last byte is there."""
+    """Detokenizer of byte-level BPE: a token is some bytes, a character is final when its last byte has come."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer, self._skip = tokenizer, special_ids(tokenizer)
@@ -76,9 +76,9 @@ class ByteDetokenizer:
 
 
 class NeighbourDetokenizer:
-    """Decoders that go token by token: decoding a token behind another one shows what it adds.
+    """Detokenizer of decoders that work token by token: decoding a token behind another one shows what it adds.
 
-    With ``runs``, byte tokens wait for the end of their run: as a whole it is characters, or none of it is.
+    With ``runs``, byte tokens wait for the end of their run: all of it is characters, or none of it is.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, runs: bool) -> None:
@@ -107,7 +107,7 @@ class NeighbourDetokenizer:
 
 
 class BufferedDetokenizer:
-    """Gives everything at the end."""
+    """Detokenizer that returns the whole text at the end."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -122,7 +122,7 @@ class BufferedDetokenizer:
 
 
 class CleanUpDetokenizer:
-    """``clean_up`` over another stream; holds back from the last character that no clean-up can touch."""
+    """Applies ``clean_up`` to another detokenizer; holds back text from where a clean-up could still change it."""
 
     def __init__(self, inner: Detokenizer) -> None:
         self._inner = inner
@@ -130,12 +130,12 @@ class CleanUpDetokenizer:
 
     def add(self, token: int) -> str:
         added = self._inner.add(token)
-        settled = next((place for place in range(len(added), 0, -1) if added[place - 1] not in AFFECTED), 0)
-        if settled == 0:
+        final = next((place for place in range(len(added), 0, -1) if added[place - 1] not in AFFECTED), 0)
+        if final == 0:
             self._held.append(added)
             return ""
-        text = "".join([*self._held, added[:settled]])
-        self._held = [added[settled:]]
+        text = "".join([*self._held, added[:final]])
+        self._held = [added[final:]]
         return clean_up(text)
 
     def end(self) -> str:
@@ -145,14 +145,14 @@ class CleanUpDetokenizer:
 
 
 def clean_up(text: str) -> str:
-    """Without the spaces that an English tokenizer leaves before punctuation and contractions."""
+    """Remove the spaces that an English tokenizer leaves before punctuation and contractions."""
     for before, after in CLEAN_UP:
         text = text.replace(before, after)
     return text
 
 
 def byte_of_character() -> dict[str, int]:
-    """GPT-2's way to write bytes as characters: printable ones as themselves, the others from U+0100 on."""
+    """Return the byte of each character in GPT-2's byte alphabet: printable bytes as themselves, others from U+0100."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(0x100 + index): byte for index, byte in enumerate(others)}

@@ -1,4 +1,4 @@
-"""Marian's tokenizer: SentencePiece cuts the text, vocab.json numbers the pieces.
+"""Marian's tokenizer: SentencePiece encodes a text as pieces, vocab.json gives their ids.
 
 ``MarianTokenizer`` has the methods of the tokenizers library's ``Tokenizer`` that ``text.tokenizer`` calls. The
 behaviour followed is that of transformers 5.23, ``models.marian.tokenization_marian`` and ``tokenization_python``.
@@ -12,16 +12,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from transom.runtime.json_reader import Fields, parse_json
+from transom.runtime.text.tokenizer_spec import MAX_ID
 from transom.runtime.text.unigram import SPACE, Unigram, UnigramSpec, is_text
-
-MAX_ID = 2**31 - 1
 
 
 @dataclass(frozen=True)
-class Added:
-    """A token that is found in the text before anything else is done with it.
+class MarianAddedToken:
+    """An added token: it is split off the text before SentencePiece encodes the rest.
 
-    ``lstrip`` and ``rstrip`` eat the blanks beside it, ``single_word`` wants spaces there; ``special`` ones are
+    ``lstrip`` and ``rstrip`` remove the blanks beside it, ``single_word`` requires spaces there; ``special`` ones are
     left out of decoded text.
     """
 
@@ -33,9 +32,9 @@ class Added:
     special: bool
 
     @classmethod
-    def from_json(cls, obj: object, where: str, problems: list[str]) -> Added:
+    def from_json(cls, obj: object, where: str, problems: list[str]) -> MarianAddedToken:
         fields = Fields(obj, where, problems)
-        made = cls(
+        token = cls(
             content=fields.take("content", is_text, "a token"),
             id=fields.integer("id", 0, MAX_ID),
             lstrip=fields.boolean("lstrip"),
@@ -44,20 +43,20 @@ class Added:
             special=fields.boolean("special"),
         )
         fields.done()
-        return made
+        return token
 
 
 @dataclass(frozen=True)
 class MarianSpec:
-    """One side of a Marian tokenizer, as a bundle stores it.
+    """One side of a Marian tokenizer, source or target, as a bundle stores it.
 
     vocabulary   piece -> id
-    surfaces     pieces that decode to something else than their own text
+    surfaces     pieces that do not decode to their own text -> the text they decode to
     """
 
     unigram: UnigramSpec
     vocabulary: Mapping[str, int]
-    added: tuple[Added, ...]
+    added: tuple[MarianAddedToken, ...]
     surfaces: Mapping[str, str]
     unk_token: str
     eos_token: str
@@ -66,11 +65,11 @@ class MarianSpec:
     def from_bytes(cls, data: bytes, name: str) -> MarianSpec:
         """Read and check the JSON file ``name``; BundleError lists everything that is wrong with it."""
         fields = Fields(parse_json(data, name), name)
-        made = cls(
+        spec = cls(
             unigram=UnigramSpec.from_json(fields.mapping("unigram"), f"{name}: unigram", fields.problems),
             vocabulary=fields.take("vocabulary", _is_vocabulary, f"an object of ids 0..{MAX_ID} by token"),
             added=tuple(
-                Added.from_json(token, f"{name}: added[{index}]", fields.problems)
+                MarianAddedToken.from_json(token, f"{name}: added[{index}]", fields.problems)
                 for index, token in enumerate(fields.sequence("added"))
             ),
             surfaces=fields.take("surfaces", _is_surfaces, "an object of texts by token"),
@@ -78,14 +77,14 @@ class MarianSpec:
             eos_token=fields.take("eos_token", is_text, "a token"),
         )
         if not fields.problems:
-            known = {*made.vocabulary, *(token.content for token in made.added)}
+            known = {*spec.vocabulary, *(token.content for token in spec.added)}
             fields.problems += [
                 f"{name}: {what} {token!r} is not in the vocabulary"
-                for what, token in (("unk_token", made.unk_token), ("eos_token", made.eos_token))
+                for what, token in (("unk_token", spec.unk_token), ("eos_token", spec.eos_token))
                 if token not in known
             ]
         fields.done()
-        return made
+        return spec
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -96,8 +95,8 @@ class MarianSpec:
 
 
 @dataclass(frozen=True)
-class Row:
-    """Ids of one text; like the tokenizers library's ``Encoding`` as far as ids go."""
+class MarianEncoding:
+    """The ids of one text, with the methods of the tokenizers library's ``Encoding`` that concern ids."""
 
     ids: list[int]
 
@@ -114,9 +113,9 @@ class Row:
 
 
 class MarianTokenizer:
-    """Texts to ids and back; may be shared by threads.
+    """Encodes texts to ids and decodes them; may be shared by threads.
 
-    With ``encode_special_tokens`` the tokens that were added are not looked for in a text.
+    With ``encode_special_tokens`` the added tokens are not split off a text.
     """
 
     def __init__(self, spec: MarianSpec) -> None:
@@ -130,17 +129,17 @@ class MarianTokenizer:
         self.special_ids = frozenset(token.id for token in spec.added if token.special)
         longest_first = sorted(map(re.escape, self._added), key=len, reverse=True)
         self._search = re.compile(f"({'|'.join(longest_first)})") if longest_first else None
-        self.post_processor: EndOfText | None = EndOfText(self._ids[spec.eos_token])
+        self.post_processor: EosProcessor | None = EosProcessor(self._ids[spec.eos_token])
 
-    def encode(self, text: str) -> Row:
-        """Ids without the end-of-text token."""
+    def encode(self, text: str) -> MarianEncoding:
+        """Return the ids of a text, without the end-of-sequence token."""
         unknown = self.spec.vocabulary.get(self.spec.unk_token, self._ids[self.spec.unk_token])
-        return Row([self._ids.get(token, unknown) for token in self._cut(text)])
+        return MarianEncoding([self._ids.get(token, unknown) for token in self._tokenize(text)])
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of ids, without blanks at its ends; ids that nothing has are left out."""
-        shown = MarianDetokenizer(self, skip_special_tokens=skip_special_tokens)
-        return "".join([*map(shown.add, ids), shown.end()])
+        """Return the text of ids, without blanks at its ends; ids that no token has are left out."""
+        detokenizer = MarianDetokenizer(self, skip_special_tokens=skip_special_tokens)
+        return "".join([*map(detokenizer.add, ids), detokenizer.end()])
 
     def token_to_id(self, token: str) -> int | None:
         return self._ids.get(token)
@@ -152,7 +151,7 @@ class MarianTokenizer:
         return len(self._ids) if with_added_tokens else len(self.spec.vocabulary)
 
     def surface(self, piece: str, *, first: bool) -> tuple[str, bool]:
-        """What a piece looks like in text, and whether its mark of a space was taken as the text's beginning."""
+        """Return the text of a piece, and whether its leading space was dropped as that of the text's beginning."""
         if piece in self.spec.surfaces:
             return self.spec.surfaces[piece], False
         rules, taken = self.spec.unigram, False
@@ -161,17 +160,17 @@ class MarianTokenizer:
             piece = piece.removeprefix(SPACE)
         return piece.replace(SPACE, " "), taken and not rules.remove_extra_whitespaces
 
-    def _cut(self, text: str) -> list[str]:
-        """Added tokens where they stand, SentencePiece's pieces between them."""
+    def _tokenize(self, text: str) -> list[str]:
+        """Split off the added tokens, and return them with SentencePiece's pieces between them."""
         if self.encode_special_tokens or self._search is None:
             return self._pieces(text)
         found: list[str] = []
-        for part in self._apart(self._search.split(text)):
+        for part in self._strip_around(self._search.split(text)):
             found += [part] if part in self._added else self._pieces(part) if part else []
         return found
 
-    def _apart(self, parts: Sequence[str]) -> list[str]:
-        """The text's parts with what ``lstrip``, ``rstrip`` and ``single_word`` of the tokens among them do."""
+    def _strip_around(self, parts: Sequence[str]) -> list[str]:
+        """Apply ``lstrip``, ``rstrip`` and ``single_word`` of the added tokens to the parts beside them."""
         parts = [part for part in parts if part]
         for index, part in enumerate(parts):
             token = self._added.get(part)
@@ -192,14 +191,14 @@ class MarianTokenizer:
         return parts
 
     def _pieces(self, text: str) -> list[str]:
-        """A language code such as ">>fr<<" at the beginning is one token."""
+        """Return SentencePiece's pieces; a language code such as ">>fr<<" at the beginning is one token."""
         end = text.find("<<") + 2 if text.startswith(">>") else 1
         codes = [text[:end]] if end > 1 else []
-        return codes + self._unigram.cut(text[end:] if codes else text)
+        return codes + self._unigram.encode(text[end:] if codes else text)
 
 
-class EndOfText:
-    """Appends the end-of-text token; as the tokenizers library's post-processors are called."""
+class EosProcessor:
+    """Appends the end-of-sequence token, with the methods of the tokenizers library's post-processors."""
 
     def __init__(self, eos_id: int) -> None:
         self._eos_id = eos_id
@@ -207,46 +206,46 @@ class EndOfText:
     def num_special_tokens_to_add(self, is_pair: bool) -> int:
         return 1
 
-    def process(self, first: Row, second: Row | None, add_special_tokens: bool) -> Row:
+    def process(self, first: MarianEncoding, second: MarianEncoding | None, add_special_tokens: bool) -> MarianEncoding:
         ids = first.ids + ([] if second is None else second.ids)
-        return Row([*ids, self._eos_id] if add_special_tokens else ids)
+        return MarianEncoding([*ids, self._eos_id] if add_special_tokens else ids)
 
 
 class MarianDetokenizer:
-    """One text in the making: the pieces of ``add`` and ``end`` together are what ``MarianTokenizer.decode`` gives."""
+    """Detokenizer of one text: the pieces of ``add`` and ``end`` joined equal ``MarianTokenizer.decode``."""
 
     def __init__(self, text: MarianTokenizer, *, skip_special_tokens: bool = True) -> None:
         self._text = text
         self._skip = text.special_ids if skip_special_tokens else frozenset()
         self._special = {token.content for token in text.spec.added if token.special}
-        self._first = True  # nothing decoded yet since the beginning or the last special token
+        self._first = True  # no text yet since the beginning or the last special token
         self._blanks: str | None = None  # held back, in case they are the last; None: before the first character
 
     def add(self, token: int) -> str:
-        """The characters that this token settles."""
+        """Return the characters that this token makes final."""
         piece = None if token in self._skip else self._text.id_to_token(token)
         if piece is None:
             return ""
         if piece in self._special:
             self._first = True
-            return self._settled(f"{piece} ")
+            return self._final(f"{piece} ")
         surface, taken = self._text.surface(piece, first=self._first)
         self._first = self._first and not taken and surface == ""
-        return self._settled(surface)
+        return self._final(surface)
 
     def end(self) -> str:
-        """What was held back: nothing but blanks, which a decoded text does not end with."""
+        """Return "": what was held back are blanks, which a decoded text does not end with."""
         return ""
 
-    def _settled(self, added: str) -> str:
+    def _final(self, added: str) -> str:
         solid = added.rstrip()
         if self._blanks is None:
             self._blanks, solid, added = ("", solid.lstrip(), added.lstrip()) if solid else (None, "", "")
         if not solid:
             self._blanks = None if self._blanks is None else self._blanks + added
             return ""
-        settled, self._blanks = (self._blanks or "") + solid, added[len(solid) :]
-        return settled
+        final, self._blanks = (self._blanks or "") + solid, added[len(solid) :]
+        return final
 
 
 def _is_vocabulary(value: object) -> bool:

@@ -1,4 +1,4 @@
-"""A tokenizer.json of the tokenizers library: opened without trusting it, and what it does at decoding."""
+"""Open an untrusted tokenizer.json of the tokenizers library, and read its decoder and special tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROBE = "A 1 \u00e9 \u4e2d \u2603 \ufffd"  # letters, digits, accents, CJK and w
 
 
 def parse_tokenizer(tokenizer_json: bytes) -> Tokenizer:
-    """A tokenizer.json without its stored truncation and padding, tried out on a line of text.
+    """Open a tokenizer.json without its stored truncation and padding, and try it on a line of text.
 
     Raises BundleError when the file is damaged, or its parts do not fit together.
     """
@@ -46,7 +46,7 @@ def parse_tokenizer(tokenizer_json: bytes) -> Tokenizer:
 
 
 def check_growth(tokenizer: Tokenizer) -> None:
-    """Raise BundleError where the steps could make a text longer without measure: it would fill the memory."""
+    """Raise BundleError where the steps could make a text so much longer that it fills the memory."""
     for parts in (
         (tokenizer.normalizer, tokenizer.pre_tokenizer),
         (tokenizer.post_processor,),
@@ -61,7 +61,7 @@ def check_growth(tokenizer: Tokenizer) -> None:
 
 
 def growth(step: Any) -> int:
-    """How many times as long a step of tokenizer.json may make what it is given, about: a factor at each step."""
+    """Estimate how many times as long a step of tokenizer.json may make its input."""
     if not isinstance(step, dict):
         return 1
     kind = step.get("type")
@@ -76,18 +76,18 @@ def growth(step: Any) -> int:
 
 
 def raise_unless_tokenizers(error: BaseException) -> None:
-    """Let Ctrl-C through: the library raises plain Exception, and its Rust panics are BaseException."""
+    """Re-raise what is no error of the library, as Ctrl-C: its errors are Exception, its Rust panics BaseException."""
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         raise error
 
 
 def decoder_steps(tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """The decoder as tokenizer.json has it, {"type": "ByteLevel", ...}; several of a sequence, {} without one."""
+    """Return the decoder's steps as in tokenizer.json, [{"type": "ByteLevel", ...}, ...]; [{}] without a decoder."""
     stored = {} if tokenizer.decoder is None else json.loads(tokenizer.decoder.__getstate__())
     steps: list[dict[str, Any]] = stored["decoders"] if stored.get("type") == "Sequence" else [stored]
     return steps
 
 
 def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """Ids of the tokens that decoded text leaves out."""
+    """Return the ids of the tokens that decoded text leaves out."""
     return frozenset(number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special)

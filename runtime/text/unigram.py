@@ -1,7 +1,7 @@
-"""SentencePiece's unigram model: normalise a text, then cut it into the pieces of the best total score.
+"""SentencePiece's unigram model: normalise a text, then encode it as the pieces of the best total score.
 
 The tokenizers library has a Unigram model and a Precompiled normaliser too, but neither gives these pieces
-exactly: its normaliser goes by grapheme clusters where SentencePiece takes the longest rule that fits, and its
+exactly: its normaliser works by grapheme clusters where SentencePiece applies the longest matching rule, and its
 sums are float64 where SentencePiece rounds each to float32, which decides between equal scores ("!!!!!!!").
 The source followed is SentencePiece's ``normalizer.cc`` and ``EncodeOptimized`` in ``unigram_model.cc``.
 """
@@ -26,13 +26,13 @@ MAX_SCORE = 1e30  # of a piece; sums over any text stay finite in float32
 
 @dataclass(frozen=True)
 class UnigramSpec:
-    """What an .spm file says, as far as it decides the pieces.
+    """The fields of an .spm file that decide the pieces.
 
     pieces              text of a piece -> its log probability
     unknown_score       of a character that no piece covers
-    charsmap            rules of the normaliser (``runtime.charsmap``), in base64
-    add_dummy_prefix    a space is put before the text (behind it with ``whitespace_as_suffix``)
-    remove_extra_whitespaces   spaces at both ends go, runs become one
+    charsmap            rules of the normaliser (``runtime.text.charsmap``), in base64
+    add_dummy_prefix    a space is added before the text (behind it with ``whitespace_as_suffix``)
+    remove_extra_whitespaces   spaces at both ends are removed, runs become one
     escape_whitespaces  pieces have U+2581 for a space
     """
 
@@ -46,9 +46,9 @@ class UnigramSpec:
 
     @classmethod
     def from_json(cls, obj: object, where: str, problems: list[str]) -> UnigramSpec:
-        """Read the JSON object; what is wrong with it is noted in ``problems``."""
+        """Read the JSON object; problems found in it are appended to ``problems``."""
         fields = Fields(obj, where, problems)
-        made = cls(
+        spec = cls(
             pieces=fields.take("pieces", _is_scores, f"an object of scores within ±{MAX_SCORE:g}"),
             unknown_score=fields.take("unknown_score", _is_score, f"a number within ±{MAX_SCORE:g}"),
             charsmap=fields.take("charsmap", _is_base64, "base64"),
@@ -58,7 +58,7 @@ class UnigramSpec:
             whitespace_as_suffix=fields.boolean("whitespace_as_suffix"),
         )
         fields.done()
-        return made
+        return spec
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object that ``from_json`` reads back to an equal value."""
@@ -66,7 +66,7 @@ class UnigramSpec:
 
 
 class Unigram:
-    """A model ready to cut texts; may be shared by threads. BundleError where its charsmap is damaged."""
+    """A unigram model that encodes texts; may be shared by threads. BundleError where its charsmap is damaged."""
 
     def __init__(self, spec: UnigramSpec) -> None:
         self.spec = spec
@@ -74,8 +74,8 @@ class Unigram:
         self._charsmap = Charsmap(base64.b64decode(spec.charsmap))
         self._lengths = lengths_by_first_character(spec.pieces)
 
-    def cut(self, text: str) -> list[str]:
-        """The pieces of a text in order; neighbouring characters that no piece covers are one piece."""
+    def encode(self, text: str) -> list[str]:
+        """Return the pieces of a text in order; neighbouring characters that no piece covers are one piece."""
         normalized = self.normalize(text)
         starts, known = self._best_path(normalized)
         pieces: list[str] = []
@@ -89,7 +89,7 @@ class Unigram:
         return pieces[::-1]
 
     def normalize(self, text: str) -> str:
-        """The text as the model sees it: rules applied, spaces trimmed, marked and one of them put in front."""
+        """Return the text with the rules applied, spaces trimmed and escaped, and a space added in front."""
         data, spec, position = text.encode(), self.spec, 0
         if spec.remove_extra_whitespaces:
             while position < len(data):
@@ -118,7 +118,7 @@ class Unigram:
         return normalized.decode(errors="replace")  # damaged rules could make anything
 
     def _rewrite(self, data: bytes, start: int) -> tuple[bytes, int]:
-        """What stands for the bytes at ``start``, and how many of them: at least one character."""
+        """Return the replacement of the bytes at ``start``, and how many they are: at least one character."""
         found = self._charsmap.rewrite(data, start)
         if found is not None:
             return found
@@ -127,24 +127,24 @@ class Unigram:
         return data[start : start + width], width
 
     def _best_path(self, text: str) -> tuple[list[int], list[bool]]:
-        """For each end in the text: where its best last piece starts, and whether that is a piece at all.
+        """Find for each end in the text where its best last piece starts, and whether that is a known piece (Viterbi).
 
-        Of two equal sums, in float32, the one found first stays.
+        Of two equal sums, in float32, the first one found is kept.
         """
         size, pieces, unknown = len(text), self.spec.pieces, self.spec.unknown_score
         scores, starts, known = [0.0] * (size + 1), [-1] * (size + 1), [False] * (size + 1)
         for start in range(size):
-            here, alone = scores[start], False
+            here, has_single = scores[start], False
             for length in self._lengths.get(text[start], ()):
                 end = start + length
                 score = pieces.get(text[start:end]) if end <= size else None
                 if score is None:
                     continue
-                alone |= length == 1
+                has_single |= length == 1
                 total = float32(here + score)
                 if starts[end] < 0 or total > scores[end]:
                     scores[end], starts[end], known[end] = total, start, True
-            if not alone:
+            if not has_single:
                 end, total = start + 1, float32(here + unknown)
                 if starts[end] < 0 or total > scores[end]:
                     scores[end], starts[end], known[end] = total, start, False
@@ -152,13 +152,13 @@ class Unigram:
 
 
 def float32(value: float) -> float:
-    """The nearest float32, as a float."""
+    """Round to the nearest float32."""
     rounded: float = FLOAT32.unpack(FLOAT32.pack(value))[0]
     return rounded
 
 
 def lengths_by_first_character(texts: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """For each character, the lengths of the texts that start with it, shortest first."""
+    """Return for each character the lengths of the texts that start with it, shortest first."""
     found: dict[str, set[int]] = {}
     for text in texts:
         found.setdefault(text[0], set()).add(len(text))
@@ -166,7 +166,7 @@ def lengths_by_first_character(texts: Iterable[str]) -> dict[str, tuple[int, ...
 
 
 def is_text(value: object) -> bool:
-    """A str that is not empty, and Unicode: JSON can smuggle in a lone surrogate."""
+    """Return whether it is a non-empty str of Unicode: JSON can hold a lone surrogate."""
     return isinstance(value, str) and value != "" and not any("\ud800" <= character <= "\udfff" for character in value)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models
 
 from transom.runtime.text.detokenizer import BufferedDetokenizer, byte_of_character, clean_up, detokenizer_for
-from transom.runtime.text.marian import Added, MarianSpec
+from transom.runtime.text.marian import MarianAddedToken, MarianSpec
 from transom.runtime.text.tokenizer import TextTokenizer
 from transom.runtime.text.tokenizer_spec import TokenizerSpec
 from transom.runtime.text.unigram import UnigramSpec
@@ -70,7 +70,9 @@ def marian() -> TextTokenizer:
     spec = MarianSpec(
         unigram=UnigramSpec(scores, -11.0, "", True, True, True, False),
         vocabulary={text: number for number, text in enumerate(texts)},
-        added=tuple(Added(texts[number], number, False, False, False, number != 11) for number in (0, 1, 11, 14)),
+        added=tuple(
+            MarianAddedToken(texts[number], number, False, False, False, number != 11) for number in (0, 1, 11, 14)
+        ),
         surfaces={"<s>": "", "<unk>": " ⁇ "},
         unk_token="<unk>",
         eos_token="</s>",
