@@ -12,9 +12,9 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
+from transom.export.passes.compute_in_fp32 import compute_in_fp32
 from transom.export.passes.fake_half import fake_half
 from transom.export.passes.half_precision import HALF, convert_precision
-from transom.export.passes.widen import widen_half
 from transom.runtime.backends.base import Backend
 from transom.runtime.backends.ort import OrtBackend
 from transom.runtime.bundle import Bundle
@@ -66,7 +66,7 @@ def widened(models: Mapping[str, ir.Model]) -> dict[str, ir.Model]:
     """Copies of half-precision graphs that compute in FP32, whatever the CPU has."""
     wide = {name: model.clone() for name, model in models.items()}
     for model in wide.values():
-        widen_half(model)
+        compute_in_fp32(model)
     return wide
 
 

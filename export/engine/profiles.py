@@ -18,8 +18,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 
-from transom.export.passes._builder import is_unused
-from transom.export.passes.linear_layers import is_weight
+from transom.export.passes._match import is_unused, is_weight
 from transom.runtime.errors import BundleError, one_line
 from transom.runtime.feeds import is_decoder
 from transom.runtime.graph_spec import Axis, Graph

@@ -1,4 +1,4 @@
-"""A graph -> the same graph with the inside of its ``Attention`` nodes as outputs.
+"""Add what ``Attention`` computes inside as outputs of a graph.
 
 Cases:
 1. ``expose_scores``: query times key, scaled, before mask and softmax.
@@ -15,23 +15,26 @@ SCORES, WEIGHTS = 0, 3  # Attention's qk_matmul_output_mode in the operator spec
 
 
 def expose_scores(node: ir.Node) -> ir.Value:
-    """Case 1; the value is no graph output yet."""
-    return inside(node, SCORES, f"{node.outputs[0].name}_scores")
+    """Return the scores of case 1, which are no output of the graph yet."""
+    return fourth_output(node, SCORES, f"{node.outputs[0].name}_scores")
 
 
 def expose_weights(model: ir.Model, module: str) -> list[str]:
-    """Case 2: names of the new outputs, (B, H, S, C) each, of nodes whose module path ends with ``module``."""
-    found = []
+    """Add the outputs of case 2 of nodes whose module path ends with ``module``; return their names, (B, H, S, C) each.
+
+    ``model`` is rewritten in place.
+    """
+    names = []
     for node in model.graph:
         if node.op_type == "Attention" and node.metadata_props.get(MODULE, "").endswith(module):
-            weights = inside(node, WEIGHTS, f"{node.metadata_props[MODULE]}.weights")
+            weights = fourth_output(node, WEIGHTS, f"{node.metadata_props[MODULE]}.weights")
             model.graph.outputs.append(weights)
-            found.append(str(weights.name))
-    return found
+            names.append(str(weights.name))
+    return names
 
 
-def inside(node: ir.Node, mode: int, name: str) -> ir.Value:
-    """The fourth output of an ``Attention`` node, named."""
+def fourth_output(node: ir.Node, mode: int, name: str) -> ir.Value:
+    """Give an ``Attention`` node its fourth output, of qk_matmul_output_mode ``mode``, called ``name``."""
     node.resize_outputs(4)
     for omitted in node.outputs[1:3]:  # the present key and value: an empty name leaves an output out
         omitted.name = ""

@@ -1,4 +1,4 @@
-"""FP32 graph -> FP16 or BF16 graph, its inputs and outputs still float32.
+"""Convert an FP32 graph to FP16 or BF16, its inputs and outputs still float32.
 
 Cases:
 1. A weight in FP32 becomes a weight in half precision.
@@ -6,8 +6,8 @@ Cases:
 3. A node of a module in KEEP_FP32 stays in FP32; casts are put where values enter and leave it.
 4. A float32 input of the graph is cast on entry, an output on leaving, so that an app sees the same
    types whatever the precision of the bundle.
-5. State (a KV cache, the encoder's keys and values) enters and leaves in half precision: it is large,
-   goes from call to call, and nobody reads it on the way.
+5. State (a KV cache, the encoder's keys and values) enters and leaves in half precision: it is large, is passed from
+   call to call, and no app reads it in between.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from transom.calib.graph_hash import MODULE
-from transom.export.passes.casts import cast_of
+from transom.export.passes._builder import cast_of
 from transom.runtime.errors import PrecisionError
 
 HALF = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
@@ -29,7 +29,7 @@ KEEP_FP32 = ("sentence_pooling", "unit_length")  # sums over hundreds of tokens 
 
 
 def convert_precision(model: ir.Model, precision: str, state: Collection[str] = ()) -> bool:
-    """Rewrite ``model`` in place for "fp16" or "bf16"; True if anything changed. ``state`` are names of case 5.
+    """Convert ``model`` in place to "fp16" or "bf16"; return whether anything changed. ``state`` are names of case 5.
 
     Raises PrecisionError naming a weight that FP16 cannot hold.
     """
@@ -54,12 +54,12 @@ def convert_precision(model: ir.Model, precision: str, state: Collection[str] = 
 
 
 def keeps_fp32(node: ir.Node) -> bool:
-    """Case 3."""
+    """Return whether the node is of case 3."""
     return node.metadata_props.get(MODULE, "").split(".")[0] in KEEP_FP32
 
 
 def convert_weight(value: ir.Value, half: ir.DataType) -> None:
-    """Case 1."""
+    """Apply case 1."""
     assert value.const_value is not None
     stored = value.const_value.numpy()
     largest = float(np.abs(stored).max(initial=0.0))
@@ -76,7 +76,7 @@ def convert_weight(value: ir.Value, half: ir.DataType) -> None:
 def convert_inputs(
     graph: ir.Graph, node: ir.Node, wanted: ir.DataType, casts: dict[tuple[str | None, ir.DataType], ir.Value]
 ) -> None:
-    """Cases 3 and 4: a float value of the other width is cast once for all its readers."""
+    """Cast float inputs of another width to ``wanted``, each once for all its readers: cases 3 and 4."""
     for index, value in enumerate(node.inputs):
         if value is None or value.dtype not in (ir.DataType.FLOAT, *NUMPY) or value.dtype == wanted:
             continue
@@ -92,7 +92,7 @@ def convert_inputs(
 
 
 def convert_node(node: ir.Node, half: ir.DataType, wanted: ir.DataType) -> None:
-    """Case 2: what a node says of its own type, and the types of what it computes."""
+    """Apply case 2: change the dtype in a node's attributes, and those of its outputs."""
     if node.op_type == "Cast" and node.attributes["to"].as_int() == ir.DataType.FLOAT and wanted == half:
         node.attributes["to"] = ir.AttrInt64("to", int(half))
     if node.op_type == "ConstantOfShape" and wanted == half and "value" in node.attributes:
@@ -105,7 +105,7 @@ def convert_node(node: ir.Node, half: ir.DataType, wanted: ir.DataType) -> None:
 
 
 def cast_output(graph: ir.Graph, value: ir.Value) -> ir.Value:
-    """Case 4: the graph's output keeps its name and is float32 again."""
+    """Cast an output of the graph to float32 under its own name: case 4."""
     name = str(value.name)
     value.name = f"{name}_half"
     cast = cast_of(value, ir.DataType.FLOAT, name)

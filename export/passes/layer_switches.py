@@ -1,15 +1,15 @@
-"""Shipped graph -> the same graph with a switch per layer that puts FP32 in its place while it runs.
+"""Give each layer of a shipped graph a switch that makes it compute in FP32 while the graph runs.
 
-One new input, RESTORED, int64 (n,), says which of the n layers compute as in FP32. So one session serves every
+One new input, SWITCHES, int64 (n,), says which of the n layers compute in FP32. So one session serves every
 combination of them, where a session for each would load and pack the weights anew.
 
 Cases:
 1. A linear layer of a quantised graph: the passes kept the name of its result, and of the activation it reads. Where
-   it is restored, the FP32 product of that activation, not quantised, is what its readers get.
-2. A node of a half-precision graph, as ``fake_half`` rounds it: where its module is restored it computes with the
-   FP32 weights, and its result is not rounded. Nodes that only move values have nothing to restore.
-3. Nodes of no module are restored together, as TOP.
-4. A ``Transpose`` of a weight belongs to the node that reads it, which gets the FP32 weight turned round already.
+   its switch is on, its readers get the FP32 product of that activation, not quantised.
+2. A node of a half-precision graph, as ``fake_half`` rounds it: where the switch of its module is on it computes with
+   the FP32 weights, and its result is not rounded. Nodes that only move values need no switch.
+3. Nodes of no module share one switch, TOP.
+4. A ``Transpose`` of a weight belongs to the node that reads it, which gets the FP32 weight transposed.
 """
 
 from __future__ import annotations
@@ -22,19 +22,21 @@ from numpy.typing import NDArray
 
 from transom.calib.graph_hash import MODULE
 from transom.export.passes._builder import NodeBuilder
+from transom.export.passes._match import is_weight
 from transom.export.passes.fake_half import fake_half
-from transom.export.passes.linear_layers import find_linears, is_weight
+from transom.export.passes.linear_layers import find_linears
 from transom.runtime.errors import BundleError
 
-RESTORED = "restored"
+SWITCHES = "fp32_layers"
+FP32 = "fp32"  # ends the names of FP32 weights and results
 TOP = "top"
-WIDE = "_wide"  # what ``fake_half`` calls a value, rounded and in FP32 again
+WIDE = "_wide"  # ends the name that ``fake_half`` gives a value that was rounded and is FP32 again
 
-Weights = dict[ir.Value, tuple[str, Sequence[int]]]  # an initializer's name and the order of its axes
+WeightViews = dict[ir.Value, tuple[str, Sequence[int]]]  # an initializer's name and the order of its axes
 
 
 def add_linear_switches(model: ir.Model, fp32: ir.Model) -> list[str]:
-    """Case 1: rewrite ``model`` in place; the names of the layers in the order of their switches.
+    """Apply case 1 to ``model`` in place; return the names of the layers in the order of their switches.
 
     ``fp32`` is the graph that was quantised, smoothing folded in. Where ``model`` is in FP16 beside its integers it
     rounds as a GPU would. Raises BundleError where it does not have a layer of ``fp32``.
@@ -43,64 +45,64 @@ def add_linear_switches(model: ir.Model, fp32: ir.Model) -> list[str]:
     values = values_by_name(model.graph)
     switches = Fp32Switches(model.graph)
     for linear in find_linears(fp32):
-        result = read_as(values, linear.node.outputs[0], linear.name)
-        inputs = [read_as(values, linear.activation, linear.name)]
+        result = counterpart(values, linear.node.outputs[0], linear.name)
+        inputs = [counterpart(values, linear.activation, linear.name)]
         inputs.append(switches.weight(linear.weight_name, linear.kernel()))
         if linear.bias is not None and is_weight(linear.bias):
             inputs.append(switches.weight(str(linear.bias.name), array_of(linear.bias)))
         elif linear.bias is not None:
-            inputs.append(read_as(values, linear.bias, linear.name))
+            inputs.append(counterpart(values, linear.bias, linear.name))
         name = str(result.name)
-        (values[name],) = switches.choose(linear.name, ir.node(linear.node.op_type, inputs), [result])
+        (values[name],) = switches.add(linear.name, ir.node(linear.node.op_type, inputs), [result])
     switches.finish()
     return switches.names
 
 
 def add_module_switches(model: ir.Model, fp32: ir.Model) -> list[str]:
-    """Cases 2 to 4: rewrite ``model``, in half precision, in place; the paths in the order of their switches.
+    """Apply cases 2 to 4 to ``model``, in half precision, in place; return module paths in the order of their switches.
 
     Raises BundleError where ``model`` has a weight that ``fp32``, the canonical graph, does not have.
     """
     nodes = list(model.graph)
     fake_half(model)
     values = values_by_name(model.graph)
-    weights: Weights = {}
+    weights: WeightViews = {}
     for name, weight in model.graph.initializers.items():
         for value in (weight, values.get(name + WIDE)):
             if value is not None and value.dtype == ir.DataType.FLOAT:
                 weights[value] = name, range(len(value.shape or ()))
     switches = Fp32Switches(model.graph)
     for node in nodes:
-        if is_turned_weight(node, weights):  # case 4
-            name, _ = weights[read(node)]
-            weights[node.outputs[0]] = name, order_of(node)
+        if is_weight_transpose(node, weights):  # case 4
+            name, _ = weights[first_input(node)]
+            weights[node.outputs[0]] = name, axis_order(node)
             continue
         results = [values.get(f"{output.name}{WIDE}", output) for output in node.outputs]
         if results != list(node.outputs) or any(value in weights for value in node.inputs):
-            twin = unrounded(node, switches, weights, fp32)
-            switches.choose(node.metadata_props.get(MODULE) or TOP, twin, results)
+            twin = fp32_node(node, switches, weights, fp32)
+            switches.add(node.metadata_props.get(MODULE) or TOP, twin, results)
     switches.finish()
     return switches.names
 
 
-def is_turned_weight(node: ir.Node, weights: Weights) -> bool:
+def is_weight_transpose(node: ir.Node, weights: WeightViews) -> bool:
     return node.op_type == "Transpose" and node.inputs[0] in weights
 
 
-def read(node: ir.Node) -> ir.Value:
+def first_input(node: ir.Node) -> ir.Value:
     value = node.inputs[0]
     assert value is not None
     return value
 
 
-def order_of(transpose: ir.Node) -> Sequence[int]:
-    """The axes of its result as those of what it reads."""
+def axis_order(transpose: ir.Node) -> Sequence[int]:
+    """Return the axes of a ``Transpose``'s result as axes of its input."""
     perm = transpose.attributes.get("perm")
-    return perm.as_ints() if perm is not None else range(len(read(transpose).shape or ()))[::-1]
+    return perm.as_ints() if perm is not None else range(len(first_input(transpose).shape or ()))[::-1]
 
 
-def unrounded(node: ir.Node, switches: Fp32Switches, weights: Weights, fp32: ir.Model) -> ir.Node:
-    """Case 2: the same node, its weights those of ``fp32``."""
+def fp32_node(node: ir.Node, switches: Fp32Switches, weights: WeightViews, fp32: ir.Model) -> ir.Node:
+    """Return a copy of a node of case 2, in no graph, with the weights of ``fp32`` and without rounding."""
     inputs: list[ir.Value | None] = []
     for value in node.inputs:
         if value is None or value not in weights:
@@ -110,9 +112,9 @@ def unrounded(node: ir.Node, switches: Fp32Switches, weights: Weights, fp32: ir.
         original = fp32.graph.initializers.get(name)
         if original is None or original.const_value is None:
             raise BundleError(f"the graph has a weight {name} that its checkpoint does not give; export it again.")
-        turned = order != range(len(order))
+        transposed = order != range(len(order))
         inputs.append(
-            switches.weight(f"{name}.{tuple(order)}" if turned else name, array_of(original).transpose(order))
+            switches.weight(f"{name}.{tuple(order)}" if transposed else name, array_of(original).transpose(order))
         )
     attributes = {name: attribute for name, attribute in node.attributes.items() if name != "to"}
     if "to" in node.attributes:  # a Cast that rounds
@@ -121,72 +123,75 @@ def unrounded(node: ir.Node, switches: Fp32Switches, weights: Weights, fp32: ir.
 
 
 class Fp32Switches:
-    """The switches of a graph; several nodes may hang on one of them."""
+    """The switches of a graph, by the names of layers; several nodes may share one."""
 
     def __init__(self, graph: ir.Graph) -> None:
         self.names: list[str] = []
-        self._graph, self._splice = graph, NodeBuilder(graph, graph[0])
+        self._graph, self._builder = graph, NodeBuilder(graph, graph[0])
         self._conditions: dict[str, ir.Value] = {}
-        self._restored = ir.Value(name=RESTORED, type=ir.TensorType(ir.DataType.INT64))
-        graph.inputs.append(self._restored)
+        self._switches = ir.Value(name=SWITCHES, type=ir.TensorType(ir.DataType.INT64))
+        graph.inputs.append(self._switches)
 
     def weight(self, name: str, array: NDArray[np.float32]) -> ir.Value:
-        return self._splice.weight(f"{name}.{RESTORED}", array)
+        """Return the initializer of an FP32 weight."""
+        return self._builder.weight(f"{name}.{FP32}", array)
 
-    def choose(self, name: str, node: ir.Node, results: Sequence[ir.Value]) -> list[ir.Value]:
-        """Whoever reads ``results`` gets the outputs of ``node``, which is in no graph, where ``name`` is restored.
+    def add(self, name: str, node: ir.Node, results: Sequence[ir.Value]) -> list[ir.Value]:
+        """Give the readers of ``results`` the outputs of ``node``, in no graph yet, where the switch ``name`` is on.
 
-        What they read instead has the old names, and is returned.
+        Return the values that they read from now on, under the old names.
         """
         for old, new in zip(results, node.outputs, strict=True):
-            like(new, old, RESTORED)
+            describe_as(new, old, FP32)
         shipped = [ir.node("Identity", [old]) for old in results]
         for old, identity in zip(results, shipped, strict=True):
-            like(identity.outputs[0], old, "identity")
+            describe_as(identity.outputs[0], old, "identity")
         branches = {
-            "then_branch": ir.Graph([], node.outputs, nodes=[node], name="restored"),
+            "then_branch": ir.Graph([], node.outputs, nodes=[node], name=FP32),
             "else_branch": ir.Graph([], [each.outputs[0] for each in shipped], nodes=shipped, name="shipped"),
         }
         chosen = ir.node("If", [self._condition(name)], branches, num_outputs=len(results))
         for old, new, identity in zip(results, chosen.outputs, shipped, strict=True):
-            for reader, place in list(old.uses()):
+            for reader, index in list(old.uses()):
                 if reader is not identity:
-                    reader.replace_input_with(place, new)
-            for place, output in enumerate(list(self._graph.outputs)):
+                    reader.replace_input_with(index, new)
+            for index, output in enumerate(list(self._graph.outputs)):
                 if output is old:
-                    self._graph.outputs[place] = new
-            like(new, old, "chosen")
+                    self._graph.outputs[index] = new
+            describe_as(new, old, "chosen")
             old.name, new.name = f"{old.name}.shipped", old.name
         self._graph.append(chosen)
         return list(chosen.outputs)
 
     def _condition(self, name: str) -> ir.Value:
         if name not in self._conditions:
-            index = self._splice.weight(f"{RESTORED}.{len(self.names)}", np.array(len(self.names), np.int64))
-            one = self._splice.add("Gather", [self._restored, index], f"{index.name}.is", dtype=ir.DataType.INT64)
-            self._conditions[name] = self._splice.add(
-                "Cast", [one], f"{index.name}.condition", {"to": ir.DataType.BOOL}, dtype=ir.DataType.BOOL
+            index = self._builder.weight(f"{SWITCHES}.{len(self.names)}", np.array(len(self.names), np.int64))
+            switch = self._builder.add("Gather", [self._switches, index], f"{index.name}.is", dtype=ir.DataType.INT64)
+            self._conditions[name] = self._builder.add(
+                "Cast", [switch], f"{index.name}.condition", {"to": ir.DataType.BOOL}, dtype=ir.DataType.BOOL
             )
             self.names.append(name)
         return self._conditions[name]
 
     def finish(self) -> None:
-        self._restored.shape = ir.Shape([len(self.names)])
+        """Give the input SWITCHES its size and sort the nodes topologically."""
+        self._switches.shape = ir.Shape([len(self.names)])
         self._graph.sort()
 
 
-def like(value: ir.Value, other: ir.Value, word: str) -> None:
+def describe_as(value: ir.Value, other: ir.Value, ending: str) -> None:
+    """Give ``value`` the dtype, the shape and, with ``ending``, the name of ``other``."""
     dtype = other.dtype or ir.DataType.FLOAT
-    value.name, value.type, value.shape = f"{other.name}.{word}", ir.TensorType(dtype), other.shape
+    value.name, value.type, value.shape = f"{other.name}.{ending}", ir.TensorType(dtype), other.shape
 
 
 def values_by_name(graph: ir.Graph) -> dict[str, ir.Value]:
-    """Inputs and what the nodes compute."""
+    """Return the graph's inputs and the outputs of its nodes."""
     return {str(value.name): value for value in (*graph.inputs, *(out for node in graph for out in node.outputs))}
 
 
-def read_as(values: Mapping[str, ir.Value], value: ir.Value, layer: str) -> ir.Value:
-    """What the shipped graph's nodes read where those of the FP32 graph read ``value``."""
+def counterpart(values: Mapping[str, ir.Value], value: ir.Value, layer: str) -> ir.Value:
+    """Return the value of the shipped graph that stands for ``value`` of the FP32 graph."""
     found = values.get(f"{value.name}{WIDE}") or values.get(str(value.name))
     if found is None:
         raise BundleError(f"the graph has no {value.name}, which belongs to the layer {layer}; export it again.")

@@ -1,12 +1,12 @@
-"""A graph -> its linear layers: what there is to quantise.
+"""Find the linear layers of a graph, which are what can be quantised.
 
 Cases:
 1. ``MatMul`` of an activation and a weight (K, N).
 2. ``MatMul`` of an activation and a transposed weight (N, K): a head tied to the embedding.
 3. ``Gemm`` with a weight, either way round, alpha and beta 1; its bias may be None.
 
-Everything else stays as it is: residual Add, LayerNormalization, Softmax, products of two activations, the
-convolution that cuts patches.
+No linear layers: residual Add, LayerNormalization, Softmax, products of two activations, the convolution that cuts
+patches.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from transom.calib.graph_hash import MODULE
+from transom.export.passes._match import is_standard, is_weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,13 +38,18 @@ class Linear:
 
     @property
     def bias(self) -> ir.Value | None:
-        """Of a ``Gemm``; that of a ``MatMul`` is an Add of its own, and stays one."""
+        """The bias of a ``Gemm``; that of a ``MatMul`` is an Add of its own, and stays one."""
         return self.node.inputs[2] if self.node.op_type == "Gemm" and len(self.node.inputs) > 2 else None
 
     @property
     def weight_name(self) -> str:
-        """Of the kernel, which is another where one initializer is read both ways round."""
+        """The name of the kernel, which is another where one initializer is read both ways round."""
         return f"{self.weight.name}.transposed" if self.stored_transposed else str(self.weight.name)
+
+    @property
+    def kernel_id(self) -> tuple[object, bool]:
+        """The tensor, which clones of a graph share and which equals itself alone, and which way round it is read."""
+        return self.weight.const_value, self.stored_transposed
 
     @property
     def kernel_shape(self) -> tuple[int, int]:
@@ -53,15 +59,15 @@ class Linear:
         return (columns, rows) if self.stored_transposed else (rows, columns)
 
     def kernel(self) -> NDArray[np.float32]:
-        """The weight as float32 (K, N)."""
+        """Return the weight as float32 (K, N)."""
         assert self.weight.const_value is not None
         stored = self.weight.const_value.numpy()
         return np.asarray(stored.T if self.stored_transposed else stored, np.float32)
 
 
 def find_linears(model: ir.Model) -> list[Linear]:
-    """The linear layers of the main graph, in its order, each under a name of its own."""
-    found: list[Linear] = []
+    """Return the linear layers of the main graph, in its order, each under a name of its own."""
+    linears: list[Linear] = []
     names: set[str] = set()
     for node in model.graph:
         weight = weight_of(node)
@@ -70,13 +76,13 @@ def find_linears(model: ir.Model) -> list[Linear]:
             if name in names:  # a module that is called twice
                 name = f"{name}:{node.outputs[0].name}"
             names.add(name)
-            found.append(Linear(name, node, *weight))
-    return found
+            linears.append(Linear(name, node, *weight))
+    return linears
 
 
 def weight_of(node: ir.Node) -> tuple[ir.Value, bool] | None:
-    """The initializer of a linear layer and whether it lies there as (N, K); None where the node is none."""
-    if node.domain or node.op_type not in ("MatMul", "Gemm") or node.inputs[0] is None or is_weight(node.inputs[0]):
+    """Return (initializer, whether it is stored as (N, K)) of a linear layer; None for any other node."""
+    if not is_standard(node, "MatMul", "Gemm") or node.inputs[0] is None or is_weight(node.inputs[0]):
         return None
     value, transposed = node.inputs[1], False
     if node.op_type == "Gemm":
@@ -92,12 +98,8 @@ def weight_of(node: ir.Node) -> tuple[ir.Value, bool] | None:
     return (value, transposed) if value.shape is not None and len(value.shape) == 2 else None
 
 
-def is_weight(value: ir.Value) -> bool:
-    return value.is_initializer() and value.const_value is not None
-
-
 def name_of(node: ir.Node) -> str:
-    """The module's path; of a node without one, the name that its result goes by when the bias is in it."""
+    """Return the module's path; of a node without one, the name of its result with the bias in it."""
     path = node.metadata_props.get(MODULE)
     if path:
         return path

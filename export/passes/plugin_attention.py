@@ -1,17 +1,17 @@
-"""``Attention`` -> a function of our own, which TensorRT takes from our kernel and ONNX Runtime from its body.
+"""Replace ``Attention`` by an ONNX function of Transom: a plugin to TensorRT, its body to ONNX Runtime.
 
 A function of the domain ``transom`` has a body of standard operators: ONNX Runtime runs it as it runs the node that was
 there before. To TensorRT's parser the node is a plugin, by its operator's name and ``plugin_namespace``, and the body
 is not read where a plugin of that name is registered [TensorRT-RTX 1.7.1's parser, by its log].
 
 Cases:
-1. Keys and values are a cache that was written at ``write_indices``, seen through a mask of what is written
-   (``trt_attention`` says which): ``CausalFlashAttention`` by lengths, which does not read what no row has reached.
-2. A mask that spreads over the scores by axes that are known: ``MaskedFlashAttention``. One that was spread over the
-   queries before is taken as it was, for the kernel reads it once for all of them.
+1. Keys and values are a cache that was written at ``write_indices``, under a mask of the written keys
+   (export/passes/cached_attention.py): ``CausalFlashAttention`` by lengths, which reads written keys alone.
+2. A mask that broadcasts to the scores along known axes: ``MaskedFlashAttention``. A mask that was expanded over the
+   queries is taken before that, for the kernel reads it once for all of them.
 3. No mask: ``FlashAttention``.
 
-Everything else is left, with the reason.
+All others are left, with the reason.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass
 
 from transom.export.passes._builder import NodeBuilder
-from transom.export.passes.trt_attention import made_by, parts_of, scale_of, size_along, why_not
+from transom.export.passes._match import ATTENTION_INPUTS, inputs_of, is_standard, made_by, size_along, unread_inputs
+from transom.export.passes.cached_attention import HEAD_SIZE, TOKENS, match_cache_mask, reason_against_lengths, scale_of
 
 DOMAIN, VERSION = "transom", 1
 PLAIN, MASKED, CAUSAL = "FlashAttention", "MaskedFlashAttention", "CausalFlashAttention"
@@ -41,20 +42,19 @@ ATTRIBUTES: Mapping[str, Mapping[str, type]] = {
 AXES = "bhmn"  # of the scores: rows, heads, queries, keys
 DTYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 ATTRIBUTE_TYPES = {float: ir.AttributeType.FLOAT, str: ir.AttributeType.STRING, int: ir.AttributeType.INT}
-MOST_SIZE = 256  # of a head
-QUERIES, KEYS, SIZE = 2, 2, 3  # axes of queries, keys and either: (B, heads, tokens, head size)
+MAX_HEAD_SIZE = 256
 
 
 def plugin_attention(model: ir.Model, chosen: Callable[[ir.Node], bool]) -> Mapping[str, str]:
-    """Rewrite every ``Attention`` that is ``chosen`` in place, by cases 1 to 3; why the others were left, by name."""
+    """Rewrite every ``Attention`` that is ``chosen`` in place; return {node: why it was left} of the others."""
     left: dict[str, str] = {}
     used: set[str] = set()
     for node in [node for node in model.graph if is_attention(node) and chosen(node)]:
-        reason = without_kernel_of_ours(node)
+        reason = reason_against_plugin(node)
         if reason is not None:
             left[str(node.name)] = reason
             continue
-        used.add(replace(model.graph, node))
+        used.add(replace_by_call(model.graph, node))
     for operator in sorted(used):
         function = function_of(operator, model.graph.opset_imports[""])
         model.functions[function.identifier()] = function
@@ -65,15 +65,15 @@ def plugin_attention(model: ir.Model, chosen: Callable[[ir.Node], bool]) -> Mapp
 
 
 def is_attention(node: ir.Node) -> bool:
-    """ONNX's own; others have operators of this name too."""
-    return node.op_type == "Attention" and not node.domain
+    """Return whether the node is ONNX's own ``Attention``."""
+    return is_standard(node, "Attention")
 
 
-def without_kernel_of_ours(node: ir.Node) -> str | None:
-    """Why our kernel does not compute an ``Attention``; None where it does."""
-    query, key, value, mask, *more = [*node.inputs, None][: max(4, len(node.inputs))]
+def reason_against_plugin(node: ir.Node) -> str | None:
+    """Return why the plugin's kernel does not compute an ``Attention``; None where it does."""
+    query, key, value, mask = inputs_of(node, len(ATTENTION_INPUTS))
     others = [name for name, attribute in node.attributes.items() if name != "scale" and attribute.value != 0]
-    if any(other is not None for other in more) or len(node.outputs) > 1:
+    if unread_inputs(node, len(ATTENTION_INPUTS)) or len(node.outputs) > 1:
         return "with a cache of its own"
     if others:
         return f"with {', '.join(others)}"
@@ -84,63 +84,63 @@ def without_kernel_of_ours(node: ir.Node) -> str | None:
         return "of heads whose number is not fixed"
     if size_along(value, 1) != shared or {each.dtype for each in (key, value) if each is not None} != {query.dtype}:
         return "of keys and values that do not fit the queries"
-    sizes = [size_along(each, SIZE) for each in (query, key, value)]
-    if not isinstance(sizes[0], int) or sizes.count(sizes[0]) != len(sizes) or sizes[0] > MOST_SIZE:
-        return f"of heads of {sizes[0]}, which is not 1 to {MOST_SIZE}, or of values of another size"
+    sizes = [size_along(each, HEAD_SIZE) for each in (query, key, value)]
+    if not isinstance(sizes[0], int) or sizes.count(sizes[0]) != len(sizes) or sizes[0] > MAX_HEAD_SIZE:
+        return f"of heads of {sizes[0]}, which is not 1 to {MAX_HEAD_SIZE}, or of values of another size"
     if mask is not None and mask.dtype not in (ir.DataType.BOOL, query.dtype):
         return "with a mask that is neither boolean nor of the queries' dtype"
-    if mask is not None and not spreads(mask, query, key):
+    if mask is not None and not broadcasts(mask, query, key):
         return "with a mask whose axes are not known to be those of the scores"
     return None
 
 
-def spreads(mask: ir.Value, query: ir.Value, key: ir.Value | None) -> bool:
-    """Whether every axis of ``mask`` is 1 or, by its number or name, that of the scores; keys are never 1."""
-    wanted = [size_along(query, 0), size_along(query, 1), size_along(query, QUERIES), size_along(key, KEYS)]
+def broadcasts(mask: ir.Value, query: ir.Value, key: ir.Value | None) -> bool:
+    """Return whether every axis of ``mask`` is 1 or, by its number or name, that of the scores; keys are never 1."""
+    wanted = [size_along(query, 0), size_along(query, 1), size_along(query, TOKENS), size_along(key, TOKENS)]
     if mask.shape is None or len(mask.shape) != len(wanted) or None in wanted:
         return False
     found = [size_along(mask, axis) for axis in range(len(wanted))]
     return found[-1] == wanted[-1] and all(a in (1, b) for a, b in zip(found, wanted, strict=True))
 
 
-def replace(graph: ir.Graph, node: ir.Node) -> str:
-    """Put a call of a function in the place of ``node``; the function's name."""
-    query, key, value, mask = [*node.inputs, None][:4]
+def replace_by_call(graph: ir.Graph, node: ir.Node) -> str:
+    """Replace ``node`` by a call of a function; return the function's name."""
+    query, key, value, mask = inputs_of(node, len(ATTENTION_INPUTS))
     assert query is not None
     assert query.dtype is not None
     builder, name = NodeBuilder(graph, node), str(node.outputs[0].name)
     inputs, operator = [query, key, value], PLAIN
-    if mask is not None and why_not(node) is None:
-        found = parts_of(mask)
-        assert found is not None
+    if mask is not None and reason_against_lengths(node) is None:
+        matched = match_cache_mask(mask)
+        assert matched is not None
         operator = CAUSAL
-        reached = builder.add("Add", [found.write_indices, found.new], f"{name}.reached", dtype=ir.DataType.INT64)
-        narrow = {"to": ir.DataType.INT32}
-        inputs.append(builder.add("Cast", [reached], f"{name}.lengths", narrow, dtype=ir.DataType.INT32))
+        ends = builder.add("Add", [matched.write_indices, matched.new], f"{name}.reached", dtype=ir.DataType.INT64)
+        to_int32 = {"to": ir.DataType.INT32}
+        inputs.append(builder.add("Cast", [ends], f"{name}.lengths", to_int32, dtype=ir.DataType.INT32))
     elif mask is not None:
         operator = MASKED
-        narrow_mask = unspread(mask)
-        mask = narrow_mask if spreads(narrow_mask, query, key) else mask
+        before_expand = unexpanded(mask)
+        mask = before_expand if broadcasts(before_expand, query, key) else mask
         inputs.append(mask)
     attributes = {SCALE: scale_of(node), **PLUGIN}
     if operator == MASKED and mask is not None:
         attributes[MASK_AXES] = axes_of(mask)
-    called = builder.add(operator, inputs, f"{name}.attended", attributes, dtype=query.dtype, domain=DOMAIN)
-    called.producer().name = node.name  # type: ignore[union-attr]  # by which reports and engines know it
-    builder.replace_node(called)
+    result = builder.add(operator, inputs, f"{name}.attended", attributes, dtype=query.dtype, domain=DOMAIN)
+    result.producer().name = node.name  # type: ignore[union-attr]  # by which reports and engines know it
+    builder.replace_node(result)
     return operator
 
 
 def axes_of(mask: ir.Value) -> str:
-    """Which axes of the scores a mask has: "bn" is (B, 1, 1, T). Keys it always has.
+    """Return the axes of the scores that a mask has: "bn" is (B, 1, 1, T). It always has the keys'.
 
-    They stand in the node, for an engine's builder may know some sizes in one profile and not in another.
+    They are an attribute of the node, for an engine's builder may know some sizes in one profile and not in another.
     """
-    return "".join(axis for place, axis in enumerate(AXES) if axis == AXES[-1] or size_along(mask, place) != 1)
+    return "".join(axis for index, axis in enumerate(AXES) if axis == AXES[-1] or size_along(mask, index) != 1)
 
 
-def unspread(mask: ir.Value) -> ir.Value:
-    """What ``mask`` was before it was expanded, of as many axes; itself where it was not."""
+def unexpanded(mask: ir.Value) -> ir.Value:
+    """Return the input, of as many axes, of the ``Expand`` that gave ``mask``; ``mask`` itself if none did."""
     made = made_by(mask, "Expand")
     source = made.inputs[0] if made is not None else None
     known = source is not None and source.shape is not None and mask.shape is not None
@@ -148,7 +148,7 @@ def unspread(mask: ir.Value) -> ir.Value:
 
 
 def function_of(operator: str, opset: int) -> ir.Function:
-    """The function called ``operator``, of standard operators of ``opset``, with the ``scale`` of the call."""
+    """Return the function ``operator`` in standard operators of ``opset``, with the ``scale`` of the call."""
     inputs = [ir.Value(name=name) for name in INPUTS[operator]]
     query, key, value, *more = inputs
     nodes: list[ir.Node] = []
@@ -163,11 +163,11 @@ def function_of(operator: str, opset: int) -> ir.Function:
         return add("Constant", [], result, value=ir.tensor(np.array(number, np.int64), name=result))
 
     def size(of: ir.Value, result: str) -> ir.Value:
-        return add("Squeeze", [add("Shape", [of], f"{result}.axis", start=KEYS, end=KEYS + 1)], result)
+        return add("Squeeze", [add("Shape", [of], f"{result}.axis", start=TOKENS, end=TOKENS + 1)], result)
 
     mask = None
     if operator == MASKED:  # over all queries, which ONNX Runtime does not do by itself
-        one, S = constant("one", [1]), add("Shape", [query], "S", start=QUERIES, end=QUERIES + 1)
+        one, S = constant("one", [1]), add("Shape", [query], "S", start=TOKENS, end=TOKENS + 1)
         mask = add("Expand", [more[0], add("Concat", [one, one, S, one], "shape", axis=0)], "seen")
     if operator == CAUSAL:  # key j of the row's length shows to query i where j <= length - S + i
         zero, one, S, T = constant("zero", 0), constant("one", 1), size(query, "S"), size(key, "T")
@@ -187,5 +187,8 @@ def function_of(operator: str, opset: int) -> ir.Function:
 
 
 def inline_functions(model: ir.Model) -> ir.Model:
-    """The same with every function's body in the place of its calls, for passes that know standard operators alone."""
+    """Replace calls of functions by the functions' bodies, for passes that know standard operators alone.
+
+    Return ``model`` itself where it has no functions.
+    """
     return InlinePass()(model).model if model.functions else model

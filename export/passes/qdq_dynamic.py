@@ -1,7 +1,7 @@
-"""FP32 graph -> the same graph with linear layers whose activations are quantised as they come, row by row.
+"""Quantise the activations of linear layers while a graph runs, token by token (per-token dynamic quantisation).
 
 A row is one token's features. Its scale is its own largest absolute value over 127, so that no other row, no
-neighbour in the batch and no padding can change what becomes of it. The product runs on uint8 (zero point 128)
+neighbour in the batch and no padding can change its result. The product runs on uint8 (zero point 128)
 times int8, and the row's scale multiplies the sums. ``DynamicQuantizeLinear`` would take one scale for the whole
 tensor.
 
@@ -18,17 +18,17 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from transom.export.passes._builder import NodeBuilder, drop_unused
+from transom.calib.quantized_weights import QuantizedWeights
+from transom.export.passes._builder import NodeBuilder, clean_up
 from transom.export.passes.linear_layers import Linear
 from transom.export.passes.qdq_static import dequantized_weight, name_of_product, replace_product
-from transom.export.quantization.weights import QuantizedWeights
 
-SMALLEST_ROW = 1e-20  # what a row of zeros counts as: its quotients are zeros, not NaN
+SMALLEST_ROW = 1e-20  # the largest magnitude that a row of zeros counts as: its quotients are zeros, not NaN
 LEVELS = 127.0  # 1..255 around the zero point 128
 
 
 def quantize_dynamic(model: ir.Model, linears: Sequence[Linear], weights: QuantizedWeights) -> bool:
-    """Rewrite ``model`` in place; True if anything changed."""
+    """Quantise ``linears`` of ``model`` in place; return whether anything changed."""
     rows: dict[str, tuple[ir.Value, ir.Value]] = {}
     for linear in linears:
         builder = NodeBuilder(model.graph, linear.node)
@@ -39,26 +39,25 @@ def quantize_dynamic(model: ir.Model, linears: Sequence[Linear], weights: Quanti
         weight = dequantized_weight(builder, linear, weights, signed=False)
         product = builder.add("MatMul", [activation, weight], name_of_product(linear))
         replace_product(builder, linear, builder.add("Mul", [product, scale], f"{product.name}.scaled"))
-    drop_unused(model)
-    model.graph.sort()
+    clean_up(model)
     return bool(linears)
 
 
 def quantized_rows(builder: NodeBuilder, value: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """Case 2: the rows in units of their scales, through uint8, and the scales (..., 1)."""
+    """Return case 2: the rows in units of their scales, through uint8, and the scales (..., 1)."""
     name = value.name
     last = builder.weight("row_axis", np.array([-1], np.int64))
     smallest = builder.weight("smallest_row", np.array(SMALLEST_ROW, np.float32))
     levels = builder.weight("row_levels", np.array(1 / LEVELS, np.float32))
     one = builder.weight("row_unit", np.array(1, np.float32))
     zero = builder.weight("row_zero_point", np.array(128, np.uint8))
-    size = builder.add("Abs", [value], f"{name}.abs")
-    largest = builder.add("ReduceMax", [size, last], f"{name}.row_max", {"keepdims": 1})
+    magnitude = builder.add("Abs", [value], f"{name}.abs")
+    largest = builder.add("ReduceMax", [magnitude, last], f"{name}.row_max", {"keepdims": 1})
     scale = builder.add(
         "Mul", [builder.add("Max", [largest, smallest], f"{name}.row_range"), levels], f"{name}.row_scale"
     )
     units = builder.add("Div", [value, scale], f"{name}.row_units")
     quantized = builder.add("QuantizeLinear", [units, one, zero], f"{name}.quantized", dtype=ir.DataType.UINT8)
     rows = builder.add("DequantizeLinear", [quantized, one, zero], f"{name}.dequantized")
-    rows.shape = quantized.shape = units.shape = size.shape = value.shape
+    rows.shape = quantized.shape = units.shape = magnitude.shape = value.shape
     return rows, scale

@@ -1,4 +1,4 @@
-"""FP32 graph -> the same graph with Q/DQ around its linear layers: scales fixed by calibration.
+"""Put Q/DQ around the linear layers of an FP32 graph, with scales fixed by calibration.
 
 ``x -> QuantizeLinear -> DequantizeLinear -> MatMul <- DequantizeLinear <- W in int8``, which ONNX Runtime and
 TensorRT each fuse into one integer product. There is no Q/DQ behind a layer: its sums stay in full precision, and so
@@ -9,12 +9,16 @@ Cases:
    share one share its int8 form. For uint8, which the CPU takes, each layer has an initializer of its own, with zero
    points that are 0: ONNX Runtime makes both unsigned where U8 x S8 would saturate, initializer by initializer, and
    without zero points fails at a weight that no integer product took. Equal bytes lie once on disk.
-2. An activation gets one Q/DQ pair, which all quantised layers behind it share. Layers that are kept, and
-   everybody else, go on reading the FP32 value.
+2. An activation gets one Q/DQ pair, which all quantised layers behind it share. High-precision layers and all other
+   nodes go on reading the FP32 value.
 3. ``Gemm`` becomes ``MatMul`` and ``Sub`` of the negated bias: an integer Gemm would need a quantised result, and
    of two-dimensional ``MatMul`` and ``Add`` ONNX Runtime makes a Gemm in FP32, before it looks for integers.
-4. Asked for, further activations get their pair where one reader takes them: the operands of attention, the
-   two sides of a residual Add.
+
+Optional sites, not quantised by default:
+4. "attention": query, key and value of each ``Attention``. The probabilities inside stay in full precision.
+5. "residual": the two sides of each residual Add: an Add of two activations of one shape whose sum, or what a
+   LayerNormalization makes of it, goes on to further layers. On Transformers this is what costs the accuracy:
+   the residual stream carries outliers that int8 cannot.
 """
 
 from __future__ import annotations
@@ -24,12 +28,14 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from transom.calib.quantized_weights import QuantizedWeights
 from transom.calib.scales import Scale
-from transom.export.passes._builder import NodeBuilder, drop_unused
-from transom.export.passes.linear_layers import Linear, is_weight
-from transom.export.quantization.weights import QuantizedWeights
+from transom.export.passes._builder import NodeBuilder, clean_up
+from transom.export.passes._match import ATTENTION_INPUTS, is_weight, rank_of
+from transom.export.passes.linear_layers import Linear
 
-QdqSite = tuple[ir.Node, int]  # a node and the number of its input
+QdqSite = tuple[ir.Node, int]  # a node and the index of its input
+OPTIONAL_SITES = ("attention", "residual")  # cases 4 and 5
 
 
 def quantize_static(
@@ -39,31 +45,28 @@ def quantize_static(
     scales: Mapping[str, Scale],
     *,
     signed: bool,
-    places: Collection[QdqSite] = (),
+    sites: Collection[QdqSite] = (),
 ) -> bool:
-    """Rewrite ``model`` in place; True if anything changed. ``linears`` are those to quantise.
+    """Quantise ``linears`` and the optional ``sites`` of ``model`` in place; return whether anything changed.
 
-    ``scales`` are by the activation's name, for int8 if ``signed``, else for uint8. ``places`` are of case 4.
+    ``scales`` are by the activation's name, for int8 if ``signed``, else for uint8.
     """
     pairs: dict[str, ir.Value] = {}
     for linear in linears:
         builder = NodeBuilder(model.graph, linear.node)
-        activation = quantized_pair(builder, linear.activation, scales, pairs, signed=signed)
+        activation = qdq_pair(builder, linear.activation, scales, pairs, signed=signed)
         weight = dequantized_weight(builder, linear, weights, signed=signed)
         replace_product(builder, linear, builder.add("MatMul", [activation, weight], f"{name_of_product(linear)}"))
-    for node, index in places:
+    for node, index in sites:
         value = node.inputs[index]
         assert value is not None
-        node.replace_input_with(
-            index, quantized_pair(NodeBuilder(model.graph, node), value, scales, pairs, signed=signed)
-        )
-    drop_unused(model)
-    model.graph.sort()
-    return bool(linears or places)
+        node.replace_input_with(index, qdq_pair(NodeBuilder(model.graph, node), value, scales, pairs, signed=signed))
+    clean_up(model)
+    return bool(linears or sites)
 
 
 def dequantized_weight(builder: NodeBuilder, linear: Linear, weights: QuantizedWeights, *, signed: bool) -> ir.Value:
-    """Case 1: the int8 weight behind its DQ, for products with int8 activations if ``signed``, else with uint8."""
+    """Return the int8 weight of case 1 behind its DQ, for int8 activations if ``signed``, else for uint8."""
     stored, scale = weights.int8(linear)
     name, result = linear.weight_name, f"{linear.node.outputs[0].name}.weight"
     if signed:
@@ -79,10 +82,10 @@ def dequantized_weight(builder: NodeBuilder, linear: Linear, weights: QuantizedW
     return builder.add("DequantizeLinear", inputs, result, {"axis": 1})
 
 
-def quantized_pair(
+def qdq_pair(
     builder: NodeBuilder, value: ir.Value, scales: Mapping[str, Scale], pairs: dict[str, ir.Value], *, signed: bool
 ) -> ir.Value:
-    """Case 2: the value behind its Q/DQ pair."""
+    """Return ``value`` behind its Q/DQ pair of case 2, made once and kept in ``pairs`` by the value's name."""
     name = str(value.name)
     if name not in pairs:
         found = scales[name]
@@ -101,16 +104,43 @@ def name_of_product(linear: Linear) -> str:
 
 
 def replace_product(builder: NodeBuilder, linear: Linear, product: ir.Value) -> None:
-    """``product`` in place of the layer's own; case 3 where it is a ``Gemm`` with a bias."""
+    """Replace the layer's node by ``product``, with the bias of a ``Gemm`` as in case 3."""
     if linear.bias is not None:
         product.shape = linear.node.outputs[0].shape
-        operator, bias = addend(builder, linear.bias)
+        operator, bias = bias_operation(builder, linear.bias)
         product = builder.add(operator, [product, bias], f"{product.name}.biased")
     builder.replace_node(product)
 
 
-def addend(builder: NodeBuilder, bias: ir.Value) -> tuple[str, ir.Value]:
-    """Case 3: what is done to the product, and with what."""
+def bias_operation(builder: NodeBuilder, bias: ir.Value) -> tuple[str, ir.Value]:
+    """Return the operator that applies a bias to a product, and its second input: case 3."""
     if not is_weight(bias) or bias.const_value is None:
         return "Add", bias
     return "Sub", builder.weight(f"{bias.name}.negated", -bias.const_value.numpy())
+
+
+def optional_sites(model: ir.Model, names: Collection[str]) -> list[QdqSite]:
+    """Return the float32 inputs of cases 4 and 5 that ``names``, some of OPTIONAL_SITES, ask for."""
+    sites: list[QdqSite] = []
+    for node in model.graph:
+        if "attention" in names and node.op_type == "Attention":
+            sites += [(node, index) for index in range(ATTENTION_INPUTS.index("mask"))]
+        if "residual" in names and is_residual(node):
+            sites += [(node, 0), (node, 1)]
+    return [(node, index) for node, index in sites if is_float32(node.inputs[index])]
+
+
+def is_float32(value: ir.Value | None) -> bool:
+    return value is not None and value.dtype == ir.DataType.FLOAT
+
+
+def is_residual(node: ir.Node) -> bool:
+    """Return whether the node is of case 5: neither side is a weight or a position table, both have three axes."""
+    if node.op_type != "Add":
+        return False
+    sides = [value for value in node.inputs if value is not None]
+    return (
+        len(sides) == 2
+        and all(not is_weight(side) and side.producer() is not None and rank_of(side) == 3 for side in sides)
+        and sides[0].shape == sides[1].shape
+    )

@@ -1,4 +1,4 @@
-"""FP32 graph -> the same graph with linear layers whose weights alone are integers of 8 or 4 bits, in blocks.
+"""Store the weights of linear layers as integers of 8 or 4 bits in blocks, the activations in FP32 (weight-only).
 
 A decode step reads every weight once for one row: its time is that of the memory, so smaller weights are faster
 weights. ``com.microsoft.MatMulNBits`` reads them as they are; activations stay in FP32 at its edges.
@@ -14,10 +14,10 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from transom.export.passes._builder import NodeBuilder, drop_unused
+from transom.calib.quantized_weights import QuantizedWeights
+from transom.export.passes._builder import NodeBuilder, clean_up
 from transom.export.passes.linear_layers import Linear
 from transom.export.passes.qdq_static import name_of_product
-from transom.export.quantization.weights import QuantizedWeights
 
 DOMAIN = "com.microsoft"
 INT8_PRODUCTS = 4  # accuracy_level: rows are rounded to 8 bits block by block inside the kernel, each by itself
@@ -26,7 +26,7 @@ INT8_PRODUCTS = 4  # accuracy_level: rows are rounded to 8 bits block by block i
 def quantize_weights(
     model: ir.Model, linears: Sequence[Linear], weights: QuantizedWeights, bits: int, block_size: int
 ) -> bool:
-    """Rewrite ``model`` in place; True if anything changed."""
+    """Quantise the weights of ``linears`` of ``model`` in place; return whether anything changed."""
     for linear in linears:
         builder = NodeBuilder(model.graph, linear.node)
         blocks, scales = weights.blocks(linear, bits, block_size)
@@ -44,6 +44,5 @@ def quantize_weights(
         builder.replace_node(product)
     if linears:
         model.graph.opset_imports[DOMAIN] = 1
-    drop_unused(model)
-    model.graph.sort()
+    clean_up(model)
     return bool(linears)

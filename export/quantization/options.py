@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from transom.calib.scales import BLOCKS, METHODS
-from transom.export.passes.extras import OPTIONAL_SITES
+from transom.export.passes.qdq_static import OPTIONAL_SITES
 from transom.export.quantization.quantizer import ACTIVATIONS, DYNAMIC, NONE, STATIC, QuantizationConfig
 from transom.export.reference_models import REFERENCE_MODELS
 from transom.runtime.errors import ExportError

@@ -9,15 +9,14 @@ from typing import Any
 import onnx_ir as ir
 
 from transom.calib.histogram import Histogram
+from transom.calib.quantized_weights import QuantizedWeights
 from transom.calib.scales import Scale, activation_scale, clip_range
-from transom.export.passes.extras import optional_sites
 from transom.export.passes.fp16_embeddings import fp16_embeddings
 from transom.export.passes.half_precision import convert_precision
 from transom.export.passes.linear_layers import find_linears
 from transom.export.passes.qdq_dynamic import quantize_dynamic
-from transom.export.passes.qdq_static import quantize_static
+from transom.export.passes.qdq_static import optional_sites, quantize_static
 from transom.export.passes.weight_only import quantize_weights
-from transom.export.quantization.weights import QuantizedWeights
 from transom.export.variants import Variants, emulations, pack, simulated, state_names, with_integers
 from transom.runtime.graph_spec import Graph
 from transom.runtime.manifest_graphs import BLOCKS, PRODUCTS
@@ -35,7 +34,7 @@ class QuantizationConfig:
 
     ``weight_bits`` is 8, 7 (of 8, for CPUs whose products saturate) or 4, the last with activations "none"
     alone; ``block_size`` is how many weights along K share a scale where activations are "none". ``extras`` are
-    of export.passes.extras.
+    of export.passes.qdq_static.
     """
 
     activations: Mapping[str, str]
@@ -106,9 +105,9 @@ class Quantizer:
             elif mode == DYNAMIC:
                 quantize_dynamic(model, linears, weights)
             else:
-                places = optional_sites(model, self.config.extras)
+                sites = optional_sites(model, self.config.extras)
                 quantize_static(
-                    model, linears, weights, self.scales(signed=False)[graph.name], signed=False, places=places
+                    model, linears, weights, self.scales(signed=False)[graph.name], signed=False, sites=sites
                 )
             fp16_embeddings(model)
             models[graph.name] = model
@@ -124,14 +123,14 @@ class Quantizer:
         for graph in self._graphs:
             model = self.models[graph.name].clone()
             linears = [linear for linear in find_linears(model) if (graph.name, linear.name) not in kept]
-            places = optional_sites(model, self.config.extras)
+            sites = optional_sites(model, self.config.extras)
             quantize_static(
                 model,
                 linears,
                 self._weights[graph.name],
                 self.scales(signed=True)[graph.name],
                 signed=True,
-                places=places,
+                sites=sites,
             )
             if self._half:
                 convert_precision(model, "fp16", state_names(graph))

@@ -10,7 +10,7 @@ from typing import Self
 import numpy as np
 import onnx_ir as ir
 
-from transom.export.passes.layer_switches import RESTORED, add_linear_switches, add_module_switches
+from transom.export.passes.layer_switches import SWITCHES, add_linear_switches, add_module_switches
 from transom.export.quantization.fidelity import Fidelity, Fp32Outputs
 from transom.export.quantization.quantizer import Layer
 from transom.export.variants import pack, with_integers
@@ -29,13 +29,13 @@ class SwitchedBackend:
 
     def __init__(self, backend: OrtBackend, layers: int) -> None:
         self._backend = backend
-        given = tuple(tensor for tensor in backend.graph.inputs if tensor.name != RESTORED)
+        given = tuple(tensor for tensor in backend.graph.inputs if tensor.name != SWITCHES)
         self.graph: Graph = replace(backend.graph, inputs=given)
         self.restored = np.zeros(layers, np.int64)
 
     def run(self, feeds: Mapping[str, Array], shapes: Mapping[str, Sequence[int]]) -> dict[str, Array]:
         """As a backend does."""
-        return self._backend.run({**feeds, RESTORED: self.restored}, shapes)
+        return self._backend.run({**feeds, SWITCHES: self.restored}, shapes)
 
 
 class SwitchedBundle:
@@ -92,4 +92,4 @@ class SwitchedBundle:
 
 
 def with_switches(graph: Graph, layers: int) -> Graph:
-    return replace(graph, inputs=(*graph.inputs, Tensor(RESTORED, "int64", (layers,))))
+    return replace(graph, inputs=(*graph.inputs, Tensor(SWITCHES, "int64", (layers,))))

@@ -22,7 +22,7 @@ from transom.export import debug, pipeline
 from transom.export.bisect import bisect_layers
 from transom.export.checkpoint import load_checkpoint
 from transom.export.debug import debug_accuracy
-from transom.export.passes.layer_switches import RESTORED, add_linear_switches, add_module_switches
+from transom.export.passes.layer_switches import SWITCHES, add_linear_switches, add_module_switches
 from transom.runtime.backends.ort_library import onnxruntime
 from transom.runtime.errors import BundleError, CalibrationError, CheckpointError, ExportError
 from transom.runtime.manifest import MANIFEST, manifest_sha256
@@ -107,7 +107,7 @@ RIGHT, WRONG = [[2.0, 1.0], [0.0, 3.0]], [[1.0, 0.0], [0.0, 1.0]]
 
 def outputs(model: ir.Model, *restored: int) -> list[float]:
     session = onnxruntime().InferenceSession(ir.to_proto(model).SerializeToString())
-    (found,) = session.run(None, {"x": np.array([[5, -1]], np.float32), RESTORED: np.array(restored, np.int64)})
+    (found,) = session.run(None, {"x": np.array([[5, -1]], np.float32), SWITCHES: np.array(restored, np.int64)})
     return [float(value) for value in found[0]]
 
 

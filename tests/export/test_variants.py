@@ -25,8 +25,8 @@ from transom.export import pipeline, variants
 from transom.export.bundle_graphs import canonical_graphs, stored_graphs
 from transom.export.parity.backends import open_default_files
 from transom.export.parity.fp16_range import RangeBackend, beyond_fp16, in_half
+from transom.export.passes.compute_in_fp32 import compute_in_fp32
 from transom.export.passes.half_precision import convert_precision
-from transom.export.passes.widen import widen_half
 from transom.export.report.graphs import executed_operators, graph_file
 from transom.export.report.parity import fp16_range
 from transom.export.variants import ALIGNMENT, make_variants
@@ -69,7 +69,7 @@ def dtypes(model: onnx.ModelProto) -> dict[str, int]:
     return found
 
 
-def places(model: onnx.ModelProto) -> dict[str, tuple[int, int]]:
+def sites(model: onnx.ModelProto) -> dict[str, tuple[int, int]]:
     """Where the weights that lie outside do: (offset, bytes)."""
     told = {w.name: {entry.key: entry.value for entry in w.external_data} for w in model.graph.initializer}
     return {name: (int(entry["offset"]), int(entry["length"])) for name, entry in told.items() if entry}
@@ -100,7 +100,7 @@ def test_no_operator_of_the_cpu_variant_computes_in_half_precision(made: Any, ar
 def test_weights_are_stored_once_and_in_half_precision(made: Any, architecture: str) -> None:
     canonical, shipped = made(architecture)
     models = {name: onnx.load_from_string(data) for name, data in shipped.files.items() if name.endswith(".onnx")}
-    outside = {name: places(model) for name, model in models.items()}
+    outside = {name: sites(model) for name, model in models.items()}
     for file in shipped.graphs:
         assert outside[file.files["default"]] == outside[file.files["cpu"]] != {}
     once = {place for found in outside.values() for place in found.values()}
@@ -197,7 +197,7 @@ def test_each_case_of_the_pass() -> None:
     convert_precision(model, "fp16", {"kept", "written"})
     model = ir.from_proto(onnx.shape_inference.infer_shapes(ir.to_proto(model)))
     assert operators(model)["Cast"] == 3  # x comes in, y goes out
-    assert widen_half(model)
+    assert compute_in_fp32(model)
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
     assert operators(model) == before + Counter(Cast=1)  # the weight's
     proto = ir.to_proto(model)
@@ -219,7 +219,7 @@ def test_each_case_of_the_pass() -> None:
 def test_fp32_has_nothing_to_widen(made: Any) -> None:
     (model,) = made("ViTForImageClassification")[0].values()
     before = ir.to_proto(model).SerializeToString(deterministic=True)
-    assert not widen_half(model)
+    assert not compute_in_fp32(model)
     assert ir.to_proto(model).SerializeToString(deterministic=True) == before
 
 
@@ -229,12 +229,12 @@ def test_a_perturbed_variant_fails_the_export(
     """Parity sees the variant, not the file for GPUs alone."""
 
     def widen_then_perturb(model: ir.Model) -> bool:
-        changed = widen_half(model)
+        changed = compute_in_fp32(model)
         norm = next(node for node in model.graph if node.op_type == "LayerNormalization")
         norm.attributes["epsilon"] = ir.AttrFloat32("epsilon", 0.1)
         return changed
 
-    monkeypatch.setattr(variants, "widen_half", widen_then_perturb)
+    monkeypatch.setattr(variants, "compute_in_fp32", widen_then_perturb)
     with pytest.raises(ParityError, match="differs from PyTorch"):
         pipeline.export(str(make_checkpoint("ViTForImageClassification")), tmp_path / "out", precision="fp16")
     assert list(tmp_path.iterdir()) == []

@@ -10,13 +10,13 @@ import onnxruntime
 import pytest
 
 from tiny_graphs import graph_of, normal, run, weights_of
+from transom.calib.quantized_weights import QuantizedWeights
 from transom.calib.scales import Scale
 from transom.export.passes._builder import NodeBuilder
-from transom.export.passes.layer_switches import RESTORED, add_linear_switches
+from transom.export.passes.layer_switches import SWITCHES, add_linear_switches
 from transom.export.passes.linear_layers import find_linears
 from transom.export.passes.qdq_static import quantize_static
 from transom.export.passes.smoothquant import fold_smoothing
-from transom.export.quantization.weights import QuantizedWeights
 
 NAN = np.array([0x7FC00000, 0x7FC00001], np.uint32).view(np.float32)  # two NaNs of different bits
 
@@ -145,6 +145,6 @@ def test_restored_weights_are_those_of_their_layer() -> None:
     expected = run(fp32, **feeds)
     proto = ir.to_proto(model)
     session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
-    found = session.run(["p", "q"], {**feeds, RESTORED: np.ones(len(layers), np.int64)})
+    found = session.run(["p", "q"], {**feeds, SWITCHES: np.ones(len(layers), np.int64)})
     for values, name in zip(found, ("p", "q"), strict=True):
         np.testing.assert_allclose(values, expected[name], rtol=1e-5)

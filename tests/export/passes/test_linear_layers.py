@@ -11,13 +11,12 @@ import onnx_ir as ir
 import pytest
 
 from tiny_graphs import graph_of, normal, operators, run, weights_of
+from transom.calib.quantized_weights import QuantizedWeights
 from transom.calib.scales import Scale
 from transom.export.bundle_graphs import canonical_graphs
-from transom.export.passes.extras import optional_sites
 from transom.export.passes.fp16_embeddings import fp16_embeddings
 from transom.export.passes.linear_layers import find_linears
-from transom.export.passes.qdq_static import quantize_static
-from transom.export.quantization.weights import QuantizedWeights
+from transom.export.passes.qdq_static import optional_sites, quantize_static
 from transom.runtime.bundle import Bundle
 
 W = [[127 / 64, -127 / 128, 0], [-0.5, 0.3, 0]]
@@ -173,17 +172,17 @@ def test_further_places_are_those_that_were_asked_for() -> None:
     """The operands of attention; Adds of two activations, not of a bias, a table, computed or not, nor an input."""
     weights = {"W_q": normal(4, 4), "W_o": normal(4, 4, seed=1), "bias": np.ones(4), "table": np.ones((1, 1, 4))}
 
-    def places(*extras: str) -> list[tuple[str, int]]:
+    def sites(*extras: str) -> list[tuple[str, int]]:
         model = graph_of(ATTENTION, weights)
         return [(str(node.outputs[0].name), index) for node, index in optional_sites(model, extras)]
 
-    assert places() == []
-    assert places("attention") == [("a", 0), ("a", 1), ("a", 2)]
-    assert places("residual") == [("both", 0), ("both", 1)]
+    assert sites() == []
+    assert sites("attention") == [("a", 0), ("a", 1), ("a", 2)]
+    assert sites("residual") == [("both", 0), ("both", 1)]
     model = graph_of(ATTENTION, weights)
     scales = {name: Scale(1 / 16, 128) for name in ("x", "q", "a", "summed", "biased")}
-    linears, further = find_linears(model), optional_sites(model, ("attention", "residual"))
-    assert quantize_static(model, linears, QuantizedWeights(8), scales, signed=False, places=further)
+    linears, sites = find_linears(model), optional_sites(model, ("attention", "residual"))
+    assert quantize_static(model, linears, QuantizedWeights(8), scales, signed=False, sites=sites)
     assert operators(model)["QuantizeLinear"] == 5
     read = {node.outputs[0].name: [value.name for value in node.inputs if value is not None] for node in model.graph}
     assert read["both"] == ["summed.dequantized", "biased.dequantized"]

@@ -35,7 +35,7 @@ from transom.export.passes.plugin_attention import (
     function_of,
     inline_functions,
     plugin_attention,
-    without_kernel_of_ours,
+    reason_against_plugin,
 )
 from transom.runtime.backends.trt_library import FULL
 from transom.runtime.bundle import Bundle
@@ -163,7 +163,7 @@ def test_half_precision_that_tensorrt_has_a_kernel_of_stays(half_gpt_bundle: Pat
 def test_what_our_kernel_does_not_compute_is_left(change: tuple[str, str], said: str) -> None:
     model = graph_of(ATTENTION.replace(*change))
     (node,) = model.graph
-    assert said in str(without_kernel_of_ours(node))
+    assert said in str(reason_against_plugin(node))
     left = plugin_attention(model, lambda node: True)
     assert said in left[str(node.name)]
     assert not model.functions
@@ -183,7 +183,7 @@ def test_operators_of_others_stay() -> None:
 def test_what_neither_computes_is_written_out_with_both_reasons(
     vit_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("transom.export.passes.plugin_attention.MOST_SIZE", 4)
+    monkeypatch.setattr("transom.export.passes.plugin_attention.MAX_HEAD_SIZE", 4)
     (graph,) = tensorrt_graphs(Bundle(vit_bundle), plugins=True).values()
     assert graph.plugins == {}
     (reason,) = set(graph.decomposed.values())

@@ -10,12 +10,12 @@ import onnx_ir as ir
 import pytest
 
 from tiny_graphs import graph_of, normal, operators, run, weights_of
+from transom.calib.quantized_weights import QuantizedWeights
 from transom.calib.scales import Scale, block_scales, dequantize_blocks, quantize_blocks
 from transom.export.passes.linear_layers import find_linears
 from transom.export.passes.qdq_dynamic import quantize_dynamic
 from transom.export.passes.qdq_static import quantize_static
 from transom.export.passes.weight_only import quantize_weights
-from transom.export.quantization.weights import QuantizedWeights
 from transom.runtime.manifest_graphs import SIMULATED
 
 # Values whose scales are powers of two, so that every result is exact: columns reach 127/64, 127/128 and 0.

@@ -10,12 +10,12 @@ import onnx_ir as ir
 import pytest
 
 from tiny_graphs import Float, graph_of, histogram_of, normal, operators, relative_error, run, weights_of
+from transom.calib.quantized_weights import QuantizedWeights
 from transom.calib.scales import Scale, activation_scale, clip_range
 from transom.calib.smoothquant import smoothing_factors
 from transom.export.passes.linear_layers import find_linears
 from transom.export.passes.qdq_static import quantize_static
 from transom.export.passes.smoothquant import find_smoothquant_sites, fold_smoothing
-from transom.export.quantization.weights import QuantizedWeights
 
 WIDTH = 8
 FACTORS = np.array([4, 0.5, 3, 1, 1, 0.3, 60, 2], np.float32)

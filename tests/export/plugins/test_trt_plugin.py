@@ -277,7 +277,7 @@ def test_inputs_that_do_not_fit_together(operator: str, dtypes: list[str], shape
 
 def test_heads_that_the_pass_takes_have_a_kernel() -> None:
     """One bound in two places: the pass needs no compiler, the kernel no graph."""
-    assert plugin_attention.MOST_SIZE == launch.MOST_SIZE == 256
+    assert plugin_attention.MAX_HEAD_SIZE == launch.MOST_SIZE == 256
 
 
 def test_gpus_that_the_table_does_not_have() -> None:

@@ -112,14 +112,14 @@ def test_integer_weights_are_stored_once() -> None:
     """64 * 80 + 80 * 48 bytes, each of them at a place that both files name."""
     variants = quantizer(STATIC).variants()
     assert {*variants.files} == {"model.onnx", "model.cpu.onnx", "model.weights"}
-    places = []
+    sites = []
     for file in ("model.onnx", "model.cpu.onnx"):
         initializers = onnx.load_from_string(variants.files[file]).graph.initializer
         entries = {each.name: {e.key: e.value for e in each.external_data} for each in initializers}
-        places.append([entries[name] for name in ("up.int8", "down.int8")])
-        assert {int(entry["length"]) for entry in places[-1]} == {64 * 80, 80 * 48}
-        assert {entry["location"] for entry in places[-1]} == {"model.weights"}
-    assert places[0] == places[1]
+        sites.append([entries[name] for name in ("up.int8", "down.int8")])
+        assert {int(entry["length"]) for entry in sites[-1]} == {64 * 80, 80 * 48}
+        assert {entry["location"] for entry in sites[-1]} == {"model.weights"}
+    assert sites[0] == sites[1]
     assert len(variants.files["model.weights"]) == 64 * 80 + 80 * 48
     (graph,) = variants.graphs
     assert graph.files == {"default": "model.onnx", "cpu": "model.cpu.onnx"}

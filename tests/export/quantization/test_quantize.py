@@ -131,7 +131,7 @@ def test_the_cpu_multiplies_integers(int8_bundle: Path, tmp_path: Path) -> None:
 
 def test_both_variants_read_the_same_integers(int8_bundle: Path) -> None:
     """Each weight once in model.weights, but the classifier's 640 bytes; TensorRT's is around zero, and in FP16."""
-    places: list[dict[str, tuple[int, int]]] = []
+    sites: list[dict[str, tuple[int, int]]] = []
     for name, integer in (("model.onnx", np.int8), ("model.cpu.onnx", np.uint8)):
         initializers = onnx.load(str(int8_bundle / name), load_external_data=False).graph.initializer
         zeros = [onnx.numpy_helper.to_array(each) for each in initializers if each.name.endswith(".zero_point")]
@@ -139,12 +139,12 @@ def test_both_variants_read_the_same_integers(int8_bundle: Path) -> None:
         assert integer is np.uint8 or not any(int(zero) for zero in zeros)
         outside = {each.name: {e.key: e.value for e in each.external_data} for each in initializers}
         weights = {each: found for each, found in outside.items() if each.endswith(".int8") and found}
-        places.append({each: (int(found["offset"]), int(found["length"])) for each, found in weights.items()})
+        sites.append({each: (int(found["offset"]), int(found["length"])) for each, found in weights.items()})
         floats = {each.data_type for each in initializers} & {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16}
         assert (floats == {onnx.TensorProto.FLOAT16}) == (integer is np.int8)
-    assert places[0] == places[1]
-    assert len({*places[0].values()}) == len(places[0]) == LAYERS - 1
-    assert sorted({length for _, length in places[0].values()}) == [64 * 64, 64 * 128]
+    assert sites[0] == sites[1]
+    assert len({*sites[0].values()}) == len(sites[0]) == LAYERS - 1
+    assert sorted({length for _, length in sites[0].values()}) == [64 * 64, 64 * 128]
 
 
 def test_the_table_is_of_this_graph(int8_bundle: Path, vit_bundle: Path) -> None:

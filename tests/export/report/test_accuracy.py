@@ -61,8 +61,8 @@ def test_the_curve_has_every_point_the_bound_and_fp32() -> None:
     heights = [float(y) for y in re.findall(r'<circle cx="[\d.]+%" cy="([\d.]+)"', html)]
     assert heights[0] < heights[1] < heights[2]  # the score falls
     assert heights[3] > heights[4] > heights[5]  # the error rises
-    places = [float(x) for x in re.findall(r'<circle cx="([\d.]+)%"', html)[:3]]
-    assert places[1] - places[0] == pytest.approx(places[2] - places[1])
+    sites = [float(x) for x in re.findall(r'<circle cx="([\d.]+)%"', html)[:3]]
+    assert sites[1] - sites[0] == pytest.approx(sites[2] - sites[1])
 
 
 def test_perplexity_is_bounded_by_a_share() -> None:

@@ -13,12 +13,12 @@ import pytest
 from numpy.typing import NDArray
 
 from tiny_graphs import Float, graph_of, operators, run
+from transom.calib.quantized_weights import QuantizedWeights
 from transom.calib.scales import Scale
 from transom.export.passes.linear_layers import find_linears
 from transom.export.passes.qdq_dynamic import quantize_dynamic
 from transom.export.passes.qdq_static import quantize_static
 from transom.export.passes.weight_only import quantize_weights
-from transom.export.quantization.weights import QuantizedWeights
 from transom.runtime.backends import integer_sums as measured
 from transom.runtime.backends.integer_sums import LOST, NATIVE, U8U8, WIDENED, integer_sums, sums_right
 from transom.runtime.backends.known_sum import K, N, known_product, qdq_model
