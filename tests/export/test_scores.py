@@ -13,7 +13,7 @@ import pytest
 from transom.cli.describe import score_line, score_value
 from transom.export.datasets import heldout_dates, heldout_digits, heldout_text, masked_text, wordnet_pairs
 from transom.export.metrics import Accuracy, Rate
-from transom.export.reference_models import reference_folder
+from transom.export.reference_models import reference_folder, score_both
 from transom.export.scores import (
     BLOCK_BYTES,
     bits_per_byte,
@@ -22,7 +22,6 @@ from transom.export.scores import (
     digits_score,
     masked_score,
     retrieval_score,
-    score_both,
 )
 from transom.runtime.errors import ExportError
 

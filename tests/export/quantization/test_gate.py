@@ -240,7 +240,7 @@ def test_a_reference_model_against_itself_and_damaged(vit_bundle: Path) -> None:
     """Without its patches ViT tells all scans alike: nine points in ten are lost."""
     with load(vit_bundle, threads=1) as vit:
         gate = Gate.of_reference(REFERENCE_MODELS["vit"], vit)
-        same = gate.judge(vit, "static")
+        same = gate.evaluate(vit, "static")
         assert (same.n, same.found, same.relative_error, same.holds) == (540, 0.0, 0.0, True)
         assert same.agreement is not None
         assert same.agreement.correct == 540
