@@ -19,7 +19,6 @@ from transom.cli.output import print_json, say
 from transom.runtime.errors import TransomError
 
 FAILED = 1
-USAGE = 2
 INTERNAL = 70  # EX_SOFTWARE of sysexits.h
 INTERRUPTED = 130  # 128 + SIGINT, what a shell reports
 READER_GONE = 141  # 128 + SIGPIPE

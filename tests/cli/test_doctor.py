@@ -132,19 +132,19 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
     ("text", "said"),
     [
         ("import os; os.abort()", "broken: loading it ended with status -6, "),
-        ("import os; os._exit(0)", "broken: loading it ended with status 0, it said nothing"),
+        ("import os; os._exit(0)", "broken: loading it ended with status 0, it printed nothing"),
         ("import time; time.sleep(3600)", "broken: it did not load within 1 s. Install it again."),
         ("raise ImportError('libx.so: no such file')", "installed but cannot be loaded: libx.so: no such file. Run"),
         ("1 / 0", "broken: loading it ended with status 1, ZeroDivisionError: "),
         ("", "broken: loading it ended with status 1, AttributeError: "),  # it has no version
-        ("import atexit; print('told {'); atexit.register(print, 'told {'); __version__ = '7'", "7"),
+        ("import atexit; print('transom-probe {'); atexit.register(print, 'transom-probe {'); __version__ = '7'", "7"),
     ],
 )
 def test_a_broken_library_is_told_and_breaks_nothing(
     text: str, said: str, library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "sleep" in text:  # the others are waited for as long as it takes
-        monkeypatch.setattr("transom.cli.doctor.ASK_TIMEOUT_S", 1)
+        monkeypatch.setattr("transom.cli.examine.PROBE_TIMEOUT_S", 1)
     library("tensorrt_rtx", text)
     result = transom("doctor")
     assert result.exit_code == 0

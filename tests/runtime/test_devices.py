@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from command_line import ask_here, document, error_line, transom
-from transom.cli import doctor
+from command_line import document, error_line, probe_here, transom
+from transom.cli import examine
 from transom.runtime import load
 from transom.runtime.backends import ort
 from transom.runtime.backends.ort_library import onnxruntime
@@ -71,7 +71,7 @@ def test_onnxruntime_does_not_go_on_by_itself(
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.usefixtures("compiled_for_gpus")
 def test_doctor_tells_what_load_chooses(vit_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "ask", ask_here)
+    monkeypatch.setattr(examine, "run_probe", probe_here)
     with loaded_quietly(vit_bundle, "auto") as vit:
         expected = vit.choice
     for arguments in (("doctor", "--json"), ("doctor", vit_bundle, "--json")):

@@ -10,7 +10,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from typer.testing import CliRunner, Result
 
 from time_limits import PATIENCE_S
 from transom.cli.main import app
-from transom.runtime.errors import BackendError
 from transom.runtime.manifest import MANIFEST, manifest_sha256
+from transom.runtime.probe import probe
 
 ANSI = "\x1b"
 
@@ -113,11 +113,6 @@ def changed_bundle(bundle: Path, folder: Path, change: Callable[[dict[str, Any]]
     return copy
 
 
-def ask_here(name: str, question: str, timeout_s: float | None = None) -> dict[str, Any]:
-    """``doctor.ask`` in this process, where libraries are emulated."""
-    found: dict[str, Any] = {}
-    try:
-        exec(question, found)
-    except BackendError as error:
-        return {"problem": str(error)}
-    return dict(found["told"])
+def probe_here(name: str, question: Sequence[str], timeout_s: float | None = None) -> dict[str, Any]:
+    """``examine.run_probe`` in this process, where libraries are emulated."""
+    return probe(question)

@@ -22,7 +22,7 @@ import numpy as np
 import onnx
 import pytest
 
-from command_line import ask_here, changed_bundle, document, transom
+from command_line import changed_bundle, document, probe_here, transom
 from emulated_gpu import (
     EmulatedContext,
     EmulatedCuda,
@@ -34,7 +34,7 @@ from emulated_gpu import (
     Plan,
     names_of,
 )
-from transom.cli import doctor
+from transom.cli import examine
 from transom.export.bundle_writer import add_to_bundle
 from transom.export.engine.profiles import profiles_of
 from transom.export.engine.shapes import Shapes, bounds_to_json, narrowed
@@ -373,7 +373,7 @@ def test_auto_passes_over_an_engine_that_the_library_cannot_read(
     put: Put, gpu: EmulatedTensorRT, vit_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Built by a newer library; or of bytes that it does not know; or of a graph with other names. Doctor says so."""
-    monkeypatch.setattr(doctor, "ask", ask_here)
+    monkeypatch.setattr(examine, "run_probe", probe_here)
 
     def newer(words: dict[str, Any]) -> None:
         words["engines"]["rtx-sm89"]["version"] = "99.0.0.1"
