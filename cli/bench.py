@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from transom.cli.options import BundlePath, Device, Json, Threads, sizes
-from transom.cli.output import print_fields, print_json, print_table, sizes_text
+from transom.cli.output import print_fields, print_json, print_table
 from transom.cli.progress import progress
+from transom.runtime.format import sizes_text
 
 if TYPE_CHECKING:
     from transom.runtime.bench import BenchReport

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from transom.cli.options import BundlePath, Json, sizes
-from transom.cli.output import bytes_text, print_json, print_table, printable
+from transom.cli.output import print_json, print_table, printable
 from transom.cli.progress import progress
+from transom.runtime.format import bytes_text
 
 if TYPE_CHECKING:
     from transom.export.engine.build import Engine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from contextlib import redirect_stdout
 from enum import StrEnum
@@ -15,7 +16,6 @@ from transom.cli.describe import (
     GPU_NOTE,
     manifest_json,
     near_ties,
-    next_commands,
     parity_text,
     quantization_fields,
     score_line,
@@ -23,8 +23,9 @@ from transom.cli.describe import (
 from transom.cli.extras import export_extra
 from transom.cli.help import REFERENCES
 from transom.cli.options import Json, sizes
-from transom.cli.output import bytes_text, folder_bytes, print_json, printable
+from transom.cli.output import print_json, printable
 from transom.cli.progress import progress
+from transom.runtime.format import bytes_text, folder_bytes
 
 if TYPE_CHECKING:
     from transom.runtime.manifest import Manifest
@@ -65,6 +66,7 @@ class Also(StrEnum):
 
 
 INTEGERS = "Integers (--precision int8, int4)"
+EXAMPLE_IDS = "'1 2 3'"  # for a bundle that generates without a tokenizer
 
 
 CalibrationData = Annotated[
@@ -250,3 +252,17 @@ def print_summary(out: Path, manifest: Manifest) -> None:
     print("try:")
     for command in next_commands(out, manifest):
         print(f"  {printable(command)}")
+
+
+def next_commands(path: Path, manifest: Manifest) -> list[str]:
+    """Return the commands to try on a bundle, ready to be pasted into a shell."""
+    from transom.runtime.families import FAMILIES
+    from transom.runtime.tasks import family_tasks
+
+    bundle = shlex.quote(str(path))
+    task = family_tasks(manifest.family).tasks.get(manifest.task) if manifest.family in FAMILIES else None
+    inputs = task and task.example
+    reads = {tensor.name for file in manifest.graphs for tensor in file.graph.inputs}
+    if ("input_ids" in reads and manifest.tokenizer is None) or ("pixel_values" in reads and not manifest.preprocess):
+        inputs = None if manifest.generation is None else EXAMPLE_IDS
+    return [f"transom run {bundle} {inputs or 'inputs.npz'}", f"transom selftest {bundle}", f"transom bench {bundle}"]

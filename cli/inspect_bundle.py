@@ -1,38 +1,40 @@
-"""``transom inspect``: what a bundle holds, from its manifest. (A file inspect.py would shadow Python's own.)"""
+"""``transom inspect``: show what a bundle holds. (A file inspect.py would shadow Python's own.)"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transom.cli.describe import (
-    ENGINE_COLUMNS,
     GPU_FORMATS,
     GPU_NOTE,
-    engine_rows,
-    fp16_fields,
-    generation_text,
     manifest_json,
     near_ties,
     parity_text,
     quantization_fields,
     score_line,
-    tensor_texts,
 )
 from transom.cli.options import BundlePath, Json
-from transom.cli.output import bytes_text, folder_bytes, print_fields, print_json, print_table
+from transom.cli.output import print_fields, print_json, print_table
+from transom.runtime.format import at, bytes_text, figure, folder_bytes, list_of
 
 if TYPE_CHECKING:
+    from transom.runtime.graph_spec import Tensor
     from transom.runtime.manifest import Manifest
+
+FP16_MAX = 65504.0  # IEEE 754 binary16
+ENGINE_COLUMNS = ("target", "library", "graph", "plan", "size", "takes", "fused")
+MOST_PROFILES = 8  # of a graph
 
 
 def inspect(bundle: BundlePath, as_json: Json = False) -> None:
     """Show what a bundle holds.
 
-    Tensors, axes, settings of generation, how it was quantised, parity, score, source and tools, files, and engines
-    with what fused in them.
-    Every file's size and SHA-256 are checked; a damaged bundle is an error.
+    Prints tensors, axes, the generation config, quantization, parity, score, source and tools, files, and engines
+    with what fused in them. Every file's size and SHA-256 are checked; a damaged bundle is an error.
     """
     from transom.runtime.bundle import Bundle
 
@@ -51,6 +53,7 @@ def inspect(bundle: BundlePath, as_json: Json = False) -> None:
 
 
 def summary(path: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """Yield the name and the text of each field, files and engines left out."""
     note = f", a {GPU_NOTE}" if manifest.precision in GPU_FORMATS else ""
     yield "name", manifest.name
     yield "family", manifest.family
@@ -82,3 +85,108 @@ def summary(path: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
     for name, value in manifest.source.items():
         yield f"source {name}", str(len(value)) if isinstance(value, list) else str(value)
     yield "tools", ", ".join(f"{name} {value}" for name, value in manifest.tools.items())
+
+
+def tensor_texts(tensors: Sequence[Tensor]) -> list[str]:
+    """Return a line for each tensor; a state that every layer has is one line for all layers."""
+    layers: dict[tuple[str, str], list[str]] = {}  # the name around the layer's number -> all the numbers
+    for tensor in tensors:
+        if tensor.state:
+            name, number, rest = layer_of(tensor)
+            layers.setdefault((name, rest), []).append(number)
+    texts = {}
+    for tensor in tensors:
+        name, number, rest = layer_of(tensor)
+        numbers = layers.get((name, rest), []) if tensor.state else []
+        if len(numbers) > 1:
+            name, number = f"{name}{numbers[0]}..{numbers[-1]}", ""
+        texts[f"{name}{number}{rest}"] = tensor_text(tensor, f"{name}{number}{rest}")
+    return list(texts.values())
+
+
+def layer_of(tensor: Tensor) -> tuple[str, str, str]:
+    """Split ``key_cache.3.written`` into ("key_cache.", "3", ".written"); a name without a number is all name."""
+    found = re.fullmatch(r"(.*?\.)(\d+)(.*)", tensor.name)
+    return (found[1], found[2], found[3]) if found else (tensor.name, "", "")
+
+
+def tensor_text(tensor: Tensor, name: str) -> str:
+    """Return ``input_ids int64 (B, S), values below 30522``."""
+    from transom.runtime.graph_spec import ARANGE
+
+    text = f"{name} {tensor.dtype} ({', '.join(map(str, tensor.shape))})"
+    if tensor.exclusive_max is not None:
+        text += f", values below {tensor.exclusive_max}"
+    if tensor.default is not None:
+        text += f", {'0, 1, 2, ...' if tensor.default == ARANGE else tensor.default} if left out"
+    return text + (", in place" if tensor.aliases else "")
+
+
+def generation_text(manifest: Manifest) -> str | None:
+    """Return the generation config that a call may change, ``num_beams 4, eos_token_id [0]``; None without one."""
+    if manifest.generation is None:
+        return None
+    fields = ", ".join(f"{name} {json.dumps(value):.80}" for name, value in manifest.generation.items())
+    return fields or "as transformers' defaults"
+
+
+def fp16_fields(parity: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield how near an FP16 bundle comes to FP16's range: its largest value, and a bound of its partial sums."""
+    for key, name in (("fp16_largest", "largest value"), ("fp16_largest_sum", "largest sum")):
+        found = parity.get(key)
+        value = at(found, "value")
+        if type(value) is not float:
+            continue
+        where = f"{figure(value)} in {figure(at(found, 'tensor'))} (module {figure(at(found, 'module')) or 'top'})"
+        if name == "largest value":
+            yield name, f"{where}; fp16 ends at {FP16_MAX:g}"
+        elif value <= FP16_MAX:
+            yield name, f"no sum of products passes {where}, in whatever order it is added"
+        else:
+            yield (
+                name,
+                f"up to {where} on the way: a target that adds in half precision could overflow there. On a CPU this "
+                "bundle adds in float32; how TensorRT's kernels add is not known",
+            )
+
+
+def engine_rows(manifest: Manifest) -> list[tuple[str, ...]]:
+    """Return ENGINE_COLUMNS of every plan: target, library, graph, file, sizes, and what fused in each profile."""
+    return [
+        (
+            target,
+            f"{engine['library']} {engine['version']}",
+            graph,
+            plan,
+            bytes_text(manifest.files[plan].size),
+            bounds_text(engine.get("axes", {})),
+            "; ".join(map(fusion_text, list_of(at(engine, "graphs", graph, "profiles"))[:MOST_PROFILES])) or "–",
+        )
+        for target, engine in manifest.engines.items()
+        for graph, plan in engine["plans"].items()
+    ]
+
+
+def bounds_text(axes: Mapping[str, Mapping[str, int]]) -> str:
+    """Return the bounds of axes, ``B=1..4, S=1..128``; a dash for an engine that an older version built."""
+    return ", ".join(f"{name}={bounds['min']}..{bounds['max']}" for name, bounds in axes.items()) or "–"
+
+
+def fusion_text(profile: Any) -> str:
+    """Return what fused, ``decode: attention 4 of 4, GELU 4 of 4, INT8 13 of 17, 54 kernels``, less what is absent."""
+    parts = [
+        f"{name} {figure(at(profile, key, some))} of {figure(at(profile, key, 'of'))}{unrecognized_text(profile, key)}"
+        for name, key, some in (
+            ("attention", "attention", "fused"),
+            ("GELU", "gelu", "fused"),
+            ("INT8", "int8", "products"),
+        )
+        if at(profile, key, "of")
+    ]
+    return f"{figure(at(profile, 'profile'))}: {', '.join([*parts, figure(at(profile, 'kernels')) + ' kernels'])}"
+
+
+def unrecognized_text(profile: Any, key: str) -> str:
+    """Return `` (2 not understood)`` where the builder's log does not show what became of some nodes."""
+    nodes = at(profile, key, "not_understood")
+    return f" ({len(nodes)} not understood)" if isinstance(nodes, Mapping) and nodes else ""

@@ -10,8 +10,6 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from transom.runtime.compare import Comparison
 
 IN_A_PIPE = 100_000  # columns: a reader that is no terminal gets every table row on one line
@@ -76,26 +74,6 @@ def print_fields(fields: Iterable[tuple[str, str]]) -> None:
     width = max((len(name) for name, _ in pairs), default=0)
     for name, value in pairs:
         print(f"{name:<{width}}  {printable(value)}")
-
-
-def sizes_text(sizes: Mapping[str, int]) -> str:
-    """``B=1,S=128``, the way ``--shape`` takes it."""
-    return ",".join(f"{name}={size}" for name, size in sizes.items())
-
-
-def bytes_text(count: int) -> str:
-    """Bytes in the unit that leaves one to four digits before the point."""
-    size = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"
-
-
-def folder_bytes(folder: Path) -> int:
-    """What the folder's files take together, in bytes."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def comparison_cells(comparison: Comparison) -> list[str]:

@@ -8,7 +8,8 @@ import typer
 
 from transom.cli.build import target_names
 from transom.cli.options import BundlePath, Json
-from transom.cli.output import bytes_text, print_json, printable
+from transom.cli.output import print_json, printable
+from transom.runtime.format import bytes_text
 
 
 def remove_engine(

@@ -18,9 +18,10 @@ from transom.cli.describe import (
 )
 from transom.cli.failures import FAILED
 from transom.cli.options import Json
-from transom.cli.output import bytes_text, folder_bytes, print_json, print_table, printable, say, sizes_text
+from transom.cli.output import print_json, print_table, printable, say
 from transom.cli.progress import progress
 from transom.runtime.errors import TransomError
+from transom.runtime.format import bytes_text, folder_bytes, sizes_text
 
 RUNS, WARMUP, SECONDS = 30, 5, 10.0  # of the p50 column: enough for a median
 COLUMNS = ("bundle", "family", "precision", "size", "worst error", "allowed", "score PyTorch", "score bundle", "p50 ms")

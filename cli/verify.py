@@ -15,8 +15,9 @@ from transom.cli.describe import near_ties
 from transom.cli.extras import export_extra
 from transom.cli.failures import FAILED
 from transom.cli.options import BundlePath, CalibratedOn, Device, Json, Source, Threads
-from transom.cli.output import comparison_cells, print_json, print_table, printable, say, sizes_text
+from transom.cli.output import comparison_cells, print_json, print_table, printable, say
 from transom.cli.progress import progress
+from transom.runtime.format import sizes_text
 
 if TYPE_CHECKING:
     from transom.export.parity.results import CaseResult

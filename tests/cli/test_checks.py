@@ -14,9 +14,9 @@ import pytest
 
 from command_line import ANSI, QUANTIZATION, as_quantized, changed_bundle, document, error_line, transom
 from transom.cli.describe import gate_line
-from transom.cli.output import bytes_text
 from transom.runtime.compare import Comparison
 from transom.runtime.errors import ParityError
+from transom.runtime.format import bytes_text
 from transom.runtime.manifest import MANIFEST
 
 

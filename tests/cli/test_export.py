@@ -14,7 +14,7 @@ import pytest
 from typer.testing import Result
 
 from command_line import document, error_line, process, transom
-from transom.cli.describe import next_commands
+from transom.cli.export import next_commands
 from transom.cli.failures import Terminated
 
 

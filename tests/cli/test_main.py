@@ -14,7 +14,8 @@ import pytest
 
 from command_line import ANSI, document, process, transom
 from time_limits import PATIENCE_S
-from transom.cli.output import bytes_text, plain, printable
+from transom.cli.output import plain, printable
+from transom.runtime.format import bytes_text
 
 COMMANDS = ("export", "verify", "selftest", "run", "bench", "inspect", "doctor", "table")
 

@@ -6,7 +6,7 @@ import pytest
 
 from builder_logs import layer
 from transom.cli.build import print_kernels
-from transom.cli.describe import fusion_text
+from transom.cli.inspect_bundle import fusion_text
 from transom.export.engine.build import Engine, require_fused
 from transom.export.engine.build_log import Fusion, fusion_of, kernels_of, memory_of
 from transom.export.engine.profiles import cache_sizes, profiles_of

@@ -1,0 +1,60 @@
+"""Format figures for people, and read them out of JSON whose values nothing has checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import exp
+from pathlib import Path
+from typing import Any
+
+MOST_NATS = 700.0  # exp of more exceeds a float
+
+
+def at(value: Any, *keys: str) -> Any:
+    """Return the value under nested ``keys``; None where a key is missing or a level is no object."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def list_of(value: Any) -> Sequence[Any]:
+    """Return a list as it is, and an empty one for anything else."""
+    return value if isinstance(value, list) else []
+
+
+def figure(value: Any) -> str:
+    """Return a float in four digits, an int or str as it is; of an object its "value"; a dash for the rest."""
+    value = at(value, "value") if isinstance(value, Mapping) else value
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else f"{value!s:.160}"
+
+
+def digits(value: Any) -> str:
+    """Return a number with four decimals, ``0.9889``; a dash for anything else, and for an int of over 15 digits."""
+    return f"{value:.4f}" if isinstance(value, float) or (type(value) is int and abs(value) < 10**15) else "–"
+
+
+def perplexity(nats: Any) -> float | None:
+    """Return the perplexity of a mean negative log-likelihood in nats; None for no float, or one above MOST_NATS."""
+    return exp(nats) if isinstance(nats, float) and nats < MOST_NATS else None
+
+
+def bytes_text(count: float) -> str:
+    """Return a size in bytes in the unit that leaves one to four digits before the point: ``16.0 MiB``."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
+def sizes_text(sizes: Mapping[str, int]) -> str:
+    """Return sizes of axes as the options take them: ``B=1,S=128``."""
+    return ",".join(f"{name}={size}" for name, size in sizes.items())
+
+
+def folder_bytes(folder: Path) -> int:
+    """Return the size of all files of a folder together, in bytes."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
