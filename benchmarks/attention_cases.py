@@ -1,4 +1,4 @@
-"""Which attentions are measured on a GPU, what each costs, and which blocks are tried for it."""
+"""Attention cases for the GPU benchmark: shapes, FLOPs and bytes, and the tile sizes that are tried for each."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from transom.export.plugins.kernel_spec import Blocks, Variant, width
+from transom.export.plugins.kernel_spec import TileSizes, Variant, padded_size
 from transom.export.plugins.tile_sizes import ADDED, PROMPT, STEP
 
 TOKENS = 16384  # of a batch: as many rows of S as that gives
@@ -18,7 +18,7 @@ BIASED = (256, 1024, 4096)
 PRECISIONS = ("fp16", "bf16", "fp32", "tf32")
 ELEMENT = {"fp16": 2, "bf16": 2, "fp32": 4, "tf32": 4}  # bytes
 AIMS = {"halves": 0.9, "fp32 and biased": 1.5}  # times the speed of the best backend
-MOST_PARTS, LEAST_PART = 128, 128  # parts of a cache, and keys in one
+MOST_SPLITS, LEAST_SPLIT = 128, 128  # splits of a cache, and keys in one
 COLUMNS = {PROMPT: "prompt", ADDED: "added", STEP: "step"}
 
 
@@ -117,17 +117,21 @@ def quick_cases() -> Iterator[Case]:
         yield Case("step", "fp16", 8, 1, 4096, STEP_HEADS, 128, 4, int8=int8)
 
 
-def candidates(entry: Blocks, *, step: bool, quick: bool) -> list[Blocks]:
+def candidates(entry: TileSizes, *, step: bool, quick: bool) -> list[TileSizes]:
     """The table's entry first, then each of its numbers halved and doubled, and what others use; nothing twice."""
     m, n, warps, stages = entry.m, entry.n, entry.warps, entry.stages
-    near = [Blocks(m, n // 2, warps, stages), Blocks(m, 2 * n, warps, stages)]
-    near += [Blocks(m, n, 12 - warps if warps in (4, 8) else 4, stages)]
+    near = [TileSizes(m, n // 2, warps, stages), TileSizes(m, 2 * n, warps, stages)]
+    near += [TileSizes(m, n, 12 - warps if warps in (4, 8) else 4, stages)]
     if not quick:
-        near += [Blocks(m, n, warps, each) for each in (stages - 1, stages + 1)]
-        near += [Blocks(m, 2 * n, 4, 2), Blocks(m, 2 * n, 4, 3)]
+        near += [TileSizes(m, n, warps, each) for each in (stages - 1, stages + 1)]
+        near += [TileSizes(m, 2 * n, 4, 2), TileSizes(m, 2 * n, 4, 3)]
         if not step:  # a step has few queries
-            near += [Blocks(m // 2, n, warps, stages), Blocks(2 * m, n, warps, stages), Blocks(m // 2, n, 4, stages)]
-            near += [Blocks(128, 64, 8, 3), Blocks(128, 128, 8, 2), Blocks(64, 64, 4, 3)]
+            near += [
+                TileSizes(m // 2, n, warps, stages),
+                TileSizes(2 * m, n, warps, stages),
+                TileSizes(m // 2, n, 4, stages),
+            ]
+            near += [TileSizes(128, 64, 8, 3), TileSizes(128, 128, 8, 2), TileSizes(64, 64, 4, 3)]
     found = [entry, *near]
     return [
         each
@@ -136,14 +140,14 @@ def candidates(entry: Blocks, *, step: bool, quick: bool) -> list[Blocks]:
     ]
 
 
-def parts_of(case: Case) -> list[int]:
-    """Into how many parts a cache may be cut: powers of two, of LEAST_PART keys at least."""
-    most = min(MOST_PARTS, max(1, case.T // LEAST_PART))
+def splits_of(case: Case) -> list[int]:
+    """Return the numbers of splits to try: powers of two, of at least LEAST_SPLIT keys each."""
+    most = min(MOST_SPLITS, max(1, case.T // LEAST_SPLIT))
     return [1 << power for power in range(most.bit_length())]
 
 
 def key_of(case: Case) -> tuple[str, int, int]:
-    return case.precision, width(case.size), case.column
+    return case.precision, padded_size(case.size), case.column
 
 
 def tuned_on(measured: Sequence[Case], *, quick: bool) -> list[list[Case]]:

@@ -1,4 +1,4 @@
-"""What was measured of attention on a GPU: rows, ratios, blocks that would be better, all of it as Markdown."""
+"""Results of the GPU benchmark of attention as Markdown: rows, ratios, better tile sizes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from attention_cases import COLUMNS, Case
 
-from transom.export.plugins.kernel_spec import Blocks
-from transom.export.plugins.tile_sizes import FAMILIES, blocks_for
+from transom.export.plugins.kernel_spec import TileSizes
+from transom.export.plugins.tile_sizes import FAMILIES, tile_sizes_for
 
 BETTER = 0.97  # of the table's time: what is nearer to it is noise
 
@@ -26,7 +26,7 @@ class Roofline:
         return 1e3 * max(case.flops / self.flops[case.precision], case.bytes / self.bytes)
 
 
-def told_of(case: Case, name: str, times: Sequence[float], roofline: Roofline, about: str = "") -> dict[str, Any]:
+def row_of(case: Case, name: str, times: Sequence[float], roofline: Roofline, about: str = "") -> dict[str, Any]:
     """A row of the result: percentiles in ms, TFLOP/s, GB/s, and the part of what this GPU reaches."""
     p10, p50, p90 = np.percentile(times, (10, 50, 90)).tolist()
     return {
@@ -51,21 +51,21 @@ def ratio_of(rows: Sequence[Mapping[str, Any]]) -> tuple[float | None, str]:
 
 
 def better_rows(tuned: Sequence[Mapping[str, Any]], sm: int) -> list[str]:
-    """Lines for the table in blocks.py, where something was faster than what stands there."""
+    """Return lines for the table in tile_sizes.py, where other tile sizes were faster."""
     known = {
-        (each["precision"], each["width"], each["column"]): Blocks(**each["best"])
+        (each["precision"], each["width"], each["column"]): TileSizes(**each["best"])
         for each in tuned
         if each["best_ms"] is not None and (each["entry_ms"] is None or each["best_ms"] < BETTER * each["entry_ms"])
     }
     lines = []
     for precision, row in dict.fromkeys((precision, row) for precision, row, _ in known):
         variants = [Case(kind, precision, 1, 1, 1, 1, row).variant for kind in ("prompt", "biased", "step")]
-        now = [blocks_for(sm, variant) for variant in variants]
+        now = [tile_sizes_for(sm, variant) for variant in variants]
         best = [known.get((precision, row, COLUMNS[column]), now[column]) for column in COLUMNS]
         if best != now:
             halves = f"HALVES[{FAMILIES[sm]!r}]" if sm in FAMILIES else "TURING"
             table = {"fp32": "FP32_UNITS", "tf32": "TF32"}.get(precision, halves)
-            written = ", ".join(f"Blocks({b.m}, {b.n}, {b.warps}, {b.stages})" for b in best)
+            written = ", ".join(f"TileSizes({b.m}, {b.n}, {b.warps}, {b.stages})" for b in best)
             lines.append(f"{table}, from {precision}: {row}: ({written}),")
     return lines
 

@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from attention_cases import AIMS, COLUMNS, Case, candidates, cases, key_of, parts_of, tuned_on
-from attention_tables import Roofline, better_rows, markdown, number, ratio_of, told_of
+from attention_cases import AIMS, COLUMNS, Case, candidates, cases, key_of, splits_of, tuned_on
+from attention_tables import Roofline, better_rows, markdown, number, ratio_of, row_of
 
-from transom.export.plugins.aot import Compiled, attention_ptx, whole_ptx
+from transom.export.plugins.aot import Compiled, attention_ptx, combine_ptx
 from transom.export.plugins.cuda_launcher import Kernel
-from transom.export.plugins.kernel_spec import Blocks, Variant, width
-from transom.export.plugins.tile_sizes import blocks_for, portable
+from transom.export.plugins.kernel_spec import TileSizes, Variant, padded_size
+from transom.export.plugins.tile_sizes import portable, tile_sizes_for
 from transom.runtime.backends.cuda import Gpu, find_gpu
 from transom.runtime.errors import TransomError, one_line
 
@@ -87,20 +87,20 @@ class Bench:
         self.dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32}
         l2 = int(getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0))
         self.flushed = torch.empty(max(FLUSHED, 2 * l2), dtype=torch.uint8, device=device)
-        self.kernels: dict[tuple[Variant, Blocks | None], Kernel] = {}
-        self.best: dict[tuple[str, int, int], Blocks] = {}
+        self.kernels: dict[tuple[Variant, TileSizes | None], Kernel] = {}
+        self.best: dict[tuple[str, int, int], TileSizes] = {}
 
     def precise(self, precision: str) -> None:
         self.torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
 
-    def kernel(self, variant: Variant, blocks: Blocks | None) -> Kernel:
-        """The kernel in these blocks, or for None what puts its parts together; compiled and loaded once."""
-        if (variant, blocks) not in self.kernels:
+    def kernel(self, variant: Variant, tiles: TileSizes | None) -> Kernel:
+        """Return the kernel with these tile sizes, or for None the combine kernel; compiled and loaded once."""
+        if (variant, tiles) not in self.kernels:
             made: Compiled = (
-                whole_ptx(self.sm, variant) if blocks is None else attention_ptx(self.sm, variant, None, blocks)
+                combine_ptx(self.sm, variant) if tiles is None else attention_ptx(self.sm, variant, None, tiles)
             )
-            self.kernels[variant, blocks] = Kernel(made)
-        return self.kernels[variant, blocks]
+            self.kernels[variant, tiles] = Kernel(made)
+        return self.kernels[variant, tiles]
 
     def tensors(self, case: Case) -> Tensors:
         torch = self.torch
@@ -146,18 +146,18 @@ class Bench:
         error = float((found - expected).abs().max() / expected.abs().max()) / unit
         return None if error <= units else f"wrong: {error:.0f} units of roundoff, at most {units}"
 
-    def ours(self, case: Case, tensors: Tensors, blocks: Blocks, parts: int, name: str) -> Side:
+    def ours(self, case: Case, tensors: Tensors, tiles: TileSizes, splits: int, name: str) -> Side:
         torch, variant = self.torch, case.variant
         output = torch.full_like(tensors.q, torch.nan)
         B, S, T, H, D = case.B, case.S, case.T, case.heads, case.size
-        first = self.kernel(variant, blocks)
+        first = self.kernel(variant, tiles)
         if variant.split:
-            sums = torch.empty(parts, 2, B, H, S, device=self.device)
-            partial = torch.empty(parts, B, H, S, D, device=self.device)
-            pair = {"sums": sums, "parts": partial}
+            split_ml = torch.empty(splits, 2, B, H, S, device=self.device)
+            split_acc = torch.empty(splits, B, H, S, D, device=self.device)
+            pair = {"split_ml": split_ml, "split_acc": split_acc}
             bound = [
-                first.bind(tensors.given | pair, B, S, T, parts),
-                self.kernel(variant, None).bind({**pair, "output": output}, B, S, T, parts),
+                first.bind(tensors.given | pair, B, S, T, splits),
+                self.kernel(variant, None).bind({**pair, "output": output}, B, S, T, splits),
             ]
         else:
             bound = [first.bind({**tensors.given, "output": output}, B, S, T)]
@@ -167,9 +167,7 @@ class Bench:
             for each in bound:
                 each.launch(stream)
 
-        about = f"{blocks.m}x{blocks.n}, {blocks.warps}, {blocks.stages}" + (
-            f", {parts} parts" if variant.split else ""
-        )
+        about = f"{tiles.m}x{tiles.n}, {tiles.warps}, {tiles.stages}" + (f", {splits} splits" if variant.split else "")
         return Side(name, run, lambda: output, about)
 
     def theirs(self, case: Case, tensors: Tensors, backend: str) -> Side:
@@ -235,30 +233,30 @@ class Bench:
     def tune(self, group: Sequence[Case], *, quick: bool) -> dict[str, Any]:
         """The best blocks for cases of one precision, head size and column: by the geometric mean of their times."""
         first = group[0]
-        step, entry = first.kind == "step", blocks_for(self.sm, first.variant)
-        times: dict[Blocks, list[float]] = {}
+        step, entry = first.kind == "step", tile_sizes_for(self.sm, first.variant)
+        times: dict[TileSizes, list[float]] = {}
         for case in group:
             tensors, sides = self.tensors(case), {}
             expected = self.expected(case, tensors)
-            for blocks in candidates(entry, step=step, quick=quick):
+            for tiles in candidates(entry, step=step, quick=quick):
                 try:
-                    for parts in parts_of(case)[-3:] if step else (1,):
-                        side = self.ours(case, tensors, blocks, parts, "ours")
+                    for splits in splits_of(case)[-3:] if step else (1,):
+                        side = self.ours(case, tensors, tiles, splits, "ours")
                         if self.wrong(case, side, expected) is None:
-                            sides[blocks, parts] = side
+                            sides[tiles, splits] = side
                 except (TransomError, RuntimeError) as error:  # more shared memory than there is
-                    print(f"    {blocks}: {one_line(error, 120)}", file=sys.stderr)
+                    print(f"    {tiles}: {one_line(error, 120)}", file=sys.stderr)
             self.measure(list(sides.values()), TUNED_ROUNDS, TIMED_MS / 8)
-            for blocks in {blocks for blocks, _ in sides}:
-                fastest = min(float(np.median(side.times)) for (each, _), side in sides.items() if each == blocks)
-                times.setdefault(blocks, []).append(fastest)
+            for tiles in {tiles for tiles, _ in sides}:
+                fastest = min(float(np.median(side.times)) for (each, _), side in sides.items() if each == tiles)
+                times.setdefault(tiles, []).append(fastest)
         means = {b: math.exp(float(np.mean(np.log(each)))) for b, each in times.items() if len(each) == len(group)}
-        best = min(means, key=lambda blocks: means[blocks], default=entry)
+        best = min(means, key=lambda tiles: means[tiles], default=entry)
         self.best[key_of(first)] = best
         measured = [{"blocks": asdict(b), "ms": round(means[b], 5)} for b in sorted(means, key=lambda b: means[b])]
         return {
             "precision": first.precision,
-            "width": width(first.size),
+            "width": padded_size(first.size),
             "column": COLUMNS[first.column],
             "cases": [case.name for case in group],
             "entry": asdict(entry),
@@ -296,25 +294,25 @@ class Bench:
             elif name != "torch math" or not any(each.name.startswith("torch") for each in sides):
                 sides.append(side)
         self.measure(sides, ROUNDS, TIMED_MS)
-        rows = [told_of(case, side.name, side.times, roofline, side.about) for side in sides]
+        rows = [row_of(case, side.name, side.times, roofline, side.about) for side in sides]
         ratio, best = ratio_of(rows)
         about = {"name": case.name, "flops": case.flops, "bytes": case.bytes, "aim": case.aim}
         return {**asdict(case), **about, "ratio": ratio, "best_backend": best, "rows": rows, "refused": refused}
 
     def makers(self, case: Case, tensors: Tensors) -> Iterator[tuple[str, Callable[[], Side]]]:
         """Ours by the table and as tuned, and the backends; PyTorch's own products last."""
-        entry = blocks_for(self.sm, case.variant)
+        entry = tile_sizes_for(self.sm, case.variant)
         tried = {"ours": entry, "ours, tuned": self.best.get(key_of(case), entry)}
-        for name, blocks in tried.items():
-            if name == "ours" or blocks != entry:
-                yield name, lambda name=name, blocks=blocks: self.in_best_parts(case, tensors, blocks, name)
+        for name, tiles in tried.items():
+            if name == "ours" or tiles != entry:
+                yield name, lambda name=name, tiles=tiles: self.in_best_splits(case, tensors, tiles, name)
         for backend in BACKENDS:
             yield f"torch {backend}", lambda backend=backend: self.theirs(case, tensors, backend)
 
-    def in_best_parts(self, case: Case, tensors: Tensors, blocks: Blocks, name: str) -> Side:
+    def in_best_splits(self, case: Case, tensors: Tensors, tiles: TileSizes, name: str) -> Side:
         if case.kind != "step":
-            return self.ours(case, tensors, blocks, 1, name)
-        tried = [self.ours(case, tensors, blocks, parts, name) for parts in parts_of(case)]
+            return self.ours(case, tensors, tiles, 1, name)
+        tried = [self.ours(case, tensors, tiles, splits, name) for splits in splits_of(case)]
         self.measure(tried, TUNED_ROUNDS, TIMED_MS / 8)
         best = min(tried, key=lambda side: float(np.median(side.times)))
         return replace(best, times=[])

@@ -1,1 +1,1 @@
-"""Kernels of our own, for what TensorRT has none."""
+"""The attention kernel for shapes that TensorRT has no fused kernel of: Triton source, PTX, TensorRT plugin."""

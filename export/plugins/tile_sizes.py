@@ -1,12 +1,11 @@
-"""How large the kernel's blocks are, by GPU, dtype, head size, and what the attention has.
+"""Tile sizes of the attention kernel, by GPU, dtype, head size and features of the attention.
 
-**No GPU has measured them.** They come from arithmetic on what the assembler says (``preference``): nothing is spilled
-that counts, a block's shared memory is what every GPU gives without being asked, an SM has the warps that hide its
-latencies, and a block has as many queries as that leaves, for each of them uses every key that is read. One row of a
-table serves all its GPUs, and whatever else an attention has.
+**Not measured on a GPU.** They are derived from the assembler's report (``preference``): no spills that count, no more
+shared memory per block than every GPU grants by default, enough warps on an SM to hide latencies, and as many queries
+per block as that leaves, for each of them uses every key that is loaded. One row of a table serves all its GPUs.
 
-FP32 is multiplied by the units of FP32, and so is everything on SM75, for Triton has no tensor cores of Turing's: there
-operands lie in registers, and blocks are small.
+FP32 runs on the FP32 units, and so does everything on SM75, for Triton does not support Turing's tensor cores: there
+operands are held in registers, and tiles are small.
 """
 
 from __future__ import annotations
@@ -14,20 +13,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from transom.export.plugins.flash_attention import NO_MASK
-from transom.export.plugins.kernel_spec import Blocks, Variant, width
+from transom.export.plugins.kernel_spec import TileSizes, Variant, padded_size
 from transom.runtime.errors import EngineError
 
 KIB = 1024
 REGISTERS = 65536  # of an SM, of 32 bits; every GPU below has so many
-REGISTER_UNIT = 256  # registers are given to warps in such portions
-SHARED = 48 * KIB  # of a block, without asking for more (CUDA C++ Programming Guide, 16.4.3 and later)
-SPILLED = 32  # bytes of a thread that do not count: the assembler gives up some registers to have one block more
-HIDING = 8  # warps of an SM: two for each of its four schedulers, one computes while one waits
+REGISTER_UNIT = 256  # allocation granularity of a warp's registers
+SHARED = 48 * KIB  # of a block, without opting in to more (CUDA C++ Programming Guide, 16.4.3 and later)
+SPILLED = 32  # bytes per thread that do not count: the assembler spills a little to fit one more block
+HIDING = 8  # warps that hide latency: two for each of an SM's four schedulers, one computes while one waits
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """What an SM has, and what of its shared memory a block takes besides its own."""
+    """Limits of an SM; ``reserved`` is the shared memory in bytes that CUDA adds to each block."""
 
     warps: int
     blocks: int
@@ -45,59 +44,59 @@ GPUS = {  # by compute capability (CUDA C++ Programming Guide, "Technical Specif
     100: Gpu(64, 32, 228 * KIB),
     120: Gpu(48, 24, 100 * KIB),
 }
-FIRST_ALONE = 90  # from here on Triton's PTX is of the kind "sm_90a", which no later GPU takes
-AMPERE, HOPPER, BLACKWELL = "mma", "wgmma", "tcgen05"  # which instructions of tensor cores Triton uses
+FIRST_ARCH_SPECIFIC = 90  # from here on Triton's PTX is architecture-specific ("sm_90a"): no later GPU runs it
+AMPERE, HOPPER, BLACKWELL = "mma", "wgmma", "tcgen05"  # tensor-core instructions that Triton uses
 FAMILIES = {80: AMPERE, 86: AMPERE, 87: AMPERE, 89: AMPERE, 120: AMPERE, 90: HOPPER, 100: BLACKWELL}
-PROMPT, ADDED, STEP = 0, 1, 2  # nothing but lengths and causality; a mask, a bias or integers besides; keys in parts
+PROMPT, ADDED, STEP = 0, 1, 2  # only lengths and causality; also a mask, a bias or INT8 keys; split-KV
 
-HALVES = {  # FP16 and BF16, by family and width of a head: a prompt's, one's with something added, a step's
+HALVES = {  # FP16 and BF16, by instructions and padded head size: PROMPT, ADDED, STEP
     AMPERE: {
-        32: (Blocks(128, 64, 8, 2), Blocks(128, 32, 8, 2), Blocks(16, 128, 4, 2)),
-        64: (Blocks(128, 64, 8, 3), Blocks(64, 32, 8, 2), Blocks(16, 64, 4, 3)),
-        128: (Blocks(128, 32, 8, 2), Blocks(64, 32, 8, 2), Blocks(16, 64, 4, 2)),
-        256: (Blocks(64, 16, 8, 1), Blocks(64, 16, 8, 1), Blocks(16, 32, 4, 2)),
+        32: (TileSizes(128, 64, 8, 2), TileSizes(128, 32, 8, 2), TileSizes(16, 128, 4, 2)),
+        64: (TileSizes(128, 64, 8, 3), TileSizes(64, 32, 8, 2), TileSizes(16, 64, 4, 3)),
+        128: (TileSizes(128, 32, 8, 2), TileSizes(64, 32, 8, 2), TileSizes(16, 64, 4, 2)),
+        256: (TileSizes(64, 16, 8, 1), TileSizes(64, 16, 8, 1), TileSizes(16, 32, 4, 2)),
     },
     HOPPER: {
-        32: (Blocks(128, 64, 8, 3), Blocks(128, 32, 8, 2), Blocks(16, 64, 4, 3)),
-        64: (Blocks(128, 64, 8, 2), Blocks(64, 64, 4, 2), Blocks(16, 64, 4, 3)),
-        128: (Blocks(64, 32, 4, 2), Blocks(64, 32, 8, 1), Blocks(16, 64, 4, 2)),
-        256: (Blocks(64, 16, 8, 1), Blocks(64, 16, 8, 1), Blocks(16, 32, 4, 2)),
+        32: (TileSizes(128, 64, 8, 3), TileSizes(128, 32, 8, 2), TileSizes(16, 64, 4, 3)),
+        64: (TileSizes(128, 64, 8, 2), TileSizes(64, 64, 4, 2), TileSizes(16, 64, 4, 3)),
+        128: (TileSizes(64, 32, 4, 2), TileSizes(64, 32, 8, 1), TileSizes(16, 64, 4, 2)),
+        256: (TileSizes(64, 16, 8, 1), TileSizes(64, 16, 8, 1), TileSizes(16, 32, 4, 2)),
     },
     BLACKWELL: {
-        32: (Blocks(128, 64, 8, 3), Blocks(128, 32, 8, 2), Blocks(16, 64, 4, 3)),
-        64: (Blocks(128, 32, 8, 2), Blocks(64, 64, 4, 2), Blocks(16, 64, 4, 3)),
-        128: (Blocks(64, 32, 8, 1), Blocks(64, 32, 8, 1), Blocks(16, 64, 4, 2)),
-        256: (Blocks(32, 32, 4, 1), Blocks(32, 16, 4, 2), Blocks(16, 32, 4, 2)),
+        32: (TileSizes(128, 64, 8, 3), TileSizes(128, 32, 8, 2), TileSizes(16, 64, 4, 3)),
+        64: (TileSizes(128, 32, 8, 2), TileSizes(64, 64, 4, 2), TileSizes(16, 64, 4, 3)),
+        128: (TileSizes(64, 32, 8, 1), TileSizes(64, 32, 8, 1), TileSizes(16, 64, 4, 2)),
+        256: (TileSizes(32, 32, 4, 1), TileSizes(32, 16, 4, 2), TileSizes(16, 32, 4, 2)),
     },
 }
 TF32 = {
-    32: (Blocks(64, 32, 8, 2), Blocks(64, 32, 8, 2), Blocks(16, 32, 4, 3)),
-    64: (Blocks(64, 32, 8, 1), Blocks(64, 16, 4, 2), Blocks(16, 32, 4, 3)),
-    128: (Blocks(32, 16, 4, 1), Blocks(32, 16, 4, 1), Blocks(16, 32, 4, 2)),
-    256: (Blocks(16, 16, 8, 1), Blocks(16, 16, 8, 1), Blocks(16, 16, 8, 1)),
+    32: (TileSizes(64, 32, 8, 2), TileSizes(64, 32, 8, 2), TileSizes(16, 32, 4, 3)),
+    64: (TileSizes(64, 32, 8, 1), TileSizes(64, 16, 4, 2), TileSizes(16, 32, 4, 3)),
+    128: (TileSizes(32, 16, 4, 1), TileSizes(32, 16, 4, 1), TileSizes(16, 32, 4, 2)),
+    256: (TileSizes(16, 16, 8, 1), TileSizes(16, 16, 8, 1), TileSizes(16, 16, 8, 1)),
 }
 FP32_UNITS = {
-    32: (Blocks(64, 32, 8, 1), Blocks(64, 32, 8, 1), Blocks(16, 64, 8, 1)),
-    64: (Blocks(64, 32, 8, 1), Blocks(64, 32, 8, 1), Blocks(16, 64, 8, 1)),
-    128: (Blocks(32, 16, 8, 1), Blocks(32, 32, 8, 1), Blocks(16, 32, 8, 1)),
-    256: (Blocks(16, 16, 8, 1), Blocks(16, 16, 8, 1), Blocks(16, 16, 8, 1)),
+    32: (TileSizes(64, 32, 8, 1), TileSizes(64, 32, 8, 1), TileSizes(16, 64, 8, 1)),
+    64: (TileSizes(64, 32, 8, 1), TileSizes(64, 32, 8, 1), TileSizes(16, 64, 8, 1)),
+    128: (TileSizes(32, 16, 8, 1), TileSizes(32, 32, 8, 1), TileSizes(16, 32, 8, 1)),
+    256: (TileSizes(16, 16, 8, 1), TileSizes(16, 16, 8, 1), TileSizes(16, 16, 8, 1)),
 }
-TURING = {  # FP16 on those units
-    32: (Blocks(64, 32, 8, 1), Blocks(64, 32, 8, 1), Blocks(16, 64, 8, 1)),
-    64: (Blocks(64, 32, 8, 1), Blocks(32, 32, 8, 2), Blocks(16, 64, 8, 1)),
-    128: (Blocks(32, 32, 8, 2), Blocks(32, 32, 8, 2), Blocks(16, 32, 8, 1)),
-    256: (Blocks(32, 16, 8, 1), Blocks(32, 16, 8, 1), Blocks(16, 32, 8, 1)),
+TURING = {  # FP16 on the FP32 units
+    32: (TileSizes(64, 32, 8, 1), TileSizes(64, 32, 8, 1), TileSizes(16, 64, 8, 1)),
+    64: (TileSizes(64, 32, 8, 1), TileSizes(32, 32, 8, 2), TileSizes(16, 64, 8, 1)),
+    128: (TileSizes(32, 32, 8, 2), TileSizes(32, 32, 8, 2), TileSizes(16, 32, 8, 1)),
+    256: (TileSizes(32, 16, 8, 1), TileSizes(32, 16, 8, 1), TileSizes(16, 32, 8, 1)),
 }
 
 
-def blocks_for(capability: int, variant: Variant) -> Blocks:
-    """For a compute capability such as 89. Raises EngineError for one that the table does not have."""
+def tile_sizes_for(capability: int, variant: Variant) -> TileSizes:
+    """Return the tile sizes for a compute capability such as 89. Raises EngineError for one that is not in ``GPUS``."""
     if capability not in GPUS:
         known = ", ".join(map(str, GPUS))
         raise EngineError(f"there is no kernel for compute capability {capability!r:.20}; expected one of {known}.")
     added = variant.mask != NO_MASK or variant.bias or variant.int8
     column = STEP if variant.split else ADDED if added else PROMPT
-    row = max(32, width(variant.size))
+    row = max(32, padded_size(variant.size))
     if variant.dtype == "fp32":
         table = TF32 if variant.precision == "tf32" else FP32_UNITS
     else:
@@ -106,38 +105,38 @@ def blocks_for(capability: int, variant: Variant) -> Blocks:
 
 
 def portable(capability: int) -> int:
-    """The one of ``GPUS`` whose PTX a GPU of ``capability`` runs: its own, or the greatest that later ones take.
+    """Return the compute capability in ``GPUS`` whose PTX a GPU of ``capability`` runs.
 
-    From SM90 on the PTX is for that very GPU. Raises EngineError for what is older than all of them.
+    That is its own, or the greatest one that is not architecture-specific. Raises EngineError for a GPU older than all.
     """
     if capability in GPUS:
         return capability
-    older = [known for known in GPUS if known < min(capability, FIRST_ALONE)]
+    older = [known for known in GPUS if known < min(capability, FIRST_ARCH_SPECIFIC)]
     if not older:
         raise EngineError(f"there is no kernel for SM{capability}; expected SM{min(GPUS)} or later. Use device='cuda'.")
     return max(older)
 
 
 def resident_warps(gpu: Gpu, warps: int, registers: int, shared: int) -> int:
-    """How many warps an SM runs at once, of blocks of ``warps`` with ``registers`` a thread and ``shared`` bytes.
+    """Return the resident warps of an SM, for blocks of ``warps`` with ``registers`` per thread and ``shared`` bytes.
 
-    A block is there whole or not: by the warps that an SM has, its blocks, its registers, its shared memory.
+    Whole blocks only; limited by the SM's warps, blocks, registers and shared memory.
     """
-    of_a_warp = -(-registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
-    limits = [gpu.warps // warps, gpu.blocks, REGISTERS // of_a_warp // warps]
+    per_warp = -(-registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
+    limits = [gpu.warps // warps, gpu.blocks, REGISTERS // per_warp // warps]
     if shared + gpu.reserved:
         limits.append(gpu.shared // (shared + gpu.reserved))
     return min(limits) * warps
 
 
-def preference(gpu: Gpu, blocks: Blocks, registers: int, spilled: int, shared: int) -> tuple[int, ...]:
-    """Larger is better: nothing spilled, shared memory without asking, warps that hide latencies, queries, keys."""
-    warps = resident_warps(gpu, blocks.warps, registers, shared)
+def preference(gpu: Gpu, tiles: TileSizes, registers: int, spilled: int, shared: int) -> tuple[int, ...]:
+    """Return a sort key, larger is better: no spills, default shared memory, latency-hiding warps, queries, keys."""
+    warps = resident_warps(gpu, tiles.warps, registers, shared)
     return (
         -max(0, spilled - SPILLED),
         int(shared <= SHARED),
         min(warps, HIDING),
-        blocks.m,
-        blocks.n * blocks.stages,
+        tiles.m,
+        tiles.n * tiles.stages,
         warps,
     )

@@ -1,11 +1,11 @@
-"""Our attention as plugins of full TensorRT, compiled when an engine is built: the engine then needs no Python.
+"""Plugins of full TensorRT for the attention kernel, compiled when an engine is built: the engine needs no Python.
 
-TensorRT asks a plugin of ``tensorrt.plugin`` for a kernel's name, its PTX, how it is launched and its integers, all as
-functions of the shapes, and keeps them in the engine (documentation of ``tensorrt.plugin.aot_impl``). It launches the
-kernel with the inputs, the integers and the outputs in this order, which is the kernel's.
+TensorRT asks a plugin of ``tensorrt.plugin`` for a kernel's name, its PTX, its launch parameters and its integers, all
+as functions of the shapes, and stores them in the engine (documentation of ``tensorrt.plugin.aot_impl``). It launches
+the kernel with the inputs, the integers and the outputs in this order, which is the kernel's.
 
-**No machine has executed this for us**: TensorRT builds where a GPU is. What is tested is what NVIDIA's own Python
-package (``tensorrt_bindings.plugin`` 11.4) makes of it, on an emulation of the classes below that package.
+**Not yet executed on a GPU**: TensorRT builds only where one is. The tests run NVIDIA's own Python package
+(``tensorrt_bindings.plugin`` 11.4) on an emulation of the classes below it.
 """
 
 from __future__ import annotations
@@ -16,23 +16,30 @@ from dataclasses import replace
 from typing import Any
 
 from transom.export.passes.plugin_attention import ATTRIBUTES, AXES, CAUSAL, DOMAIN, INPUTS, MASKED
-from transom.export.plugins.aot import Compiled, Layout, attention_ptx
+from transom.export.plugins.aot import Compiled, attention_ptx
 from transom.export.plugins.flash_attention import ADDITIVE, BOOLEAN, NO_MASK
-from transom.export.plugins.kernel_spec import Blocks, Variant
-from transom.export.plugins.tile_sizes import SHARED, blocks_for, portable
+from transom.export.plugins.kernel_spec import TileSizes, Variant
+from transom.export.plugins.layout import Layout
+from transom.export.plugins.tile_sizes import SHARED, portable, tile_sizes_for
 from transom.runtime.errors import EngineError
 
 DTYPES = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16"}  # of trt.DataType, by the names of its members
-TYPES = {"FLOAT": "FP32", "HALF": "FP16", "BF16": "BF16", "BOOL": "BOOL", "INT32": "INT32"}  # as autotune writes them
-INSTEAD = "Build with --no-plugin."
+TYPES = {
+    "FLOAT": "FP32",
+    "HALF": "FP16",
+    "BF16": "BF16",
+    "BOOL": "BOOL",
+    "INT32": "INT32",
+}  # names in autotune's formats
+ADVICE = "Build with --no-plugin."
 
-Sizes = Sequence[int | None]  # of a tensor; None for one that is known when the engine runs
+Sizes = Sequence[int | None]  # of a tensor; None for a size that is known only at run time
 
 
 def variant_of(operator: str, dtypes: Sequence[str], shapes: Sequence[Sizes], scale: float) -> Variant:
-    """The kernel that a node of ``operator`` is, by the dtypes (of trt.DataType) and the shapes of its inputs.
+    """Return the kernel variant of a node of ``operator``, by the dtypes (of trt.DataType) and shapes of its inputs.
 
-    Raises EngineError for inputs that do not fit together: a kernel would read beside them.
+    Raises EngineError for inputs that do not fit together: a kernel would read out of bounds.
     """
     query, key, value, *more = shapes
     wrong = None
@@ -47,7 +54,7 @@ def variant_of(operator: str, dtypes: Sequence[str], shapes: Sequence[Sizes], sc
     elif operator == CAUSAL and (dtypes[3] != "INT32" or len(more[0]) != 1):
         wrong = f"lengths of {dtypes[3]} {tuple(more[0])}; expected (B,) in INT32"
     if wrong is not None:
-        raise EngineError(f"the plugin {operator} was given {wrong}. {INSTEAD}")
+        raise EngineError(f"the plugin {operator} was given {wrong}. {ADVICE}")
     heads, shared, size = query[1] or 1, key[1] or 1, query[3] or 0
     mask = NO_MASK if operator != MASKED else BOOLEAN if dtypes[3] == "BOOL" else ADDITIVE
     causal = operator == CAUSAL
@@ -55,7 +62,7 @@ def variant_of(operator: str, dtypes: Sequence[str], shapes: Sequence[Sizes], sc
 
 
 def layout_of(operator: str, shapes: Sequence[Sizes], mask_axes: str = AXES) -> Layout:
-    """``mask_axes`` are those of the node. Raises EngineError where the mask's sizes say otherwise."""
+    """Return the layout for a node's ``mask_axes``. Raises EngineError where the mask's sizes contradict them."""
     if operator != MASKED:
         return Layout()
     query, key, _, mask = shapes
@@ -65,42 +72,43 @@ def layout_of(operator: str, shapes: Sequence[Sizes], mask_axes: str = AXES) -> 
         if size is not None and expected is not None and size != expected:
             raise EngineError(
                 f"the plugin {operator} was given a mask of {tuple(mask)} with the axes {mask_axes!r:.20} for scores "
-                f"of {scores}; expected sizes that are equal, and 1 along the other axes. {INSTEAD}"
+                f"of {scores}; expected sizes that are equal, and 1 along the other axes. {ADVICE}"
             )
     return Layout(mask=mask_axes.removesuffix(AXES[-1]))
 
 
-def candidates(sm: int, variant: Variant) -> tuple[Blocks, ...]:
-    """Blocks that TensorRT times one against the other on the GPU: for many queries, and for a step's few."""
+def candidates(sm: int, variant: Variant) -> tuple[TileSizes, ...]:
+    """Return the tile sizes that TensorRT times on the GPU: those for many queries, and those for a decoding step."""
     sm = portable(sm)
-    return tuple(dict.fromkeys((blocks_for(sm, variant), blocks_for(sm, replace(variant, split=True)))))
+    return tuple(dict.fromkeys((tile_sizes_for(sm, variant), tile_sizes_for(sm, replace(variant, split=True)))))
 
 
 def kernel_of(variant: Variant, layout: Layout, sm: int, tactic: int) -> Compiled:
-    """The kernel of a ``tactic``, which counts ``candidates`` from 1.
+    """Compile the kernel of a ``tactic``, the index into ``candidates``, from 1.
 
-    Raises EngineError for one that wants more shared memory than a launch has without asking for it.
+    Raises EngineError for one that needs more shared memory than a launch gets without opting in.
     """
-    blocks = candidates(sm, variant)[max(tactic, 1) - 1]
-    made = attention_ptx(portable(sm), variant, layout, blocks)
-    if made.shared > SHARED:
+    tiles = candidates(sm, variant)[max(tactic, 1) - 1]
+    compiled = attention_ptx(portable(sm), variant, layout, tiles)
+    if compiled.shared > SHARED:
         raise EngineError(
-            f"the attention kernel of {variant} wants {made.shared} bytes of shared memory for SM{sm}; expected at "
-            f"most {SHARED}. {INSTEAD}"
+            f"the attention kernel of {variant} needs {compiled.shared} bytes of shared memory for SM{sm}; expected at "
+            f"most {SHARED}. {ADVICE}"
         )
-    return made
+    return compiled
 
 
 def register_plugins(trtp: Any, sm: int, failed: Callable[[Exception], None]) -> None:
-    """Make the operators known to TensorRT, once in a process: ``trtp`` is ``tensorrt.plugin``, ``sm`` as 89.
+    """Register the operators with TensorRT, once per process: ``trtp`` is ``tensorrt.plugin``, ``sm`` such as 89.
 
-    ``failed`` is told what goes wrong inside, for TensorRT itself tells only that something did.
+    ``failed`` is called with each exception inside a plugin, for TensorRT itself reports only that one occurred.
     """
     for operator in INPUTS:
         register_plugin(trtp, operator, sm, failed)
 
 
 def register_plugin(trtp: Any, operator: str, sm: int, failed: Callable[[Exception], None]) -> None:
+    """Register one operator: its output's description, its formats and tactics, its kernel."""
     tensors, attributes, name = INPUTS[operator], ATTRIBUTES[operator], f"{DOMAIN}::{operator}"
     count = len(tensors)
 
@@ -108,26 +116,26 @@ def register_plugin(trtp: Any, operator: str, sm: int, failed: Callable[[Excepti
         return given[0].like()
 
     def combinations(*given: Any) -> list[Any]:
-        dtypes, shapes = told_of(given[:count])
+        dtypes, shapes = dtypes_and_shapes(given[:count])
         variant = variant_of(operator, dtypes, shapes, 1.0)
         tactics = list(range(1, len(candidates(sm, variant)) + 1))
         types = [TYPES[dtype] for dtype in (*dtypes, dtypes[0])]
         return [trtp.AutoTuneCombination(", ".join(types), "LINEAR", tactics)]
 
-    def compiled(*given: Any) -> Any:
+    def launch_of(*given: Any) -> Any:
         scale, *axes, _, tactic = given[count:]
-        dtypes, shapes = told_of(given[:count])
+        dtypes, shapes = dtypes_and_shapes(given[:count])
         layout = layout_of(operator, shapes, *axes)
-        made = kernel_of(variant_of(operator, dtypes, shapes, scale), layout, sm, tactic)
+        compiled = kernel_of(variant_of(operator, dtypes, shapes, scale), layout, sm, tactic)
         query, key = (tensor.shape_expr for tensor in given[:2])
         B, S, T = query[0], query[2], key[2]
         launch = trtp.KernelLaunchParams()
-        launch.grid_x, launch.grid_y, launch.grid_z = made.grid(B, S)
-        launch.block_x, launch.shared_mem = made.threads, made.shared
-        integers = trtp.SymIntExprs.from_tuple([trtp.SymInt32(value) for value in made.sizes(B, S, T)])
-        return made.name, made.ptx, launch, integers
+        launch.grid_x, launch.grid_y, launch.grid_z = compiled.grid(B, S)
+        launch.block_x, launch.shared_mem = compiled.threads, compiled.shared
+        integers = trtp.SymIntExprs.from_tuple([trtp.SymInt32(value) for value in compiled.sizes(B, S, T)])
+        return compiled.name, compiled.ptx, launch, integers
 
-    def telling(function: Callable[..., Any]) -> Callable[..., Any]:
+    def reporting(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*given: Any) -> Any:
             try:
                 return function(*given)
@@ -137,24 +145,24 @@ def register_plugin(trtp: Any, operator: str, sm: int, failed: Callable[[Excepti
 
         return call
 
-    # TensorRT reads the signatures, in which annotations are classes
+    # TensorRT reads the signatures, whose annotations have to be classes
     described = [(tensor, trtp.TensorDesc) for tensor in tensors]
     outputs, tactic = ("outputs", tuple[trtp.TensorDesc]), ("tactic", int)
     result = tuple[str, bytes, trtp.KernelLaunchParams, trtp.SymIntExprs]
     trtp.register(name)(signed(describe, [*described, *attributes.items()], trtp.TensorDesc))
-    trtp.autotune(name)(signed(telling(combinations), [*described, outputs], list[trtp.AutoTuneCombination]))
-    trtp.aot_impl(name)(signed(telling(compiled), [*described, *attributes.items(), outputs, tactic], result))
+    trtp.autotune(name)(signed(reporting(combinations), [*described, outputs], list[trtp.AutoTuneCombination]))
+    trtp.aot_impl(name)(signed(reporting(launch_of), [*described, *attributes.items(), outputs, tactic], result))
 
 
 def signed(function: Callable[..., Any], parameters: Sequence[tuple[str, Any]], result: Any) -> Callable[..., Any]:
-    """``function`` with this signature."""
-    made = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=a) for name, a in parameters]
-    function.__signature__ = inspect.Signature(made, return_annotation=result)  # type: ignore[attr-defined]
+    """Set the signature of ``function`` and return it."""
+    given = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=a) for name, a in parameters]
+    function.__signature__ = inspect.Signature(given, return_annotation=result)  # type: ignore[attr-defined]
     return function
 
 
-def told_of(tensors: Sequence[Any]) -> tuple[list[str], list[Sizes]]:
-    """The names of the dtypes, such as "HALF", and the shapes."""
+def dtypes_and_shapes(tensors: Sequence[Any]) -> tuple[list[str], list[Sizes]]:
+    """Return the names of the dtypes, such as "HALF", and the shapes."""
     shapes: list[Sizes] = [
         [n.constant_value() if n.is_constant else None for n in tensor.shape_expr] for tensor in tensors
     ]

@@ -23,7 +23,7 @@ from emulated_driver import TYPES, compile_elsewhere
 from transom.export.plugins import tile_sizes as tables
 from transom.export.plugins.aot import Compiled
 from transom.export.plugins.cuda_launcher import Kernel
-from transom.export.plugins.kernel_spec import Blocks, width
+from transom.export.plugins.kernel_spec import TileSizes, padded_size
 from transom.export.plugins.tile_sizes import portable
 from transom.runtime.backends.cuda import Gpu
 
@@ -37,7 +37,7 @@ B = 3
 # S and T; with causality some of the queries of the last two see no key
 TOKENS = ((1, 1), (1, 67), (5, 5), (17, 131), (129, 257), (200, 70), (3, 0))
 STEPS = ((1, 1), (1, 67), (3, 131), (1, 1030))
-PARTS = (1, 4, 7)
+SPLITS = (1, 4, 7)
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Case:
     options: tuple[tuple[str, Any], ...] = ()
     order: str = "bhsd"
     mask: str = "bhm"
-    blocks: Blocks | None = None
+    tiles: TileSizes | None = None
 
     @property
     def name(self) -> str:
@@ -58,7 +58,7 @@ def case(order: str = "bhsd", mask: str = "bhm", **options: Any) -> Case:
     return Case(tuple(options.items()), order, mask)
 
 
-WHOLE = (
+UNSPLIT = (
     case(),
     case("bshd", causal=True, lengths=True),
     case(lengths=True, groups=2),
@@ -69,7 +69,7 @@ WHOLE = (
     case(bias=True),
     case("bshd", int8=True, lengths=True, causal=True, groups=2),
 )
-IN_PARTS = (
+SPLIT_CASES = (
     case(split=True, lengths=True),
     case("bshd", split=True, lengths=True, causal=True, groups=4),
     case(split=True, int8=True, lengths=True, groups=2),
@@ -90,7 +90,7 @@ def precision(request: pytest.FixtureRequest, gpu: Gpu) -> str:
 def compiled(
     cases: tuple[Case, ...], precision: str, size: int, gpu: Gpu, cache: Path
 ) -> dict[Case, tuple[Compiled, ...]]:
-    """For this GPU: the kernel of each case, and what puts its parts together."""
+    """For this GPU: the kernel of each case, and the combine kernel."""
     sm = portable(10 * gpu.capability[0] + gpu.capability[1])
     wanted: list[Any] = []
     owners: list[Case] = []
@@ -98,22 +98,22 @@ def compiled(
         options = dict(each.options)
         options["mask"] = options.pop("mask_kind", 0)
         options |= {"dtype": "fp32", "precision": precision} if precision == "tf32" else {"dtype": precision}
-        blocks = each.blocks and (each.blocks.m, each.blocks.n, each.blocks.warps, each.blocks.stages)
-        for kind in ("attention", "whole") if options.get("split") else ("attention",):
+        tiles = each.tiles and (each.tiles.m, each.tiles.n, each.tiles.warps, each.tiles.stages)
+        for kind in ("attention", "combine") if options.get("split") else ("attention",):
             variant = {"size": size, "heads": HEADS, **options}
-            wanted.append((kind, sm, variant, {"order": each.order, "mask": each.mask}, blocks))
+            wanted.append((kind, sm, variant, {"order": each.order, "mask": each.mask}, tiles))
             owners.append(each)
-    made = compile_elsewhere(wanted, cache)
-    return {each: tuple(m for m, owner in zip(made, owners, strict=True) if owner == each) for each in cases}
+    ptx_kernel = compile_elsewhere(wanted, cache)
+    return {each: tuple(m for m, owner in zip(ptx_kernel, owners, strict=True) if owner == each) for each in cases}
 
 
 def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def inputs(made: Compiled, S: int, T: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def inputs(ptx_kernel: Compiled, S: int, T: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """What the kernel reads, on the host, heads first; and what float64 makes of it. Behind lengths lies NaN."""
-    variant = made.variant
+    variant = ptx_kernel.variant
     H, KV, D, dtype = variant.heads, variant.heads // variant.groups, variant.size, TYPES[variant.dtype]
     given = {"query": normal(B, H, S, D, seed=0, dtype=dtype)}
     given |= {name: normal(B, KV, T, D, seed=seed, dtype=dtype) for seed, name in ((1, "key"), (2, "value"))}
@@ -130,7 +130,7 @@ def inputs(made: Compiled, S: int, T: int) -> tuple[dict[str, torch.Tensor], tor
     seen, added = visible(lengths, S, T, causal=variant.causal), None
     if variant.mask:
         axes = zip("bhmn", (B, H, S, T), strict=True)
-        mask = normal(*(size if axis in made.layout.mask + "n" else 1 for axis, size in axes), seed=7)
+        mask = normal(*(size if axis in ptx_kernel.layout.mask + "n" else 1 for axis, size in axes), seed=7)
         given["mask"] = mask > -0.5 if variant.mask == 1 else mask.to(dtype)
         seen, added = (seen & given["mask"], None) if variant.mask == 1 else (seen, given["mask"])
     if variant.bias:
@@ -144,12 +144,12 @@ def inputs(made: Compiled, S: int, T: int) -> tuple[dict[str, torch.Tensor], tor
 
 
 def launched(
-    kernels: tuple[Kernel, ...], given: dict[str, torch.Tensor], T: int, parts: int, device: str = "cuda"
+    kernels: tuple[Kernel, ...], given: dict[str, torch.Tensor], T: int, splits: int, device: str = "cuda"
 ) -> torch.Tensor:
     """What the kernels write, one or two, on PyTorch's stream; heads first, on the host."""
-    made = kernels[0].made
+    ptx_kernel = kernels[0].compiled
     H, S, D = given["query"].shape[1:]
-    tokens_first = made.layout.order == "bshd"
+    tokens_first = ptx_kernel.layout.order == "bshd"
     tensors = {
         name: (tensor.transpose(1, 2) if tokens_first and tensor.ndim == 4 and name != "mask" else tensor)
         .contiguous()
@@ -159,10 +159,10 @@ def launched(
     shape = (B, S, H, D) if tokens_first else (B, H, S, D)
     output = torch.full(shape, torch.nan, dtype=given["query"].dtype, device=device)
     stream = torch.cuda.current_stream().cuda_stream if device == "cuda" else 0
-    if made.variant.split:
-        sums, partial = (torch.full((parts, *rest), torch.nan, device=device) for rest in ((2, B, H, S), (B, H, S, D)))
-        kernels[0].launch({**tensors, "sums": sums, "parts": partial}, B, S, T, parts, stream)
-        kernels[1].launch({"sums": sums, "parts": partial, "output": output}, B, S, T, parts, stream)
+    if ptx_kernel.variant.split:
+        sums, partial = (torch.full((splits, *rest), torch.nan, device=device) for rest in ((2, B, H, S), (B, H, S, D)))
+        kernels[0].launch({**tensors, "split_ml": sums, "split_acc": partial}, B, S, T, splits, stream)
+        kernels[1].launch({"split_ml": sums, "split_acc": partial, "output": output}, B, S, T, splits, stream)
     else:
         kernels[0].launch({**tensors, "output": output}, B, S, T, stream=stream)
     found = output.cpu()
@@ -180,17 +180,17 @@ def units_of(found: torch.Tensor, expected: torch.Tensor, precision: str) -> flo
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("size", SIZES)
 def test_parity(size: int, precision: str, gpu: Gpu, results: Any, tmp_path: Path) -> None:
-    """Causality, lengths, masks, biases, grouped heads, an INT8 cache, keys in parts; odd sizes, one query, no key."""
+    """Causality, lengths, masks, biases, grouped heads, an INT8 cache, split-KV; odd sizes, one query, no key."""
     worst, count = (0.0, "nothing"), 0
-    for each, pair in compiled(WHOLE + IN_PARTS, precision, size, gpu, tmp_path).items():
+    for each, pair in compiled(UNSPLIT + SPLIT_CASES, precision, size, gpu, tmp_path).items():
         kernels = tuple(map(Kernel, pair))
         split = pair[0].variant.split
         most = ROUNDOFF[precision][1] + (2 if pair[0].variant.int8 else 0)  # values are rounded when they are scaled
-        for (S, T), parts in product(STEPS if split else TOKENS, PARTS if split else (1,)):
+        for (S, T), splits in product(STEPS if split else TOKENS, SPLITS if split else (1,)):
             given, expected = inputs(pair[0], S, T)
-            found = launched(kernels, given, T, parts)
+            found = launched(kernels, given, T, splits)
             units = units_of(found, expected, precision)
-            what = f"{each.name}, S={S}, T={T}, {parts} parts: {units:.1f} units of roundoff, at most {most}"
+            what = f"{each.name}, S={S}, T={T}, {splits} splits: {units:.1f} units of roundoff, at most {most}"
             assert units <= most, what
             if pair[0].variant.lengths:
                 assert not found[2].any(), f"{what}; a row without keys is not zero"
@@ -203,7 +203,7 @@ def test_parity(size: int, precision: str, gpu: Gpu, results: Any, tmp_path: Pat
 def test_blocks(size: int, precision: str, gpu: Gpu, results: Any, tmp_path: Path) -> None:
     """Every entry of the table that could serve this GPU, whatever it was meant for."""
     candidates = sorted(set(entries(precision, size)), key=str)
-    cases = tuple(Case(each.options, each.order, each.mask, blocks) for blocks in candidates for each in FEW)
+    cases = tuple(Case(each.options, each.order, each.mask, tiles) for tiles in candidates for each in FEW)
     worst, here = 0.0, tables.GPUS[portable(10 * gpu.capability[0] + gpu.capability[1])]
     for each, pair in compiled(cases, precision, size, gpu, tmp_path).items():
         if pair[0].shared + here.reserved > here.shared:
@@ -212,15 +212,15 @@ def test_blocks(size: int, precision: str, gpu: Gpu, results: Any, tmp_path: Pat
         for S, T in TOKENS:
             given, expected = inputs(pair[0], S, T)
             units = units_of(launched(kernels, given, T, 1), expected, precision)
-            assert units <= ROUNDOFF[precision][1], f"{each.name}, {each.blocks}, S={S}, T={T}: {units:.1f} units"
+            assert units <= ROUNDOFF[precision][1], f"{each.name}, {each.tiles}, S={S}, T={T}: {units:.1f} units"
             worst = max(worst, units)
     found = f"worst: {worst:.1f} units of roundoff, at most {ROUNDOFF[precision][1]}"
     results.add(f"fused attention, head size {size}, {len(candidates)} blocks", "PTX", precision, found)
 
 
-def entries(precision: str, size: int) -> Iterator[Blocks]:
+def entries(precision: str, size: int) -> Iterator[TileSizes]:
     """Of all families: what one GPU prefers, another must compute rightly too, if it has the shared memory."""
-    row = max(32, width(size))
+    row = max(32, padded_size(size))
     if precision in ("fp32", "tf32"):
         yield from (tables.TF32 if precision == "tf32" else tables.FP32_UNITS)[row]
     else:
@@ -235,8 +235,8 @@ def test_a_graph_of_a_step_is_replayed(precision: str, gpu: Gpu, tmp_path: Path)
     tensors = {name: tensor.cuda() for name, tensor in given.items()}
     sums, partial = (torch.empty(4, *rest, device="cuda") for rest in ((2, B, HEADS, 1), (B, HEADS, 1, 64)))
     output = torch.full_like(tensors["query"], torch.nan)
-    first = Kernel(pair[0]).bind({**tensors, "sums": sums, "parts": partial}, B, 1, 67, 4)
-    second = Kernel(pair[1]).bind({"sums": sums, "parts": partial, "output": output}, B, 1, 67, 4)
+    first = Kernel(pair[0]).bind({**tensors, "split_ml": sums, "split_acc": partial}, B, 1, 67, 4)
+    second = Kernel(pair[1]).bind({"split_ml": sums, "split_acc": partial, "output": output}, B, 1, 67, 4)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for bound in (first, second):

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed: pip install 'transom[plugin]'")
 
 from paths import REPO
-from transom.export.plugins.kernel_spec import Blocks
+from transom.export.plugins.kernel_spec import TileSizes
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_the_benchmark_s_arithmetic_by_hand(benchmark: Any) -> None:
     assert replace(step, int8=True).bytes == 2 * 2 * 4 * 64 + 2 * 2 * 100 * (64 + 4)
     roofline = benchmark.Roofline({"fp16": 1e12}, 1e9)
     assert roofline.least_ms(replace(step, B=10)) == pytest.approx(1e3 * 10 * step.bytes / 1e9)
-    row = benchmark.told_of(whole, "ours", [1.0, 2.0, 3.0], roofline)
+    row = benchmark.row_of(whole, "ours", [1.0, 2.0, 3.0], roofline)
     assert (row["p50_ms"], row["p10_ms"], row["p90_ms"]) == (2.0, 1.2, 2.8)
     sides = [
         {"side": "ours", "p50_ms": 2.0},
@@ -46,22 +46,24 @@ def test_the_benchmark_s_arithmetic_by_hand(benchmark: Any) -> None:
     ]
     assert benchmark.ratio_of(sides) == (1.5, "torch flash")
     assert benchmark.ratio_of(sides[:1]) == (None, "none")
-    assert benchmark.parts_of(replace(step, T=1100)) == [1, 2, 4, 8]
+    assert benchmark.splits_of(replace(step, T=1100)) == [1, 2, 4, 8]
     names = [case.name for case in benchmark.cases(quick=False)]
     assert len(names) == len({*names}) == 4 * 2 * (2 * 7 + 3) + 2 * 2 * 4 * 3
     assert [case.name for case in benchmark.cases(quick=True, only=["biased"])] == [
         "biased fp16 head 64 B=16 S=1024 T=1024"
     ]
-    tried = benchmark.candidates(Blocks(128, 64, 8, 2), step=False, quick=False)
-    assert tried[0] == Blocks(128, 64, 8, 2)
-    assert {Blocks(128, 32, 8, 2), Blocks(128, 64, 4, 2), Blocks(64, 64, 8, 2), Blocks(128, 64, 8, 3)} <= {*tried}
-    assert all(each.m == 16 for each in benchmark.candidates(Blocks(16, 64, 4, 3), step=True, quick=False))
+    tried = benchmark.candidates(TileSizes(128, 64, 8, 2), step=False, quick=False)
+    assert tried[0] == TileSizes(128, 64, 8, 2)
+    assert {TileSizes(128, 32, 8, 2), TileSizes(128, 64, 4, 2), TileSizes(64, 64, 8, 2), TileSizes(128, 64, 8, 3)} <= {
+        *tried
+    }
+    assert all(each.m == 16 for each in benchmark.candidates(TileSizes(16, 64, 4, 3), step=True, quick=False))
 
 
 def test_rows_of_the_table_that_would_be_better(benchmark: Any) -> None:
     """A column that was tuned, beside what stands there; none for what is 1% faster."""
-    found = {"precision": "fp16", "width": 64, "column": "prompt", "best": asdict(Blocks(128, 128, 8, 3))}
+    found = {"precision": "fp16", "width": 64, "column": "prompt", "best": asdict(TileSizes(128, 128, 8, 3))}
     assert benchmark.better_rows([found | {"entry_ms": 1.0, "best_ms": 0.8}], 90) == [
-        "HALVES['wgmma'], from fp16: 64: (Blocks(128, 128, 8, 3), Blocks(64, 64, 4, 2), Blocks(16, 64, 4, 3)),"
+        "HALVES['wgmma'], from fp16: 64: (TileSizes(128, 128, 8, 3), TileSizes(64, 64, 4, 2), TileSizes(16, 64, 4, 3)),"
     ]
     assert benchmark.better_rows([found | {"entry_ms": 1.0, "best_ms": 0.99}], 90) == []

@@ -236,13 +236,13 @@ def test_triton_keeps_its_kernels_in_our_cache_and_elsewhere_only_where_it_is_sa
     pytest.importorskip("triton", reason="triton is not installed: pip install 'transom[plugin]'")
     from triton import knobs
 
-    from transom.export.plugins.aot import kept_kernels
+    from transom.export.plugins.aot import bounded_triton_cache
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setitem(caches.LIMITS, "triton", 10)
-    with kept_kernels():
+    with bounded_triton_cache():
         inside = Path(knobs.cache.dir)
         (inside / "kernel").mkdir()
         (inside / "kernel" / "ptx").write_bytes(bytes(11))
@@ -250,11 +250,11 @@ def test_triton_keeps_its_kernels_in_our_cache_and_elsewhere_only_where_it_is_sa
     assert list(inside.iterdir()) == []
     assert "TRITON_CACHE_DIR" not in os.environ
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "theirs"))
-    with kept_kernels():
+    with bounded_triton_cache():
         assert Path(knobs.cache.dir) == tmp_path / "theirs"
     monkeypatch.setenv("TRITON_CACHE_DIR", "/proc/none")
     nobody(monkeypatch, tmp_path)
-    with kept_kernels():
+    with bounded_triton_cache():
         inside = Path(knobs.cache.dir)
         assert inside.is_dir()
         assert inside.name.startswith("transom-triton-")

@@ -27,7 +27,7 @@ import torch
 
 from emulated_gpu import GARBAGE, STREAMS, EmulatedCuda
 from transom.export.plugins import flash_attention as kernels
-from transom.export.plugins.aot import POINTERS, Compiled, CompiledWhole, compiled_from_json
+from transom.export.plugins.aot import POINTERS, Compiled, CompiledCombine, compiled_from_json
 from transom.runtime.backends.cuda import Memory
 
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "i8": torch.int8, "i32": torch.int32}
@@ -35,16 +35,17 @@ TYPES |= {"i1": torch.bool}
 WIDTHS = {"u64": "<Q", "u32": "<i"}  # Triton's integers are signed, whatever PTX calls them
 GIVEN, MOST_SHARED = 48 << 10, 99 << 10  # bytes of shared memory: without asking, and at most, on SM89
 ALIGNED = 256  # bytes, as cudaMalloc's
-FIRST_ALONE = 90  # PTX for this and later SMs runs nowhere else
+FIRST_ARCH_SPECIFIC = 90  # PTX for this and later SMs runs nowhere else
 SCRIPT = """
 import sys
-from transom.export.plugins.aot import Layout, attention_ptx, json_from_compiled, whole_ptx
-from transom.export.plugins.kernel_spec import Blocks, Variant
+from transom.export.plugins.aot import attention_ptx, combine_ptx, json_from_compiled
+from transom.export.plugins.kernel_spec import TileSizes, Variant
+from transom.export.plugins.layout import Layout
 import json
-for kind, capability, variant, layout, blocks in json.loads(sys.stdin.read()):
+for kind, capability, variant, layout, tiles in json.loads(sys.stdin.read()):
     about = capability, Variant(**variant), Layout(**layout)
-    made = whole_ptx(*about) if kind == "whole" else attention_ptx(*about, blocks and Blocks(*blocks))
-    print(json_from_compiled(made))
+    kernel = combine_ptx(*about) if kind == "combine" else attention_ptx(*about, tiles and TileSizes(*tiles))
+    print(json_from_compiled(kernel))
 """
 
 
@@ -53,7 +54,7 @@ def compile_elsewhere(
 ) -> list[Compiled]:
     """Kernels, in a process of its own, for this one interprets them.
 
-    Each is "attention" or "whole", for an SM, of a variant, a layout, and blocks or None for the table's.
+    Each is "attention" or "combine", for an SM, of a variant, a layout, and tile sizes or None for the table's.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(cache)
@@ -174,11 +175,11 @@ class EmulatedDriver:
 
     def _interpret(self, source: Compiled, values: list[int], grid: tuple[int, int, int]) -> bool:
         """The kernel that ``source`` was compiled from; whether it kept to the memory that is allocated."""
-        whole = isinstance(source, CompiledWhole)
-        kernel = kernels.attention_whole if whole else kernels.attention
+        combine = isinstance(source, CompiledCombine)
+        kernel = kernels.attention_combine if combine else kernels.attention
         variant, layout = source.variant, source.layout
-        constants = variant.constants_of_whole() if whole else variant.constants(source.blocks)
-        strides = layout.strides(variant, whole=whole)
+        constants = variant.combine_constants() if combine else variant.constants(source.tiles)
+        strides = layout.strides(variant, combine=combine)
         present = {*source.types, *(name for name, (_, sizes) in strides.items() if sizes)}
         names = [name for name in kernel.arg_names if name in present]
         if len(names) != len(values):

@@ -19,9 +19,10 @@ pytest.importorskip("triton", reason="triton is not installed: pip install 'tran
 
 import triton
 
-from transom.export.plugins.aot import Layout, attention_ptx, power_of_two
-from transom.export.plugins.kernel_spec import Blocks, Variant
-from transom.export.plugins.tile_sizes import GPUS, SHARED, SPILLED, blocks_for, preference, resident_warps
+from transom.export.plugins.aot import attention_ptx, power_of_two
+from transom.export.plugins.kernel_spec import TileSizes, Variant
+from transom.export.plugins.layout import Layout
+from transom.export.plugins.tile_sizes import GPUS, SHARED, SPILLED, preference, resident_warps, tile_sizes_for
 from transom.runtime.errors import BackendError, EngineError, InputError
 
 EVERYTHING = {"causal": True, "lengths": True, "mask": 1, "bias": True}
@@ -48,8 +49,9 @@ PINNED = {
 }
 SCRIPT = """
 import json, sys
-from transom.export.plugins.aot import Layout, attention_ptx
+from transom.export.plugins.aot import attention_ptx
 from transom.export.plugins.kernel_spec import Variant
+from transom.export.plugins.layout import Layout
 for capability, variant in json.loads(sys.argv[1]):
     made = attention_ptx(capability, Variant(**variant), Layout(mask="bm"))
     print(json.dumps({
@@ -95,7 +97,7 @@ def test_the_parameters_are_the_arguments_and_no_others(compiled: list[Any]) -> 
         wanted = ["pointer"] * len(made["tensors"]) + ["integer"] * len(made["integers"])
         found = [wide[kind] for kind in re.findall(r"\.param \.(\w+)", given)]
         assert found == wanted + ["pointer"] * len(made["outputs"]), (capability, variant)
-        assert made["outputs"] == (["sums", "parts"] if variant.get("split") else ["output"])
+        assert made["outputs"] == (["split_ml", "split_acc"] if variant.get("split") else ["output"])
     everything = next(made for capability, _, made in compiled if capability == 90)
     assert everything["tensors"] == ["query", "key", "value", "lengths", "mask", "bias"]
     step = compiled[4][2]
@@ -110,7 +112,9 @@ def test_the_values_of_integers_and_the_grid(compiled: list[Any]) -> None:
         "o_b": 6400, "o_h": 6400,
     }  # fmt: skip
     assert plain["grid"] == [2, 3, 1]
-    step = compiled[4][2]  # 8 heads of 64, two of them share: 200 rows in blocks of 16, for 4 heads of keys, in 3 parts
+    step = compiled[4][
+        2
+    ]  # 8 heads of 64, two of them share: 200 rows in blocks of 16, for 4 heads of keys, in 3 splits
     found = dict(zip(step["integers"], step["sizes"], strict=True))
     assert step["grid"] == [13 * 2 * 4, 3, 1]
     assert found["ROWS"] == 2 * 8 * 100
@@ -173,26 +177,28 @@ def test_occupancy_by_hand() -> None:
 def test_the_preference() -> None:
     """More queries to a block, unless they spill, want more shared memory than is given, or leave an SM idle."""
     gpu = GPUS[80]
-    many, few = Blocks(128, 64, 8, 2), Blocks(64, 32, 4, 2)
+    many, few = TileSizes(128, 64, 8, 2), TileSizes(64, 32, 4, 2)
     assert preference(gpu, many, 151, 0, 40 << 10) > preference(gpu, few, 100, 0, 20 << 10)
     assert preference(gpu, many, 255, 40, 40 << 10) < preference(gpu, few, 100, 0, 20 << 10)
     assert preference(gpu, many, 151, 0, 49 << 10) < preference(gpu, few, 100, 0, 20 << 10)
-    assert preference(gpu, Blocks(128, 64, 4, 2), 255, 0, 160 << 10) < preference(gpu, few, 100, 0, 20 << 10)
+    assert preference(gpu, TileSizes(128, 64, 4, 2), 255, 0, 160 << 10) < preference(gpu, few, 100, 0, 20 << 10)
 
 
 def test_the_table() -> None:
-    assert blocks_for(89, Variant("fp16", 64)) == Blocks(128, 64, 8, 3)
-    assert blocks_for(89, Variant("fp16", 33, mask=1)) == Blocks(64, 32, 8, 2)
-    assert blocks_for(89, Variant("fp16", 9, split=True)) == Blocks(16, 128, 4, 2)
-    assert blocks_for(100, Variant("fp16", 128)) == Blocks(64, 32, 8, 1)
-    assert blocks_for(100, Variant("fp32", 256)) == Blocks(16, 16, 8, 1)
-    assert blocks_for(75, Variant("fp16", 256)) == Blocks(32, 16, 8, 1)
+    assert tile_sizes_for(89, Variant("fp16", 64)) == TileSizes(128, 64, 8, 3)
+    assert tile_sizes_for(89, Variant("fp16", 33, mask=1)) == TileSizes(64, 32, 8, 2)
+    assert tile_sizes_for(89, Variant("fp16", 9, split=True)) == TileSizes(16, 128, 4, 2)
+    assert tile_sizes_for(100, Variant("fp16", 128)) == TileSizes(64, 32, 8, 1)
+    assert tile_sizes_for(100, Variant("fp32", 256)) == TileSizes(16, 16, 8, 1)
+    assert tile_sizes_for(75, Variant("fp16", 256)) == TileSizes(32, 16, 8, 1)
 
 
 def test_what_has_no_kernel() -> None:
     with pytest.raises(EngineError, match="no kernel for compute capability 70; expected one of 75, 80, 86"):
-        blocks_for(70, Variant("fp16", 64))
-    with pytest.raises(EngineError, match="SM75 multiplies neither BF16 nor TF32, and bf16 in ieee was asked for"):
+        tile_sizes_for(70, Variant("fp16", 64))
+    with pytest.raises(
+        EngineError, match="SM75 has matrix products of neither BF16 nor TF32, and bf16 in ieee was requested"
+    ):
         attention_ptx(75, Variant("bf16", 64))
     with pytest.raises(EngineError, match="a layout of 'bhds' with a mask of 'mb'"):
         Layout("bhds", mask="mb")
@@ -204,7 +210,8 @@ def test_what_has_no_kernel() -> None:
 
 def test_integers_beyond_32_bits_are_refused(tmp_path: Path) -> None:
     code = """
-from transom.export.plugins.aot import Variant, attention_ptx
+from transom.export.plugins.aot import attention_ptx
+from transom.export.plugins.kernel_spec import Variant
 from transom.runtime.errors import EngineError
 made = attention_ptx(89, Variant("fp16", 64, heads=16))
 try:

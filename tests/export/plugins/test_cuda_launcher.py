@@ -86,15 +86,18 @@ for line in sys.stdin:
 @pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 def test_the_packing_through_cuda_python(tmp_path: Path) -> None:
     """The real library hands on what we pack: JIT's log, the attribute, the launch, and each parameter in its width."""
-    (made,) = compile_elsewhere([("attention", 89, LARGE, {}, (128, 64, 8, 2))], tmp_path / "triton")
+    (compiled,) = compile_elsewhere([("attention", 89, LARGE, {}, (128, 64, 8, 2))], tmp_path / "triton")
     (tmp_path / "libcuda.c").write_text(LIBCUDA)
     library = ["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", tmp_path / "libcuda.so.1", tmp_path / "libcuda.c"]
     subprocess.run(["cc", *library, "-ldl"], check=True)
-    environment = os.environ | {"LD_LIBRARY_PATH": str(tmp_path), "PARAMETERS": "ppp" + "i" * len(made.integers) + "p"}
-    broken = json.dumps(json.loads(json_from_compiled(made)) | {"ptx": "nothing"})
+    environment = os.environ | {
+        "LD_LIBRARY_PATH": str(tmp_path),
+        "PARAMETERS": "ppp" + "i" * len(compiled.integers) + "p",
+    }
+    broken = json.dumps(json.loads(json_from_compiled(compiled)) | {"ptx": "nothing"})
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", THROUGH_CUDA_PYTHON],
-        input=f"{json_from_compiled(made)}\n{broken}\n",
+        input=f"{json_from_compiled(compiled)}\n{broken}\n",
         env=environment,
         capture_output=True,
         text=True,
@@ -108,11 +111,11 @@ def test_the_packing_through_cuda_python(tmp_path: Path) -> None:
     assert (
         done.stdout.splitlines()[:6]
         == [
-            f"{len(made.ptx)} 2 {log} {room} 8192",
+            f"{len(compiled.ptx)} 2 {log} {room} 8192",
             "7 attention",
-            f"9 {most} {made.shared}",
-            f"9 2 1 1 {made.threads} 1 1 {made.shared} 77 1",  # one tile of 5 queries for each of two rows
-            " ".join(map(str, [*addresses[:3], *made.sizes(2, 5, 37), addresses[3]])) + " ",
+            f"9 {most} {compiled.shared}",
+            f"9 2 1 1 {compiled.threads} 1 1 {compiled.shared} 77 1",  # one tile of 5 queries for each of two rows
+            " ".join(map(str, [*addresses[:3], *compiled.sizes(2, 5, 37), addresses[3]])) + " ",
             f"7 2 {log} {room} 8192",
         ]
     )

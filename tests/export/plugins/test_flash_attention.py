@@ -13,21 +13,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attention_reference import ROUNDOFF, exact, normal, require_close, visible
-from transom.export.plugins.kernel_spec import Blocks, Variant, launches
+from transom.export.plugins.kernel_spec import TileSizes, Variant, launches
 from transom.runtime.errors import InputError
 
-SMALL = Blocks(16, 16)
+SMALL = TileSizes(16, 16)
 
 
 def ours(
-    q: Any, k: Any, v: Any, scale: float, *, blocks: Blocks = SMALL, split: int = 0, **options: Any
+    q: Any, k: Any, v: Any, scale: float, *, tiles: TileSizes = SMALL, split: int = 0, **options: Any
 ) -> torch.Tensor:
     """What the kernel writes, into NaN: an element that it leaves out shows."""
     B, H, S, D = q.shape
     output = torch.full_like(q, torch.nan)
     if split:
-        options["parts"] = (torch.full((split, 2, B, H, S), torch.nan), torch.full((split, B, H, S, D), torch.nan))
-    for launch in launches(q, k, v, output, scale=scale, blocks=blocks, **options):
+        options["workspaces"] = (torch.full((split, 2, B, H, S), torch.nan), torch.full((split, B, H, S, D), torch.nan))
+    for launch in launches(q, k, v, output, scale=scale, tiles=tiles, **options):
         launch.run()
     return output
 
@@ -160,7 +160,7 @@ def test_causality_counts_from_lengths_beyond_the_room(split: int) -> None:
 
 def test_nothing_to_compute() -> None:
     k = normal(1, 1, 5, 16)
-    assert launches(k[:, :, :0], k, k, k[:, :, :0], blocks=SMALL) == []
+    assert launches(k[:, :, :0], k, k, k[:, :, :0], tiles=SMALL) == []
     assert not ours(k, k[:, :, :0], k[:, :, :0], 1.0).any()
 
 
@@ -173,7 +173,7 @@ def test_nothing_to_compute() -> None:
     D=st.integers(1, 48),
     causal=st.booleans(),
     masked=st.booleans(),
-    blocks=st.sampled_from([Blocks(16, 16), Blocks(16, 32), Blocks(32, 16)]),
+    tiles=st.sampled_from([TileSizes(16, 16), TileSizes(16, 32), TileSizes(32, 16)]),
     dtype=st.sampled_from([torch.float32, torch.float16]),
     seed=st.integers(0, 99),
 )
@@ -185,7 +185,7 @@ def test_any_sizes(
     D: int,
     causal: bool,
     masked: bool,
-    blocks: Blocks,
+    tiles: TileSizes,
     dtype: Any,
     seed: int,
 ) -> None:
@@ -195,7 +195,7 @@ def test_any_sizes(
     lengths = torch.randint(0, T + 1, (B,), generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
     for row, length in enumerate(lengths.tolist()):
         k[row, :, length:], v[row, :, length:] = torch.nan, torch.nan
-    options: dict[str, Any] = {"lengths": lengths, "causal": causal, "blocks": blocks}
+    options: dict[str, Any] = {"lengths": lengths, "causal": causal, "tiles": tiles}
     seen = visible(lengths, S, T, causal=causal)
     if masked:
         options["mask"] = normal(B, 1, S, T, seed=seed + 3) > 0
@@ -217,7 +217,11 @@ def test_any_sizes(
             r"lengths of \(1,\) in float32; expected \(1,\) in int32",
         ),
         (((1, 2, 4, 8), (1, 2, 6, 8)), {"bias": torch.ones(1, 4, 6)}, r"a bias of \(1, 4, 6\); expected \(2, 4, 6\)"),
-        (((1, 2, 4, 8), (1, 2, 6, 8)), {"parts": (torch.ones(2, 2, 1, 2, 4), torch.ones(2, 1, 2, 4))}, "workspaces of"),
+        (
+            ((1, 2, 4, 8), (1, 2, 6, 8)),
+            {"workspaces": (torch.ones(2, 2, 1, 2, 4), torch.ones(2, 1, 2, 4))},
+            "workspaces of",
+        ),
         (((1, 2, 4, 8), (1, 2, 6, 8)), {"precision": "fast"}, "precision is 'fast'; expected ieee or tf32"),
         (((2, 4, 8), (1, 2, 6, 8)), {}, r"tensors of \[3, 4, 4, 3\] axes"),
     ],
@@ -225,7 +229,7 @@ def test_any_sizes(
 def test_what_does_not_fit_is_refused(shapes: Any, options: dict[str, Any], said: str) -> None:
     q, k = (torch.zeros(shape) for shape in shapes)
     with pytest.raises(InputError, match=said):
-        launches(q, k, k, torch.zeros_like(q), blocks=SMALL, **options)
+        launches(q, k, k, torch.zeros_like(q), tiles=SMALL, **options)
 
 
 def test_other_dtypes_and_views_are_refused() -> None:
@@ -233,10 +237,10 @@ def test_other_dtypes_and_views_are_refused() -> None:
     with pytest.raises(
         InputError, match="keys of float16, values of float16, an output of float32 for float32 queries"
     ):
-        launches(q, q.half(), q.half(), q, blocks=SMALL)
+        launches(q, q.half(), q.half(), q, tiles=SMALL)
     with pytest.raises(InputError, match="queries of float64; expected float32, float16, bfloat16"):
-        launches(q.double(), q.double(), q.double(), q.double(), blocks=SMALL)
+        launches(q.double(), q.double(), q.double(), q.double(), tiles=SMALL)
     with pytest.raises(InputError, match="a last axis that is not contiguous"):
-        launches(q.transpose(2, 3), q.transpose(2, 3), q.transpose(2, 3), q.transpose(2, 3), blocks=SMALL)
+        launches(q.transpose(2, 3), q.transpose(2, 3), q.transpose(2, 3), q.transpose(2, 3), tiles=SMALL)
     with pytest.raises(InputError, match="8 heads in groups of 3"):
         Variant("fp16", 64, heads=8, groups=3)

@@ -35,7 +35,7 @@ from transom.export.passes.plugin_attention import CAUSAL, DOMAIN, INPUTS, MASKE
 from transom.export.plugins import kernel_spec as launch
 from transom.export.plugins.aot import compiled_from_json
 from transom.export.plugins.kernel_spec import Variant
-from transom.export.plugins.tile_sizes import SPILLED, blocks_for, portable
+from transom.export.plugins.tile_sizes import SPILLED, portable, tile_sizes_for
 from transom.export.plugins.trt_plugin import candidates, layout_of, variant_of
 from transom.runtime.backends import cuda
 from transom.runtime.errors import EngineError
@@ -116,11 +116,11 @@ def test_nvidias_package_takes_our_plugins(planned: Any) -> None:
 def test_the_launch_by_hand(planned: Any) -> None:
     """B = 3, S = 50, 12 heads: 36 programs of 64 queries in FP32, of 128 in halves; a step's are of 16."""
     cases, *_ = planned
-    blocks = [
+    tiles = [
         candidates(89, variant_of(operator, dtypes, numbers(shapes), 0.125)) for operator, dtypes, shapes, _ in CASES
     ]
-    assert [[each.m for each in both] for both in blocks] == [[64, 16], [128, 16], [128, 16], [64, 16]]
-    for both, tactics in zip(blocks, cases, strict=True):
+    assert [[each.m for each in both] for both in tiles] == [[64, 16], [128, 16], [128, 16], [64, 16]]
+    for both, tactics in zip(tiles, cases, strict=True):
         for each, made in zip(both, tactics, strict=True):
             launch = made["launch"]
             tiles = -(-50 // each.m)
@@ -213,7 +213,7 @@ def by_the_body(operator: str, given: list[torch.Tensor]) -> Any:
 
 
 def test_the_kernel_of_a_step_for_other_gpus(planned: Any) -> None:
-    """The blocks of keys in parts, on a kernel that has none: shared memory that is there, next to nothing spilled."""
+    """Tiles of split-KV, on a kernel without splits: shared memory that is there, next to nothing spilled."""
     _, steps, _ = planned
     for sm, capability, shared, _, spilled in steps:
         assert capability == sm
@@ -283,6 +283,6 @@ def test_heads_that_the_pass_takes_have_a_kernel() -> None:
 def test_gpus_that_the_table_does_not_have() -> None:
     """Thor, B300 and GB10 run the PTX of SM89; from SM90 on PTX is for its own GPU."""
     assert [portable(sm) for sm in (75, 86, 88, 90, 103, 110, 120, 121)] == [75, 86, 87, 90, 89, 89, 120, 89]
-    assert candidates(121, Variant("fp16", 64))[0] == blocks_for(89, Variant("fp16", 64))
+    assert candidates(121, Variant("fp16", 64))[0] == tile_sizes_for(89, Variant("fp16", 64))
     with pytest.raises(EngineError, match="no kernel for SM70; expected SM75 or later"):
         portable(70)
