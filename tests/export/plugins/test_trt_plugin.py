@@ -89,7 +89,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[list[dict[st
     """What was told of each case, by tactic; the last case for other GPUs; what went wrong for unknown heads."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    environment["PYTHONPATH"] = str(TESTS / "support")
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS / "support"), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", SCRIPT, json.dumps(CASES), json.dumps(SIZES)],
         env=environment,
