@@ -47,10 +47,10 @@ def verify(
     --no-accuracy is given.
     """
     with progress(quiet=as_json) as report, redirect_stdout(sys.stderr), export_extra():
-        from transom.export import pipeline
+        from transom.export import verification
         from transom.runtime.host import processor
 
-        verified = pipeline.verify(
+        verified = verification.verify(
             bundle,
             source=source,
             calibration_data=calibration_data or (),
@@ -60,7 +60,7 @@ def verify(
             progress=report,
         )
     cases = verified.cases
-    missing = accuracy and verified.accuracy == pipeline.NOT_CHECKED
+    missing = accuracy and verified.accuracy == verification.NOT_CHECKED
     ties = [asdict(tie) for tie in verified.near_ties]
     if as_json:
         print_json(
@@ -87,7 +87,7 @@ def verify(
         print(line)
     if verified.gate is not None:
         print(printable(f"accuracy gate holds: {verified.gate.summary()}; on {processor()}"))
-    if verified.accuracy != pipeline.NOT_CHECKED:
+    if verified.accuracy != verification.NOT_CHECKED:
         print(f"agrees with PyTorch; the worst element: {worst}")
         return
     print(f"every output is within its tolerance of PyTorch's; the worst element: {worst}")

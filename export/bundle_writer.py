@@ -7,34 +7,64 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transom.export.staging import OLD, PARTIAL, remove_stale, staging_dir
-from transom.runtime.bundle import read_manifest
+from transom.runtime.bundle import Bundle, read_manifest, versioned
 from transom.runtime.errors import ExportError
-from transom.runtime.manifest import FORMAT, FORMAT_VERSION, MANIFEST, manifest_sha256
+from transom.runtime.manifest import (
+    FORMAT,
+    FORMAT_VERSION,
+    MANIFEST,
+    Manifest,
+    manifest_from_json,
+    manifest_sha256,
+)
+
+
+class StagedBundle(Bundle):
+    """A bundle before its bundle.json is written: a manifest in memory, and ``read``, which returns a file's bytes.
+
+    Nothing is hashed when it is read: the bytes are this process' own. ``folder`` names the bundle in messages.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, read: Callable[[str], bytes]) -> None:
+        self.folder, self.manifest, self._read = folder, manifest, read
+
+    @classmethod
+    def in_memory(cls, fields: Mapping[str, Any], files: Mapping[str, bytes]) -> StagedBundle:
+        """Make a bundle of ``files`` that is never written."""
+        entries = {name: entry_of(data) for name, data in files.items()}
+        return cls(Path(str(fields["name"])), manifest_of(manifest_bytes(fields, entries)), files.__getitem__)
+
+    def read(self, name: str) -> bytes:
+        """Return the bytes of a file."""
+        return self._read(name)
 
 
 class BundleWriter:
-    """Files go in with ``add``; ``describe`` writes bundle.json over what is there so far."""
+    """Writes a bundle's files with ``add``, each hashed once, and bundle.json over all of them with ``describe``."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files: dict[str, dict[str, Any]] = {}
 
     def add(self, name: str, data: bytes) -> None:
-        """Write a file and note its size and SHA-256."""
+        """Write a file and record its size and SHA-256."""
         write(self.folder / name, data)
         self._files[name] = entry_of(data)
 
+    def staged(self, fields: Mapping[str, Any]) -> StagedBundle:
+        """Return the bundle of the files so far, described by ``fields``, without writing bundle.json."""
+        manifest = manifest_of(manifest_bytes(fields, self._files))
+        return StagedBundle(self.folder, manifest, lambda name: (self.folder / name).read_bytes())
+
     def describe(self, fields: Mapping[str, Any]) -> None:
         """Write bundle.json: ``fields`` with the format, the files and the hash over itself."""
-        write_manifest(
-            self.folder, {"format": FORMAT, "format_version": FORMAT_VERSION, **fields, "files": self._files}
-        )
+        write(self.folder / MANIFEST, manifest_bytes(fields, self._files))
 
 
 def add_to_bundle(folder: Path, added: Mapping[str, bytes], fields: Mapping[str, Any] | None = None) -> None:
@@ -77,10 +107,25 @@ def entry_of(data: bytes) -> dict[str, Any]:
 
 
 def write_manifest(folder: Path, fields: Mapping[str, Any]) -> None:
-    """bundle.json of ``fields`` and the hash over itself."""
+    """Write bundle.json of ``fields`` and the hash over itself."""
+    write(folder / MANIFEST, encoded(fields))
+
+
+def manifest_bytes(fields: Mapping[str, Any], files: Mapping[str, Any]) -> bytes:
+    """Return bundle.json of ``fields`` and ``files`` with the format and the hash over itself."""
+    return encoded({"format": FORMAT, "format_version": FORMAT_VERSION, **fields, "files": files})
+
+
+def encoded(fields: Mapping[str, Any]) -> bytes:
+    """Return ``fields`` as JSON with the hash over itself."""
     manifest = {key: value for key, value in fields.items() if key != "manifest_sha256"}
     manifest["manifest_sha256"] = manifest_sha256(manifest)
-    write(folder / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False).encode() + b"\n")
+    return json.dumps(manifest, indent=1, allow_nan=False).encode() + b"\n"
+
+
+def manifest_of(data: bytes) -> Manifest:
+    """Parse the bytes of a bundle.json as a reader does. Raises BundleError for fields that a reader would refuse."""
+    return manifest_from_json(versioned(data, MANIFEST))
 
 
 def write(path: Path, data: bytes) -> None:

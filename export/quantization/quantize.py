@@ -11,7 +11,8 @@ import onnx_ir as ir
 
 from transom.calib.data import CalibrationData, Sample, open_calibration_data
 from transom.calib.table import RANGES, RangeTable, Smoothing
-from transom.export.parity.fp16_range import beyond_fp16
+from transom.export.parity.cases import ParityCases
+from transom.export.parity.fp16_range import beyond_fp16, measure_ranges
 from transom.export.quantization.calibrate import calibrate, require_fitting, smoothed
 from transom.export.quantization.candidate import CPU, Candidate, ranking_reference
 from transom.export.quantization.gate import Gate
@@ -33,8 +34,6 @@ from transom.runtime.tasks import task_class
 PARTS = 4  # of the calibration data; one is held out, for the gate or for variety's sake
 MAX_CANDIDATES = PARTS  # calibrations, where few cases are held out
 
-Largest = Mapping[str, tuple[float, str]]
-
 
 @dataclass(frozen=True)
 class Quantized:
@@ -50,7 +49,7 @@ class Quantization:
 
     ``bundle`` is in FP32, ``canonical`` its graphs by name, ``source`` the user's word for the checkpoint, ``data``
     what is calibrated on, unless there is a ``table`` already.
-    ``measure`` gives the largest values of FP32 graphs, by which they fit FP16 or not; it consumes its argument.
+    Ranges over ``parity_cases`` say whether the graphs fit FP16.
     """
 
     def __init__(
@@ -62,11 +61,11 @@ class Quantization:
         options: QuantizeOptions,
         data: CalibrationData,
         table: RangeTable | None,
-        measure: Callable[[Mapping[str, ir.Model]], Largest],
+        parity_cases: ParityCases,
         tell: Callable[[str], None],
     ) -> None:
         self._bundle, self._canonical, self._source = bundle, canonical, source
-        self._options, self._data, self._measure, self._tell = options, data, measure, tell
+        self._options, self._data, self._parity_cases, self._tell = options, data, parity_cases, tell
         self._config = options.config(precision, tuple(file.graph for file in bundle.manifest.graphs))
         self._reference = scored_model(source, bundle.manifest.task)
         self._scored = self._reference is not None
@@ -123,7 +122,8 @@ class Quantization:
             return True
         self._tell("measuring every tensor's range")
         smoothing = {name: table.graphs[name].smoothing for name in self._canonical}
-        return not beyond_fp16(self._measure(smoothed(self._canonical, smoothing)))
+        ranges = measure_ranges(self._bundle, smoothed(self._canonical, smoothing), self._parity_cases)
+        return not beyond_fp16(ranges.tensors)
 
     def _samples(self, held_out: CalibrationData | None) -> Sequence[Sample]:
         """Return the user's held-out samples, or those of the reference model, which brings its own."""

@@ -202,6 +202,6 @@ def test_verify_beyond_tolerance_exits_1(bert_bundle: Path, monkeypatch: pytest.
     def differ(*arguments: Any, **options: Any) -> None:
         raise ParityError(f"it differs: {worst}")
 
-    monkeypatch.setattr("transom.export.pipeline.verify", differ)
+    monkeypatch.setattr("transom.export.verification.verify", differ)
     line = error_line(transom("verify", bert_bundle))
     assert line == "transom.runtime.errors.ParityError: it differs: logits[0, 1] is 1.5, expected 1 (error 5.00e-01)"

@@ -386,16 +386,18 @@ def test_the_stages_of_an_export_are_all_there(monkeypatch: pytest.MonkeyPatch, 
 
     for name, result in {
         "load_checkpoint": fake, "onnx_from_module": graph_of("g (float[1] x) => (float[1] y) { y = Neg (x) }"),
-        "make_variants": SimpleNamespace(emulated=(1,)), "describe": {},
-        "write_files": None, "Bundle": SimpleNamespace(manifest="manifest"), "open_default_files": None,
+        "make_variants": SimpleNamespace(emulated=(1,)), "manifest_fields": {"precision": "fp16"},
+        "write_files": None, "open_default_files": None,
         "open_pytorch": Side(), "ParityCases": [1], "parity_inputs": {}, "open_bundle": Side(),
         "emulated_variants": None, "open_variants": Side(),
         "measure_ranges": SimpleNamespace(tensors={}), "require_fp16_range": None, "check_parity": [],
         "check_greedy": [], "score_both": None, "parity_to_json": {},
     }.items():  # fmt: skip
         monkeypatch.setattr(pipeline, name, stage(name, result))
+    staged = SimpleNamespace(manifest=SimpleNamespace(precision="fp16"))
+    monkeypatch.setattr(pipeline.BundleWriter, "staged", stage("staged", staged))
     failing = ""
-    assert export("x", tmp_path / "whole", precision="fp16") == "manifest"
+    assert export("x", tmp_path / "whole", precision="fp16") is staged.manifest
     checks = [
         "open_default_files",
         "measure_ranges",

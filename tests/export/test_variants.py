@@ -30,6 +30,7 @@ from transom.export.passes.half_precision import convert_precision
 from transom.export.report.graphs import executed_operators, graph_file
 from transom.export.report.parity import fp16_range
 from transom.export.variants import ALIGNMENT, make_variants
+from transom.export.verification import verify
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import ExportError, ParityError
 from transom.runtime.graph_spec import ARANGE, Graph
@@ -252,9 +253,11 @@ def test_a_default_file_that_does_not_load_stops_the_export(
 ) -> None:
     write = pipeline.write_files
 
-    def write_another(writer: Any, loaded: Any, shipped: variants.Variants) -> None:
-        write(writer, loaded, shipped)  # what is written here is checked; this comes behind it
-        writer.add("model.onnx", shipped.files["model.onnx"].replace(b"LayerNormalization", b"LayerNormalisation"))
+    def write_another(writer: Any, loaded: Any, converted: pipeline.Converted) -> None:
+        write(writer, loaded, converted)  # what is written here is checked; this comes behind it
+        writer.add(
+            "model.onnx", converted.variants.files["model.onnx"].replace(b"LayerNormalization", b"LayerNormalisation")
+        )
 
     monkeypatch.setattr(pipeline, "write_files", write_another)
     with pytest.raises(
@@ -277,7 +280,7 @@ def test_a_default_file_whose_state_is_not_as_bundle_json_says_is_refused(
 def test_verify_rounds_the_default_file_as_a_gpu_would(half_bundle: Path, tmp_path: Path) -> None:
     """Its weights are the variant's; what else is in it, nothing else on a CPU computes."""
     parity = Bundle(half_bundle).manifest.parity
-    cases = pipeline.verify(half_bundle).cases
+    cases = verify(half_bundle).cases
     assert len(cases) == len(parity["cases"])
     assert sum(case.emulated for case in cases) == len(cases) // 2
     text = transom("verify", half_bundle).stdout
@@ -294,7 +297,7 @@ def test_verify_rounds_the_default_file_as_a_gpu_would(half_bundle: Path, tmp_pa
     replaced("model.onnx", perturb)(bundle)
     selftest(bundle)
     with pytest.raises(ParityError, match="differs from PyTorch"):
-        pipeline.verify(bundle)
+        verify(bundle)
 
 
 def test_an_old_bundle_without_the_variant_loads_and_passes_its_selftest(half_gpt_bundle: Path, tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ from onnx import TensorProto, helper
 
 from paths import TESTS
 from tiny_graphs import graph_of
-from transom.export import pipeline
 from transom.export.bundle_writer import BundleWriter
 from transom.export.passes.half_precision import convert_precision
+from transom.export.pipeline import Converted, write_files
 from transom.export.variants import Variants, check_file, externalize, serialized
 from transom.runtime.errors import ExportError
 
@@ -123,8 +123,9 @@ def test_every_file_that_is_written_is_checked(tmp_path: Path, monkeypatch: pyte
         check(path, **options)
 
     monkeypatch.setattr(onnx.checker, "check_model", spy)
-    pipeline.write_files(BundleWriter(tmp_path), UNTOKENIZED, Variants((), files, (), {}))
+    converted = Converted(Variants((), files, (), {}), {}, {})
+    write_files(BundleWriter(tmp_path), UNTOKENIZED, converted)
     assert seen == ["model.onnx", "model.cpu.onnx"]
     files["model.cpu.onnx"] = serialized(wrong)
     with pytest.raises(ExportError, match=r"model\.cpu\.onnx is no valid ONNX model"):
-        pipeline.write_files(BundleWriter(tmp_path), UNTOKENIZED, Variants((), files, (), {}))
+        write_files(BundleWriter(tmp_path), UNTOKENIZED, converted)

@@ -11,7 +11,7 @@ import pytest
 
 from conftest import save_checkpoint
 from transom.export.parity.compare import TOLERANCES
-from transom.export.pipeline import verify
+from transom.export.verification import verify
 from transom.runtime import load
 from transom.runtime.backends import cuda
 from transom.runtime.backends.cuda import Gpu

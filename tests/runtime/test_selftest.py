@@ -18,12 +18,12 @@ from safetensors.numpy import save
 from bad_bundles import replaced
 from command_line import as_quantized, changed_bundle, document, transom
 from paths import KEPT
-from transom.export import pipeline
 from transom.export.parity.cases import ParityCases
 from transom.export.parity.compare import TOLERANCES, check_parity, export_limit
 from transom.export.parity.inputs import parity_inputs
 from transom.export.parity.results import Golden
 from transom.export.quantization.gate import POINTS
+from transom.export.verification import verify
 from transom.runtime import load
 from transom.runtime.backends.integer_sums import integer_sums
 from transom.runtime.bundle import Bundle
@@ -262,7 +262,7 @@ def test_verify_compares_the_file_for_other_devices_too(int8_bundle: Path, tmp_p
 
     replaced("model.onnx", wrong)(bundle)
     with pytest.raises(ParityError, match="vit in int8, simulated as another device computes it, differs from PyTorch"):
-        pipeline.verify(bundle, accuracy=False)
+        verify(bundle, accuracy=False)
     with open(bundle / "bundle.json") as file:
         assert json.load(file)["precision"] == "int8"
 
@@ -271,7 +271,7 @@ def test_verify_judges_the_gate_again(int8_bundle: Path, monkeypatch: pytest.Mon
     """A gate that allows nothing: of 540 scans some are answered otherwise than by PyTorch, or none."""
     monkeypatch.setitem(POINTS, "vit", -1.0)
     with pytest.raises(AccuracyError, match=r"vit in int8: top-1 accuracy .* of -100"):
-        pipeline.verify(int8_bundle)
+        verify(int8_bundle)
 
 
 # ------------------------------------------------------------------------------------------ golden values

@@ -25,6 +25,7 @@ from transom.export import pipeline
 from transom.export.parity.cases import grid
 from transom.export.parity.compare import TOLERANCES, export_limit, require_parity
 from transom.export.parity.results import CaseResult
+from transom.export.verification import verify
 from transom.runtime.compare import compare
 from transom.runtime.errors import CheckpointError, ParityError, PrecisionError
 from transom.runtime.golden_reference import REPEAT
@@ -172,7 +173,7 @@ def test_every_precision_exports_verifies_and_passes_its_selftest(
     manifest = pipeline.export(str(folder), tmp_path / "out", precision=precision)
     assert manifest.precision == precision
     assert 0 < manifest.parity["worst"]["error"] <= TOLERANCES[precision]
-    cases = pipeline.verify(tmp_path / "out").cases
+    cases = verify(tmp_path / "out").cases
     named = [{size for tensor in file.graph.inputs for size in tensor.shape} for file in manifest.graphs]
     grids = [grid({name: axis for name, axis in manifest.axes.items() if name in names}) for names in named]
     assert len(cases) == sum(map(len, grids)) * (2 if precision == "fp16" else 1)  # again, as a GPU rounds
@@ -230,11 +231,11 @@ def test_a_quantised_bundle_is_compared_with_its_own_build(vit_bundle: Path, tmp
 
 def test_verify_wants_the_same_checkpoint(bert_bundle: Path, bert_checkpoint: Path, tmp_path: Path) -> None:
     moved = Path(shutil.copytree(bert_checkpoint, tmp_path / "moved"))
-    assert pipeline.verify(bert_bundle, source=str(moved))
+    assert verify(bert_bundle, source=str(moved))
     config = json.loads((moved / "config.json").read_text())
     (moved / "config.json").write_text(json.dumps({**config, "layer_norm_eps": 1e-3}))
     with pytest.raises(CheckpointError, match=r"not the checkpoint that .* was made from"):
-        pipeline.verify(bert_bundle, source=str(moved))
+        verify(bert_bundle, source=str(moved))
 
 
 @pytest.mark.parametrize("sizes", [{"B": 1, "S": 1}, {"S": 2}])

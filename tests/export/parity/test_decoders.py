@@ -22,6 +22,7 @@ from transom.export import pipeline
 from transom.export.parity import compare
 from transom.export.parity.compare import TOLERANCES
 from transom.export.parity.results import CaseResult
+from transom.export.verification import verify
 from transom.runtime.errors import BundleError, ParityError
 from transom.runtime.golden import GENERATION, GOLDEN
 from transom.runtime.greedy_check import NOTHING, Chosen, Greedy, divergences, require_same_tokens
@@ -50,7 +51,7 @@ def test_every_precision_exports_verifies_and_passes_its_selftest(
     assert 0 < parity["worst"]["error"] <= TOLERANCES[precision]
     steps = [case["sizes"]["chunk"] for case in parity["cases"] if "chunk" in case["sizes"]]
     assert max(steps) == 64  # teacher-forced, one by one
-    cases = pipeline.verify(tmp_path / "out").cases
+    cases = verify(tmp_path / "out").cases
     assert len(cases) == len(parity["cases"])
     assert sum(case.emulated for case in cases) == (len(cases) // 2 if precision == "fp16" else 0)  # a third side
     report = selftest(tmp_path / "out")
@@ -69,7 +70,7 @@ def test_tight_bounds_export_and_pass_their_selftest(
     """One row, fewer logits than tokens in a step, a context in which nothing can be generated."""
     out = tmp_path / "out"
     pipeline.export(str(make_checkpoint(architecture, **SHALLOW[architecture])), out, max_sizes=bounds)
-    assert pipeline.verify(out).cases
+    assert verify(out).cases
     assert selftest(out).cases
 
 
