@@ -15,7 +15,7 @@ MUTATE_ARGS ?=
 BUNDLES    ?=
 PROCESSOR_ARGS ?=
 
-ROOMS      := models export runtime calib cli
+PACKAGES   := models export runtime calib cli
 REFERENCES := vit minilm bert gpt transformer clip
 VENV       := .venv
 WHEEL_VENV := build/wheel-venv
@@ -85,7 +85,7 @@ export: $(STAMP) ## export, check and report on the reference models in each pre
 	if [ $$# -gt 0 ]; then $(VENV)/bin/transom table "$$@" || failed="$$failed, the table"; fi; \
 	if [ -n "$$failed" ]; then echo "make export: failed: $${failed#, }; the reasons are above" >&2; exit 1; fi
 
-check: $(STAMP) typing ## ruff, mypy --strict over all rooms, the walls between the rooms
+check: $(STAMP) typing ## ruff, mypy --strict over all packages, the import boundaries between them
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy -p transom
@@ -104,7 +104,7 @@ wheel: $(STAMP) ## dist/transom-*.whl
 	@ls dist/transom-*.whl
 
 # The libraries come from .venv through a .pth, whose own .pth files Python then does not read: the
-# editable transom stays invisible. The tests run from a copy, away from the rooms' folders.
+# editable transom stays invisible. The tests run from a copy, away from the packages' folders.
 test-wheel: wheel ## the tests that use all of a wheel, on the wheel in an environment of its own
 	@rm -rf $(WHEEL_VENV) build/wheel-tests && mkdir -p build/wheel-tests
 	$(VENV)/bin/python -m venv --without-pip $(WHEEL_VENV)
@@ -154,7 +154,7 @@ clean: ## removes what was made here, except .venv, bundles/ and reports/
 # mypy and pyright do not see the mapping of folders to transom.*: they get it as links.
 typing:
 	@rm -rf build/typing && mkdir -p build/typing/transom
-	@for room in $(ROOMS); do ln -s "../../../$$room" "build/typing/transom/$$room"; done
+	@for package in $(PACKAGES); do ln -s "../../../$$package" "build/typing/transom/$$package"; done
 
 $(STAMP): pyproject.toml $(if $(SOUND),,again)
 	@rm -f $(STAMP)

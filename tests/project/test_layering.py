@@ -1,4 +1,4 @@
-"""The walls between the rooms: who may import whom, which libraries, and what an import loads.
+"""The boundaries between the packages: who may import whom, which libraries, no cycle, and what an import loads.
 
 An AST walk instead of import-linter, which cannot see that ``models/`` installs as ``transom.models``.
 """
@@ -10,7 +10,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,16 +19,16 @@ import pytest
 from paths import REPO
 from time_limits import PATIENCE_S
 
-ROOMS = ("models", "export", "runtime", "calib", "cli")
+PACKAGES = ("models", "export", "runtime", "calib", "cli")
 
-# Prefixes of what each room may import of ours. A name counts as deep as it is written:
+# Prefixes of what each package may import of ours. A name counts as deep as it is written:
 # `from transom.runtime import load` is `transom.runtime.load`.
 OURS = {
     "models": ("transom.models", "transom.runtime.errors", "transom.runtime.graph_spec", "transom.runtime.families"),
     "runtime": ("transom.runtime",),
     "calib": ("transom.calib", "transom.runtime"),
     "export": ("transom.export", "transom.models", "transom.calib", "transom.runtime"),
-    "cli": tuple(f"transom.{room}" for room in ROOMS),
+    "cli": tuple(f"transom.{name}" for name in PACKAGES),
 }
 THEIRS = {
     "models": {"torch", "safetensors", "huggingface_hub"},
@@ -92,21 +92,21 @@ def under(name: str, prefixes: tuple[str, ...]) -> bool:
 
 def violations(path: str, source: str) -> list[str]:
     """What the module at `path` (relative to the repository, "/" between folders) may not import."""
-    room, package = path.split("/")[0], ".".join(["transom", *path.split("/")[:-1]])
+    package, module_package = path.split("/")[0], ".".join(["transom", *path.split("/")[:-1]])
     found = []
-    for item in sorted(imports(source, package), key=lambda item: item.line):
+    for item in sorted(imports(source, module_package), key=lambda item: item.line):
         top = item.name.split(".")[0]
-        libraries = THEIRS[room] | ({"torch"} if path in TORCH_TOO else set())
-        if top in ROOMS:
+        libraries = THEIRS[package] | ({"torch"} if path in TORCH_TOO else set())
+        if top in PACKAGES:
             problem = f"is a second module beside transom.{item.name}"
-        elif top == "transom" and not under(item.name, OURS[room]):
-            problem = f"is behind a wall for {room}/"
+        elif top == "transom" and not under(item.name, OURS[package]):
+            problem = f"crosses the boundary of {package}/"
         elif top not in ("transom", *libraries, *sys.stdlib_module_names):
-            problem = f"is no library of {room}/"
+            problem = f"is no library of {package}/"
         elif (
             not item.lazy
-            and under(item.name, LAZY.get(room, ()))
-            and not under(item.name, EAGER_ALL_THE_SAME.get(room, ()))
+            and under(item.name, LAZY.get(package, ()))
+            and not under(item.name, EAGER_ALL_THE_SAME.get(package, ()))
         ):
             problem = "belongs inside the function that needs it"
         else:
@@ -126,37 +126,37 @@ def files(*folders: str) -> list[str]:
 
 def test_the_repository_is_there() -> None:
     """Otherwise every test below would be parametrised over nothing, and pass."""
-    assert {f"{room}/__init__.py" for room in ROOMS} <= set(files(*ROOMS)), f"no rooms in {REPO}"
+    assert {f"{name}/__init__.py" for name in PACKAGES} <= set(files(*PACKAGES)), f"no packages in {REPO}"
 
 
-@pytest.mark.parametrize("path", files(*ROOMS))
-def test_room_keeps_its_walls(path: str) -> None:
+@pytest.mark.parametrize("path", files(*PACKAGES))
+def test_a_package_keeps_its_boundary(path: str) -> None:
     assert violations(path, (REPO / path).read_text("utf-8")) == []
 
 
 @pytest.mark.parametrize("path", files("tests", "examples", "benchmarks", "docs"))
-def test_no_bare_names_outside_the_rooms(path: str) -> None:
+def test_no_bare_names_outside_the_packages(path: str) -> None:
     """From the repository's root `import models.bert` works: a second module, with other classes."""
     names = [item.name for item in imports((REPO / path).read_text("utf-8"), package="")]
-    assert [name for name in names if under(name, ROOMS)] == []
+    assert [name for name in names if under(name, PACKAGES)] == []
 
 
 @pytest.mark.parametrize(
     ("path", "source", "problem"),
     [
-        ("models/bert.py", "from transom.runtime import load", "1: transom.runtime.load is behind a wall"),
-        ("models/bert.py", "from ..export.onnx_export import trace", "1: transom.export.onnx_export.trace is behind"),
-        ("models/bert.py", "from .. import calib", "1: transom.calib is behind"),
+        ("models/bert.py", "from transom.runtime import load", "1: transom.runtime.load crosses the boundary"),
+        ("models/bert.py", "from ..export.onnx_export import trace", "1: transom.export.onnx_export.trace crosses"),
+        ("models/bert.py", "from .. import calib", "1: transom.calib crosses"),
         ("models/bert.py", "import numpy as np", "1: numpy is no library of models/"),
         ("models/bert.py", "from huggingface_hub import x", "1: huggingface_hub.x belongs inside"),
         ("runtime/backends/ort.py", "def f():\n    import torch", "2: torch is no library of runtime/"),
-        ("runtime/tasks/bert.py", "from transom.models import bert", "1: transom.models.bert is behind"),
+        ("runtime/tasks/bert.py", "from transom.models import bert", "1: transom.models.bert crosses"),
         ("runtime/backends/ort.py", "import importlib\nimportlib.import_module('onnx')", "2: onnx is no library"),
-        ("calib/scales.py", "from transom.export import bundle_writer", "1: transom.export.bundle_writer is behind"),
+        ("calib/scales.py", "from transom.export import bundle_writer", "1: transom.export.bundle_writer crosses"),
         ("export/pipeline.py", "import torch.nn", "1: torch.nn is no library of export/"),
         ("export/passes/onnx.py", "import torch", "1: torch is no library of export/"),
         ("export/onnx_export.py", "import transformers", "1: transformers is no library of export/"),
-        ("export/onnx_export.py", "from transom.cli import main", "1: transom.cli.main is behind"),
+        ("export/onnx_export.py", "from transom.cli import main", "1: transom.cli.main crosses"),
         ("export/onnx_export.py", "from models.bert import Bert", "1: models.bert.Bert is a second module"),
         ("cli/main.py", "class C:\n  from transom.export import x", "2: transom.export.x belongs inside"),
         ("cli/main.py", "if TYPE_CHECKING:\n  pass\nelse:\n  import transom.calib", "4: transom.calib bel"),
@@ -183,8 +183,83 @@ def test_the_checker_lets_pass(path: str, source: str) -> None:
     assert violations(path, source) == []
 
 
+def module_name(path: str) -> str:
+    """``transom.export.passes`` of ``export/passes/__init__.py``."""
+    return ".".join(("transom", *Path(path).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def import_graph(sources: Mapping[str, str]) -> dict[str, set[str]]:
+    """Module -> the modules among ``sources`` (path -> text) that it imports, in functions and for types, too."""
+    modules = {module_name(path): path for path in sources}
+    graph: dict[str, set[str]] = {}
+    for name, path in modules.items():
+        package = name if path.endswith("__init__.py") else name.rpartition(".")[0]
+        graph[name] = set()
+        for item in imports(sources[path], package):
+            found = item.name
+            while found and found not in modules:
+                found = found.rpartition(".")[0]
+            graph[name] |= {found} - {"", name}
+    return graph
+
+
+def cycles(graph: Mapping[str, set[str]]) -> list[list[str]]:
+    """The nodes of each ring: what is left when nodes that lead nowhere, or that nothing leads to, are taken away."""
+    left = {node: set(targets) for node, targets in graph.items()}
+    while True:
+        reached = set().union(*left.values())
+        ends = {node for node, targets in left.items() if not targets or node not in reached}
+        if not ends:
+            break
+        left = {node: targets - ends for node, targets in left.items() if node not in ends}
+    rings: list[list[str]] = []
+    while left:
+        ring, pending = set(), [min(left)]
+        while pending:
+            node = pending.pop()
+            if node in left and node not in ring:
+                ring.add(node)
+                pending += left[node]
+        rings.append(sorted(ring))
+        left = {node: targets for node, targets in left.items() if node not in ring}
+    return rings
+
+
+def test_no_module_imports_itself_by_a_detour() -> None:
+    """Not in a function, not for a type: a reader who follows the imports only ever goes down."""
+    graph = import_graph({path: (REPO / path).read_text("utf-8") for path in files(*PACKAGES)})
+    assert len(graph) > 200
+    assert cycles(graph) == []
+
+
+@pytest.mark.parametrize(
+    ("sources", "expected"),
+    [
+        ({"runtime/a.py": "from transom.runtime import b", "runtime/b.py": ""}, []),
+        (
+            {
+                "runtime/a.py": "from transom.runtime.b import x",
+                "runtime/b.py": "def f():\n    import transom.runtime.a",
+            },
+            [["transom.runtime.a", "transom.runtime.b"]],
+        ),
+        (
+            {
+                "cli/a.py": "if TYPE_CHECKING:\n    from transom.cli.b import B",
+                "cli/b.py": "from transom.cli import c",
+                "cli/c.py": "from . import a",
+                "cli/d.py": "from . import a",
+            },
+            [["transom.cli.a", "transom.cli.b", "transom.cli.c"]],
+        ),
+    ],
+)
+def test_the_checker_sees_cycles(sources: dict[str, str], expected: list[list[str]]) -> None:
+    assert cycles(import_graph(sources)) == expected
+
+
 def python(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Runs away from the repository's root, where the rooms could be imported bare."""
+    """Runs away from the repository's root, where the packages could be imported bare."""
     done = subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stderr
     return done

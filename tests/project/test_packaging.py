@@ -24,7 +24,7 @@ import pytest
 from paths import REPO
 from time_limits import PATIENCE_S
 
-ROOMS = ("models", "export", "runtime", "calib", "cli")
+PACKAGES = ("models", "export", "runtime", "calib", "cli")
 if not (REPO / "Makefile").is_file():
     pytest.skip(f"no Makefile in {REPO}: set TRANSOM_REPO to the repository", allow_module_level=True)
 
@@ -36,18 +36,18 @@ def setuptools_table() -> dict[str, Any]:
     return table
 
 
-def files_of(room: str) -> list[Path]:
-    """Every file of a room, relative to the repository; what Python itself wrote is not counted."""
+def files_of(package: str) -> list[Path]:
+    """Every file of a package, relative to the repository; what Python itself wrote is not counted."""
     return sorted(
         path.relative_to(REPO)
-        for path in (REPO / room).rglob("*")
+        for path in (REPO / package).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     )
 
 
 def packages_on_disk() -> set[str]:
     """Folders that hold Python files; those of reference data are the data of transom.models."""
-    folders = {path.parent for room in ROOMS for path in files_of(room) if path.suffix == ".py"}
+    folders = {path.parent for package in PACKAGES for path in files_of(package) if path.suffix == ".py"}
     return {".".join(("transom", *folder.parts)) for folder in folders if folder.parts[:2] != ("models", "reference")}
 
 
@@ -64,17 +64,17 @@ def test_every_package_lies_where_package_dir_says() -> None:
 def test_every_package_has_an_init_and_every_room_is_typed() -> None:
     """Without __init__.py setuptools still packs it, but mypy and the import system treat it otherwise."""
     wanted = {Path(*name.split(".")[1:], "__init__.py") for name in packages_on_disk()}
-    wanted |= {Path(room, "py.typed") for room in ROOMS}
-    assert wanted - {path for room in ROOMS for path in files_of(room)} == set()
+    wanted |= {Path(package, "py.typed") for package in PACKAGES}
+    assert wanted - {path for package in PACKAGES for path in files_of(package)} == set()
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_package_data_names_the_data_files_and_nothing_else(room: str) -> None:
-    globs = setuptools_table()["package-data"][f"transom.{room}"]
-    matched = {glob: {path for path in (REPO / room).glob(glob) if path.is_file()} for glob in globs}
+@pytest.mark.parametrize("package", PACKAGES)
+def test_package_data_names_the_data_files_and_nothing_else(package: str) -> None:
+    globs = setuptools_table()["package-data"][f"transom.{package}"]
+    matched = {glob: {path for path in (REPO / package).glob(glob) if path.is_file()} for glob in globs}
     assert [glob for glob, paths in matched.items() if not paths] == []
     named = {path.relative_to(REPO) for paths in matched.values() for path in paths}
-    assert {path for path in files_of(room) if path.suffix != ".py"} - named == set()
+    assert {path for path in files_of(package) if path.suffix != ".py"} - named == set()
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_the_rooms_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
-    assert packed == {f"transom/{path.as_posix()}" for room in ROOMS for path in files_of(room)}
+    assert packed == {f"transom/{path.as_posix()}" for package in PACKAGES for path in files_of(package)}
 
 
 def test_the_wheel_carries_licence_command_and_what_it_needs(wheel: Path) -> None:
@@ -123,13 +123,13 @@ def test_the_version_is_the_installed_one() -> None:
     assert importlib.metadata.version("transom") == declared
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_an_app_never_gets_a_module_called_like_a_room(room: str, tmp_path: Path) -> None:
-    code = f"import transom.runtime, {room}"
+@pytest.mark.parametrize("package", PACKAGES)
+def test_an_app_never_gets_a_module_called_like_a_package(package: str, tmp_path: Path) -> None:
+    code = f"import transom.runtime, {package}"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S
     )
-    assert f"ModuleNotFoundError: No module named '{room}'" in done.stderr
+    assert f"ModuleNotFoundError: No module named '{package}'" in done.stderr
 
 
 @pytest.mark.parametrize("name", sorted(packages_on_disk()))
@@ -150,7 +150,7 @@ def test_the_suite_runs_on_what_it_says_it_runs_on(name: str) -> None:
 @pytest.mark.skipif(not FROM_WHEEL, reason="of the installed wheel: `make test-wheel` runs it")
 def test_the_installed_wheel_has_every_file() -> None:
     names = {str(path) for path in importlib.metadata.files("transom") or []}
-    wanted = {f"transom/{path.as_posix()}" for room in ROOMS for path in files_of(room)}
+    wanted = {f"transom/{path.as_posix()}" for package in PACKAGES for path in files_of(package)}
     assert wanted - names == set()
     assert not any("__editable__" in name for name in names)
 
@@ -162,20 +162,20 @@ def test_the_command_is_installed(tmp_path: Path) -> None:
     assert done.stdout == f"transom {importlib.metadata.version('transom')}\n"
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_every_module_can_be_imported(room: str) -> None:
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_module_can_be_imported(package: str) -> None:
     """On the wheel, from the wheel: the tests of numbers that would import some of them do not run there."""
-    for path in files_of(room):
+    for path in files_of(package):
         if path.suffix == ".py" and path.parts[:2] != ("models", "reference"):
             importlib.import_module(".".join(("transom", *path.with_suffix("").parts)).removesuffix(".__init__"))
 
 
-def test_what_runs_on_the_wheel_looks_into_every_room() -> None:
+def test_what_runs_on_the_wheel_looks_into_every_package() -> None:
     """Without the first two nothing there would ask whether files are missing, or what the families' tables name."""
     (line,) = re.findall(r"^ON_WHEEL := (.*)$", (REPO / "Makefile").read_text("utf-8"), re.MULTILINE)
     assert {"project/test_packaging", "project/test_families"} <= set(line.split())
     texts = [(REPO / "tests" / f"{name}.py").read_text("utf-8") for name in line.split()]
-    assert [room for room in ROOMS if not any(f"transom.{room}" in text for text in texts)] == []
+    assert [package for package in PACKAGES if not any(f"transom.{package}" in text for text in texts)] == []
 
 
 # The Makefile, with a stand-in for the command line that fails where its argument says so.

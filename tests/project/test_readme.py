@@ -28,7 +28,7 @@ from transom.runtime.bundle import Bundle
 
 DOCUMENTS = ("docs", "export/data", "calib/sets")
 PAGES = sorted([REPO / "README.md", *(page for name in DOCUMENTS for page in (REPO / name).glob("*.md"))])
-ROOMS = "models|export|runtime|calib|cli|tests|examples|benchmarks|docs"
+PACKAGES = "models|export|runtime|calib|cli|tests|examples|benchmarks|docs"
 
 pytestmark = pytest.mark.skipif(not (REPO / "README.md").is_file(), reason="the repository is not at hand")
 
@@ -164,5 +164,5 @@ def test_the_command_of_trtexec_names_every_input() -> None:
 def test_links_between_files_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))
     assert all((page.parent / link).exists() for link in links), [x for x in links if not (page.parent / x).exists()]
-    code = re.findall(rf"`((?:{ROOMS})/[\w/.]+\.\w+)`", page.read_text("utf-8"))
+    code = re.findall(rf"`((?:{PACKAGES})/[\w/.]+\.\w+)`", page.read_text("utf-8"))
     assert all((REPO / path).exists() for path in code), [path for path in code if not (REPO / path).exists()]

@@ -49,7 +49,7 @@ def command(*arguments: str | Path) -> list[str]:
 
 
 def process(folder: Path, *arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    """A real process, run away from the repository's root, where the rooms could be imported bare."""
+    """A real process, run away from the repository's root, where the packages could be imported bare."""
     return subprocess.run(
         command(*arguments), cwd=folder, capture_output=True, text=True, timeout=PATIENCE_S, encoding="utf-8", **options
     )

@@ -26,8 +26,8 @@ from queue import Queue
 REPOSITORY = Path(__file__).resolve().parents[2]
 GUARDS = Path(__file__).resolve().parents[1] / "guards"
 WORK = REPOSITORY / "build" / "mutate"
-ROOMS = ("models", "export", "runtime", "calib", "cli")
-COPIED = (*ROOMS, "tests", "docs", "examples", "benchmarks", "findings", ".ci")
+PACKAGES = ("models", "export", "runtime", "calib", "cli")
+COPIED = (*PACKAGES, "tests", "docs", "examples", "benchmarks", "findings", ".ci")
 PRELOADED = ["pytest", "numpy", "torch", "onnx", "onnx_ir", "onnxruntime", "transformers", "typer", "safetensors.numpy"]
 TIMEOUT_S = 600  # of one guard's tests: what hangs did not notice
 FIELDS = {"name", "file", "code", "broken", "tests"}
@@ -89,8 +89,8 @@ def make_tree(folder: Path) -> Path:
             shutil.copy2(path, folder)
     packages = folder / "build" / "typing" / "transom"
     packages.mkdir(parents=True)
-    for room in ROOMS:
-        (packages / room).symlink_to(Path("../../..") / room)
+    for package in PACKAGES:
+        (packages / package).symlink_to(Path("../../..") / package)
     return folder
 
 
