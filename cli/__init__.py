@@ -1,1 +1,1 @@
-"""The command line. Each command lives in a file of its own and imports its room when it runs."""
+"""The command line. Each command has a file of its own and imports the packages that it needs when it runs."""

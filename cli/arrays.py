@@ -1,4 +1,4 @@
-"""Raw arrays at the command line: inputs from a .npz file, outputs into one, or a summary of them."""
+"""Read raw arrays from a .npz file, write them into one, or summarise them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_BYTES = 4 << 30  # unpacked; 7,000 images of 224x224 pixels
 
 
 def read_arrays(path: Path) -> dict[str, Array]:
-    """The arrays of a .npz file by name. Raises InputError when it is none, or holds pickled objects."""
+    """Return the arrays of a .npz file by name. Raises InputError when it is none, or holds pickled objects."""
     import numpy as np
 
     try:
@@ -38,7 +38,7 @@ def read_arrays(path: Path) -> dict[str, Array]:
 
 
 def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
-    """Write a .npz file, beside first and then renamed: the old file or the whole new one is there."""
+    """Write a .npz file under another name first, then rename it: the old file or the whole new one is there."""
     import numpy as np
 
     partial = path.with_name(f".{path.name}.partial")
@@ -54,12 +54,13 @@ def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
 
 
 def array_json(array: Array, *, values: bool) -> dict[str, Any]:
+    """Return dtype and shape of an array, and its values where they are wanted."""
     found: dict[str, Any] = {"dtype": str(array.dtype), "shape": array.shape}
     return {**found, "values": array} if values else found
 
 
 def array_line(name: str, array: Array) -> str:
-    """``logits float32 (1, 10)  min -2.1  mean 0.03  max 8.5  first -0.6132 0.1200 ...``."""
+    """Return ``logits float32 (1, 10)  min -2.1  mean 0.03  max 8.5  first -0.6132 0.1200 ...``."""
     from transom.runtime.tasks.task import first_numbers
 
     head = f"{name} {array.dtype} {array.shape}"

@@ -1,4 +1,4 @@
-"""``transom bench``: latency, throughput, memory and load time of a bundle on this machine."""
+"""``transom bench``: measure latency, throughput, memory and load time of a bundle on this machine."""
 
 from __future__ import annotations
 
@@ -31,7 +31,12 @@ def bench(
     ] = 10.0,
     new_tokens: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Of a bundle that generates: tokens.", show_default="64, if they fit"),
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="New tokens of each row, where the bundle generates.",
+            show_default="64, if they fit",
+        ),
     ] = None,
     device: Device = "cpu",
     threads: Threads = None,
@@ -39,10 +44,10 @@ def bench(
 ) -> None:
     """Measure latency, throughput and memory.
 
-    Latency as p50, p95 and p99, throughput, load time, and peak memory. Inputs are generated from the
+    Prints latency as p50, p95 and p99, throughput, load time, and peak memory. Inputs are generated from the
     tensors that the bundle declares, the same ones every time; checking and copying them is part of
-    what is timed. Of a bundle that generates text it is whole generations: prefill reads B prompts
-    of S tokens (in a translation: sources), decode makes one token for each of the B rows.
+    the time. A bundle that generates text is measured by whole generations: prefill reads B prompts
+    of S tokens (of a translation: sources), decode makes one token for each of the B rows.
     """
     shapes = [sizes(text, "--shape") for text in shape or ()]
     with progress(quiet=as_json) as report:
@@ -81,7 +86,7 @@ def bench(
 
 
 def circumstances(measured: BenchReport) -> Iterator[tuple[str, str]]:
-    """What the times are worth nothing without."""
+    """Yield the conditions of the measurement: load time, memory, device, threads, processor, library."""
     threads = f"{measured.threads or 'one per core'}, {measured.cores} cores usable"
     yield "load", f"{measured.load_s:.3f} s"
     if measured.memory_peak_mib is not None and measured.memory_before_mib is not None:

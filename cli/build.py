@@ -1,4 +1,4 @@
-"""``transom build``: engines of a bundle, for GPUs that need not be here."""
+"""``transom build``: build TensorRT engines of a bundle, for GPUs that need not be in this machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from transom.cli.options import BundlePath, Json, sizes
+from transom.cli.options import BundlePath, Json, Target, sizes
 from transom.cli.output import print_json, print_table, printable
 from transom.cli.progress import progress
 from transom.runtime.format import bytes_text
@@ -27,36 +27,27 @@ class Attention(StrEnum):
 
 def build(
     bundle: BundlePath,
-    target: Annotated[
-        list[str],
-        typer.Option(
-            metavar="TARGET",
-            autocompletion=lambda: target_names(),
-            help="rtx-sm75, rtx-sm80, rtx-sm86, rtx-sm89, rtx-sm120, rtx-sm121: on any machine. tensorrt: for the GPU "
-            "in this one. Repeatable.",
-            show_default=False,
-        ),
-    ],
+    target: Target,
     report: Annotated[bool, typer.Option("--report", help="Print which nodes ended in which kernels.")] = False,
     allow_unfused: Annotated[
         bool,
         typer.Option(
             "--allow-unfused",
-            help="Take an engine in which an attention is not one kernel, or of which the builder's log does not tell.",
+            help="Accept an engine in which an attention is not one kernel, or the builder's log does not show it.",
         ),
     ] = False,
     attention: Annotated[
         Attention,
         typer.Option(
-            help="How a decoder's attention knows what its cache holds: by a mask, checked in ONNX Runtime; or by "
-            "lengths, TensorRT-RTX's own operator for half precision, opt-in until a GPU has executed it."
+            help="What tells a decoder's attention how full its cache is: a mask, checked in ONNX Runtime; or lengths, "
+            "for TensorRT-RTX's own operator in half precision, opt-in until a GPU has executed it."
         ),
     ] = Attention.MASK,
     plugin: Annotated[
         bool,
         typer.Option(
-            help="For --target tensorrt: compute the attention that TensorRT has no fused kernel of, as that in FP32, "
-            "by ours, which no GPU has executed yet; else it is products and a softmax."
+            help="For --target tensorrt: compute attention that TensorRT has no fused kernel for, such as FP32's, by "
+            "Transom's plugin, which no GPU has executed yet; without it, by matrix products and a softmax."
         ),
     ] = True,
     repository: Annotated[
@@ -88,16 +79,16 @@ def build(
 ) -> None:
     """Build TensorRT engines of a bundle and put them into it.
 
-    For GeForce and RTX GPUs on any x86-64 machine, without a GPU, by TensorRT-RTX; with full TensorRT for the
-    GPU that is present. The graphs are first held against the bundle in ONNX Runtime. The builder's log says
+    TensorRT-RTX builds for GeForce and RTX GPUs on any x86-64 machine, without a GPU; full TensorRT builds for the
+    GPU in this machine. The graphs are first compared with the bundle in ONNX Runtime. The builder's log shows
     what fused: an attention that did not become one kernel fails the build. Engines are kept in the user's cache.
-    With --min, --opt and --max an engine takes narrower sizes than the bundle. `transom remove-engine` takes it out.
+    With --min, --opt and --max an engine takes narrower sizes than the bundle. `transom remove-engine` removes it.
     """
     bounds = {
         option: {name: size for text in given or () for name, size in sizes(text, f"--{option}").items()}
         for option, given in (("min", least), ("opt", tuned), ("max", most))
     }
-    with progress(quiet=as_json) as tell, redirect_stdout(sys.stderr):
+    with progress(quiet=as_json) as report_progress, redirect_stdout(sys.stderr):
         from transom.export.engine.build import build as build_engines
         from transom.export.engine.shapes import Shapes
         from transom.export.engine.targets import find_targets
@@ -109,7 +100,7 @@ def build(
             Bundle(bundle),
             targets,
             allow_unfused=allow_unfused,
-            tell=ProgressReporter(tell, 0).more,
+            tell=ProgressReporter(report_progress, 0).more,
             attention=attention.value,
             plugin=plugin,
             repository=repository,
@@ -135,14 +126,8 @@ def build(
             print_kernels(engine)
 
 
-def target_names() -> list[str]:
-    from transom.export.engine.targets import TARGETS
-
-    return list(TARGETS)
-
-
 def print_kernels(engine: Engine) -> None:
-    """What the builder made of one graph: its kernels, how often each, and what did not fuse."""
+    """Print the kernels of one graph, how often each occurs, and what did not fuse."""
     for reasons, what in (
         (engine.decomposed, "are written out, TensorRT has no kernel"),
         (engine.plugins, "are our plugin, TensorRT has no kernel"),

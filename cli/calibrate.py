@@ -1,4 +1,4 @@
-"""``transom calibrate``: the ranges of an FP32 bundle's activations, for quantised exports to come."""
+"""``transom calibrate``: collect the ranges of an FP32 bundle's activations, for later quantised exports."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ def calibrate(
     force: Annotated[bool, typer.Option("--force", help="Replace the ranges that the bundle has.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Put real inputs through an FP32 bundle and write the ranges of its activations into it.
+    """Run real inputs through an FP32 bundle and write the ranges of its activations into it.
 
-    `transom export ... --precision int8 --ranges BUNDLE/ranges.json` quantises by them, as often as you
-    like and by any --method, without running the data again. They belong to the graph they were taken of: a table of
-    another graph is refused. --method and --smooth-quant say how outliers are moved into the weights first.
+    `transom export ... --precision int8 --ranges BUNDLE/ranges.json` quantises with these ranges, as often as you
+    like and with any --method, without running the data again. They are valid for the graph that they were collected
+    on: a table of another graph is refused. --method and --smooth-quant decide how outliers are moved into the weights
+    first.
     """
     with progress(quiet=as_json) as report, redirect_stdout(sys.stderr), export_extra():
         from transom.calib.table import RANGES

@@ -1,4 +1,4 @@
-"""``transom debug``: where a bundle's error comes from."""
+"""``transom debug``: find the layers that a bundle's error comes from."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from transom.export.debug import Findings
 
 
-class Flavour(StrEnum):
-    """What ``--flavour`` takes."""
+class Variant(StrEnum):
+    """What ``--variant`` takes."""
 
     cpu = "cpu"
     default = "default"
@@ -29,24 +29,25 @@ def accuracy(
     bundle: BundlePath,
     source: Source = None,
     calibration_data: CalibratedOn = None,
-    flavour: Annotated[
-        Flavour, typer.Option(help="Which file of a quantised graph: default is the one for TensorRT.")
-    ] = Flavour.cpu,
+    variant: Annotated[
+        Variant, typer.Option(help="Which variant of a quantised graph: cpu, or default, that for TensorRT.")
+    ] = Variant.cpu,
+    flavour: Annotated[Variant | None, typer.Option("--flavour", hidden=True)] = None,  # its earlier name
     target: Annotated[
         float | None,
         typer.Option(
-            metavar="ERROR", min=0.0, help="The relative error to get down to.", show_default="a tenth of what it is"
+            metavar="ERROR", min=0.0, help="The relative error to reach.", show_default="a tenth of the bundle's"
         ),
     ] = None,
-    most: Annotated[int, typer.Option(metavar="N", min=1, help="Layers to find at most.")] = 10,
+    most: Annotated[int, typer.Option(metavar="N", min=1, help="Most layers to find.")] = 10,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Find the layers that break a quantised or half-precision bundle, worst first.
 
-    In the files that ship, layers are put back into FP32 by halves until the one is found that lowers the output's
-    error most, then the next. The error is relative to FP32, on inputs that calibration did not see; of your own model
-    in fp16 or bf16, on those of parity. Needs torch and the checkpoint, as verify does.
+    Restores layers of the shipped graphs to FP32, halving the set until the layer is found that lowers the output's
+    error most, then the next. The error is relative to FP32, on inputs that calibration did not see; for your own model
+    in fp16 or bf16, on the parity inputs. Needs torch and the checkpoint, as verify does.
     """
     with progress(quiet=as_json) as report, redirect_stdout(sys.stderr), export_extra():
         from transom.export.debug import debug_accuracy
@@ -55,7 +56,7 @@ def accuracy(
             bundle,
             source=source,
             calibration_data=calibration_data or (),
-            variant=flavour.value,
+            variant=(flavour or variant).value,
             target=target,
             most=most,
             threads=threads,
@@ -81,11 +82,12 @@ def accuracy(
 
 
 def share(agreement: float | None) -> str:
+    """Return an agreement in per cent; a dash for None."""
     return "-" if agreement is None else f"{agreement:.1%}"
 
 
 def conclusion(findings: Findings) -> list[str]:
-    """What was found, in sentences, and what to do about it."""
+    """Return the findings in sentences, and what to do about them."""
     precision, worst = findings.manifest.precision, len(findings.worst)
     same = "" if findings.agreement is None else f", same top-1 as FP32 on {findings.agreement:.1%}"
     lines = [f"{findings.output} of {findings.variant} on {findings.data}: relative error {findings.shipped:.2e}{same}"]
@@ -107,6 +109,7 @@ def conclusion(findings: Findings) -> list[str]:
 
 
 def advice(precision: str, quantization: object) -> str:
+    """Return how to export again with less error."""
     if precision == "fp16":
         return "to keep them in higher precision export again with --precision bf16, of a wider range, or fp32."
     if precision == "bf16":

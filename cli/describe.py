@@ -85,9 +85,9 @@ def quantization_fields(quantization: Mapping[str, Any]) -> Iterator[tuple[str, 
     yield "built with", built_with(quantization)
     layers = list_of(quantization.get("layers"))
     excluded = [layer for layer in layers if at(layer, "kept") is True]
-    yield "kept layers", f"{len(excluded)} of {len(layers)}"
+    yield "excluded layers", f"{len(excluded)} of {len(layers)}"
     for layer in excluded[:MOST_EXCLUDED]:
-        yield "kept", f"{figure(at(layer, 'name'))}: {figure(at(layer, 'why'))}"
+        yield "excluded", f"{figure(at(layer, 'name'))}: {figure(at(layer, 'why'))}"
     for variant, result in gate_results(quantization):
         yield f"gate {variant}", gate_result_text(result)
 

@@ -1,4 +1,4 @@
-"""``transom export``: from a checkpoint to a bundle that was held against PyTorch."""
+"""``transom export``: export a checkpoint into a bundle that was compared with PyTorch."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Precision(StrEnum):
 
 
 class Method(StrEnum):
-    """What ``--method`` takes: how the range of an activation follows from what calibration saw."""
+    """What ``--method`` takes: how an activation's range is chosen from its values in calibration."""
 
     minmax = "minmax"
     percentile = "percentile"
@@ -73,13 +73,16 @@ CalibrationData = Annotated[
     list[str] | None,
     typer.Option(
         metavar="FILE|NAME",
-        help="Inputs like those it will see: a .txt, .jsonl or .npz, a folder of images, or one of austen, digits, "
+        help="Inputs like those in production: a .txt, .jsonl or .npz, a folder of images, or one of austen, digits, "
         "digit-captions, wordnet, dates; repeatable. A quarter is held out for the gate.",
         show_default="a reference model's own training inputs",
         rich_help_panel=INTEGERS,
     ),
 ]
-MethodOption = Annotated[Method, typer.Option(help="How an activation's range is chosen.", rich_help_panel=INTEGERS)]
+MethodOption = Annotated[
+    Method,
+    typer.Option(help="How an activation's range is chosen from its values in calibration.", rich_help_panel=INTEGERS),
+]
 SmoothQuant = Annotated[
     bool,
     typer.Option(
@@ -104,7 +107,7 @@ def export(
         Precision,
         typer.Option(
             help="fp16 and bf16 are GPU formats; a CPU computes fp16 in FP32, from weights of half the size, and bf16 "
-            "slowly. int8 is calibrated and its accuracy gated; int4 is of weights alone, for decoding."
+            "slowly. int8 is calibrated, and an accuracy gate judges it; int4 is for weights alone, for decoding."
         ),
     ] = Precision.fp32,
     task: Annotated[
@@ -125,7 +128,7 @@ def export(
         ),
     ] = None,
     ignore_unused: Annotated[
-        bool, typer.Option("--ignore-unused", help="Accept weights of the checkpoint that no part uses.")
+        bool, typer.Option("--ignore-unused", help="Accept weights of the checkpoint that the model does not use.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the bundle that is at --out.")] = False,
     calibration_data: CalibrationData = None,
@@ -134,7 +137,7 @@ def export(
     activations: Annotated[
         Activations | None,
         typer.Option(
-            help="static: fixed ranges. dynamic: each row by itself, as it comes. none: weights alone.",
+            help="static: fixed ranges from calibration. dynamic: a range per row, at run time. none: weights alone.",
             show_default="static for encoders, dynamic for decoders",
             rich_help_panel=INTEGERS,
         ),
@@ -160,7 +163,7 @@ def export(
     also: Annotated[
         list[Also] | None,
         typer.Option(
-            help="Quantise the operands of attention, or residual sums, too; costs accuracy; repeatable.",
+            help="Also quantise the operands of attention, or residual sums; costs accuracy; repeatable.",
             show_default=False,
             rich_help_panel=INTEGERS,
         ),
@@ -179,20 +182,20 @@ def export(
         typer.Option(
             "--gate/--no-gate",
             help="Keep layers in higher precision until the accuracy gate holds, fail if it cannot. --no-gate measures "
-            "once and ships what comes; parity with PyTorch still has to hold.",
+            "once and writes the bundle whatever the result; parity with PyTorch still has to hold.",
             rich_help_panel=INTEGERS,
         ),
     ] = True,
     as_json: Json = False,
 ) -> None:
-    """Export a checkpoint into a bundle, and hold it against PyTorch.
+    """Export a checkpoint into a bundle, and compare it with PyTorch.
 
     The bundle appears at --out only when every output agrees with PyTorch over a grid of shapes; else
-    the exit status is 1 and nothing is left behind.
+    the exit status is 1 and nothing is written.
     """
     bounds = {name: size for text in max or () for name, size in sizes(text, "--max").items()}
     pixels = image_size(image)
-    # What torch's exporter prints must not mix with ours on stdout.
+    # torch's exporter prints too: stdout is for the result alone
     with progress(quiet=as_json) as report, redirect_stdout(sys.stderr), export_extra():
         from transom.export import pipeline
         from transom.export.quantization.options import QuantizeOptions
@@ -226,7 +229,7 @@ def export(
 
 
 def image_size(text: str | None) -> tuple[int, int] | None:
-    """``384`` or ``384x512`` -> (height, width) in pixels; a wrong call where it is anything else."""
+    """Parse ``384`` or ``384x512`` into (height, width) in pixels; BadParameter for anything else."""
     if text is None:
         return None
     words = text.lower().split("x")
@@ -236,7 +239,7 @@ def image_size(text: str | None) -> tuple[int, int] | None:
 
 
 def print_summary(out: Path, manifest: Manifest) -> None:
-    """What was made, how well it agrees, what to do with it."""
+    """Print what was exported, how well it agrees with PyTorch, and commands to try."""
     size = bytes_text(folder_bytes(out))
     print(printable(f"{out}: {manifest.family}, {manifest.task}, {manifest.precision}, {size}"))
     if manifest.precision in GPU_FORMATS:

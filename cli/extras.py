@@ -1,4 +1,4 @@
-"""The libraries that only exporting needs, and what to say where they are absent."""
+"""Turn a missing library that only the export needs into a BackendError that names what to install."""
 
 from __future__ import annotations
 

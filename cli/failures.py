@@ -1,4 +1,4 @@
-"""How a command ends when it does not end well: one line on stderr, an exit status, no traceback.
+"""Turn the failure of a command into one line on stderr and an exit status, without a traceback.
 
 With ``--json`` the same is also the JSON document on stdout: {"error": {"type": ..., "message": ...}}.
 """
@@ -45,7 +45,7 @@ class OutputError(Exception):
 
 @contextmanager
 def reported(args: Sequence[str]) -> Iterator[None]:
-    """Run a command inside this: whatever it raises becomes its line and ``typer.Exit``.
+    """Run a command inside this: any exception becomes its line and ``typer.Exit``.
 
     ``args`` are the raw arguments, since ``--json`` must hold even where parsing them failed.
     """
@@ -71,16 +71,16 @@ def reported(args: Sequence[str]) -> Iterator[None]:
         if as_json:
             print_error("UsageError", usage_message(error))
         raise
-    except Exception as error:  # a bug of ours, or a library's surprise
+    except Exception as error:  # a bug of Transom or of a library
         reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         fail(error, f"transom: internal error ({reason}), run again with --debug", INTERNAL, as_json, debug)
 
 
 @contextmanager
 def flushed() -> Iterator[None]:
-    """Flush stdout at the end, and tell its failures from those of the command.
+    """Flush stdout at the end, and raise OutputError where stdout itself fails.
 
-    Commands turn the errors of files that they write into errors of ours; what is left is stdout's.
+    Commands turn errors of the files that they write into TransomErrors; any OSError left is stdout's.
     """
     try:
         yield
@@ -96,7 +96,7 @@ def flushed() -> Iterator[None]:
 
 
 def fail(error: BaseException, line: str, status: int, as_json: bool, debug: bool) -> None:
-    """Print what happened, in the ways asked for, and exit."""
+    """Print the failure as a traceback, a line or JSON, as asked for, and exit with ``status``."""
     if debug:
         traceback.print_exception(error)
     say(line)
@@ -106,7 +106,7 @@ def fail(error: BaseException, line: str, status: int, as_json: bool, debug: boo
 
 
 def print_error(kind: str, message: str) -> None:
-    """The JSON document of a failure; one failure is enough, so a lost reader is not another."""
+    """Print the JSON document of a failure; a reader that is gone is not reported as another failure."""
     try:
         print_json({"error": {"type": kind, "message": message}})
         sys.stdout.flush()
@@ -115,31 +115,33 @@ def print_error(kind: str, message: str) -> None:
 
 
 def usage_message(error: BaseException) -> str:
-    """What click says of a wrong call, in one sentence."""
+    """Return click's message about wrong usage, in one sentence."""
     return str(error.format_message()) if hasattr(error, "format_message") else str(error)
 
 
 def given(flag: str, args: Sequence[str]) -> bool:
-    """Whether the flag stands among the arguments, before a ``--`` that makes everything an INPUT."""
+    """Return whether the flag is among the arguments, before a ``--`` that makes everything an INPUT."""
     return flag in args[: end_of_options(args)]
 
 
 def without(flag: str, args: Sequence[str]) -> list[str]:
-    """The arguments less that flag, wherever it stands among the options."""
+    """Return the arguments without that flag, wherever it is among the options."""
     end = end_of_options(args)
     return [arg for arg in args[:end] if arg != flag] + list(args[end:])
 
 
 def end_of_options(args: Sequence[str]) -> int:
+    """Return the position of ``--``, or the number of arguments."""
     return list(args).index("--") if "--" in args else len(args)
 
 
 def debug_from_environment() -> bool:
+    """Return whether TRANSOM_DEBUG asks for tracebacks."""
     return os.environ.get("TRANSOM_DEBUG", "") not in ("", "0")
 
 
 def drop_stdout() -> None:
-    """Let the interpreter's last flush succeed: it would complain of the same failure once more."""
+    """Redirect stdout to nothing, or the interpreter's last flush would report the same failure again."""
     devnull = os.open(os.devnull, os.O_WRONLY)
     os.dup2(devnull, sys.stdout.fileno())
     os.close(devnull)

@@ -1,4 +1,4 @@
-"""Print a generated text while it is made."""
+"""Print a generated text while it is generated."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from transom.runtime.tasks.task import RunOptions
 
 
-def streams(bundle: Any, prompts: Sequence[str], options: RunOptions) -> bool:
-    """Return whether one text is asked for whose tokens are final as soon as they are there."""
+def can_stream(bundle: Any, prompts: Sequence[str], options: RunOptions) -> bool:
+    """Return whether one text is asked for, without beams: its tokens are final at once and can be streamed."""
     from transom.runtime.generation import GenerationConfig, with_keywords
 
     if len(prompts) != 1 or options.score:
@@ -22,17 +22,17 @@ def streams(bundle: Any, prompts: Sequence[str], options: RunOptions) -> bool:
 
 
 def print_stream(bundle: Any, prompt: str, options: RunOptions) -> None:
-    """Print what comes after the prompt while it is made; its line is ended also where it is cut short."""
+    """Print the new text of a prompt while it is generated; end its line also where it is interrupted."""
     from transom.runtime.tasks.generator_task import prompt_ids
 
     tokens = bundle.stream(prompt_ids(bundle, prompt, truncate=options.truncate), **options.keywords)
-    begun = False
+    started = False
     try:
         for piece in pieces(bundle, tokens):
             print("\n".join(map(printable, piece.split("\n"))), end="", flush=True)
-            begun = True
+            started = True
     except BaseException:
-        if begun:
+        if started:
             print()
         raise
     print()
@@ -44,7 +44,7 @@ def pieces(bundle: Any, tokens: Iterator[int]) -> Iterator[str]:
         for number, token in enumerate(tokens):
             yield f" {token}" if number else str(token)
         return
-    text = bundle.target_tokenizer().detokenizer()
+    detokenizer = bundle.target_tokenizer().detokenizer()
     for token in tokens:
-        yield text.add(token)
-    yield text.end()
+        yield detokenizer.add(token)
+    yield detokenizer.end()

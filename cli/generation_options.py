@@ -1,4 +1,4 @@
-"""The options of ``transom run`` for bundles that generate, named as the keywords of ``generate``."""
+"""Define the generation options of ``transom run``, named as the keywords of ``generate``."""
 
 from __future__ import annotations
 
@@ -29,42 +29,51 @@ class EarlyStopping(StrEnum):
 
 
 def option(panel: str, help: str, metavar: str | None = None, *names: str) -> Any:
-    """An option without a default to show: the checkpoint's holds, which help cannot know."""
+    """Return an option whose default is not shown: it is the checkpoint's own, which the help text cannot know."""
     return typer.Option(*names, metavar=metavar, help=help, show_default=False, rich_help_panel=panel)
 
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """What was given; None, or an empty list, leaves a keyword to the checkpoint's generation_config.json.
+    """The generation options given; None, or an empty list, leaves a keyword to the checkpoint's own config.
 
-    The runtime checks the values, so that a command line hears what a program hears.
+    The runtime checks the values: the command line reports the same errors as Python does.
     """
 
-    max_new_tokens: Annotated[int | None, option(GENERATION, "At most so many tokens.", "N")] = None
-    min_new_tokens: Annotated[int | None, option(GENERATION, "No end before so many tokens.", "N")] = None
+    max_new_tokens: Annotated[int | None, option(GENERATION, "Most new tokens.", "N")] = None
+    min_new_tokens: Annotated[int | None, option(GENERATION, "Fewest new tokens.", "N")] = None
     stop_strings: Annotated[
-        list[str] | None, option(GENERATION, "End where the text has this; repeatable.", "TEXT", "--stop-string")
+        list[str] | None, option(GENERATION, "End where the text contains this; repeatable.", "TEXT", "--stop-string")
     ] = None
     repetition_penalty: Annotated[
-        float | None, option(GENERATION, "Above 1 avoids tokens that are there already.", "NUMBER")
+        float | None, option(GENERATION, "Above 1 makes tokens less likely that the text has already.", "NUMBER")
     ] = None
-    no_repeat_ngram_size: Annotated[int | None, option(GENERATION, "Never repeat so many tokens in a row.", "N")] = None
+    no_repeat_ngram_size: Annotated[int | None, option(GENERATION, "No sequence of N tokens occurs twice.", "N")] = None
     num_return_sequences: Annotated[int | None, option(GENERATION, "Texts per prompt.", "N")] = None
     score: Annotated[bool, option(GENERATION, "Generate nothing: print each text's perplexity.", None, "--score")] = (
         False
     )
-    do_sample: Annotated[bool | None, option(SAMPLING, "Draw tokens, or take the likeliest.")] = None
-    temperature: Annotated[float | None, option(SAMPLING, "Below 1 draws likely tokens more often.", "NUMBER")] = None
-    top_p: Annotated[float | None, option(SAMPLING, "Draw from the likeliest that make up this share.", "SHARE")] = None
-    seed: Annotated[int | None, option(SAMPLING, "The same seed draws the same text.", "N")] = None
-    num_beams: Annotated[int | None, option(BEAMS, "Rows that are followed at once.", "N")] = None
-    length_penalty: Annotated[float | None, option(BEAMS, "Above 0 favours long texts.", "NUMBER")] = None
+    do_sample: Annotated[bool | None, option(SAMPLING, "Sample tokens, or take the most likely one.")] = None
+    temperature: Annotated[
+        float | None, option(SAMPLING, "Below 1 favours likely tokens, above 1 unlikely ones.", "NUMBER")
+    ] = None
+    top_p: Annotated[
+        float | None,
+        option(SAMPLING, "Sample among the likeliest tokens of this total probability.", "SHARE"),
+    ] = None
+    seed: Annotated[int | None, option(SAMPLING, "The same seed gives the same text.", "N")] = None
+    num_beams: Annotated[int | None, option(BEAMS, "Beams, the candidates kept at each step.", "N")] = None
+    length_penalty: Annotated[float | None, option(BEAMS, "Above 0 favours longer texts.", "NUMBER")] = None
     early_stopping: Annotated[
-        EarlyStopping | None, option(BEAMS, "End as soon as there are enough texts, or look for better ones.")
+        EarlyStopping | None,
+        option(
+            BEAMS,
+            "End at --num-beams finished texts (true), or when better ones are unlikely (false) or impossible (never).",
+        ),
     ] = None
 
     def keywords(self) -> dict[str, Any]:
-        """For ``generate``, ``stream`` and ``translate``."""
+        """Return the keywords for ``generate``, ``stream`` and ``translate``."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "score"}
         if self.early_stopping is not None:
             values["early_stopping"] = self.early_stopping.keyword
@@ -72,14 +81,14 @@ class GenerationOptions:
 
 
 def option_of(name: str) -> str:
-    """``max_new_tokens`` -> ``--max-new-tokens``; the one that is given string by string is called so."""
+    """Return the option of a keyword: ``--max-new-tokens`` of ``max_new_tokens``; ``--stop-string`` takes one each."""
     return "--stop-string" if name == "stop_strings" else f"--{name.replace('_', '-')}"
 
 
 def with_generation_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with an option for each field of GenerationOptions in place of its parameter ``generation``.
+    """Return the command with an option for each field of GenerationOptions in place of its parameter ``generation``.
 
-    typer reads options from a signature: this one is put together, so that ``command`` sees one argument.
+    typer reads options from a signature: this one is assembled, and ``command`` gets them as one argument.
     """
     types = get_type_hints(GenerationOptions, include_extras=True)
     options = [

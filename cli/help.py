@@ -1,4 +1,4 @@
-"""``--help`` in groups. rich, which would draw panels, is off: help is plain text, in a pipe as on a terminal."""
+"""Print ``--help`` with options in groups, as plain text in a pipe as on a terminal (rich's panels are off)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from typer.core import TyperCommand
 
-REFERENCES = "{reference models}"  # in a help text: their names, read when help is shown
+REFERENCES = "{reference models}"  # stands for their names in a help text; replaced when help is shown
 
 
 class GroupedCommand(TyperCommand):
@@ -27,7 +27,7 @@ class GroupedCommand(TyperCommand):
 
 
 def filled(text: str) -> str:
-    """The help text with the names of the reference models."""
+    """Return the help text with the names of the reference models filled in."""
     if REFERENCES not in text:
         return text
     from transom.export.reference_models import REFERENCE_MODELS as known

@@ -1,6 +1,6 @@
-"""The command line's front door: the commands by name, the help, and how a process begins and ends.
+"""The entry point of the command line: the commands by name, the help, and how a process begins and ends.
 
-Each command imports its room when it runs: ``transom --help`` waits for neither torch nor numpy.
+Each command imports the packages that it needs when it runs: ``transom --help`` loads neither torch nor numpy.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from transom.cli.selftest import selftest
 from transom.cli.table import table
 from transom.cli.verify import verify
 
-ARGUMENTS = "transom.arguments"  # where the raw ones are kept between parsing and running
+ARGUMENTS = "transom.arguments"  # key of the raw arguments between parsing and running
 STDERR = 2  # descriptor
 EXIT_STATUS = """\b
 Exit status:
   0    done
   1    a Transom error, such as a failed parity check; stderr says which
   2    wrong usage
-  70   a bug of ours; run again with --debug
+  70   a bug of Transom; run again with --debug
   130  Ctrl-C
 
 \b
@@ -59,26 +59,26 @@ class Commands(TyperGroup):
             return super().parse_args(ctx, without("--debug", args))
 
     def invoke(self, ctx: Any) -> Any:
-        with reported(ctx.meta[ARGUMENTS]), warnings_told():
+        with reported(ctx.meta[ARGUMENTS]), warnings_shown():
             return super().invoke(ctx)
 
 
 @contextmanager
-def warnings_told() -> Iterator[None]:
-    """Each warning of ours is a line on stderr; those of libraries stay what ``main`` made of them."""
+def warnings_shown() -> Iterator[None]:
+    """Print each of Transom's warnings as a line on stderr; those of libraries are left as ``main`` set them."""
     from transom.runtime.saturation import SaturationWarning
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", SaturationWarning)
         show = warnings.showwarning
 
-        def tell(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:
+        def print_warning(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:
             if issubclass(category, SaturationWarning):
                 say(f"{category.__module__}.{category.__name__}: {message}")
             else:
                 show(message, category, *rest, **named)
 
-        warnings.showwarning = tell
+        warnings.showwarning = print_warning
         yield
 
 
@@ -107,20 +107,20 @@ def transom(
         bool, typer.Option("--debug", help="Show tracebacks; in any position, or TRANSOM_DEBUG=1.")
     ] = False,
 ) -> None:
-    """Carries Transformer models from PyTorch to the edge: ONNX export, parity as a gate, a small runtime.
+    """Carry Transformer models from PyTorch to the edge: ONNX export, parity as a gate, a small runtime.
 
     \b
     Examples:
-      transom export minilm --out bundles/minilm      held against PyTorch
+      transom export minilm --out bundles/minilm      compared with PyTorch
       transom run bundles/minilm 'A sentence.'        use it, without torch
-      transom run bundles/gpt 'It is a truth'         a prompt, gone on from
+      transom run bundles/gpt 'It is a truth'         continue a prompt
       transom bench bundles/minilm --shape B=8,S=128  measure it here
       transom doctor                                  what is installed here
     """
 
 
 def examples(*commands: str) -> Any:
-    """An epilogue of ``--help``: the commands as they would be typed, one a line, not re-wrapped."""
+    """Return the end of ``--help``: example commands, one a line, not re-wrapped."""
     return "\b\n" + "\n".join(["Examples:" if len(commands) > 1 else "Example:", *(f"  {c}" for c in commands)])
 
 
@@ -200,17 +200,17 @@ def terminate(signal_number: int, frame: object) -> NoReturn:
 
 
 def usable(stream: Any) -> Any:
-    """A standard stream that takes every file name, also one that its encoding lacks; never None (closed)."""
+    """Return a standard stream that prints any file name, outside its encoding too; one to nowhere if it is closed."""
     stream = stream or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     stream.reconfigure(errors="backslashreplace")
     return stream
 
 
-def apart(stream: Any) -> Any:
-    """Stderr on a descriptor of its own, so that what native libraries print beside it goes nowhere.
+def own_stderr(stream: Any) -> Any:
+    """Return stderr on a descriptor of its own, and send what native libraries print to descriptor 2 nowhere.
 
-    tokenizers is one: a damaged file makes it print a stack of Rust frames, though it raises an error as well, which
-    is told in one line.
+    tokenizers is one: for a damaged file it prints a stack of Rust frames, though it raises an error as well, which
+    is printed as one line.
     """
     if stream.fileno() != STDERR:
         return stream
@@ -222,11 +222,11 @@ def apart(stream: Any) -> Any:
 
 
 def main() -> None:
-    """What the ``transom`` command calls; ends the process with one of the statuses above."""
+    """Run the ``transom`` command; the process ends with one of the statuses above."""
     signal.signal(signal.SIGTERM, terminate)
     sys.stdout, sys.stderr = usable(sys.stdout), usable(sys.stderr)
     if not given("--debug", sys.argv) and not debug_from_environment():
-        sys.stderr = apart(sys.stderr)
+        sys.stderr = own_stderr(sys.stderr)
         if not sys.warnoptions:
             warnings.simplefilter("ignore")  # the libraries' notes to developers
     app(prog_name="transom")

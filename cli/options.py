@@ -1,4 +1,4 @@
-"""The options that several commands share, and how their values are read."""
+"""Define the options that several commands share, and parse their values."""
 
 from __future__ import annotations
 
@@ -15,8 +15,18 @@ Device = Annotated[
     typer.Option(
         metavar="DEVICE",
         help="cpu; cuda: ONNX Runtime on the GPU; tensorrt: an engine that `transom build` made; auto: the fastest of "
-        "these that is there. A device that is absent is an error.",
+        "these that works here. Any other that is absent is an error.",
         autocompletion=lambda: ["cpu", "cuda", "tensorrt", "auto"],
+    ),
+]
+Target = Annotated[
+    list[str],
+    typer.Option(
+        metavar="TARGET",
+        autocompletion=lambda: target_names(),
+        help="The GPU: rtx-sm75, rtx-sm80, rtx-sm86, rtx-sm89, rtx-sm120 or rtx-sm121, built on any machine; or "
+        "tensorrt, built on the machine with the GPU. Repeatable.",
+        show_default=False,
     ),
 ]
 Threads = Annotated[
@@ -31,15 +41,15 @@ CalibratedOn = Annotated[
     list[str] | None,
     typer.Option(
         metavar="FILE",
-        help="What a quantised bundle was calibrated on: its accuracy is measured on the part held out of it.",
-        show_default="known of reference models",
+        help="The calibration data of a quantised bundle: accuracy is measured on the part that was held out.",
+        show_default="that of the reference model",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, everything else on stderr.")]
 
 
 def sizes(text: str, option: str) -> dict[str, int]:
-    """``B=1,S=128`` -> {"B": 1, "S": 128}; a wrong call where it is anything else."""
+    """Parse ``B=1,S=128`` into {"B": 1, "S": 128}; BadParameter for anything else."""
     found: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = (word.strip() for word in part.partition("="))
@@ -49,3 +59,10 @@ def sizes(text: str, option: str) -> dict[str, int]:
             raise typer.BadParameter(f"{option} is {text!r}; axis {name} is given twice.")
         found[name] = int(size)
     return found
+
+
+def target_names() -> list[str]:
+    """Return the names of the engines' targets, for shell completion."""
+    from transom.export.engine.targets import TARGETS
+
+    return list(TARGETS)

@@ -1,4 +1,4 @@
-"""What commands print: one JSON document, or lines and tables that read well on a terminal and in a pipe."""
+"""Print one JSON document, or lines and tables that read well on a terminal and in a pipe."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ IN_A_PIPE = 100_000  # columns: a reader that is no terminal gets every table ro
 
 
 def print_json(value: Any) -> None:
-    """Print the one JSON document of a ``--json`` call; what is no number (NaN, infinity) becomes null."""
+    """Print the one JSON document of a ``--json`` call; NaN and infinity become null."""
     print(json.dumps(plain(value), indent=2, allow_nan=False))
 
 
 def plain(value: Any) -> Any:
-    """The value made of what JSON has: dicts, lists, strings, finite numbers, null."""
+    """Return the value as JSON types: dicts, lists, strings, finite numbers, null."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -36,20 +36,20 @@ def plain(value: Any) -> Any:
 
 
 def say(line: str) -> None:
-    """One line on stderr. A stderr that nobody reads any more is no reason to fail."""
+    """Print one line on stderr; a stderr that is closed is no reason to fail."""
     with suppress(OSError):
         print(printable(line), file=sys.stderr, flush=True)
 
 
 def printable(text: str) -> str:
-    """The text on one line: control characters, which may steer a terminal, become visible escapes."""
+    """Return the text on one line, control characters, which may steer a terminal, as visible escapes."""
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode() for char in " ".join(text.splitlines())
     )
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str] = ()) -> None:
-    """A table on stdout; columns named in ``right`` hold numbers. Cells are shown as they are: no markup."""
+    """Print a table on stdout; columns named in ``right`` are right-aligned. Cells are plain text: no markup."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -62,14 +62,14 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Se
         table.add_column(name, justify="right" if name in right else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(printable, row))
-    sys.stdout.flush()  # rich ends the process when it flushes and nobody reads: leave it nothing to flush
+    sys.stdout.flush()  # rich ends the process when it flushes a closed pipe: leave it nothing to flush
     with console.capture() as captured:
         console.print(table)
     print(captured.get(), end="")
 
 
 def print_fields(fields: Iterable[tuple[str, str]]) -> None:
-    """``name  value`` lines with the values aligned."""
+    """Print ``name  value`` lines with the values aligned."""
     pairs = [(printable(name), value) for name, value in fields]  # some names are a manifest's keys
     width = max((len(name) for name, _ in pairs), default=0)
     for name, value in pairs:
@@ -77,7 +77,7 @@ def print_fields(fields: Iterable[tuple[str, str]]) -> None:
 
 
 def comparison_cells(comparison: Comparison) -> list[str]:
-    """Tensor, error, where the worst element is, and both its values."""
+    """Return tensor, error, the index of the worst element, and both its values."""
     return [
         comparison.tensor,
         f"{comparison.error:.2e}",

@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar on a terminal, one line per stage elsewhere, nothing beside ``--json``."""
+"""Show progress on stderr: a bar on a terminal, one line per stage elsewhere, nothing with ``--json``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Progress = Callable[[str, int, int], None]  # what is being done, how much of it
 
 @contextmanager
 def progress(quiet: bool) -> Iterator[Progress]:
-    """Yields the function that a stage reports to; the bar disappears at the end, lines stay."""
+    """Yield the function that a stage reports to; the bar disappears at the end, lines stay."""
     if quiet:
         yield lambda what, done, total: None
     elif sys.stderr.isatty():
@@ -24,7 +24,7 @@ def progress(quiet: bool) -> Iterator[Progress]:
 
 
 def lines() -> Progress:
-    """A line whenever another stage begins."""
+    """Return a function that prints a line whenever another stage begins."""
     last = ""
 
     def report(what: str, done: int, total: int) -> None:
@@ -38,6 +38,7 @@ def lines() -> Progress:
 
 @contextmanager
 def bar() -> Iterator[Progress]:
+    """Yield a function that updates a bar."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar

@@ -1,4 +1,4 @@
-"""``transom report``: what an export made, on one page that a browser opens."""
+"""``transom report``: write one HTML page about a bundle."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def report(
         list[str] | None,
         typer.Argument(
             metavar="[INPUT]...",
-            help="What the picture is drawn of: texts, or image files for ViT and CLIP. Examples where none is given.",
+            help="Inputs of the figure: texts, or image files for ViT and CLIP. Built-in examples where none is given.",
             show_default=False,
         ),
     ] = None,
@@ -28,7 +28,7 @@ def report(
         typer.Option(
             "--prompt",
             metavar="TEXT",
-            help="A text that CLIP holds the images against; once for each text.",
+            help="A text that CLIP compares the images with; once for each text.",
             show_default=False,
         ),
     ] = None,
@@ -38,12 +38,12 @@ def report(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the file that is at --out.")] = False,
 ) -> None:
-    """Write the report of a bundle: parity element by element, score, size, latency, operators, and a picture.
+    """Write the report of a bundle: parity element by element, score, size, latency, operators, and a figure.
 
-    The picture is drawn from the bundle's own graph: which token looks at which (BERT), which source
-    position each output attends to (translation), how surprising each token was (GPT), where in an
-    image the answer comes from (ViT), which text fits which image (CLIP). One HTML file, which needs
-    no network. Latency is measured on this machine, for a few seconds.
+    The figure is computed by the bundle's own graph: which tokens attend to which (BERT), the source
+    positions that each output attends to (translation), the surprisal of each token (GPT), the parts of an
+    image that the result depends on (ViT), which text fits which image (CLIP). The report is one HTML file that
+    needs no network. Latency is measured on this machine, for a few seconds.
     """
     named = bundle if bundle.name not in ("", "..") else bundle.resolve()
     target = out or named.with_name(f"{named.name}.html")
@@ -56,7 +56,7 @@ def report(
 
 
 def check_target(target: Path, *, force: bool) -> None:
-    """Raise ExportError where there is something already, or nothing can be, before any work is done."""
+    """Raise ExportError where the file exists or cannot be written, before any work is done."""
     try:
         exists, folder = target.exists(), target.is_dir()
         special = target.is_symlink() or (exists and not folder and not target.is_file())

@@ -1,4 +1,4 @@
-"""``transom run``: hand a bundle texts, images or arrays, and read its answer."""
+"""``transom run``: run a bundle on texts, images or arrays, and print the results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from transom.cli.arrays import array_json, array_line, read_arrays, write_arrays
-from transom.cli.generate import print_stream, streams
+from transom.cli.generate import can_stream, print_stream
 from transom.cli.generation_options import GenerationOptions, option_of, with_generation_options
 from transom.cli.options import BundlePath, Device, Json, Threads
 from transom.cli.output import print_json, printable
@@ -30,20 +30,26 @@ def run(
         list[str],
         typer.Argument(
             metavar="INPUT",
-            help="What the bundle's task takes (above), FILE.npz, or - for the lines of stdin.",
+            help="What the bundle's task takes (see above), FILE.npz, or - for the lines of stdin.",
             show_default=False,
         ),
     ],
     top_k: Annotated[
         int | None,
         typer.Option(
-            metavar="N", min=0, help="How many answers; in sampling, of how many tokens.", show_default="task's own"
+            metavar="N",
+            min=0,
+            help="Number of answers; in sampling, of tokens to draw from.",
+            show_default="the task's",
         ),
     ] = None,
     labels: Annotated[
         list[str] | None,
         typer.Option(
-            "--label", metavar="TEXT", help="What an image may show (zero-shot); repeatable.", show_default=False
+            "--label",
+            metavar="TEXT",
+            help="A label an image may have (zero-shot); repeatable.",
+            show_default=False,
         ),
     ] = None,
     templates: Annotated[
@@ -51,12 +57,12 @@ def run(
         typer.Option(
             "--template",
             metavar="TEXT",
-            help="A sentence with {} for the label, 'a photo of a {}'; several are averaged.",
+            help="A sentence with {} for the label, such as 'a photo of a {}'; several are averaged.",
             show_default=False,
         ),
     ] = None,
     truncate: Annotated[
-        bool, typer.Option("--truncate", help="Cut texts that are too long; embeddings always do.")
+        bool, typer.Option("--truncate", help="Truncate texts that are too long; embeddings always do.")
     ] = False,
     out: Annotated[
         Path | None, typer.Option(metavar="FILE.npz", help="Write output arrays there.", show_default=False)
@@ -79,12 +85,12 @@ def run(
       next-sentence-prediction       A B                       -> does B follow A?
       image-classification           image files               -> labels
       zero-shot-image-classification image files, --label ...  -> labels
-      text-generation                prompts                   -> what follows
+      text-generation                prompts                   -> new text
       translation                    texts                     -> texts
 
-    One INPUT that ends in .npz is a raw run: its arrays are the graph's inputs by name. A text that
-    begins with a dash goes after `--`. The whole of stdin is one text for text-generation, and where a
-    task takes two. A bundle that generates without a tokenizer takes token ids ('1 2 3'), and prints ids.
+    One INPUT that ends in .npz is a raw run: its arrays are the graph's inputs by name. Put a text that
+    begins with a dash after `--`. All of stdin is one text for text-generation, and where a task takes two
+    texts. A bundle that generates without a tokenizer takes token ids ('1 2 3') and prints ids.
     """
     from transom.runtime import load
     from transom.runtime.tasks import family_tasks
@@ -95,7 +101,7 @@ def run(
         if len(inputs) == 1 and inputs[0].endswith(".npz"):
             refuse_generation(generation, "a raw run")
             if labels or templates:
-                raise typer.BadParameter("--label and --template go with image files; a raw run has none.")
+                raise typer.BadParameter("--label and --template are for image files; a raw run takes arrays.")
             arrays = loaded.run(read_arrays(Path(inputs[0])))
             if out is not None:
                 write_arrays(out, arrays)
@@ -112,7 +118,7 @@ def run(
         given = expanded(inputs, whole=task.whole)
         if task.pair is not None and len(given) != 2:
             raise typer.BadParameter(f"{manifest.task} takes {task.pair}; received {len(given)} INPUTs.")
-        if task.generates and not as_json and streams(loaded, given, options):
+        if task.generates and not as_json and can_stream(loaded, given, options):
             print_stream(loaded, given[0], options)
             return
         results = task.ask(loaded, given, options)
@@ -130,7 +136,7 @@ def run(
 def checked_options(
     task: Task, name: str, top_k: int | None, truncate: bool, out: Path | None, generation: GenerationOptions
 ) -> RunOptions:
-    """Return what was asked for beside the INPUTs; a wrong call where the task called ``name`` has no use for it."""
+    """Return the run options; BadParameter for one that the task called ``name`` does not use."""
     from transom.runtime.tasks.task import RunOptions
 
     if out is not None and task.array is None:
@@ -145,7 +151,7 @@ def checked_options(
     if generation.score and not task.scores:
         raise typer.BadParameter(f"--score is for text-generation; this bundle is for {name}.")
     if truncate and task.scores:
-        raise typer.BadParameter(f"--truncate is given; {name} cuts no prompt, since it goes on from its end.")
+        raise typer.BadParameter(f"--truncate is given; {name} truncates no prompt, since it continues its end.")
     keywords = generation.keywords() | ({} if top_k is None else {"top_k": top_k})
     if generation.score and keywords:
         raise typer.BadParameter(f"{option_of(next(iter(keywords)))} is given, but --score generates nothing.")
@@ -153,7 +159,7 @@ def checked_options(
 
 
 def with_labels(options: RunOptions, task: Task, name: str, labels: list[str], templates: list[str]) -> RunOptions:
-    """The run options with the labels that a zero-shot task chooses among; a wrong call for any other task."""
+    """Return the options with the labels of a zero-shot task; BadParameter for any other task."""
     if task.labelled and not labels:
         raise typer.BadParameter(f"{name} needs --label, once for each thing that an image may show.")
     if not task.labelled and (labels or templates):
@@ -163,13 +169,14 @@ def with_labels(options: RunOptions, task: Task, name: str, labels: list[str], t
 
 
 def refuse_generation(generation: GenerationOptions, what: str) -> None:
+    """Raise BadParameter if a generation option is given for ``what``, which generates nothing."""
     names = [*map(option_of, generation.keywords()), *(["--score"] if generation.score else [])]
     if names:
         raise typer.BadParameter(f"{names[0]} is given, but {what} generates nothing.")
 
 
 def expanded(inputs: Sequence[str], *, whole: bool) -> list[str]:
-    """The INPUTs with ``-`` replaced by the lines of stdin, or by all of it as one text if ``whole``."""
+    """Return the INPUTs with ``-`` replaced by the lines of stdin, or by all of it as one text if ``whole``."""
     if inputs.count(STDIN) > 1:
         raise typer.BadParameter("INPUT - is given twice; stdin can be read only once.")
     found: list[str] = []
@@ -186,6 +193,7 @@ def expanded(inputs: Sequence[str], *, whole: bool) -> list[str]:
 
 
 def read_stdin() -> str:
+    """Return stdin as text; InputError unless it is UTF-8, with a byte order mark or without."""
     try:
         return sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -193,13 +201,14 @@ def read_stdin() -> str:
 
 
 def write_vectors(out: Path, name: str, results: Sequence[Mapping[str, Any]]) -> None:
+    """Write the results' vectors as one array (results, size) called ``name``."""
     import numpy as np
 
     write_arrays(out, {name: np.stack([result[name] for result in results])})
 
 
 def show_arrays(bundle: Path, arrays: Mapping[str, Any], out: Path | None, as_json: bool) -> None:
-    """The outputs of a raw run: in full as JSON unless they went to a file, a line each for a person."""
+    """Print the outputs of a raw run: as JSON in full unless they are in a file, else a line for each."""
     if as_json:
         outputs = {name: array_json(array, values=out is None) for name, array in arrays.items()}
         print_json({"bundle": bundle, "outputs": outputs, **written(out)})
@@ -211,4 +220,5 @@ def show_arrays(bundle: Path, arrays: Mapping[str, Any], out: Path | None, as_js
 
 
 def written(out: Path | None) -> dict[str, Path]:
+    """Return the field "out" of a JSON document, where a file was written."""
     return {} if out is None else {"out": out}

@@ -1,4 +1,4 @@
-"""``transom selftest``: the golden values again, on the device, without torch."""
+"""``transom selftest``: compute the golden values again, on the device, without torch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ AGREES = {"pytorch": "PyTorch", "bundle": "its build", "simulated": "its simulat
 
 
 def selftest(bundle: BundlePath, device: Device = "cpu", threads: Threads = None, as_json: Json = False) -> None:
-    """Check a bundle where it runs, without torch.
+    """Check a bundle on the device where it runs, without torch.
 
-    Do the golden inputs still give what PyTorch gave? Exit status 1 and the worst element where an
-    output is beyond the tolerance. The column "since build" is the difference to what the bundle itself
-    gave when it was built. A quantised bundle has to repeat that: bit for bit where instructions and
-    libraries are the same, within 0.1 elsewhere. On other devices it is compared with its TensorRT graph,
-    simulated at the export. With PyTorch it is compared too, within twice the worst error of its export.
+    Runs the golden inputs and compares the outputs with those of PyTorch. Exit status 1 and the worst element where
+    an output is beyond the tolerance. The column "since build" is the difference to the bundle's own outputs when it
+    was built. A quantised bundle has to repeat those: bit for bit where instructions and libraries are the same, within
+    0.1 elsewhere. On other devices it is compared with its TensorRT graph, simulated at the export. It is compared
+    with PyTorch too, within twice the worst error of its export.
     """
     from transom.runtime import selftest as runtime
     from transom.runtime.golden_reference import BUNDLE
@@ -54,7 +54,7 @@ def selftest(bundle: BundlePath, device: Device = "cpu", threads: Threads = None
     for case in report.cases:
         errors = [{each.tensor: f"{each.error:.2e}" for each in case.against(side)} for _, side in others]
         for each in sorted(case.against_pytorch, key=lambda each: each.tensor):
-            rows.append([case.name, *comparison_cells(each), *(told.get(each.tensor, "–") for told in errors)])
+            rows.append([case.name, *comparison_cells(each), *(found.get(each.tensor, "–") for found in errors)])
     more = [name for name, _ in others]
     columns = ("case", "output", "error", "worst at", "here", "PyTorch", *more)
     print_table(columns, rows, right=("error", "here", "PyTorch", *more))
@@ -68,5 +68,5 @@ def selftest(bundle: BundlePath, device: Device = "cpu", threads: Threads = None
         print(printable(f"compared {note}"))
     for reference in report.references:
         error = report.worst_against(reference.side).error
-        told = f"worst error {error:.2e} of {reference.tolerance:.3g} allowed"
-        print(f"agrees with {AGREES[reference.side]}{'' if reference.tolerance else ' bit for bit'}: {told}")
+        worst = f"worst error {error:.2e} of {reference.tolerance:.3g} allowed"
+        print(f"agrees with {AGREES[reference.side]}{'' if reference.tolerance else ' bit for bit'}: {worst}")

@@ -1,4 +1,4 @@
-"""``transom table``: several bundles side by side, the end of ``make export``."""
+"""``transom table``: compare several bundles in one table, as at the end of ``make export``."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def table(
     """Print one table over several bundles.
 
     Its columns are size, worst error, score in PyTorch and in the bundle, and p50. That median latency is
-    measured here and now, on the CPU, at the sizes that each bundle is tuned for; of a bundle that
-    generates it is that of one token, of a CLIP that of one image. Quantised bundles are judged by their
-    accuracy gate, which is told below the table with the processor it was measured on.
-    Exit status 1 when a bundle cannot be loaded; its row says why.
+    measured now, on this machine's CPU, at the sizes that each bundle is tuned for; for a bundle that
+    generates it is that of one token, for a CLIP that of one image. Quantised bundles are judged by their
+    accuracy gate, printed below the table with the processor that it was measured on.
+    Exit status 1 when a bundle cannot be loaded; its row has the reason.
     """
     with progress(quiet=as_json) as report:
         rows = []
@@ -55,7 +55,7 @@ def table(
 
 
 def row_of(path: Path) -> dict[str, Any]:
-    """One bundle's row; an ``error`` in place of the figures where it cannot be loaded or run."""
+    """Measure one bundle and return its row, or an ``error`` where it cannot be loaded or run."""
     from transom.runtime import load
     from transom.runtime.backends.ort_library import onnxruntime
     from transom.runtime.bench import Effort, measurements
@@ -96,6 +96,7 @@ def row_of(path: Path) -> dict[str, Any]:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
+    """Print the table, and below it what its columns mean for these bundles."""
     good = [row for row in rows if "error" not in row]
     print_table(COLUMNS, map(cells, rows), right=COLUMNS[3:])
     for found in dict.fromkeys(f"{row['processor']}, onnxruntime {row['onnxruntime']}" for row in good):
@@ -117,6 +118,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def cells(row: dict[str, Any]) -> list[str]:
+    """Return the cells of one row, in the order of COLUMNS."""
     if "error" in row:
         return [str(row["bundle"]), "cannot be loaded", *["–"] * (len(COLUMNS) - 2)]
     return [

@@ -1,4 +1,4 @@
-"""``transom verify``: a bundle against the PyTorch definition it came from."""
+"""``transom verify``: compare a bundle with the PyTorch definition it was exported from."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def verify(
     calibration_data: CalibratedOn = None,
     accuracy: Annotated[
         bool,
-        typer.Option(help="Measure the accuracy of a quantised bundle; without its calibration data that cannot be."),
+        typer.Option(help="Measure the accuracy of a quantised bundle; needs its calibration data."),
     ] = True,
     device: Device = "cpu",
     threads: Threads = None,
@@ -38,13 +38,12 @@ def verify(
 ) -> None:
     """Compare a bundle with PyTorch again.
 
-    Over a grid of shapes, on real inputs. A decoder reads prompts, then chunks and single tokens; the
-    table has the worst of the single ones. Needs torch and the checkpoint; on a device without them
-    there is `transom selftest`. Exit status 1 and the worst element where an output is beyond the
-    tolerance of the bundle's precision, which of a quantised one is twice the worst error of its export.
-    The file for other devices is compared too, as those would compute it. A quantised bundle goes through
-    its accuracy gate again: exit status 1 too where its calibration data is not at hand, unless
-    --no-accuracy is given.
+    Compares every output over a grid of shapes, on real inputs. A decoder reads prompts, then chunks and single
+    tokens; the table has the worst of the single ones. Needs torch and the checkpoint; on a device without them use
+    `transom selftest`. Exit status 1 and the worst element where an output is beyond the tolerance of the bundle's
+    precision; that of a quantised bundle is twice the worst error of its export. The variant for other devices is
+    compared too, with their arithmetic simulated. A quantised bundle passes its accuracy gate again: exit status 1 too
+    where its calibration data is missing, unless --no-accuracy is given.
     """
     with progress(quiet=as_json) as report, redirect_stdout(sys.stderr), export_extra():
         from transom.export import verification
@@ -99,7 +98,7 @@ def verify(
 
 
 def shown(cases: Sequence[CaseResult]) -> Iterator[tuple[str, Sequence[Comparison]]]:
-    """What each case is called, and its comparisons; tokens fed one by one are one line, of the worst of them.
+    """Yield the name of each case and its comparisons; single tokens are one line, of the worst of them.
 
     The shape of a decoder's case is rows, tokens of the prompt, the number of a chunk and its tokens. Chunk 0 is the
     prompt itself, so that steps of two prompts never meet. What is rounded as a GPU would round it comes last.

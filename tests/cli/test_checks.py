@@ -68,8 +68,8 @@ def test_inspect_shows_how_a_bundle_was_quantised(vit_bundle: Path, tmp_path: Pa
         "activations static in model; ranges by mse",
         "calibrated on digits, 400 samples",
         "built with avx512_vnni",
-        "kept layers 1 of 4",
-        "kept layer.3: 0.02 lost",
+        "excluded layers 1 of 4",
+        "excluded layer.3: 0.02 lost",
         "gate cpu holds (0.005 of 0.013 allowed, judged by top-1 accuracy, n = 540), score 0.985, in FP32 0.99, "
         "same top-1 0.9963, relative error 0.02",
     ):

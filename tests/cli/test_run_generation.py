@@ -191,7 +191,7 @@ UNFIT = [
     ("bert_bundle", ["a", "--score"], "--score is given, but feature-extraction generates nothing"),
     ("bert_bundle", ["in.npz", "--seed", "1"], "--seed is given, but a raw run generates nothing"),
     ("vit_bundle", ["a.png", "--top-k", "0"], "--top-k is 0; image-classification gives at least one answer"),
-    ("gpt", ["1", "--truncate"], "--truncate is given; text-generation cuts no prompt"),
+    ("gpt", ["1", "--truncate"], "--truncate is given; text-generation truncates no prompt"),
     ("gpt", ["1 2", "--score", "--seed", "1"], "--seed is given, but --score generates nothing"),
     ("gpt", ["1 2", "--out", "o.npz"], "--out holds arrays; the answers of text-generation are none"),
     ("marian", ["1 2", "--score"], "--score is for text-generation; this bundle is for translation"),
