@@ -38,7 +38,7 @@ from transom.export.reference_models import reference_folder
 from transom.runtime.backends.ort_library import onnxruntime
 from transom.runtime.bundle import Bundle
 from transom.runtime.host import processor
-from transom.runtime.tasks import task_class
+from transom.runtime.loading import load_with_backends
 
 SIDES = {"ours": "Transom, 4096 bins", "theirs": "onnxruntime.quantization, Entropy"}
 LENGTHS = (8, 128)
@@ -117,7 +117,7 @@ def ours(options: argparse.Namespace) -> NoReturn:
     inputs = [str(linear.activation.name) for linear in find_linears(model)]
     backend = CollectingBackend(model, file.graph, inputs, threads=options.threads)
     watch = Watch(options.limit_gib)
-    with task_class(bundle.manifest.family)(bundle, opener=lambda *_: backend) as loaded:
+    with load_with_backends(bundle, {file.graph.name: backend}) as loaded:
         for number, feeds in enumerate(samples(bundle, count, options.lengths)):
             backend.sample = f"window {number}"
             loaded.run(feeds, [file.graph.outputs[0].name])

@@ -24,7 +24,8 @@ from int8_measures import alternating, machine, relative_error, timed_call
 
 from transom.calib.table import RANGES
 from transom.export.reference_models import REFERENCE_MODELS
-from transom.runtime.backends.base import Backend, Read, open_backend
+from transom.runtime.backends import open_backend
+from transom.runtime.backends.base import Backend, Read
 from transom.runtime.backends.integer_sums import integer_sums
 from transom.runtime.manifest_graphs import GraphFile
 

@@ -6,7 +6,7 @@ by the same runtime code on the same held-out inputs, in one process. int8_measu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,13 +18,13 @@ from outliers import outlier_checkpoint
 
 from transom.export.datasets import heldout_dates, heldout_text, masked_text, wordnet_pairs
 from transom.export.scores import DIGIT_NAMES, blocks, heldout_images
-from transom.runtime.backends.base import Array, Backend, Read, open_backend
+from transom.runtime.backends import open_backend
+from transom.runtime.backends.base import Array, Backend, Read
 from transom.runtime.backends.ort import OrtBackend
 from transom.runtime.bundle import Bundle
 from transom.runtime.greedy_check import NOTHING, greedy, logits_along
+from transom.runtime.loading import load_with_backends
 from transom.runtime.manifest_graphs import GraphFile
-from transom.runtime.session import Opener
-from transom.runtime.tasks import task_class
 from transom.runtime.tasks.generator import Generator
 
 THREADS = 2
@@ -68,6 +68,9 @@ def bundle_of(case: Case, work: Path, *, outliers: bool = False) -> Path:
 
         export(source_of(case, work, outliers=outliers), bundle, max_sizes=case.max_sizes)
     return bundle
+
+
+Opener = Callable[[GraphFile, Read, str, int | None], Backend]  # as ``open_backend``
 
 
 class Recorder:
@@ -125,7 +128,8 @@ def open_side(
     """Load a bundle as ``transom.runtime.load`` does, its backends by ``opener``."""
     bundle, recorder = Bundle(folder), Recorder(opener)
     found = size_of(bundle) if size is None else size
-    with task_class(bundle.manifest.family)(bundle, "cpu", threads, recorder) as loaded:
+    backends = {file.graph.name: recorder(file, bundle.read, "cpu", threads) for file in bundle.manifest.graphs}
+    with load_with_backends(bundle, backends) as loaded:
         yield Side(case, loaded, recorder, found)
 
 

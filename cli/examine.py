@@ -99,7 +99,7 @@ def choose(bundle: Path | None, providers: Sequence[str], gpus: Sequence[Mapping
     """
     if not providers:
         return {"device": None, "reason": "onnxruntime cannot be used", "passed_over": {}}
-    from transom.runtime.devices import choice_for
+    from transom.runtime.loading import choice_for
 
     try:
         choice = (

@@ -29,7 +29,7 @@ from transom.export.bundle_writer import BundleWriter, StagedBundle, check_out, 
 from transom.export.checkpoint import LoadedCheckpoint, load_checkpoint
 from transom.export.families.base import export_family
 from transom.export.onnx_export import onnx_from_module
-from transom.export.parity.backends import open_bundle, open_default_files, open_pytorch
+from transom.export.parity.backends import open_default_files, open_pytorch
 from transom.export.parity.cases import ParityCases
 from transom.export.parity.compare import TOLERANCES, check_greedy, check_parity, export_limit
 from transom.export.parity.fp16_range import Ranges, measure_ranges, require_fp16_range
@@ -43,6 +43,7 @@ from transom.export.variants import Variants, check_file, emulated_variants, mak
 from transom.runtime.errors import ExportError
 from transom.runtime.golden import GOLDEN
 from transom.runtime.greedy_check import Divergence
+from transom.runtime.loading import open_bundle
 from transom.runtime.manifest import PRECISIONS, QUANTIZED, Manifest
 from transom.runtime.manifest_graphs import axis_to_json, graph_to_json
 

@@ -20,9 +20,9 @@ from transom.runtime.backends.ort import OrtBackend
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import ExportError, one_line
 from transom.runtime.graph_spec import Graph
+from transom.runtime.loading import load_with_backends
 from transom.runtime.manifest_graphs import SIMULATED, GraphFile
 from transom.runtime.session import LoadedBundle
-from transom.runtime.tasks import task_class
 
 WEIGHTS = "model.weights"
 EXTERNAL_ABOVE = 256 << 20  # bytes of weights; protobuf ends at 2 GiB and is parsed as a whole
@@ -162,13 +162,6 @@ def with_integers(variants: Variants, integers: Mapping[str, str]) -> Variants:
 def simulated(variants: Variants) -> Variants:
     """The same, their graphs for TensorRT marked as such: a CPU session then computes their Q/DQ in float32."""
     return with_integers(variants, dict.fromkeys((file.graph.name for file in variants.graphs), SIMULATED))
-
-
-def load_with_backends(bundle: Bundle, backends: Mapping[str, Backend]) -> LoadedBundle:
-    """Load ``bundle`` around ``backends``, by the graphs' names."""
-    return task_class(bundle.manifest.family)(
-        bundle, opener=lambda graph, read, device, threads: backends[graph.graph.name]
-    )
 
 
 def open_variants(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transom.export.bundle_graphs import stored_graphs
 from transom.export.checkpoint import reload_checkpoint
-from transom.export.parity.backends import open_bundle, open_default_files, open_pytorch
+from transom.export.parity.backends import open_default_files, open_pytorch
 from transom.export.parity.cases import ParityCases
 from transom.export.parity.compare import Limit, check_greedy, check_parity
 from transom.export.parity.inputs import parity_inputs
@@ -23,6 +23,7 @@ from transom.runtime.bundle import Bundle
 from transom.runtime.errors import AccuracyError
 from transom.runtime.golden_reference import pytorch_tolerance
 from transom.runtime.greedy_check import Divergence
+from transom.runtime.loading import open_bundle
 from transom.runtime.manifest import QUANTIZED, Manifest
 from transom.runtime.session import LoadedBundle
 

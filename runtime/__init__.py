@@ -17,14 +17,14 @@ TYPE_CHECKING = False  # importing typing for its own costs twenty times what th
 if TYPE_CHECKING:
     from typing import Any
 
-    from transom.runtime.session import load as load
+    from transom.runtime.loading import load as load
 
 __all__ = ["load"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "load":
-        from transom.runtime.session import load
+        from transom.runtime.loading import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

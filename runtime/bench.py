@@ -90,7 +90,7 @@ def bench(
     its bounds.
     """
     from transom.runtime.backends.ort_library import onnxruntime
-    from transom.runtime.session import load
+    from transom.runtime.loading import load
 
     version = str(onnxruntime().__version__)
     before = peak_memory_mib()

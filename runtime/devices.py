@@ -11,15 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from transom.runtime.backends import FASTEST_FIRST
 from transom.runtime.errors import BackendError, BundleError
 
 if TYPE_CHECKING:
-    from os import PathLike
-
     from transom.runtime.manifest_graphs import GraphFile
 
-AUTO = "auto"
-FASTEST_FIRST = ("tensorrt", "cuda", "cpu")
 REASONS = {
     "tensorrt": "the bundle's engine for this GPU is loaded",
     "cuda": "ONNX Runtime uses the GPU",
@@ -65,21 +62,3 @@ def choose(open_on: Callable[[str], Opened], absent: Mapping[str, str]) -> tuple
 def without_engines(graphs: Sequence[GraphFile]) -> dict[str, str]:
     """The devices that need not be tried for ``graphs``, and why: an engine is needed of each graph."""
     return {} if all(graph.plans for graph in graphs) else {"tensorrt": NO_ENGINES}
-
-
-def choice_for(bundle: str | PathLike[str] | None) -> Choice:
-    """What ``load(bundle, device="auto")`` chooses here, by doing it; without a bundle, for one without engines.
-
-    Raises BackendError where ONNX Runtime cannot be used, BundleError for a damaged bundle.
-    """
-    if bundle is not None:
-        from transom.runtime.session import load
-
-        with load(bundle, device=AUTO) as loaded:
-            found: Choice = loaded.choice
-            return found
-    from transom.runtime.backends.base import open_backend
-    from transom.runtime.backends.known_sum import doubling
-
-    graph, model = doubling()
-    return choose(lambda device: open_backend(graph, lambda name: model, device, 1), {"tensorrt": NO_BUNDLE})[1]

@@ -55,7 +55,7 @@ def gpu() -> dict[str, Any]:
 
 def device(bundle: str) -> dict[str, Any]:
     """Load a bundle with the device "auto", and return which device that is and why."""
-    from transom.runtime.devices import choice_for
+    from transom.runtime.loading import choice_for
 
     return choice_for(bundle).to_json()
 

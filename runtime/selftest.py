@@ -21,10 +21,11 @@ from transom.runtime.golden import (
     within_bounds,
 )
 from transom.runtime.golden_reference import BUNDLE, PYTORCH, Reference, references
+from transom.runtime.loading import load
 from transom.runtime.manifest import Manifest
 from transom.runtime.manifest_graphs import SIMULATED
 from transom.runtime.saturation import may_saturate, multiplies_integers, recorded_sums, saturated_export, sums_here
-from transom.runtime.session import LoadedBundle, load
+from transom.runtime.session import LoadedBundle
 
 
 @dataclass(frozen=True)

@@ -2,50 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from os import PathLike
 from threading import Lock, local
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
-from transom.runtime.backends.base import Array, Backend, FromPlan, Read, open_backend
+from transom.runtime.backends import AUTO, open_backend
+from transom.runtime.backends.base import Array, Backend, FromPlan
 from transom.runtime.bundle import Bundle
-from transom.runtime.devices import ASKED, AUTO, Choice, choose, without_engines
+from transom.runtime.devices import ASKED, Choice, choose, without_engines
 from transom.runtime.errors import BackendError, BundleError, InputError
 from transom.runtime.feeds import checked_feeds, engine_axes, wanted_outputs, wider
 from transom.runtime.graph_spec import Axis, Graph
 from transom.runtime.host import usable_cores
-from transom.runtime.manifest_graphs import GraphFile
 from transom.runtime.process_bound import ProcessBound
-from transom.runtime.saturation import warn_of_saturation
 
 if TYPE_CHECKING:
     from transom.runtime.manifest import Manifest
 
 
-Opener = Callable[[GraphFile, Read, str, int | None], Backend]
 GPU_WORKERS = 4  # of ``submit`` on a GPU, as many calls as the TensorRT backend has there at once
 CLOSED = "this bundle is closed; load it again."
-
-
-def load(path: str | PathLike[str], device: str = "cpu", threads: int | None = None) -> Any:
-    """Load a bundle's folder; what comes back has the methods of its family (``Bert``, ``ViT``, ...).
-
-    ``device`` is "cpu", "cuda" (ONNX Runtime on the GPU), "tensorrt" (the bundle's engine for this GPU), or "auto",
-    the last of these on which every graph of the bundle opens: ``choice`` of the loaded bundle says why. A device that
-    is asked for and absent is an error. ``threads`` is the number of CPU threads per call, None for one per core.
-
-    Raises BundleError when the folder is damaged, hostile or of another format version, BackendError
-    when the device or its library is not there. Warns (SaturationWarning), once, where the 8-bit products of an INT8
-    bundle add up otherwise than they did at its export.
-    """
-    from transom.runtime.tasks import task_class
-
-    bundle = Bundle(str(path))
-    loaded = task_class(bundle.manifest.family)(bundle, device, threads)
-    warn_of_saturation(bundle.manifest, loaded.device)
-    return loaded
 
 
 class Submitted(ProcessBound, Future[dict[str, Array]]):
@@ -56,13 +34,17 @@ class LoadedBundle(ProcessBound):
     """What every family's loaded bundle can do. Use it in a ``with``, or call ``close``.
 
     GRAPHS says which graphs the family's methods run, and what they give them beside caches and what another graph
-    made.
+    made. ``backends``, by graph, execute the graphs in place of those that ``device`` would have.
     """
 
     GRAPHS: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def __init__(
-        self, bundle: Bundle, device: str = "cpu", threads: int | None = None, opener: Opener = open_backend
+        self,
+        bundle: Bundle,
+        device: str = "cpu",
+        threads: int | None = None,
+        backends: Mapping[str, Backend] | None = None,
     ) -> None:
         self.manifest: Manifest = bundle.manifest
         self._bundle = bundle
@@ -70,7 +52,9 @@ class LoadedBundle(ProcessBound):
         graphs = bundle.manifest.graphs
 
         def open_on(device: str) -> list[Backend]:
-            return [opener(graph, bundle.read, device, threads) for graph in graphs]
+            if backends is not None:
+                return [backends[graph.graph.name] for graph in graphs]
+            return [open_backend(graph, bundle.read, device, threads) for graph in graphs]
 
         self._backends, self.choice = (
             choose(open_on, without_engines(graphs)) if device == AUTO else (open_on(device), Choice(device, ASKED))

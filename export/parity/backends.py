@@ -9,15 +9,14 @@ import torch
 from torch import nn
 
 from transom.export.checkpoint import LoadedCheckpoint
-from transom.export.variants import load_with_backends
 from transom.runtime.backends.base import Array
 from transom.runtime.backends.ort import OrtBackend
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import BackendError, BundleError, ExportError
 from transom.runtime.graph_spec import Graph
+from transom.runtime.loading import load_with_backends
 from transom.runtime.manifest_graphs import SIMULATED
 from transom.runtime.session import LoadedBundle
-from transom.runtime.tasks import task_class
 
 
 class PyTorchBackend:
@@ -34,11 +33,6 @@ class PyTorchBackend:
             outputs = self._module(*(torch.from_numpy(feeds[tensor.name]) for tensor in self.graph.inputs))
         named = {tensor.name: value.numpy() for tensor, value in zip(self.graph.outputs, outputs, strict=True)}
         return {name: named[name] for name in shapes}
-
-
-def open_bundle(bundle: Bundle, device: str = "cpu", threads: int | None = None) -> LoadedBundle:
-    """Load the bundle as a device would."""
-    return task_class(bundle.manifest.family)(bundle, device, threads)
 
 
 def open_pytorch(bundle: Bundle, loaded: LoadedCheckpoint) -> LoadedBundle:

@@ -23,12 +23,12 @@ from transom.export.parity.cases import ParityCases
 from transom.export.passes._builder import NodeBuilder
 from transom.export.passes.expose_attention import expose_scores
 from transom.export.passes.half_precision import FP16_MAX, KEEP_FP32
-from transom.export.variants import load_with_backends
 from transom.runtime.backends.base import Array
 from transom.runtime.backends.ort_library import onnxruntime
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import PrecisionError
 from transom.runtime.graph_spec import Graph
+from transom.runtime.loading import load_with_backends
 
 PREFIX, SUM = "max:", "sum:"  # of the names of probes
 PRODUCTS = ("MatMul", "Gemm", "Conv")

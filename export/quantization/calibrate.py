@@ -20,7 +20,7 @@ from transom.export.passes.smoothquant import find_smoothquant_sites, fold_smoot
 from transom.export.quantization.quantizer import QuantizationConfig, observed_tensors
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import CalibrationError
-from transom.runtime.tasks import task_class
+from transom.runtime.loading import load_with_backends
 
 ROWS = 256  # of each activation, from which factors are searched
 FREE_WORTH = 0.98  # smooth where this much of the squared error is left, or less: a LayerNorm takes factors for nothing
@@ -153,11 +153,8 @@ def put_all_through(
 ) -> None:
     """Every sample through the family's own code around the observing backends."""
 
-    def opener(graph: Any, *_: object) -> CollectingBackend:
-        return observed[graph.graph.name]
-
     runner = export_family(bundle.manifest.family).samples
-    with task_class(bundle.manifest.family)(bundle, opener=opener) as loaded:
+    with load_with_backends(bundle, observed) as loaded:
         for sample in samples:
             before_each()
             for backend in observed.values():

@@ -26,10 +26,10 @@ from transom.runtime.bundle import Bundle
 from transom.runtime.cpu import instruction_set
 from transom.runtime.errors import CalibrationError
 from transom.runtime.host import cpu_name
+from transom.runtime.loading import open_bundle
 from transom.runtime.manifest import Manifest
 from transom.runtime.manifest_sections import EXACT
 from transom.runtime.session import LoadedBundle
-from transom.runtime.tasks import task_class
 
 PARTS = 4  # of the calibration data; one is held out, for the gate or for variety's sake
 MAX_CANDIDATES = PARTS  # calibrations, where few cases are held out
@@ -109,7 +109,7 @@ class Quantization:
         return self._candidate(self._calibrated(calibration), None if self._scored else held_out, half=half)
 
     def _candidate(self, table: RangeTable, held_out: CalibrationData | None, *, half: bool) -> Candidate:
-        with task_class(self._bundle.manifest.family)(self._bundle) as fp32:
+        with open_bundle(self._bundle) as fp32:
             self._tell("measuring FP32")
             if held_out is None and self._reference is not None:
                 gate = Gate.of_reference(self._reference, fp32)

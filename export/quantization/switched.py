@@ -14,12 +14,11 @@ from transom.export.passes.layer_switches import SWITCHES, add_linear_switches, 
 from transom.export.quantization.fidelity import Fidelity, Fp32Outputs
 from transom.export.quantization.quantizer import Layer
 from transom.export.variants import pack, with_integers
-from transom.runtime.backends.base import Array, Backend, Read
+from transom.runtime.backends.base import Array
 from transom.runtime.backends.ort import OrtBackend
 from transom.runtime.bundle import Bundle
 from transom.runtime.graph_spec import Graph, Tensor
-from transom.runtime.manifest_graphs import GraphFile
-from transom.runtime.tasks import task_class
+from transom.runtime.loading import load_with_backends
 
 
 class SwitchedBackend:
@@ -66,15 +65,11 @@ class SwitchedBundle:
         if integers is not None:
             variants = with_integers(variants, integers)
         files = {file.graph.name: file for file in variants.graphs}
-        self._backends: dict[str, SwitchedBackend] = {}
-
-        def opener(graph: GraphFile, read: Read, device: str, threads: int | None) -> Backend:
-            name = graph.graph.name
-            opened = OrtBackend(files[name], variants.files.__getitem__, "cpu", threads)
-            self._backends[name] = SwitchedBackend(opened, len(names[name]))
-            return self._backends[name]
-
-        self._loaded = task_class(bundle.manifest.family)(bundle, "cpu", threads, opener)
+        self._backends = {
+            name: SwitchedBackend(OrtBackend(file, variants.files.__getitem__, "cpu", threads), len(names[name]))
+            for name, file in files.items()
+        }
+        self._loaded = load_with_backends(bundle, self._backends)
 
     def measure(self, restored: Collection[Layer], reference: Fp32Outputs) -> Fidelity:
         """How far the bundle is from FP32 with these layers restored."""

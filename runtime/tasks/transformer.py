@@ -51,9 +51,9 @@ class Transformer(Generator):
 
     def prefill_masked(self, ids: Any, mask: Any) -> PrefillResult:
         """Encode ``ids`` and ``mask``, int64 (R, S), and read the start token."""
-        encoder, decoder = self.backend("encoder"), self.backend("decoder")
+        encoder = self.backend("encoder")
         R, S = ids.shape
-        read_by_decoder = {tensor.name for tensor in decoder.graph.inputs}
+        read_by_decoder = {tensor.name for tensor in self.backend("decoder").graph.inputs}
         shapes = {
             tensor.name: shape_of(tensor, {"B": R, "S": S})
             for tensor in encoder.graph.outputs

@@ -17,12 +17,12 @@ from transom.calib.run_samples import check_reach, run_sample
 from transom.export.families.base import export_family
 from transom.export.families.bert import text_row
 from transom.export.families.transformer import NEW_TOKENS, translation_cases
-from transom.runtime.backends.base import Array, Backend, Read, open_backend
+from transom.runtime.backends import open_backend
+from transom.runtime.backends.base import Array, Backend
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import BackendError, CalibrationError
-from transom.runtime.manifest_graphs import GraphFile
+from transom.runtime.loading import load_with_backends
 from transom.runtime.session import LoadedBundle
-from transom.runtime.tasks import task_class
 from transom.runtime.tasks.bert import Bert
 from transom.runtime.text.batch import ROW_STEP
 
@@ -46,12 +46,10 @@ class Recorder:
 
 
 def recorded(folder: Path, calls: list[Call], **changed: Any) -> LoadedBundle:
-    def opener(graph: GraphFile, read: Read, device: str, threads: int | None) -> Backend:
-        return Recorder(open_backend(graph, read, device, threads), calls)
-
     bundle = Bundle(folder)
     bundle.manifest = replace(bundle.manifest, **changed)
-    return task_class(bundle.manifest.family)(bundle, "cpu", 1, opener)
+    opened = (open_backend(file, bundle.read, "cpu", 1) for file in bundle.manifest.graphs)
+    return load_with_backends(bundle, {backend.graph.name: Recorder(backend, calls) for backend in opened})
 
 
 def calls_of(folder: Path, *samples: Sample, **changed: Any) -> list[Call]:

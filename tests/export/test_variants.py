@@ -34,8 +34,8 @@ from transom.export.verification import verify
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import ExportError, ParityError
 from transom.runtime.graph_spec import ARANGE, Graph
+from transom.runtime.loading import load
 from transom.runtime.selftest import selftest
-from transom.runtime.session import load
 
 MakeCheckpoint = Callable[..., Path]
 Exported = Callable[..., tuple[Path, Path]]

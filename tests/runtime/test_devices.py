@@ -16,8 +16,9 @@ from transom.cli import examine
 from transom.runtime import load
 from transom.runtime.backends import ort
 from transom.runtime.backends.ort_library import onnxruntime
-from transom.runtime.devices import Choice, choice_for, choose, without_engines
+from transom.runtime.devices import Choice, choose, without_engines
 from transom.runtime.errors import BackendError, BundleError
+from transom.runtime.loading import choice_for
 
 CUDA = "CUDAExecutionProvider"
 

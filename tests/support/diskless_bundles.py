@@ -29,8 +29,8 @@ def load_manifest(data: bytes) -> Any:
     """
     from transom.runtime.bundle import versioned
     from transom.runtime.errors import BundleError
+    from transom.runtime.loading import load_with_backends
     from transom.runtime.manifest import MANIFEST, manifest_from_json
-    from transom.runtime.tasks import task_class
 
     manifest = manifest_from_json(versioned(data, MANIFEST))
 
@@ -39,11 +39,9 @@ def load_manifest(data: bytes) -> Any:
             raise BundleError(f"no file {name}")
         return FILES["marian" if "marian" in name else "tokenizers"]
 
-    def opener(graph: Any, read: Any, device: str, threads: int | None) -> Any:
-        return SimpleNamespace(graph=graph.graph, device=device)
-
     bundle: Any = SimpleNamespace(manifest=manifest, read=read)
-    return task_class(manifest.family)(bundle, opener=opener)
+    backends: Any = {file.graph.name: SimpleNamespace(graph=file.graph, device="cpu") for file in manifest.graphs}
+    return load_with_backends(bundle, backends)
 
 
 def slim(words: dict[str, Any]) -> dict[str, Any]:

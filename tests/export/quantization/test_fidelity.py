@@ -19,12 +19,13 @@ from transom.export.quantization import fidelity as agreement_module
 from transom.export.quantization.fidelity import Fidelity, Fp32Outputs, RelativeError, nearest_others
 from transom.export.reference_models import REFERENCE_MODELS
 from transom.export.scores import DIGIT_NAMES, heldout_images
-from transom.runtime.backends.base import Array, Backend, open_backend
+from transom.runtime.backends import open_backend
+from transom.runtime.backends.base import Array, Backend
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import CalibrationError, ExportError
 from transom.runtime.graph_spec import Graph
+from transom.runtime.loading import load_with_backends
 from transom.runtime.session import LoadedBundle
-from transom.runtime.tasks import task_class
 
 Change = Callable[[Mapping[str, Array], dict[str, Array]], dict[str, Array]]
 TEXTS = [
@@ -51,11 +52,10 @@ class Changed:
 def opened(folder: Path, change: Change | None = None) -> LoadedBundle:
     bundle = Bundle(folder)
 
-    def opener(*arguments: Any) -> Backend:
-        backend = open_backend(*arguments)
-        return backend if change is None else Changed(backend, change)
-
-    return task_class(bundle.manifest.family)(bundle, "cpu", 1, opener)
+    backends = {file.graph.name: open_backend(file, bundle.read, "cpu", 1) for file in bundle.manifest.graphs}
+    if change is None:
+        return load_with_backends(bundle, backends)
+    return load_with_backends(bundle, {name: Changed(backend, change) for name, backend in backends.items()})
 
 
 def scaled(feeds: Mapping[str, Array], found: dict[str, Array]) -> dict[str, Array]:

@@ -130,17 +130,13 @@ def test_a_stream_left_half_way_frees_its_buffers(gpt: Any, monkeypatch: pytest.
 @pytest.mark.parametrize("architecture", ["GPT2LMHeadModel", "MarianMTModel"])
 @pytest.mark.parametrize("call", ["generate", "stream"])
 def test_what_does_not_fit_is_told_before_the_first_step(exported: Exported, architecture: str, call: str) -> None:
-    from transom.runtime.backends.base import open_backend
+    from transom.runtime.backends import open_backend
     from transom.runtime.bundle import Bundle
-    from transom.runtime.tasks import task_class
+    from transom.runtime.loading import load_with_backends
 
-    bundle, counted = Bundle(exported(architecture)[1]), []
-
-    def opener(*arguments: Any) -> Any:
-        counted.append(Counted(open_backend(*arguments)))
-        return counted[-1]
-
-    with task_class(bundle.manifest.family)(bundle, "cpu", 1, opener) as loaded:
+    bundle = Bundle(exported(architecture)[1])
+    counted = {file.graph.name: Counted(open_backend(file, bundle.read, "cpu", 1)) for file in bundle.manifest.graphs}
+    with load_with_backends(bundle, counted) as loaded:
         fits, too_many = (57, 58) if architecture == "GPT2LMHeadModel" else (66, 67)
         with pytest.raises(
             InputError, match=rf"and {too_many} new ones make 68; the context holds 67.*new_tokens={fits}"
@@ -153,7 +149,7 @@ def test_what_does_not_fit_is_told_before_the_first_step(exported: Exported, arc
                 getattr(loaded, call)(wrong, max_new_tokens=1)
         with pytest.raises(InputError):
             getattr(loaded, call)([3], temperature=2.0)
-        assert not any(backend.fed for backend in counted)
+        assert not any(backend.fed for backend in counted.values())
         assert len(list(getattr(loaded, call)([3] * 10, max_new_tokens=fits))) <= fits
 
 
