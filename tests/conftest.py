@@ -24,7 +24,9 @@ from time_limits import pytest_fixture_setup as pytest_fixture_setup
 os.environ["HF_HUB_OFFLINE"] = "1"
 # And before torch imports triton: our kernels are interpreted, on the CPU; what compiles them runs in its own process.
 os.environ["TRITON_INTERPRET"] = "1"
-pytest.register_assert_rewrite("attention_reference", "command_line", "decoder_definitions", "tiny_models")
+pytest.register_assert_rewrite(
+    "attention_reference", "command_line", "decoder_definitions", "encoder_family", "tiny_models"
+)
 
 WORDS = """
 the a of and to in is it that was for on are as with his they at be this have from or one had by word but
@@ -114,22 +116,31 @@ KINDS |= {"Marian": ("MarianConfig", MARIAN), "CLIP": ("CLIPConfig", CLIP)}
 
 
 def save_checkpoint(
-    folder: Path, architecture: str, *, seed: int = 0, tokenizer: bool = True, shard: str = "5GB", **config: Any
+    folder: Path,
+    architecture: str,
+    *,
+    seed: int = 0,
+    tokenizer: bool = True,
+    wordpiece: bool | None = None,
+    shard: str = "5GB",
+    kind: tuple[str, dict[str, Any]] | None = None,
+    **config: Any,
 ) -> Path:
     """Write what ``save_pretrained`` writes.
 
-    Weights are normal with deviation 0.2, larger than at initialisation, so that every layer matters. BERT and
-    CLIP folders get a vocabulary, CLIP's an image processor besides; ``tokenizer=False`` leaves them out.
+    Weights are normal with deviation 0.2, larger than at initialisation, so that every layer matters. ``kind`` is the
+    config's class in transformers and its sizes, those of KINDS by default. ``wordpiece`` adds ``vocabulary()``; BERT
+    folders have it by default. CLIP's get a vocabulary and an image processor. ``tokenizer=False`` leaves them out.
     """
     import torch
     import transformers
 
-    bert = architecture.startswith("Bert")
-    known = [found for prefix, found in KINDS.items() if architecture.startswith(prefix)]
+    bert = architecture.startswith("Bert") if wordpiece is None else wordpiece
+    known = [kind] if kind else [found for prefix, found in KINDS.items() if architecture.startswith(prefix)]
     assert known, f"no line in KINDS for {architecture}"
-    kind, defaults = known[0]
+    config_class, defaults = known[0]
     torch.manual_seed(seed)
-    model = getattr(transformers, architecture)(getattr(transformers, kind)(**{**defaults, **config})).eval()
+    model = getattr(transformers, architecture)(getattr(transformers, config_class)(**{**defaults, **config})).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "embed_positions" not in name:  # Marian's are no parameters but sinusoids

@@ -25,8 +25,8 @@ from typer.testing import CliRunner
 
 from transom.cli.main import app
 from transom.runtime.cpu import instruction_set
+from transom.runtime.families import FAMILIES
 from transom.runtime.manifest import MANIFEST, PRECISIONS, QUANTIZED, manifest_sha256
-from transom.runtime.tasks import FAMILIES
 
 TESTS = Path(__file__).resolve().parents[1]
 SAMPLES = 12  # for calibration, a quarter of them held out; at least 8 are asked for
@@ -196,7 +196,7 @@ def make(name: str, out: Path) -> None:
 
 
 def main() -> None:
-    small = [f"{family}-{precision}" for family in FAMILIES for precision in PRECISIONS]
+    small = [f"{family}-{precision}" for family in FAMILIES if family in CHECKPOINTS for precision in PRECISIONS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of the bundles, called like the version: tests/bundles/0.2.0")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join([*small, *REFERENCE])}")

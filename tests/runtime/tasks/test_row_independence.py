@@ -7,20 +7,15 @@ an order that depends on the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from paths import KEPT
+from row_independence import check_decoder, check_encoders
 from transom.runtime import load
-from transom.runtime.feeds import is_decoder
-from transom.runtime.graph_spec import Graph
-from transom.runtime.greedy_check import forced_logits
-from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks.generator import Generator
 from transom.runtime.text.batch import row_length
 
@@ -28,78 +23,6 @@ EARLIER = sorted(path.name for path in KEPT.iterdir() if path.name.count("-") ==
 BLOCKS_BOUND = 1e-5
 POOLED = "sentence_embedding"
 FRESH = ("bert_bundle", "vit_bundle", "clip_bundle", "gpt_bundle", "dates_bundle", "half_gpt_bundle", "int8_bundle")
-LENGTHS = (1, 7, 3, 12, 2, 30, 5, 16)  # tokens of the rows
-
-
-def require_equal(ours: NDArray[Any], theirs: NDArray[Any], bound: float, what: str) -> None:
-    if bound == 0:
-        np.testing.assert_array_equal(ours, theirs, err_msg=what)
-    else:
-        scale = float(np.abs(theirs).max())
-        assert float(np.abs(ours - theirs).max()) <= bound * scale, what
-
-
-def feeds_of(graph: Graph, sizes: dict[str, int], random: np.random.Generator) -> dict[str, NDArray[Any]]:
-    feeds = {}
-    for tensor in graph.inputs:
-        shape = tuple(sizes[size] if isinstance(size, str) else size for size in tensor.shape)
-        if tensor.name == "attention_mask":
-            feeds[tensor.name] = np.ones(shape, np.int64)
-        elif tensor.dtype == "int64" and tensor.default is None:
-            feeds[tensor.name] = random.integers(1, tensor.exclusive_max or 100, shape)
-        elif tensor.default is None:
-            feeds[tensor.name] = random.standard_normal(shape).astype(np.float32)
-    return feeds
-
-
-def some_rows(count: int) -> Iterator[list[int]]:
-    """Each row alone, neighbours of one row, all but the first: in other places than in the whole batch."""
-    yield from ([row] for row in range(count))
-    yield from ([0, row] for row in range(1, count))
-    yield list(range(1, count))[::-1]
-
-
-def check_encoders(bundle: LoadedBundle, bound: Callable[[str], float]) -> None:
-    random = np.random.default_rng(0)
-    for file in bundle.manifest.graphs:
-        graph = bundle.backend(file.graph.name).graph
-        if is_decoder(graph):
-            continue
-        rows = min(8, bundle.max_size("B"))
-        lengths = (1, 5, 8) if any("S" in tensor.shape for tensor in graph.inputs) else (1,)
-        for length in lengths:
-            feeds = feeds_of(
-                graph,
-                {"B": rows, "S": min(length, bundle.manifest.axes["S"].max) if "S" in bundle.manifest.axes else 1},
-                random,
-            )
-            whole = bundle.run(feeds)
-            for chosen in some_rows(rows):
-                if not chosen:
-                    continue
-                part = bundle.run({name: np.ascontiguousarray(array[chosen]) for name, array in feeds.items()})
-                for name, found in part.items():
-                    require_equal(found, whole[name][chosen], bound(name), f"{name} of rows {chosen}, S={length}")
-
-
-def check_decoder(bundle: Generator, bound: float) -> None:
-    """Prompts of several lengths, then tokens one by one: in a batch whose caches are as long as the longest needs."""
-    random = np.random.default_rng(1)
-    rows, context = min(8, bundle.max_size("B")), min(bundle.context, 80)
-    prompt_below = bundle.prompt_tokens().exclusive_max or 100
-    token_below = bundle.backend("decoder").graph.inputs[0].exclusive_max or 100
-    most = min(context // 2, bundle.max_size(str(bundle.prompt_tokens().shape[1])))
-    prompts = [random.integers(1, prompt_below, max(1, min(length, most))).tolist() for length in LENGTHS[:rows]]
-    chunks = [random.integers(1, token_below, (rows, 1)) for _ in range(min(6, context // 2 - 1))]
-
-    def logits(chosen: Sequence[int]) -> list[NDArray[np.float32]]:
-        return list(forced_logits(bundle, [prompts[row] for row in chosen], [chunk[list(chosen)] for chunk in chunks]))
-
-    whole = logits(range(rows))
-    for chosen in some_rows(rows):
-        if chosen:
-            for step, (ours, theirs) in enumerate(zip(logits(chosen), whole, strict=True)):
-                require_equal(ours, theirs[chosen], bound, f"logits of rows {chosen}, step {step}")
 
 
 @pytest.mark.parametrize("threads", [1, 2])
