@@ -25,7 +25,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # And before torch imports triton: our kernels are interpreted, on the CPU; what compiles them runs in its own process.
 os.environ["TRITON_INTERPRET"] = "1"
 pytest.register_assert_rewrite(
-    "attention_reference", "command_line", "decoder_definitions", "encoder_family", "tiny_models"
+    "attention_reference", "command_line", "decoder_definitions", "encoder_family", "row_independence", "tiny_models"
 )
 
 WORDS = """
