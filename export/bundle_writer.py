@@ -23,26 +23,44 @@ from transom.runtime.manifest import (
     manifest_from_json,
     manifest_sha256,
 )
+from transom.runtime.text.tokenizer import TextTokenizer, export_again
+from transom.runtime.text.tokenizer_spec import TokenizerSpec
 
 
 class StagedBundle(Bundle):
     """A bundle before its bundle.json is written: a manifest in memory, and ``read``, which returns a file's bytes.
 
-    Nothing is hashed when it is read: the bytes are this process' own. ``folder`` names the bundle in messages.
+    Nothing is hashed when it is read, for the bytes are this process' own, and ``tokenizers``, by file name, are not
+    parsed again. ``folder`` names the bundle in messages.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, read: Callable[[str], bytes]) -> None:
-        self.folder, self.manifest, self._read = folder, manifest, read
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        read: Callable[[str], bytes],
+        tokenizers: Mapping[str, TextTokenizer],
+    ) -> None:
+        self.folder, self.manifest, self._read, self._tokenizers = folder, manifest, read, tokenizers
 
     @classmethod
-    def in_memory(cls, fields: Mapping[str, Any], files: Mapping[str, bytes]) -> StagedBundle:
+    def in_memory(
+        cls, fields: Mapping[str, Any], files: Mapping[str, bytes], tokenizers: Mapping[str, TextTokenizer]
+    ) -> StagedBundle:
         """Make a bundle of ``files`` that is never written."""
         entries = {name: entry_of(data) for name, data in files.items()}
-        return cls(Path(str(fields["name"])), manifest_of(manifest_bytes(fields, entries)), files.__getitem__)
+        manifest = manifest_of(manifest_bytes(fields, entries))
+        return cls(Path(manifest.name), manifest, files.__getitem__, tokenizers)
 
     def read(self, name: str) -> bytes:
         """Return the bytes of a file."""
         return self._read(name)
+
+    def open_tokenizer(
+        self, spec: TokenizerSpec, max_tokens: int, wider: Callable[[int], str] = export_again
+    ) -> TextTokenizer:
+        """Return the tokenizer that is open already, with the limits that are asked for."""
+        return self._tokenizers[spec.file].with_limits(spec, max_tokens, wider)
 
 
 class BundleWriter:
@@ -57,10 +75,17 @@ class BundleWriter:
         write(self.folder / name, data)
         self._files[name] = entry_of(data)
 
-    def staged(self, fields: Mapping[str, Any]) -> StagedBundle:
-        """Return the bundle of the files so far, described by ``fields``, without writing bundle.json."""
-        manifest = manifest_of(manifest_bytes(fields, self._files))
-        return StagedBundle(self.folder, manifest, lambda name: (self.folder / name).read_bytes())
+    def manifest(self, fields: Mapping[str, Any]) -> Manifest:
+        """Return the manifest of ``fields`` and the files so far, as a reader sees it, without writing it."""
+        return manifest_of(manifest_bytes(fields, self._files))
+
+    def staged(self, fields: Mapping[str, Any], tokenizers: Mapping[str, TextTokenizer]) -> StagedBundle:
+        """Return the bundle of ``fields`` and the files so far, without writing bundle.json."""
+
+        def read(name: str) -> bytes:
+            return (self.folder / name).read_bytes()
+
+        return StagedBundle(self.folder, self.manifest(fields), read, tokenizers)
 
     def describe(self, fields: Mapping[str, Any]) -> None:
         """Write bundle.json: ``fields`` with the format, the files and the hash over itself."""

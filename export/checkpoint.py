@@ -9,7 +9,12 @@ from typing import Any
 
 from transom.export.processors.generation_config import generation_from_checkpoint
 from transom.export.processors.image import image_preprocess_from_checkpoint
-from transom.export.processors.tokenizer import target_tokenizer_from_checkpoint, tokenizer_from_checkpoint
+from transom.export.processors.tokenizer import (
+    LoadedTokenizer,
+    TokenizerFiles,
+    read_target_tokenizer,
+    read_tokenizer,
+)
 from transom.export.reference_models import reference_folders
 from transom.models.checkpoint import Checkpoint, open_checkpoint
 from transom.models.family import Family, Source, label_names
@@ -23,7 +28,7 @@ from transom.runtime.graph_spec import Axis, Graph
 from transom.runtime.image_preprocess import ImagePreprocess
 from transom.runtime.manifest import Manifest
 from transom.runtime.text.tokenizer import TextTokenizer
-from transom.runtime.text.tokenizer_spec import MAX_LENGTH, TokenizerSpec
+from transom.runtime.text.tokenizer_spec import MAX_LENGTH
 
 LABELLED = ("text-classification", "token-classification", "image-classification")
 
@@ -40,8 +45,8 @@ class LoadedCheckpoint:
     left_out: list[str]  # stored weights that the task does not use
     graphs: tuple[Graph, ...]
     axes: Mapping[str, Axis]
-    tokenizer: tuple[bytes, TokenizerSpec] | None
-    target_tokenizer: tuple[bytes, TokenizerSpec] | None
+    tokenizer: LoadedTokenizer | None
+    target_tokenizer: LoadedTokenizer | None
     preprocess: ImagePreprocess | None
     labels: tuple[str, ...]
     options: Mapping[str, Any]
@@ -52,6 +57,11 @@ class LoadedCheckpoint:
         """Hash of the files that the graphs are made of, in hex; they are read when it is first asked for."""
         return self.checkpoint.sha256()
 
+    @property
+    def tokenizers(self) -> list[LoadedTokenizer]:
+        """The tokenizers that there are: none, one, or that of the inputs and that of the outputs."""
+        return [tokenizer for tokenizer in (self.tokenizer, self.target_tokenizer) if tokenizer is not None]
+
     def parts(self) -> dict[str, Any]:
         """Return the torch.nn.Module behind each graph, by the graph's name."""
         parts = self.family.parts(self.module)
@@ -61,8 +71,8 @@ class LoadedCheckpoint:
         """Return the checkpoint's tokenizer without a limit: parity inputs are cut to the shapes of the grid."""
         if self.tokenizer is None:
             return None
-        data, spec = self.tokenizer
-        return TextTokenizer(data, replace(spec, max_length=MAX_LENGTH), max_tokens=MAX_LENGTH)
+        spec = replace(self.tokenizer.spec, max_length=MAX_LENGTH)
+        return self.tokenizer.opened.with_limits(spec, MAX_LENGTH)
 
 
 def load_checkpoint(
@@ -89,15 +99,16 @@ def load_checkpoint(
     inputs = {tensor.name: tensor for graph in graphs for tensor in graph.inputs}
     if image_size is not None and "pixel_values" not in inputs:
         raise ExportError(f"--image-size is given, but a {family.name} takes {', '.join(inputs)}; leave it out.")
+    tokenizer_files = TokenizerFiles(checkpoint.folder)
     tokenizer = target_tokenizer = preprocess = None
     if "input_ids" in inputs:
-        tokenizer = tokenizer_for(checkpoint, chosen, longest["S"].max, inputs["input_ids"].exclusive_max or 0)
+        tokenizer = tokenizer_for(tokenizer_files, chosen, longest["S"].max, inputs["input_ids"].exclusive_max or 0)
     if "pixel_values" in inputs:
         preprocess = preprocess_for(checkpoint, inputs["pixel_values"].shape)
     labels = label_names(checkpoint.config_json) if chosen in LABELLED else ()
     if "decoder_input_ids" in inputs:
         target = inputs["decoder_input_ids"]
-        target_tokenizer = target_tokenizer_from_checkpoint(checkpoint.folder, longest["T"].max, target.exclusive_max)
+        target_tokenizer = read_target_tokenizer(tokenizer_files, longest["T"].max, target.exclusive_max)
     decoders = [graph for graph in graphs if is_decoder(graph)]
     generation = None
     if decoders:
@@ -169,23 +180,21 @@ def with_bounds(axes: Mapping[str, Axis], max_sizes: Mapping[str, int]) -> dict[
     return bounded
 
 
-def tokenizer_for(checkpoint: Checkpoint, task: str, longest: int, rows: int) -> tuple[bytes, TokenizerSpec] | None:
+def tokenizer_for(files: TokenizerFiles, task: str, longest: int, rows: int) -> LoadedTokenizer | None:
     """Read the checkpoint's tokenizer; None where it has none. ``rows`` is the length of the embedding table.
 
     A vocabulary without a padding token is padded with id 0 instead of an id past the table.
     """
-    found = tokenizer_from_checkpoint(checkpoint.folder, longest, rows)
-    if found is None:
+    tokenizer = read_tokenizer(files, longest, rows)
+    if tokenizer is None:
         return None
-    data, spec = found
+    spec = tokenizer.spec
     if task == "fill-mask" and spec.mask_id is not None and spec.mask_id >= rows:
         raise CheckpointError(
-            f"{checkpoint.folder}: the tokenizer's {spec.mask_token} has id {spec.mask_id}, the model has {rows} "
+            f"{files.folder}: the tokenizer's {spec.mask_token} has id {spec.mask_id}, the model has {rows} "
             "tokens; this is not the tokenizer of this model, or it has no mask token. Export with another --task."
         )
-    if spec.pad_id >= rows:
-        spec = replace(spec, pad_token=None, pad_id=0)
-    return data, spec
+    return tokenizer.with_spec(replace(spec, pad_token=None, pad_id=0)) if spec.pad_id >= rows else tokenizer
 
 
 def preprocess_for(checkpoint: Checkpoint, shape: tuple[str | int, ...]) -> ImagePreprocess | None:

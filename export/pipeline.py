@@ -46,6 +46,7 @@ from transom.runtime.greedy_check import Divergence
 from transom.runtime.loading import open_bundle
 from transom.runtime.manifest import PRECISIONS, QUANTIZED, Manifest
 from transom.runtime.manifest_graphs import axis_to_json, graph_to_json
+from transom.runtime.text.tokenizer import TextTokenizer
 
 TOOLS = (
     "transom",
@@ -153,7 +154,7 @@ def export(
         reporter.next("writing the bundle")
         fields = {**manifest_fields(loaded, precision, converted.variants), **converted.fields}
         write_files(writer, loaded, converted)
-        bundle = writer.staged(fields)
+        bundle = writer.staged(fields, open_tokenizers(loaded))
         open_default_files(bundle)
         parity_cases = ParityCases(bundle.manifest, inputs)
         reporter.expect(len(parity_cases))
@@ -211,9 +212,8 @@ def quantize_graphs(
     Raises CalibrationError for data that cannot be used, AccuracyError where the accuracy gate does not hold.
     """
     variants = make_variants(traced.graphs, loaded.graphs, "fp32")
-    fp32 = StagedBundle.in_memory(
-        manifest_fields(loaded, "fp32", variants), {**variants.files, **tokenizer_files(loaded)}
-    )
+    files = {**variants.files, **tokenizer_files(loaded)}
+    fp32 = StagedBundle.in_memory(manifest_fields(loaded, "fp32", variants), files, open_tokenizers(loaded))
     made = Quantization(
         fp32,
         traced.graphs,
@@ -240,8 +240,12 @@ def write_files(writer: BundleWriter, loaded: LoadedCheckpoint, converted: Conve
 
 def tokenizer_files(loaded: LoadedCheckpoint) -> dict[str, bytes]:
     """Return the tokenizers' files by name, of which there are none, one or two."""
-    found = [each for each in (loaded.tokenizer, loaded.target_tokenizer) if each is not None]
-    return {spec.file: data for data, spec in found}
+    return {tokenizer.spec.file: tokenizer.data for tokenizer in loaded.tokenizers}
+
+
+def open_tokenizers(loaded: LoadedCheckpoint) -> dict[str, TextTokenizer]:
+    """Return the open tokenizers by the names of their files."""
+    return {tokenizer.spec.file: tokenizer.opened for tokenizer in loaded.tokenizers}
 
 
 def compare_with_pytorch(
@@ -278,7 +282,7 @@ def describe(
         "parity": parity_to_json(parity.results, tolerance, ranges, parity.near_ties),
         **({"score": parity.score} if parity.score else {}),
     }
-    manifest = writer.staged({**fields, **measured}).manifest
+    manifest = writer.manifest({**fields, **measured})
     writer.describe({**fields, **measured})
     return manifest
 
@@ -286,8 +290,8 @@ def describe(
 def manifest_fields(loaded: LoadedCheckpoint, precision: str, variants: Variants) -> dict[str, Any]:
     """Return the fields of bundle.json that are known before anything is compared."""
     optional = {
-        "tokenizer": loaded.tokenizer[1].to_json() if loaded.tokenizer else None,
-        "target_tokenizer": loaded.target_tokenizer[1].to_json() if loaded.target_tokenizer else None,
+        "tokenizer": loaded.tokenizer.spec.to_json() if loaded.tokenizer else None,
+        "target_tokenizer": loaded.target_tokenizer.spec.to_json() if loaded.target_tokenizer else None,
         "preprocess": loaded.preprocess.to_json() if loaded.preprocess else None,
         "generation": loaded.generation.to_json() if loaded.generation else None,
     }

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transom.runtime.errors import BundleError
 from transom.runtime.json_reader import parse_json
 from transom.runtime.manifest import FORMAT, FORMAT_VERSION, MANIFEST, File, manifest_from_json
+from transom.runtime.text.tokenizer import TextTokenizer, export_again
+from transom.runtime.text.tokenizer_spec import TokenizerSpec
 
 MAX_MANIFEST_BYTES = 16 << 20  # labels of a 100,000-way classifier are 3 MB
 
@@ -43,6 +46,12 @@ class Bundle:
         if hashlib.sha256(data).hexdigest() != file.sha256:
             raise changed(self.folder, name)
         return data
+
+    def open_tokenizer(
+        self, spec: TokenizerSpec, max_tokens: int, wider: Callable[[int], str] = export_again
+    ) -> TextTokenizer:
+        """Open the tokenizer that ``spec`` describes, with the limits of ``TextTokenizer``."""
+        return TextTokenizer(self.read(spec.file), spec, max_tokens, wider)
 
 
 def read_manifest(folder: Path) -> Any:

@@ -1,8 +1,8 @@
-"""From a checkpoint's tokenizer files to one JSON file and the ``tokenizer`` object of a bundle.
+"""A checkpoint's tokenizer files, read as one JSON file and the object ``tokenizer`` of bundle.json.
 
 The ids are those of ``transformers.AutoTokenizer.from_pretrained(folder)``, 5.23, which does not simply
 run tokenizer.json: for BERT's, GPT-2's and CLIP's classes it takes the vocabulary from it (or from the older files)
-and rebuilds the rest from tokenizer_config.json; Marian's it cuts with SentencePiece itself.
+and rebuilds the rest from tokenizer_config.json; for Marian's it calls SentencePiece itself.
 """
 
 from __future__ import annotations
@@ -10,12 +10,21 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transom.export.processors.byte_bpe import frame_as_gpt2, gpt2_tokenizer
-from transom.export.processors.clip_bpe import clip_tokenizer, frame_as_clip
-from transom.export.processors.marian import SOURCE, TARGET, Side, marian_bytes, marian_special_tokens
+from transom.export.processors.byte_bpe import clip_tokenizer, gpt2_tokenizer, set_clip_template, set_gpt2_template
+from transom.export.processors.marian import (
+    SOURCE,
+    TARGET,
+    SentencePieceModel,
+    Side,
+    marian_bytes,
+    marian_special_tokens,
+    read_models,
+)
 from transom.export.processors.tokenizer_settings import (
     FILE,
     FOREIGN,
@@ -25,12 +34,12 @@ from transom.export.processors.tokenizer_settings import (
     cleans_up,
     has_token_types,
     is_bert,
-    names,
     no_stand_in,
     read_settings,
     refusal,
+    special_tokens,
 )
-from transom.export.processors.wordpiece import bert_tokenizer, frame_as_bert
+from transom.export.processors.wordpiece import bert_tokenizer, set_bert_template
 from transom.models.json_files import read_object
 from transom.runtime.errors import BundleError, CheckpointError
 from transom.runtime.text.tokenizer import TextTokenizer
@@ -44,31 +53,70 @@ SENTENCE_FILES = tuple(
     f"sentence_{family}_config.json"
     for family in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
-Found = tuple[bytes, TokenizerSpec]
 
 
-def tokenizer_from_checkpoint(folder: Path, max_positions: int, rows: int | None = None) -> Found | None:
-    """The bytes of a tokenizer's file and what goes with it; None where the folder has no tokenizer.
+@dataclass(frozen=True)
+class LoadedTokenizer:
+    """A tokenizer as a bundle holds it: the bytes of its file and their ``spec``, and both opened, with no limits."""
+
+    data: bytes
+    spec: TokenizerSpec
+    opened: TextTokenizer = field(compare=False)
+
+    def with_spec(self, spec: TokenizerSpec) -> LoadedTokenizer:
+        """Return the tokenizer with another ``spec``; the file is not parsed again."""
+        return LoadedTokenizer(self.data, spec, self.opened.with_limits(spec, self.opened.max_tokens))
+
+
+class TokenizerFiles:
+    """The tokenizer files of a checkpoint's folder. Those that both tokenizers of a translator need are parsed once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def exist(self) -> bool:
+        """Return whether the folder has any file of a tokenizer."""
+        return any((self.folder / name).is_file() for name in (FILE, *VOCABULARIES, *FOREIGN, *SETTINGS))
+
+    @cached_property
+    def tokenizer_json(self) -> dict[str, Any] | None:
+        """tokenizer.json, parsed; None where there is none."""
+        return read_object(self.folder / FILE) if (self.folder / FILE).is_file() else None
+
+    @cached_property
+    def sentence(self) -> dict[str, Any]:
+        """sentence-transformers' settings of the tokenizer; empty where there are none."""
+        paths = [self.folder / name for name in SENTENCE_FILES]
+        return next((read_object(path) for path in paths if path.is_file()), {})
+
+    @cached_property
+    def spm_models(self) -> dict[str, SentencePieceModel]:
+        """Marian's two .spm files, by name."""
+        return read_models(self.folder)
+
+
+def read_tokenizer(files: TokenizerFiles, max_positions: int, rows: int | None = None) -> LoadedTokenizer | None:
+    """Read the tokenizer of a checkpoint's inputs; None where the folder has no tokenizer.
 
     ``max_positions`` is the model's own limit in tokens, ``rows`` the length of its embedding table. Raises
     CheckpointError when the files are damaged, contradict each other or the table, or hold a vocabulary
     that only another library can turn into a tokenizer.
     """
-    if not any((folder / name).is_file() for name in (FILE, *VOCABULARIES, *FOREIGN, *SETTINGS)):
+    if not files.exist():
         return None
-    sentence = next((read_object(folder / name) for name in SENTENCE_FILES if (folder / name).is_file()), {})
+    folder, sentence = files.folder, files.sentence
     with damaged(folder):
-        given, added = read_settings(folder, sentence)
+        given, added = read_settings(folder, sentence, lambda: files.tokenizer_json)
         if class_name(folder, given) == "MarianTokenizer":
-            return marian(folder, SOURCE, given, added, max_positions, rows)
-        tokenizer, named = build(folder, given, rows)
+            return marian(files, SOURCE, given, added, max_positions, rows)
+        tokenizer, named = build(files, given, rows)
         add_tokens(tokenizer, list(added.values()), named, given.get("extra_special_tokens") or [])
         if is_bert(folder, given):
-            frame_as_bert(tokenizer, named)
+            set_bert_template(tokenizer, named)
         elif class_name(folder, given) == "CLIPTokenizer":
-            frame_as_clip(tokenizer, named)
-        elif class_name(folder, given) == "GPT2Tokenizer" and not (folder / FILE).is_file():
-            frame_as_gpt2(tokenizer, named, given)
+            set_clip_template(tokenizer, named)
+        elif class_name(folder, given) == "GPT2Tokenizer" and files.tokenizer_json is None:
+            set_gpt2_template(tokenizer, named, given)
         if sentence.get("do_lower_case"):
             lower_case_first(tokenizer)
         pad, mask = (str(named[name]) if name in named else None for name in ("pad_token", "mask_token"))
@@ -84,33 +132,33 @@ def tokenizer_from_checkpoint(folder: Path, max_positions: int, rows: int | None
             token_types=has_token_types(folder, given),
             clean_up_spaces=cleans_up(given, type(tokenizer.model).__name__),
         )
-        return checked(tokenizer.to_str().encode(), spec, max_positions)
+        return opened(tokenizer.to_str().encode(), spec)
 
 
-def target_tokenizer_from_checkpoint(folder: Path, max_positions: int, rows: int | None = None) -> Found | None:
-    """The tokenizer of what a Marian model writes, where its vocabulary is another than that of what it reads.
+def read_target_tokenizer(files: TokenizerFiles, max_positions: int, rows: int | None = None) -> LoadedTokenizer | None:
+    """Read the tokenizer of a Marian model's outputs, where its vocabulary differs from that of the inputs.
 
-    None where the two are one; else as ``tokenizer_from_checkpoint``.
+    None where the two are one; else as ``read_tokenizer``.
     """
+    folder = files.folder
     if not (folder / SOURCE.vocabulary).is_file():
         return None
     with damaged(folder):
-        given, added = read_settings(folder, {})
+        given, added = read_settings(folder, {}, lambda: files.tokenizer_json)
         if class_name(folder, given) != "MarianTokenizer" or not given.get("separate_vocabs"):
             return None
-        return marian(folder, TARGET, given, added, max_positions, rows)
+        return marian(files, TARGET, given, added, max_positions, rows)
 
 
-def checked(data: bytes, spec: TokenizerSpec, max_positions: int) -> Found:
-    """The reader's checks, before anything is written."""
+def opened(data: bytes, spec: TokenizerSpec) -> LoadedTokenizer:
+    """Open a tokenizer as a bundle's reader does, with all of its checks. The only time that an export parses it."""
     spec = TokenizerSpec.from_json(json.loads(json.dumps(spec.to_json())))
-    TextTokenizer(data, spec, max_positions)
-    return data, spec
+    return LoadedTokenizer(data, spec, TextTokenizer(data, spec, MAX_LENGTH))
 
 
 @contextmanager
 def damaged(folder: Path) -> Iterator[None]:
-    """Anything that transformers and tokenizers choke on in these files is a CheckpointError here."""
+    """Turn every error that transformers and tokenizers raise for these files into a CheckpointError."""
     try:
         yield
     except (CheckpointError, ImportError):  # a library of the extra [export] is missing: no fault of the files
@@ -121,10 +169,10 @@ def damaged(folder: Path) -> Iterator[None]:
         raise refusal(folder, f"{type(error).__name__}: {error}") from None
 
 
-def build(folder: Path, given: dict[str, Any], rows: int | None) -> tuple[Tokenizer, dict[str, Any]]:
-    """The tokenizer before tokens are added, and its named special tokens."""
-    path, name = folder / FILE, class_name(folder, given)
-    stored = read_object(path) if path.is_file() else None
+def build(files: TokenizerFiles, given: dict[str, Any], rows: int | None) -> tuple[Tokenizer, dict[str, Any]]:
+    """Build the tokenizer before tokens are added; return it with its named special tokens."""
+    folder, stored = files.folder, files.tokenizer_json
+    name = class_name(folder, given)
     if stored is None:
         given.setdefault("truncation_side", "right")
     else:
@@ -140,15 +188,20 @@ def build(folder: Path, given: dict[str, Any], rows: int | None) -> tuple[Tokeni
         return clip_tokenizer(folder, stored, given, rows)
     if stored is None:
         raise no_stand_in(folder, name)
-    return parse_tokenizer(path.read_bytes()), names(given)
+    return parse_tokenizer((folder / FILE).read_bytes()), special_tokens(given)
 
 
 def marian(
-    folder: Path, side: Side, given: dict[str, Any], added: dict[int, AddedToken], max_positions: int, rows: int | None
-) -> Found:
-    """One side of a Marian tokenizer."""
+    files: TokenizerFiles,
+    side: Side,
+    given: dict[str, Any],
+    added: dict[int, AddedToken],
+    max_positions: int,
+    rows: int | None,
+) -> LoadedTokenizer:
+    """Build one side of a Marian tokenizer."""
     named = marian_special_tokens(given)
-    data, ids = marian_bytes(folder, side, given, added, named, rows)
+    data, ids = marian_bytes(files.folder, files.spm_models, side, given, added, named, rows)
     pad, mask = (str(named[name]) if name in named else None for name in ("pad_token", "mask_token"))
     spec = TokenizerSpec(
         file=side.file,
@@ -163,11 +216,11 @@ def marian(
         kind="marian",
         clean_up_spaces=cleans_up(given, "Unigram"),
     )
-    return checked(data, spec, max_positions)
+    return opened(data, spec)
 
 
 def add_tokens(tokenizer: Tokenizer, added: list[AddedToken], named: Mapping[str, Any], extra: list[Any]) -> None:
-    """Added tokens, then special ones that are not among them: the order decides the ids of new ones."""
+    """Add the ``added`` tokens, then special ones that are not among them: the order decides the ids of new ones."""
     from tokenizers import AddedToken
 
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
@@ -184,7 +237,7 @@ def add_tokens(tokenizer: Tokenizer, added: list[AddedToken], named: Mapping[str
 
 
 def lower_case_first(tokenizer: Tokenizer) -> None:
-    """What sentence-transformers' do_lower_case does: lower case before the tokenizer's own normaliser."""
+    """Lower the case before the tokenizer's own normaliser, as sentence-transformers' do_lower_case does."""
     from tokenizers.normalizers import Lowercase, Sequence
 
     stored = json.loads(tokenizer.to_str())["normalizer"] or {"type": "Sequence", "normalizers": []}
@@ -195,7 +248,7 @@ def lower_case_first(tokenizer: Tokenizer) -> None:
 
 
 def longest(given: Mapping[str, Any], sentence: Mapping[str, Any], max_positions: int) -> int:
-    """Tokens of the longest row: sentence-transformers' limit, else the tokenizer's, within the model's."""
+    """Return the longest row in tokens: sentence-transformers' limit, else the tokenizer's, within the model's."""
     for name, value in (
         ("max_seq_length", sentence.get("max_seq_length")),
         ("model_max_length", given.get("model_max_length", given.get("max_len"))),

@@ -1,4 +1,4 @@
-"""What a checkpoint's files say of its tokenizer beside the vocabulary: its class, options and special tokens.
+"""Settings of a checkpoint's tokenizer beside the vocabulary: its class, options and special tokens.
 
 Merged as transformers 5.23 merges them in ``tokenization_utils_base``, ``tokenization_utils_tokenizers`` and
 ``models.auto.tokenization_auto``.
@@ -6,7 +6,7 @@ Merged as transformers 5.23 merges them in ``tokenization_utils_base``, ``tokeni
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 FILE = "tokenizer.json"
 # Every file whose presence means that the checkpoint has a tokenizer
 VOCABULARIES = ("vocab.txt", "vocab.json", "merges.txt", "source.spm", "target.spm")
-FOREIGN = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "bpe.codes")  # of classes that we do not build
+FOREIGN = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "bpe.codes")  # of classes not built here
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 # Model types whose tokenizer is transformers' BertTokenizer, and the class names that mean it
 BERT_TYPES = ("bert", "convbert", "distilbert", "electra", "layoutlm", "lxmert", "mobilebert", "squeezebert")
@@ -28,10 +28,13 @@ OTHER_TYPES = {"gpt2": "GPT2Tokenizer", "marian": "MarianTokenizer", "clip": "CL
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
-def read_settings(folder: Path, sentence: Mapping[str, Any]) -> tuple[dict[str, Any], dict[int, AddedToken]]:
-    """What the tokenizer's class would be constructed with, and tokens to add by id, in order.
+def read_settings(
+    folder: Path, sentence: Mapping[str, Any], tokenizer_json: Callable[[], Mapping[str, Any] | None]
+) -> tuple[dict[str, Any], dict[int, AddedToken]]:
+    """Read the arguments of the tokenizer's class, and the tokens to add by id, in order.
 
-    tokenizer_config.json and the older files beside it, merged as ``_from_pretrained`` does.
+    tokenizer_config.json and the older files beside it, merged as ``_from_pretrained`` does. ``tokenizer_json``
+    returns that file parsed, None where there is none; it is called where the file counts.
     """
     from tokenizers import AddedToken
 
@@ -57,7 +60,7 @@ def read_settings(folder: Path, sentence: Mapping[str, Any]) -> tuple[dict[str, 
         special |= {str(token) for token in given.get("extra_special_tokens") or []}
         for token, number in read_optional(folder / "added_tokens.json").items():
             added[number] = AddedToken(token, normalized=token not in special, special=token in special)
-        for token in read_optional(folder / FILE).get("added_tokens", []):
+        for token in (tokenizer_json() or {}).get("added_tokens", []):
             added[token["id"]] = AddedToken(**{k: v for k, v in token.items() if k != "id"})
     if "additional_special_tokens" in given and "extra_special_tokens" not in given:
         given["extra_special_tokens"] = given.pop("additional_special_tokens")
@@ -65,12 +68,12 @@ def read_settings(folder: Path, sentence: Mapping[str, Any]) -> tuple[dict[str, 
 
 
 def is_own_name(name: str) -> bool:
-    """Of a special token that transformers has no name for, such as "image_token"."""
+    """Return whether this names a special token that transformers has no name for, such as "image_token"."""
     return name.endswith("_token") and name not in NAMED
 
 
 def merge_special_tokens(given: dict[str, Any], found: dict[str, Any], asked: Mapping[str, Any]) -> None:
-    """special_tokens_map.json wins over tokenizer_config.json, but not over what the caller asked for."""
+    """Merge special_tokens_map.json over tokenizer_config.json, but not over the arguments ``asked`` for."""
     from tokenizers import AddedToken
 
     for name, value in found.items():
@@ -88,7 +91,7 @@ def merge_special_tokens(given: dict[str, Any], found: dict[str, Any], asked: Ma
 
 
 def revived(value: Any) -> Any:
-    """JSON's ``{"__type": "AddedToken", ...}`` as the token it was."""
+    """Replace JSON's ``{"__type": "AddedToken", ...}`` by the token it stands for, at any depth."""
     from tokenizers import AddedToken
 
     if isinstance(value, dict):
@@ -98,8 +101,8 @@ def revived(value: Any) -> Any:
     return [revived(v) for v in value] if isinstance(value, list) else value
 
 
-def names(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Named special tokens in the order in which transformers adds them; null ones left out."""
+def special_tokens(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the named special tokens in the order in which transformers adds them, without null ones."""
     from tokenizers import AddedToken
 
     found = {name: given.get(name) for name in NAMED}
@@ -114,7 +117,7 @@ def names(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def class_name(folder: Path, given: Mapping[str, Any]) -> str:
-    """The tokenizer's class as transformers finds it, without "Fast"."""
+    """Return the name of the tokenizer's class as transformers finds it, without "Fast"."""
     config = read_optional(folder / "config.json")
     model_type = str(config.get("model_type", "bert"))
     by_type = "BertTokenizer" if model_type in BERT_TYPES else OTHER_TYPES.get(model_type, "PreTrainedTokenizer")
@@ -122,18 +125,18 @@ def class_name(folder: Path, given: Mapping[str, Any]) -> str:
 
 
 def is_bert(folder: Path, given: Mapping[str, Any]) -> bool:
-    """Whether transformers would rebuild this as a BertTokenizer; else tokenizer.json counts as it is."""
+    """Return whether transformers would rebuild this as a BertTokenizer; else tokenizer.json counts as it is."""
     return class_name(folder, given).removesuffix("Tokenizer") in BERT_CLASSES
 
 
 def cleans_up(given: Mapping[str, Any], model: str) -> bool:
-    """Whether ``decode`` takes out spaces before punctuation; for a BPE model one setting is not enough."""
+    """Return whether ``decode`` removes spaces before punctuation; for a BPE model one setting is not enough."""
     anyway = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
     return bool(given.get("clean_up_tokenization_spaces")) and (model != "BPE" or bool(given.get(anyway)))
 
 
 def has_token_types(folder: Path, given: Mapping[str, Any]) -> bool:
-    """Whether transformers' tokenizer returns token_type_ids; BERT takes zeros where it does not."""
+    """Return whether transformers' tokenizer returns token_type_ids; BERT takes zeros where it does not."""
     inputs = given.get("model_input_names")
     if inputs is not None:
         return "token_type_ids" in inputs
@@ -141,12 +144,13 @@ def has_token_types(folder: Path, given: Mapping[str, Any]) -> bool:
 
 
 def no_stand_in(folder: Path, name: str) -> CheckpointError:
-    """Without tokenizer.json, and without the vocabulary that the class ``name`` is built from."""
+    """Return the error for a folder without tokenizer.json and without the vocabulary of the class ``name``."""
     found = next(other for other in (*VOCABULARIES, *FOREIGN, *SETTINGS) if (folder / other).is_file())
     return refusal(folder, f"no tokenizer.json, and {found} cannot stand in for it ({name})")
 
 
 def refusal(folder: Path, problem: str) -> CheckpointError:
+    """Return the error for tokenizer files that have a ``problem``."""
     reason = " ".join(problem.split())[:400].rstrip(".")
     return CheckpointError(
         f"{folder}: the tokenizer's files cannot be used: {reason}. Download them again, or write a tokenizer.json "

@@ -1,4 +1,4 @@
-"""BERT's tokenizer as transformers 5.23 builds it: ``models.bert.tokenization_bert``."""
+"""WordPiece: BERT's tokenizer as transformers 5.23 builds it, ``models.bert.tokenization_bert``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transom.export.processors.tokenizer_settings import FILE, class_name, names, no_stand_in, refusal
+from transom.export.processors.tokenizer_settings import FILE, class_name, no_stand_in, refusal, special_tokens
 from transom.runtime.text.tokenizer_json import parse_tokenizer
 
 if TYPE_CHECKING:
@@ -18,7 +18,10 @@ BERT_TOKENS = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "sep", "
 def bert_tokenizer(
     folder: Path, stored: Mapping[str, Any] | None, given: Mapping[str, Any]
 ) -> tuple[Tokenizer, dict[str, Any]]:
-    """The tokenizer but for its template, and its named special tokens; ``stored`` is tokenizer.json, parsed."""
+    """Build BERT's tokenizer without its template; return it with its named special tokens.
+
+    ``stored`` is tokenizer.json, parsed, or None where there is none.
+    """
     from tokenizers.models import WordPiece
 
     name = class_name(folder, given)
@@ -32,7 +35,7 @@ def bert_tokenizer(
         vocabulary = WordPiece.read_file(str(folder / "vocab.txt"))
     else:
         raise no_stand_in(folder, name)
-    named = names({**BERT_TOKENS, **given})
+    named = special_tokens({**BERT_TOKENS, **given})
     for needed in ("unk_token", "sep_token", "cls_token"):
         if needed not in named:
             raise refusal(folder, f"{needed} is null, which BERT's tokenizer cannot do without")
@@ -40,7 +43,7 @@ def bert_tokenizer(
 
 
 def word_pieces(vocabulary: dict[str, int], unknown: str, given: Mapping[str, Any]) -> Tokenizer:
-    """BertTokenizer's normaliser, pre-tokenizer and model; its template needs the added tokens first."""
+    """Build BertTokenizer's normaliser, pre-tokenizer and model; its template needs the added tokens first."""
     from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
     from tokenizers.models import WordPiece
 
@@ -56,8 +59,8 @@ def word_pieces(vocabulary: dict[str, int], unknown: str, given: Mapping[str, An
     return tokenizer
 
 
-def frame_as_bert(tokenizer: Tokenizer, named: Mapping[str, Any]) -> None:
-    """[CLS] A [SEP], and [CLS] A [SEP] B [SEP] with token types 0 and 1."""
+def set_bert_template(tokenizer: Tokenizer, named: Mapping[str, Any]) -> None:
+    """Set the template of BERT: [CLS] A [SEP], and [CLS] A [SEP] B [SEP] with token types 0 and 1."""
     from tokenizers.processors import TemplateProcessing
 
     cls, sep = str(named["cls_token"]), str(named["sep_token"])

@@ -167,7 +167,7 @@ class Generator(LoadedBundle, ABC):
             return None
         # Of any length: ``score`` reads windows, and prompts are checked like those of ids
         spec = replace(TokenizerSpec.from_json(stored), max_length=sys.maxsize)
-        return TextTokenizer(self._bundle.read(spec.file), spec, max_tokens=sys.maxsize)
+        return self._bundle.open_tokenizer(spec, sys.maxsize)
 
     def _config(self, keywords: dict[str, Any], prompts: Prompts, *, streaming: bool = False) -> GenerationConfig:
         """Return the checkpoint's generation config with the keywords on top, checked for this bundle and prompts."""

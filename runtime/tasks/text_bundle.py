@@ -36,9 +36,7 @@ class TextBundle(LoadedBundle):
             spec = TokenizerSpec.from_json(self.manifest.tokenizer)
             if spec.kind != "tokenizers":  # others know ids alone, no offsets into the text
                 raise BundleError(f"tokenizer.kind is {spec.kind!r}, expected 'tokenizers'; export the bundle again.")
-            self._tokenizer = TextTokenizer(
-                self._bundle.read(spec.file), spec, self.max_size("S"), lambda tokens: self.wider(S=tokens)
-            )
+            self._tokenizer = self._bundle.open_tokenizer(spec, self.max_size("S"), lambda tokens: self.wider(S=tokens))
 
     def text_rows(
         self, texts: Sequence[str], output: str, *, truncate: bool, prefix: str = "", name: Name = TEXT

@@ -6,6 +6,7 @@ and never set again, so that threads can share one tokenizer.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -39,9 +40,7 @@ class TextTokenizer:
     def __init__(
         self, data: bytes, spec: TokenizerSpec, max_tokens: int, wider: Callable[[int], str] = export_again
     ) -> None:
-        self.spec, self._wider = spec, wider
-        self.max_tokens = min(max_tokens, spec.max_length)
-        self._axis = max_tokens
+        self._limit(spec, max_tokens, wider)
         self._tokenizer: Any  # MarianTokenizer has the methods of the library's Tokenizer that are called here
         if spec.kind == "marian":
             self._tokenizer = MarianTokenizer(MarianSpec.from_bytes(data, spec.file))
@@ -59,6 +58,22 @@ class TextTokenizer:
                     f"{spec.file} gives {name} {token!r} the id {self.token_id(token)}, bundle.json says {number}. "
                     "Export the bundle again."
                 )
+
+    def _limit(self, spec: TokenizerSpec, max_tokens: int, wider: Callable[[int], str]) -> None:
+        self.spec, self._wider = spec, wider
+        self.max_tokens = min(max_tokens, spec.max_length)
+        self._axis = max_tokens
+
+    def with_limits(
+        self, spec: TokenizerSpec, max_tokens: int, wider: Callable[[int], str] = export_again
+    ) -> TextTokenizer:
+        """Return the same tokenizer with other limits, without parsing its file again.
+
+        ``spec`` may differ in the limit and the padding token; the rest of it is that of the same file.
+        """
+        other = copy.copy(self)
+        other._limit(spec, max_tokens, wider)
+        return other
 
     @property
     def vocab_size(self) -> int:

@@ -22,7 +22,7 @@ from transom.runtime.errors import ExportError
 
 KEPT = TESTS / "bundles"
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
-UNTOKENIZED: Any = type("LoadedCheckpoint", (), {"tokenizer": None, "target_tokenizer": None})
+UNTOKENIZED: Any = type("LoadedCheckpoint", (), {"tokenizers": []})
 
 
 def written(folder: Path, model: ir.Model, *, outside: bool) -> Path:

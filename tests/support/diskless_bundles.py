@@ -31,6 +31,7 @@ def load_manifest(data: bytes) -> Any:
     from transom.runtime.errors import BundleError
     from transom.runtime.loading import load_with_backends
     from transom.runtime.manifest import MANIFEST, manifest_from_json
+    from transom.runtime.text.tokenizer import TextTokenizer
 
     manifest = manifest_from_json(versioned(data, MANIFEST))
 
@@ -39,7 +40,10 @@ def load_manifest(data: bytes) -> Any:
             raise BundleError(f"no file {name}")
         return FILES["marian" if "marian" in name else "tokenizers"]
 
-    bundle: Any = SimpleNamespace(manifest=manifest, read=read)
+    def open_tokenizer(spec: Any, *limits: Any) -> Any:
+        return TextTokenizer(read(spec.file), spec, *limits)
+
+    bundle: Any = SimpleNamespace(manifest=manifest, read=read, open_tokenizer=open_tokenizer)
     backends: Any = {file.graph.name: SimpleNamespace(graph=file.graph, device="cpu") for file in manifest.graphs}
     return load_with_backends(bundle, backends)
 

@@ -9,7 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transom.export.processors.tokenizer import tokenizer_from_checkpoint
+from transom.export.processors.tokenizer import (
+    LoadedTokenizer,
+    TokenizerFiles,
+    read_target_tokenizer,
+    read_tokenizer,
+)
 from transom.runtime.text.tokenizer import TextTokenizer
 from transom.runtime.text.tokenizer_spec import TokenizerSpec
 
@@ -73,6 +78,21 @@ def write(folder: Path, model_type: str = "bert", /, **files: Any) -> Path:
 
 
 def encoder_of(folder: Path, max_positions: int = LIMIT) -> TextTokenizer:
-    found = tokenizer_from_checkpoint(folder, max_positions)
+    found = tokenizer_of(folder, max_positions)
     assert found is not None
     return TextTokenizer(found[0], TokenizerSpec.from_json(json.loads(json.dumps(found[1].to_json()))), max_positions)
+
+
+def tokenizer_of(
+    folder: Path, max_positions: int, rows: int | None = None, read: Any = read_tokenizer
+) -> tuple[bytes, TokenizerSpec] | None:
+    """The file and the spec that an export makes of a folder's tokenizer."""
+    found: LoadedTokenizer | None = read(TokenizerFiles(folder), max_positions, rows)
+    return None if found is None else (found.data, found.spec)
+
+
+def target_tokenizer_of(
+    folder: Path, max_positions: int, rows: int | None = None
+) -> tuple[bytes, TokenizerSpec] | None:
+    """The same of what a translator writes."""
+    return tokenizer_of(folder, max_positions, rows, read_target_tokenizer)

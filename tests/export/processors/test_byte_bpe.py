@@ -11,8 +11,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
-from tokenizer_cases import LINES, encoder_of, write
-from transom.export.processors.tokenizer import tokenizer_from_checkpoint
+from tokenizer_cases import LINES, encoder_of, tokenizer_of, write
 from transom.runtime.errors import CheckpointError, InputError
 
 END = "<|endoftext|>"
@@ -210,7 +209,7 @@ def test_files_that_cannot_be_used(
     make: Callable[[Path, dict[str, Any]], Path], said: str, trained: dict[str, Any], tmp_path: Path
 ) -> None:
     with pytest.raises(CheckpointError) as caught:
-        tokenizer_from_checkpoint(make(tmp_path, trained), 512)
+        tokenizer_of(make(tmp_path, trained), 512)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -218,14 +217,14 @@ def test_files_that_cannot_be_used(
 @pytest.mark.parametrize("make", [two_files, lambda folder, model: one_file(folder, model, {})])
 def test_a_vocabulary_beyond_the_embedding_table(make: Any, trained: dict[str, Any], tmp_path: Path) -> None:
     make(tmp_path, trained)
-    assert tokenizer_from_checkpoint(tmp_path, 512, 600) is not None
+    assert tokenizer_of(tmp_path, 512, 600) is not None
     with pytest.raises(CheckpointError, match=r"json has ids up to 599, the model's are 0\.\.598; it is"):
-        tokenizer_from_checkpoint(tmp_path, 512, 599)
+        tokenizer_of(tmp_path, 512, 599)
 
 
 def test_a_token_that_was_added_may_be_beyond_the_table(trained: dict[str, Any], tmp_path: Path) -> None:
     """As where somebody added a token for padding and never trained with it."""
     two_files(tmp_path, trained, pad_token="<pad>")
-    found = tokenizer_from_checkpoint(tmp_path, 512, 600)
+    found = tokenizer_of(tmp_path, 512, 600)
     assert found is not None
     assert found[1].pad_id == 600

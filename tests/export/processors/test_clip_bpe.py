@@ -13,8 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer
 
 from tokenizer_cases import LINES as OTHERS
-from tokenizer_cases import encoder_of, write
-from transom.export.processors.tokenizer import tokenizer_from_checkpoint
+from tokenizer_cases import encoder_of, tokenizer_of, write
 from transom.runtime.errors import CheckpointError, InputError, ShapeError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -293,7 +292,7 @@ def test_files_that_cannot_be_used(
     make: Callable[[Path, dict[str, Any]], Path], said: str, trained: dict[str, Any], tmp_path: Path
 ) -> None:
     with pytest.raises(CheckpointError) as caught:
-        tokenizer_from_checkpoint(make(tmp_path, trained), 77)
+        tokenizer_of(make(tmp_path, trained), 77)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -302,8 +301,8 @@ def test_files_that_cannot_be_used(
 def test_a_vocabulary_beyond_the_embedding_table(make: Any, trained: dict[str, Any], tmp_path: Path) -> None:
     rows = len(trained["vocab"])
     make(tmp_path, trained)
-    assert tokenizer_from_checkpoint(tmp_path, 77, rows) is not None
+    assert tokenizer_of(tmp_path, 77, rows) is not None
     with pytest.raises(
         CheckpointError, match=rf"json has ids up to {rows - 1}, the model's are 0\.\.{rows - 2}; it is"
     ):
-        tokenizer_from_checkpoint(tmp_path, 77, rows - 1)
+        tokenizer_of(tmp_path, 77, rows - 1)

