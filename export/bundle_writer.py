@@ -1,4 +1,4 @@
-"""The writer of bundles: a temporary folder beside the target, one rename, nothing left behind on failure."""
+"""Write bundles: a staging folder beside the target, one rename, nothing left behind on failure."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class BundleWriter:
 
 
 def add_to_bundle(folder: Path, added: Mapping[str, bytes], fields: Mapping[str, Any] | None = None) -> None:
-    """Put files into a finished bundle, in place of those of their names, and ``fields`` into its bundle.json.
+    """Add files to a finished bundle, replacing those of their names, and ``fields`` to its bundle.json.
 
     The files first, bundle.json last: a reader sees the old bundle, one without the files, or the new one. Raises
     ExportError for a disk that is full or not writable.
@@ -118,7 +118,7 @@ def add_to_bundle(folder: Path, added: Mapping[str, bytes], fields: Mapping[str,
 
 
 def without_engines_of(plans: Collection[str], manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """A bundle.json without the engines that ``plans`` belong to: one that named a file less would not load."""
+    """Return a bundle.json without the engines that ``plans`` belong to: it would name files that are missing."""
     left = {
         target: engine
         for target, engine in manifest.get("engines", {}).items()
@@ -128,6 +128,7 @@ def without_engines_of(plans: Collection[str], manifest: Mapping[str, Any]) -> d
 
 
 def entry_of(data: bytes) -> dict[str, Any]:
+    """Return size in bytes and SHA-256 in hex of a file, as bundle.json records them."""
     return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
@@ -165,7 +166,7 @@ def write(path: Path, data: bytes) -> None:
 
 @contextmanager
 def new_bundle(out: Path, *, force: bool) -> Iterator[BundleWriter]:
-    """A writer whose folder becomes ``out`` when the block ends well, and vanishes when it does not.
+    """Yield a writer whose folder becomes ``out`` when the block succeeds, and is removed when it does not.
 
     An existing ``out`` is refused without ``force`` and replaced, only at the very end, with it.
     Raises ExportError for that, and for a disk that is full or not writable.
@@ -177,19 +178,19 @@ def new_bundle(out: Path, *, force: bool) -> Iterator[BundleWriter]:
         with staging_dir(out.parent, PARTIAL) as partial:
             partial.chmod(0o755)
             yield BundleWriter(partial)
-            check_out(out, force=force)  # somebody may have put something there in the meantime
+            check_out(out, force=force)  # another process may have put something there in the meantime
             put_in_place(partial, out)
         created = []
     except OSError as error:
         raise cannot_write(out, error) from error
     finally:
-        with contextlib.suppress(OSError):  # not empty: somebody else uses it by now
+        with contextlib.suppress(OSError):  # not empty: another process uses it by now
             for parent in created:
                 parent.rmdir()
 
 
 def check_out(out: Path, *, force: bool) -> None:
-    """Refuse an ``--out`` that exists, before any work is done; what killed exports left beside it is cleared."""
+    """Refuse an ``--out`` that exists, before any work is done; remove stale staging folders beside it."""
     if not out.name or out.name in (".", ".."):
         raise ExportError(f"--out is {str(out)!r}; expected the path of a new folder, such as bundles/model.")
     remove_stale(out.parent)
@@ -205,7 +206,7 @@ def check_out(out: Path, *, force: bool) -> None:
 
 
 def make_parents(folder: Path) -> list[Path]:
-    """Create missing parents; those created, innermost first."""
+    """Create missing parents; return those created, innermost first."""
     missing = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     return missing
@@ -214,7 +215,7 @@ def make_parents(folder: Path) -> list[Path]:
 def put_in_place(partial: Path, out: Path) -> None:
     """Rename the finished folder to ``out``; a bundle already there is moved aside first, then removed.
 
-    Killed between the two renames, the old bundle waits in the hidden folder for the next export to put it back.
+    Killed between the two renames, the old bundle stays in the staging folder until the next export puts it back.
     """
     if not out.exists():
         partial.rename(out)
@@ -225,6 +226,7 @@ def put_in_place(partial: Path, out: Path) -> None:
 
 
 def cannot_write(out: Path, error: OSError) -> ExportError:
+    """Return the error for a disk that is full or not writable."""
     reason = error.strerror or str(error)
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     remedy = "Free some space" if full else "Check the folder and its permissions"

@@ -1,4 +1,4 @@
-"""What a score is: a fraction of cases answered right, or a rate per unit; each with its 95 % interval."""
+"""Task metrics: a fraction of cases answered right, or a rate per unit; each with its 95 % interval."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Z = 1.959963984540054  # standard normal quantile of 0.975: a 95 % interval leav
 
 @dataclass(frozen=True)
 class Accuracy:
-    """``right`` of ``cases`` are answered right, of each input of the data set ``data``: of a text 3 of 5 gaps."""
+    """Fraction of cases answered right: ``right`` of ``cases`` per input of the data set, of a text 3 of 5 gaps."""
 
     name: str
     data: str
@@ -21,7 +21,7 @@ class Accuracy:
 
     @classmethod
     def of_each(cls, name: str, data: str, right: Iterable[bool]) -> Self:
-        """Of inputs with one case each."""
+        """Make the accuracy of inputs with one case each."""
         outcomes = tuple(int(outcome) for outcome in right)
         return cls(name, data, outcomes, (1,) * len(outcomes))
 
@@ -39,10 +39,10 @@ class Accuracy:
 
     @property
     def design_effect(self) -> float:
-        """How many cases of the inputs' kind are worth one of an input of its own: the gaps of a text share its fate.
+        """The number of cases that are worth one independent case: the gaps of a text are correlated.
 
         The variance between inputs over that of independent cases, Kish (1965); at least 1, and 1 where all cases came
-        out alike, which says nothing of it.
+        out alike, from which it cannot be estimated.
         """
         n, p, inputs = self.n, self.value, len(self.cases)
         if max(self.cases) == 1 or not 0 < p < 1:
@@ -55,24 +55,24 @@ class Accuracy:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval of the true fraction: what other inputs of this kind would give. Wilson (1927)."""
+        """Wilson's 95 % interval of the true fraction, over other inputs of this kind. Wilson (1927)."""
         n, p = self.n / self.design_effect, self.value
         middle = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
         half = Z * sqrt(p * (1 - p) / n + Z**2 / (4 * n**2)) / (1 + Z**2 / n)
         return middle - half, middle + half
 
-    def shared(self) -> dict[str, Any]:
-        """What is the same for two sides that are scored alike."""
+    def shared_fields(self) -> dict[str, Any]:
+        """Return the fields that two sides of one comparison share."""
         return {"name": self.name, "data": self.data, "n": self.n}
 
-    def figures(self) -> dict[str, Any]:
-        """What differs between the sides."""
+    def side_fields(self) -> dict[str, Any]:
+        """Return the fields of one side."""
         return {"correct": self.correct, "value": self.value, "interval": list(self.interval)}
 
 
 @dataclass(frozen=True)
 class Rate:
-    """Sum of ``amounts`` over sum of ``units``, one of each per block of the data: bits and bytes. Less is better."""
+    """Sum of ``amounts`` over sum of ``units``, such as bits and bytes, one of each per block. Less is better."""
 
     name: str
     data: str
@@ -89,7 +89,7 @@ class Rate:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval of the rate on other blocks of this kind: that of a ratio estimator, the blocks independent.
+        """95 % interval of the rate on other blocks of this kind: a ratio estimator's, the blocks independent.
 
         Cochran, "Sampling Techniques" (1977), section 6.4.
         """
@@ -99,10 +99,10 @@ class Rate:
         half = Z * sqrt(variance / n) / (sum(self.units) / n)
         return rate - half, rate + half
 
-    def shared(self) -> dict[str, Any]:
-        """What is the same for two sides that are scored alike."""
+    def shared_fields(self) -> dict[str, Any]:
+        """Return the fields that two sides of one comparison share."""
         return {"name": self.name, "data": self.data, "n": self.n, "lower_is_better": True}
 
-    def figures(self) -> dict[str, Any]:
-        """What differs between the sides."""
+    def side_fields(self) -> dict[str, Any]:
+        """Return the fields of one side."""
         return {"value": self.value, "interval": list(self.interval)}

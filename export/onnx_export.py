@@ -1,4 +1,4 @@
-"""From a PyTorch module to the canonical ONNX graph: FP32, standard operators, named axes."""
+"""Trace a PyTorch module to the canonical ONNX graph: FP32, standard operators, named axes."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from transom.runtime.graph_spec import Axis, Graph
 
 OPSET = 23  # the first with Attention
 CACHE_OPSET = 24  # the first with TensorScatter, which writes the KV cache
-NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"  # what torch.export 2.13 notes of a node that no module made
+NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"  # what torch.export 2.13 records for a node that no module made
 
 
 def onnx_from_module(module: nn.Module, graph: Graph, axes: Mapping[str, Axis]) -> ir.Model:
     """Trace ``module`` once and return its graph with the names, dtypes and axes of ``graph``.
 
-    Every node carries the path of its module as metadata; the exporter's other notes (stack traces
-    with the paths of this machine) are dropped. Raises ExportError when the exporter fails or gives
-    back other axes than were asked for.
+    Every node carries the path of its module as metadata; the exporter's other metadata (stack traces
+    with the paths of this machine) is dropped. Raises ExportError when the exporter fails or returns
+    other axes than those of ``graph``.
     """
     sizes = example_sizes(graph, axes)
     examples = tuple(
@@ -57,7 +57,7 @@ def onnx_from_module(module: nn.Module, graph: Graph, axes: Mapping[str, Axis]) 
             )
     except Exception as error:  # the exporter wraps failures in many types
         raise ExportError(
-            f"torch.onnx.export failed: {one_line(error)}. Run again with --debug for the whole story."
+            f"torch.onnx.export failed: {one_line(error)}. Run again with --debug for the traceback."
         ) from error
     assert program is not None
     model = program.model
@@ -69,7 +69,7 @@ def onnx_from_module(module: nn.Module, graph: Graph, axes: Mapping[str, Axis]) 
 
 
 def grouped(module: nn.Module, shapes: list[dict[int, Any]]) -> tuple[Any, ...]:
-    """The shapes as torch.export wants them: those of ``*state`` in a tuple of their own."""
+    """Group the shapes as torch.export expects them: those of ``*state`` in a tuple of their own."""
     parameters = inspect.signature(module.forward).parameters.values()
     named = sum(parameter.kind is not parameter.VAR_POSITIONAL for parameter in parameters)
     rest = tuple(shapes[named:])
@@ -77,10 +77,10 @@ def grouped(module: nn.Module, shapes: list[dict[int, Any]]) -> tuple[Any, ...]:
 
 
 def example_sizes(graph: Graph, axes: Mapping[str, Axis]) -> dict[str, int]:
-    """Distinct sizes of at least 2, so that the tracer can neither specialise an axis nor equate two.
+    """Choose distinct sizes of at least 2, so that the tracer can neither specialise an axis nor equate two.
 
     Axes of one are constants and stay 1. Where bounds leave fewer sizes than there are axes, one is traced beyond its
-    bound, which the graph doesn't know of; rather the batch than others, for positions are looked up in tables that may
+    bound, which is not part of the graph; the batch first, for positions are looked up in tables that may
     end there. Returns a size for each axis of the graph's inputs.
     """
     named = [size for tensor in graph.inputs for size in tensor.shape if isinstance(size, str)]
@@ -94,7 +94,7 @@ def example_sizes(graph: Graph, axes: Mapping[str, Axis]) -> dict[str, int]:
 
 @contextlib.contextmanager
 def quiet_exporter() -> Iterator[None]:
-    """Hide what the exporter says to its own developers: deprecations inside torch, missing torchvision."""
+    """Hide the exporter's messages to its own developers: deprecations inside torch, missing torchvision."""
     logger = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -122,7 +122,7 @@ def keep_module_paths(model: ir.Model) -> None:
 
 
 def module_path(scopes: str) -> str:
-    """Path of the innermost module of ``scopes``, the exporter's repr of a list; empty for none.
+    """Return the path of the innermost module of ``scopes``, the exporter's repr of a list; empty for none.
 
     The list has every module around the node from the outside in, "" for the outermost, then the operation. Raises
     ExportError for anything else: which nodes stay in FP32 is decided by their paths.
@@ -141,7 +141,7 @@ def module_path(scopes: str) -> str:
 
 
 def values(model: ir.Model) -> Iterator[ir.Value]:
-    """Every value of the main graph: inputs, initializers and what the nodes compute."""
+    """Yield every value of the main graph: inputs, initializers and the nodes' outputs."""
     yield from model.graph.inputs
     yield from model.graph.initializers.values()
     for node in model.graph:
@@ -149,7 +149,7 @@ def values(model: ir.Model) -> Iterator[ir.Value]:
 
 
 def check_axes(model: ir.Model, graph: Graph, axes: Mapping[str, Axis]) -> None:
-    """The exporter may rename or specialise an axis without a word: compare what came back."""
+    """Raise ExportError where the exporter renamed or specialised an axis, which it does silently."""
     for tensor, value in zip((*graph.inputs, *graph.outputs), (*model.graph.inputs, *model.graph.outputs), strict=True):
         expected = tuple(
             1 if isinstance(size, str) and axes[size].max == 1 else size for size in tensor.shape

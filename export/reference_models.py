@@ -235,7 +235,7 @@ def score_both(source: str, theirs: LoadedBundle, ours: LoadedBundle) -> dict[st
     if model is None:
         return None
     pytorch, bundle = model.score(theirs), model.score(ours)
-    return {**bundle.shared(), "pytorch": pytorch.figures(), "bundle": bundle.figures()}
+    return {**bundle.shared_fields(), "pytorch": pytorch.side_fields(), "bundle": bundle.side_fields()}
 
 
 def examples_for(source: Any) -> Examples:

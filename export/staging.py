@@ -1,4 +1,4 @@
-"""Hidden folders beside a bundle while it is made, and what becomes of those whose writer was killed.
+"""Staging folders beside a bundle while it is made, and the removal of those whose writer was killed.
 
 ``.transom-<8 characters>.partial`` is garbage once nobody writes to it. ``.transom-<8 characters>.old`` holds, under
 its own name, a bundle that was moved aside: if nothing is in its place it is the only copy, and goes back there.
@@ -21,15 +21,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PARTIAL, OLD = ".partial", ".old"
-NAME = re.compile(r"\.transom-[a-z0-9_]{8}(\.partial|\.old)")  # as mkdtemp makes them; other people's are left alone
+NAME = re.compile(r"\.transom-[a-z0-9_]{8}(\.partial|\.old)")  # as mkdtemp makes them; others are left alone
 ATTEMPTS = 100
 
 
 @contextmanager
 def staging_dir(parent: Path, suffix: str) -> Iterator[Path]:
-    """A new folder in ``parent``, ours alone for the block; at its end it vanishes with what is still in it.
+    """Make a folder in ``parent``, locked for the block, and remove it with its contents at the end.
 
-    What lies in one that is called OLD goes back to its place, if nothing has taken that.
+    The contents of one with the suffix OLD are moved back to their place, if that is free.
     """
     for _ in range(ATTEMPTS):
         folder = Path(tempfile.mkdtemp(prefix=".transom-", suffix=suffix, dir=parent))
@@ -48,15 +48,15 @@ def staging_dir(parent: Path, suffix: str) -> Iterator[Path]:
 
 
 def remove_stale(parent: Path) -> None:
-    """Remove from ``parent`` what killed exports left there, and put back what they had moved aside."""
+    """Remove the staging folders of killed exports from ``parent``, and put back what they had moved aside."""
     with contextlib.suppress(OSError):  # no such folder, or not ours to read: nothing to clear
         for name in sorted(os.listdir(parent)):
             if NAME.fullmatch(name):
-                clear(parent / name)
+                discard_if_abandoned(parent / name)
 
 
-def clear(folder: Path) -> None:
-    """Retire a hidden folder, unless its writer lives, or that cannot be told."""
+def discard_if_abandoned(folder: Path) -> None:
+    """Discard a staging folder, unless its writer lives, or that cannot be known."""
     try:
         lock = lock_folder(folder)
     except OSError:
@@ -69,7 +69,7 @@ def clear(folder: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Delete a hidden folder, what is moved aside in it put back first where its place is empty."""
+    """Delete a staging folder; a bundle that was moved aside is put back first, where its place is free."""
     with contextlib.suppress(OSError):
         if folder.suffix == OLD:
             for held in list(folder.iterdir()):
@@ -83,10 +83,10 @@ def discard(folder: Path) -> None:
 
 
 def lock_folder(folder: Path) -> int | None:
-    """A descriptor that holds the folder's lock until it is closed; None where folders cannot be locked.
+    """Lock a folder; return the descriptor that holds the lock until it is closed, None where folders have no locks.
 
     The lock lies on the folder itself: it needs no file in it, and stays through a rename. Raises BlockingIOError
-    where somebody else has it, and FileNotFoundError where the folder is gone.
+    where another process has it, and FileNotFoundError where the folder is gone.
     """
     if sys.platform == "win32":
         return None

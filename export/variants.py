@@ -1,4 +1,4 @@
-"""From the canonical graphs to the files that ship: one per target, weights shared where they can be."""
+"""Variants: the files of a graph for each kind of device, made of the canonical graph, weights shared."""
 
 from __future__ import annotations
 
@@ -33,9 +33,10 @@ STATE_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 @dataclass(frozen=True)
 class Variants:
-    """``graphs`` and their ``files`` ship. ``emulated`` are the half-precision graphs as a GPU would round them,
+    """``graphs`` and their ``files``, which ship, and ``emulated`` graphs, which do not.
 
-    for parity and accuracy alone (BF16 ships them as the CPU's variant); they read from ``emulated_files``.
+    Those are the half-precision graphs as a GPU would round them, for parity and accuracy (BF16 ships them as the
+    CPU's variant); they read from ``emulated_files``.
     """
 
     graphs: tuple[GraphFile, ...]
@@ -63,7 +64,7 @@ def make_variants(
 
 
 def widened(models: Mapping[str, ir.Model]) -> dict[str, ir.Model]:
-    """Copies of half-precision graphs that compute in FP32, whatever the CPU has."""
+    """Copy half-precision graphs and make the copies compute in FP32, for any CPU."""
     wide = {name: model.clone() for name, model in models.items()}
     for model in wide.values():
         compute_in_fp32(model)
@@ -71,7 +72,7 @@ def widened(models: Mapping[str, ir.Model]) -> dict[str, ir.Model]:
 
 
 def emulations(models: Mapping[str, ir.Model]) -> dict[str, ir.Model]:
-    """Copies of half-precision graphs that round as a GPU would, on any CPU."""
+    """Copy half-precision graphs and make the copies round as a GPU would, on any CPU."""
     emulated = {name: model.clone() for name, model in models.items()}
     for model in emulated.values():
         fake_half(model)
@@ -87,7 +88,7 @@ def pack(
     emulated: Mapping[str, ir.Model] | None = None,
     external_above: int = EXTERNAL_ABOVE,
 ) -> Variants:
-    """Serialise ``models``, which ship, a variant for the CPU if there is one, and what is for parity alone.
+    """Serialise ``models``, which ship, their variants for the CPU if there are any, and those for parity only.
 
     Weights that several of them hold, or of more than ``external_above`` bytes, lie in one file beside them.
     ``state`` is the dtype of the models' state. All models are consumed: their weights move to that file.
@@ -124,7 +125,7 @@ def pack(
 
 
 def weight_bytes(model: ir.Model) -> int:
-    """Size of all weights in bytes."""
+    """Return the size of all weights in bytes."""
     return sum(w.const_value.nbytes for w in model.graph.initializers.values() if w.const_value is not None)
 
 
@@ -151,7 +152,7 @@ def externalize(models: Sequence[ir.Model], location: str) -> bytes:
 
 
 def with_integers(variants: Variants, integers: Mapping[str, str]) -> Variants:
-    """The same files, with what a CPU session makes of their integers: a word of runtime.bundle for each graph."""
+    """Return the variants with how a CPU session computes each graph's integers, as ``manifest_graphs`` names it."""
 
     def marked(files: tuple[GraphFile, ...]) -> tuple[GraphFile, ...]:
         return tuple(replace(file, integers=integers[file.graph.name]) for file in files)
@@ -160,7 +161,7 @@ def with_integers(variants: Variants, integers: Mapping[str, str]) -> Variants:
 
 
 def simulated(variants: Variants) -> Variants:
-    """The same, their graphs for TensorRT marked as such: a CPU session then computes their Q/DQ in float32."""
+    """Return graphs for TensorRT marked as such: a CPU session then computes their Q/DQ in float32."""
     return with_integers(variants, dict.fromkeys((file.graph.name for file in variants.graphs), SIMULATED))
 
 
@@ -178,11 +179,12 @@ def emulated_variants(variants: Variants) -> Variants:
 
 
 def state_names(graph: Graph) -> frozenset[str]:
+    """Return the names of the graph's state tensors."""
     return frozenset(tensor.name for tensor in (*graph.inputs, *graph.outputs) if tensor.state)
 
 
 def serialized(model: ir.Model) -> bytes:
-    """The model as protobuf; what is written of it, ``check_file`` checks."""
+    """Serialise the model as protobuf; ``check_file`` checks it when it is written."""
     data: bytes = ir.to_proto(model).SerializeToString()
     return data
 
@@ -208,7 +210,7 @@ def check_file(path: Path) -> None:
 
 @contextmanager
 def decodable(path: Path) -> Iterator[str]:
-    """The path as onnx 1.23 takes it: bytes that are no Unicode, which file names may hold, go through a link."""
+    """Yield the path as onnx 1.23 takes it: names that are no Unicode go through a link."""
     try:
         path.as_posix().encode()
     except UnicodeEncodeError:

@@ -1,4 +1,4 @@
-"""From a checkpoint's generation_config.json to the ``generation`` object of a bundle.
+"""A checkpoint's generation_config.json, read as the object ``generation`` of bundle.json.
 
 Where there is no such file, transformers 5.23 takes the fields from config.json, as checkpoints of
 before 2023 have them; the source followed is ``GenerationConfig.from_pretrained`` and its
@@ -47,7 +47,7 @@ REFUSED: Mapping[str, Callable[[Any], bool]] = {
 
 
 def generation_from_checkpoint(folder: Path, vocabulary: int) -> GenerationConfig:
-    """The settings with which transformers' ``model.generate()`` of this folder works.
+    """Read the settings with which transformers' ``model.generate()`` of this folder works.
 
     ``vocabulary`` is the number of tokens the model chooses from. Fields without effect on the text,
     as ``use_cache``, are passed over, and so are those that transformers does not know. Raises
@@ -80,14 +80,14 @@ def generation_from_checkpoint(folder: Path, vocabulary: int) -> GenerationConfi
 
 
 def given(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what is null, which leaves a field to its default, and without a negative pad_token_id: there is none."""
+    """Drop fields that are null, which means their default, and a negative pad_token_id, which means none."""
     pad = fields.get("pad_token_id")
     absent = {"pad_token_id"} if isinstance(pad, int) and pad < 0 else set()
     return {name: value for name, value in fields.items() if value is not None and name not in absent}
 
 
 def legacy_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The generation fields of a config.json, those of its decoder where it says nothing itself."""
+    """Return the generation fields of a config.json, those of its decoder where it has none itself."""
     found = given(config)
     if found.get("force_bos_token_to_be_generated") and "bos_token_id" in found:
         found["forced_bos_token_id"] = found["bos_token_id"]
@@ -96,6 +96,7 @@ def legacy_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_field(path: Path, name: str, value: Any) -> Any:
+    """Parse one field; CheckpointError names it and what is expected."""
     spec = FIELD_SPECS[name]
     try:
         return spec.parse(value)

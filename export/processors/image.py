@@ -1,4 +1,4 @@
-"""From a checkpoint's image processor to the ``preprocess`` object of a bundle.
+"""A checkpoint's image processor, read as the object ``preprocess`` of bundle.json.
 
 Follows ``transformers.models.auto.image_processing_auto`` and the PIL processors' defaults, 5.23.
 """
@@ -20,7 +20,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 @dataclass(frozen=True)
 class Defaults:
-    """What an image processor does where its file says nothing."""
+    """Settings of an image processor where its file has none."""
 
     size: ExactSize | ShortestEdge
     resample: str
@@ -44,7 +44,7 @@ PROCESSOR_OF = {"clip": "CLIPImageProcessor"}  # by config.json's model_type; th
 
 
 def image_preprocess_from_checkpoint(folder: Path, height: int, width: int, channels: int = 3) -> ImagePreprocess:
-    """How images of this checkpoint become (channels, height, width), the size of the exported model.
+    """Read how images of this checkpoint become (channels, height, width), the size of the exported model.
 
     Reads preprocessor_config.json, or the image_processor within processor_config.json, which wins as
     in transformers; where neither names a processor it is that of config.json's model type, and without
@@ -52,27 +52,27 @@ def image_preprocess_from_checkpoint(folder: Path, height: int, width: int, chan
     and crop are scaled to the model's. Raises CheckpointError for a processor or a setting that is not
     defined here, and for a file that is damaged.
     """
-    words, path = _read(folder)
-    defaults = _defaults(words, path, read_optional(folder / "config.json").get("model_type"))
+    settings, path = _read(folder)
+    defaults = _defaults(settings, path, read_optional(folder / "config.json").get("model_type"))
     for name in ("do_pad", "use_square_size"):
-        if _flag(words, name, False, path):
+        if _flag(settings, name, False, path):
             raise _refusal(path, f"{name} is true, which Transom does not define")
-    resize = _size(words, defaults, path) if _flag(words, "do_resize", True, path) else None
-    cropping = _flag(words, "do_center_crop", defaults.crop is not None, path)
-    resize, crop = _scaled(resize, _crop(words, defaults, path) if cropping else None, height, width, path)
-    rescaling = _flag(words, "do_rescale", True, path)
-    normalising = _flag(words, "do_normalize", True, path)
+    resize = _size(settings, defaults, path) if _flag(settings, "do_resize", True, path) else None
+    cropping = _flag(settings, "do_center_crop", defaults.crop is not None, path)
+    resize, crop = _scaled(resize, _crop(settings, defaults, path) if cropping else None, height, width, path)
+    rescaling = _flag(settings, "do_rescale", True, path)
+    normalising = _flag(settings, "do_normalize", True, path)
     made = ImagePreprocess(
         resize=resize,
-        resample=_filter(words, defaults, path) if resize else defaults.resample,
+        resample=_filter(settings, defaults, path) if resize else defaults.resample,
         crop=crop,
-        rescale=_given(words, "rescale_factor", 1 / 255, path) if rescaling else None,
-        mean=_per_channel(words, "image_mean", defaults.mean, channels, path) if normalising else None,
-        std=_per_channel(words, "image_std", defaults.std, channels, path) if normalising else None,
+        rescale=_given(settings, "rescale_factor", 1 / 255, path) if rescaling else None,
+        mean=_per_channel(settings, "image_mean", defaults.mean, channels, path) if normalising else None,
+        std=_per_channel(settings, "image_std", defaults.std, channels, path) if normalising else None,
         channels=channels,
         height=height,
         width=width,
-        transparent_to_white=_flag(words, "do_convert_rgb", defaults.convert_rgb, path),
+        transparent_to_white=_flag(settings, "do_convert_rgb", defaults.convert_rgb, path),
     )
     problems = made.problems()  # the reader's own checks, before anything is written
     if problems:
@@ -81,21 +81,21 @@ def image_preprocess_from_checkpoint(folder: Path, height: int, width: int, chan
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], Path]:
-    """The processor's settings and the file they stand in; empty settings without a file."""
+    """Return the processor's settings and the path of their file; empty settings without a file."""
     nested, own = folder / "processor_config.json", folder / "preprocessor_config.json"
-    words = read_optional(nested).get("image_processor")
-    if words is not None:
-        if not isinstance(words, dict):
-            raise _refusal(nested, f"image_processor is a {type(words).__name__}, expected an object")
-        return words, nested
+    settings = read_optional(nested).get("image_processor")
+    if settings is not None:
+        if not isinstance(settings, dict):
+            raise _refusal(nested, f"image_processor is a {type(settings).__name__}, expected an object")
+        return settings, nested
     return read_optional(own), own
 
 
-def _defaults(words: Mapping[str, Any], path: Path, model_type: object) -> Defaults:
-    """Of the processor's class, by its name now or before transformers 4.26 (ViTFeatureExtractor)."""
-    name = words.get("image_processor_type")
+def _defaults(settings: Mapping[str, Any], path: Path, model_type: object) -> Defaults:
+    """Return the defaults of the processor's class, by its name since or before transformers 4.26."""
+    name = settings.get("image_processor_type")
     if name is None:
-        name = str(words.get("feature_extractor_type") or PROCESSOR_OF.get(str(model_type), "ViTImageProcessor"))
+        name = str(settings.get("feature_extractor_type") or PROCESSOR_OF.get(str(model_type), "ViTImageProcessor"))
         name = name.replace("FeatureExtractor", "ImageProcessor")
     known = PROCESSORS.get(str(name).removesuffix("Fast").removesuffix("Pil"))
     if known is None:
@@ -103,32 +103,32 @@ def _defaults(words: Mapping[str, Any], path: Path, model_type: object) -> Defau
     return known
 
 
-def _given(words: Mapping[str, Any], name: str, default: Any, path: Path) -> Any:
-    """A setting that is needed; null is not the default, but nothing, as in transformers."""
-    value = words.get(name, default)
+def _given(settings: Mapping[str, Any], name: str, default: Any, path: Path) -> Any:
+    """Return a setting that is needed; null is an error and not the default, as in transformers."""
+    value = settings.get(name, default)
     if value is None:
-        lack = "null" if name in words else "missing"
+        lack = "null" if name in settings else "missing"
         raise _refusal(path, f"{name} is {lack} and the step that needs it is on")
     return value
 
 
-def _flag(words: Mapping[str, Any], name: str, default: bool, path: Path) -> bool:
-    value = words.get(name, default)
+def _flag(settings: Mapping[str, Any], name: str, default: bool, path: Path) -> bool:
+    value = settings.get(name, default)
     if value is not None and not isinstance(value, bool):
         raise _refusal(path, f"{name} is {value!r}, expected true or false")
     return bool(value)
 
 
-def _size(words: Mapping[str, Any], defaults: Defaults, path: Path) -> ExactSize | ShortestEdge:
-    """``size``; a single number is the side of a square, or the shortest edge where CLIP's defaults hold."""
-    value = _given(words, "size", defaults.size, path)
+def _size(settings: Mapping[str, Any], defaults: Defaults, path: Path) -> ExactSize | ShortestEdge:
+    """Return ``size``; a single number is the side of a square, or the shortest edge with CLIP's defaults."""
+    value = _given(settings, "size", defaults.size, path)
     if _is_side(value):
         return ExactSize(value, value) if isinstance(defaults.size, ExactSize) else ShortestEdge(value)
     return _target(value, "size", path)
 
 
-def _crop(words: Mapping[str, Any], defaults: Defaults, path: Path) -> ExactSize:
-    value = _given(words, "crop_size", defaults.crop, path)
+def _crop(settings: Mapping[str, Any], defaults: Defaults, path: Path) -> ExactSize:
+    value = _given(settings, "crop_size", defaults.crop, path)
     target = ExactSize(value, value) if _is_side(value) else _target(value, "crop_size", path)
     if isinstance(target, ShortestEdge):
         raise _refusal(path, f"crop_size is {value!r}, expected an integer or height and width")
@@ -136,7 +136,7 @@ def _crop(words: Mapping[str, Any], defaults: Defaults, path: Path) -> ExactSize
 
 
 def _target(value: object, name: str, path: Path) -> ExactSize | ShortestEdge:
-    """[height, width], {height, width}, {shortest_edge} or {shortest_edge, longest_edge}."""
+    """Parse [height, width], {height, width}, {shortest_edge} or {shortest_edge, longest_edge}."""
     if isinstance(value, (ExactSize, ShortestEdge)):
         return value
     if isinstance(value, list) and len(value) == 2:
@@ -156,7 +156,7 @@ def _target(value: object, name: str, path: Path) -> ExactSize | ShortestEdge:
 def _scaled(
     resize: ExactSize | ShortestEdge | None, crop: ExactSize | None, height: int, width: int, path: Path
 ) -> tuple[ExactSize | ShortestEdge | None, ExactSize | None]:
-    """Resize and crop for a model of (height, width), in the proportion the file has them.
+    """Scale resize and crop to a model of (height, width), in the file's proportion.
 
     Without a crop an exact resize goes straight to the model's size.
     """
@@ -181,8 +181,8 @@ def _scaled(
     return resize, ExactSize(height, width)
 
 
-def _filter(words: Mapping[str, Any], defaults: Defaults, path: Path) -> str:
-    number = _given(words, "resample", FILTERS.index(defaults.resample), path)
+def _filter(settings: Mapping[str, Any], defaults: Defaults, path: Path) -> str:
+    number = _given(settings, "resample", FILTERS.index(defaults.resample), path)
     if type(number) is not int or not 0 <= number < len(FILTERS):
         known = ", ".join(f"{index} {name}" for index, name in enumerate(FILTERS))
         raise _refusal(path, f"resample is {number!r}, expected PIL's number of a filter: {known}")
@@ -190,10 +190,10 @@ def _filter(words: Mapping[str, Any], defaults: Defaults, path: Path) -> str:
 
 
 def _per_channel(
-    words: Mapping[str, Any], name: str, default: tuple[float, ...], channels: int, path: Path
+    settings: Mapping[str, Any], name: str, default: tuple[float, ...], channels: int, path: Path
 ) -> tuple[float, ...]:
-    """One number per channel; a single number stands for all. Types are checked with the rest."""
-    value = _given(words, name, default[:channels], path)
+    """Return one number per channel; a single number stands for all. Types are checked with the rest."""
+    value = _given(settings, name, default[:channels], path)
     return tuple(value) if isinstance(value, (list, tuple)) else (value,) * channels
 
 

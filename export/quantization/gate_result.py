@@ -140,8 +140,12 @@ class GateResult:
             },
             "score": None
             if self.score_fp32 is None or self.score_int8 is None
-            else {**self.score_fp32.shared(), "fp32": figures(self.score_fp32), "int8": figures(self.score_int8)},
-            "agreement": self.agreement and {**self.agreement.shared(), **self.agreement.figures()},
+            else {
+                **self.score_fp32.shared_fields(),
+                "fp32": figures(self.score_fp32),
+                "int8": figures(self.score_int8),
+            },
+            "agreement": self.agreement and {**self.agreement.shared_fields(), **self.agreement.side_fields()},
             "relative_error": {"output": self.output, **self.error.to_json()},
         }
 
@@ -274,7 +278,7 @@ def figures(measured: Measured) -> dict[str, Any]:
     if isinstance(measured, Rate) and measured.n < 2:  # of one block no interval is known
         found: dict[str, Any] = {"value": measured.value, "interval": None}
     else:
-        found = measured.figures()
+        found = measured.side_fields()
     return {**found, "perplexity": exp(min(measured.value, MOST_NATS))} if isinstance(measured, Rate) else found
 
 

@@ -47,7 +47,7 @@ def pencil(correct: int, n: int) -> Accuracy:
 
 def test_score_as_json() -> None:
     score = pencil(8, 10)
-    words = json.loads(json.dumps({**score.shared(), **score.figures()}))
+    words = json.loads(json.dumps({**score.shared_fields(), **score.side_fields()}))
     assert words.pop("interval") == pytest.approx([0.4902, 0.9433], abs=5e-5)
     assert words == {"name": "top-1 accuracy", "data": "pencil", "n": 10, "correct": 8, "value": 0.8}
 
@@ -68,7 +68,7 @@ def test_rate_and_its_interval() -> None:
     rate = Rate("bits per byte", "pencil", (8.0, 16.0), (4, 4))
     assert (rate.n, rate.value) == (2, 3.0)
     assert rate.interval == pytest.approx((1.04, 4.96), abs=5e-5)
-    assert rate.shared() == {"name": "bits per byte", "data": "pencil", "n": 2, "lower_is_better": True}
+    assert rate.shared_fields() == {"name": "bits per byte", "data": "pencil", "n": 2, "lower_is_better": True}
 
 
 def test_a_rate_weighs_blocks_by_their_size() -> None:
