@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from safetensors.numpy import save
 from bad_bundles import replaced
 from command_line import as_quantized, changed_bundle, document, transom
 from paths import KEPT
+from transom.export.families import vit
+from transom.export.families.evaluation import GateLimits
 from transom.export.parity.cases import ParityCases
 from transom.export.parity.compare import TOLERANCES, check_parity, export_limit
 from transom.export.parity.inputs import parity_inputs
 from transom.export.parity.results import Golden
-from transom.export.quantization.gate import POINTS
 from transom.export.verification import verify
 from transom.runtime import load
 from transom.runtime.backends.integer_sums import integer_sums
@@ -269,7 +271,7 @@ def test_verify_compares_the_file_for_other_devices_too(int8_bundle: Path, tmp_p
 
 def test_verify_judges_the_gate_again(int8_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A gate that allows nothing: of 540 scans some are answered otherwise than by PyTorch, or none."""
-    monkeypatch.setitem(POINTS, "vit", -1.0)
+    monkeypatch.setattr(vit, "FAMILY", replace(vit.FAMILY, gate=GateLimits(points=-1.0)))
     with pytest.raises(AccuracyError, match=r"vit in int8: top-1 accuracy .* of -100"):
         verify(int8_bundle)
 
