@@ -1,4 +1,4 @@
-"""The real inputs that ship with the package; export/data/README.md says where each comes from."""
+"""Read the inputs that ship with the package; export/data/README.md says where each comes from."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ PHOTOS = ("photo_china.jpg", "photo_flower.jpg")
 
 
 def passage() -> list[str]:
-    """31 lines of prose: English, then one line each in languages of other alphabets and scripts."""
+    """Return 31 lines of prose: English, then one line each in languages of other alphabets and scripts."""
     return DATA.joinpath("passage.txt").read_text(encoding="utf-8").splitlines()
 
 
 def photos() -> list[bytes]:
-    """Two photographs as JPEG files: 360x240 and 240x320 pixels, RGB."""
+    """Return two photographs as JPEG files: 360x240 and 240x320 pixels, RGB."""
     return [DATA.joinpath(name).read_bytes() for name in PHOTOS]
 
 
 def heldout_digits() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """The scans that the reference ViT never saw: uint8 (540, 8, 8) of 0..255, and their labels (540,)."""
+    """Return the scans that the reference ViT never saw: uint8 (540, 8, 8) of 0..255, and their labels (540,)."""
     from safetensors.numpy import load
 
     arrays = load(DATA.joinpath("digits_heldout.safetensors").read_bytes())
@@ -30,31 +30,31 @@ def heldout_digits() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
 
 
 def digit_prompts() -> list[str]:
-    """Five templates, ``{}`` for the digit, that the reference CLIP never read; fixed before it was trained."""
+    """Return 5 templates, ``{}`` for the digit, that the reference CLIP never read; fixed before it was trained."""
     return DATA.joinpath("digit_prompts.txt").read_text(encoding="utf-8").splitlines()
 
 
 def wordnet_pairs() -> tuple[list[str], list[str]]:
-    """1,000 definitions of nouns, and line by line the words that each defines ("adviser, advisor, consultant")."""
+    """Read 1,000 definitions of nouns, and line by line the words that each defines ("adviser, advisor, consultant")."""
     lines = DATA.joinpath("wordnet_pairs.tsv").read_text(encoding="utf-8").splitlines()
     definitions, words = zip(*(line.split("\t") for line in lines), strict=True)
     return list(definitions), list(words)
 
 
 def heldout_text() -> str:
-    """Six chapters of Jane Austen, one of each novel, that no reference model trained on; paragraphs are lines."""
+    """Read six chapters of Jane Austen, one of each novel, that no reference model trained on; paragraphs are lines."""
     return DATA.joinpath("austen_heldout.txt").read_text(encoding="utf-8")
 
 
 def masked_text() -> list[tuple[str, list[str]]]:
-    """The same chapters in passages with a [MASK] for every seventh word or so, and the words that were there."""
+    """Read the same chapters in passages with a [MASK] for every seventh word or so, and the words that were there."""
     lines = DATA.joinpath("austen_masked.tsv").read_text(encoding="utf-8").splitlines()
     passages = (line.split("\t") for line in lines)
     return [(text, words.split(" ")) for text, words in passages]
 
 
 def heldout_dates() -> tuple[list[str], list[str]]:
-    """1,000 dates as people write them, of days that the reference Transformer never saw, and each in ISO 8601."""
+    """Read 1,000 dates as people write them, of days that the reference Transformer never saw, and each in ISO 8601."""
     lines = DATA.joinpath("dates_heldout.tsv").read_text(encoding="utf-8").splitlines()
     texts, expected = zip(*(line.split("\t") for line in lines), strict=True)
     return list(texts), list(expected)

@@ -39,7 +39,7 @@ class Accuracy:
 
     @property
     def design_effect(self) -> float:
-        """The number of cases that are worth one independent case: the gaps of a text are correlated.
+        """Return the number of cases that are worth one independent case: the gaps of a text are correlated.
 
         The variance between inputs over that of independent cases, Kish (1965); at least 1, and 1 where all cases came
         out alike, from which it cannot be estimated.

@@ -39,7 +39,7 @@ DIGITS_SHOWN = 6  # scans that a figure of the ViT shows
 
 @dataclass(frozen=True)
 class Examples:
-    """What a report's figure shows where the user gives nothing.
+    """The inputs of a report's figure where the user gives none.
 
     ``texts`` are candidates, of which a figure takes those of a fitting length. ``labels`` and the ``template`` they
     stand in are a zero-shot model's.

@@ -36,7 +36,7 @@ BLOCK_BYTES = 1500  # of a block of text, at least: some 500 tokens, two context
 
 
 def digits_score(predict: Callable[[list[NDArray[np.uint8]]], NDArray[Any]]) -> Accuracy:
-    """Fraction of the held-out scans whose digit has the largest number.
+    """Return the fraction of the held-out scans whose digit has the largest number.
 
     ``predict`` takes N images, uint8 (8, 8, 3) of 0..255, and gives (N, 10): logits or probabilities.
     Raises ExportError for another shape and for values that are not finite.
@@ -47,13 +47,13 @@ def digits_score(predict: Callable[[list[NDArray[np.uint8]]], NDArray[Any]]) -> 
 
 
 def heldout_images() -> tuple[list[NDArray[np.uint8]], NDArray[np.uint8]]:
-    """The held-out scans as images, uint8 (8, 8, 3) of 0..255 each, and their digits (540,)."""
+    """Return the held-out scans as images, uint8 (8, 8, 3) of 0..255 each, and their digits (540,)."""
     scans, labels = heldout_digits()
     return [np.repeat(scan[:, :, None], 3, axis=2) for scan in scans], labels
 
 
 def zero_shot_score(choose: Callable[[list[NDArray[np.uint8]], list[str]], NDArray[Any]]) -> Accuracy:
-    """Fraction of the held-out scans whose digit is told right, with the worst of the prompts never trained on.
+    """Return the fraction of the held-out scans that are classified right, with the worst of the unseen prompts.
 
     ``choose`` takes N images, uint8 (8, 8, 3) of 0..255, and ten texts, a digit's name in a prompt each, and gives
     (N, 10): logits or probabilities. It is called once per prompt. Raises as ``digits_score`` does.
@@ -71,7 +71,7 @@ def zero_shot_score(choose: Callable[[list[NDArray[np.uint8]], list[str]], NDArr
 
 
 def retrieval_score(embed: Callable[[list[str]], NDArray[Any]]) -> Accuracy:
-    """Fraction of the definitions whose own word is, of all words, the nearest by cosine similarity.
+    """Return the fraction of the definitions whose own word is, of all words, the nearest by cosine similarity.
 
     ``embed`` takes N texts and gives (N, E); it is called twice, for 1,000 definitions and their 1,000 words.
     Raises ExportError for another shape, values that are not finite, and vectors of length zero.
@@ -86,7 +86,7 @@ def retrieval_score(embed: Callable[[list[str]], NDArray[Any]]) -> Accuracy:
 
 
 def bits_per_byte(log_probabilities: Callable[[str], NDArray[Any]], text: str) -> Rate:
-    """Mean number of bits that the model needs to write a byte of ``text``, whose paragraphs are lines.
+    """Return the mean number of bits that the model needs to write a byte of ``text``, whose paragraphs are lines.
 
     ``log_probabilities`` takes a text and gives, in nats, the log-probability of each of its tokens but the first,
     given those before it. It is called once per block of whole paragraphs and the newline before them, which is the
@@ -108,7 +108,7 @@ def bits_per_byte(log_probabilities: Callable[[str], NDArray[Any]], text: str) -
 
 
 def blocks(text: str) -> list[str]:
-    """The text in runs of whole lines, each of at least BLOCK_BYTES; a shorter rest joins the last."""
+    """Cut the text into runs of whole lines, each of at least BLOCK_BYTES; a shorter rest joins the last."""
     found = [""]
     for line in text.splitlines(keepends=True):
         if len(found[-1].encode()) >= BLOCK_BYTES:
@@ -120,7 +120,7 @@ def blocks(text: str) -> list[str]:
 
 
 def masked_score(fill: Callable[[str], list[str]]) -> Accuracy:
-    """Fraction of the masked words of held-out text that the model thinks most probable in their gaps.
+    """Return the fraction of the masked words of held-out text that the model thinks most probable in their gaps.
 
     ``fill`` takes a text with one or more [MASK] and gives one word for each. Raises ExportError for another number.
     """
@@ -138,7 +138,7 @@ def masked_score(fill: Callable[[str], list[str]]) -> Accuracy:
 
 
 def dates_score(translate: Callable[[list[str]], list[str]]) -> Accuracy:
-    """Fraction of the held-out dates that are turned into their ISO form, letter by letter.
+    """Return the fraction of the held-out dates that are turned into their ISO form, letter by letter.
 
     ``translate`` takes N texts and gives N. Raises ExportError for another number.
     """
@@ -151,7 +151,7 @@ def dates_score(translate: Callable[[list[str]], list[str]]) -> Accuracy:
 
 
 def unit_rows(vectors: NDArray[Any], n: int) -> NDArray[np.float64]:
-    """Rows of length one, in FP64."""
+    """Scale rows to length one, in FP64."""
     rows = finite(vectors, (n, None), "embed(texts)")
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
     if not lengths.all():
@@ -162,7 +162,7 @@ def unit_rows(vectors: NDArray[Any], n: int) -> NDArray[np.float64]:
 
 
 def finite(answers: NDArray[Any], shape: tuple[int, int | None], call: str) -> NDArray[np.float64]:
-    """The answers in FP64. NaN is refused: argmax would take its place for an answer."""
+    """Return the answers in FP64. NaN is refused: argmax would take its place for an answer."""
     array = np.asarray(answers, np.float64)
     if array.ndim != 2 or any(size not in (None, found) for size, found in zip(shape, array.shape, strict=True)):
         raise ExportError(

@@ -1,1 +1,1 @@
-"""What the export does for each family: calibration runs, evaluation, the gate's limits and the report's figure."""
+"""The export's side of each family: calibration runs, evaluation, the gate's limits and the report's figure."""

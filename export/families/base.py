@@ -15,7 +15,7 @@ from transom.runtime.families import family_record
 
 @dataclass(frozen=True)
 class Figure:
-    """What a report shows of a family's model, drawn from the bundle's own graph.
+    """The figure of a family's model in a report, drawn from the bundle's own graph.
 
     draw     bundle, inputs, prompts -> HTML; examples stand in for inputs where there are none
     texts    it needs a tokenizer

@@ -60,7 +60,7 @@ def run_text(bundle: Bert, sample: Sample) -> None:
 
 
 def with_gaps(batch: EncodedBatch, mask_id: int | None) -> EncodedBatch:
-    """One row, with mask tokens among its own tokens (``gaps_among``), unless it has a gap already.
+    """Return one row with mask tokens among its own tokens (``gaps_among``), unless it has a gap already.
 
     A masked-language model is never used, and was never trained, without: what [MASK] makes of the activations
     belongs in their ranges. Calibration and the accuracy gate take the same, for ranges of other tokens than those that
@@ -74,7 +74,7 @@ def with_gaps(batch: EncodedBatch, mask_id: int | None) -> EncodedBatch:
 
 
 def gaps_among(places: NDArray[np.intp]) -> NDArray[np.intp]:
-    """Every GAP_EVERY-th of ``places`` (n,), the first in the middle of its run: a word on both sides tells of it.
+    """Choose every GAP_EVERY-th of ``places`` (n,), the first in the middle of its run, between words on both sides.
 
     So is a text shorter than that: it has one gap in its middle, where counting from either end would leave none, or
     take the first word of every text.
@@ -100,7 +100,7 @@ class TextRow:
 
 
 def text_cases(fp32: Bert, samples: Sequence[Sample], most: int) -> EvaluationCases:
-    """BERT's task on texts, cut to the bundle's S; where tokens are asked for, texts are added until they are ``most``.
+    """Compare the task's outputs on texts, cut to the bundle's S; where it answers at tokens, until there are ``most``.
 
     fill-mask             the gaps; a text without one gets those that calibration gives it, and then it is known what
                           stood there
@@ -130,7 +130,7 @@ def text_cases(fp32: Bert, samples: Sequence[Sample], most: int) -> EvaluationCa
 
 
 def read_text(task: str, options: Mapping[str, Any], row: TextRow, parts: Sequence[Floats]) -> Outputs:
-    """One row of the outputs, without padding and what else is not counted."""
+    """Read one row of the outputs, without padding and positions that are not counted."""
     name = row.sample.name
     if task == "feature-extraction":
         return Outputs(name, parts[0], NO_CHOICE, parts[0])
@@ -146,7 +146,7 @@ def read_text(task: str, options: Mapping[str, Any], row: TextRow, parts: Sequen
 
 
 def text_row(bundle: Bert, sample: Sample) -> TextRow:
-    """A sample as the task's own method encodes it."""
+    """Encode a sample as the task's own method does."""
     task = bundle.manifest.task
     mask_id = (bundle.manifest.tokenizer or {}).get("mask_id")
     if sample.feeds is not None:
@@ -179,7 +179,7 @@ def text_row(bundle: Bert, sample: Sample) -> TextRow:
 
 
 def text_batches(bundle: Bert, rows: Sequence[TextRow]) -> list[list[TextRow]]:
-    """Rows of like length together, as many as the bundle and BATCH_BYTES allow; the batches in no order."""
+    """Batch rows of like length, as many as the bundle and BATCH_BYTES allow; the batches in no order."""
     graph = bundle.graph_for({"input_ids": np.empty(0)})
     width = max(size for tensor in graph.outputs for size in (*tensor.shape, 1) if isinstance(size, int))
     found: list[list[TextRow]] = []
@@ -193,7 +193,7 @@ def text_batches(bundle: Bert, rows: Sequence[TextRow]) -> list[list[TextRow]]:
 
 
 def stacked(rows: Sequence[Mapping[str, Ids]]) -> dict[str, Ids]:
-    """Rows (S,) as a batch (B, S); behind the shorter ones padding of zeros, which the mask leaves out."""
+    """Stack rows (S,) into a batch (B, S); behind the shorter ones padding of zeros, which the mask leaves out."""
     longest = max(len(row["input_ids"]) for row in rows)
     masked = [{"attention_mask": np.ones_like(row["input_ids"]), **row} for row in rows]
     return {name: np.stack([np.pad(row[name], (0, longest - len(row[name]))) for row in masked]) for name in masked[0]}

@@ -41,7 +41,7 @@ def pictured(sample: Sample) -> bool:
 
 
 def clip_cases(fp32: Clip, samples: Sequence[Sample], tokens: int) -> EvaluationCases:
-    """Which of all the held-out texts each held-out image is nearest to, as ``zero_shot`` tells labels.
+    """Compare which of the held-out texts each held-out image is nearest to, as ``zero_shot`` chooses labels.
 
     Right is the text that came with the image, if one did. Where there are no images, or fewer than two texts, the
     nearest other sample by the one tower.
@@ -73,7 +73,7 @@ def clip_cases(fp32: Clip, samples: Sequence[Sample], tokens: int) -> Evaluation
 
 
 def text_vectors(bundle: Clip, samples: Sequence[Sample]) -> Iterator[tuple[Sample, Floats]]:
-    """Each sample's text, or its raw ``input_ids``, as CLIP embeds it: float32 (E,) of unit length."""
+    """Embed each sample's text, or its raw ``input_ids``: float32 (E,) of unit length."""
     for sample in samples:
         with naming([sample]):
             if sample.text is not None:

@@ -28,11 +28,11 @@ NO_CHOICE = np.empty((0, 1), np.int64)
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a bundle gives for one held-out sample; of a long text, for one run of its tokens.
+    """The outputs for one held-out sample; of a long text, for one run of its tokens.
 
     values    float32, any shape: the main output at the positions that count
     chosen    int64 (cases, k): two bundles agree on a case where all its k numbers are equal
-    vector    float32 (E,), of embeddings alone: what the nearest neighbour is told by
+    vector    float32 (E,), of embeddings alone, by which the nearest neighbour is found
     nats      of the tokens that follow, their negative log-probabilities summed, and how many there are
     right     of cases whose truth is known, how many were answered right, and how many there are
     """
@@ -63,7 +63,7 @@ class EvaluationCases:
 
 @dataclass(frozen=True)
 class GateLimits:
-    """How much a quantised bundle of a family may lose against FP32.
+    """The most that a quantised bundle of a family may lose against FP32.
 
     points  of a score, or of agreement with FP32 where there is none, as a fraction
     growth  of perplexity, by how activations are quantised; where it is given, it is judged and nothing else

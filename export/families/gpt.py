@@ -36,7 +36,7 @@ def run_raw(bundle: GPT, feeds: Mapping[str, Array]) -> None:
 
 
 def read(bundle: GPT, ids: Row) -> None:
-    """The first context's worth of tokens; a single one has no probability, but is read all the same."""
+    """Read the first context's worth of tokens; a single one has no probability, but is read all the same."""
     shown = ids[: bundle.context]
     if len(shown) == 1:
         bundle.prefill([shown])
@@ -45,7 +45,7 @@ def read(bundle: GPT, ids: Row) -> None:
 
 
 def next_token_cases(fp32: GPT, samples: Sequence[Sample], most: int) -> EvaluationCases:
-    """Teacher forcing: the next token at every position of texts, which are cut into windows of one context.
+    """Compare the next token at every position of texts, cut into windows of one context (teacher forcing).
 
     At most ``most`` of them; a window's first token has nothing before it and is not predicted.
     """
@@ -79,7 +79,7 @@ def next_token_cases(fp32: GPT, samples: Sequence[Sample], most: int) -> Evaluat
 
 
 def negative_log_likelihood(logits: Floats, targets: NDArray[np.int64]) -> float:
-    """-sum of log softmax(logits)[i, targets[i]] in nats; logits (n, V), targets (n,)."""
+    """Return -sum of log softmax(logits)[i, targets[i]] in nats; logits (n, V), targets (n,)."""
     wide = logits.astype(np.float64)
     top = wide.max(1)
     normalisers = np.log(np.exp(wide - top[:, None]).sum(1)) + top

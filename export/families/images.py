@@ -14,7 +14,7 @@ from transom.runtime.tasks.image_bundle import ImageBundle
 
 
 def image_rows(bundle: ImageBundle, samples: Sequence[Sample], output: str) -> Iterator[tuple[Sample, Floats]]:
-    """``output`` of each sample's image, or of its raw ``pixel_values``, in batches that the bundle allows."""
+    """Yield ``output`` of each sample's image, or of its raw ``pixel_values``, in batches that the bundle allows."""
     size = bundle.max_size("B")
     for start in range(0, len(samples), size):
         batch = samples[start : start + size]

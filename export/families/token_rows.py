@@ -22,7 +22,7 @@ def prompt_of(bundle: Generator, sample: Sample) -> Row:
 
 
 def row_of(feeds: Mapping[str, Array]) -> Row | None:
-    """The token ids of raw feeds (1, S), without those that a mask hides; None where there are other feeds, too."""
+    """Return the token ids of raw feeds (1, S) that no mask hides; None where there are other feeds, too."""
     if feeds.keys() - {IDS, MASK}:
         return None
     ids = feeds[IDS]
@@ -36,7 +36,7 @@ def row_of(feeds: Mapping[str, Array]) -> Row | None:
 
 
 def ids_of(bundle: Generator, sample: Sample) -> Row:
-    """A sample as token ids: of its text, or its raw ``input_ids`` without what its mask leaves out."""
+    """Return a sample as token ids: of its text, or its raw ``input_ids`` without what its mask leaves out."""
     if sample.feeds is not None and "input_ids" in sample.feeds:
         given = sample.feeds["input_ids"][0]
         mask = sample.feeds.get("attention_mask")

@@ -45,7 +45,7 @@ def run_raw(bundle: Transformer, feeds: Mapping[str, Array]) -> None:
 
 
 def translate(bundle: Transformer, ids: Row) -> None:
-    """Greedily, and not without end."""
+    """Translate greedily, up to ``most_new_tokens``."""
     bundle.generate(
         cut_source(bundle, ids),
         num_beams=1,
@@ -56,18 +56,18 @@ def translate(bundle: Transformer, ids: Row) -> None:
 
 
 def cut_source(bundle: Transformer, ids: Row) -> Row:
-    """At most as many tokens as the encoder takes; the last stays, which closes a source."""
+    """Cut a source to as many tokens as the encoder takes; the last stays, which closes a source."""
     most = bundle.max_size(str(bundle.prompt_tokens().shape[1]))
     return ids if len(ids) <= most else [*ids[: most - 1], ids[-1]]
 
 
 def most_new_tokens(bundle: Transformer) -> int:
-    """How many tokens of a translation are followed."""
+    """Return how many tokens of a translation are compared."""
     return max(1, min(NEW_TOKENS, bundle.context - 1))
 
 
 def translation_cases(fp32: Transformer, samples: Sequence[Sample], most: int) -> EvaluationCases:
-    """Teacher forcing along the greedy output of ``fp32``: every token of it is a case, on every side.
+    """Compare every token along the greedy output of ``fp32``, on every side (teacher forcing).
 
     So a token that differs counts once and does not drag what follows with it. Sentences are added until there are
     ``most`` tokens.
@@ -109,7 +109,7 @@ def by_length(source: tuple[Sample, Row]) -> int:
 
 
 def along(bundle: Generator, rows: Sequence[Row], outputs: Sequence[Row]) -> Floats:
-    """The logits that each token of ``outputs`` was to be chosen from: (R, n, V), n the longest of them."""
+    """Return the logits that each token of ``outputs`` is chosen from: (R, n, V), n the longest of them."""
     longest = max(map(len, outputs))
     fed = np.array([[*tokens, *tokens[-1:] * (longest - len(tokens))] for tokens in outputs], np.int64)[:, :-1]
     prefilled = bundle.prefill(rows)
