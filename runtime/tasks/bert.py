@@ -1,4 +1,4 @@
-"""Texts to vectors, labels, spans and filled gaps."""
+"""Tasks of BERT: embeddings, labels, answers and masked tokens of texts."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from transom.runtime.errors import InputError
 from transom.runtime.finite import check_finite
 from transom.runtime.numeric import softmax
-from transom.runtime.tasks.postprocess import Answer, Entity, Ranked, as_list, best, label_scores, ranked
-from transom.runtime.tasks.spans import best_spans
+from transom.runtime.tasks.postprocess import Answer, Entity, Ranked, as_list, best, best_spans, label_scores, ranked
 from transom.runtime.tasks.task import (
     TOP_K,
     FamilyTasks,
@@ -37,9 +36,9 @@ Floats = NDArray[np.float32]
 
 
 class Bert(TextBundle):
-    """A loaded BERT. Each method belongs to a task; one that the bundle was not exported for says so.
+    """A loaded BERT. Each method belongs to a task; InputError for one that the bundle was not exported for.
 
-    Methods take one text or a list of them and answer in kind. A text longer than the bundle's S is
+    Methods take one text or a list of them: a list gets a list. A text longer than the bundle's S is
     an error, unless ``truncate``; only ``embed`` always truncates, as sentence-transformers does. A
     text without a single token (empty, blank) is an error.
     """
@@ -47,7 +46,7 @@ class Bert(TextBundle):
     GRAPHS: ClassVar = {"model": ("input_ids", "attention_mask")}
 
     def embed(self, texts: str | Sequence[str]) -> Floats:
-        """One vector per text, pooled as the checkpoint says: float32 (E,) for one text, (N, E) for a list."""
+        """Return a vector per text, pooled as the checkpoint defines: float32 (E,) for one text, (N, E) for a list."""
         single, batch = as_list(texts)
         prompt = str(self.manifest.options.get("prompt", ""))
         vectors = self.text_rows(batch, "sentence_embedding", truncate=True, prefix=prompt)
@@ -61,7 +60,7 @@ class Bert(TextBundle):
         top_k: int | None = None,
         truncate: bool = False,
     ) -> Any:
-        """``[(label, score), ...]`` per text, best first; all labels unless ``top_k``.
+        """Return ``[(label, score), ...]`` per text, best first; all labels unless ``top_k``.
 
         Scores are probabilities (softmax), independent ones for a multi-label checkpoint (sigmoid), the
         plain number for a regression. ``pairs`` are second texts, one per text.
@@ -80,7 +79,7 @@ class Bert(TextBundle):
     def next_sentence(
         self, text: str | Sequence[str], following: str | Sequence[str], *, truncate: bool = False
     ) -> Any:
-        """The probability that ``following`` comes after ``text``; for lists of equal length a list of them."""
+        """Return the probability that ``following`` follows ``text``; for lists of equal length a list of them."""
         self.need_task("next-sentence-prediction")
         single, batch = as_list(text)
         answers = [0.0] * len(batch)
@@ -90,9 +89,9 @@ class Bert(TextBundle):
         return answers[0] if single else answers
 
     def fill_mask(self, text: str | Sequence[str], *, top_k: int = 5, truncate: bool = False) -> Any:
-        """``[(token, probability), ...]`` per text for the gap in it; a list of such lists where it has several.
+        """Return ``[(token, probability), ...]`` per text for its mask token; a list of those where it has several.
 
-        Nested as in transformers' pipeline, but that a list of one text gets a list of one answer.
+        Nested as in transformers' pipeline, except that a list of one text gets a list of one answer.
         """
         self.need_task("fill-mask")
         encoder = self.tokenizer()
@@ -100,17 +99,17 @@ class Bert(TextBundle):
         single, batch = as_list(text)
         answers: list[Any] = []
         for place, row in enumerate(self._encodings(batch, truncate=truncate)):
-            gaps = [position for position, token in enumerate(row.ids) if token == mask_id]
-            if not gaps:
+            masks = [position for position, token in enumerate(row.ids) if token == mask_id]
+            if not masks:
                 word = encoder.spec.mask_token or "mask token"
                 raise InputError(f"{TEXT(place)} has no {word}; put one where a word is missing.")
-            (logits,) = self._read(encoder.padded([row]), TEXT(place), "logits", positions=gaps)
-            found = [self._words(of_gap, top_k) for of_gap in softmax(logits)]
-            answers.append(found[0] if len(gaps) == 1 else found)
+            (logits,) = self._read(encoder.padded([row]), TEXT(place), "logits", positions=masks)
+            found = [self._words(of_mask, top_k) for of_mask in softmax(logits)]
+            answers.append(found[0] if len(masks) == 1 else found)
         return answers[0] if single else answers
 
     def tag(self, texts: str | Sequence[str], *, truncate: bool = False, ignore: Sequence[str] = ("O",)) -> Any:
-        """The labelled tokens of each text, in order; labels in ``ignore`` are left out."""
+        """Return the labelled tokens of each text, in order; labels in ``ignore`` are left out."""
         self.need_task("token-classification")
         single, batch = as_list(texts)
         answers = []
@@ -124,9 +123,9 @@ class Bert(TextBundle):
     def answer(
         self, question: str | Sequence[str], context: str | Sequence[str], *, top_k: int = 1, max_tokens: int = 15
     ) -> Any:
-        """The ``top_k`` most probable spans of ``context``, at most ``max_tokens`` tokens long, best first.
+        """Return the ``top_k`` most probable spans of ``context``, at most ``max_tokens`` tokens long, best first.
 
-        ``[Answer, ...]``; for lists of equal length a list of those, where a single question or context goes with
+        ``[Answer, ...]``; for lists of equal length a list of those, where a single question or context is used for
         each of the others. A long context is read in windows that share 128 tokens, half a row where S is below 256;
         probabilities are softmax over a window, start times end, as in transformers' question-answering pipeline.
         InputError for a question so long that there is no room for the context, with what would do.
@@ -148,7 +147,7 @@ class Bert(TextBundle):
         return [self._spans(*pair, f" {place}", top_k, max_tokens) for place, pair in enumerate(pairs)]
 
     def _spans(self, question: Any, context: Any, place: str, top_k: int, max_tokens: int) -> list[Answer]:
-        """The answers to one question; ``place`` tells it from others in errors."""
+        """Return the answers to one question; ``place`` numbers it in errors."""
         windows = self.tokenizer().windows(question, context, place=place)
         found: list[Answer] = []
         for index, encoding in enumerate(windows.rows):
@@ -157,12 +156,12 @@ class Bert(TextBundle):
         return sorted(found, key=lambda span: -span.probability)[:top_k]
 
     def _words(self, probabilities: Floats, top_k: int) -> Ranked:
-        """The ``top_k`` most probable tokens of (V,), as text."""
+        """Return the ``top_k`` most probable tokens of (V,), as text."""
         decode, chosen = self.tokenizer().decode, best(probabilities, top_k)
         return [(decode([token], skip_special_tokens=False), float(probabilities[token])) for token in chosen]
 
     def _encodings(self, texts: Sequence[str], *, truncate: bool) -> Iterator[Encoding]:
-        """Encode the texts one by one: what is told by tokens runs a text at a time."""
+        """Encode the texts one by one, for tasks whose results are per token."""
         encoder = self.tokenizer()
         encoder.check(texts)
         for place, text in enumerate(texts):
@@ -180,7 +179,7 @@ class Bert(TextBundle):
 
 
 def entities(text: str, encoding: Encoding, probabilities: Floats, labels: Sequence[str]) -> list[Entity]:
-    """Each token that stands for characters of the text, with its most probable label."""
+    """Return each token that covers characters of the text, with its most probable label."""
     found = []
     for position, (start, end) in enumerate(encoding.offsets):
         if encoding.special_tokens_mask[position] or start == end:

@@ -1,4 +1,4 @@
-"""Images and texts to vectors of one space, and images to labels that nobody trained on."""
+"""Tasks of CLIP: vectors of images and texts in one space, and zero-shot classification of images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from transom.runtime.errors import BundleError, InputError
 from transom.runtime.numeric import softmax
-from transom.runtime.tasks.batches import Rows, collected
+from transom.runtime.tasks.batches import BatchRows, collected
 from transom.runtime.tasks.image_bundle import ImageBundle
 from transom.runtime.tasks.postprocess import Ranked, as_list, ranked
 from transom.runtime.tasks.task import FamilyTasks, Result, RunOptions, Task, each, label_lines, ranked_json
@@ -31,7 +31,7 @@ LOGITS = ("logits_per_image", "logits_per_text")
 
 @dataclass(frozen=True)
 class Labels:
-    """Labels and their vectors, float32 (N, E) of unit length: computed once, used for many images."""
+    """Labels and their vectors, float32 (N, E) of unit length, computed once for many images."""
 
     names: tuple[str, ...]
     embeds: Floats
@@ -40,7 +40,7 @@ class Labels:
 class Clip(TextBundle, ImageBundle):
     """A loaded CLIP. Images are paths, bytes, PIL images or uint8 arrays (height, width, 3); texts are str.
 
-    ``embed_image`` and ``embed_text`` take one, or a list, and answer in kind. A text longer than the
+    ``embed_image`` and ``embed_text`` take one, or a list: a list gets (N, E). A text longer than the
     bundle's S is an error, unless ``truncate``.
     """
 
@@ -62,11 +62,11 @@ class Clip(TextBundle, ImageBundle):
         top_k: int | None = None,
         truncate: bool = False,
     ) -> Any:
-        """``[(label, probability), ...]`` per image, best first; all labels unless ``top_k``.
+        """Return ``[(label, probability), ...]`` per image, best first; all labels unless ``top_k``.
 
         Probabilities are softmax over the labels of ``logit_scale`` times the cosines. With ``templates``
-        ("a photo of a {}"), a label stands in each of them, see ``embed_labels``; that method's result
-        may be given as ``labels``, so that many calls compute it once.
+        ("a photo of a {}"), each label is put into each of them, see ``embed_labels``; that method's result
+        may be given as ``labels``, to compute it once for many calls.
         """
         single, batch = as_list(images)
         if not isinstance(labels, Labels):
@@ -87,13 +87,13 @@ class Clip(TextBundle, ImageBundle):
         return answers[0] if single else answers
 
     def embed_image(self, images: ImageSource | Sequence[ImageSource]) -> Floats:
-        """Vectors of unit length: float32 (E,) for one image, (N, E) for a list."""
+        """Return vectors of unit length: float32 (E,) for one image, (N, E) for a list."""
         single, batch = as_list(images)
         vectors = self.image_rows(batch, "image_embeds")
         return vectors[0] if single else vectors
 
     def embed_text(self, texts: str | Sequence[str], *, truncate: bool = False) -> Floats:
-        """Vectors of unit length: float32 (E,) for one text, (N, E) for a list."""
+        """Return vectors of unit length: float32 (E,) for one text, (N, E) for a list."""
         single, batch = as_list(texts)
         vectors = self.text_rows(batch, "text_embeds", truncate=truncate)
         return vectors[0] if single else vectors
@@ -101,9 +101,9 @@ class Clip(TextBundle, ImageBundle):
     def embed_labels(
         self, labels: Sequence[str], templates: str | Sequence[str] | None = None, *, truncate: bool = False
     ) -> Labels:
-        """The vector of each label; with ``templates`` the mean over them, of unit length again.
+        """Return the vector of each label; with ``templates`` the mean over them, of unit length again.
 
-        A template holds ``{}`` where the label goes. The ensemble is Radford et al. (2021), section 3.1.4.
+        A template has ``{}`` in the place of the label. The ensemble is Radford et al. (2021), section 3.1.4.
         """
         single, names = as_list(labels)
         if single:
@@ -112,7 +112,7 @@ class Clip(TextBundle, ImageBundle):
         check_labels(names, wanted)
         return Labels(tuple(names), collected(self._label_batches(names, wanted, truncate=truncate), len(names)))
 
-    def _label_batches(self, names: Sequence[str], templates: Sequence[str], *, truncate: bool) -> Iterator[Rows]:
+    def _label_batches(self, names: Sequence[str], templates: Sequence[str], *, truncate: bool) -> Iterator[BatchRows]:
         """Compute the vectors of as many labels at a time as LABEL_TEXTS allows: one row each, of unit length."""
         each = len(templates)
         step = max(LABEL_TEXTS // each, 1)
@@ -128,7 +128,7 @@ class Clip(TextBundle, ImageBundle):
             )
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
-        """As ``LoadedBundle.run``; the inputs of both towers give both vectors, and the logits between them.
+        """Run as ``LoadedBundle.run``; the inputs of both towers give both vectors, and the logits between them.
 
         ``logits_per_image`` is (images, texts), ``logits_per_text`` its transpose, as transformers' CLIPModel has
         them; each tower has a batch size of its own.
@@ -147,15 +147,15 @@ class Clip(TextBundle, ImageBundle):
         return {name: found[name] for name in outputs or found}
 
     def _logits(self, image_embeds: Floats, text_embeds: Floats) -> Floats:
-        """(images, texts), in FP32."""
+        """Return the logits (images, texts) in FP32."""
         products = [
             (text_embeds * image).sum(1) for image in image_embeds
-        ]  # of @ a lone row is another sum than of two
+        ]  # with @ the sum of a single row differs from the same row's in a batch
         return np.asarray(np.float32(self.logit_scale) * np.stack(products), np.float32)
 
 
 def name_of_label(first: int, each: int, text: int) -> str:
-    """What errors call a text: ``each`` of them, one per template, make a label, of which ``first`` came before."""
+    """Return the name of a text in errors: ``each`` texts, one per template, make a label; ``first`` labels precede."""
     label = f"label {first + text // each}"
     return label if each == 1 else f"{label} in template {text % each}"
 
@@ -171,7 +171,7 @@ def check_labels(names: Sequence[Any], templates: Sequence[Any]) -> None:
     for index, template in enumerate(templates):
         if template.count(BLANK) != 1:
             raise InputError(
-                f"templates[{index}] is {template[:60]!r}; expected one {BLANK} in it, where the label goes: "
+                f"templates[{index}] is {template[:60]!r}; expected one {BLANK} in it, in place of the label: "
                 "'a photo of a {}'."
             )
 

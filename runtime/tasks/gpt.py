@@ -1,4 +1,4 @@
-"""Prompts to text that goes on from them, and texts to how probable they are."""
+"""Tasks of decoder-only models: continue prompts, and score texts by their perplexity."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class GPT(Generator):
         return len(row)
 
     def score(self, text: Any) -> Any:
-        """The perplexity of a text, or of a list of ids: exp of the mean negative log-probability per token.
+        """Return the perplexity of a text, or of a list of ids: exp of the mean negative log-probability per token.
 
         As transformers' loss, over every token but the first. A list of texts gets a list.
         """
@@ -45,10 +45,10 @@ class GPT(Generator):
         return found[0] if prompts.single else found
 
     def log_probabilities(self, text: Any) -> NDArray[np.float64]:
-        """Natural logarithms of the probability of each token but the first, given those before it: (tokens - 1,).
+        """Return the log-probability (natural) of each token but the first, given those before it: (tokens - 1,).
 
-        A text longer than the context is read in windows that share half of it; each token is then
-        given at least half a context. Raises NotFiniteError, as ``score`` does.
+        A text longer than the context is read in windows that overlap by half of it; each token is then
+        conditioned on at least half a context. Raises NotFiniteError, as ``score`` does.
         """
         prompts = self._prompt_reader.read(text)
         if not prompts.single:
@@ -75,7 +75,7 @@ class GPT(Generator):
     def _window(
         self, window: NDArray[np.int64], following: NDArray[np.int64], skip: int, name: str
     ) -> NDArray[np.float64]:
-        """The log-probability of each of ``following`` behind its token of ``window``, but for the first ``skip``."""
+        """Return the log-probability of each of ``following`` after its token of ``window``, from ``skip`` on."""
         decoder = self.new_decoder(1)
         parts = []
         for first in range(0, len(following), CHUNK):
@@ -90,7 +90,7 @@ class GPT(Generator):
 
 
 def perplexity(log_probabilities: NDArray[np.float64]) -> float:
-    """exp of the mean negative log-probability; infinite past float64's range, as for a token that is ruled out."""
+    """Return exp of the mean negative log-probability; infinite past float64's range, as for a token ruled out."""
     with np.errstate(over="ignore"):
         return float(np.exp(-log_probabilities.mean()))
 

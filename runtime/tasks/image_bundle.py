@@ -1,4 +1,4 @@
-"""A loaded bundle that sees images: how they become pixels, and rows of an output in batches that it allows."""
+"""Base class of bundles that read images: preprocess them, and run them in batches that the bundle allows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transom.runtime.errors import InputError
 from transom.runtime.finite import check_finite
 from transom.runtime.image_preprocess import ImagePreprocess
 from transom.runtime.session import LoadedBundle
-from transom.runtime.tasks.batches import Rows, batches, collected, name_of_row
+from transom.runtime.tasks.batches import BatchRows, batches, collected, name_of_row
 
 if TYPE_CHECKING:
     from transom.runtime.image_loading import ImageSource
@@ -22,26 +22,26 @@ Floats = NDArray[np.float32]
 
 
 class ImageBundle(LoadedBundle):
-    """What families with a graph from ``pixel_values`` to one row per image share.
+    """A loaded bundle with a graph from ``pixel_values`` to one row per image.
 
     Images are paths, bytes, PIL images or uint8 arrays (height, width, 3).
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        words = self.manifest.preprocess
-        self._preprocess = None if words is None else ImagePreprocess.from_json(words)
+        stored = self.manifest.preprocess
+        self._preprocess = None if stored is None else ImagePreprocess.from_json(stored)
 
     def image_rows(
         self, images: Sequence[ImageSource], output: str, part: Callable[[Floats], Floats] | None = None
     ) -> Floats:
-        """An output for all images, (N, ...) in their order; as ``image_batches``."""
+        """Compute an output of all images, (N, ...) in their order, as ``image_batches`` does."""
         return collected(self.image_batches(images, output, part), len(images))
 
     def image_batches(
         self, images: Sequence[ImageSource], output: str, part: Callable[[Floats], Floats] | None = None
-    ) -> Iterator[Rows]:
-        """Compute an output with one row per image, batch by batch; ``part`` takes from a batch what is read of it.
+    ) -> Iterator[BatchRows]:
+        """Compute an output with one row per image, batch by batch; ``part`` selects the part of a batch that is used.
 
         An image is opened when its batch comes. Raises InputError for one that cannot be used, and NotFiniteError.
         """
@@ -57,7 +57,7 @@ class ImageBundle(LoadedBundle):
             yield places, rows
 
     def preprocess(self) -> ImagePreprocess:
-        """What turns images into pixels; InputError where the bundle has nothing that does."""
+        """Return the preprocessing of images into pixels; InputError where the bundle has none."""
         if self._preprocess is None:
             raise InputError("this bundle's channels are not red, green, blue; call run() with pixel_values instead.")
         return self._preprocess

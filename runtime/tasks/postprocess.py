@@ -1,9 +1,9 @@
-"""The shapes of answers and the arithmetic every family's tasks share."""
+"""Turn logits into answers: labels with scores, ranked indices, spans of a context."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,11 +11,14 @@ from numpy.typing import NDArray
 from transom.runtime.errors import InputError
 from transom.runtime.numeric import sigmoid, softmax
 
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+
 Ranked = list[tuple[str, float]]
 
 
 class Entity(NamedTuple):
-    """A token's label in a text: ``text[start:end]``, in characters."""
+    """A labelled token of a text, ``text[start:end]`` in characters, and its probability."""
 
     text: str
     label: str
@@ -34,14 +37,14 @@ class Answer(NamedTuple):
 
 
 def as_list(value: Any) -> tuple[bool, list[Any]]:
-    """(was it a single one, the list): a list or tuple is many, anything else is one."""
+    """Return (single, values): a list or tuple as a list, anything else as a list of it alone."""
     if isinstance(value, list | tuple):
         return False, list(value)
     return True, [value]
 
 
 def label_scores(logits: NDArray[np.float32], problem_type: Any) -> NDArray[np.float32]:
-    """Scores of (N, L) logits as transformers' pipelines give them.
+    """Return the scores of logits (N, L) as transformers' pipelines compute them.
 
     Softmax, or sigmoid for a multi-label checkpoint or a single label, or the plain number for a regression.
     """
@@ -53,12 +56,43 @@ def label_scores(logits: NDArray[np.float32], problem_type: Any) -> NDArray[np.f
 
 
 def best(scores: NDArray[np.float32], top_k: int) -> list[int]:
-    """Indices of the ``top_k`` largest, largest first; the lower index first where two are equal."""
+    """Return the indices of the ``top_k`` highest, highest first; of two equal ones the lower index first."""
     if type(top_k) is not int or top_k < 1:
         raise InputError(f"top_k is {top_k!r}; expected a positive integer.")
     return [int(index) for index in np.argsort(-scores, kind="stable")[:top_k]]
 
 
 def ranked(scores: NDArray[np.float32], labels: Sequence[str], top_k: int) -> Ranked:
-    """``[(label, score), ...]``, best first."""
+    """Return ``[(label, score), ...]``, best first."""
     return [(labels[index], float(scores[index])) for index in best(scores, top_k)]
+
+
+def best_spans(
+    encoding: Encoding,
+    start_logits: NDArray[np.float32],
+    end_logits: NDArray[np.float32],
+    context: str,
+    top_k: int,
+    max_tokens: int,
+) -> list[Answer]:
+    """Return the ``top_k`` best spans of one window; logits are (S,).
+
+    Probabilities are softmax over the context's tokens and the first token, which means "no
+    answer"; a span must not use that one, must not end before it starts, and is at most
+    ``max_tokens`` long (Devlin et al., section 4.2).
+    """
+    S = len(start_logits)
+    in_context = np.zeros(S, bool)
+    in_context[: len(encoding.ids)] = [sequence == 1 for sequence in encoding.sequence_ids]
+    considered = in_context.copy()
+    considered[0] = True
+    start, end = (softmax(np.where(considered, logits, np.float32(-1e4))) for logits in (start_logits, end_logits))
+    joint = np.outer(start * in_context, end * in_context)  # (S, S): start, end
+    joint = np.tril(np.triu(joint), max_tokens - 1)
+    spans = []
+    for flat in best(joint.ravel(), top_k):
+        first, last = divmod(flat, S)
+        if joint[first, last] > 0:
+            begin, finish = encoding.offsets[first][0], encoding.offsets[last][1]
+            spans.append(Answer(context[begin:finish], float(joint[first, last]), begin, finish))
+    return spans

@@ -1,4 +1,4 @@
-"""A loaded bundle that reads texts: its tokenizer, and rows of an output in batches that the bundle allows."""
+"""Base class of bundles that read texts: tokenize them, and run them in batches that the bundle allows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from transom.runtime.errors import BundleError, InputError
 from transom.runtime.finite import check_finite
 from transom.runtime.session import LoadedBundle
-from transom.runtime.tasks.batches import Name, Rows, batches, collected, name_of_row
+from transom.runtime.tasks.batches import BatchRows, Name, batches, collected, name_of_row
 from transom.runtime.text.batch import CompactRow, EncodedBatch, row_length
 from transom.runtime.text.tokenizer import TextTokenizer
 from transom.runtime.text.tokenizer_spec import TokenizerSpec
@@ -27,7 +27,7 @@ ROW_BYTES = 400  # of a CompactRow, beside 8 for each token
 
 
 class TextBundle(LoadedBundle):
-    """What families with a graph from ``input_ids`` to one row per text share."""
+    """A loaded bundle with a graph from ``input_ids`` to one row per text."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -41,7 +41,7 @@ class TextBundle(LoadedBundle):
     def text_rows(
         self, texts: Sequence[str], output: str, *, truncate: bool, prefix: str = "", name: Name = TEXT
     ) -> Floats:
-        """An output with one row per text, (N, ...) in the order of the texts; as ``text_batches``."""
+        """Compute an output with one row per text, (N, ...) in the order of the texts, as ``text_batches`` does."""
         parts = self.text_batches(texts, None, output, truncate=truncate, prefix=prefix, name=name)
         return collected(parts, len(texts))
 
@@ -54,12 +54,12 @@ class TextBundle(LoadedBundle):
         truncate: bool,
         prefix: str = "",
         name: Name = TEXT,
-    ) -> Iterator[Rows]:
-        """Compute an output with one row per text, batch by batch; ``prefix`` goes before each text.
+    ) -> Iterator[BatchRows]:
+        """Compute an output with one row per text, batch by batch; ``prefix`` is put before each text.
 
         All texts are tokenized first, so that a wrong one is an error before anything runs, but beyond KEPT_BYTES
-        only their lengths are kept. Raises as ``TextTokenizer.encode`` does, and NotFiniteError; ``name`` is what
-        errors call the text at a place.
+        only their lengths are kept. Raises as ``TextTokenizer.encode`` does, and NotFiniteError; ``name`` returns the
+        name of a text in errors.
         """
         encoder = self.tokenizer()
         encoder.check(texts, pairs)
@@ -71,12 +71,12 @@ class TextBundle(LoadedBundle):
 
         lengths: list[int] = []
         kept: dict[int, CompactRow] = {}
-        room = KEPT_BYTES
+        budget = KEPT_BYTES
         for place in range(len(texts)):
             encoding = row(place)
             lengths.append(len(encoding))
-            room -= ROW_BYTES + 8 * len(encoding)
-            if room >= 0:
+            budget -= ROW_BYTES + 8 * len(encoding)
+            if budget >= 0:
                 kept[place] = CompactRow.of(encoding)
         for places in batches(lengths, self.max_size("B")):
             batch = encoder.padded([kept.pop(place) if place in kept else row(place) for place in places.tolist()])
@@ -85,7 +85,7 @@ class TextBundle(LoadedBundle):
             yield places, rows
 
     def run_texts(self, batch: EncodedBatch, *outputs: str) -> dict[str, Floats]:
-        """The graph's ``outputs`` for one batch, which is padded to its ``row_length`` while the graph runs."""
+        """Return the graph's ``outputs`` for one batch, which is padded to its ``row_length`` while the graph runs."""
         longest = batch.input_ids.shape[1]
         more = row_length(longest, self.max_size("S")) - longest
         feeds = {
@@ -100,19 +100,19 @@ class TextBundle(LoadedBundle):
         return {name: array[:, :longest] if name in by_token else array for name, array in found.items()}
 
     def tokenizer(self) -> TextTokenizer:
-        """The tokenizer; InputError where the checkpoint had none."""
+        """Return the tokenizer; InputError where the checkpoint had none."""
         if self._tokenizer is None:
             raise InputError("this bundle has no tokenizer, since its checkpoint had none; call run() with input_ids.")
         return self._tokenizer
 
 
 def padded_by(array: NDArray[np.int64], more: int, value: int) -> NDArray[np.int64]:
-    """The array (R, S) with ``more`` columns of ``value`` behind it."""
+    """Pad the array (R, S) on the right with ``more`` columns of ``value``."""
     return np.pad(array, ((0, 0), (0, more)), constant_values=value) if more else array
 
 
 def take(batch: EncodedBatch, chosen: Sequence[int] | NDArray[np.intp]) -> EncodedBatch:
-    """Some rows of a batch, with no more padding than the longest of them needs."""
+    """Return some rows of a batch, with no more padding than the longest of them needs."""
     rows = tuple(batch.rows[index] for index in chosen)
     length = max(len(row) for row in rows)
     index = np.asarray(chosen)

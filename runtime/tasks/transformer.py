@@ -1,4 +1,4 @@
-"""Source sequences to target sequences: the encoder once, then the decoder token by token."""
+"""Tasks of the encoder-decoder Transformer: the encoder runs once, then the decoder token by token."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Transformer(Generator):
         self.start = [start]  # the decoder's first ids
 
     def translate(self, texts: str | Sequence[str], **keywords: Any) -> Any:
-        """The target text of each source text; a str for a str, a list for a list.
+        """Translate texts: the target text of each; a str for a str, a list for a list.
 
         Keywords are those of ``generate``: ``num_beams``, ``max_new_tokens``, ...
         """
@@ -50,7 +50,7 @@ class Transformer(Generator):
         return self.prefill_masked(ids, mask)
 
     def prefill_masked(self, ids: Any, mask: Any) -> PrefillResult:
-        """Encode ``ids`` and ``mask``, int64 (R, S), and read the start token."""
+        """Encode ``ids`` and ``mask``, int64 (R, S), and prefill a decoder with the start token."""
         encoder = self.backend("encoder")
         R, S = ids.shape
         read_by_decoder = {tensor.name for tensor in self.backend("decoder").graph.inputs}

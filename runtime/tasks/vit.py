@@ -1,4 +1,4 @@
-"""Images to labels and features."""
+"""Tasks of the Vision Transformer: labels and features of images."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 class ViT(ImageBundle):
     """A loaded Vision Transformer. Images are paths, bytes, PIL images or uint8 arrays (height, width, 3).
 
-    Every method takes one image, or a list of them, and answers in kind.
+    Every method takes one image, or a list of them: a list gets a list.
     """
 
     GRAPHS: ClassVar = {"model": ("pixel_values",)}
 
     def classify(self, images: ImageSource | Sequence[ImageSource], top_k: int = 5) -> Any:
-        """The ``top_k`` most probable labels: ``[(label, probability), ...]`` per image, best first."""
+        """Return the ``top_k`` most probable labels: ``[(label, probability), ...]`` per image, best first."""
         self.need_task("image-classification")
         single, batch = as_list(images)
         answers: list[Ranked] = [[]] * len(batch)
@@ -47,7 +47,7 @@ class ViT(ImageBundle):
         return answers[0] if single else answers
 
     def features(self, images: ImageSource | Sequence[ImageSource]) -> NDArray[np.float32]:
-        """The class token after the last LayerNorm: float32 (E,) for one image, (N, E) for a list."""
+        """Return the class token after the last LayerNorm: float32 (E,) for one image, (N, E) for a list."""
         single, batch = as_list(images)
         rows = self.image_rows(batch, "last_hidden_state", lambda hidden: hidden[:, 0])
         return cast(NDArray[np.float32], rows[0] if single else rows)
