@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transom.runtime.errors import BackendError
@@ -24,9 +24,10 @@ RESULT = re.compile(rf"^{MARK} (\{{.*\}})$", re.MULTILINE)
 
 def probe(question: Sequence[str]) -> dict[str, Any]:
     """Answer ("library", name), ("gpu",) or ("device", bundle); {"problem": message} for a BackendError."""
+    probes: dict[str, Callable[..., dict[str, Any]]] = {"library": library_version, "gpu": gpu, "device": device}
     kind, *arguments = question
     try:
-        return {"library": library_version, "gpu": gpu, "device": device}[kind](*arguments)
+        return probes[kind](*arguments)
     except BackendError as error:
         return {"problem": str(error)}
 

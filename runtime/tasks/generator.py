@@ -64,10 +64,14 @@ class Generator(LoadedBundle, ABC):
         below = self.prompt_tokens().exclusive_max
         if below is None:
             raise BundleError("bundle.json: the input that takes prompts is not bounded (below); export it again.")
-        self.vocabulary = below  # of prompts
         self._tokenizer = self.open_tokenizer(self.manifest.tokenizer)
-        self._prompt_reader = PromptReader(self.vocabulary, self._tokenizer)
+        self._prompt_reader = PromptReader(below, self._tokenizer)
         self.context = min(self.max_size("C"), self.max_size(str(self._decoder_tokens().shape[1])))
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of different tokens that prompts may hold."""
+        return self._prompt_reader.vocabulary
 
     def generate(self, prompts: Any, **keywords: Any) -> Any:
         """Continue the prompts: text for text, ids for ids, a list for a list.

@@ -38,7 +38,7 @@ class PromptReader:
     """Reads prompts for a model of ``vocabulary`` tokens; without a tokenizer, prompts of ids alone."""
 
     def __init__(self, vocabulary: int, tokenizer: TextTokenizer | None) -> None:
-        self._vocabulary, self._tokenizer = vocabulary, tokenizer
+        self.vocabulary, self._tokenizer = vocabulary, tokenizer
 
     def tokenizer(self) -> TextTokenizer:
         """Return the tokenizer of prompts; InputError where the checkpoint had none."""
@@ -82,10 +82,10 @@ class PromptReader:
         wrong = [token for token in ids if isinstance(token, bool) or not isinstance(token, int | np.integer)]
         if wrong:
             raise InputError(f"a prompt of ids holds {str(wrong[0])[:40]!r}; expected integers.")
-        outside = [token for token in ids if not 0 <= token < self._vocabulary]
+        outside = [token for token in ids if not 0 <= token < self.vocabulary]
         if outside:
             raise InputError(
-                f"a prompt holds the id {outside[0]}; expected 0..{self._vocabulary - 1}. Is this the tokenizer of "
+                f"a prompt holds the id {outside[0]}; expected 0..{self.vocabulary - 1}. Is this the tokenizer of "
                 "this model?"
             )
         return [int(token) for token in ids]

@@ -343,9 +343,9 @@ def test_keywords_that_cannot_be(gpt: Any, keywords: dict[str, Any], message: st
 
 
 def test_a_text_whose_tokens_lie_past_the_models(gpt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a token that somebody added to the tokenizer and not to the embedding table."""
+    """As a token that was added to the tokenizer and not to the embedding table."""
     assert gpt.tokenizer().encode(["the way"], truncate=False).rows[0].ids[0] >= 2
-    monkeypatch.setattr(gpt, "vocabulary", 2)
+    monkeypatch.setattr(gpt._prompt_reader, "vocabulary", 2)
     for call in (gpt.generate, gpt.stream, gpt.score):
         with pytest.raises(InputError, match=r"holds the id \d+; expected 0\.\.1"):
             call("the way")
