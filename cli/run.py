@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from transom.cli.arrays import array_json, array_line, read_arrays, write_arrays
-from transom.cli.generate import can_stream, print_stream
 from transom.cli.generation_options import GenerationOptions, option_of, with_generation_options
 from transom.cli.options import BundlePath, Device, Json, Threads
 from transom.cli.output import print_json, printable
+from transom.cli.streaming import can_stream, print_stream
 from transom.runtime.errors import InputError
 
 if TYPE_CHECKING:

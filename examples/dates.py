@@ -4,7 +4,7 @@
 
 writes 1,000 dates, of days that never train, in forms that do.
 
-Rules where a numeric form alone would not tell: dots separate day.month.year, slashes month/day/year, and whatever
+Rules for ambiguous numeric forms: dots separate day.month.year, slashes month/day/year, and whatever
 begins with a year of four digits goes on with month and day. A year of two digits is POSIX's: 69 to 99 mean 1969 to
 1999, 00 to 68 mean 2000 to 2068. Days are those of 1900 to 2099.
 """

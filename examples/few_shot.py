@@ -1,4 +1,4 @@
-"""Zero-, one- and few-shot prompting through the runtime: the same weights, told a task by examples alone.
+"""Zero-, one- and few-shot prompting through the runtime: the same weights, given a task by examples alone.
 
     transom export gpt --out bundles/gpt
     python examples/few_shot.py bundles/gpt

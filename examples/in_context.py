@@ -1,4 +1,4 @@
-"""The in-context task of the reference GPT: each prompt hides a mapping that only its examples tell.
+"""The in-context task of the reference GPT: each prompt hides a mapping that only its examples show.
 
     3 -> K
     8 -> T
@@ -7,7 +7,7 @@
 
 A mapping is a rule that parts the digits in two classes (odd and even, or low and high: from 5 on) and a letter for
 each class, all drawn anew for every prompt. Weights cannot know the letters: without examples 1 answer in 26 is
-right, an example tells one letter, and only examples of both classes tell which rule it is. After Brown et al.,
+right, an example shows one letter, and only examples of both classes show which rule it is. After Brown et al.,
 "Language Models are Few-Shot Learners" (2020), section 2.
 """
 

@@ -88,8 +88,8 @@ def read_cache(path: Path, bundle: str) -> Vectors:
         return {}
     except (EOFError, ValueError, KeyError, BadZipFile):
         if path.suffix != ".npz":
-            raise InputError(f"{path} is no cache of ours; name a file that ends in .npz with --cache.") from None
-        print(f"{path} is damaged or none of ours; it is made again.", file=sys.stderr)
+            raise InputError(f"{path} is no cache; name a file that ends in .npz with --cache.") from None
+        print(f"{path} is damaged or of another program; it is written again.", file=sys.stderr)
         return {}
 
 

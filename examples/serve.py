@@ -209,7 +209,7 @@ async def events(pieces: Iterator[str]) -> AsyncIterator[str]:
         yield event({"detail": "the generation failed; the server's log says why."}, kind="error")
     finally:
         if isinstance(pieces, Generator):
-            pieces.close()  # and its cache goes with it
+            pieces.close()  # frees its cache
 
 
 def event(data: dict[str, str], kind: str = "message") -> str:

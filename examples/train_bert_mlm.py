@@ -64,7 +64,7 @@ Case = tuple[str, list[str]]  # a passage with gaps, and the words that were the
 def train_tokenizer(chapters: list[str]) -> Tokenizer:
     """WordPiece in lower case, as BERT's.
 
-    The trainer breaks ties by the numbers of the pieces, which it gives in no fixed order, but to those it is told.
+    The trainer breaks ties by the numbers of the pieces, assigned in no fixed order, except to those it is given.
     """
     letters = sorted(set("".join(chapters).lower()) - {" ", "\n"})
     pieces = [f"##{letter}" for letter in letters]

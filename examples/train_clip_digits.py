@@ -82,7 +82,7 @@ def train_tokenizer() -> CLIPTokenizer:
     """CLIP's byte-level BPE of lower case, words closed by ``</w>``, on captions of every seventh template.
 
     The vocabulary is numbered as CLIP's: bytes, bytes that close a word, merges, START and END. The trainer breaks
-    ties by the numbers of the pieces, which it gives in no fixed order, but to those it is told.
+    ties by the numbers of the pieces, assigned in no fixed order, except to those it is given.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     alphabet += [f"{letter}</w>" for letter in alphabet]

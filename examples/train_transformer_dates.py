@@ -197,7 +197,7 @@ def report(model: Transformer, tokenizer: Tokenizer, *, dev: bool) -> None:
 
 
 def save(model: Transformer, tokenizer: Tokenizer, folder: Path) -> None:
-    """Weights in FP16, without what config.json tells: positions and a bias of zeros."""
+    """Return the weights in FP16, without those that config.json determines: positions and a bias of zeros."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {f"model.{name}": w.half() for name, w in model.state_dict().items() if name not in computed(CONFIG)}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -1,4 +1,4 @@
-"""`transom bench` and `table`: what is measured, how it is shown, and the progress beside it."""
+"""Test `transom bench` and `table`: measurements, their output, and progress."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ SHORT = ("--runs", "3", "--warmup", "1")
 
 
 def test_bench_measures_each_shape(bert_bundle: Path) -> None:
-    told = document(transom("bench", bert_bundle, "--shape", "B=2,S=5", "--shape", "S=3", *SHORT, "--json"))
-    first, second = told["timings"]
+    printed = document(transom("bench", bert_bundle, "--shape", "B=2,S=5", "--shape", "S=3", *SHORT, "--json"))
+    first, second = printed["timings"]
     assert first["sizes"] == {"B": 2, "S": 5}
     assert second["sizes"]["S"] == 3
     for timing in (first, second):
         assert timing["runs"] == 3
         assert 0 < timing["p50_ms"] <= timing["p95_ms"] <= timing["p99_ms"]
     assert 1e3 * 2 / first["p99_ms"] <= first["items_per_s"] * 1.000001
-    assert 0 < told["memory_before_mib"] <= told["memory_peak_mib"]
-    assert told["load_s"] > 0
-    assert told["cpu"]
-    assert told["instruction_set"] == instruction_set()
+    assert 0 < printed["memory_before_mib"] <= printed["memory_peak_mib"]
+    assert printed["load_s"] > 0
+    assert printed["cpu"]
+    assert printed["instruction_set"] == instruction_set()
     text = transom("bench", bert_bundle, *SHORT).stdout
     assert re.search(r"^peak memory +\d+ MiB, before loading \d+ MiB$", text, re.MULTILINE)
     assert ANSI not in text
 
 
 def test_bench_stops_when_its_time_is_over(bert_bundle: Path) -> None:
-    told = document(transom("bench", bert_bundle, "--runs", "1000", "--seconds", "0", "--json"))
-    assert told["timings"][0]["runs"] == 1
+    printed = document(transom("bench", bert_bundle, "--runs", "1000", "--seconds", "0", "--json"))
+    assert printed["timings"][0]["runs"] == 1
 
 
 def test_bench_refuses_axes_that_the_bundle_does_not_have(bert_bundle: Path) -> None:
@@ -68,9 +68,9 @@ def test_bench_of_a_bundle_that_generates_measures_what_a_user_waits_for(
         return step(self, tokens, lengths)
 
     monkeypatch.setattr(Decoder, "prefill", count)
-    told = document(transom("bench", gpt, "--shape", "B=2,S=5", "--new-tokens", "4", *SHORT, "--json"))
+    printed = document(transom("bench", gpt, "--shape", "B=2,S=5", "--new-tokens", "4", *SHORT, "--json"))
     assert read == [(2, 5), (2, 1)] + 3 * [(2, 5), (2, 1), (2, 1), (2, 1)]  # the warm-up, then three generations
-    prefill, decode = told["timings"]
+    prefill, decode = printed["timings"]
     for timing, name, runs, tokens in ((prefill, "prefill", 3, 10), (decode, "decode", 9, 2)):
         assert (timing["name"], timing["sizes"], timing["runs"]) == (name, {"B": 2, "S": 5, "new": 4}, runs)
         assert 0 < timing["p50_ms"] <= timing["p95_ms"] <= timing["p99_ms"]
@@ -88,8 +88,8 @@ def test_bench_of_a_bundle_that_generates_measures_what_a_user_waits_for(
 
 def test_bench_of_a_translation_counts_its_source_apart(exported: Callable[..., tuple[Path, Path]]) -> None:
     _, marian = exported("MarianMTModel")
-    told = document(transom("bench", marian, "--shape", "S=67", "--new-tokens", "66", "--runs", "1", "--json"))
-    assert [timing["sizes"] for timing in told["timings"]] == [{"B": 1, "S": 67, "new": 66}] * 2
+    printed = document(transom("bench", marian, "--shape", "S=67", "--new-tokens", "66", "--runs", "1", "--json"))
+    assert [timing["sizes"] for timing in printed["timings"]] == [{"B": 1, "S": 67, "new": 66}] * 2
     assert "a prompt of 1 tokens and 67 new ones make 68; the context holds 67" in error_line(
         transom("bench", marian, "--new-tokens", "67")
     )
@@ -166,7 +166,7 @@ def test_a_terminal_gets_a_bar_and_a_pipe_does_not(vit_bundle: Path, tmp_path: P
 
 
 def read_terminal(descriptor: int) -> Iterator[bytes]:
-    """What arrives at a terminal until the other side closes it."""
+    """Read a terminal until the other side closes it."""
     while select.select([descriptor], [], [], 60)[0]:
         try:
             data = os.read(descriptor, 4096)
@@ -178,12 +178,12 @@ def read_terminal(descriptor: int) -> Iterator[bytes]:
 
 
 def test_table_has_a_row_per_bundle(vit_bundle: Path, bert_bundle: Path) -> None:
-    told = document(transom("table", vit_bundle, bert_bundle, "--json"))["bundles"]
-    assert [row["family"] for row in told] == ["vit", "bert"]
-    for row in told:
+    printed = document(transom("table", vit_bundle, bert_bundle, "--json"))["bundles"]
+    assert [row["family"] for row in printed] == ["vit", "bert"]
+    for row in printed:
         assert row["worst_error"] <= row["tolerance"]
         assert row["p50_ms"] > 0
-    score = told[0]["score"]
+    score = printed[0]["score"]
     assert score["pytorch"] == score["bundle"]
 
     lines = transom("table", vit_bundle, bert_bundle).stdout.splitlines()
@@ -217,7 +217,7 @@ def test_table_marks_gpu_formats(vit_bundle: Path, tmp_path: Path) -> None:
     assert "GPU format: on a CPU its files are smaller, nothing is faster" in text
 
 
-def test_table_tells_the_gate_of_quantised_bundles(vit_bundle: Path, tmp_path: Path) -> None:
+def test_table_prints_the_gate_of_quantised_bundles(vit_bundle: Path, tmp_path: Path) -> None:
     bundle = changed_bundle(vit_bundle, tmp_path, as_quantized)
     (row,) = document(transom("table", bundle, "--json"))["bundles"]
     assert (row["quantized"], row["gpu_format"], row["instruction_set"]) == (True, False, instruction_set())
@@ -236,6 +236,6 @@ def test_table_with_a_bad_bundle_still_shows_the_good_one_and_exits_1(vit_bundle
     assert re.search(rf"^{re.escape(str(tmp_path))} +cannot be loaded", result.stdout, re.MULTILINE)
     assert re.search(rf"^{re.escape(str(vit_bundle))} +vit +fp32", result.stdout, re.MULTILINE)
     assert f"transom.runtime.errors.BundleError: {tmp_path} has no bundle.json" in result.stderr
-    told = transom("table", tmp_path, vit_bundle, "--json")
-    assert told.exit_code == 1
-    assert [row.get("error", {}).get("type") for row in document(told)["bundles"]] == ["BundleError", None]
+    printed = transom("table", tmp_path, vit_bundle, "--json")
+    assert printed.exit_code == 1
+    assert [row.get("error", {}).get("type") for row in document(printed)["bundles"]] == ["BundleError", None]

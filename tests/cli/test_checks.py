@@ -1,4 +1,4 @@
-"""`transom inspect`, `selftest` and `verify`: what a bundle holds, and whether it still gives what PyTorch gives."""
+"""Test `transom inspect`, `selftest` and `verify`: a bundle's contents, and its outputs compared with PyTorch's."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from transom.runtime.manifest import MANIFEST
 
 
 def test_inspect_shows_what_the_manifest_says(vit_bundle: Path) -> None:
-    told = document(transom("inspect", vit_bundle, "--json"))
+    printed = document(transom("inspect", vit_bundle, "--json"))
     manifest = json.loads((vit_bundle / MANIFEST).read_text())
     for name in ("family", "task", "precision", "axes", "files", "labels", "source", "tools", "parity"):
-        assert told[name] == manifest[name], name
-    assert told["graphs"][0]["inputs"][0]["name"] == "pixel_values"
-    assert told["size_bytes"] == sum(file.stat().st_size for file in vit_bundle.iterdir())
+        assert printed[name] == manifest[name], name
+    assert printed["graphs"][0]["inputs"][0]["name"] == "pixel_values"
+    assert printed["size_bytes"] == sum(file.stat().st_size for file in vit_bundle.iterdir())
 
     text = transom("inspect", vit_bundle).stdout
     for word in ("image-classification", "fp32", "pixel_values float32 (B, ", "allowed", "golden.safetensors"):
@@ -37,9 +37,9 @@ def test_inspect_shows_what_the_manifest_says(vit_bundle: Path) -> None:
 
 def test_inspect_shows_how_a_bundle_generates(exported: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
     _, gpt = exported("GPT2LMHeadModel")
-    told = document(transom("inspect", gpt, "--json"))
-    assert told["generation"] == {"eos_token_id": [100], "bos_token_id": 1}
-    assert told["tokenizer"] is None
+    printed = document(transom("inspect", gpt, "--json"))
+    assert printed["generation"] == {"eos_token_id": [100], "bos_token_id": 1}
+    assert printed["tokenizer"] is None
     lines = re.sub(" +", " ", transom("inspect", gpt).stdout).splitlines()
     for line in (
         "prompts token ids: the checkpoint had no tokenizer",
@@ -80,7 +80,7 @@ def test_inspect_shows_how_a_bundle_was_quantised(vit_bundle: Path, tmp_path: Pa
 
 
 def test_inspect_shows_the_engines_and_what_fused(vit_bundle: Path, tmp_path: Path) -> None:
-    """No plan is loaded: any file of the bundle can stand for one. What is said of fusion nobody checked."""
+    """No plan is loaded: any file of the bundle can stand for one. The fusion counts in bundle.json are unchecked."""
     decode = {
         "profile": "decode",
         "attention": {"fused": 3, "of": 4, "unfused": ["attend"]},
@@ -103,19 +103,19 @@ def test_inspect_shows_the_engines_and_what_fused(vit_bundle: Path, tmp_path: Pa
     size = bytes_text((bundle / "golden.safetensors").stat().st_size)
     start = f"TensorRT-RTX 1.7.1.116 model golden.safetensors {size}"
     said = "attention 3 of 4, INT8 13 of 17, 54 kernels"
-    told = [line.strip() for line in lines[-3:]]
-    assert told[0] == f"rtx-sm86 {start} – prefill: {said}; decode: {said}"
-    assert told[1] == f"rtx-sm89 {start} – –: – kernels; 7: – kernels"
-    assert told[2] == f"tensorrt {start} – –"
+    rows = [line.strip() for line in lines[-3:]]
+    assert rows[0] == f"rtx-sm86 {start} – prefill: {said}; decode: {said}"
+    assert rows[1] == f"rtx-sm89 {start} – –: – kernels; 7: – kernels"
+    assert rows[2] == f"tensorrt {start} – –"
     assert "target library graph plan size takes fused" in [line.strip() for line in lines]
     assert document(transom("inspect", vit_bundle, "--json"))["engines"] == {}
     assert " fused" not in transom("inspect", vit_bundle).stdout
 
 
 def test_the_gate_in_one_line() -> None:
-    told = "holds (0.005 of 0.013 allowed, judged by top-1 accuracy, n = 540), score 0.985, in FP32 0.99, "
-    told += "same top-1 0.9963, relative error 0.02"
-    assert gate_line(QUANTIZATION) == f"accuracy gate: default {told}; cpu {told}"
+    result = "holds (0.005 of 0.013 allowed, judged by top-1 accuracy, n = 540), score 0.985, in FP32 0.99, "
+    result += "same top-1 0.9963, relative error 0.02"
+    assert gate_line(QUANTIZATION) == f"accuracy gate: default {result}; cpu {result}"
     assert gate_line({}) == gate_line({"gate": "x"}) == "accuracy gate: not recorded"
     nats = {"lower_is_better": True, "fp32": {"value": 2.0}, "int8": {"value": 2.01}}
     words = {"measure": "perplexity", "found": 0.01, "allowed": 0.03, "n": 9, "holds": False, "score": nats}
@@ -137,9 +137,9 @@ def test_inspect_refuses_a_changed_byte(vit_bundle: Path, tmp_path: Path) -> Non
 
 
 def test_selftest_agrees_with_pytorch(vit_bundle: Path) -> None:
-    told = document(transom("selftest", vit_bundle, "--threads", "1", "--json"))
-    assert 0 <= told["worst"]["error"] <= told["tolerance"]
-    for case in told["cases"]:
+    printed = document(transom("selftest", vit_bundle, "--threads", "1", "--json"))
+    assert 0 <= printed["worst"]["error"] <= printed["tolerance"]
+    for case in printed["cases"]:
         tensors = {each["tensor"] for each in case["against_pytorch"]}
         assert tensors == {each["tensor"] for each in case["against_build"]} == {"logits", "last_hidden_state"}
     text = transom("selftest", vit_bundle).stdout
@@ -149,8 +149,8 @@ def test_selftest_agrees_with_pytorch(vit_bundle: Path) -> None:
 
 def test_selftest_of_a_quantised_bundle(vit_bundle: Path, tmp_path: Path) -> None:
     bundle = changed_bundle(vit_bundle, tmp_path, as_quantized)
-    told = document(transom("selftest", bundle, "--threads", "1", "--json"))
-    assert (told["side"], told["tolerance"]) == ("bundle", 0.1)
+    printed = document(transom("selftest", bundle, "--threads", "1", "--json"))
+    assert (printed["side"], printed["tolerance"]) == ("bundle", 0.1)
     text = transom("selftest", bundle, "--threads", "1").stdout
     assert re.search(r"^agrees with its build: worst error \S+ of 0\.1 allowed$", text, re.MULTILINE)
     assert re.search(r"^agrees with PyTorch: worst error \S+ of 0\.5 allowed$", text, re.MULTILINE)
@@ -168,10 +168,10 @@ def test_selftest_beyond_tolerance_exits_1_with_the_worst_element(vit_bundle: Pa
 
 
 def test_verify_compares_with_the_checkpoint(bert_bundle: Path, bert_checkpoint: Path) -> None:
-    told = document(transom("verify", bert_bundle, "--source", bert_checkpoint, "--json"))
-    shapes = [case["shape"] for case in told["cases"]]
+    printed = document(transom("verify", bert_bundle, "--source", bert_checkpoint, "--json"))
+    shapes = [case["shape"] for case in printed["cases"]]
     assert {"B": 1, "S": 1} in shapes
-    assert max(c["error"] for case in told["cases"] for c in case["comparisons"]) < 2e-5
+    assert max(c["error"] for case in printed["cases"] for c in case["comparisons"]) < 2e-5
     text = transom("verify", bert_bundle).stdout
     assert re.search(r"^B=1,S=1 +sentence_embedding +\d\.\d\de-\d\d +\[0, \d+\]", text, re.MULTILINE)
     assert "agrees with PyTorch" in text
@@ -191,9 +191,9 @@ def test_verify_shows_the_worst_of_the_tokens_fed_one_by_one(exported: Callable[
 
 
 def test_selftest_generates_again(exported: Callable[..., tuple[Path, Path]]) -> None:
-    told = document(transom("selftest", exported("GPT2LMHeadModel")[1], "--json"))
-    assert [case["name"] for case in told["cases"]] == ["generation"]
-    assert told["worst"]["error"] <= told["tolerance"]
+    printed = document(transom("selftest", exported("GPT2LMHeadModel")[1], "--json"))
+    assert [case["name"] for case in printed["cases"]] == ["generation"]
+    assert printed["worst"]["error"] <= printed["tolerance"]
 
 
 def test_verify_beyond_tolerance_exits_1(bert_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

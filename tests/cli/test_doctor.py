@@ -1,4 +1,4 @@
-"""What is installed: `transom doctor`, and the commands where torch and onnx are absent."""
+"""Test `transom doctor`, and the commands where torch and onnx are absent."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from transom.runtime.errors import BackendError
 
 
 def test_doctor_reports_versions_and_what_auto_chooses() -> None:
-    told = document(transom("doctor", "--json"))
-    assert told["libraries"]["numpy"] == np.__version__
-    assert "CPUExecutionProvider" in told["onnxruntime_providers"]
-    assert told["auto"]["device"] in ("cpu", "cuda")
-    assert told["problems"] == []
-    assert told["cpu"]["cores"] >= 1
+    printed = document(transom("doctor", "--json"))
+    assert printed["libraries"]["numpy"] == np.__version__
+    assert "CPUExecutionProvider" in printed["onnxruntime_providers"]
+    assert printed["auto"]["device"] in ("cpu", "cuda")
+    assert printed["problems"] == []
+    assert printed["cpu"]["cores"] >= 1
     text = transom("doctor").stdout
-    int8 = told["cpu"]["int8"]
+    int8 = printed["cpu"]["int8"]
     assert int8["instruction_set"] == instruction_set()
     assert (int8["exact"], int8["saturates"]) == (True, False)
     assert int8["runs"] == f"onnxruntime {onnxruntime.__version__}"
     said = f"{int8['instruction_set']}, {int8['meaning']}; sums in {int8['runs']} are {int8['means']}"
     assert re.search(rf"^int8 +{re.escape(said)}$", text, re.MULTILINE)
-    assert re.search(rf"^auto +{told['auto']['device']}: ", text, re.MULTILINE)
+    assert re.search(rf"^auto +{printed['auto']['device']}: ", text, re.MULTILINE)
 
 
 def test_doctor_exits_1_when_the_runtime_cannot_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,19 +66,19 @@ def test_doctor_finds_a_gpu_that_onnxruntime_does_not_use(tmp_path: Path, monkey
     tool.write_text("#!/bin/sh\necho 'NVIDIA X9, 8.9, 24564 MiB, 570.1'\n")
     tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    told = document(transom("doctor", "--json"))
-    (gpu,) = told["gpus"]
+    printed = document(transom("doctor", "--json"))
+    (gpu,) = printed["gpus"]
     assert gpu == {
         "name": "NVIDIA X9", "compute_capability": "8.9", "memory": "24564 MiB", "driver": "570.1",
         "target": "rtx-sm89",
     }  # fmt: skip
-    assert "there is a GPU (NVIDIA X9)" in told["auto"]["reason"]
+    assert "there is a GPU (NVIDIA X9)" in printed["auto"]["reason"]
     tool.write_text("#!/bin/sh\nexit 9\n")
     assert document(transom("doctor", "--json"))["gpus"] == []
 
 
 def driver_tool(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    """Puts an nvidia-smi on the path."""
+    """Put an nvidia-smi on the path."""
     tool = folder / "nvidia-smi"
     tool.write_text(f"#!/bin/sh\n{script}\n")
     tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
@@ -100,7 +100,7 @@ def driver_tool(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> N
         ("echo 'X, 9, [N/A], 9 MiB, 1'", "X, 9, compute capability unknown, 9 MiB, 1"),
     ],
 )
-def test_doctor_tells_the_target_of_a_gpu(
+def test_doctor_names_the_target_of_a_gpu(
     script: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     driver_tool(tmp_path, monkeypatch, script)
@@ -112,7 +112,7 @@ Library = Callable[[str, str], None]
 
 @pytest.fixture
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
-    """Makes modules that stand before those that are installed, here and in new processes."""
+    """Make modules that hide the installed ones, in this process and in new ones."""
     folder = tmp_path / "libraries"
     folder.mkdir()
     monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
@@ -140,7 +140,7 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Library:
         ("import atexit; print('transom-probe {'); atexit.register(print, 'transom-probe {'); __version__ = '7'", "7"),
     ],
 )
-def test_a_broken_library_is_told_and_breaks_nothing(
+def test_a_broken_library_is_reported_and_breaks_nothing(
     text: str, said: str, library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "sleep" in text:  # the others are waited for as long as it takes
@@ -179,20 +179,24 @@ def test_what_runs_where_there_is_a_gpu(
     library("tensorrt_rtx", "__version__ = '1.7.1'")
     library("tensorrt", "__version__ = '11.0'" if full else "raise ImportError('absent')")
     library("cuda.bindings.runtime", A_GPU.format(*capability))
-    told = document(transom("doctor", "--json"))
-    (gpu,) = told["gpus"]
+    printed = document(transom("doctor", "--json"))
+    (gpu,) = printed["gpus"]
     name = "{}.{}".format(*capability)
     assert gpu == {
         "name": "Fake", "compute_capability": name, "memory": "2048 MiB", "driver": "CUDA 12.8",
         "target": "tensorrt" if capability == (9, 0) else "rtx-sm89",
     }  # fmt: skip
-    assert told["engines"]["run"]["targets"] == targets
-    assert told["engines"]["run"]["reason"].startswith(reason)
-    assert told["engines"]["libraries"]["tensorrt_rtx"] == {"name": "TensorRT-RTX", "version": "1.7.1", "problem": None}
-    assert ("tensorrt" in told["engines"]["build"]["targets"]) == full
+    assert printed["engines"]["run"]["targets"] == targets
+    assert printed["engines"]["run"]["reason"].startswith(reason)
+    assert printed["engines"]["libraries"]["tensorrt_rtx"] == {
+        "name": "TensorRT-RTX",
+        "version": "1.7.1",
+        "problem": None,
+    }
+    assert ("tensorrt" in printed["engines"]["build"]["targets"]) == full
 
 
-def test_a_driver_that_cuda_cannot_use_is_told(
+def test_a_driver_that_cuda_cannot_use_is_reported(
     library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     driver_tool(tmp_path, monkeypatch, "echo 'NVIDIA L4, 8.9, 9 MiB, 450.1'")
@@ -204,24 +208,24 @@ def test_a_driver_that_cuda_cannot_use_is_told(
     )
 
 
-def test_doctor_tells_what_to_install_for_engines(tmp_path: Path, without_torch: dict[str, str]) -> None:
-    told = json.loads(process(tmp_path, "doctor", "--json", env=without_torch).stdout)["engines"]
-    problems = {name: found["problem"] for name, found in told["libraries"].items()}
+def test_doctor_names_what_to_install_for_engines(tmp_path: Path, without_torch: dict[str, str]) -> None:
+    printed = json.loads(process(tmp_path, "doctor", "--json", env=without_torch).stdout)["engines"]
+    problems = {name: found["problem"] for name, found in printed["libraries"].items()}
     assert problems["tensorrt_rtx"] == "TensorRT-RTX is not installed: pip install 'transom[rtx]'"
     assert problems["tensorrt"].startswith("TensorRT is not installed: pip install ")
     assert problems["cuda"] == "cuda-bindings is not installed: pip install 'transom[rtx]'"
-    assert told["build"]["targets"] == told["run"]["targets"] == []
+    assert printed["build"]["targets"] == printed["run"]["targets"] == []
 
 
 @pytest.mark.skipif(find_spec("tensorrt_rtx_bindings") is None, reason="TensorRT-RTX is not installed")
 def test_doctor_finds_the_real_library() -> None:
-    told = document(transom("doctor", "--json"))["engines"]
-    assert told["libraries"]["tensorrt_rtx"] == {
+    printed = document(transom("doctor", "--json"))["engines"]
+    assert printed["libraries"]["tensorrt_rtx"] == {
         "name": "TensorRT-RTX",
         "version": trt_library.library("tensorrt_rtx").__version__,
         "problem": None,
     }
-    assert told["build"]["targets"][:6] == [f"rtx-sm{sm}" for sm in (75, 80, 86, 89, 120, 121)]
+    assert printed["build"]["targets"][:6] == [f"rtx-sm{sm}" for sm in (75, 80, 86, 89, 120, 121)]
 
 
 BLOCK = """
@@ -240,7 +244,7 @@ sys.meta_path.insert(0, Blocked())
 
 @pytest.fixture
 def without_torch(tmp_path: Path) -> dict[str, str]:
-    """An environment whose Python has neither torch nor onnx, nor what stands on them."""
+    """Return an environment whose Python has neither torch nor onnx, nor libraries that need them."""
     (tmp_path / "blocked").mkdir()
     (tmp_path / "blocked" / "sitecustomize.py").write_text(BLOCK)
     return {**os.environ, "PYTHONPATH": str(tmp_path / "blocked")}

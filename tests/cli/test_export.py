@@ -1,4 +1,4 @@
-"""`transom export`: its options, its stages, its summary, and what an interrupted one leaves behind."""
+"""Test `transom export`: options, stages, summary, and an interruption."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from transom.cli.failures import Terminated
 
 
 def error_line_after_stages(result: Result) -> str:
-    """The last line of stderr; those before it are the stages that were begun."""
+    """Return the last line of stderr; those before it are the stages."""
     assert (result.exit_code, result.stdout) == (1, "")
     *stages, line = result.stderr.splitlines()
     assert all(stage.endswith(" ...") for stage in stages)
@@ -88,13 +88,13 @@ def test_export_hands_every_option_on(monkeypatch: pytest.MonkeyPatch, vit_bundl
 def test_export_prints_one_document_and_leaves_one_folder(bert_checkpoint: Path, tmp_path: Path) -> None:
     done = process(tmp_path, "export", bert_checkpoint, "--out", "new/büro 1", "--json")
     assert (done.returncode, done.stderr) == (0, "")
-    told = json.loads(done.stdout)
-    assert (told["bundle"], told["family"], told["task"]) == ("new/büro 1", "bert", "feature-extraction")
+    printed = json.loads(done.stdout)
+    assert (printed["bundle"], printed["family"], printed["task"]) == ("new/büro 1", "bert", "feature-extraction")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["büro 1"]
 
 
 @pytest.mark.usefixtures("traced_once")
-def test_export_tells_its_stages_and_ends_in_a_summary(bert_checkpoint: Path, tmp_path: Path) -> None:
+def test_export_prints_its_stages_and_ends_in_a_summary(bert_checkpoint: Path, tmp_path: Path) -> None:
     result = transom("export", bert_checkpoint, "--out", tmp_path / "new")
     assert result.exit_code == 0
     assert "tracing the module to ONNX ..." in result.stderr.splitlines()

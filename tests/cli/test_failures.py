@@ -1,4 +1,4 @@
-"""Commands that end badly: one line on stderr, an exit status, and no traceback, whatever went wrong."""
+"""Test failing commands: one line on stderr, an exit status, and no traceback."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transom.cli.failures import Terminated
 
 
 def test_an_error_of_ours_is_one_line_with_its_full_name(tmp_path: Path) -> None:
-    """However long, whatever it looks like: not wrapped, no markup, no emoji."""
+    """However long it is, and whatever it contains: not wrapped, no markup, no emoji."""
     path = tmp_path / ("x" * 200) / "[bold red]not[/] :smile: [MASK]"
     line = error_line(transom("inspect", path))
     assert line == (

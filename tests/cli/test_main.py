@@ -1,4 +1,4 @@
-"""What the command line says of itself: help, usage, version, completion; and how values are printed."""
+"""Test the command line: help, usage, version, completion, and how values are printed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`transom run`: texts, images and arrays in, the answers of every task out, in JSON and in lines."""
+"""Test `transom run`: texts, images and arrays in, the results of every task out, as JSON and as lines."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_run_embeds_texts(bert_bundle: Path) -> None:
     texts = ["a word", "[MASK] :smile: [/b]"]
-    told = document(transom("run", bert_bundle, *texts, "--json"))
-    assert [result["text"] for result in told["results"]] == texts
+    printed = document(transom("run", bert_bundle, *texts, "--json"))
+    assert [result["text"] for result in printed["results"]] == texts
     with load(bert_bundle) as bert:
         expected = bert.embed(texts)
-    found = np.array([result["embedding"] for result in told["results"]], np.float32)
+    found = np.array([result["embedding"] for result in printed["results"]], np.float32)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
     lines = transom("run", bert_bundle, *texts).stdout.splitlines()
@@ -38,16 +38,16 @@ def test_run_embeds_texts(bert_bundle: Path) -> None:
 
 
 def test_run_reads_lines_from_stdin(bert_bundle: Path) -> None:
-    told = document(transom("run", bert_bundle, "-", "a word", "--json", stdin="\ufeffone\r\ntwo\n".encode()))
-    assert [result["text"] for result in told["results"]] == ["one", "two", "a word"]
+    printed = document(transom("run", bert_bundle, "-", "a word", "--json", stdin="\ufeffone\r\ntwo\n".encode()))
+    assert [result["text"] for result in printed["results"]] == ["one", "two", "a word"]
     assert "stdin is not UTF-8 (byte 1)" in error_line(transom("run", bert_bundle, "-", stdin=b"a\xff"))
     assert "stdin is empty" in error_line(transom("run", bert_bundle, "-", stdin=""))
     assert transom("run", bert_bundle, "-", "-", stdin="one").exit_code == 2
 
 
 def test_run_takes_a_text_that_begins_with_a_dash(bert_bundle: Path) -> None:
-    told = document(transom("run", bert_bundle, "--json", "--", "--debug"))
-    assert told["results"][0]["text"] == "--debug"
+    printed = document(transom("run", bert_bundle, "--json", "--", "--debug"))
+    assert printed["results"][0]["text"] == "--debug"
 
 
 def test_run_writes_embeddings_to_a_file(bert_bundle: Path, tmp_path: Path) -> None:
@@ -76,11 +76,11 @@ def test_run_refuses_an_empty_text(bert_bundle: Path) -> None:
 
 
 def test_run_classifies_images(vit_bundle: Path, photo: Path) -> None:
-    told = document(transom("run", vit_bundle, photo, photo, "--top-k", "3", "--json"))
+    printed = document(transom("run", vit_bundle, photo, photo, "--top-k", "3", "--json"))
     with load(vit_bundle) as vit:
         expected = vit.classify(str(photo), top_k=3)
-    assert [result["image"] for result in told["results"]] == [str(photo)] * 2
-    for result in told["results"]:
+    assert [result["image"] for result in printed["results"]] == [str(photo)] * 2
+    for result in printed["results"]:
         assert [each["label"] for each in result["labels"]] == [label for label, _ in expected]
         assert [each["probability"] for each in result["labels"]] == pytest.approx([p for _, p in expected], rel=1e-4)
     lines = transom("run", vit_bundle, photo).stdout.splitlines()
@@ -100,11 +100,11 @@ def test_run_takes_arrays_and_gives_arrays(bert_bundle: Path, tmp_path: Path) ->
     np.savez(tmp_path / "in.npz", input_ids=ids)
     with load(bert_bundle) as bert:
         expected = bert.run({"input_ids": ids})
-    told = document(transom("run", bert_bundle, tmp_path / "in.npz", "--json"))
-    assert told["outputs"].keys() == expected.keys()
+    printed = document(transom("run", bert_bundle, tmp_path / "in.npz", "--json"))
+    assert printed["outputs"].keys() == expected.keys()
     for name, array in expected.items():
-        assert told["outputs"][name]["shape"] == list(array.shape)
-        np.testing.assert_allclose(np.array(told["outputs"][name]["values"]), array, rtol=1e-5, atol=1e-6)
+        assert printed["outputs"][name]["shape"] == list(array.shape)
+        np.testing.assert_allclose(np.array(printed["outputs"][name]["values"]), array, rtol=1e-5, atol=1e-6)
 
     lines = transom("run", bert_bundle, tmp_path / "in.npz", "--out", tmp_path / "out.npz").stdout.splitlines()
     name, array = next(iter(expected.items()))

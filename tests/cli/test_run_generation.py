@@ -1,4 +1,4 @@
-"""`transom run` on bundles that generate: prompts as texts or ids, streams, scores, and every way to ask wrongly."""
+"""Test `transom run` on bundles that generate: prompts as texts or ids, streams, scores, and wrong usage."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_ids_in_and_ids_out_without_a_tokenizer(gpt: Path) -> None:
     ]
 
 
-def test_several_prompts_are_told_apart(gpt: Path) -> None:
+def test_several_prompts_are_printed_apart(gpt: Path) -> None:
     with load(gpt) as bundle:
         first, second = bundle.generate([[1, 2, 3], [5]], max_new_tokens=4)
     lines = transom("run", gpt, "1 2 3", "5", "--max-new-tokens", "4").stdout.splitlines()

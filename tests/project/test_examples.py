@@ -100,7 +100,7 @@ def test_a_cache_belongs_to_its_bundle_and_may_be_damaged(notes: Path, tmp_path:
     cache = tmp_path / "cache.npz"
     cache.write_bytes(b"PK\x03\x04 but no more")
     damaged = run(tmp_path, "search_notes.py", bert_bundle, notes, "oil", "--cache", cache)
-    assert "cache.npz is damaged or none of ours; it is made again." in damaged.stderr
+    assert "cache.npz is damaged or of another program; it is written again." in damaged.stderr
     changed = changed_bundle(bert_bundle, tmp_path, lambda manifest: manifest.update(name="another"))
     other = run(tmp_path, "search_notes.py", changed, notes, "oil", "--cache", cache)
     assert (other.returncode, other.stderr) == (0, "embedding 4 of 4 new passages ...\n")

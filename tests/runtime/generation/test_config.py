@@ -1,4 +1,4 @@
-"""Keywords and stored config: what is read, what is refused, and how long an answer may be."""
+"""Test GenerationConfig: keywords and stored fields that are read or refused, and lengths."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole generations against transformers' ``generate``, token by token, and what the model is asked on the way.
+"""Compare whole generations with transformers' ``generate``, token by token, and count the model's steps.
 
 The models have random weights and 23 tokens, of which up to six end a row, so that rows end early,
 late and in the middle of a beam.
@@ -44,7 +44,7 @@ def _quietly_on_one_core() -> Iterator[None]:
 
 
 def trimmed(row: list[int], eos: list[int]) -> list[int]:
-    """Without the padding after the first end-of-sequence token."""
+    """Return the row without the padding after the first end-of-sequence token."""
     end = next((index for index, token in enumerate(row) if token in eos), len(row) - 1)
     return row[: end + 1]
 

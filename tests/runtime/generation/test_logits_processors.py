@@ -1,4 +1,4 @@
-"""What is done to logits: by pencil, and against transformers' own chain of processors in its order."""
+"""Test the logits processors by hand-computed cases, and compare them with transformers' own, in its order."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NEG_INF = -np.inf
 
 
 def rows_of(*sequences: list[int], prompt: int = 1, limit: int = 9, shortest: int = 0) -> Sequences:
-    """Rows whose first ``prompt`` tokens are the prompt."""
+    """Return sequences whose first ``prompt`` tokens are the prompt."""
     rows = Sequences(
         [sequence[:prompt] for sequence in sequences], [limit] * len(sequences), [shortest] * len(sequences)
     )
@@ -180,7 +180,7 @@ def read(name: str, value: Any) -> Any:
 def theirs(
     asked: dict[str, Any], eos: Any, ids: NDArray[np.int64], scores: NDArray[np.float32], prompt: int, limit: int
 ) -> NDArray[np.float32]:
-    """The scores after the processors that transformers' ``generate`` would build."""
+    """Return the scores after the processors that transformers' ``generate`` builds."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = transformers.GenerationConfig(**{"top_k": 50, **asked}, eos_token_id=eos, max_length=limit)
@@ -199,7 +199,7 @@ def theirs(
 
 
 def assert_same(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> None:
-    """Equal, but for the rounding of a temperature or a logarithm; what is ruled out exactly so."""
+    """Compare up to the rounding of a temperature or a logarithm; -inf exactly."""
     np.testing.assert_array_equal(np.isneginf(ours), np.isneginf(theirs))
     np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=2e-6)
 

@@ -1,4 +1,4 @@
-"""Drawn tokens: their frequencies against the probabilities, their streams, and beams that are drawn."""
+"""Test sampling: frequencies compared with probabilities, seeds and generators per row, and beam sampling."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ LOGITS = np.log(np.array([0.4, 0.2, 0.15, 0.1, 0.08, 0.05, 0.02], dtype=np.float
 
 
 def first_tokens(**keywords: Any) -> list[int]:
-    """What DRAWS rows that all see LOGITS begin with."""
+    """Return the first tokens of DRAWS rows whose logits are all LOGITS."""
     model = Table(LOGITS[None], [0] * DRAWS)
     config = with_keywords(GenerationConfig(), max_new_tokens=1, do_sample=True, seed=11, **keywords)
     return [row[0] for row in generate([[0]] * DRAWS, model.logits(), model, config)]
 
 
 def chi_square(found: list[int], expected: NDArray[np.float64]) -> tuple[float, int]:
-    """Pearson's statistic and its degrees of freedom; tokens of probability 0 must not occur at all."""
+    """Return Pearson's statistic and its degrees of freedom; tokens of probability 0 must not occur at all."""
     counts = np.bincount(found, minlength=len(expected))
     possible = expected > 0
     assert counts[~possible].sum() == 0
@@ -68,10 +68,10 @@ def test_one_seed_gives_one_text_and_another_seed_another() -> None:
     assert sampled(3) == sampled(3)
     assert sampled(3) != sampled(4)
     assert sampled(None) != sampled(None)  # 7**80 texts
-    assert sampled(3)[0] != sampled(3)[1]  # the same prompt, but each row has a stream of its own
+    assert sampled(3)[0] != sampled(3)[1]  # the same prompt, but each row has a generator of its own
 
 
-def test_a_row_s_stream_does_not_end_with_its_neighbour() -> None:
+def test_a_row_s_generator_does_not_depend_on_its_neighbour() -> None:
     """Row 0 is finished at once; row 1 draws what it draws beside a row that is not."""
     table = np.random.default_rng(0).standard_normal((7, 7)).astype(np.float32)
     table[5] = [0, 0, 0, 0, 0, 0, 1e9]
@@ -117,8 +117,8 @@ def test_a_call_split_into_batches_draws_as_one(beams: int) -> None:
 def test_a_drawn_token_is_never_one_that_is_ruled_out() -> None:
     scores = np.full((1, 5), -np.inf, dtype=np.float32)
     scores[0, 3] = -200.0
-    streams = row_rngs(GenerationConfig(seed=0), np.array([0]))
-    assert {int(draw(scores, streams)[0]) for _ in range(50)} == {3}
+    rngs = row_rngs(GenerationConfig(seed=0), np.array([0]))
+    assert {int(draw(scores, rngs)[0]) for _ in range(50)} == {3}
 
 
 def test_beams_are_drawn_without_replacement() -> None:

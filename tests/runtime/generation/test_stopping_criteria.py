@@ -1,4 +1,4 @@
-"""Stop strings: across the borders of tokens, bytes and the prompt, against transformers' StopStringCriteria."""
+"""Compare stop strings across the borders of tokens, bytes and the prompt with transformers' StopStringCriteria."""
 
 from __future__ import annotations
 

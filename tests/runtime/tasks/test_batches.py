@@ -1,4 +1,4 @@
-"""Calls with many inputs: answers in the caller's order, and in memory no more than these and one batch."""
+"""Test calls with many inputs: answers in the caller's order, and memory for these and one batch alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LABELS = [f"{place}" for place in range(60)]
 
 
 def extra(call: Callable[[], object]) -> int:
-    """Bytes that were held at the peak of a call beyond what it returned."""
+    """Return the bytes held at the peak of a call beyond its result."""
     call()  # what is imported and cached
     tracemalloc.start()
     try:

@@ -1,4 +1,4 @@
-"""CLIP's tasks, held against transformers: the pipeline, and the model's own vectors and logits."""
+"""Compare CLIP's tasks with transformers: the pipeline, and the model's own vectors and logits."""
 
 from __future__ import annotations
 
@@ -199,10 +199,10 @@ def test_the_command_line(tiny: Any, tmp_path: Path) -> None:
     photo = tmp_path / "photo.jpg"
     photo.write_bytes(photos()[0])
     asked = ("--label", "a dog", "--label", "a temple", "--template", "a photo of {}", "--template", "{}!")
-    told = document(transom("run", tiny[1], photo, *asked, "--json"))
+    printed = document(transom("run", tiny[1], photo, *asked, "--json"))
     with load(tiny[1]) as clip:
         expected = clip.zero_shot(str(photo), ["a dog", "a temple"], templates=["a photo of {}", "{}!"])
-    assert [(each["label"], each["probability"]) for each in told["results"][0]["labels"]] == expected
+    assert [(each["label"], each["probability"]) for each in printed["results"][0]["labels"]] == expected
     lines = transom("run", tiny[1], photo, *asked).stdout.splitlines()
     assert lines == [str(photo), *(f"  {probability:.4f}  {label}" for label, probability in expected)]
     assert "needs --label" in transom("run", tiny[1], photo).stderr

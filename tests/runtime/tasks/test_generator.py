@@ -1,4 +1,4 @@
-"""What the decoders' bundles can be asked for: kinds of arguments, streams, scores, and every bad input."""
+"""Test the tasks of bundles that generate: kinds of arguments, streams, scores, and bad input."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_a_stream_gives_each_token_as_it_is_made(gpt: Any) -> None:
         stream = gpt.stream([5, 6], max_new_tokens=4, eos_token_id=None)
         for number, _ in enumerate(stream):
             assert len(steps) == number
-    assert len(steps) == 3  # nobody asked what comes after the fourth
+    assert len(steps) == 3  # the fourth token is not fed back
 
 
 def test_greedy_equals_transformers(gpt: Any, gpt_theirs: Any) -> None:
@@ -172,7 +172,7 @@ def test_a_stop_string_that_is_never_met(gpt: Any) -> None:
 
 
 def test_the_checkpoints_own_settings_are_the_defaults(gpt: Any) -> None:
-    """20 new tokens where nobody says otherwise, as transformers; fewer where the context ends."""
+    """20 new tokens by default, as transformers; fewer where the context ends."""
     assert len(gpt.generate([5], eos_token_id=None)) == 20
     assert len(gpt.generate([5] * 60, eos_token_id=None)) == 7
 
@@ -203,7 +203,7 @@ def test_score_is_the_exponential_of_transformers_loss(gpt: Any, gpt_theirs: Any
 
 @pytest.mark.parametrize("length", [68, 99, 100, 101, 134, 250])
 def test_a_text_longer_than_the_context_is_read_in_windows(gpt: Any, gpt_theirs: Any, length: int) -> None:
-    """Windows of 67 begin every 33 tokens; a token is judged in the first that reaches it."""
+    """Windows of 67 begin every 33 tokens; a token is scored in the first that holds it."""
     ids = np.random.default_rng(length).integers(0, 256, length).tolist()
     expected = []
     for token in range(1, length):

@@ -1,4 +1,4 @@
-"""The tasks of the contract, held against transformers' pipelines and sentence-transformers."""
+"""Compare the tasks of the contract with transformers' pipelines and sentence-transformers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Exported = Callable[..., tuple[Path, Path]]
 
 
 def logits_of(architecture: str, folder: Path, *texts: Any) -> Any:
-    """transformers' outputs for one text, or a pair of texts."""
+    """Return transformers' outputs for one text, or a pair of texts."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = getattr(transformers, architecture).from_pretrained(folder)
     with torch.no_grad():
@@ -79,7 +79,7 @@ def test_fill_mask(exported: Exported) -> None:
 
 
 def test_fill_mask_nests_as_transformers(exported: Exported) -> None:
-    """Texts, gaps, answers; a list of one text stays a list, where the pipeline takes it out."""
+    """Texts, masks, answers; a list of one text gets a list, where the pipeline unwraps it."""
     folder, bundle = exported("BertForMaskedLM")
     pipeline = transformers.pipeline("fill-mask", model=str(folder), device="cpu")
 
@@ -160,7 +160,7 @@ def test_questions_and_contexts_in_lists(exported: Exported) -> None:
 
 
 def test_a_question_beside_which_the_context_does_not_fit(exported: Exported) -> None:
-    """S is 67, half of which is what windows share: 33. Beside q tokens and 3 special ones there is room for 64 - q."""
+    """S is 67, windows share half of it: 33. Beside q tokens and 3 special ones there is room for 64 - q."""
     _, bundle = exported("BertForQuestionAnswering")
     with load(bundle) as bert:
         assert len(bert.answer("way " * 60, "water of the city")) == 1  # it fits whole: nothing is shared

@@ -1,4 +1,4 @@
-"""Whole calls of bundles that generate: ragged batches, threads, memory that stays flat, rows that overflow."""
+"""Test whole calls of bundles that generate: ragged batches, threads, constant memory, rows that overflow."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_many_threads_generate_as_one_would(exported: Exported, architecture: st
 
 
 def resident() -> float:
-    """This process's memory in MiB."""
+    """Return this process's memory in MiB."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
     return int(line.split()[1]) / 1024
 
@@ -158,7 +158,7 @@ def test_what_does_not_fit_is_told_before_the_first_step(exported: Exported, arc
 
 @pytest.fixture(scope="module")
 def overflowing(exported: Exported, make_checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny GPT-2 with one embedding row changed inside the finished bundle: whoever reads token 0 gets NaN."""
+    """The tiny GPT-2 with one embedding row changed inside the finished bundle: a row that reads token 0 gets NaN."""
     import shutil
     from hashlib import sha256
 

@@ -1,4 +1,4 @@
-"""A stream's pieces together are exactly what ``decode`` gives, whatever the tokens; characters come whole."""
+"""Test detokenizers: their pieces joined equal ``decode`` for any tokens, and characters come whole."""
 
 from __future__ import annotations
 

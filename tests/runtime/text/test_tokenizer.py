@@ -1,4 +1,4 @@
-"""One batch by numbers, truncation and windows as transformers has them, bad text and bad bundles."""
+"""Test TextTokenizer: one batch by numbers, truncation and windows as transformers', bad text and bad bundles."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_the_longer_side_gives_first(first: int, second: int, room: int, kept: t
 
 
 class Digits:
-    """A vocabulary of ten digits: ours as bytes and spec, theirs as a tokenizer, for limits of every kind."""
+    """A vocabulary of ten digits: ours as bytes and spec, theirs as a tokenizer, with limits of every kind."""
 
     def __init__(self, folder: Path) -> None:
         write(folder, vocab=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"0123456789"])
