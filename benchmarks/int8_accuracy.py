@@ -87,7 +87,7 @@ class Quantised:
             options = QuantizeOptions(method=smoothing or "minmax", activations="static")
             config = options.config("int8", self._graphs)
             self._tables[smoothing] = calibrate(
-                self._bundle, self._canonical, config, self._data, smooth=bool(smoothing), tell=lambda _: None
+                self._bundle, self._canonical, config, self._data, smooth=bool(smoothing), report=lambda _: None
             )
         return self._tables[smoothing]
 

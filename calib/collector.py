@@ -1,4 +1,4 @@
-"""An FP32 graph as a backend that counts what passes through its tensors, in memory that does not grow."""
+"""Collect statistics of the tensors of an FP32 graph while it runs as a backend, in bounded memory."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ class CollectingBackend:
     """A backend whose ``ranges`` are those of ``tensors`` over all calls so far.
 
     ``model`` is left as it is; ``tensors`` are float32 tensors of its main graph, inputs and outputs among them.
-    Those in ``channels`` are also observed channel by channel (last axis), and ``rows`` of their positions, at
-    most ROWS, are kept: a fair sample of all positions, for ``kept_rows``. Positions that MASK says are padding
-    count nowhere. ``sample`` is set by whoever feeds it, and is named when a value is NaN or infinite.
+    Those in ``channels`` are also measured channel by channel (last axis), and ``rows`` of their positions, at
+    most ROWS, are kept: a fair sample of all positions, for ``kept_rows``. Positions that MASK marks as padding
+    are not counted. The caller sets ``sample``, which errors name.
 
-    Raises CalibrationError for that, for a tensor the graph does not have, and when the graph fails on a sample.
+    Raises CalibrationError for a value that is NaN or infinite, a tensor the graph does not have, and a graph that
+    fails on a sample.
     """
 
     device = "cpu"
@@ -49,7 +50,7 @@ class CollectingBackend:
     ) -> None:
         self.graph = graph
         self.sample = ""
-        self.noise = RandomInputCheck()
+        self.random_input_check = RandomInputCheck()
         names = list(dict.fromkeys([*tensors, *channels]))
         values = instrumented_values(model, names)
         mask = next((value for value in model.graph.inputs if value.name == MASK), None)
@@ -63,7 +64,7 @@ class CollectingBackend:
         self._session, self._weights = open_instrumented(model, values, threads)
 
     def run(self, feeds: Mapping[str, Array], shapes: Mapping[str, Sequence[int]]) -> dict[str, Array]:
-        """As a backend does."""
+        """Run the graph as any backend does, and count the values of its tensors."""
         written = {tensor.name: tensor.aliases for tensor in self.graph.outputs if tensor.aliases is not None}
         names = list(dict.fromkeys([*(name for name in self._instrumented if name not in feeds), *shapes, *written]))
         try:
@@ -75,40 +76,40 @@ class CollectingBackend:
             ) from None
         found = {**feeds, **dict(zip(names, results, strict=True))}
         with self._lock:
-            self.noise.update(feeds)
-            for name, observed in self._instrumented.items():
-                self._count(name, observed, found[name], feeds.get(MASK))
+            self.random_input_check.update(feeds)
+            for name, stats in self._instrumented.items():
+                self._count(name, stats, found[name], feeds.get(MASK))
         for name, buffer in written.items():
             feeds[buffer][...] = found[name]
         return {name: found[name] for name in shapes}
 
-    def _count(self, name: str, observed: TensorStats, values: Array, mask: Array | None) -> None:
+    def _count(self, name: str, stats: TensorStats, values: Array, mask: Array | None) -> None:
         try:
-            observed.update(values, mask)
+            stats.update(values, mask)
         except CalibrationError as error:
             raise CalibrationError(
-                f"{name} (module {observed.module or 'top'}) of the graph {self.graph.name!r} has {error} in sample "
+                f"{name} (module {stats.module or 'top'}) of the graph {self.graph.name!r} has {error} in sample "
                 f"{self.sample or '?'}; expected finite values. Leave that sample out, or look at the checkpoint."
             ) from None
 
     @property
     def ranges(self) -> dict[str, TensorRanges]:
-        """By tensor, in the order asked for. CalibrationError if one of them was never computed."""
-        for name, observed in self._instrumented.items():
-            if not observed.histogram.count:
+        """The ranges by tensor, in the order asked for. Raises CalibrationError if one of them was never computed."""
+        for name, stats in self._instrumented.items():
+            if not stats.histogram.count:
                 raise CalibrationError(
-                    f"no sample reached {name} (module {observed.module or 'top'}) of the graph {self.graph.name!r}. "
+                    f"no sample reached {name} (module {stats.module or 'top'}) of the graph {self.graph.name!r}. "
                     "Give calibration data that uses every graph of the model."
                 )
-        return {name: observed.ranges() for name, observed in self._instrumented.items()}
+        return {name: stats.ranges() for name, stats in self._instrumented.items()}
 
     def kept_rows(self, name: str) -> NDArray[np.float32]:
-        """(R, E): positions of the tensor, R at most what was asked for."""
+        """Return positions of the tensor, (R, E), R at most ``rows``."""
         return self._instrumented[name].reservoir.rows
 
 
 class TensorStats:
-    """One tensor: its histogram and, where asked for, its channels' ranges and some of its positions."""
+    """The histogram of one tensor and, where asked for, its channels' ranges and some of its positions."""
 
     def __init__(self, module: str, padded: bool, by_channel: bool, rows: int) -> None:
         self.module = module
@@ -120,7 +121,7 @@ class TensorStats:
         self._channels: tuple[Array, Array] | None = None
 
     def update(self, values: Array, mask: Array | None) -> None:
-        """``values`` is float32 of any shape; (B, S, ...) where it is padded, and ``mask`` is (B, S)."""
+        """Count ``values``, float32 of any shape; (B, S, ...) where it is padded, and ``mask`` is (B, S)."""
         if self._padded and mask is not None and values.shape[:2] == mask.shape and not mask.all():
             values = values[mask != 0]
         self.histogram.update(values)
@@ -138,7 +139,7 @@ class TensorStats:
 
 
 class Reservoir:
-    """At most ``size`` rows of all that are offered, each as likely as any other.
+    """A sample of at most ``size`` rows of all that are offered, each as likely as any other.
 
     Each row draws a number, and the rows with the smallest numbers stay (bottom-k sampling).
     """
@@ -150,12 +151,13 @@ class Reservoir:
         self.rows: NDArray[np.float32] = np.empty((0, 0), np.float32)
 
     def offer(self, rows: NDArray[np.float32]) -> None:
+        """Draw a number for each of ``rows`` (N, E), and keep those that are among the smallest."""
         drawn = self._chance.random(len(rows))
-        room = self._size - len(self._drawn)
-        if room > 0:
-            self.rows = np.concatenate([self.rows.reshape(-1, rows.shape[1]), rows[:room]])
-            self._drawn = np.concatenate([self._drawn, drawn[:room]])
-            drawn, rows = drawn[room:], rows[room:]
+        free = self._size - len(self._drawn)
+        if free > 0:
+            self.rows = np.concatenate([self.rows.reshape(-1, rows.shape[1]), rows[:free]])
+            self._drawn = np.concatenate([self._drawn, drawn[:free]])
+            drawn, rows = drawn[free:], rows[free:]
         held = len(self._drawn)
         stay = np.argsort(np.concatenate([self._drawn, drawn]), kind="stable")[: self._size]
         enter = stay[stay >= held] - held
@@ -165,7 +167,7 @@ class Reservoir:
 
 
 def instrumented_values(model: ir.Model, names: Iterable[str]) -> dict[str, ir.Value]:
-    """The float32 tensors of the main graph with these names."""
+    """Return the float32 tensors of the main graph with these names; CalibrationError for a name that is none."""
     values = {value.name: value for value in model.graph.inputs}
     values |= {value.name: value for node in model.graph for value in node.outputs}
     found = {}
@@ -174,7 +176,7 @@ def instrumented_values(model: ir.Model, names: Iterable[str]) -> dict[str, ir.V
         if value is None or value.dtype not in (ir.DataType.FLOAT, None):
             has = "has no such tensor" if value is None else f"has it as {value.dtype}"
             raise CalibrationError(
-                f"{name!r} cannot be observed: the graph {model.graph.name!r} {has}; expected a float32 tensor. "
+                f"{name!r} cannot be measured: the graph {model.graph.name!r} {has}; expected a float32 tensor. "
                 "Name tensors of the FP32 graph."
             )
         found[name] = value
@@ -182,13 +184,13 @@ def instrumented_values(model: ir.Model, names: Iterable[str]) -> dict[str, ir.V
 
 
 def module_of(value: ir.Value) -> str:
-    """The path of the module that made it; empty for a graph input."""
+    """Return the path of the module that computed the value; empty for a graph input."""
     node = value.producer()
     return node.metadata_props.get(MODULE, "") if node is not None else ""
 
 
 def is_padded(value: ir.Value, mask: ir.Value | None) -> bool:
-    """May its leading axes be those of the mask? By their names: two axes may have one size by chance.
+    """Return whether the leading axes may be those of the mask, by their names: sizes may be equal by chance.
 
     Where names are not known, ``TensorStats.update`` still compares the sizes.
     """
@@ -199,7 +201,7 @@ def is_padded(value: ir.Value, mask: ir.Value | None) -> bool:
 
 
 def open_instrumented(model: ir.Model, values: Mapping[str, ir.Value], threads: int | None) -> tuple[Any, Any]:
-    """A session that gives out ``values`` as well, and the weights, which it shares with ``model``."""
+    """Return a session that outputs ``values`` as well, and the weights, which it shares with ``model``."""
     instrumented = model.clone()
     inner = {value.name: value for node in instrumented.graph for value in node.outputs}
     known = {value.name for value in (*instrumented.graph.inputs, *instrumented.graph.outputs)}

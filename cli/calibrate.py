@@ -33,14 +33,14 @@ def calibrate(
     """
     with progress(quiet=as_json) as report, redirect_stdout(sys.stderr), export_extra():
         from transom.calib.table import RANGES
-        from transom.export.bundle_graphs import calibrate_bundle
         from transom.export.progress import ProgressReporter
+        from transom.export.quantization.calibrate import calibrate_bundle
         from transom.export.quantization.options import QuantizeOptions
         from transom.runtime.bundle import Bundle
 
         steps = ProgressReporter(report, 0)
         options = QuantizeOptions(tuple(calibration_data or ()), method.value, smooth_quant)
-        table = calibrate_bundle(Bundle(bundle), options, force=force, tell=steps.more)
+        table = calibrate_bundle(Bundle(bundle), options, force=force, report=steps.more)
     path = bundle / RANGES
     if as_json:
         print_json(

@@ -216,7 +216,7 @@ def export(
                 activations=activations and activations.value,
                 weight_bits=weight_bits,
                 block_size=block_size,
-                extras=tuple(extra.value for extra in also or ()),
+                optional_sites=tuple(extra.value for extra in also or ()),
                 ranges=ranges,
                 gate=gate,
             ),

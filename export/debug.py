@@ -1,7 +1,7 @@
-"""Which layers of a bundle break its accuracy: searched in the files that ship, layer by layer back in FP32.
+"""Find the layers that break the accuracy of a bundle: layers of the shipped graphs are switched to FP32.
 
-Half precision and integers that are written into a graph (strong typing) cannot be taken back by an option of
-whoever runs it. So the graph gets a switch per layer (export/passes/layer_switches.py), and the search throws them.
+Half precision and integers that are written into a graph (strong typing) cannot be undone by a session option. So the
+graph gets a switch per layer (export/passes/layer_switches.py), and export/bisect.py searches by them.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from transom.export.parity.inputs import parity_inputs, single_rows
 from transom.export.progress import Progress, ProgressReporter, silent
 from transom.export.quantization.calibrate import smoothed
 from transom.export.quantization.candidate import CPU, RANKING_SAMPLES
+from transom.export.quantization.data_split import held_out_part
 from transom.export.quantization.fidelity import Fidelity, Fp32Outputs
-from transom.export.quantization.quantize import held_out_again
 from transom.export.quantization.quantizer import Layer
-from transom.export.quantization.switched import SwitchedBundle
+from transom.export.quantization.switchable import SwitchableBundle
 from transom.export.reference_models import REFERENCE_MODELS, scored_model
 from transom.export.variants import make_variants, open_variants
 from transom.runtime.bundle import Bundle
@@ -36,14 +36,14 @@ from transom.runtime.manifest_graphs import BLOCKS, SIMULATED
 
 HALF = "default"  # the one file of a graph in half precision
 DEBUG_SAMPLES = RANKING_SAMPLES[1]
-TOKENS = 64  # of each sample, where there are only the inputs of parity runs
+TOKENS = 64  # of each sample, where there are only parity inputs
 
 
 @dataclass(frozen=True)
-class Restored:
-    """A layer that was put back into FP32, beside those before it: the relative output error before and after.
+class FaultyLayer:
+    """A layer that lowers the error in FP32, and the relative output error before and after, with those before it.
 
-    ``agreement`` is then the share of cases with FP32's top-1; None where the task chooses nothing.
+    ``agreement`` is the share of cases with FP32's top-1 after it; None where the task chooses nothing.
     """
 
     name: str
@@ -57,10 +57,14 @@ class Restored:
 class Findings:
     """The layers that break a bundle, worst first.
 
-    variant     the file that was examined, as bundle.json calls it
+    variant     the variant that was searched, as bundle.json calls it
+    data        the name of the inputs
+    output      the names of the outputs that errors are taken over
     layers      how many there are in all
-    shipped     relative output error of the bundle as it is, and ``agreement`` its top-1 beside FP32's
+    shipped     relative output error of the bundle as it is
+    agreement   share of cases with FP32's top-1 of the bundle as it is; None where the task chooses nothing
     everything  the error with every layer in FP32: what is left comes from elsewhere
+    target      the error that was searched for
     """
 
     manifest: Manifest
@@ -72,10 +76,11 @@ class Findings:
     agreement: float | None
     everything: float
     target: float
-    worst: tuple[Restored, ...]
+    worst: tuple[FaultyLayer, ...]
 
     @property
     def left(self) -> float:
+        """The error with the layers that were found in FP32."""
         return self.worst[-1].after if self.worst else self.shipped
 
     def to_json(self) -> dict[str, Any]:
@@ -105,7 +110,7 @@ def debug_accuracy(
 ) -> Findings:
     """Search the bundle at ``folder`` until its relative output error is at most ``target``, or ``most`` layers.
 
-    ``variant`` is "cpu" or "default" (for TensorRT), of a quantised bundle; a half-precision graph is examined as a
+    ``variant`` is "cpu" or "default" (for TensorRT), of a quantised bundle; a half-precision graph is searched as a
     GPU would round it. ``source`` and ``calibration_data`` are as for ``verify``. Raises ExportError for a bundle in
     FP32, CalibrationError where its ranges or held-out data are missing, CheckpointError as ``verify`` does.
     """
@@ -115,7 +120,7 @@ def debug_accuracy(
     if manifest.precision == "fp32":
         raise ExportError(
             f"{folder} is in fp32: nothing in it was quantised or rounded. Give a bundle in int8, int4, fp16 or bf16; "
-            "`transom verify` holds this one against PyTorch."
+            "`transom verify` compares this one with PyTorch."
         )
     table = table_of(bundle) if manifest.precision in QUANTIZED else None
     held_out = held_out_samples(manifest, calibration_data)
@@ -129,38 +134,38 @@ def debug_accuracy(
     }
     steps.next("measuring FP32")
     with open_variants(bundle, make_variants(fp32, loaded.graphs, "fp32")) as unrounded:
-        reference = Fp32Outputs(unrounded, samples, data, most=DEBUG_SAMPLES)
+        fp32_outputs = Fp32Outputs(unrounded, samples, data, most=DEBUG_SAMPLES)
     if table is not None:
         ranges = {name: table.require(name, graph_sha256(model)) for name, model in fp32.items()}
         fp32 = smoothed(fp32, {name: found.smoothing for name, found in ranges.items()})
     variant = variant if table is not None else HALF
-    steps.next("building the graph whose layers can be restored")
-    agreements: dict[frozenset[Layer], Fidelity] = {}
+    steps.next("building the graph with a switch per layer")
+    fidelities: dict[frozenset[Layer], Fidelity] = {}
     shipped = stored_graphs(bundle, variant)
     integers = None if table is None else integers_of(manifest, variant)
-    with SwitchedBundle(bundle, shipped, fp32, half=table is None, integers=integers, threads=threads) as switched:
+    with SwitchableBundle(bundle, shipped, fp32, half=table is None, integers=integers, threads=threads) as switchable:
 
-        def error(restored: frozenset[Layer]) -> float:
+        def error(in_fp32: frozenset[Layer]) -> float:
             steps.more("searching for the layers that break it")
-            agreements[restored] = switched.measure(restored, reference)
-            return agreements[restored].error.value
+            fidelities[in_fp32] = switchable.measure(in_fp32, fp32_outputs)
+            return fidelities[in_fp32].error.value
 
-        found = bisect_layers(switched.layers, error, target=target, most=most)
-    worst: list[Restored] = []
+        found = bisect_layers(switchable.layers, error, target=target, most=most)
+    worst: list[FaultyLayer] = []
     for index, step in enumerate(found.steps):
         graph, name = step.layer
-        beside = frozenset(each.layer for each in found.steps[: index + 1])
-        worst.append(Restored(name, graph, step.before, step.after, top1(agreements[beside])))
-    as_it_is = agreements[frozenset()]
+        in_fp32 = frozenset(each.layer for each in found.steps[: index + 1])
+        worst.append(FaultyLayer(name, graph, step.before, step.after, top1(fidelities[in_fp32])))
+    as_shipped = fidelities[frozenset()]
     steps.next("done")
     return Findings(
         manifest=manifest,
         variant=variant,
         data=data,
-        output=as_it_is.output,
-        layers=len(switched.layers),
+        output=as_shipped.output,
+        layers=len(switchable.layers),
         shipped=found.shipped,
-        agreement=top1(as_it_is),
+        agreement=top1(as_shipped),
         everything=found.everything,
         target=found.target,
         worst=tuple(worst),
@@ -168,19 +173,19 @@ def debug_accuracy(
 
 
 def integers_of(manifest: Manifest, variant: str) -> dict[str, str]:
-    """What a CPU session makes of the integers of each graph, by name, in a quantised bundle's ``variant``."""
+    """Return how a CPU session computes the integers of each graph, by name, in a quantised bundle's ``variant``."""
     return {
         file.graph.name: file.integers if file.integers and (variant == CPU or file.integers == BLOCKS) else SIMULATED
         for file in manifest.graphs
     }
 
 
-def top1(agreement: Fidelity) -> float | None:
-    return None if agreement.top1 is None else agreement.top1.value
+def top1(fidelity: Fidelity) -> float | None:
+    return None if fidelity.top1 is None else fidelity.top1.value
 
 
 def table_of(bundle: Bundle) -> RangeTable:
-    """The ranges that a quantised bundle was made by; they say how it was smoothed."""
+    """Return the table of ranges that a quantised bundle was made with, which says how it was smoothed."""
     if RANGES not in bundle.manifest.files:
         raise CalibrationError(
             f"{bundle.folder} has no {RANGES}, which says how its weights were smoothed before they were quantised. "
@@ -190,13 +195,13 @@ def table_of(bundle: Bundle) -> RangeTable:
 
 
 def held_out_samples(manifest: Manifest, data: Sequence[str]) -> tuple[Sequence[Sample], str] | None:
-    """What calibration did not see, and its name; None where nobody calibrated and the inputs of parity runs do.
+    """Return samples that calibration did not see, and their name; None for a bundle that was not calibrated.
 
     Raises CalibrationError where a quantised bundle needs the user's data.
     """
     source = str(manifest.source.get("checkpoint"))
     if data and not (manifest.quantization and scored_model(source, manifest.task)):
-        held_out = held_out_again(manifest, data)
+        held_out = held_out_part(manifest, data)
         return held_out.samples, held_out.name
     if source in REFERENCE_MODELS:
         return REFERENCE_MODELS[source].held_out(), f"held-out data of {source}"
@@ -209,7 +214,7 @@ def held_out_samples(manifest: Manifest, data: Sequence[str]) -> tuple[Sequence[
 
 
 def parity_samples(loaded: LoadedCheckpoint) -> tuple[list[Sample], str]:
-    """Rows of the passage and the photographs that parity is run on, for every graph that takes some."""
+    """Return rows of the passage and photographs of the parity inputs, for every graph that takes some."""
     made = parity_inputs(loaded.graphs, loaded.open_tokenizer(), loaded.preprocess)
     found: list[Sample] = []
     for graph in loaded.graphs:

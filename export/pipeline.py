@@ -36,8 +36,8 @@ from transom.export.parity.fp16_range import Ranges, measure_ranges, require_fp1
 from transom.export.parity.inputs import ParityInputs, parity_inputs
 from transom.export.parity.results import CaseResult, Golden, parity_to_json
 from transom.export.progress import Progress, ProgressReporter, silent
-from transom.export.quantization.options import PLAIN, QuantizeOptions
-from transom.export.quantization.quantize import Quantization
+from transom.export.quantization.options import DEFAULTS, QuantizeOptions
+from transom.export.quantization.quantize import QuantizationJob, quantize_model
 from transom.export.reference_models import score_both
 from transom.export.variants import Variants, check_file, emulated_variants, make_variants, open_variants
 from transom.runtime.errors import ExportError
@@ -119,7 +119,7 @@ def export(
     image_size: tuple[int, int] | None = None,
     ignore_unused: bool = False,
     force: bool = False,
-    quantize: QuantizeOptions = PLAIN,
+    quantize: QuantizeOptions = DEFAULTS,
     progress: Progress = silent,
 ) -> Manifest:
     """Export a checkpoint to a bundle at ``out`` whose outputs were compared with PyTorch's.
@@ -178,7 +178,7 @@ def check_options(precision: str, source: str, quantize: QuantizeOptions) -> Cal
         quantize.check(precision)
         data = open_calibration_data(quantize.data_for(source))
         return Calibration(data, None if quantize.ranges is None else load_table(quantize.ranges))
-    if quantize != PLAIN:
+    if quantize != DEFAULTS:
         raise ExportError(
             f"--precision is {precision}, which is not quantised, and an option for quantisation is given; leave it "
             "out, or choose --precision int8."
@@ -214,7 +214,7 @@ def quantize_graphs(
     variants = make_variants(traced.graphs, loaded.graphs, "fp32")
     files = {**variants.files, **tokenizer_files(loaded)}
     fp32 = StagedBundle.in_memory(manifest_fields(loaded, "fp32", variants), files, open_tokenizers(loaded))
-    made = Quantization(
+    job = QuantizationJob(
         fp32,
         traced.graphs,
         loaded.checkpoint.source,
@@ -224,7 +224,8 @@ def quantize_graphs(
         calibration.table,
         ParityCases(fp32.manifest, inputs),
         report,
-    ).run()
+    )
+    made = quantize_model(job)
     return Converted(made.variants, {RANGES: made.table.to_bytes()}, {"quantization": made.record})
 
 

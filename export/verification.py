@@ -15,9 +15,9 @@ from transom.export.parity.compare import Limit, check_greedy, check_parity
 from transom.export.parity.inputs import parity_inputs
 from transom.export.parity.results import CaseResult, Golden
 from transom.export.progress import Progress, ProgressReporter, silent
-from transom.export.quantization.candidate import gated
+from transom.export.quantization.candidate import gate_mode
+from transom.export.quantization.gate import Gate
 from transom.export.quantization.gate_result import GateResult
-from transom.export.quantization.quantize import gate_again
 from transom.export.variants import Variants, emulations, open_variants, pack, simulated
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import AccuracyError
@@ -122,11 +122,11 @@ def evaluate_again(
     manifest = ours.manifest
     assert manifest.quantization is not None
     source = str(manifest.source.get("checkpoint"))
-    gate = gate_again(source, theirs, data)
+    gate = Gate.of_bundle(source, theirs, data)
     if gate is None:
         return None
     reporter.more("measuring accuracy")
-    result = gate.evaluate(ours, gated(manifest.quantization["activations"].values()))
+    result = gate.evaluate(ours, gate_mode(manifest.quantization["activations"].values()))
     if not result.holds:
         raise AccuracyError(f"{manifest.name} in {manifest.precision}: {result.summary()}. Export it again.")
     return result

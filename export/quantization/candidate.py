@@ -1,9 +1,8 @@
-"""One calibration and one gate: quantised candidates are made and measured here."""
+"""Make and measure the quantised graphs of one calibration."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 
 import onnx_ir as ir
 
@@ -13,24 +12,27 @@ from transom.export.quantization.calibrate import smoothed
 from transom.export.quantization.fidelity import Fp32Outputs
 from transom.export.quantization.gate import Gate
 from transom.export.quantization.gate_result import GateResult
-from transom.export.quantization.quantizer import DYNAMIC, NONE, STATIC, Layer, QuantizationConfig, Quantizer
-from transom.export.quantization.switched import SwitchedBundle
+from transom.export.quantization.options import DYNAMIC, NONE, STATIC, QuantizationConfig
+from transom.export.quantization.quantizer import Layer, Quantizer
+from transom.export.quantization.switchable import SwitchableBundle
 from transom.export.variants import open_variants
 from transom.runtime.bundle import Bundle
-from transom.runtime.graph_spec import Graph
+from transom.runtime.loading import open_bundle
 from transom.runtime.session import LoadedBundle
-from transom.runtime.tasks import task_class
 
-RANKING_RUNS = 1000  # about as many as one verdict takes: samples times layers
-RANKING_SAMPLES = 8, 48  # fewest and most of them
+RANKING_RUNS = 1000  # samples times layers; one gate result takes about as many
+RANKING_SAMPLES = 8, 48  # fewest and most
 CPU, TENSORRT = "cpu", "default"  # variants, as bundle.json names them
-GATED = {STATIC: "static", DYNAMIC: "dynamic", NONE: "weight-only"}  # what the gate calls them
+GATE_MODES = {STATIC: "static", DYNAMIC: "dynamic", NONE: "weight-only"}  # what the gate calls ACTIVATIONS
 
 
 class Candidate:
-    """``bundle`` is in FP32; ``table`` holds ranges of its graphs ``canonical``, and smoothing.
+    """The quantised graphs of one calibration, with the gate that they are measured by.
 
-    ``half`` says whether everything but int8 is FP16 in the graphs for TensorRT.
+    ``bundle`` is in FP32; ``table`` holds ranges of its graphs ``canonical``, and smoothing. ``half`` says whether
+    everything but int8 is FP16 in the graphs for TensorRT.
+
+    gate_modes  how the gate calls the activations of each variant
     """
 
     def __init__(
@@ -44,7 +46,7 @@ class Candidate:
         half: bool,
     ) -> None:
         self._bundle, self._gate = bundle, gate
-        graphs: tuple[Graph, ...] = tuple(file.graph for file in bundle.manifest.graphs)
+        graphs = tuple(file.graph for file in bundle.manifest.graphs)
         smoothing = {name: table.graphs[name].smoothing for name in canonical}
         ranges = {
             name: {tensor: found.histogram for tensor, found in table.graphs[name].tensors.items()}
@@ -52,41 +54,41 @@ class Candidate:
         }
         self.quantizer = Quantizer(smoothed(canonical, smoothing), graphs, config, ranges, half=half)
         self._results: dict[tuple[str, frozenset[Layer]], GateResult] = {}
-        self.kinds = {CPU: gated(config.activations.values())}
+        self.gate_modes = {CPU: gate_mode(config.activations.values())}
         if not config.weights_only:
-            self.kinds[TENSORRT] = "static"
+            self.gate_modes[TENSORRT] = "static"
 
-    def evaluate(self, kind: str, kept: Collection[Layer]) -> GateResult:
-        """The variant ``kind``, with ``kept`` in higher precision, on everything that is held out."""
-        key = (kind, frozenset(kept))
+    def evaluate(self, variant: str, high_precision: Collection[Layer]) -> GateResult:
+        """Return the gate result of a variant with the layers ``high_precision`` not quantised, computed once."""
+        key = (variant, frozenset(high_precision))
         if key not in self._results:
-            with self.open_variant(kind, kept) as loaded:
-                self._results[key] = self._gate.evaluate(loaded, self.kinds[kind])
+            with self.open_variant(variant, high_precision) as loaded:
+                self._results[key] = self._gate.evaluate(loaded, self.gate_modes[variant])
         return self._results[key]
 
-    def errors_alone(self, reference: Fp32Outputs) -> Iterator[tuple[Layer, float]]:
-        """Each layer with the relative output error of the CPU's variant where it alone is quantised."""
+    def layer_errors(self, fp32_outputs: Fp32Outputs) -> Iterator[tuple[Layer, float]]:
+        """Yield each layer with the relative output error of the CPU's variant in which it alone is quantised."""
         quantizer = self.quantizer
-        with SwitchedBundle(self._bundle, quantizer.cpu(), quantizer.models, integers=quantizer.integers) as switched:
-            for layer in switched.layers:
-                restored = [other for other in switched.layers if other != layer]
-                yield layer, switched.measure(restored, reference).error.value
+        with SwitchableBundle(
+            self._bundle, quantizer.cpu(), quantizer.models, integers=quantizer.integers
+        ) as switchable:
+            for layer in switchable.layers:
+                others = [other for other in switchable.layers if other != layer]
+                yield layer, switchable.measure(others, fp32_outputs).error.value
 
-    @contextmanager
-    def open_variant(self, kind: str, kept: Collection[Layer]) -> Iterator[LoadedBundle]:
-        """A variant as the runtime would load it: the one for TensorRT rounds as a GPU would."""
-        made = self.quantizer.cpu_variant(kept) if kind == CPU else self.quantizer.tensorrt_variant(kept)
-        with open_variants(self._bundle, made) as loaded:
-            yield loaded
-
-
-def gated(modes: Collection[str]) -> str:
-    """The gate's word for graphs of several modes: that of the coarsest."""
-    return next(GATED[mode] for mode in (STATIC, DYNAMIC, NONE) if mode in modes)
+    def open_variant(self, variant: str, high_precision: Collection[Layer]) -> LoadedBundle:
+        """Load a variant as the runtime would; the one for TensorRT rounds as a GPU would."""
+        make = self.quantizer.cpu_variant if variant == CPU else self.quantizer.tensorrt_variant
+        return open_variants(self._bundle, make(high_precision))
 
 
-def ranking_reference(bundle: Bundle, samples: Sequence[Sample], name: str, layers: int) -> Fp32Outputs:
-    """FP32's answers on a few of the held-out samples: the fewer, the more layers there are to be ranked by them."""
+def gate_mode(activations: Collection[str]) -> str:
+    """Return how the gate calls graphs whose activations are quantised in several ways: by the coarsest."""
+    return next(GATE_MODES[mode] for mode in (STATIC, DYNAMIC, NONE) if mode in activations)
+
+
+def ranking_outputs(bundle: Bundle, samples: Sequence[Sample], name: str, layers: int) -> Fp32Outputs:
+    """Return FP32's outputs on a few of the held-out samples: the more ``layers`` are ranked by them, the fewer."""
     fewest, most = RANKING_SAMPLES
-    with task_class(bundle.manifest.family)(bundle) as fp32:
+    with open_bundle(bundle) as fp32:
         return Fp32Outputs(fp32, samples, name, most=min(most, max(fewest, RANKING_RUNS // max(layers, 1))))

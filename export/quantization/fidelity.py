@@ -1,7 +1,7 @@
-"""How far a quantised bundle is from FP32 on held-out samples: relative output error, top-1 agreement, perplexity.
+"""Compare a quantised bundle with FP32 on held-out samples: relative output error, top-1 agreement, perplexity.
 
-A score alone hides damage: a model may be wrong elsewhere and as often. Agreement counts every answer that changed,
-the relative error what changed below the answers.
+A score alone hides damage: a model may be wrong elsewhere and as often. Agreement counts every top-1 choice that
+changed, the relative error every change of the outputs.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from transom.export.metrics import Accuracy, Rate, Z
 from transom.runtime.errors import CalibrationError, ExportError
 from transom.runtime.session import LoadedBundle
 
-KEEP_BYTES = 256 << 20  # of FP32's outputs that are kept: 1,280 rows of GPT-2's logits, all there is of most tasks
+KEEP_BYTES = 256 << 20  # of FP32's outputs: 1,280 rows of GPT-2's logits, and all outputs of most tasks
 
 
 @dataclass(frozen=True)
 class RelativeError:
     """||ours - theirs|| / ||theirs||, Frobenius norms over all samples together.
 
-    ``differences`` and ``references`` are the squares of both, one of each per sample.
+    ``differences`` and ``references`` are the squared norms, one of each per sample.
     """
 
     differences: tuple[float, ...]
@@ -54,7 +54,7 @@ class RelativeError:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 % interval on other samples of this kind: of the ratio of squares, as in ``Rate``; None below two."""
+        """The 95 % interval on other samples of this kind: of the ratio of squares, as in ``Rate``; None below two."""
         n, ratio = self.n, self.value**2
         if n < 2 or not np.isfinite(ratio):
             return None
@@ -70,14 +70,14 @@ class RelativeError:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """A bundle beside FP32.
+    """The figures of a bundle beside FP32.
 
     top1        on how many cases both choose the same; None where the task chooses nothing
     embeds      whether that is the nearest other sample, of embeddings, and no answer of the task
-    output      what ``error`` is taken over
-    right       where the samples say what is true (the words in a text's gaps, the caption beside an image), the
-                fraction answered right, (FP32's, the bundle's)
-    nats        of decoders that go on from texts: negative log-probability per token in nats, (FP32's, the bundle's)
+    output      the names of the outputs that ``error`` is taken over
+    right       where the truth of the samples is known (the words in a text's gaps, the caption beside an image), the
+                accuracies (FP32's, the bundle's)
+    nats        of decoders that continue texts: negative log-probability per token in nats, (FP32's, the bundle's)
     """
 
     top1: Accuracy | None
@@ -89,13 +89,13 @@ class Fidelity:
 
 
 class Fp32Outputs:
-    """FP32's answers on held-out samples, computed once for all that is held against them.
+    """Cached FP32 outputs on the held-out set; candidates are scored against them.
 
     At most ``most`` samples are drawn (of CLIP images and as many texts); of tasks that answer at every token, four
-    times as many tokens are asked for. What FP32 chooses is kept of all; outputs, for the relative error, in float32
+    times as many tokens. The choices of FP32 are kept for all samples; its outputs, for the relative error, in float32
     until KEEP_BYTES are full. ``data`` is the held-out data's name. ``fp32`` is not needed afterwards. Raises
-    CalibrationError for no samples, one that does not fit the model, one on which FP32 is not finite, and a model that
-    answers the same whatever it is given.
+    CalibrationError for no samples, one that does not fit the model, one on which FP32 is not finite, and a model whose
+    output is the same for all samples.
     """
 
     def __init__(self, fp32: LoadedBundle, samples: Sequence[Sample], data: str, most: int = MAX_SAMPLES) -> None:
@@ -105,18 +105,18 @@ class Fp32Outputs:
         self._cases = family.cases(fp32, drawn(samples, most), TOKENS_PER_SAMPLE * most)
         self._kept: list[Outputs] = []
         self._values: list[Floats | None] = []
-        room = KEEP_BYTES
+        free = KEEP_BYTES
         varies = False
-        for answers in self._cases.run(fp32):
-            if not np.isfinite(answers.values).all():
+        for outputs in self._cases.run(fp32):
+            if not np.isfinite(outputs.values).all():
                 raise CalibrationError(
-                    f"held-out sample {answers.sample} gives values in FP32 that are not finite; nothing can be held "
-                    "against them. Leave it out, or check the checkpoint."
+                    f"held-out sample {outputs.sample} gives values in FP32 that are not finite; nothing can be "
+                    "compared with them. Leave it out, or check the checkpoint."
                 )
-            room -= answers.values.nbytes
-            self._kept.append(without_values(answers))
-            self._values.append(answers.values if room >= 0 or not self._values else None)
-            varies = varies or differs(answers.values, self._values[0])
+            free -= outputs.values.nbytes
+            self._kept.append(without_values(outputs))
+            self._values.append(outputs.values if free >= 0 or not self._values else None)
+            varies = varies or differs(outputs.values, self._values[0])
         if not self._kept:
             raise CalibrationError(
                 f"{data} has no held-out sample that this model answers; expected what it reads, texts of two tokens "
@@ -130,14 +130,14 @@ class Fp32Outputs:
         self._nearest = nearest_others(self._kept) if self._cases.top1 == NEIGHBOUR else None
 
     def compare(self, bundle: LoadedBundle) -> Fidelity:
-        """Ask ``bundle`` the same. An answer that is not finite agrees with nothing, and its error is infinite.
+        """Run ``bundle`` on the same cases. Outputs that are not finite agree with nothing; their error is infinite.
 
         Raises ExportError for a bundle of another family, task or vocabulary.
         """
         task = bundle.manifest.family, bundle.manifest.task
         if task != self._task:
             raise ExportError(
-                f"a bundle of {' for '.join(task)} is held against one of {' for '.join(self._task)}; expected the "
+                f"a bundle of {' for '.join(task)} is compared with one of {' for '.join(self._task)}; expected the "
                 "same. Quantise the FP32 bundle that it is compared with."
             )
         found: list[Outputs] = []
@@ -152,29 +152,28 @@ class Fp32Outputs:
                     references.append(0.0 if values is None else squares(values))
                 same.append(int((theirs.chosen == ours.chosen).all(1).sum()) if finite else 0)
                 found.append(without_values(ours))
-        cases = [len(answers.chosen) for answers in self._kept]
+        counts = [len(outputs.chosen) for outputs in self._kept]
         if self._nearest is not None and len(found) > 2:  # of two, each is the other's nearest
             same = (nearest_others(found) == self._nearest).astype(int).tolist()
-            cases = [1] * len(found)
-        cases_run = self._cases
+            counts = [1] * len(found)
         return Fidelity(
-            by_sample(f"same top-1 as FP32, {cases_run.counted}", self._data, self._kept, same, cases),
-            cases_run.top1 == NEIGHBOUR,
-            cases_run.output,
+            by_sample(f"same top-1 as FP32, {self._cases.counted}", self._data, self._kept, same, counts),
+            self._cases.top1 == NEIGHBOUR,
+            self._cases.output,
             RelativeError(tuple(differences), tuple(references)),
             (nats_rate(self._kept, self._data), nats_rate(found, self._data)) if found[0].nats else None,
             self._right(found),
         )
 
     def _right(self, found: Sequence[Outputs]) -> tuple[Accuracy, Accuracy] | None:
-        """FP32's and the bundle's; None unless the truth of every sample is known."""
+        """Return the accuracies of FP32 and of the bundle; None unless the truth of every sample is known."""
         sides = []
-        for answers in (self._kept, found):
-            counts = [answer.right for answer in answers if answer.right is not None]
-            if len(counts) < len(answers):
+        for outputs in (self._kept, found):
+            counts = [each.right for each in outputs if each.right is not None]
+            if len(counts) < len(outputs):
                 return None
             right, cases = zip(*counts, strict=True)
-            sides.append(by_sample(f"accuracy of {self._cases.counted}", self._data, answers, right, cases))
+            sides.append(by_sample(f"accuracy of {self._cases.counted}", self._data, outputs, right, cases))
         fp32, bundle = sides
         return None if fp32 is None or bundle is None else (fp32, bundle)
 
@@ -187,42 +186,42 @@ class Fp32Outputs:
 
 
 def by_sample(
-    name: str, data: str, answers: Sequence[Outputs], right: Sequence[int], cases: Sequence[int]
+    name: str, data: str, outputs: Sequence[Outputs], right: Sequence[int], cases: Sequence[int]
 ) -> Accuracy | None:
-    """A score over samples, the runs of a long text together; None without a case."""
+    """Return the accuracy over samples, the runs of a long text together; None without a case."""
     counts: dict[str, tuple[int, int]] = {}
-    for answer, correct, asked in zip(answers, right, cases, strict=True):
-        before = counts.get(answer.sample, (0, 0))
-        if asked:
-            counts[answer.sample] = before[0] + correct, before[1] + asked
+    for each, correct, n in zip(outputs, right, cases, strict=True):
+        before = counts.get(each.sample, (0, 0))
+        if n:
+            counts[each.sample] = before[0] + correct, before[1] + n
     if not counts:
         return None
     return Accuracy(name, data, *zip(*counts.values(), strict=True))
 
 
 def differs(values: Floats, first: Floats | None) -> bool:
-    """Whether a row of ``values`` (..., V) is another than the first row of ``first``."""
+    """Return whether any row of ``values`` (..., V) differs from the first row of ``first``."""
     if first is None or values.shape[-1:] != first.shape[-1:] or not first.size:
         return True
     width = first.shape[-1]
     return bool((values.reshape(-1, width) != first.reshape(-1, width)[0]).any())
 
 
-def without_values(answers: Outputs) -> Outputs:
-    return replace(answers, values=np.empty(0, np.float32))
+def without_values(outputs: Outputs) -> Outputs:
+    return replace(outputs, values=np.empty(0, np.float32))
 
 
 def squares(array: Floats) -> float:
-    """The sum of all squares, in FP64."""
+    """Return the sum of all squares, in FP64."""
     return float(np.square(array, dtype=np.float64).sum())
 
 
-def nearest_others(answers: Sequence[Outputs]) -> NDArray[np.int64]:
-    """Of each vector the index of the nearest other by cosine, (N,); -1 of one that is not finite.
+def nearest_others(outputs: Sequence[Outputs]) -> NDArray[np.int64]:
+    """Return the index of each vector's nearest other by cosine, (N,); -1 for one that is not finite.
 
     The lower index where two are as near.
     """
-    vectors = np.stack([answer.vector for answer in answers if answer.vector is not None])
+    vectors = np.stack([each.vector for each in outputs if each.vector is not None])
     broken = np.array([not np.isfinite(vector).all() for vector in vectors])
     vectors = np.where(broken[:, None], np.float32(0), vectors)
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -233,6 +232,6 @@ def nearest_others(answers: Sequence[Outputs]) -> NDArray[np.int64]:
     return np.where(broken, -1, cosines.argmax(1))
 
 
-def nats_rate(answers: Sequence[Outputs], data: str) -> Rate:
-    amounts, tokens = zip(*(answer.nats for answer in answers if answer.nats is not None), strict=True)
+def nats_rate(outputs: Sequence[Outputs], data: str) -> Rate:
+    amounts, tokens = zip(*(each.nats for each in outputs if each.nats is not None), strict=True)
     return Rate("nats per token", data, amounts, tokens)

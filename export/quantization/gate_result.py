@@ -1,4 +1,4 @@
-"""What a gate found: the figures of one quantised model beside FP32, what is judged of them, and repetitions pooled."""
+"""The result of an accuracy gate: one quantised model's figures beside FP32, the criterion, and pooled repetitions."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from transom.export.quantization.fidelity import RelativeError
 from transom.runtime.errors import ExportError
 
 SCORE, GROWTH, AGREEMENT, ERROR = "score", "perplexity", "agreement", "relative error"
-ENOUGH = 1000  # cases: of fewer, a point is less than ten of them
-INPUTS = 100  # that they are spread over: the tokens of a few texts say little of others
+ENOUGH_CASES = 1000  # of fewer, a point is less than ten of them
+ENOUGH_INPUTS = 100  # that they are spread over: the tokens of a few texts say little of others
 MOST_NATS = 700.0  # exp of more is no float
 
 Measured = Accuracy | Rate
@@ -24,13 +24,13 @@ Measured = Accuracy | Rate
 class GateResult:
     """Whether a quantised model stays within its gate, and every figure measured on the way.
 
-    criterion     what is judged: SCORE lost, GROWTH of perplexity, AGREEMENT lost, or ERROR
+    criterion     SCORE lost, GROWTH of perplexity, AGREEMENT lost, or ERROR
     allowed       the most of it: 0.01 is a point of a score, or one percent
-    score_fp32    the task score, or of GROWTH nats per token as a Rate; None where there is none
-    score_int8    the same of the quantised model
+    score_fp32    FP32's task score, or of GROWTH its nats per token as a Rate; None where there is none
+    score_int8    the quantised model's
     agreement     on how many held-out cases both choose the same; None of a regression
-    error         of the outputs
-    output        what ``error`` is taken over
+    error         relative error of the outputs
+    output        the names of those outputs
     repetitions   how many measurements are pooled here
     repeated      where cases are few: this one pooled with those of other calibrations; it has to hold as well
     """
@@ -47,7 +47,7 @@ class GateResult:
 
     @property
     def measure(self) -> str:
-        """What is judged, by its name: "zero-shot accuracy", "perplexity", ..."""
+        """The name of the criterion: "zero-shot accuracy", "perplexity", ..."""
         if self.criterion == SCORE and self.score_fp32 is not None:
             return self.score_fp32.name
         return {AGREEMENT: "same top-1 as FP32", ERROR: f"relative error of {self.output}"}.get(
@@ -56,7 +56,7 @@ class GateResult:
 
     @property
     def found(self) -> float:
-        """What is to be at most ``allowed``; infinite where the quantised model's outputs are not finite."""
+        """The value that may be at most ``allowed``; infinite where the quantised model's outputs are not finite."""
         if not isfinite(self.relative_error):
             return inf
         fp32, int8, top1 = self.score_fp32, self.score_int8, self.agreement
@@ -70,7 +70,7 @@ class GateResult:
 
     @property
     def n(self) -> int:
-        """Cases that ``found`` is taken over: of perplexity tokens, of the error samples."""
+        """How many cases ``found`` is taken over: of perplexity tokens, of the error samples."""
         if isinstance(self.score_fp32, Accuracy):
             return self.score_fp32.n
         if isinstance(self.score_fp32, Rate):
@@ -81,7 +81,7 @@ class GateResult:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 % interval of ``found``; None where one block of text or one sample is all there is."""
+        """The 95 % interval of ``found``; None of a single block of text or a single sample."""
         if not isfinite(self.found):
             return None
         fp32, int8, top1 = self.score_fp32, self.score_int8, self.agreement
@@ -104,8 +104,8 @@ class GateResult:
 
     @property
     def wanted(self) -> int:
-        """How many measurements as large as this one make ENOUGH cases of INPUTS inputs."""
-        return ceil(max(ENOUGH / max(self.n, 1), INPUTS / max(self.inputs, 1)))
+        """How many measurements as large as this one make ENOUGH_CASES cases of ENOUGH_INPUTS inputs."""
+        return ceil(max(ENOUGH_CASES / max(self.n, 1), ENOUGH_INPUTS / max(self.inputs, 1)))
 
     @property
     def holds(self) -> bool:
@@ -113,7 +113,7 @@ class GateResult:
 
     @property
     def broken(self) -> GateResult:
-        """Of a verdict that does not hold, the part that is to blame."""
+        """The part that does not hold of a result that does not hold: this one or ``repeated``."""
         return self if self.repeated is None or self.found > self.allowed else self.repeated
 
     @property
@@ -121,7 +121,7 @@ class GateResult:
         return self.error.value
 
     def to_json(self) -> dict[str, Any]:
-        """For bundle.json: every figure with its n and interval."""
+        """Return the result for bundle.json: every figure with its n and interval."""
         interval = self.interval
         return {
             "measure": self.measure,
@@ -150,15 +150,15 @@ class GateResult:
         }
 
     def summary(self) -> str:
-        """One line: what was judged and how it came out, then what else was measured."""
+        """Return one line: the criterion and its value, then the other figures."""
         n = f"n = {self.n}"
-        parts = [{SCORE: self._score_words, GROWTH: self._growth_words}.get(self.criterion, self._other_words)(n)]
+        parts = [{SCORE: self._score_summary, GROWTH: self._growth_summary}.get(self.criterion, self._other_summary)(n)]
         top1 = self.agreement
         if top1 is not None:
             low, high = top1.interval
-            what = top1.name.partition(", ")[2]
+            cases = top1.name.partition(", ")[2]
             parts.append(
-                f"agrees with FP32 in {top1.correct} of {top1.n} {what} (95 %: {100 * low:.1f} to {100 * high:.1f} %)"
+                f"agrees with FP32 in {top1.correct} of {top1.n} {cases} (95 %: {100 * low:.1f} to {100 * high:.1f} %)"
             )
         if self.criterion != ERROR:
             parts.append(f"relative error of {self.output} {self.relative_error:.2g}")
@@ -175,34 +175,34 @@ class GateResult:
             return f"{100 * self.found:+.2f} %"
         return f"{100 * self.found:.2f} points" if self.criterion == AGREEMENT else f"{self.found:.2g}"
 
-    def _score_words(self, n: str) -> str:
+    def _score_summary(self, n: str) -> str:
         before, after = (figure(score) for score in (self.score_fp32, self.score_int8))
         return f"{self.measure} {before} -> {after}, {self.amount} of {100 * self.allowed:.1f} allowed, {n}"
 
-    def _growth_words(self, n: str) -> str:
+    def _growth_summary(self, n: str) -> str:
         before, after = (figure(score) for score in (self.score_fp32, self.score_int8))
         return f"perplexity {before} -> {after}, {self.amount} of {100 * self.allowed:.1f} % allowed, {n} tokens"
 
-    def _other_words(self, n: str) -> str:
+    def _other_summary(self, n: str) -> str:
         if self.criterion == AGREEMENT:
             return f"{self.amount} of answers changed of {100 * self.allowed:.1f} allowed, {n}"
         return f"{self.measure} {self.amount} of {self.allowed:.2g} allowed, {n}"
 
 
 def pooled(results: Sequence[GateResult], *, same_inputs: bool) -> GateResult:
-    """One verdict over calibrations of one model on different samples.
+    """Pool the results of one model calibrated on different samples.
 
     Measured on the ``same_inputs`` each, every input counts once, with its mean; measured on different ones, their
-    cases add up. Raises ExportError for none, and for verdicts of different gates.
+    cases add up. Raises ExportError for no results, and for results of different gates.
     """
     if not results:
-        raise ExportError("there are no verdicts to pool; expected at least one.")
+        raise ExportError("there are no gate results to pool; expected at least one.")
     first = results[0]
     if any(
         (other.criterion, other.allowed, other.output) != (first.criterion, first.allowed, first.output)
         for other in results
     ):
-        raise ExportError("the verdicts are of different gates; pool those of one model and one precision.")
+        raise ExportError("the results are of different gates; pool those of one model and one precision.")
     return replace(
         first,
         score_fp32=together([each.score_fp32 for each in results], same_inputs),
@@ -217,7 +217,7 @@ def pooled(results: Sequence[GateResult], *, same_inputs: bool) -> GateResult:
 
 
 def together(measured: Sequence[Measured | None], same_inputs: bool) -> Measured | None:
-    """One measure of all; None where one is missing."""
+    """Pool one measure of all results; None where one is missing."""
     scores = [each for each in measured if isinstance(each, Accuracy)]
     rates = [each for each in measured if isinstance(each, Rate)]
     if len(scores) == len(measured):
@@ -238,14 +238,14 @@ def together(measured: Sequence[Measured | None], same_inputs: bool) -> Measured
 
 
 def per_input(columns: Sequence[Sequence[float]], same_inputs: bool) -> tuple[float, ...]:
-    """The means of what was measured on one input each time, or all of it, one behind the other."""
+    """Return the mean per input over the repetitions, or, of different inputs, all values one after another."""
     if not same_inputs:
         return tuple(chain(*columns))
     return tuple(sum(values) / len(columns) for values in zip(*columns, strict=True))
 
 
 def drop_interval(fp32: Accuracy, int8: Accuracy) -> tuple[float, float]:
-    """95 % interval of ``fp32`` minus ``int8``, two fractions over the same inputs.
+    """Return the 95 % interval of ``fp32`` minus ``int8``, two fractions over the same inputs.
 
     Agresti and Min's for matched pairs (2005, "Simple improved confidence intervals for comparing matched proportions",
     section 4): as if half a case more had gone each of the four ways, so that an interval is left where no answer
@@ -260,12 +260,12 @@ def drop_interval(fp32: Accuracy, int8: Accuracy) -> tuple[float, float]:
 
 
 def growth(nats: float) -> float:
-    """By what part the perplexity grows that gets ``nats`` per token more."""
+    """Return the relative growth of a perplexity of ``nats`` more per token."""
     return expm1(nats) if nats < MOST_NATS else inf  # NaN is no growth that any gate allows
 
 
 def growth_interval(fp32: Rate, int8: Rate) -> tuple[float, float] | None:
-    """95 % interval of the growth on other texts of this kind, the blocks paired; None for one block."""
+    """Return the 95 % interval of the growth on other texts of this kind, the blocks paired; None for one block."""
     if fp32.n < 2:
         return None
     more = tuple(after - before for after, before in zip(int8.amounts, fp32.amounts, strict=True))
@@ -274,7 +274,7 @@ def growth_interval(fp32: Rate, int8: Rate) -> tuple[float, float] | None:
 
 
 def figures(measured: Measured) -> dict[str, Any]:
-    """A score's figures; of nats per token the perplexity too."""
+    """Return a score's figures; of nats per token the perplexity too."""
     if isinstance(measured, Rate) and measured.n < 2:  # of one block no interval is known
         found: dict[str, Any] = {"value": measured.value, "interval": None}
     else:

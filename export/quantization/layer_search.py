@@ -1,4 +1,4 @@
-"""Which layers can be integers: ranked by what each costs, kept in higher precision one by one until the gate holds."""
+"""Search the layers that have to stay in high precision: ranked by the error that each adds, until the gate holds."""
 
 from __future__ import annotations
 
@@ -14,16 +14,22 @@ from transom.export.quantization.gate_result import MOST_NATS, GateResult, poole
 from transom.export.quantization.quantizer import Layer
 from transom.runtime.errors import AccuracyError
 
-MOST_KEPT = 0.5  # of the weights in linear layers: with more in higher precision it is no quantised model
+MAX_HIGH_PRECISION = 0.5  # of the weights in linear layers: with more in high precision it is no quantised model
 SHOWN = 5  # layers in a message
 CURVE = (0.25, 0.5, 0.75)  # of the layers quantised, between none and all
 
 
 @dataclass(frozen=True)
 class LayerSearchResult:
-    """``kept`` stay in higher precision; ``results`` are those of what ships, by variant."""
+    """The layers that stay in high precision, and the gate results of the graphs that ship.
 
-    kept: tuple[Layer, ...]
+    why            why each of them does
+    sensitivities  of all layers: relative output error where that layer alone is quantised
+    results        by variant
+    curve          error and score by how many layers are quantised, as bundle.json records it
+    """
+
+    high_precision: tuple[Layer, ...]
     why: Mapping[Layer, str]
     sensitivities: Mapping[Layer, float]
     results: Mapping[str, GateResult]
@@ -32,78 +38,88 @@ class LayerSearchResult:
 
 def search_layers(
     candidates: Sequence[Candidate],
-    reference: Fp32Outputs,
+    fp32_outputs: Fp32Outputs,
     *,
     gate: bool,
     same_inputs: bool,
-    tell: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> LayerSearchResult:
-    """Rank the layers of the first candidate, which ships, and keep as few as the gate allows.
+    """Rank the layers of the first candidate, which ships; leave as few in high precision as the gate allows.
 
     The gate has to hold for what ships and, where there are other candidates, for all of them pooled; ``same_inputs``
-    says whether they are measured on the same inputs. Without ``gate`` nothing is kept and the result is recorded all
-    the same.
-    Raises AccuracyError when half of the weights are kept and the gate still does not hold.
+    says whether they are measured on the same inputs. Without ``gate`` all layers are quantised, and the result is
+    recorded all the same. Raises AccuracyError where half of the weights are in high precision and the gate still does
+    not hold.
     """
-    quantizer = candidates[0].quantizer
+    first, quantizer = candidates[0], candidates[0].quantizer
     sensitivities = {}
-    for layer, error in candidates[0].errors_alone(reference):
-        tell("ranking layers by what quantising each costs")
+    for layer, error in first.layer_errors(fp32_outputs):
+        report("ranking layers by what quantising each costs")
         sensitivities[layer] = error
     order = sorted(quantizer.layers, key=lambda layer: -sensitivities[layer])
-    budget = MOST_KEPT * sum(quantizer.sizes.values())
-    kept: list[Layer] = []
+    budget = MAX_HIGH_PRECISION * sum(quantizer.sizes.values())
+    high_precision: list[Layer] = []
     why: dict[Layer, str] = {}
     while True:
         results = {
-            kind: evaluate_candidates(candidates, kind, kept, tell, same_inputs=same_inputs)
-            for kind in candidates[0].kinds
+            variant: evaluate_all(candidates, variant, high_precision, report, same_inputs=same_inputs)
+            for variant in first.gate_modes
         }
         broken = [result.broken for result in results.values() if not result.holds]
         if not broken or not gate:
             break
-        budget -= quantizer.sizes[order[len(kept)]] if len(kept) < len(order) else budget + 1
+        tried = len(high_precision)
+        budget -= quantizer.sizes[order[tried]] if tried < len(order) else budget + 1
         if budget < 0:
-            raise AccuracyError(refusal(broken[0], order, sensitivities, len(kept)))
-        kept.append(order[len(kept)])
-        why[kept[-1]] = f"{broken[0].measure}: {broken[0].found:.3g} lost without it, {broken[0].allowed:g} allowed"
-    return LayerSearchResult(
-        tuple(kept), why, sensitivities, results, curve(candidates[0], order, kept, results[CPU], tell)
-    )
+            raise AccuracyError(refusal(broken[0], order, sensitivities, tried))
+        high_precision.append(order[tried])
+        why[order[tried]] = f"{broken[0].measure}: {broken[0].found:.3g} lost without it, {broken[0].allowed:g} allowed"
+    curve = error_curve(first, order, high_precision, results[CPU], report)
+    return LayerSearchResult(tuple(high_precision), why, sensitivities, results, curve)
 
 
-def evaluate_candidates(
-    candidates: Sequence[Candidate], kind: str, kept: Sequence[Layer], tell: Callable[[str], None], *, same_inputs: bool
+def evaluate_all(
+    candidates: Sequence[Candidate],
+    variant: str,
+    high_precision: Sequence[Layer],
+    report: Callable[[str], None],
+    *,
+    same_inputs: bool,
 ) -> GateResult:
-    """The verdict of the first candidate, beside it what it is together with the others."""
+    """Return the gate result of the first candidate, with that of all candidates pooled as its ``repeated``."""
     results = []
     for candidate in candidates:
-        tell(f"measuring accuracy, {len(kept)} layers kept" if kept else "measuring accuracy")
-        results.append(candidate.evaluate(kind, kept))
+        kept = len(high_precision)
+        report(f"measuring accuracy, {kept} layers in high precision" if kept else "measuring accuracy")
+        results.append(candidate.evaluate(variant, high_precision))
     if len(results) == 1:
         return results[0]
     return replace(results[0], repeated=pooled(results, same_inputs=same_inputs))
 
 
-def curve(
-    candidate: Candidate, order: Sequence[Layer], kept: Sequence[Layer], final: GateResult, tell: Callable[[str], None]
+def error_curve(
+    candidate: Candidate,
+    order: Sequence[Layer],
+    high_precision: Sequence[Layer],
+    final: GateResult,
+    report: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Error and score against how many layers are quantised, the least sensitive first."""
-    counts = sorted({round(share * len(order)) for share in CURVE} - {0, len(order), len(order) - len(kept)})
+    """Measure error and score by how many layers are quantised, the least sensitive first."""
+    layers, shipped = len(order), len(order) - len(high_precision)
     points: list[dict[str, Any]] = [
-        {"quantized": 0, "layers": len(order), "relative_error": 0.0, "score": score_of(final.score_fp32)}
+        {"quantized": 0, "layers": layers, "relative_error": 0.0, "score": score_of(final.score_fp32)}
     ]
-    for count in counts:
-        tell("measuring the curve")
-        points.append(point(candidate.evaluate(CPU, order[: len(order) - count]), count, len(order)))
-    points.append(point(final, len(order) - len(kept), len(order)))
-    if kept:
-        tell("measuring the curve")
-        points.append(point(candidate.evaluate(CPU, ()), len(order), len(order)))
+    for count in sorted({round(share * layers) for share in CURVE} - {0, layers, shipped}):
+        report("measuring the curve")
+        points.append(curve_point(candidate.evaluate(CPU, order[: layers - count]), count, layers))
+    points.append(curve_point(final, shipped, layers))
+    if high_precision:
+        report("measuring the curve")
+        points.append(curve_point(candidate.evaluate(CPU, ()), layers, layers))
     return sorted(points, key=lambda each: each["quantized"])
 
 
-def point(result: GateResult, quantized: int, layers: int) -> dict[str, Any]:
+def curve_point(result: GateResult, quantized: int, layers: int) -> dict[str, Any]:
     return {
         "quantized": quantized,
         "layers": layers,
@@ -113,16 +129,17 @@ def point(result: GateResult, quantized: int, layers: int) -> dict[str, Any]:
 
 
 def score_of(measured: Any) -> float | None:
-    """As the gate tells it: a fraction, or a perplexity."""
+    """Return a score as the gate reports it: a fraction, or a perplexity."""
     if measured is None:
         return None
     return exp(min(measured.value, MOST_NATS)) if isinstance(measured, Rate) else float(measured.value)
 
 
-def refusal(result: GateResult, order: Sequence[Layer], sensitivities: Mapping[Layer, float], kept: int) -> str:
+def refusal(result: GateResult, order: Sequence[Layer], sensitivities: Mapping[Layer, float], tried: int) -> str:
+    """Return the message of the AccuracyError: what was lost, with how many layers, and the most sensitive ones."""
     worst = ", ".join(f"{name} ({sensitivities[graph, name]:.2g})" for graph, name in order[:SHOWN])
     return (
-        f"{result.summary()}, with {kept} of {len(order)} layers kept in higher precision; more than half of the "
+        f"{result.summary()}, with {tried} of {len(order)} layers in high precision; more than half of the "
         f"weights would have to be. Most sensitive: {worst}. Nothing was written. Try more calibration data like what "
         "the model will see, another --method, --activations dynamic, or a wider precision."
     )

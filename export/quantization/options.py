@@ -1,40 +1,64 @@
-"""What a user may say about quantisation, and what it means where nothing is said."""
+"""The user's options for quantisation, and the configuration that they stand for."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from transom.calib.scales import BLOCKS, METHODS
 from transom.export.passes.qdq_static import OPTIONAL_SITES
-from transom.export.quantization.quantizer import ACTIVATIONS, DYNAMIC, NONE, STATIC, QuantizationConfig
 from transom.export.reference_models import REFERENCE_MODELS
 from transom.runtime.errors import ExportError
 from transom.runtime.feeds import is_decoder
 from transom.runtime.graph_spec import Graph
 
-WEIGHT_BITS, BLOCK_SIZE = 8, 32  # where nothing is said
+STATIC, DYNAMIC, NONE = "static", "dynamic", "none"  # how activations are quantised; "none": weights alone
+ACTIVATIONS = (STATIC, DYNAMIC, NONE)
+METHOD, WEIGHT_BITS, BLOCK_SIZE = "mse", 8, 32  # by default
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """How to quantise the graphs of a model.
+
+    activations     one of ACTIVATIONS by graph
+    method          how clip ranges are chosen, one of calib.scales.METHODS
+    weight_bits     8, 7 (of 8, for CPUs whose products saturate) or 4, the last with activations "none" alone
+    block_size      how many weights along K share a scale where activations are "none"
+    optional_sites  further activations to quantise, some of OPTIONAL_SITES
+    """
+
+    activations: Mapping[str, str]
+    method: str = METHOD
+    weight_bits: int = WEIGHT_BITS
+    block_size: int = BLOCK_SIZE
+    optional_sites: tuple[str, ...] = ()
+
+    @property
+    def weights_only(self) -> bool:
+        return set(self.activations.values()) == {NONE}
 
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """``activations``, ``weight_bits`` and ``block_size`` are None where nothing was said: see ``config``.
+    """The options as given: ``activations``, ``weight_bits`` and ``block_size`` are None by default, see ``config``.
 
-    ``ranges`` is a table that was made before, in place of data.
+    ``optional_sites`` is --also, ``ranges`` a table of ranges that stands in for calibration.
     """
 
     calibration_data: tuple[str, ...] = ()
-    method: str = "mse"
+    method: str = METHOD
     smooth: bool = True
     activations: str | None = None
     weight_bits: int | None = None
     block_size: int | None = None
-    extras: tuple[str, ...] = ()
+    optional_sites: tuple[str, ...] = ()
     ranges: Path | None = None
     gate: bool = True
 
     def data_for(self, source: str) -> tuple[str, ...]:
-        """What to calibrate on. Raises ExportError where a model that is not ours comes without data."""
+        """Return the names or files of calibration data. Raises ExportError where none is given and none is known."""
         if self.calibration_data:
             return self.calibration_data
         if source in REFERENCE_MODELS:
@@ -51,37 +75,38 @@ class QuantizeOptions:
         )
 
     def check(self, precision: str) -> None:
-        """Raises ExportError for values and combinations that mean nothing, whatever the model."""
+        """Raise ExportError for values and combinations that are invalid for every model."""
         for what, value, known in (
             ("--method", self.method, METHODS),
             ("--activations", self.activations or STATIC, ACTIVATIONS),
             ("--weight-bits", self.weight_bits or WEIGHT_BITS, (8, 7)),
             ("--block-size", self.block_size or BLOCK_SIZE, BLOCKS),
-            *(("--also", extra, OPTIONAL_SITES) for extra in self.extras),
+            *(("--also", site, OPTIONAL_SITES) for site in self.optional_sites),
         ):
             if value not in known:
                 raise ExportError(f"{what} is {value!r}; expected one of {', '.join(map(str, known))}.")
-        if precision == "int4" and (self.activations not in (None, NONE) or self.weight_bits or self.extras):
+        if precision == "int4" and (self.activations not in (None, NONE) or self.weight_bits or self.optional_sites):
             raise ExportError(
                 "--precision int4 is of weights alone; leave out --activations, --weight-bits and --also, or "
                 "choose --precision int8."
             )
-        weights_alone = precision == "int4" or self.activations == NONE
-        if weights_alone and self.weight_bits:
+        weights_only = precision == "int4" or self.activations == NONE
+        if weights_only and self.weight_bits:
             raise ExportError(
                 f"--weight-bits is {self.weight_bits}, and --activations none stores weights in blocks of 8 bits, "
                 "whose products never saturate; leave it out, or choose --activations static or dynamic."
             )
-        if self.block_size and not weights_alone:
+        if self.block_size and not weights_only:
             raise ExportError(
                 f"--block-size is {self.block_size}, and weights in blocks are for weights alone; leave it out, or "
                 "choose --activations none or --precision int4."
             )
 
     def config(self, precision: str, graphs: tuple[Graph, ...]) -> QuantizationConfig:
-        """For "int8": static for encoders, dynamic for decoders, whose steps have few rows. For "int4": weights only.
+        """Return the configuration for ``graphs``.
 
-        Raises ExportError as ``check`` does, and where --also has nothing to work on.
+        For "int8", by default, static activations in encoders and dynamic ones in decoders, whose steps have few rows;
+        for "int4" weights alone. Raises ExportError as ``check`` does, and where --also has nothing to work on.
         """
         self.check(precision)
         if precision == "int4":
@@ -89,10 +114,10 @@ class QuantizeOptions:
                 {graph.name: NONE for graph in graphs}, self.method, 4, self.block_size or BLOCK_SIZE
             )
         modes = {graph.name: self.activations or (DYNAMIC if is_decoder(graph) else STATIC) for graph in graphs}
-        if self.extras and STATIC not in modes.values():
+        if self.optional_sites and STATIC not in modes.values():
             raise ExportError("--also needs ranges fixed beforehand; choose --activations static, or leave it out.")
         bits, block_size = self.weight_bits or WEIGHT_BITS, self.block_size or BLOCK_SIZE
-        return QuantizationConfig(modes, self.method, bits, block_size, self.extras)
+        return QuantizationConfig(modes, self.method, bits, block_size, self.optional_sites)
 
 
-PLAIN = QuantizeOptions()  # nothing was said
+DEFAULTS = QuantizeOptions()

@@ -1,9 +1,8 @@
-"""From FP32 graphs and ranges to quantised graphs: one set of weights and ranges, a variant per target."""
+"""Make quantised graphs of FP32 graphs and their ranges: one set of weights and ranges, a variant per target."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
@@ -13,46 +12,28 @@ from transom.calib.quantized_weights import QuantizedWeights
 from transom.calib.scales import Scale, activation_scale, clip_range
 from transom.export.passes.fp16_embeddings import fp16_embeddings
 from transom.export.passes.half_precision import convert_precision
-from transom.export.passes.linear_layers import find_linears
+from transom.export.passes.linear_layers import Linear, find_linears
 from transom.export.passes.qdq_dynamic import quantize_dynamic
 from transom.export.passes.qdq_static import optional_sites, quantize_static
 from transom.export.passes.weight_only import quantize_weights
+from transom.export.quantization.options import DYNAMIC, NONE, QuantizationConfig
 from transom.export.variants import Variants, emulations, pack, simulated, state_names, with_integers
 from transom.runtime.graph_spec import Graph
 from transom.runtime.manifest_graphs import BLOCKS, PRODUCTS
 
-STATIC, DYNAMIC, NONE = "static", "dynamic", "none"
-ACTIVATIONS = (STATIC, DYNAMIC, NONE)
 SMALLEST_FP16_SCALE = 2.0**-14  # the smallest normal number: a scale below it would lose digits, or vanish
 
 Layer = tuple[str, str]  # graph, name of the linear layer
 
 
-@dataclass(frozen=True)
-class QuantizationConfig:
-    """How to quantise. ``activations`` is a mode of ACTIVATIONS by graph.
-
-    ``weight_bits`` is 8, 7 (of 8, for CPUs whose products saturate) or 4, the last with activations "none"
-    alone; ``block_size`` is how many weights along K share a scale where activations are "none". ``extras`` are
-    of export.passes.qdq_static.
-    """
-
-    activations: Mapping[str, str]
-    method: str = "mse"
-    weight_bits: int = 8
-    block_size: int = 32
-    extras: tuple[str, ...] = ()
-
-    @property
-    def weights_only(self) -> bool:
-        return set(self.activations.values()) == {NONE}
-
-
 class Quantizer:
-    """Makes quantised graphs of FP32 ones, with any of their layers kept as they are.
+    """Makes quantised graphs of FP32 ones, with any of their layers left in high precision.
 
     ``models`` are FP32, smoothed where they are to be, and are not changed; ``ranges`` are the histograms of
     their tensors, by graph and name. ``half`` says whether the graphs for TensorRT are in FP16 beside int8.
+
+    layers  the linear layers of all graphs, in their order
+    sizes   how many weights each layer has
     """
 
     def __init__(
@@ -68,17 +49,15 @@ class Quantizer:
         self._half = half
         self._weights = {name: QuantizedWeights(config.weight_bits) for name in models}
         self._scales: dict[bool, dict[str, dict[str, Scale]]] = {}
-        self.layers: list[Layer] = [
-            (name, linear.name) for name, model in models.items() for linear in find_linears(model)
-        ]
-        self.sizes = {
+        self.sizes: dict[Layer, int] = {
             (name, linear.name): linear.kernel_shape[0] * linear.kernel_shape[1]
             for name, model in models.items()
             for linear in find_linears(model)
         }
+        self.layers: list[Layer] = [*self.sizes]
 
     def scales(self, *, signed: bool) -> dict[str, dict[str, Scale]]:
-        """Scales of all observed tensors, by graph and name."""
+        """Return the scales of all activations that have ranges, by graph and name."""
         if signed not in self._scales:
             self._scales[signed] = {
                 graph: {name: self._scale(histogram, signed=signed) for name, histogram in found.items()}
@@ -93,75 +72,70 @@ class Quantizer:
             return Scale(max(scale.scale, SMALLEST_FP16_SCALE), scale.zero_point)
         return scale
 
-    def cpu(self, kept: Collection[Layer] = ()) -> dict[str, ir.Model]:
-        """The graphs for ONNX Runtime's CPU, by name."""
+    def cpu(self, high_precision: Collection[Layer] = ()) -> dict[str, ir.Model]:
+        """Return the graphs for ONNX Runtime's CPU, by name."""
         models = {}
         for graph in self._graphs:
             model = self.models[graph.name].clone()
-            linears = [linear for linear in find_linears(model) if (graph.name, linear.name) not in kept]
+            linears = self._linears(graph.name, model, high_precision)
             weights, mode = self._weights[graph.name], self.config.activations[graph.name]
             if mode == NONE:
                 quantize_weights(model, linears, weights, self._block_bits, self.config.block_size)
             elif mode == DYNAMIC:
                 quantize_dynamic(model, linears, weights)
             else:
-                sites = optional_sites(model, self.config.extras)
-                quantize_static(
-                    model, linears, weights, self.scales(signed=False)[graph.name], signed=False, sites=sites
-                )
+                self._quantize_static(graph.name, model, linears, signed=False)
             fp16_embeddings(model)
             models[graph.name] = model
         return models
 
-    @property
-    def _block_bits(self) -> int:
-        return 4 if self.config.weight_bits == 4 else 8
-
-    def tensorrt(self, kept: Collection[Layer] = ()) -> dict[str, ir.Model]:
-        """The graphs for TensorRT, by name: int8 with symmetric scales, everything else in FP16."""
+    def tensorrt(self, high_precision: Collection[Layer] = ()) -> dict[str, ir.Model]:
+        """Return the graphs for TensorRT, by name: int8 with symmetric scales, everything else in FP16."""
         models = {}
         for graph in self._graphs:
             model = self.models[graph.name].clone()
-            linears = [linear for linear in find_linears(model) if (graph.name, linear.name) not in kept]
-            sites = optional_sites(model, self.config.extras)
-            quantize_static(
-                model,
-                linears,
-                self._weights[graph.name],
-                self.scales(signed=True)[graph.name],
-                signed=True,
-                sites=sites,
-            )
+            self._quantize_static(graph.name, model, self._linears(graph.name, model, high_precision), signed=True)
             if self._half:
                 convert_precision(model, "fp16", state_names(graph))
             models[graph.name] = model
         return models
 
-    def variants(self, kept: Collection[Layer] = ()) -> Variants:
-        """Everything that ships."""
-        cpu = self.cpu(kept)
+    def _linears(self, graph: str, model: ir.Model, high_precision: Collection[Layer]) -> list[Linear]:
+        return [linear for linear in find_linears(model) if (graph, linear.name) not in high_precision]
+
+    def _quantize_static(self, graph: str, model: ir.Model, linears: list[Linear], *, signed: bool) -> None:
+        scales, sites = self.scales(signed=signed)[graph], optional_sites(model, self.config.optional_sites)
+        quantize_static(model, linears, self._weights[graph], scales, signed=signed, sites=sites)
+
+    @property
+    def _block_bits(self) -> int:
+        return 4 if self.config.weight_bits == 4 else 8
+
+    def variants(self, high_precision: Collection[Layer] = ()) -> Variants:
+        """Return everything that ships."""
+        cpu = self.cpu(high_precision)
         if self.config.weights_only:
             return pack(self._graphs, cpu, "float32")
-        models = self.tensorrt(kept)
+        models = self.tensorrt(high_precision)
         state = "float16" if self._half else "float32"
         return simulated(pack(self._graphs, models, state, cpu=cpu, emulated=emulations(models)))
 
-    def cpu_variant(self, kept: Collection[Layer] = ()) -> Variants:
-        """The graphs for ONNX Runtime's CPU alone, to be measured."""
-        return with_integers(pack(self._graphs, self.cpu(kept), "float32"), self.integers)
+    def cpu_variant(self, high_precision: Collection[Layer] = ()) -> Variants:
+        """Return the graphs for ONNX Runtime's CPU alone, to be measured."""
+        return with_integers(pack(self._graphs, self.cpu(high_precision), "float32"), self.integers)
 
-    def tensorrt_variant(self, kept: Collection[Layer] = ()) -> Variants:
-        """The graphs for TensorRT alone, to be measured on a CPU: every FP16 tensor rounded as a GPU would round it."""
-        return simulated(pack(self._graphs, emulations(self.tensorrt(kept)), "float32"))
+    def tensorrt_variant(self, high_precision: Collection[Layer] = ()) -> Variants:
+        """Return the graphs for TensorRT alone, to be measured on a CPU: FP16 is rounded as a GPU would round it."""
+        return simulated(pack(self._graphs, emulations(self.tensorrt(high_precision)), "float32"))
 
     @property
     def integers(self) -> dict[str, str]:
-        """What a CPU session makes of the integers of each graph for the CPU."""
+        """How a CPU session computes the integers of each graph for the CPU."""
         return {name: BLOCKS if mode == NONE else PRODUCTS for name, mode in self.config.activations.items()}
 
 
-def observed_tensors(model: ir.Model, config: QuantizationConfig) -> list[str]:
-    """Names of the activations whose ranges the recipe needs of this FP32 graph."""
+def calibrated_tensors(model: ir.Model, config: QuantizationConfig) -> list[str]:
+    """Return the names of the activations of an FP32 graph whose ranges ``config`` needs."""
     values: list[Any] = [linear.activation for linear in find_linears(model)]
-    values += [node.inputs[index] for node, index in optional_sites(model, config.extras)]
+    values += [node.inputs[index] for node, index in optional_sites(model, config.optional_sites)]
     return list(dict.fromkeys(str(value.name) for value in values))

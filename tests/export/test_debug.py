@@ -247,7 +247,7 @@ def test_what_cannot_be_examined_is_refused(vit_bundle: Path, int8_bundle: Path,
     elsewhere = changed_bundle(int8_bundle, tmp_path / "else", lambda words: words["source"].update(gone))
     with pytest.raises(CalibrationError, match="Give --calibration-data what it was calibrated on"):
         debug_accuracy(elsewhere)
-    with pytest.raises(CalibrationError, match="was calibrated on digits; what is given now makes digits"):
+    with pytest.raises(CalibrationError, match="was calibrated on digits; the data given now makes digits"):
         debug_accuracy(elsewhere, calibration_data=["digits"])  # all of them: none was held out
 
     def moves(words: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from tiny_graphs import graph_of
 from transom.export import bundle_writer as bundle_module
 from transom.export import pipeline
 from transom.export import staging as leftovers
-from transom.export.bundle_graphs import inside
+from transom.export.bundle_graphs import load_external
 from transom.export.bundle_writer import BundleWriter, add_to_bundle, check_out, new_bundle, write_manifest
 from transom.export.checkpoint import reload_checkpoint
 from transom.export.parity.backends import open_default_files
@@ -355,9 +355,9 @@ def test_weights_lie_inside_their_file(offset: int, length: int) -> None:
     def external(start: int, size: int) -> ir.ExternalTensor:
         return ir.ExternalTensor("w", start, size, ir.DataType.FLOAT, shape=ir.Shape([4]), name="w", base_dir="")
 
-    assert inside(external(4, 16), bytes(20)).numpy().tolist() == [0, 0, 0, 0]
+    assert load_external(external(4, 16), bytes(20)).numpy().tolist() == [0, 0, 0, 0]
     with pytest.raises(BundleError, match="the weight w lies beyond the end of the weights"):
-        inside(external(offset, length), bytes(20))
+        load_external(external(offset, length), bytes(20))
 
 
 def test_the_stages_of_an_export_are_all_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

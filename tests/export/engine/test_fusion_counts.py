@@ -26,7 +26,7 @@ from transom.export.engine.profiles import profiles_of
 from transom.export.engine.targets import find_targets
 from transom.export.engine.trt_graphs import tensorrt_graphs
 from transom.export.quantization.calibrate import calibrate
-from transom.export.quantization.options import PLAIN
+from transom.export.quantization.options import DEFAULTS
 from transom.export.quantization.quantizer import Quantizer
 from transom.export.reference_models import REFERENCE_MODELS
 from transom.export.variants import Variants, make_variants
@@ -105,9 +105,10 @@ def variants_of(bundle: Bundle, family: str, precision: str) -> Variants:
     canonical, graphs = canonical_graphs(bundle), tuple(file.graph for file in bundle.manifest.graphs)
     if precision != "int8":
         return make_variants(canonical, graphs, precision)
-    data, config = open_calibration_data((REFERENCE_MODELS[family].calibration_set,)), PLAIN.config(precision, graphs)
+    data = open_calibration_data((REFERENCE_MODELS[family].calibration_set,))
+    config = DEFAULTS.config(precision, graphs)
     few = replace(data, samples=data.samples[:MIN_SAMPLES], entries=data.entries[:MIN_SAMPLES])
-    table = calibrate(bundle, canonical, config, few, smooth=False, tell=lambda _: None)
+    table = calibrate(bundle, canonical, config, few, smooth=False, report=lambda _: None)
     ranges = {
         name: {tensor: found.histogram for tensor, found in graph.tensors.items()}
         for name, graph in table.graphs.items()

@@ -133,7 +133,7 @@ def test_options_of_quantisation_need_a_quantised_precision(
 def test_combinations_that_mean_nothing(tmp_path: Path) -> None:
     said = refused("vit", tmp_path / "out", ExportError, precision="int4", activations="static")
     assert "--precision int4 is of weights alone" in said
-    said = refused("vit", tmp_path / "out", ExportError, activations="dynamic", extras=("attention",))
+    said = refused("vit", tmp_path / "out", ExportError, activations="dynamic", optional_sites=("attention",))
     assert "--also needs ranges fixed beforehand" in said
 
 
@@ -174,7 +174,7 @@ def test_tables_that_are_not_of_this_model(int8_bundle: Path, tmp_path: Path) ->
         (tmp_path, "is no"),
     ]:
         assert told in refused("vit", out, ranges=path), path
-    said = refused("vit", out, ranges=int8_bundle / RANGES, extras=("attention",))
+    said = refused("vit", out, ranges=int8_bundle / RANGES, optional_sites=("attention",))
     assert "which is to be quantised. Leave out --also" in said
 
 

@@ -140,7 +140,7 @@ def test_fp32_that_is_not_finite_is_refused(vit_bundle: Path) -> None:
 def test_another_task_is_refused(vit_bundle: Path, bert_bundle: Path) -> None:
     with opened(vit_bundle) as vit, opened(bert_bundle) as bert:
         reference = Fp32Outputs(vit, REFERENCE_MODELS["vit"].held_out()[:2], "scans")
-        with pytest.raises(ExportError, match=r"bert for feature-extraction is held against .* vit for image-class"):
+        with pytest.raises(ExportError, match=r"bert for feature-extraction is compared with .* vit for image-class"):
             reference.compare(bert)
 
 

@@ -15,8 +15,8 @@ import pytest
 from transom.export.families.base import export_family
 from transom.export.metrics import Accuracy, Rate
 from transom.export.quantization.fidelity import Fidelity, RelativeError
-from transom.export.quantization.gate import Gate, gate_result, per_token, pooled
-from transom.export.quantization.gate_result import GateResult, drop_interval, growth_interval
+from transom.export.quantization.gate import Gate, gate_result, per_token
+from transom.export.quantization.gate_result import GateResult, drop_interval, growth_interval, pooled
 from transom.export.reference_models import REFERENCE_MODELS
 from transom.export.scores import bits_per_byte
 from transom.runtime import load
@@ -193,7 +193,7 @@ def test_repetitions_on_other_inputs_add_up() -> None:
     grown = [judged("gpt", "static", ALIKE, (nats(300), nats(after))) for after in (303, 309)]
     assert pooled(grown, same_inputs=False).found == pytest.approx(np.exp(0.06) - 1)
     assert pooled(grown, same_inputs=False).interval is not None
-    with pytest.raises(ExportError, match="no verdicts"):
+    with pytest.raises(ExportError, match="no gate results"):
         pooled([], same_inputs=False)
     with pytest.raises(ExportError, match="different gates"):
         pooled([once(1), grown[0]], same_inputs=False)

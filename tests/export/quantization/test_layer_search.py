@@ -24,8 +24,8 @@ from transom.export.quantization.fidelity import Fp32Outputs, RelativeError
 from transom.export.quantization.gate import Gate
 from transom.export.quantization.gate_result import SCORE, GateResult
 from transom.export.quantization.layer_search import LayerSearchResult, search_layers
-from transom.export.quantization.options import PLAIN, QuantizeOptions
-from transom.export.quantization.quantizer import Layer, QuantizationConfig, Quantizer, observed_tensors
+from transom.export.quantization.options import DEFAULTS, QuantizeOptions
+from transom.export.quantization.quantizer import Layer, QuantizationConfig, Quantizer, calibrated_tensors
 from transom.export.reference_models import REFERENCE_MODELS
 from transom.export.variants import open_variants, pack
 from transom.runtime import load
@@ -208,17 +208,17 @@ def test_options_that_mean_nothing_are_refused(precision: str, options: dict[str
 
 
 def test_what_is_meant_where_nothing_is_said() -> None:
-    assert PLAIN.config("int8", (ENCODER, DECODER)) == QuantizationConfig(
+    assert DEFAULTS.config("int8", (ENCODER, DECODER)) == QuantizationConfig(
         {"model": "static", "decoder": "dynamic"}, "mse", 8, 32
     )
-    assert PLAIN.config("int4", (ENCODER, DECODER)) == QuantizationConfig(
+    assert DEFAULTS.config("int4", (ENCODER, DECODER)) == QuantizationConfig(
         {"model": "none", "decoder": "none"}, "mse", 4, 32
     )
     assert QuantizeOptions(activations="dynamic").config("int8", (ENCODER,)).activations == {"model": "dynamic"}
-    assert PLAIN.data_for("vit") == ("digits",)
+    assert DEFAULTS.data_for("vit") == ("digits",)
     assert QuantizeOptions(("reviews.txt",)).data_for("vit") == ("reviews.txt",)
     with pytest.raises(ExportError, match=r"quantising some/model needs inputs like .*--calibration-data"):
-        PLAIN.data_for("some/model")
+        DEFAULTS.data_for("some/model")
 
 
 def table(**changes: Any) -> RangeTable:
@@ -230,7 +230,7 @@ def table(**changes: Any) -> RangeTable:
 
 def test_a_table_must_hold_what_the_recipe_needs() -> None:
     """A pair around the second layer's input needs its range; factors must be one per channel of a linear input."""
-    assert observed_tensors(model(), STATIC) == ["n", "a"]
+    assert calibrated_tensors(model(), STATIC) == ["n", "a"]
     require_fitting(table(), {"model": model()}, STATIC)
     require_fitting(table(smoothing={"n": Smoothing(0.5, np.ones(64, np.float32))}), {"model": model()}, STATIC)
     require_fitting(table(tensors={}), {"model": model()}, QuantizationConfig({"model": "none"}, weight_bits=4))
@@ -259,13 +259,13 @@ class FakeCandidate:
     """Each layer that is quantised costs what COST says, in both variants."""
 
     def __init__(self, sizes: Collection[int] = (1, 1, 1, 1), factor: float = 1.0) -> None:
-        self.kinds = {"cpu": "static", "default": "static"}
+        self.gate_modes = {"cpu": "static", "default": "static"}
         self.quantizer = self
         self.layers, self.sizes = LAYERS, dict(zip(LAYERS, sizes, strict=True))
         self.evaluated: list[tuple[str, str]] = []
         self._factor = factor
 
-    def errors_alone(self, reference: object) -> Iterator[tuple[Layer, float]]:
+    def layer_errors(self, reference: object) -> Iterator[tuple[Layer, float]]:
         for layer in LAYERS:
             yield layer, COST[layer[1]]
 
@@ -276,14 +276,14 @@ class FakeCandidate:
 
 def search(*candidates: FakeCandidate, gate: bool = True) -> LayerSearchResult:
     found = cast("list[Candidate]", candidates)
-    return search_layers(found, cast(Fp32Outputs, None), gate=gate, same_inputs=False, tell=lambda what: None)
+    return search_layers(found, cast(Fp32Outputs, None), gate=gate, same_inputs=False, report=lambda what: None)
 
 
 def test_layers_are_kept_in_order_of_what_they_cost_until_the_gate_holds() -> None:
     """All cost 0.04: with b 0.02, with b and d 0.01, which is allowed."""
     candidate = FakeCandidate(factor=0.25)
     found = search(candidate)
-    assert found.kept == (("model", "b"), ("model", "d"))
+    assert found.high_precision == (("model", "b"), ("model", "d"))
     assert found.sensitivities == {layer: COST[layer[1]] for layer in LAYERS}
     assert [kept for kind, kept in candidate.evaluated if kind == "default"] == ["", "b", "bd"]
     assert found.why == {
@@ -298,13 +298,13 @@ def test_layers_are_kept_in_order_of_what_they_cost_until_the_gate_holds() -> No
 
 def test_where_the_gate_holds_at_once_nothing_is_kept() -> None:
     found = search(FakeCandidate(factor=0.05))
-    assert (found.kept, found.why) == ((), {})
+    assert (found.high_precision, found.why) == ((), {})
     assert [point["quantized"] for point in found.curve] == [0, 1, 2, 3, 4]
 
 
 def test_without_a_gate_nothing_is_kept_and_the_verdict_is_recorded() -> None:
     found = search(FakeCandidate(), gate=False)
-    assert found.kept == ()
+    assert found.high_precision == ()
     assert not found.results["cpu"].holds
     assert found.results["cpu"].found == pytest.approx(0.16)
 
@@ -321,7 +321,7 @@ def test_beyond_half_of_the_weights_it_is_an_error(sizes: tuple[int, ...], kept:
     with pytest.raises(AccuracyError) as raised:
         search(FakeCandidate(sizes, factor=10))
     said = str(raised.value)
-    assert f"with {kept} of 4 layers kept in higher precision; more than half of the weights would have to be" in said
+    assert f"with {kept} of 4 layers in high precision; more than half of the weights would have to be" in said
     assert "Most sensitive: b (0.08), d (0.04), c (0.03), a (0.01)." in said
     assert "1.0 allowed, n = 1000" in said
 
@@ -331,7 +331,7 @@ def test_one_variant_that_fails_is_enough() -> None:
         def evaluate(self, kind: str, kept: Collection[Layer]) -> GateResult:
             return lost(0.0) if kind == "cpu" else super().evaluate(kind, kept)
 
-    assert search(Uneven(factor=0.25)).kept == (("model", "b"), ("model", "d"))
+    assert search(Uneven(factor=0.25)).high_precision == (("model", "b"), ("model", "d"))
 
 
 def test_the_gate_holds_for_what_ships_and_for_all_trials_pooled() -> None:
@@ -340,13 +340,16 @@ def test_the_gate_holds_for_what_ships_and_for_all_trials_pooled() -> None:
     The other way round its own loss counts, whatever the others do.
     """
     found = search(FakeCandidate(factor=0.0), FakeCandidate(factor=0.25))
-    assert found.kept == (("model", "b"),)
+    assert found.high_precision == (("model", "b"),)
     assert found.why == {("model", "b"): "top-1 accuracy: 0.02 lost without it, 0.01 allowed"}
     result = found.results["cpu"]
     assert (result.n, result.found) == (1000, 0)
     assert result.repeated is not None
     assert (result.repeated.repetitions, result.repeated.n, result.repeated.found) == (2, 2000, 0.01)
-    assert search(FakeCandidate(factor=0.25), FakeCandidate(factor=0.0)).kept == (("model", "b"), ("model", "d"))
+    assert search(FakeCandidate(factor=0.25), FakeCandidate(factor=0.0)).high_precision == (
+        ("model", "b"),
+        ("model", "d"),
+    )
 
 
 def test_layers_are_ranked_by_what_each_costs_alone(vit_bundle: Path, int8_bundle: Path) -> None:
@@ -356,9 +359,9 @@ def test_layers_are_ranked_by_what_each_costs_alone(vit_bundle: Path, int8_bundl
     samples = REFERENCE_MODELS["vit"].held_out()[:16]
     with load(vit_bundle, threads=1) as fp32:
         gate, reference = Gate(fp32, samples, "scans"), Fp32Outputs(fp32, samples, "scans")
-    config, ranges = PLAIN.config("int8", graphs), load_table(int8_bundle / RANGES)
+    config, ranges = DEFAULTS.config("int8", graphs), load_table(int8_bundle / RANGES)
     candidate = Candidate(bundle, canonical_graphs(bundle), config, ranges, gate, half=True)
-    errors = dict(candidate.errors_alone(reference))
+    errors = dict(candidate.layer_errors(reference))
     assert list(errors) == candidate.quantizer.layers
     for layer in [max(errors, key=lambda each: errors[each]), candidate.quantizer.layers[-1]]:
         with candidate.open_variant("cpu", [other for other in errors if other != layer]) as alone:

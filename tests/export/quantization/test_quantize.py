@@ -61,7 +61,7 @@ def small(once: Once) -> Path:
 
 
 @pytest.fixture
-def one_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+def one_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
     """However few cases are held out, calibrate once."""
     monkeypatch.setattr("transom.export.quantization.quantize.MAX_CANDIDATES", 1)
 
@@ -192,7 +192,7 @@ def test_other_data_than_was_calibrated_on_are_refused(small: Path, tmp_path: Pa
     result = transom("verify", small / "from-data" / "bundle", "--calibration-data", others)
     assert result.exit_code == 1
     assert (
-        "was calibrated on texts.txt (15 of 20, for calibration); what is given now makes others.txt" in result.stderr
+        "was calibrated on texts.txt (15 of 20, for calibration); the data given now makes others.txt" in result.stderr
     )
     assert transom("verify", small / "from-data" / "bundle", "--calibration-data", small / "texts.txt").exit_code == 0
 
@@ -217,7 +217,7 @@ def test_users_texts_are_measured_on_what_was_held_out(small: Path) -> None:
     assert record(small / "from-ranges" / "bundle")["gate"]["cpu"]["repeated"] is None
 
 
-@pytest.mark.usefixtures("one_trial")
+@pytest.mark.usefixtures("one_candidate")
 def test_without_a_gate_parity_is_required_all_the_same(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,7 +231,7 @@ def test_without_a_gate_parity_is_required_all_the_same(
     assert not (tmp_path / "out" / "bundle").exists()
 
 
-@pytest.mark.usefixtures("one_trial")
+@pytest.mark.usefixtures("one_candidate")
 def test_raw_inputs_dynamic_rows_and_seven_bits(tmp_path: Path) -> None:
     """The reference ViT as anybody's folder, pixels from a .npz, no gate: 24 images to calibrate on, 8 held out."""
     pixels = np.random.default_rng(0).standard_normal((32, 3, 8, 8)).cumsum(3).astype(np.float32)
@@ -261,7 +261,7 @@ def reached(integers: NDArray[np.int8]) -> int:
     return int(np.abs(integers).max())
 
 
-@pytest.mark.usefixtures("one_trial")
+@pytest.mark.usefixtures("one_candidate")
 def test_four_bits_of_weights_alone(tmp_path: Path) -> None:
     """A random GPT-2 of one block with raw ids: one variant, blocks of 32."""
     checkpoint = save_checkpoint(tmp_path / "checkpoint", "GPT2LMHeadModel", n_layer=1)
@@ -276,7 +276,7 @@ def test_four_bits_of_weights_alone(tmp_path: Path) -> None:
     assert transom("selftest", tmp_path / "bundle").exit_code == 0
 
 
-@pytest.mark.usefixtures("one_trial")
+@pytest.mark.usefixtures("one_candidate")
 def test_a_gate_that_cannot_be_met(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where embeddings may be off by nothing at all."""
     monkeypatch.setattr("transom.export.quantization.gate.EMBEDDING_ERROR", 1e-9)
@@ -285,6 +285,6 @@ def test_a_gate_that_cannot_be_met(small: Path, tmp_path: Path, monkeypatch: pyt
         export_to(tmp_path, small / "checkpoint", precision="int8", quantize=options)
     said = str(raised.value)
     assert said.startswith("relative error of sentence_embedding ")
-    assert "of 7 layers kept in higher precision; more than half of the weights would have to be" in said
+    assert "of 7 layers in high precision; more than half of the weights would have to be" in said
     assert "Most sensitive: " in said
     assert list(tmp_path.iterdir()) == []
