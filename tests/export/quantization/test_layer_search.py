@@ -187,7 +187,7 @@ def test_rows_of_a_batch_are_answered_as_each_alone(gpt_bundle: Path) -> None:
         ("int8", {"weight_bits": 4}, "--weight-bits is 4; expected one of 8, 7."),
         ("int4", {"block_size": 48}, "--block-size is 48; expected one of 32, 64, 128, 256."),
         ("int4", {"block_size": 16}, "--block-size is 16; expected one of 32, 64, 128, 256."),
-        ("int8", {"extras": ("softmax",)}, "--also is 'softmax'; expected one of attention, residual."),
+        ("int8", {"optional_sites": ("softmax",)}, "--also is 'softmax'; expected one of attention, residual."),
         ("int4", {"activations": "static"}, "--precision int4 is of weights alone; leave out --activations"),
         ("int4", {"activations": "dynamic"}, "--precision int4 is of weights alone"),
         ("int4", {"weight_bits": 7}, "--precision int4 is of weights alone"),
@@ -196,9 +196,9 @@ def test_rows_of_a_batch_are_answered_as_each_alone(gpt_bundle: Path) -> None:
         ("int8", {"weight_bits": 8, "activations": "none"}, "--weight-bits is 8, and --activations none stores"),
         ("int8", {"block_size": 32}, "--block-size is 32, and weights in blocks are for weights alone; leave it out"),
         ("int8", {"block_size": 64, "activations": "dynamic"}, "--block-size is 64, and weights in blocks"),
-        ("int4", {"extras": ("attention",)}, "--precision int4 is of weights alone"),
-        ("int8", {"extras": ("attention",), "activations": "dynamic"}, "--also needs ranges fixed beforehand"),
-        ("int8", {"extras": ("residual",), "activations": "none"}, "--also needs ranges fixed beforehand"),
+        ("int4", {"optional_sites": ("attention",)}, "--precision int4 is of weights alone"),
+        ("int8", {"optional_sites": ("attention",), "activations": "dynamic"}, "--also needs ranges fixed beforehand"),
+        ("int8", {"optional_sites": ("residual",), "activations": "none"}, "--also needs ranges fixed beforehand"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(precision: str, options: dict[str, Any], said: str) -> None:
