@@ -1,4 +1,4 @@
-"""The ONNX files of a bundle, opened for counting: as they ship, and as ONNX Runtime rewrites them before it starts."""
+"""Count the operators of a bundle's graphs as ONNX Runtime rewrites them before it starts."""
 
 from __future__ import annotations
 
@@ -6,38 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import onnx
 import onnx_ir as ir
 
 from transom.export.bundle_graphs import operator_counts
 from transom.runtime.backends.ort import PROVIDERS, SLOW_FUSIONS, session_entries
 from transom.runtime.backends.ort_library import FATAL, onnxruntime
 from transom.runtime.bundle import Bundle
-from transom.runtime.errors import BundleError, one_line
 from transom.runtime.manifest_graphs import GraphFile
 
 DEVICE = "cpu"
-
-
-def open_graphs(bundle: Bundle) -> dict[str, ir.Model]:
-    """Every ONNX file of the bundle by its name; weights that lie outside stay there. BundleError where one is none."""
-    names = dict.fromkeys(name for file in bundle.manifest.graphs for name in file.files.values())
-    return {name: parsed(bundle.read(name), name) for name in names}
-
-
-def parsed(data: bytes, name: str) -> ir.Model:
-    try:
-        return ir.from_proto(onnx.load_from_string(data))
-    except Exception as error:  # protobuf and onnx-ir raise what they like
-        raise BundleError(f"{name} is no ONNX model ({one_line(error)}); export the bundle again.") from None
-
-
-def graph_file(bundle: Bundle, name: str) -> GraphFile:
-    """The graph of that name; BundleError where the bundle has none."""
-    for file in bundle.manifest.graphs:
-        if file.graph.name == name:
-            return file
-    raise BundleError(f"bundle.json has no graph {name!r}; export the bundle again.")
 
 
 def executed_operators(bundle: Bundle, file: GraphFile) -> Mapping[str, int]:

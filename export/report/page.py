@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from transom.export.bundle_graphs import open_graphs
 from transom.export.report.drawing.markup import words
 from transom.export.report.drawing.style import STYLE
 from transom.export.report.engines import engines_section
-from transom.export.report.graphs import open_graphs
 from transom.export.report.latency import latency_section
 from transom.export.report.operators import operators_section
 from transom.export.report.overview import headline

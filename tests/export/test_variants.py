@@ -22,12 +22,12 @@ from command_line import transom
 from conftest import export_to
 from tiny_graphs import graph_of, operators, relative_error
 from transom.export import pipeline, variants
-from transom.export.bundle_graphs import canonical_graphs, stored_graphs
+from transom.export.bundle_graphs import canonical_graphs, graph_file, stored_graphs
 from transom.export.parity.backends import open_default_files
 from transom.export.parity.fp16_range import RangeBackend, beyond_fp16, in_half
 from transom.export.passes.compute_in_fp32 import compute_in_fp32
 from transom.export.passes.half_precision import convert_precision
-from transom.export.report.graphs import executed_operators, graph_file
+from transom.export.report.graphs import executed_operators
 from transom.export.report.parity import fp16_range
 from transom.export.variants import ALIGNMENT, make_variants
 from transom.export.verification import verify

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from transom.export.bundle_graphs import graph_file
 from transom.export.reference_models import examples_for
 from transom.export.report.drawing.heatmap import heatmap, shades_key
 from transom.export.report.drawing.markup import figure, folded, words
 from transom.export.report.figures.attention import Exposed
 from transom.export.report.figures.heads import need_few, small_multiples
-from transom.export.report.graphs import graph_file
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import InputError
 from transom.runtime.feeds import checked_feeds

@@ -8,8 +8,9 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from transom.export.bundle_graphs import parse_graph
 from transom.export.passes.expose_attention import expose_weights
-from transom.export.report.graphs import DEVICE, parsed
+from transom.export.report.graphs import DEVICE
 from transom.runtime.backends.base import Array
 from transom.runtime.backends.ort import open_session
 from transom.runtime.bundle import Bundle
@@ -29,7 +30,7 @@ class Exposed:
     def __init__(self, bundle: Bundle, file: GraphFile, module: str = "") -> None:
         self.graph = file.graph
         name = file.file_for(DEVICE)
-        model = parsed(bundle.read(name), name)
+        model = parse_graph(bundle.read(name), name)
         self.names = expose_weights(model, module)
         if not self.names:
             raise BundleError(f"{name} has no Attention of a module {module!r}; export the bundle again.")

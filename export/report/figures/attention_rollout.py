@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from transom.export.bundle_graphs import graph_file
 from transom.export.reference_models import examples_for
 from transom.export.report.drawing.markup import figure, words
 from transom.export.report.drawing.raster import FEW, data_uri, pixels_class, seen
 from transom.export.report.figures.attention import Exposed
 from transom.export.report.figures.position_similarity import Grid, draw_positions, patch_grid
-from transom.export.report.graphs import graph_file
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import BundleError
 from transom.runtime.image_preprocess import ImagePreprocess

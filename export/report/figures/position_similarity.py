@@ -8,13 +8,15 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 from numpy.typing import NDArray
 
+from transom.export.bundle_graphs import load_external, parse_graph
 from transom.export.report.drawing.heatmap import shade, thumbnail
 from transom.export.report.drawing.markup import figure
 from transom.export.report.graphs import DEVICE
 from transom.runtime.bundle import Bundle
+from transom.runtime.errors import BundleError
 from transom.runtime.manifest_graphs import GraphFile
 
 NAMES = ("embeddings.position_embeddings", "embeddings.position_embedding.weight")  # of ViT, and of CLIP's image tower
@@ -38,28 +40,26 @@ def patch_grid(file: GraphFile, config: Any) -> Grid | None:
 
 
 def position_embeddings(bundle: Bundle, file: GraphFile, grid: Grid) -> NDArray[np.float32] | None:
-    """The learned positions of the patches, (rows * columns, E), as the bundle stores them; None where it has none."""
+    """Return the learned positions of the patches, (rows * columns, E), as the bundle stores them; None if it has none.
+
+    None as well where its bytes are not of its shape.
+    """
     name = file.file_for(DEVICE)
     patches = grid[0] * grid[1]
-    for weight in onnx.load_from_string(bundle.read(name)).graph.initializer:
-        if weight.name.endswith(NAMES) and len(weight.dims) >= 2 and weight.dims[-2] == patches + 1:
-            try:
-                values = onnx.numpy_helper.to_array(inlined(weight, bundle, file)).astype(np.float32)
-            except ValueError:  # bytes that are not of this shape
-                return None
-            return values.reshape(patches + 1, -1)[1:]  # without the class token's
+    for weight in parse_graph(bundle.read(name), name).graph.initializers.values():
+        tensor = weight.const_value
+        if tensor is None or not str(weight.name).endswith(NAMES) or len(tensor.shape) < 2:
+            continue
+        if tensor.shape[-2] != patches + 1:
+            continue
+        try:
+            if isinstance(tensor, ir.ExternalTensor):
+                tensor = load_external(tensor, bundle.read(file.weights) if file.weights else b"")
+            values = tensor.numpy().astype(np.float32)
+        except (ValueError, BundleError):
+            return None
+        return values.reshape(patches + 1, -1)[1:]  # without the class token's
     return None
-
-
-def inlined(weight: onnx.TensorProto, bundle: Bundle, file: GraphFile) -> onnx.TensorProto:
-    """The weight with its bytes in it, wherever they lie."""
-    if weight.data_location != onnx.TensorProto.EXTERNAL or file.weights is None:
-        return weight
-    place = {entry.key: entry.value for entry in weight.external_data}
-    offset, length = int(place.get("offset", 0)), int(place.get("length", 0))
-    copy = onnx.TensorProto(dims=weight.dims, data_type=weight.data_type, name=weight.name)
-    copy.raw_data = bundle.read(file.weights)[offset : offset + length]
-    return copy
 
 
 def similarities(positions: NDArray[np.float32]) -> NDArray[np.float32]:

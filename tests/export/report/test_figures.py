@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from transom.export.bundle_graphs import operator_counts
+from transom.export.bundle_graphs import graph_file, operator_counts
 from transom.export.datasets import heldout_digits
 from transom.export.parity.results import CaseResult, outputs_to_json
 from transom.export.report.drawing.chart import LinearAxis, LogAxis
@@ -29,7 +29,6 @@ from transom.export.report.figures.attention_rollout import rollout
 from transom.export.report.figures.position_similarity import position_embeddings, similarities
 from transom.export.report.figures.token_surprisal import read
 from transom.export.report.figures.zero_shot_matrix import draw_matching
-from transom.export.report.graphs import graph_file
 from transom.runtime.bundle import Bundle
 from transom.runtime.compare import compare
 from transom.runtime.image_preprocess import ImagePreprocess
