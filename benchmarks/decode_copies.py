@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from transom.runtime.backends.ort import as_loaded
+from transom.runtime.backends.base import with_dtypes
+from transom.runtime.backends.ort import tensor_dtypes
 from transom.runtime.backends.ort_library import onnxruntime
 from transom.runtime.bundle import Bundle
 from transom.runtime.host import processor
@@ -48,7 +49,8 @@ def profile(bundle: Bundle, capacity: int, *, in_place: bool) -> dict[str, tuple
     with tempfile.TemporaryDirectory() as folder:
         session = session_of(bundle, folder)
         file = next(file for file in bundle.manifest.graphs if file.graph.name == "decoder")
-        graph = as_loaded(file, "cpu", session)  # state is in the dtype of the CPU's file
+        # state is in the dtype of the CPU's file
+        graph = with_dtypes(file.graph, tensor_dtypes(session), file.file_for("cpu"), "Export it again.")
         feeds: dict[str, Any] = {
             "input_ids": np.zeros((1, 1), np.int64),
             "write_indices": np.array([5], np.int64),

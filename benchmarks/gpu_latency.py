@@ -28,7 +28,7 @@ from transom.export.pipeline import export
 from transom.export.quantization.options import QuantizeOptions
 from transom.runtime import load
 from transom.runtime.backends.cuda import Event, find_gpu
-from transom.runtime.backends.trt import Caller
+from transom.runtime.backends.trt import CallContext
 from transom.runtime.backends.trt_plans import target_for
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import TransomError
@@ -43,8 +43,8 @@ SHAPES: dict[str, tuple[dict[str, int], ...]] = {  # those of the published tabl
 }
 
 
-class TimedCaller(Caller):
-    """A caller that times its engine's work on the GPU alone."""
+class TimedCall(CallContext):
+    """A CallContext that times its engine's work on the GPU alone."""
 
     last_ms = 0.0
 
@@ -54,7 +54,7 @@ class TimedCaller(Caller):
         super()._execute(*arguments, **options)
         end.record(self._stream)
         self._stream.wait()
-        TimedCaller.last_ms = start.elapsed_ms(end)
+        TimedCall.last_ms = start.elapsed_ms(end)
 
 
 @dataclass
@@ -97,7 +97,7 @@ def bundle_sides(model: str, precision: str, bundle: Path, sizes: Mapping[str, i
                 return loaded.run(feeds)
 
         known = device == "tensorrt" and model != "gpt"
-        sides.append(Side(f"transom {device}", precision, run, lambda k=known: TimedCaller.last_ms if k else None))
+        sides.append(Side(f"transom {device}", precision, run, lambda k=known: TimedCall.last_ms if k else None))
     return sides
 
 
@@ -215,7 +215,7 @@ def main() -> None:
         return
     import transom.runtime.backends.trt as trt
 
-    trt.Caller = TimedCaller  # type: ignore[misc]
+    trt.CallContext = TimedCall  # type: ignore[misc]
     rows: list[dict[str, Any]] = []
     told = {"gpu": str(gpu), "driver": gpu.driver, "date": time.strftime("%Y-%m-%d"), "rows": rows}
     path = options.out / f"gpu-{'-'.join(gpu.name.lower().split())}-latency"

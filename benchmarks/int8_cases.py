@@ -22,7 +22,7 @@ from transom.runtime.backends import open_backend
 from transom.runtime.backends.base import Array, Backend, Read
 from transom.runtime.backends.ort import OrtBackend
 from transom.runtime.bundle import Bundle
-from transom.runtime.greedy_check import NOTHING, greedy, logits_along
+from transom.runtime.greedy_check import PAD, greedy, logits_along
 from transom.runtime.loading import load_with_backends
 from transom.runtime.manifest_graphs import GraphFile
 from transom.runtime.tasks.generator import Generator
@@ -200,7 +200,7 @@ class HeldOut:
     def answers(self, side: Side) -> list[Array]:
         """What the task reads of the side's graphs: arrays whose last axis is logits or a vector."""
         if self._chosen:
-            return [logits_along(side.loaded, rows, tokens)[tokens != NOTHING] for rows, tokens in self._chosen]
+            return [logits_along(side.loaded, rows, tokens)[tokens != PAD] for rows, tokens in self._chosen]
         side.recorder.on, side.recorder.answers = True, []
         put_through_task(self.case, side.loaded)
         side.recorder.on = False

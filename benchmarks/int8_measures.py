@@ -24,8 +24,7 @@ from transom.export.reference_models import REFERENCE_MODELS
 from transom.runtime.backends.base import Array
 from transom.runtime.backends.integer_sums import integer_sums
 from transom.runtime.bench import example_feeds, sizes_of
-from transom.runtime.cpu import instruction_set
-from transom.runtime.host import cpu_name
+from transom.runtime.host import cpu_name, instruction_set
 from transom.runtime.tasks.generator import Generator
 
 S_TIMED = 128  # tokens of a text that is timed, or as many as the bundle allows

@@ -92,8 +92,8 @@ def build(
         from transom.export.engine.build import build as build_engines
         from transom.export.engine.shapes import Shapes
         from transom.export.engine.targets import find_targets
-        from transom.export.progress import ProgressReporter
         from transom.runtime.bundle import Bundle
+        from transom.runtime.progress import ProgressReporter
 
         targets = find_targets(target)
         engines = build_engines(

@@ -33,10 +33,10 @@ def calibrate(
     """
     with progress(quiet=as_json) as report, redirect_stdout(sys.stderr), export_extra():
         from transom.calib.table import RANGES
-        from transom.export.progress import ProgressReporter
         from transom.export.quantization.calibrate import calibrate_bundle
         from transom.export.quantization.options import QuantizeOptions
         from transom.runtime.bundle import Bundle
+        from transom.runtime.progress import ProgressReporter
 
         steps = ProgressReporter(report, 0)
         options = QuantizeOptions(tuple(calibration_data or ()), method.value, smooth_quant)

@@ -128,8 +128,7 @@ def cpu_reason(providers: Sequence[str], gpus: Sequence[Mapping[str, Any]]) -> s
 
 def examine_cpu() -> dict[str, Any]:
     """Return the processor's name, architecture, usable cores, instructions, and how it multiplies INT8."""
-    from transom.runtime.cpu import cpu_flags
-    from transom.runtime.host import cpu_name, usable_cores
+    from transom.runtime.host import cpu_flags, cpu_name, usable_cores
 
     return {
         "name": cpu_name(),
@@ -145,7 +144,7 @@ def examine_int8() -> dict[str, Any]:
 
     ``exact``, ``means`` and ``runs`` are None where onnxruntime cannot be used.
     """
-    from transom.runtime.cpu import ADDS_IN_32_BITS, this_cpu
+    from transom.runtime.host import ADDS_IN_32_BITS, this_cpu
 
     here = this_cpu()
     int8: dict[str, Any] = {"instruction_set": here.name, "meaning": here.meaning}

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from transom.cli.output import printable, say
-
-Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, of how much
+from transom.runtime.progress import Progress, silent
 
 
 @contextmanager
 def progress(quiet: bool) -> Iterator[Progress]:
     """Yield the function that a stage reports to; the bar disappears at the end, lines stay."""
     if quiet:
-        yield lambda what, done, total: None
+        yield silent
     elif sys.stderr.isatty():
         with bar() as report:
             yield report

@@ -59,8 +59,7 @@ def row_of(path: Path) -> dict[str, Any]:
     from transom.runtime import load
     from transom.runtime.backends.ort_library import onnxruntime
     from transom.runtime.bench import Effort, measurements
-    from transom.runtime.cpu import instruction_set
-    from transom.runtime.host import processor
+    from transom.runtime.host import instruction_set, processor
     from transom.runtime.manifest_sections import worst_error
     from transom.runtime.tasks.generator import Generator
 

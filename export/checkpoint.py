@@ -22,9 +22,8 @@ from transom.models.registry import find_family, find_task
 from transom.models.weights import build_module, stored_names
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import CheckpointError, ExportError
-from transom.runtime.feeds import is_decoder
 from transom.runtime.generation import GenerationConfig
-from transom.runtime.graph_spec import Axis, Graph
+from transom.runtime.graph_spec import Axis, Graph, is_decoder
 from transom.runtime.image_preprocess import ImagePreprocess
 from transom.runtime.manifest import Manifest
 from transom.runtime.text.tokenizer import TextTokenizer

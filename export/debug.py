@@ -19,7 +19,6 @@ from transom.export.bundle_graphs import stored_graphs
 from transom.export.checkpoint import LoadedCheckpoint, reload_checkpoint
 from transom.export.onnx_export import onnx_from_module
 from transom.export.parity.inputs import parity_inputs, single_rows
-from transom.export.progress import Progress, ProgressReporter, silent
 from transom.export.quantization.calibrate import smoothed
 from transom.export.quantization.candidate import CPU, RANKING_SAMPLES
 from transom.export.quantization.data_split import held_out_part
@@ -33,6 +32,7 @@ from transom.runtime.errors import CalibrationError, ExportError
 from transom.runtime.json_reader import parse_json
 from transom.runtime.manifest import QUANTIZED, Manifest
 from transom.runtime.manifest_graphs import BLOCKS, SIMULATED
+from transom.runtime.progress import Progress, ProgressReporter, silent
 
 HALF = "default"  # the one file of a graph in half precision
 DEBUG_SAMPLES = RANKING_SAMPLES[1]

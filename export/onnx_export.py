@@ -17,8 +17,7 @@ from torch import nn
 
 from transom.calib.graph_hash import MODULE
 from transom.runtime.errors import ExportError, one_line
-from transom.runtime.feeds import shape_of
-from transom.runtime.graph_spec import Axis, Graph
+from transom.runtime.graph_spec import Axis, Graph, shape_of
 
 OPSET = 23  # the first with Attention
 CACHE_OPSET = 24  # the first with TensorScatter, which writes the KV cache

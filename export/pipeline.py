@@ -35,7 +35,6 @@ from transom.export.parity.compare import TOLERANCES, check_greedy, check_parity
 from transom.export.parity.fp16_range import Ranges, measure_ranges, require_fp16_range
 from transom.export.parity.inputs import ParityInputs, parity_inputs
 from transom.export.parity.results import CaseResult, Golden, parity_to_json
-from transom.export.progress import Progress, ProgressReporter, silent
 from transom.export.quantization.options import DEFAULTS, QuantizeOptions
 from transom.export.quantization.quantize import QuantizationJob, quantize_model
 from transom.export.reference_models import score_both
@@ -46,6 +45,7 @@ from transom.runtime.greedy_check import Divergence
 from transom.runtime.loading import open_bundle
 from transom.runtime.manifest import PRECISIONS, QUANTIZED, Manifest
 from transom.runtime.manifest_graphs import axis_to_json, graph_to_json
+from transom.runtime.progress import Progress, ProgressReporter, silent
 from transom.runtime.text.tokenizer import TextTokenizer
 
 TOOLS = (

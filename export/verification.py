@@ -14,7 +14,6 @@ from transom.export.parity.cases import ParityCases
 from transom.export.parity.compare import Limit, check_greedy, check_parity
 from transom.export.parity.inputs import parity_inputs
 from transom.export.parity.results import CaseResult, Golden
-from transom.export.progress import Progress, ProgressReporter, silent
 from transom.export.quantization.candidate import gate_mode
 from transom.export.quantization.gate import Gate
 from transom.export.quantization.gate_result import GateResult
@@ -25,6 +24,7 @@ from transom.runtime.golden_reference import pytorch_tolerance
 from transom.runtime.greedy_check import Divergence
 from transom.runtime.loading import open_bundle
 from transom.runtime.manifest import QUANTIZED, Manifest
+from transom.runtime.progress import Progress, ProgressReporter, silent
 from transom.runtime.session import LoadedBundle
 
 CHECKED, NOT_CHECKED = "checked", "not checked"  # the accuracy of a quantised bundle

@@ -1,7 +1,8 @@
-"""How fast a bundle runs on this machine: latency, throughput, memory, and how long loading takes.
+"""Measure how fast a bundle runs on this machine: latency, throughput, memory, and how long loading takes.
 
-What is timed is ``LoadedBundle.run``, checks and copies included: what an application waits for. Of a bundle
-that generates it is the steps of a generation (``transom.runtime.bench_generation``).
+Timed is ``LoadedBundle.run``, checks and copies included: what an application waits for. Of a bundle that generates it
+is what ``generate`` does: a prefill of the prompts into a new cache, then decode steps of one token for each row.
+Choosing the token is not in it, since that depends on the keywords.
 """
 
 from __future__ import annotations
@@ -11,23 +12,22 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
-from typing import TYPE_CHECKING, Any
 
-from transom.runtime.cpu import instruction_set
+import numpy as np
+
+from transom.runtime.backends.base import Array
+from transom.runtime.backends.ort_library import onnxruntime
 from transom.runtime.errors import InputError, ShapeError
-from transom.runtime.graph_spec import Axis, Graph, Tensor
-from transom.runtime.host import cpu_name, peak_memory_mib, usable_cores
-
-if TYPE_CHECKING:
-    from transom.runtime.session import LoadedBundle
+from transom.runtime.feeds import allowed_sizes, filled
+from transom.runtime.graph_spec import Axis, Graph, Tensor, shape_of
+from transom.runtime.host import cpu_name, instruction_set, peak_memory_mib, usable_cores
+from transom.runtime.loading import load
+from transom.runtime.progress import Progress, silent
+from transom.runtime.session import LoadedBundle
+from transom.runtime.tasks.generator import Generator
 
 SEED = 0  # of the inputs: two benchmarks of one bundle compute the same
-
-Progress = Callable[[str, int, int], None]  # what is measured, runs done, runs in all
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """A ``Progress`` that tells nobody."""
+NEW_TOKENS = 64  # unless the context is too short for them and a prompt
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Effort:
 
 @dataclass(frozen=True)
 class Timing:
-    """One thing timed at one size: percentiles over ``runs`` calls, milliseconds each."""
+    """Percentiles over ``runs`` calls of one thing at one size, milliseconds each."""
 
     name: str  # of the graph that was run, or of the step of a generation: "prefill", "decode"
     sizes: Mapping[str, int]  # axis -> elements; "new" are the tokens generated
@@ -56,13 +56,13 @@ class Timing:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """What ``bench`` found, and on what: a time without its machine says nothing."""
+    """The timings of ``bench`` with the machine they were measured on."""
 
     device: str
     threads: int | None  # None: one per physical core
     cores: int  # that this process may use
     cpu: str
-    instruction_set: str  # that INT8 is multiplied with: transom.runtime.cpu has the names
+    instruction_set: str  # that INT8 is multiplied with: transom.runtime.host has the names
     onnxruntime: str
     load_s: float  # hashing every file and building the sessions; importing the libraries is not in it
     memory_before_mib: float | None  # peak of the process until the bundle was loaded, libraries included
@@ -89,9 +89,6 @@ def bench(
     follow. Raises what ``load`` raises, InputError for an unknown axis, ShapeError for a size out of
     its bounds.
     """
-    from transom.runtime.backends.ort_library import onnxruntime
-    from transom.runtime.loading import load
-
     version = str(onnxruntime().__version__)
     before = peak_memory_mib()
     started = time.perf_counter()
@@ -117,10 +114,7 @@ def bench(
 def measurements(
     loaded: LoadedBundle, asked: Mapping[str, int], new_tokens: int | None = None
 ) -> list[Callable[[Effort], list[Timing]]]:
-    """What there is to time at the sizes asked for, which are checked before anything runs."""
-    from transom.runtime.bench_generation import generation_sizes, measure_generation
-    from transom.runtime.tasks.generator import Generator
-
+    """Return the measurements, one per graph; the sizes ``asked`` for are checked before anything runs."""
     if isinstance(loaded, Generator):
         return [partial(measure_generation, loaded, generation_sizes(loaded, asked, new_tokens))]
     if new_tokens is not None:
@@ -130,7 +124,7 @@ def measurements(
 
 
 def sizes_of(graph: Graph, axes: Mapping[str, Axis], asked: Mapping[str, int]) -> dict[str, int]:
-    """The size of each named axis of the graph's inputs: the one asked for, else its opt.
+    """Return the size of each named axis of the graph's inputs: the one ``asked`` for, else its opt.
 
     Raises InputError for an axis that the bundle does not have, ShapeError for a size out of bounds.
     """
@@ -144,8 +138,6 @@ def sizes_of(graph: Graph, axes: Mapping[str, Axis], asked: Mapping[str, int]) -
 
 def check_size(axes: Mapping[str, Axis], name: str, size: int) -> None:
     """Raise ShapeError for a size out of the bounds of an axis."""
-    from transom.runtime.feeds import allowed_sizes
-
     if not axes[name].min <= size <= axes[name].max:
         raise ShapeError(f"axis {name} is {size}; this bundle allows {allowed_sizes(name, axes[name], size)}")
 
@@ -171,45 +163,99 @@ def measure(loaded: LoadedBundle, graph: Graph, sizes: Mapping[str, int], effort
 
 
 def timing_of(name: str, sizes: Mapping[str, int], times_ms: Sequence[float], each: int, items: str) -> Timing:
-    """The percentiles of calls that took ``times_ms``, and the rate of items, ``each`` of them a call."""
+    """Return the percentiles of calls that took ``times_ms`` each, and the rate at ``each`` items a call.
+
+    Percentiles are numpy's default: linear between the two nearest ranks.
+    """
+    p50, p95, p99 = np.percentile(times_ms, [50, 95, 99]).tolist()
     return Timing(
         name=name,
         sizes=dict(sizes),
         runs=len(times_ms),
-        p50_ms=percentile(times_ms, 50),
-        p95_ms=percentile(times_ms, 95),
-        p99_ms=percentile(times_ms, 99),
+        p50_ms=p50,
+        p95_ms=p95,
+        p99_ms=p99,
         items_per_s=each * len(times_ms) * 1e3 / sum(times_ms),
         items=items,
     )
 
 
-def example_feeds(graph: Graph, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """Seeded inputs as the graph declares them: ids below their bound, floats of N(0, 1).
+def example_feeds(graph: Graph, sizes: Mapping[str, int]) -> dict[str, Array]:
+    """Make seeded inputs as the graph declares them: ids below their bound, floats of N(0, 1).
 
     An input with a default gets its default: a mask of ones is the work that one pays for.
     """
-    import numpy as np
+    rng = np.random.default_rng(SEED)
 
-    from transom.runtime.feeds import filled, shape_of
-
-    source = np.random.default_rng(SEED)
-
-    def values(tensor: Tensor) -> Any:
+    def values(tensor: Tensor) -> Array:
         if tensor.default is not None:
             return filled(tensor, sizes)
         shape = shape_of(tensor, sizes)
         if tensor.dtype == "int64":
-            return source.integers(0, tensor.exclusive_max or 1, shape, np.int64)
-        return source.standard_normal(shape, np.float32)
+            return rng.integers(0, tensor.exclusive_max or 1, shape, np.int64)
+        return rng.standard_normal(shape, np.float32)
 
     return {tensor.name: values(tensor) for tensor in graph.inputs}
 
 
-def percentile(values: Sequence[float], percent: float) -> float:
-    """Linear between the two nearest ranks, numpy's default."""
-    ordered = sorted(values)
-    rank = (len(ordered) - 1) * percent / 100
-    low = int(rank)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (rank - low)
+def generation_sizes(loaded: Generator, asked: Mapping[str, int], new_tokens: int | None) -> dict[str, int]:
+    """Return rows B, tokens S of each prompt or source, and "new" ones; what is not ``asked`` for is the axis' opt.
+
+    Raises InputError for another axis and for more tokens than the context holds, ShapeError for a size out
+    of its bounds.
+    """
+    axes, context = loaded.axes, loaded.context
+    for name, size in asked.items():
+        if name not in ("B", "S"):
+            raise InputError(f"unknown axis {name!r}; a generation has B and S, the tokens of each prompt.")
+        check_size(axes, name, size)
+    B = asked.get("B", axes["B"].opt)
+    new = new_tokens if new_tokens is not None else max(1, min(NEW_TOKENS, context // 2))
+    shared = loaded.decoder_length([0, 0]) == 2  # the context, by the prompt and what is new
+    room = max(1, context - new) if shared else axes["S"].max
+    S = asked.get("S", min(axes["S"].opt, room))
+    length = loaded.decoder_length([0] * S)
+    if length + new > context:
+        raise InputError(
+            f"a prompt of {length} tokens and {new} new ones make {length + new}; the context holds {context}. "
+            "Ask for fewer of either."
+        )
+    return {"B": B, "S": S, "new": new}
+
+
+def measure_generation(loaded: Generator, sizes: Mapping[str, int], effort: Effort) -> list[Timing]:
+    """Time whole generations of random tokens: "prefill" ms a call, "decode" ms a token of each of the B rows.
+
+    The first new token comes from the prefill, so that ``new`` tokens take ``new - 1`` steps; a generation of one
+    token has no "decode". Warm-up is one prompt and ``effort.warmup`` steps at most. A generation that runs when the
+    time is over is finished: its last steps, over the fullest cache, are the slowest.
+    """
+    B, S, new = sizes["B"], sizes["S"], sizes["new"]
+    rng = np.random.default_rng(SEED)
+    prompts = rng.integers(0, loaded.prompt_tokens().exclusive_max or 1, (B, S)).tolist()
+    vocabulary = int(loaded.backend("decoder").graph.outputs[0].shape[2])
+    steps = rng.integers(0, vocabulary, (new - 1, B))
+    label = " ".join(["generation", *(f"{name}={size}" for name, size in sizes.items())])
+    effort.progress(label, 0, effort.runs)
+    if effort.warmup:
+        decoder = loaded.prefill(prompts).decoder
+        for tokens in steps[: effort.warmup]:
+            decoder.decode_step(tokens)
+    prefill_ms: list[float] = []
+    decode_ms: list[float] = []
+    deadline = time.perf_counter() + effort.seconds
+    while len(prefill_ms) < effort.runs:
+        started = time.perf_counter()
+        decoder = loaded.prefill(prompts).decoder
+        ended = time.perf_counter()
+        prefill_ms.append((ended - started) * 1e3)
+        for tokens in steps:
+            started = time.perf_counter()
+            decoder.decode_step(tokens)
+            ended = time.perf_counter()
+            decode_ms.append((ended - started) * 1e3)
+        effort.progress(label, len(prefill_ms), effort.runs)
+        if ended > deadline:
+            break
+    timings = [timing_of("prefill", sizes, prefill_ms, B * S, "tokens")]
+    return timings + ([timing_of("decode", sizes, decode_ms, B, "tokens")] if decode_ms else [])

@@ -8,9 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.runtime.backends.base import Array, Backend
-from transom.runtime.decoder_state import new_decoder_state
 from transom.runtime.errors import InputError
-from transom.runtime.feeds import LOGITS_POSITIONS, WRITE_INDICES, token_input
+from transom.runtime.feeds import LOGITS_POSITIONS, WRITE_INDICES
+from transom.runtime.graph_spec import token_input
+from transom.runtime.kv_cache import new_decoder_state
 
 CHUNK = 256  # tokens of a prompt read at once: the scores inside attention grow with chunk times capacity
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from transom.runtime.backends.base import Array
 from transom.runtime.errors import InputError, ShapeError
-from transom.runtime.graph_spec import ARANGE, Axis, EngineAxis, Graph, Tensor
+from transom.runtime.graph_spec import ARANGE, Axis, EngineAxis, Graph, Tensor, is_decoder, shape_of, token_input
 
 if TYPE_CHECKING:
     from transom.runtime.manifest_graphs import Plan
@@ -44,7 +44,7 @@ def checked_feeds(
         if tensor.name not in feeds:
             feeds[tensor.name] = filled(tensor, sizes)
     if is_decoder(graph):
-        check_positions(graph, feeds, sizes)
+        check_positions(sizes[str(token_input(graph).shape[1])], sizes["C"], feeds)
     return feeds, sizes
 
 
@@ -185,17 +185,17 @@ def check_buffers(names: Sequence[str], inputs: Mapping[str, Array]) -> None:
             )
 
 
-def check_positions(graph: Graph, feeds: Mapping[str, Array], sizes: Mapping[str, int]) -> None:
-    """New tokens must fit into the caches behind what is there, and wanted positions be among the new ones.
+def check_positions(new: int, capacity: int, feeds: Mapping[str, Array]) -> None:
+    """Raise ShapeError where ``new`` tokens a row do not fit into caches of ``capacity`` behind what is there,
 
-    Graphs check neither: TensorRT drops what is written past the end without a word.
+    and InputError where a wanted position is not among the new ones. Graphs check neither: TensorRT drops what is
+    written past the end without an error.
     """
-    new, capacity = sizes[str(token_input(graph).shape[1])], sizes["C"]
-    reached = int(feeds[WRITE_INDICES].max(initial=0)) + new
-    if reached > capacity:
+    end = int(np.max(feeds[WRITE_INDICES], initial=0)) + new
+    if end > capacity:
         raise ShapeError(
-            f"{WRITE_INDICES} reaches {reached - new} and {new} tokens follow, {reached} in all; the caches hold "
-            f"C={capacity}. Give larger ones."
+            f"{new} tokens at {WRITE_INDICES} up to {end - new} end at {end}; the caches hold C={capacity}. "
+            "Give larger ones."
         )
     wanted = feeds[LOGITS_POSITIONS]
     if wanted.size and not 0 <= int(wanted.min()) <= int(wanted.max()) < new:
@@ -203,16 +203,6 @@ def check_positions(graph: Graph, feeds: Mapping[str, Array], sizes: Mapping[str
             f"input {LOGITS_POSITIONS!r} holds {int(wanted.min())}..{int(wanted.max())}; expected positions among the "
             f"{new} tokens of this call, 0..{new - 1}."
         )
-
-
-def is_decoder(graph: Graph) -> bool:
-    """Whether the graph writes caches."""
-    return any(tensor.aliases is not None for tensor in graph.outputs)
-
-
-def token_input(graph: Graph) -> Tensor:
-    """The input of a decoder graph that takes the new tokens, int64 (B, S): its first."""
-    return graph.inputs[0]
 
 
 def filled(tensor: Tensor, sizes: Mapping[str, int]) -> Array:
@@ -226,11 +216,6 @@ def filled(tensor: Tensor, sizes: Mapping[str, int]) -> Array:
         return np.full(shape, tensor.default, storage(tensor))
     except (MemoryError, ValueError):
         raise InputError(f"there is no memory for the input {tensor.name!r} of {shape}. Give smaller ones.") from None
-
-
-def shape_of(tensor: Tensor, sizes: Mapping[str, int]) -> tuple[int, ...]:
-    """The tensor's shape with every axis name replaced by its size."""
-    return tuple(sizes[size] if isinstance(size, str) else size for size in tensor.shape)
 
 
 def expected_shape(tensor: Tensor) -> str:

@@ -59,7 +59,7 @@ def require_complete(loaded: LoadedBundle, golden: Mapping[str, Sides]) -> froze
     return sides
 
 
-def within_bounds(loaded: LoadedBundle, name: str, arrays: Sides) -> tuple[Sides | None, str]:
+def cut_to_bounds(loaded: LoadedBundle, name: str, arrays: Sides) -> tuple[Sides | None, str]:
     """What the engine takes of a golden case, None for nothing, and why not all of it; "" where all.
 
     A generation is cut to the rows and steps that fit, any other case is left out.
@@ -77,14 +77,14 @@ def within_bounds(loaded: LoadedBundle, name: str, arrays: Sides) -> tuple[Sides
 
 def cut_generation(loaded: LoadedBundle, arrays: Sides) -> tuple[Sides | None, str]:
     """The rows and steps of a golden generation that fit into the engine's rows and its context."""
-    from transom.runtime.greedy_check import from_arrays
+    from transom.runtime.greedy_check import prompts_from_arrays
     from transom.runtime.tasks.generator import Generator
 
     given, tokens = arrays["input"], arrays[PYTORCH].get("tokens")
     if not isinstance(loaded, Generator) or not {"prompts", "lengths"} <= given.keys() or tokens is None:
         return arrays, ""  # which is an error of its own
     longest = loaded.max_size(str(loaded.prompt_tokens().shape[1]))
-    used = [loaded.decoder_length(prompt) for prompt in from_arrays(given)]
+    used = [loaded.decoder_length(prompt) for prompt in prompts_from_arrays(given)]
     rows = [
         row for row, length in enumerate(given["lengths"].tolist()) if length <= longest and used[row] < loaded.context
     ]
@@ -125,11 +125,11 @@ def is_generation(given: Mapping[str, Array], sides: Sequence[Mapping[str, Array
         and 0 < logits.shape[1] <= tokens.shape[1]
         and tokens.shape == judge["tokens"].shape == judge["margins"].shape
         and all(side["logits"].shape == logits.shape for side in sides)
-        and has_top(judge, logits.shape[2])
+        and has_largest_logits(judge, logits.shape[2])
     )
 
 
-def has_top(judge: Mapping[str, Array], vocabulary: int) -> bool:
+def has_largest_logits(judge: Mapping[str, Array], vocabulary: int) -> bool:
     """Whether the largest logits of each step fit the tokens; bundles of version 0.1.0 have none."""
     if "top_ids" not in judge and "top_logits" not in judge:
         return True

@@ -12,24 +12,24 @@ from dataclasses import dataclass
 
 from transom.runtime.backends.integer_sums import integer_sums
 from transom.runtime.backends.ort_library import onnxruntime
-from transom.runtime.cpu import UNKNOWN, instruction_set
+from transom.runtime.host import UNKNOWN, instruction_set
 from transom.runtime.manifest import QUANTIZED, Manifest
 from transom.runtime.manifest_graphs import SIMULATED
 from transom.runtime.manifest_sections import worst_error
 from transom.runtime.saturation import multiplies_integers
 
 PYTORCH, BUNDLE = "pytorch", "bundle"  # sides of golden.safetensors, with SIMULATED: what computed the values
-WHOSE = {PYTORCH: "PyTorch's", BUNDLE: "the build's", SIMULATED: "the simulated TensorRT graph's"}
+OWNERS = {PYTORCH: "PyTorch's", BUNDLE: "the build's", SIMULATED: "the simulated TensorRT graph's"}
 
 # max|here - expected| / max|expected| of a quantised bundle on another CPU. Sums of integers are exact. The FP32 around
 # them is not: what lies between two integers may be rounded to the other one, and the layers behind carry that on.
 # Nearly every output repeats to 1e-6, a few do not: with FP32 arithmetic in place of the integer kernels the worst of
 # the reference models are 3e-7 (ViT), 2.5e-3 (BERT), 7e-3 (Transformer), 1.1e-2 (GPT), 1.4e-2 (CLIP), 5.1e-2 (MiniLM).
-REPEAT = 0.1
-ENGINE = 0.1  # the same of an engine and the graph it was built from: other kernels around equal integers
+REPEAT_TOLERANCE = 0.1
+ENGINE_TOLERANCE = 0.1  # the same of an engine and the graph it was built from: other kernels around equal integers
 BLOCKS_IN_FLOATS = ("sse", "neon", "unknown")  # where MatMulNBits multiplies floats: a product is cut by threads
 MORE_THAN_EXPORT = 2.0  # times the worst error against PyTorch that the export measured
-BELOW_ZEROS = 0.95  # outputs that are all zero have an error of 1 against PyTorch, which nothing may allow
+BELOW_ALL_ZEROS = 0.95  # outputs that are all zero have an error of 1 against PyTorch, which nothing may allow
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Reference:
     note: str = ""
 
     @property
-    def whose(self) -> str:
-        return WHOSE[self.side]
+    def owner(self) -> str:
+        return OWNERS[self.side]
 
 
 def references(manifest: Manifest, device: str, sides: Collection[str]) -> tuple[Reference, ...]:
@@ -57,13 +57,13 @@ def references(manifest: Manifest, device: str, sides: Collection[str]) -> tuple
     if manifest.precision not in QUANTIZED:
         return (pytorch,)
     if device == "cpu":
-        other = differences(manifest)
+        other = export_differences(manifest)
         note = f"not bit for bit: {'; '.join(other)}" if other else ""
-        return Reference(BUNDLE, REPEAT if other else 0.0, note), pytorch
+        return Reference(BUNDLE, REPEAT_TOLERANCE if other else 0.0, note), pytorch
     if SIMULATED in sides:
-        return Reference(SIMULATED, ENGINE), pytorch
+        return Reference(SIMULATED, ENGINE_TOLERANCE), pytorch
     if not multiplies_integers(manifest):  # weights alone are integers: every device runs the same graph
-        return Reference(BUNDLE, ENGINE), pytorch
+        return Reference(BUNDLE, ENGINE_TOLERANCE), pytorch
     note = "the golden values hold no outputs of the simulated TensorRT graph; export again for a narrower comparison"
     return (Reference(PYTORCH, pytorch.tolerance, note),)
 
@@ -77,10 +77,10 @@ def pytorch_tolerance(manifest: Manifest) -> float:
     worst = worst_error(manifest.parity)
     if manifest.precision not in QUANTIZED:
         return tolerance
-    return min(tolerance if worst is None else MORE_THAN_EXPORT * worst, BELOW_ZEROS)
+    return min(tolerance if worst is None else MORE_THAN_EXPORT * worst, BELOW_ALL_ZEROS)
 
 
-def differences(manifest: Manifest) -> list[str]:
+def export_differences(manifest: Manifest) -> list[str]:
     """Return why a quantised bundle need not repeat here the bits of its export; nothing where it has to.
 
     Another instruction set, other means by which sums of 8-bit products are exact, another version of ONNX Runtime.

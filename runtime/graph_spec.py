@@ -6,6 +6,7 @@ their JSON form.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 ARANGE = "arange"  # a Tensor.default: 0, 1, 2, ... along the last axis
@@ -69,3 +70,24 @@ class Graph:
             return tuple(replace(tensor, dtype=dtype) if tensor.state else tensor for tensor in tensors)
 
         return replace(self, inputs=converted(self.inputs), outputs=converted(self.outputs))
+
+
+def is_decoder(graph: Graph) -> bool:
+    """Return whether the graph writes caches."""
+    return any(tensor.aliases is not None for tensor in graph.outputs)
+
+
+def token_input(graph: Graph) -> Tensor:
+    """Return the input of a decoder graph that takes the new tokens, int64 (B, S): its first."""
+    return graph.inputs[0]
+
+
+def cache_inputs(graph: Graph) -> list[Tensor]:
+    """Return the inputs that the graph writes in place: its caches (B, H, C, D)."""
+    written = {tensor.aliases for tensor in graph.outputs}
+    return [tensor for tensor in graph.inputs if tensor.name in written]
+
+
+def shape_of(tensor: Tensor, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Return the tensor's shape with every axis name replaced by its size."""
+    return tuple(sizes[size] if isinstance(size, str) else size for size in tensor.shape)

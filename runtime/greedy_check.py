@@ -1,4 +1,4 @@
-"""What a decoder is held to: logits behind given tokens, step by step, and a whole greedy generation.
+"""Check a decoder: logits of given tokens, step by step, and a whole greedy generation.
 
 The export compares PyTorch and the artefact by these, ``transom selftest`` the golden values and the device.
 """
@@ -17,14 +17,14 @@ from transom.runtime.errors import ParityError
 from transom.runtime.tasks.generator import Generator
 from transom.runtime.tasks.prompts import Row, padded
 
-NOTHING = -1  # fills rows of tokens that ended early
-TOP = 16  # logits of each step that golden values keep: whoever chose another token chose one of these
+PAD = -1  # fills rows of tokens that ended early
+TOP = 16  # logits of each step that golden values keep: a side that chose another token chose one of these
 SLACK = 1e-3  # of the largest logit: what a row's logits differ by between a generation and its replay
-PYTORCH = "PyTorch's"  # whose generation ours is held against, in words
+PYTORCH = "PyTorch's"  # the generation that ours is compared with, in words
 
 
 def forced_logits(bundle: Generator, prompts: Sequence[Row], chunks: Sequence[NDArray[np.int64]]) -> Iterator[Array]:
-    """Teacher forcing: the logits behind the prompts, (R, 1, V), then those of each chunk (R, n): (R, n, V)."""
+    """Yield logits under teacher forcing: those of the prompts' last tokens (R, 1, V), then (R, n, V) of each chunk."""
     prefilled = bundle.prefill(prompts)
     yield prefilled.logits[:, None]
     for chunk in chunks:
@@ -32,10 +32,10 @@ def forced_logits(bundle: Generator, prompts: Sequence[Row], chunks: Sequence[ND
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """What a greedy generation of each prompt chose, and from what.
+class GreedyTokens:
+    """The tokens of a greedy generation of each prompt, and what they were chosen from.
 
-    tokens      int64 (R, n), NOTHING behind a row's end
+    tokens      int64 (R, n), PAD behind a row's end
     margins     float32 (R, n): by how much each token's logit was above the best of the others
     top_ids     int64 (R, n, K): the tokens of the K largest logits of each step; None where they were not kept
     top_logits  float32 (R, n, K): those logits
@@ -52,15 +52,15 @@ class Chosen:
 
 
 @dataclass(frozen=True)
-class Greedy:
-    """A greedy generation per prompt: ``chosen``, and the ``logits`` of each step, float32 (R, n, V)."""
+class GreedyGeneration:
+    """A greedy generation per prompt: the ``chosen`` tokens and the ``logits`` of each step, float32 (R, n, V)."""
 
-    chosen: Chosen
+    chosen: GreedyTokens
     logits: NDArray[np.float32]
 
 
-def greedy(bundle: Generator, prompts: Sequence[Row], new_tokens: int) -> Greedy:
-    """Up to ``new_tokens`` for each prompt, all prompts in one batch."""
+def greedy(bundle: Generator, prompts: Sequence[Row], new_tokens: int) -> GreedyGeneration:
+    """Generate up to ``new_tokens`` for each prompt, all prompts in one batch."""
     rows = bundle.generate(
         [list(prompt) for prompt in prompts],
         max_new_tokens=new_tokens,
@@ -68,7 +68,7 @@ def greedy(bundle: Generator, prompts: Sequence[Row], new_tokens: int) -> Greedy
         num_beams=1,
         num_return_sequences=1,
     )
-    tokens = np.full((len(rows), new_tokens), NOTHING, np.int64)
+    tokens = np.full((len(rows), new_tokens), PAD, np.int64)
     for index, row in enumerate(rows):
         tokens[index, : len(row)] = row
     logits = logits_along(bundle, prompts, tokens)
@@ -78,11 +78,12 @@ def greedy(bundle: Generator, prompts: Sequence[Row], new_tokens: int) -> Greedy
     margins = np.take_along_axis(logits, chosen, axis=2)[:, :, 0] - others.max(2)
     top_ids = np.argsort(-logits, axis=2, kind="stable")[:, :, :TOP]
     top_logits = np.take_along_axis(logits, top_ids, axis=2)
-    return Greedy(Chosen(tokens, np.where(tokens == NOTHING, np.float32(0), margins), top_ids, top_logits), logits)
+    margins = np.where(tokens == PAD, np.float32(0), margins)
+    return GreedyGeneration(GreedyTokens(tokens, margins, top_ids, top_logits), logits)
 
 
 def logits_along(bundle: Generator, prompts: Sequence[Row], tokens: NDArray[np.int64]) -> NDArray[np.float32]:
-    """The logits that each of ``tokens`` (R, n) was chosen from, fed one by one: (R, n, V)."""
+    """Return the logits that each of ``tokens`` (R, n) was chosen from, fed one by one: (R, n, V)."""
     fed = np.maximum(tokens, 0)  # behind a row's end anything will do
     chunks = [fed[:, step : step + 1] for step in range(tokens.shape[1] - 1)]
     return np.concatenate(list(forced_logits(bundle, prompts, chunks)), axis=1)
@@ -90,7 +91,8 @@ def logits_along(bundle: Generator, prompts: Sequence[Row], tokens: NDArray[np.i
 
 @dataclass(frozen=True)
 class Divergence:
-    """Where two greedy generations part: ``margin`` is how sure the other side was there; infinite behind its end."""
+    """The first step at which two greedy generations differ in a row; ``margin`` is the other side's, infinite behind
+    its end."""
 
     row: int
     step: int
@@ -99,31 +101,31 @@ class Divergence:
     margin: float
 
     def __str__(self) -> str:
-        return self.told(PYTORCH)
+        return self.describe(PYTORCH)
 
-    def told(self, other: str) -> str:
-        """In words; ``other`` says whose generation the other one is."""
+    def describe(self, other: str) -> str:
+        """Describe it in words; ``other`` names the other generation, as PYTORCH does."""
         return (
             f"greedy token {self.step} of row {self.row} is {self.ours}, {other} is {self.theirs} "
             f"(its margin {self.margin:.2e})"
         )
 
 
-def divergences(ours: NDArray[np.int64], theirs: Chosen) -> list[Divergence]:
-    """The first step at which each row of ``ours``, int64 (R, n), leaves ``theirs``."""
+def divergences(ours: NDArray[np.int64], theirs: GreedyTokens) -> list[Divergence]:
+    """Return the first step at which each row of ``ours``, int64 (R, n), differs from ``theirs``."""
     found = []
     for row in range(len(theirs.tokens)):
         steps = np.flatnonzero(ours[row] != theirs.tokens[row])
         if len(steps):
             step = int(steps[0])
             token = int(theirs.tokens[row, step])
-            margin = math.inf if token == NOTHING else float(abs(theirs.margins[row, step]))
+            margin = math.inf if token == PAD else float(abs(theirs.margins[row, step]))
             found.append(Divergence(row, step, int(ours[row, step]), token, margin))
     return found
 
 
-def explained(ours: Greedy, theirs: Chosen, divergence: Divergence) -> float:
-    """The largest margin of ``theirs`` that the logits of both sides explain where they part.
+def explained_margin(ours: GreedyGeneration, theirs: GreedyTokens, divergence: Divergence) -> float:
+    """Return the largest margin of ``theirs`` that the logits of both sides explain where the tokens differ.
 
     Twice the largest difference between them, for one token may have lost as much as another won, and SLACK. No margin
     where our token is none of the largest there; any where the other side's logits were not kept.
@@ -131,35 +133,37 @@ def explained(ours: Greedy, theirs: Chosen, divergence: Divergence) -> float:
     if theirs.top_ids is None or theirs.top_logits is None:
         return math.inf
     ids, expected = (array[divergence.row, divergence.step] for array in (theirs.top_ids, theirs.top_logits))
-    if divergence.ours != NOTHING and divergence.ours not in ids:
+    if divergence.ours != PAD and divergence.ours not in ids:
         return 0.0
     found = ours.logits[divergence.row, divergence.step, ids]
     return float(2 * np.abs(found - expected).max() + SLACK * np.abs(expected).max())
 
 
-def require_same_tokens(ours: Greedy, theirs: Chosen, tolerance: float, other: str = PYTORCH) -> list[Divergence]:
-    """The rows that part where the other side itself was unsure: by less than both sides' ``tolerance`` of a logit,
+def require_same_tokens(
+    ours: GreedyGeneration, theirs: GreedyTokens, tolerance: float, other: str = PYTORCH
+) -> list[Divergence]:
+    """Return the near ties: rows that differ where the other side's margin was below both sides' ``tolerance`` of a
+    logit, and no larger than their logits there differ.
 
-    and by no more than their logits there differ. ``other`` says whose ``theirs`` are. Raises ParityError for a row
-    that parts elsewhere.
+    ``other`` names ``theirs`` in messages. Raises ParityError for a row that differs elsewhere.
     """
     found = divergences(ours.chosen.tokens, theirs)
     for divergence in found:
-        allowed = min(2 * tolerance, explained(ours, theirs, divergence))
+        allowed = min(2 * tolerance, explained_margin(ours, theirs, divergence))
         if not divergence.margin <= allowed:  # NaN explains nothing
             raise ParityError(
-                f"{divergence.told(other)}; only a margin below {allowed:.2e} would explain that. The decoder's cache "
-                f"is not what {other} is: export again, or report it."
+                f"{divergence.describe(other)}; only a margin below {allowed:.2e} would explain that. The decoder's "
+                f"cache is not what {other} is: export again, or report it."
             )
     return found
 
 
-def as_arrays(prompts: Sequence[Row]) -> dict[str, Array]:
-    """Prompts as golden values hold them: ``prompts`` (R, S) and their ``lengths`` (R,)."""
+def prompts_to_arrays(prompts: Sequence[Row]) -> dict[str, Array]:
+    """Return prompts as golden values hold them: ``prompts`` (R, S) and their ``lengths`` (R,)."""
     ids, lengths = padded(prompts)
     return {"prompts": ids, "lengths": lengths}
 
 
-def from_arrays(arrays: Mapping[str, Array]) -> list[Row]:
-    """The prompts again."""
+def prompts_from_arrays(arrays: Mapping[str, Array]) -> list[Row]:
+    """Return the prompts that ``prompts_to_arrays`` took."""
     return [row[:length].tolist() for row, length in zip(arrays["prompts"], arrays["lengths"], strict=True)]

@@ -1,14 +1,104 @@
-"""What this machine is and what this process takes of it: a time without them says nothing."""
+"""Describe this machine and process: processor, integer instructions, cores, memory.
+
+A time is worth nothing without them. ONNX Runtime chooses its kernel of 8-bit products by the instructions (MLAS,
+``platform.cpp``), in the order of INSTRUCTION_SETS. They say how fast products are; whether sums of them are exact is
+measured (``transom.runtime.backends.integer_sums``).
+"""
 
 from __future__ import annotations
 
 import os
 import platform
+import subprocess
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
-from transom.runtime.cpu import instruction_set
-
 MIB = 1 << 20
+CPUINFO = Path("/proc/cpuinfo")
+SYSCTL_TIMEOUT_S = 60
+SYSCTL = (  # an unknown name is left out of the answer
+    *("machdep.cpu.features", "machdep.cpu.leaf7_features"),  # of Intel's: SSE2 AVX2 AVX512VNNI ...
+    *("hw.optional.neon", "hw.optional.arm.FEAT_DotProd", "hw.optional.arm.FEAT_I8MM"),  # of Apple's: 1 or 0
+)
+MACOS_FLAGS = {  # what Linux calls them
+    "SSE2": "sse2",
+    "AVX2": "avx2",
+    "AVX512BW": "avx512bw",
+    "AVX512VNNI": "avx512_vnni",
+    "hw.optional.neon": "asimd",
+    "hw.optional.arm.FEAT_DotProd": "asimddp",
+    "hw.optional.arm.FEAT_I8MM": "i8mm",
+}
+
+
+@dataclass(frozen=True)
+class InstructionSet:
+    """``flags`` are Linux's names of what the processor must have; ``meaning`` says how fast it multiplies."""
+
+    name: str
+    flags: frozenset[str]
+    meaning: str
+
+
+INSTRUCTION_SETS = (  # best first, of either architecture
+    InstructionSet("amx_int8", frozenset({"amx_tile", "amx_int8"}), "tiles of 8-bit products"),
+    InstructionSet("avx512_vnni", frozenset({"avx512_vnni"}), "64 8-bit products an instruction"),
+    InstructionSet("avx_vnni", frozenset({"avx_vnni"}), "32 8-bit products an instruction"),
+    InstructionSet("avx512", frozenset({"avx512bw"}), "64 8-bit products in three instructions"),
+    InstructionSet("avx2", frozenset({"avx2"}), "32 8-bit products in three instructions"),
+    InstructionSet("sse", frozenset({"sse2"}), "8 products of 16 bits an instruction"),
+    InstructionSet("neon_i8mm", frozenset({"asimd", "i8mm"}), "32 8-bit products an instruction"),
+    InstructionSet("neon_dotprod", frozenset({"asimd", "asimddp"}), "16 8-bit products an instruction"),
+    InstructionSet("neon", frozenset({"asimd"}), "8 8-bit products an instruction"),
+)
+ADDS_IN_32_BITS = ("amx_int8", "avx512_vnni", "avx_vnni")  # of x86: these alone are exact at U8 x S8
+UNKNOWN = InstructionSet("unknown", frozenset(), "this system does not say which instructions it has")
+
+
+def instruction_set_of(flags: frozenset[str]) -> InstructionSet:
+    """The best set of which ``flags`` has all; UNKNOWN where it has none."""
+    return next((known for known in INSTRUCTION_SETS if known.flags <= flags), UNKNOWN)
+
+
+def flags_of_cpuinfo(text: str) -> frozenset[str]:
+    """What every core listed in a Linux /proc/cpuinfo has: ``flags`` of x86, ``Features`` of Arm."""
+    pairs = (line.partition(":") for line in text.splitlines())
+    cores = [frozenset(words.split()) for key, _, words in pairs if key.strip() in ("flags", "Features")]
+    return frozenset.intersection(*cores) if cores else frozenset()
+
+
+def flags_of_sysctl(text: str) -> frozenset[str]:
+    """The same of the lines ``name: value`` that macOS's sysctl prints for SYSCTL."""
+    found = set()
+    for name, _, value in (line.partition(":") for line in text.splitlines()):
+        found |= set(value.split()) | ({name} if value.strip() == "1" else set())
+    return frozenset(MACOS_FLAGS[each] for each in found & MACOS_FLAGS.keys())
+
+
+@cache
+def cpu_flags() -> frozenset[str]:
+    """This processor's flags in Linux's words; nothing where the system does not tell."""
+    if platform.system() == "Darwin":
+        try:
+            done = subprocess.run(["sysctl", *SYSCTL], capture_output=True, text=True, timeout=SYSCTL_TIMEOUT_S)
+        except (OSError, subprocess.SubprocessError):
+            return frozenset()
+        return flags_of_sysctl(done.stdout)
+    try:
+        return flags_of_cpuinfo(CPUINFO.read_text(errors="replace"))
+    except OSError:
+        return frozenset()
+
+
+def this_cpu() -> InstructionSet:
+    """What this processor multiplies INT8 with."""
+    return instruction_set_of(cpu_flags())
+
+
+def instruction_set() -> str:
+    """Its name, as figures record it: ``avx512_vnni``."""
+    return this_cpu().name
 
 
 def peak_memory_mib() -> float | None:
@@ -39,7 +129,7 @@ def usable_cores() -> int:
 def cpu_info() -> dict[str, str]:
     """The fields of /proc/cpuinfo's first core; empty where there is none."""
     try:
-        first = Path("/proc/cpuinfo").read_text(errors="replace").split("\n\n")[0]
+        first = CPUINFO.read_text(errors="replace").split("\n\n")[0]
     except OSError:
         return {}
     pairs = (line.partition(":") for line in first.splitlines())

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from transom.runtime.backends.integer_sums import integer_sums
-from transom.runtime.cpu import instruction_set
+from transom.runtime.host import instruction_set
 from transom.runtime.manifest_sections import EXACT, SATURATED
 
 if TYPE_CHECKING:

@@ -9,18 +9,18 @@ from os import PathLike
 from transom.runtime.backends.integer_sums import integer_sums
 from transom.runtime.bundle import Bundle
 from transom.runtime.compare import Comparison, compare_outputs, on_scales
-from transom.runtime.cpu import instruction_set
 from transom.runtime.errors import BundleError, NotFiniteError, ParityError, ShapeError
 from transom.runtime.golden import (
     GENERATION,
     GOLDEN,
     Sides,
+    cut_to_bounds,
     is_generation,
     read_golden,
     require_complete,
-    within_bounds,
 )
 from transom.runtime.golden_reference import BUNDLE, PYTORCH, Reference, references
+from transom.runtime.host import instruction_set
 from transom.runtime.loading import load
 from transom.runtime.manifest import Manifest
 from transom.runtime.manifest_graphs import SIMULATED
@@ -125,7 +125,7 @@ def selftest(path: str | PathLike[str], device: str = "cpu", threads: int | None
         problem = saturated_export(manifest) if sums is not None else None
         if problem is not None:
             raise ParityError(f"{path} on {device} cannot be tested: {problem}")
-        fitting = {name: within_bounds(loaded, name, arrays) for name, arrays in sorted(golden.items())}
+        fitting = {name: cut_to_bounds(loaded, name, arrays) for name, arrays in sorted(golden.items())}
         cases = tuple(run_case(loaded, name, arrays, rules[0]) for name, (arrays, _) in fitting.items() if arrays)
         if not cases:
             raise ShapeError(
@@ -191,14 +191,20 @@ def run_case(loaded: LoadedBundle, name: str, arrays: Sides, rule: Reference) ->
 
 def run_generation(loaded: LoadedBundle, arrays: Sides, rule: Reference) -> SelftestCase:
     """The golden generation: the tokens of ``rule``'s side again, and every side's logits along PyTorch's tokens."""
-    from transom.runtime.greedy_check import Chosen, from_arrays, greedy, logits_along, require_same_tokens
+    from transom.runtime.greedy_check import (
+        GreedyTokens,
+        greedy,
+        logits_along,
+        prompts_from_arrays,
+        require_same_tokens,
+    )
     from transom.runtime.tasks.generator import Generator
 
     given, theirs, expected = arrays["input"], arrays[PYTORCH], arrays[rule.side]
     sides = [side for side in (PYTORCH, BUNDLE, SIMULATED) if side in arrays]
     if not isinstance(loaded, Generator) or not is_generation(given, [arrays[side] for side in sides], expected):
         raise BundleError(f"{GOLDEN}: case {GENERATION!r} is not complete; export the bundle again.")
-    prompts = from_arrays(given)
+    prompts = prompts_from_arrays(given)
     try:
         ours = greedy(loaded, prompts, expected["tokens"].shape[1])
     except NotFiniteError:
@@ -207,8 +213,8 @@ def run_generation(loaded: LoadedBundle, arrays: Sides, rule: Reference) -> Self
             "it again; one in half precision may need --precision fp32."
         ) from None
     scales = loaded.manifest.parity.get("scales", {})
-    chosen = Chosen(expected["tokens"], expected["margins"], expected.get("top_ids"), expected.get("top_logits"))
-    near_ties = require_same_tokens(ours, chosen, rule.tolerance * scales.get("logits", 1.0), rule.whose)
+    chosen = GreedyTokens(expected["tokens"], expected["margins"], expected.get("top_ids"), expected.get("top_logits"))
+    near_ties = require_same_tokens(ours, chosen, rule.tolerance * scales.get("logits", 1.0), rule.owner)
     graph = loaded.backend("decoder").graph
     logits = {"logits": logits_along(loaded, prompts, theirs["tokens"])[:, : theirs["logits"].shape[1]]}
     return SelftestCase(
@@ -217,5 +223,5 @@ def run_generation(loaded: LoadedBundle, arrays: Sides, rule: Reference) -> Self
             side: on_scales(compare_outputs(graph, {}, logits, {"logits": arrays[side]["logits"]}), scales)
             for side in sides
         },
-        tuple(divergence.told(rule.whose) for divergence in near_ties),
+        tuple(divergence.describe(rule.owner) for divergence in near_ties),
     )

@@ -20,8 +20,7 @@ from onnx.reference import ReferenceEvaluator
 
 from transom.export.passes._match import is_unused, is_weight
 from transom.runtime.errors import BundleError, one_line
-from transom.runtime.feeds import is_decoder
-from transom.runtime.graph_spec import Axis, Graph
+from transom.runtime.graph_spec import Axis, Graph, is_decoder
 
 Sizes = tuple[int, ...]
 

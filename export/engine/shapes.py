@@ -11,8 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from transom.export.engine.profiles import cache_sizes, step_axes
 from transom.runtime.errors import ExportError
-from transom.runtime.feeds import is_decoder, token_input
-from transom.runtime.graph_spec import Axis, Graph
+from transom.runtime.graph_spec import Axis, Graph, is_decoder, token_input
 
 
 @dataclass(frozen=True)

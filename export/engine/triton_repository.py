@@ -18,8 +18,7 @@ from transom.export.bundle_writer import write
 from transom.export.engine.targets import Target
 from transom.runtime.backends.trt_library import FULL
 from transom.runtime.errors import ExportError
-from transom.runtime.feeds import is_decoder
-from transom.runtime.graph_spec import Axis, Graph, Tensor
+from transom.runtime.graph_spec import Axis, Graph, Tensor, is_decoder
 from transom.runtime.manifest import Manifest
 
 CONFIG, PLAN = "config.pbtxt", "model.plan"

@@ -16,8 +16,7 @@ from transom.export.passes.split_fused_matmul import split_fused_matmul
 from transom.export.passes.trt_attention import OPERATOR, trt_attention
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import ExportError
-from transom.runtime.feeds import is_decoder
-from transom.runtime.graph_spec import Axis, Graph
+from transom.runtime.graph_spec import Axis, Graph, is_decoder
 
 MASK, LENGTHS = "mask", "lengths"  # how attention knows which positions of a cache hold something
 # What TensorRT's kernels of attention want: so many heads for a single query, heads of such a size

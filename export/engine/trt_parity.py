@@ -19,7 +19,7 @@ from transom.runtime.errors import ExportError, ParityError
 from transom.runtime.golden import GENERATION, read_golden
 from transom.runtime.golden_reference import PYTORCH
 from transom.runtime.graph_spec import Axis
-from transom.runtime.greedy_check import from_arrays, logits_along
+from transom.runtime.greedy_check import logits_along, prompts_from_arrays
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks.generator import Generator
 
@@ -119,7 +119,7 @@ def outputs(
     if case == GENERATION:
         assert isinstance(variant, Generator)
         assert isinstance(shipped, Generator)
-        prompts, tokens = from_arrays(arrays["input"]), arrays[PYTORCH]["tokens"]
+        prompts, tokens = prompts_from_arrays(arrays["input"]), arrays[PYTORCH]["tokens"]
         cache = axes["C"].max
         if max(map(variant.decoder_length, prompts)) > cache:  # both sides read the same: any part of a prompt will do
             prompts = [prompt[: max(1, cache // 2)] for prompt in prompts]

@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from transom.export.parity.inputs import ParityInputs, single_rows
 from transom.runtime.backends.base import Array
 from transom.runtime.errors import ExportError
-from transom.runtime.feeds import is_decoder
-from transom.runtime.graph_spec import Axis, Graph
+from transom.runtime.graph_spec import Axis, Graph, is_decoder
 from transom.runtime.greedy_check import forced_logits
 from transom.runtime.kv_cache import STEP
 from transom.runtime.manifest import Manifest

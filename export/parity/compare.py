@@ -14,7 +14,7 @@ from transom.runtime.compare import compare_outputs, largest_scales, on_scales
 from transom.runtime.errors import ParityError
 from transom.runtime.golden import GENERATION
 from transom.runtime.golden_reference import BUNDLE, PYTORCH
-from transom.runtime.greedy_check import Divergence, as_arrays, greedy, logits_along, require_same_tokens
+from transom.runtime.greedy_check import Divergence, greedy, logits_along, prompts_to_arrays, require_same_tokens
 from transom.runtime.manifest import QUANTIZED
 from transom.runtime.manifest_graphs import SIMULATED
 from transom.runtime.session import LoadedBundle
@@ -164,7 +164,7 @@ def check_greedy(
     steps = golden.steps(found[PYTORCH].logits[:, :1].nbytes, len(sides))
     golden.offer(
         GENERATION,
-        as_arrays(prompts),
+        prompts_to_arrays(prompts),
         {
             name: {
                 **generation.chosen.to_arrays(),

@@ -10,8 +10,7 @@ from PIL import Image as PillowImage
 
 from transom.export.datasets import passage, photos
 from transom.runtime.backends.base import Array
-from transom.runtime.feeds import shape_of
-from transom.runtime.graph_spec import Graph, Tensor
+from transom.runtime.graph_spec import Graph, Tensor, shape_of
 from transom.runtime.image_loading import open_image
 from transom.runtime.image_preprocess import ImagePreprocess
 from transom.runtime.text.tokenizer import TextTokenizer
@@ -33,7 +32,7 @@ class ParityInputs:
         self._photos = [open_image(photo) for photo in photos()]
 
     def ids(self, shape: tuple[int, int], below: int) -> Array:
-        """Return token ids 0..below-1, int64 (R, n): rows of prose that begin anywhere."""
+        """Return token ids 0..exclusive_max-1, int64 (R, n): rows of prose that begin anywhere."""
         rng = np.random.default_rng(zlib.crc32(repr((shape, below)).encode()))
         return self._tokens(Tensor("ids", "int64", (), exclusive_max=below), shape, rng)
 

@@ -10,8 +10,7 @@ from transom.calib.scales import BLOCKS, METHODS
 from transom.export.passes.qdq_static import OPTIONAL_SITES
 from transom.export.reference_models import REFERENCE_MODELS
 from transom.runtime.errors import ExportError
-from transom.runtime.feeds import is_decoder
-from transom.runtime.graph_spec import Graph
+from transom.runtime.graph_spec import Graph, is_decoder
 
 STATIC, DYNAMIC, NONE = "static", "dynamic", "none"  # how activations are quantised; "none": weights alone
 ACTIVATIONS = (STATIC, DYNAMIC, NONE)

@@ -24,8 +24,7 @@ from transom.export.reference_models import ReferenceModel, scored_model
 from transom.export.variants import Variants
 from transom.runtime.backends.integer_sums import integer_sums
 from transom.runtime.bundle import Bundle
-from transom.runtime.cpu import instruction_set
-from transom.runtime.host import cpu_name
+from transom.runtime.host import cpu_name, instruction_set
 from transom.runtime.loading import open_bundle
 from transom.runtime.manifest_sections import EXACT
 

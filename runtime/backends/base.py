@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
 
-from transom.runtime.graph_spec import Graph
+from transom.runtime.errors import BundleError
+from transom.runtime.graph_spec import Graph, Tensor
 from transom.runtime.manifest_graphs import Plan
 
 Array = NDArray[Any]
@@ -38,3 +40,24 @@ class FromPlan(Protocol):
     """A backend of an engine, whose bounds may be narrower than the bundle's."""
 
     plan: Plan
+
+
+def with_dtypes(graph: Graph, found: Mapping[str, str | None], file: str, remedy: str) -> Graph:
+    """Return the graph with the dtypes of its state as a library ``found`` them in ``file``, by tensor.
+
+    Raises BundleError, which ends in ``remedy``, where names or other dtypes are not those of bundle.json.
+    """
+    declared = {tensor.name: tensor for tensor in (*graph.inputs, *graph.outputs)}
+    wrong = found.keys() ^ declared.keys()
+    wrong |= {
+        name
+        for name in found.keys() & declared.keys()
+        if found[name] is None or not (declared[name].state or found[name] == declared[name].dtype)
+    }
+    if wrong:
+        raise BundleError(f"{file} and bundle.json disagree about {', '.join(sorted(wrong))}. {remedy}")
+
+    def loaded(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(replace(tensor, dtype=str(found[tensor.name])) for tensor in tensors)
+
+    return replace(graph, inputs=loaded(graph.inputs), outputs=loaded(graph.outputs))

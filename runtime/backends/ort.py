@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from transom.runtime.backends.base import Array, Read
+from transom.runtime.backends.base import Array, Read, with_dtypes
 from transom.runtime.backends.integer_sums import integer_sums
 from transom.runtime.backends.ort_cache import OrtDecoderState
 from transom.runtime.backends.ort_library import FATAL, onnxruntime
-from transom.runtime.decoder_state import DecoderState, HostDecoderState, cache_inputs
-from transom.runtime.errors import BackendError, BundleError, one_line
+from transom.runtime.errors import BackendError, one_line
 from transom.runtime.feeds import storage
-from transom.runtime.graph_spec import Graph, Tensor
+from transom.runtime.graph_spec import Tensor, cache_inputs
+from transom.runtime.kv_cache import DecoderState, HostDecoderState
 from transom.runtime.manifest_graphs import BLOCKS, PRODUCTS, SIMULATED, GraphFile
 from transom.runtime.process_bound import ProcessBound
 
@@ -42,7 +42,8 @@ class OrtBackend(ProcessBound):
         self.device = device
         self._local = threading.local()
         self._session = open_products(graph, read, device, threads)
-        self.graph = as_loaded(graph, device, self._session)
+        file = graph.file_for(device)
+        self.graph = with_dtypes(graph.graph, tensor_dtypes(self._session), file, "Export the bundle again.")
         self._outputs = {tensor.name: tensor for tensor in self.graph.outputs}
 
     def run(self, feeds: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Array]:
@@ -73,7 +74,7 @@ class OrtBackend(ProcessBound):
 
     def new_decoder_state(self, rows: int, limit: int, encoder_outputs: Mapping[str, Array]) -> DecoderState:
         """On a GPU the caches stay there; but for BF16, which OrtValue cannot hand to numpy."""
-        caches = cache_inputs(self.graph.inputs, self.graph.outputs)
+        caches = cache_inputs(self.graph)
         if self.device == "cpu" or any(tensor.dtype == "bfloat16" for tensor in self.graph.inputs):
             return HostDecoderState(caches, rows, limit, encoder_outputs)
         return OrtDecoderState(onnxruntime(), self.device, caches, rows, limit, encoder_outputs)
@@ -90,29 +91,9 @@ def bind(to: Any, tensor: Tensor, array: Array) -> None:
     to(tensor.name, "cpu", 0, kind, array.shape, array.ctypes.data)
 
 
-def as_loaded(graph: GraphFile, device: str, session: Any) -> Graph:
-    """The graph with the dtypes of its state as the session has them.
-
-    Raises BundleError where names or other dtypes are not those of bundle.json.
-    """
-    found = {value.name: DTYPES.get(value.type) for value in (*session.get_inputs(), *session.get_outputs())}
-    declared = {tensor.name: tensor for tensor in (*graph.graph.inputs, *graph.graph.outputs)}
-    wrong = found.keys() ^ declared.keys()
-    wrong |= {
-        name
-        for name in found.keys() & declared.keys()
-        if not (declared[name].state or found[name] == declared[name].dtype)
-    }
-    if wrong:
-        raise BundleError(
-            f"{graph.file_for(device)} and bundle.json disagree about {', '.join(sorted(wrong))}. "
-            "Export the bundle again."
-        )
-
-    def loaded(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(replace(tensor, dtype=str(found[tensor.name])) for tensor in tensors)
-
-    return replace(graph.graph, inputs=loaded(graph.graph.inputs), outputs=loaded(graph.graph.outputs))
+def tensor_dtypes(session: Any) -> dict[str, str | None]:
+    """Return numpy's name of each tensor's dtype in a session; None for one that no graph of ours has."""
+    return {value.name: DTYPES.get(value.type) for value in (*session.get_inputs(), *session.get_outputs())}
 
 
 def session_entries(graph: GraphFile, device: str) -> Mapping[str, str]:

@@ -10,22 +10,20 @@ import os
 import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from math import prod
 from typing import Any
 
 import numpy as np
 
-from transom.runtime.backends.base import Array, Read
+from transom.runtime.backends.base import Array, Read, with_dtypes
 from transom.runtime.backends.cuda import CapturedGraph, OutOfMemory, Stream, find_gpu
 from transom.runtime.backends.trt_kernel_cache import KernelCache
 from transom.runtime.backends.trt_library import NAMES, library
 from transom.runtime.backends.trt_memory import DeviceArray, Pool, Staging, TrtDecoderState
 from transom.runtime.backends.trt_plans import kind_of, pick_plan, require_version
-from transom.runtime.decoder_state import cache_inputs
 from transom.runtime.errors import BackendError, BundleError, ShapeError, one_line
-from transom.runtime.feeds import LOGITS_POSITIONS, WRITE_INDICES, is_decoder, storage, token_input
-from transom.runtime.graph_spec import Graph, Tensor
+from transom.runtime.feeds import check_positions, storage
+from transom.runtime.graph_spec import Tensor, cache_inputs, token_input
 from transom.runtime.manifest_graphs import GraphFile
 from transom.runtime.process_bound import ProcessBound
 
@@ -35,7 +33,7 @@ MOST_GRAPHS = 4  # kept per caller: each is one batch's addresses
 MESSAGES = 20  # of TensorRT's, kept for the next error
 # Calls that are on the GPU at once, whatever the number of threads: each has contexts, a stream and staging of its own.
 # Two keep the GPU busy: while one copies, the other computes. The others are for the host's share of a call.
-CALLERS = 4
+MAX_CONCURRENT_CALLS = 4
 KEPT_SHARE = 8  # of the GPU's memory a pool keeps one part in so many for what comes next
 
 Sizes = tuple[int, ...]
@@ -51,17 +49,17 @@ class Engine(ProcessBound):
         self.name, self.file, self.trt = NAMES[kind], plan.file, library(kind)
         require_version(plan, str(self.trt.__version__))
         self.messages: list[str] = []
-        self._logger = recorder(self.trt, self.messages)
+        self._logger = trt_logger(self.trt, self.messages)
         self._runtime = self.trt.Runtime(self._logger)  # has to live as long as the engine
         data = read(plan.file)
         self.engine = self._runtime.deserialize_cuda_engine(data)
         if self.engine is None:
             raise self.failure("cannot load", "Build it again with `transom build`, with the library that is here")
-        self.graph = as_built(file.graph, self.engine, plan.file)
+        self.graph = with_dtypes(file.graph, tensor_dtypes(self.engine), plan.file, "Build the engine again.")
         self.kernels = KernelCache(self.engine, data, f"{kind}-{self.trt.__version__}-{self.gpu.sm}-{self.gpu.driver}")
         self.profiles = [self._bounds(index) for index in range(self.engine.num_optimization_profiles)]
         self.lock = threading.Lock()
-        written = cache_inputs(self.graph.inputs, self.graph.outputs)
+        written = cache_inputs(self.graph)
         self.caches, self.length = written, int(self.engine.get_tensor_shape(written[0].name)[2]) if written else 0
         for output in self.graph.outputs:
             if output.aliases is not None and self.engine.get_aliased_input_tensor(output.name) != output.aliases:
@@ -113,40 +111,26 @@ def outside(shape: Sizes, least: Sizes, most: Sizes) -> bool:
     )
 
 
-def recorder(trt: Any, messages: list[str]) -> Any:
-    """TensorRT's logger: what is wrong is kept for our errors, nothing is printed."""
-    serious = (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR)
+def trt_logger(trt: Any, messages: list[str]) -> Any:
+    """Make TensorRT's logger: its errors are appended to ``messages``, the last MESSAGES stay; nothing is printed."""
+    errors = (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR)
 
-    class Recorder(trt.ILogger):  # type: ignore[misc]
+    class TrtLogger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, message: str) -> None:
-            if severity in serious:
+            if severity in errors:
                 messages.append(message)
                 del messages[:-MESSAGES]
 
-    return Recorder()
+    return TrtLogger()
 
 
-def as_built(graph: Graph, engine: Any, file: str) -> Graph:
-    """The graph with the dtypes of its state as the engine has them. BundleError where names or other dtypes differ."""
-    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-    found = {name: DTYPES.get(engine.get_tensor_dtype(name).name) for name in names}
-    declared = {tensor.name: tensor for tensor in (*graph.inputs, *graph.outputs)}
-    wrong = found.keys() ^ declared.keys()
-    wrong |= {
-        name
-        for name in found.keys() & declared.keys()
-        if found[name] is None or not (declared[name].state or found[name] == declared[name].dtype)
-    }
-    if wrong:
-        raise BundleError(f"{file} and bundle.json disagree about {', '.join(sorted(wrong))}. Build the engine again.")
-
-    def built(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(replace(tensor, dtype=str(found[tensor.name])) for tensor in tensors)
-
-    return replace(graph, inputs=built(graph.inputs), outputs=built(graph.outputs))
+def tensor_dtypes(engine: Any) -> dict[str, str | None]:
+    """Return numpy's name of each tensor's dtype in an engine; None for one that no graph of ours has."""
+    names = (engine.get_tensor_name(index) for index in range(engine.num_io_tensors))
+    return {name: DTYPES.get(engine.get_tensor_dtype(name).name) for name in names}
 
 
 class TrtBackend(ProcessBound):
@@ -157,20 +141,20 @@ class TrtBackend(ProcessBound):
     def __init__(self, file: GraphFile, read: Read) -> None:
         self._engine = Engine(file, read)
         self._pool = Pool(self._engine.gpu.memory // KEPT_SHARE)
-        self._turn = threading.BoundedSemaphore(CALLERS)
-        self._idle: list[Caller] = []
+        self._turn = threading.BoundedSemaphore(MAX_CONCURRENT_CALLS)
+        self._idle: list[CallContext] = []
         self.graph, self.plan = self._engine.graph, self._engine.plan
 
     def run(self, feeds: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Array]:
         """As a backend does; inputs may be what ``new_decoder_state`` made as well as numpy arrays.
 
-        A thread beyond the CALLERS that are in here waits for its turn.
+        A thread beyond the MAX_CONCURRENT_CALLS that are in here waits for its turn.
         """
         with self._turn:
             try:
                 caller = self._idle.pop()  # the one of the last call, whose recorded steps are of use
             except IndexError:
-                caller = Caller(self._engine)
+                caller = CallContext(self._engine)
             try:
                 return caller.run(feeds, shapes)
             except OutOfMemory:  # what the pool keeps for nobody is in the way; a step that is repeated writes the same
@@ -183,7 +167,7 @@ class TrtBackend(ProcessBound):
         return TrtDecoderState(self._pool, self._engine.caches, self._engine.length, rows, limit, encoder_outputs)
 
 
-class Caller(ProcessBound):
+class CallContext(ProcessBound):
     """One call's use of an engine at a time: a stream, a context for each profile, buffers that are allocated once."""
 
     def __init__(self, engine: Engine) -> None:
@@ -204,8 +188,9 @@ class Caller(ProcessBound):
 
     def _run(self, feeds: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Array]:
         engine = self._engine
-        if is_decoder(self._graph):
-            require_room(self._graph, feeds)
+        if engine.caches:
+            new = feeds[token_input(self._graph).name].shape[1]
+            check_positions(new, min(feeds[tensor.name].shape[2] for tensor in engine.caches), feeds)
         sizes = {tensor.name: self._size(tensor, feeds[tensor.name]) for tensor in self._graph.inputs}
         profile = engine.profile_for(sizes)
         context = self._context(profile)
@@ -299,15 +284,3 @@ class Caller(ProcessBound):
             tensor.name: hosts[tensor.name].view(storage(tensor)).reshape(made[tensor.name]).copy()
             for tensor in outputs
         }
-
-
-def require_room(graph: Graph, feeds: Mapping[str, Any]) -> None:
-    """Raise ShapeError where a step would write past its caches, which TensorRT drops without a word."""
-    new = feeds[token_input(graph).name].shape[1]
-    reached = int(np.max(feeds[WRITE_INDICES], initial=0)) + new
-    held = min(feeds[tensor.name].shape[2] for tensor in cache_inputs(graph.inputs, graph.outputs))
-    if reached > held:
-        raise ShapeError(f"{new} tokens at {reached - new} reach {reached}; the caches hold {held}. Give larger ones.")
-    wanted = feeds[LOGITS_POSITIONS]
-    if wanted.size and not 0 <= int(wanted.min()) <= int(wanted.max()) < new:
-        raise ShapeError(f"{LOGITS_POSITIONS} holds {int(wanted.max())}; expected 0..{new - 1}.")

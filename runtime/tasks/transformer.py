@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from transom.runtime.errors import BundleError
-from transom.runtime.feeds import LOGITS_POSITIONS, WRITE_INDICES, shape_of
+from transom.runtime.feeds import LOGITS_POSITIONS, WRITE_INDICES
+from transom.runtime.graph_spec import shape_of
 from transom.runtime.tasks.generator import Generator, PrefillResult
 from transom.runtime.tasks.generator_task import ask_generator, generated_lines
 from transom.runtime.tasks.prompts import Row, padded

@@ -24,8 +24,8 @@ import numpy as np
 from typer.testing import CliRunner
 
 from transom.cli.main import app
-from transom.runtime.cpu import instruction_set
 from transom.runtime.families import FAMILIES
+from transom.runtime.host import instruction_set
 from transom.runtime.manifest import MANIFEST, PRECISIONS, QUANTIZED, manifest_sha256
 
 TESTS = Path(__file__).resolve().parents[1]

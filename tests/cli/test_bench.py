@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 
 from command_line import ANSI, as_quantized, changed_bundle, command, document, error_line, transom
-from transom.runtime.bench import example_feeds, percentile, sizes_of
-from transom.runtime.cpu import instruction_set
+from transom.runtime.bench import example_feeds, sizes_of, timing_of
 from transom.runtime.decoder import Decoder
 from transom.runtime.errors import InputError, ShapeError
 from transom.runtime.graph_spec import Axis, Graph, Tensor
-from transom.runtime.host import processor
+from transom.runtime.host import instruction_set, processor
 
 SHORT = ("--runs", "3", "--warmup", "1")
 
@@ -138,10 +137,13 @@ def test_sizes_default_to_opt() -> None:
         sizes_of(IDS, AXES, {"S": 1})
 
 
-@pytest.mark.parametrize("values", [[3.0], [4.0, 1.0], [5.0, 1.0, 4.0, 2.0, 3.0]])
-def test_percentile_is_numpys(values: list[float]) -> None:
-    for percent in (0, 50, 95, 99, 100):
-        assert percentile(values, percent) == pytest.approx(float(np.percentile(values, percent)), rel=1e-12)
+@pytest.mark.parametrize(
+    ("times_ms", "percentiles"),
+    [([3.0], (3.0, 3.0, 3.0)), ([4.0, 1.0], (2.5, 3.85, 3.97)), ([5.0, 1.0, 4.0, 2.0, 3.0], (3.0, 4.8, 4.96))],
+)
+def test_percentiles_are_linear_between_ranks(times_ms: list[float], percentiles: tuple[float, ...]) -> None:
+    found = timing_of("model", {}, times_ms, 1, "items")
+    assert (found.p50_ms, found.p95_ms, found.p99_ms) == pytest.approx(percentiles, rel=1e-12)
 
 
 def test_a_terminal_gets_a_bar_and_a_pipe_does_not(vit_bundle: Path, tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from PIL import Image
 
 from command_line import document, process, transom
 from transom.runtime.backends import integer_sums, trt_library
-from transom.runtime.cpu import instruction_set
 from transom.runtime.errors import BackendError
+from transom.runtime.host import instruction_set
 
 
 def test_doctor_reports_versions_and_what_auto_chooses() -> None:

@@ -40,8 +40,8 @@ from processors.table import page
 from processors.without_torch import libraries_of
 from time_limits import PATIENCE_S
 from transom.runtime.compare import Comparison
-from transom.runtime.cpu import flags_of_cpuinfo, instruction_set_of
 from transom.runtime.golden_reference import BUNDLE, PYTORCH, Reference
+from transom.runtime.host import flags_of_cpuinfo, instruction_set_of
 from transom.runtime.selftest import SelftestCase, SelftestReport, broken
 
 SYSROOT = FOLDER / "support" / "processors" / "sysroot.sh"
@@ -99,8 +99,8 @@ def failure(kind: str, message: str) -> str:
 
 
 def test_a_selftest_that_holds() -> None:
-    told = {"side": "pytorch", "tolerance": 0.01, "worst": worst(2.3e-3).to_json()}
-    assert read_selftest(0, json.dumps(told), "") == Outcome(True, "2.3e-3", "", 0.01, "pytorch")
+    describe = {"side": "pytorch", "tolerance": 0.01, "worst": worst(2.3e-3).to_json()}
+    assert read_selftest(0, json.dumps(describe), "") == Outcome(True, "2.3e-3", "", 0.01, "pytorch")
 
 
 @pytest.mark.parametrize(("side", "allowed"), [(PYTORCH, 0.01), (BUNDLE, 0.1)])
@@ -140,8 +140,8 @@ def test_pytests_last_line(status: int, line: str, ok: bool, says: str) -> None:
 
 
 def test_doctor_must_report_the_emulated_instructions() -> None:
-    told = {"cpu": {"instructions": ["asimd", "asimddp", "asimdhp"], "architecture": "aarch64"}, "problems": []}
-    asked: Any = partial(read_command, "doctor", status=0, stdout=json.dumps(told), stderr="", host={})
+    describe = {"cpu": {"instructions": ["asimd", "asimddp", "asimdhp"], "architecture": "aarch64"}, "problems": []}
+    asked: Any = partial(read_command, "doctor", status=0, stdout=json.dumps(describe), stderr="", host={})
     assert asked(A76) == Outcome(True, "ok")
     assert asked(A72).reason == "instructions are asimd asimddp asimdhp, expected asimd"
     assert asked(MAX).reason.endswith("expected asimd asimddp asimdhp bf16 i8mm sve")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from transom.runtime import cpu
-from transom.runtime.cpu import (
+from transom.runtime.host import (
     INSTRUCTION_SETS,
     UNKNOWN,
     flags_of_cpuinfo,

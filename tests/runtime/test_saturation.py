@@ -14,8 +14,8 @@ from command_line import as_quantized, changed_bundle, document, error_line, tra
 from paths import KEPT
 from transom.runtime import load, saturation
 from transom.runtime.backends.integer_sums import LOST, NATIVE, WIDENED, IntegerSums
-from transom.runtime.cpu import INSTRUCTION_SETS, UNKNOWN
 from transom.runtime.errors import ParityError
+from transom.runtime.host import INSTRUCTION_SETS, UNKNOWN
 from transom.runtime.saturation import EXACT_ON, SATURATED_ON, SaturationWarning, recorded_sums, warn_of_saturation
 from transom.runtime.selftest import selftest
 

@@ -31,7 +31,15 @@ from transom.runtime.backends.integer_sums import integer_sums
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import AccuracyError, BundleError, ParityError
 from transom.runtime.golden import GOLDEN, read_golden
-from transom.runtime.golden_reference import BELOW_ZEROS, BUNDLE, ENGINE, PYTORCH, REPEAT, Reference, references
+from transom.runtime.golden_reference import (
+    BELOW_ALL_ZEROS,
+    BUNDLE,
+    ENGINE_TOLERANCE,
+    PYTORCH,
+    REPEAT_TOLERANCE,
+    Reference,
+    references,
+)
 from transom.runtime.manifest_graphs import SIMULATED
 from transom.runtime.selftest import selftest
 
@@ -81,7 +89,7 @@ def test_the_references_of_an_int8_bundle(int8_bundle: Path, vit_bundle: Path) -
     pytorch = Reference(PYTORCH, 2 * manifest.parity["worst"]["error"])
     assert references(manifest, "cpu", ALL_SIDES) == (Reference(BUNDLE, 0.0), pytorch)
     for device in ("cuda", "tensorrt"):
-        assert references(manifest, device, ALL_SIDES) == (Reference(SIMULATED, ENGINE), pytorch)
+        assert references(manifest, device, ALL_SIDES) == (Reference(SIMULATED, ENGINE_TOLERANCE), pytorch)
     for device in ("cpu", "tensorrt"):
         plain = references(Bundle(vit_bundle).manifest, device, ALL_SIDES)
         assert plain == (Reference(PYTORCH, TOLERANCES["fp32"]),)
@@ -106,13 +114,13 @@ def test_what_differs_from_the_export_is_named(
     """There 0.1 is allowed in place of nothing."""
     import onnxruntime
 
-    from transom.runtime.cpu import instruction_set
+    from transom.runtime.host import instruction_set
 
     def elsewhere(words: dict[str, Any]) -> None:
         words[where][key] = there
 
     report = selftest(changed_bundle(int8_bundle, tmp_path, elsewhere))
-    assert (report.side, report.tolerance) == (BUNDLE, REPEAT)
+    assert (report.side, report.tolerance) == (BUNDLE, REPEAT_TOLERANCE)
     expected = says.format(here=instruction_set(), means=integer_sums().way, ort=onnxruntime.__version__)
     (note,) = report.notes
     assert expected in note
@@ -168,7 +176,7 @@ def test_bundles_of_before_are_compared_with_what_they_hold(name: str) -> None:
     manifest = Bundle(KEPT / name).manifest
     worst = manifest.parity["worst"]["error"]
     report = selftest(KEPT / name, threads=1)
-    assert report.tolerance == REPEAT
+    assert report.tolerance == REPEAT_TOLERANCE
     assert "what makes integer sums exact is " in report.notes[0]
     (elsewhere,) = references(manifest, "tensorrt", (PYTORCH, BUNDLE))
     assert (elsewhere.side, elsewhere.tolerance) == (PYTORCH, 2 * worst)
@@ -188,10 +196,10 @@ def test_two_unknown_processors_need_not_be_of_one_kind(
 
     monkeypatch.setattr("transom.runtime.golden_reference.instruction_set", lambda: "unknown")
     manifest = Bundle(changed_bundle(int8_bundle, tmp_path, unknown)).manifest
-    assert references(manifest, "cpu", ALL_SIDES)[0].tolerance == REPEAT
+    assert references(manifest, "cpu", ALL_SIDES)[0].tolerance == REPEAT_TOLERANCE
 
 
-@pytest.mark.parametrize(("name", "here", "tolerance"), [("sse", True, REPEAT), ("avx2", False, 0.0)])
+@pytest.mark.parametrize(("name", "here", "tolerance"), [("sse", True, REPEAT_TOLERANCE), ("avx2", False, 0.0)])
 def test_weights_alone_repeat_bit_for_bit_where_blocks_are_integers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, here: bool, tolerance: float
 ) -> None:
@@ -216,7 +224,7 @@ def test_nothing_allows_outputs_of_zeros(int8_bundle: Path, tmp_path: Path) -> N
         words["parity"]["worst"]["error"] = 0.6
 
     pytorch = references(Bundle(changed_bundle(int8_bundle, tmp_path, worse)).manifest, "cpu", ALL_SIDES)[1]
-    assert pytorch.tolerance == BELOW_ZEROS < 1
+    assert pytorch.tolerance == BELOW_ALL_ZEROS < 1
 
 
 # ------------------------------------------------------------------------------------------------ verify
@@ -235,8 +243,8 @@ def test_verify_without_the_calibration_data_does_not_check_accuracy(int8_bundle
     assert result.exit_code == 1
     assert "accuracy not checked: give --calibration-data what the bundle was calibrated on" in result.stderr
     assert "agrees with PyTorch" not in result.stdout
-    told = transom("verify", bundle, "--source", vit, "--json")
-    assert (told.exit_code, document(told)["accuracy"], document(told)["gate"]) == (1, "not checked", None)
+    describe = transom("verify", bundle, "--source", vit, "--json")
+    assert (describe.exit_code, document(describe)["accuracy"], document(describe)["gate"]) == (1, "not checked", None)
     result = transom("verify", bundle, "--source", vit, "--no-accuracy")
     assert (result.exit_code, "accuracy not checked" in result.stderr) == (0, True)
     assert document(transom("verify", bundle, "--source", vit, "--no-accuracy", "--json"))["accuracy"] == "not checked"

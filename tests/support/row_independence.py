@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.runtime.feeds import is_decoder
-from transom.runtime.graph_spec import Graph
+from transom.runtime.graph_spec import Graph, is_decoder
 from transom.runtime.greedy_check import forced_logits
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks.generator import Generator

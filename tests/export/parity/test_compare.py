@@ -28,7 +28,7 @@ from transom.export.parity.results import CaseResult
 from transom.export.verification import verify
 from transom.runtime.compare import compare
 from transom.runtime.errors import CheckpointError, ParityError, PrecisionError
-from transom.runtime.golden_reference import REPEAT
+from transom.runtime.golden_reference import REPEAT_TOLERANCE
 from transom.runtime.graph_spec import Axis
 from transom.runtime.manifest import manifest_sha256
 from transom.runtime.selftest import selftest
@@ -218,12 +218,12 @@ def test_a_quantised_bundle_is_compared_with_its_own_build(vit_bundle: Path, tmp
     bundle = changed_bundle(vit_bundle, tmp_path, as_quantized)
     moved("pytorch", 0.45)(bundle)
     report = selftest(bundle, threads=1)
-    assert (report.side, report.tolerance) == ("bundle", REPEAT)
+    assert (report.side, report.tolerance) == ("bundle", REPEAT_TOLERANCE)
     assert report.worst.error <= 1e-6
     assert 0.3 < report.worst_against("pytorch").error < 0.5
-    moved("bundle", 0.5 * REPEAT)(bundle)
-    assert 0.4 * REPEAT < selftest(bundle, threads=1).worst.error < 0.6 * REPEAT
-    moved("bundle", REPEAT)(bundle)
+    moved("bundle", 0.5 * REPEAT_TOLERANCE)(bundle)
+    assert 0.4 * REPEAT_TOLERANCE < selftest(bundle, threads=1).worst.error < 0.6 * REPEAT_TOLERANCE
+    moved("bundle", REPEAT_TOLERANCE)(bundle)
     expected = r"on cpu differs from what it gave when it was built: .* 0\.1 is allowed .* 8-bit products on this "
     with pytest.raises(ParityError, match=expected):
         selftest(bundle, threads=1)

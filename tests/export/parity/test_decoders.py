@@ -25,7 +25,7 @@ from transom.export.parity.results import CaseResult
 from transom.export.verification import verify
 from transom.runtime.errors import BundleError, ParityError
 from transom.runtime.golden import GENERATION, GOLDEN
-from transom.runtime.greedy_check import NOTHING, Chosen, Greedy, divergences, require_same_tokens
+from transom.runtime.greedy_check import PAD, GreedyGeneration, GreedyTokens, divergences, require_same_tokens
 from transom.runtime.manifest import manifest_sha256
 from transom.runtime.selftest import selftest
 
@@ -187,16 +187,17 @@ def rows(*tokens: list[int]) -> NDArray[np.int64]:
     return np.array(tokens, np.int64)
 
 
-def chose(tokens: NDArray[np.int64]) -> Greedy:
+def chose(tokens: NDArray[np.int64]) -> GreedyGeneration:
     """A generation of which nothing is known but its tokens."""
-    return Greedy(Chosen(tokens, np.zeros(tokens.shape, np.float32)), np.zeros((*tokens.shape, 10), np.float32))
+    chosen = GreedyTokens(tokens, np.zeros(tokens.shape, np.float32))
+    return GreedyGeneration(chosen, np.zeros((*tokens.shape, 10), np.float32))
 
 
 def test_the_first_step_that_differs_is_what_counts() -> None:
-    theirs = rows([5, 6, 7, NOTHING], [1, 2, 3, 4])
+    theirs = rows([5, 6, 7, PAD], [1, 2, 3, 4])
     margins = np.array([[9, 8, 7, 0], [3, 0.25, 2, 1]], np.float32)
-    assert divergences(theirs, Chosen(theirs, margins)) == []
-    (found,) = divergences(rows([5, 6, 7, NOTHING], [1, 9, 9, NOTHING]), Chosen(theirs, margins))
+    assert divergences(theirs, GreedyTokens(theirs, margins)) == []
+    (found,) = divergences(rows([5, 6, 7, PAD], [1, 9, 9, PAD]), GreedyTokens(theirs, margins))
     assert (found.row, found.step, found.ours, found.theirs, found.margin) == (1, 1, 9, 2, 0.25)
     assert str(found) == "greedy token 1 of row 1 is 9, PyTorch's is 2 (its margin 2.50e-01)"
 
@@ -207,35 +208,37 @@ def test_a_margin_below_both_sides_tolerance_explains_another_token(tolerance: f
     theirs, ours = rows([1, 2, 3]), rows([1, 9, 9])
     margins = np.array([[3, 0.25, 2]], np.float32)
     if passes:
-        assert [found.step for found in require_same_tokens(chose(ours), Chosen(theirs, margins), tolerance)] == [1]
+        assert [found.step for found in require_same_tokens(chose(ours), GreedyTokens(theirs, margins), tolerance)] == [
+            1
+        ]
     else:
         with pytest.raises(ParityError, match=r"greedy token 1 of row 0 is 9, PyTorch's is 2 .*only a margin below"):
-            require_same_tokens(chose(ours), Chosen(theirs, margins), tolerance)
+            require_same_tokens(chose(ours), GreedyTokens(theirs, margins), tolerance)
 
 
 def test_a_row_that_ends_early_differs_where_it_ends() -> None:
     theirs, margins = rows([1, 2, 3]), np.full((1, 3), 5, np.float32)
-    with pytest.raises(ParityError, match=f"token 2 of row 0 is {NOTHING}, PyTorch's is 3"):
-        require_same_tokens(chose(rows([1, 2, NOTHING])), Chosen(theirs, margins), 0.1)
+    with pytest.raises(ParityError, match=f"token 2 of row 0 is {PAD}, PyTorch's is 3"):
+        require_same_tokens(chose(rows([1, 2, PAD])), GreedyTokens(theirs, margins), 0.1)
 
 
 def test_going_on_where_pytorch_ended_differs_by_the_ends_margin() -> None:
     """PyTorch chose the end with a margin of 5: what we chose instead is told, at the step where it ended."""
-    theirs, margins = rows([1, 2, NOTHING]), np.array([[5, 5, 0]], np.float32)
+    theirs, margins = rows([1, 2, PAD]), np.array([[5, 5, 0]], np.float32)
     with pytest.raises(ParityError, match="token 2 of row 0 is 7"):
-        require_same_tokens(chose(rows([1, 2, 7])), Chosen(theirs, margins), 0.1)
+        require_same_tokens(chose(rows([1, 2, 7])), GreedyTokens(theirs, margins), 0.1)
 
 
 def test_a_margin_that_is_no_number_excuses_nothing() -> None:
     with pytest.raises(ParityError, match="token 1 of row 0 is 3"):
-        require_same_tokens(chose(rows([1, 3])), Chosen(rows([1, 2]), np.full((1, 2), np.nan, np.float32)), 0.1)
+        require_same_tokens(chose(rows([1, 3])), GreedyTokens(rows([1, 2]), np.full((1, 2), np.nan, np.float32)), 0.1)
 
 
 def test_one_wrong_row_is_not_excused_by_another() -> None:
     theirs, ours = rows([1, 2], [3, 4]), rows([9, 2], [3, 8])
     margins = np.array([[0.01, 5], [5, 5]], np.float32)
     with pytest.raises(ParityError, match="token 1 of row 1 is 8"):
-        require_same_tokens(chose(ours), Chosen(theirs, margins), 0.1)
+        require_same_tokens(chose(ours), GreedyTokens(theirs, margins), 0.1)
 
 
 @pytest.mark.parametrize(
@@ -248,8 +251,10 @@ def test_one_wrong_row_is_not_excused_by_another() -> None:
 )
 def test_a_margin_is_explained_by_what_the_logits_differ_there(lost: float, ours: int, passes: bool) -> None:
     """An error that is allowed and did not happen excuses no token."""
-    theirs = Chosen(rows([1]), np.array([[0.4]], np.float32), rows([1, 2])[None], np.array([[[3.0, 2.6]]], np.float32))
-    found = Greedy(chose(rows([ours])).chosen, np.array([[[0.0, 3.0 - lost, 2.6 + lost]]], np.float32))
+    theirs = GreedyTokens(
+        rows([1]), np.array([[0.4]], np.float32), rows([1, 2])[None], np.array([[[3.0, 2.6]]], np.float32)
+    )
+    found = GreedyGeneration(chose(rows([ours])).chosen, np.array([[[0.0, 3.0 - lost, 2.6 + lost]]], np.float32))
     if passes:
         assert [each.step for each in require_same_tokens(found, theirs, 5.0)] == [0]
     else:

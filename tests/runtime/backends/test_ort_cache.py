@@ -12,7 +12,8 @@ from transom.runtime import load
 from transom.runtime.backends.ort import OrtBackend
 from transom.runtime.backends.ort_cache import OrtDecoderState
 from transom.runtime.backends.ort_library import onnxruntime
-from transom.runtime.decoder_state import DecoderState, cache_inputs
+from transom.runtime.graph_spec import cache_inputs
+from transom.runtime.kv_cache import DecoderState
 
 
 @pytest.fixture
@@ -21,11 +22,11 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[OrtDecoderState]:
     made: list[OrtDecoderState] = []
 
     def new_decoder_state(self: OrtBackend, rows: int, limit: int, encoder_outputs: Any) -> DecoderState:
-        caches = cache_inputs(self.graph.inputs, self.graph.outputs)
+        caches = cache_inputs(self.graph)
         made.append(OrtDecoderState(onnxruntime(), "cpu", caches, rows, limit, encoder_outputs))
         return made[-1]
 
-    monkeypatch.setattr(OrtBackend, "new_state", new_decoder_state)
+    monkeypatch.setattr(OrtBackend, "new_decoder_state", new_decoder_state)
     return made
 
 
@@ -49,7 +50,7 @@ def test_a_step_writes_the_values_themselves(gpt_bundle: Path) -> None:
     with load(gpt_bundle, threads=1) as gpt:
         backend = gpt.backend("decoder")
         graph = backend.graph
-        state = OrtDecoderState(onnxruntime(), "cpu", cache_inputs(graph.inputs, graph.outputs), 1, 256, {})
+        state = OrtDecoderState(onnxruntime(), "cpu", cache_inputs(graph), 1, 256, {})
         state.reserve(3)
         feeds = {
             "input_ids": np.array([[5, 6, 7]]),

@@ -224,7 +224,7 @@ def test_a_step_past_the_end_is_refused(put: Put, gpt_bundle: Path) -> None:
         length = gpt.max_size("C")
         state = backend.new_decoder_state(1, length, {})
         feeds = {"input_ids": np.array([[5, 6]]), "logits_positions": np.array([[1]]), **state.feeds}
-        with pytest.raises(ShapeError, match=f"2 tokens at {length - 1} reach {length + 1}; the caches hold {length}"):
+        with pytest.raises(ShapeError, match=f"2 tokens at .* up to {length - 1} end at {length + 1}; .* C={length}"):
             backend.run({**feeds, "write_indices": np.array([length - 1])}, {})
         with pytest.raises(BackendError, match=f"cache holds {length}"):
             state.reserve(length + 1)
@@ -289,7 +289,7 @@ def test_a_call_that_fails_leaves_no_work_behind(
         def interrupted(*given: object) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(trt.Caller, "_fetched", interrupted)
+        monkeypatch.setattr(trt.CallContext, "_fetched", interrupted)
         with pytest.raises(KeyboardInterrupt):
             gpt.generate("It is", max_new_tokens=2)
         assert [stream.waiting for stream in gpu.cuda.streams if stream.waiting] == []
@@ -418,14 +418,14 @@ def test_many_threads_and_submit_share_few_contexts(
     put: Put, gpu: EmulatedTensorRT, vit_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Twelve threads, then 24 calls of submit: never one more inside than there are callers, and all are served."""
-    run, together, met = trt.Caller.run, threading.Barrier(trt.CALLERS + 1), []
+    run, together, met = trt.CallContext.run, threading.Barrier(trt.MAX_CONCURRENT_CALLS + 1), []
 
     def meeting(caller: Any, *given: Any) -> Any:
         with suppress(threading.BrokenBarrierError):
             met.append(together.wait(0.5))  # which one more than there may be would pass
         return run(caller, *given)
 
-    monkeypatch.setattr(trt.Caller, "run", meeting)
+    monkeypatch.setattr(trt.CallContext, "run", meeting)
     with load(put(vit_bundle), device="tensorrt") as ours, load(vit_bundle) as theirs:
         images = [np.random.default_rng(seed).random((1, 3, 8, 8), np.float32) for seed in range(24)]
         expected = [theirs.run({"pixel_values": image})["logits"] for image in images]
@@ -434,7 +434,7 @@ def test_many_threads_and_submit_share_few_contexts(
         assert met == []
         futures = [ours.submit({"pixel_values": image}) for image in images]
         found += [future.result()["logits"] for future in futures]
-        assert ours._workers._max_workers == session.GPU_WORKERS == trt.CALLERS == 4
+        assert ours._workers._max_workers == session.GPU_WORKERS == trt.MAX_CONCURRENT_CALLS == 4
         for a, b in zip(found, expected * 2, strict=True):
             np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max())
     assert 1 <= gpu.contexts <= 4
@@ -444,7 +444,7 @@ def test_a_caller_that_fails_gives_its_turn_back(put: Put, gpu: EmulatedTensorRT
     image = np.zeros((1, 3, 8, 8), np.float32)
     with load(put(vit_bundle), device="tensorrt") as vit:
         backend = vit.backend("model")
-        for _ in range(trt.CALLERS + 1):
+        for _ in range(trt.MAX_CONCURRENT_CALLS + 1):
             with pytest.raises(ShapeError):
                 backend.run({"pixel_values": np.zeros((1, 4, 8, 8), np.float32)}, {})
         assert vit.run({"pixel_values": image})["logits"].shape[0] == 1
