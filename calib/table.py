@@ -7,7 +7,6 @@ precision or device. The file comes from elsewhere as often as not: ``load_table
 from __future__ import annotations
 
 import json
-import os
 import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.calib.histogram import MAX_LIMIT, Histogram
+from transom.runtime.atomic_write import write_bytes
 from transom.runtime.errors import BundleError, CalibrationError
 from transom.runtime.json_reader import Fields, parse_json, shortened
 
@@ -147,15 +147,9 @@ def load_table(path: Path | str) -> RangeTable:
 def save_table(table: RangeTable, path: Path | str) -> None:
     """Write beside and rename, so that a reader sees an old table or this one. Raises CalibrationError."""
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("wb") as file:
-            file.write(table.to_bytes())
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        write_bytes(path, table.to_bytes())
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise CalibrationError(f"{path} cannot be written: {error.strerror}. Check the folder.") from None
 
 

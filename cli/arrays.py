@@ -41,14 +41,11 @@ def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
     """Write a .npz file under another name first, then rename it: the old file or the whole new one is there."""
     import numpy as np
 
-    partial = path.with_name(f".{path.name}.partial")
+    from transom.runtime.atomic_write import replacing
+
     try:
-        try:
-            with partial.open("wb") as file:
-                np.savez(file, **arrays)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(path) as file:
+            np.savez(file, **arrays)
     except OSError as error:
         raise InputError(f"--out {path} cannot be written: {error.strerror or error}. Give another file.") from None
 

@@ -6,13 +6,13 @@ import contextlib
 import errno
 import hashlib
 import json
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transom.export.staging import OLD, PARTIAL, remove_stale, staging_dir
+from transom.runtime.atomic_write import write_bytes
 from transom.runtime.bundle import Bundle, read_manifest, versioned
 from transom.runtime.errors import ExportError
 from transom.runtime.manifest import (
@@ -72,7 +72,7 @@ class BundleWriter:
 
     def add(self, name: str, data: bytes) -> None:
         """Write a file and record its size and SHA-256."""
-        write(self.folder / name, data)
+        write_bytes(self.folder / name, data)
         self._files[name] = entry_of(data)
 
     def manifest(self, fields: Mapping[str, Any]) -> Manifest:
@@ -89,7 +89,7 @@ class BundleWriter:
 
     def describe(self, fields: Mapping[str, Any]) -> None:
         """Write bundle.json: ``fields`` with the format, the files and the hash over itself."""
-        write(self.folder / MANIFEST, manifest_bytes(fields, self._files))
+        write_bytes(self.folder / MANIFEST, manifest_bytes(fields, self._files))
 
 
 def add_to_bundle(folder: Path, added: Mapping[str, bytes], fields: Mapping[str, Any] | None = None) -> None:
@@ -108,7 +108,7 @@ def add_to_bundle(folder: Path, added: Mapping[str, bytes], fields: Mapping[str,
             parent.mkdir(exist_ok=True)
             if not parent.resolve().is_relative_to(folder.resolve()):
                 raise ExportError(f"{parent} is a link that leaves the bundle; nothing is written there. Remove it.")
-            write(folder / name, data)
+            write_bytes(folder / name, data)
         entries = {name: entry_of(data) for name, data in added.items()}
         write_manifest(folder, manifest | dict(fields or {}) | {"files": {**files, **entries}})
     except OSError as error:
@@ -134,7 +134,7 @@ def entry_of(data: bytes) -> dict[str, Any]:
 
 def write_manifest(folder: Path, fields: Mapping[str, Any]) -> None:
     """Write bundle.json of ``fields`` and the hash over itself."""
-    write(folder / MANIFEST, encoded(fields))
+    write_bytes(folder / MANIFEST, encoded(fields))
 
 
 def manifest_bytes(fields: Mapping[str, Any], files: Mapping[str, Any]) -> bytes:
@@ -152,16 +152,6 @@ def encoded(fields: Mapping[str, Any]) -> bytes:
 def manifest_of(data: bytes) -> Manifest:
     """Parse the bytes of a bundle.json as a reader does. Raises BundleError for fields that a reader would refuse."""
     return manifest_from_json(versioned(data, MANIFEST))
-
-
-def write(path: Path, data: bytes) -> None:
-    """Write beside and rename, so that a reader sees the old bytes or the new; flushed to the disk."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Compute softmax, log-softmax, sigmoid and top-k in FP32 with numpy.
+"""Compute softmax, log-softmax, sigmoid and top-k with numpy, in FP32 where nothing else is said.
 
 Top-k does not sort all numbers. Numbers are put into groups; the k-th highest of the groups' maxima is a bound that
 at least k numbers pass, and few more do: only those are sorted. Of 50,257 logits the 50 highest take 15 us so,
@@ -29,6 +29,14 @@ def log_softmax(logits: Floats) -> Floats:
     shifted: Floats = logits - logits.max(axis=1, keepdims=True)
     shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return shifted
+
+
+def token_log_probabilities(logits: NDArray[np.float32], tokens: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return log softmax(logits)[i, tokens[i]] in nats, computed in float64; logits (n, V), tokens (n,)."""
+    wide = logits.astype(np.float64)
+    largest = wide.max(-1)
+    normalisers = np.log(np.exp(wide - largest[:, None]).sum(-1)) + largest
+    return np.asarray(wide[np.arange(len(tokens)), tokens] - normalisers)
 
 
 def sigmoid(logits: Floats) -> Floats:

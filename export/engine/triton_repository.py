@@ -14,8 +14,8 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from transom.export.bundle_writer import write
 from transom.export.engine.targets import Target
+from transom.runtime.atomic_write import write_bytes
 from transom.runtime.backends.trt_library import FULL
 from transom.runtime.errors import ExportError
 from transom.runtime.graph_spec import Axis, Graph, Tensor, is_decoder
@@ -108,7 +108,7 @@ def add_version(folder: Path, config: str, plan: bytes) -> None:
         partial = Path(made) / "version"
         partial.mkdir()
         (partial / PLAN).write_bytes(plan)
-        write(folder / CONFIG, config.encode())
+        write_bytes(folder / CONFIG, config.encode())
         newest = max((int(path.name) for path in folder.iterdir() if path.name.isdecimal()), default=0)
         os.rename(partial, folder / str(newest + 1))
 

@@ -16,6 +16,7 @@ from transom.export.families.token_rows import ids_of, prompt_of, row_of
 from transom.runtime.backends.base import Array
 from transom.runtime.bundle import Bundle
 from transom.runtime.decoder import CHUNK
+from transom.runtime.numeric import token_log_probabilities
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks.gpt import GPT
 from transom.runtime.tasks.prompts import Row
@@ -80,10 +81,7 @@ def next_token_cases(fp32: GPT, samples: Sequence[Sample], most: int) -> Evaluat
 
 def negative_log_likelihood(logits: Floats, targets: NDArray[np.int64]) -> float:
     """Return -sum of log softmax(logits)[i, targets[i]] in nats; logits (n, V), targets (n,)."""
-    wide = logits.astype(np.float64)
-    top = wide.max(1)
-    normalisers = np.log(np.exp(wide - top[:, None]).sum(1)) + top
-    return float((normalisers - wide[np.arange(len(targets)), targets]).sum())
+    return -float(token_log_probabilities(logits, targets).sum())
 
 
 def draw(bundle: Bundle, inputs: Sequence[str], prompts: Sequence[str]) -> str:

@@ -32,7 +32,7 @@ class ParityInputs:
         self._photos = [open_image(photo) for photo in photos()]
 
     def ids(self, shape: tuple[int, int], below: int) -> Array:
-        """Return token ids 0..exclusive_max-1, int64 (R, n): rows of prose that begin anywhere."""
+        """Return token ids 0..below-1, int64 (R, n): rows of prose that begin anywhere."""
         rng = np.random.default_rng(zlib.crc32(repr((shape, below)).encode()))
         return self._tokens(Tensor("ids", "int64", (), exclusive_max=below), shape, rng)
 

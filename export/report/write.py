@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
-from transom.export.bundle_writer import write
 from transom.export.report.family_figure import draw_figure
 from transom.export.report.latency import RUNS, SECONDS, WARMUP
 from transom.export.report.page import page
+from transom.runtime.atomic_write import write_bytes
 from transom.runtime.bench import bench
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import ExportError
@@ -26,8 +25,6 @@ def write_report(folder: Path, inputs: Sequence[str], out: Path, prompts: Sequen
     pictures = draw_figure(bundle, inputs, prompts)
     timed = bench(folder, runs=RUNS, warmup=WARMUP, seconds=SECONDS)
     try:
-        write(out, page(bundle, pictures, timed).encode())
+        write_bytes(out, page(bundle, pictures, timed).encode())
     except OSError as error:
-        with suppress(OSError):
-            out.with_name(f".{out.name}.partial").unlink()
         raise ExportError(f"cannot write {out}: {error.strerror}. Check the folder and its permissions.") from None

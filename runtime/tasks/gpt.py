@@ -12,6 +12,7 @@ from transom.runtime.decoder import CHUNK
 from transom.runtime.errors import InputError
 from transom.runtime.feeds import LOGITS_POSITIONS, WRITE_INDICES
 from transom.runtime.finite import check_finite
+from transom.runtime.numeric import token_log_probabilities
 from transom.runtime.tasks.generator import Generator, PrefillResult
 from transom.runtime.tasks.generator_task import ask_generator, generated_lines
 from transom.runtime.tasks.prompts import Row, padded
@@ -80,12 +81,9 @@ class GPT(Generator):
         parts = []
         for first in range(0, len(following), CHUNK):
             targets = following[first : first + CHUNK]
-            found = decoder.forward_logits(window[None, first : first + CHUNK])[0, : len(targets)]
-            check_finite(found, "logits", lambda _: name, ruled_out=True)
-            logits = found.astype(np.float64)
-            top = logits.max(-1, keepdims=True)
-            normaliser = np.log(np.exp(logits - top).sum(-1)) + top[:, 0]
-            parts.append(logits[np.arange(len(targets)), targets] - normaliser)
+            logits = decoder.forward_logits(window[None, first : first + CHUNK])[0, : len(targets)]
+            check_finite(logits, "logits", lambda _: name, ruled_out=True)
+            parts.append(token_log_probabilities(logits, targets))
         return np.concatenate(parts)[skip:]
 
 

@@ -42,7 +42,7 @@ def test_an_export_does_each_piece_of_work_once(
     calls: Counter[str] = Counter()
     hashed: Counter[str] = Counter()
     written: list[str] = []
-    sha256, write = hashlib.sha256, bundle_writer.write
+    sha256, write = hashlib.sha256, bundle_writer.write_bytes
 
     def hash_and_count(data: Any = b"") -> Any:
         digest = sha256(data)
@@ -55,7 +55,7 @@ def test_an_export_does_each_piece_of_work_once(
 
     folder = make_checkpoint("BertForMaskedLM")
     monkeypatch.setattr(hashlib, "sha256", hash_and_count)
-    monkeypatch.setattr(bundle_writer, "write", write_and_note)
+    monkeypatch.setattr(bundle_writer, "write_bytes", write_and_note)
     counted(monkeypatch, calls, bundle_reader, "check_file")
     counted(monkeypatch, calls, Checkpoint, "sha256")
     counted(monkeypatch, calls, text_tokenizer, "parse_tokenizer")

@@ -152,7 +152,7 @@ def test_a_file_is_written_beside_and_renamed(tmp_path: Path, monkeypatch: pytes
     def refuse(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(bundle_module.os, "fsync", refuse)
+    monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(OSError, match="No space"):
         writer.add("a", b"new")
     assert (tmp_path / "a").read_bytes() == b"old"
@@ -162,7 +162,7 @@ def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path: Path, m
     """After a power cut a file of the right name has all of its bytes."""
     steps: list[str] = []
     sync, replace = os.fsync, Path.replace
-    monkeypatch.setattr(bundle_module.os, "fsync", lambda descriptor: steps.append("sync") or sync(descriptor))
+    monkeypatch.setattr(os, "fsync", lambda descriptor: steps.append("sync") or sync(descriptor))
     monkeypatch.setattr(Path, "replace", lambda self, to: steps.append("name") or replace(self, to))
     BundleWriter(tmp_path).add("a", b"new")
     assert steps == ["sync", "name"]
@@ -179,14 +179,14 @@ def test_what_is_added_replaces_a_file_without_a_moment_of_two_minds(
     out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped between the file and bundle.json, the bundle is one without that file, not one of a wrong hash."""
-    write = bundle_module.write
+    write = bundle_module.write_bytes
 
     def stop(path: Path, data: bytes) -> None:
         write(path, data)
         if path.name == "golden.safetensors":
             raise Stop
 
-    monkeypatch.setattr(bundle_module, "write", stop)
+    monkeypatch.setattr(bundle_module, "write_bytes", stop)
     with pytest.raises(Stop):
         add_to_bundle(out, {"golden.safetensors": b"other"})
     assert "golden.safetensors" not in Bundle(out).manifest.files
@@ -207,7 +207,7 @@ def test_a_bundle_that_cannot_be_added_to_is_an_error_of_ours(out: Path, monkeyp
     def refuse(path: Path, data: bytes) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(bundle_module, "write", refuse)
+    monkeypatch.setattr(bundle_module, "write_bytes", refuse)
     with pytest.raises(ExportError, match=r"cannot write into .*: Read-only file system\. Check the folder"):
         add_to_bundle(out, {"x": b"x"})
 
