@@ -1,7 +1,8 @@
-"""What the README and the documents promise: their commands run, their code runs, their links lead somewhere."""
+"""The README and the documents: their commands and code run, every page is linked, every path and identifier exists."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import re
@@ -26,19 +27,23 @@ from transom.calib.table import RANGES
 from transom.cli.main import app
 from transom.runtime.bundle import Bundle
 
-DOCUMENTS = ("docs", "export/data", "calib/sets")
+DOCUMENTS = ("docs", "export/data", "calib/sets", "tests/bundles")
 PAGES = sorted([REPO / "README.md", *(page for name in DOCUMENTS for page in (REPO / name).glob("*.md"))])
 PACKAGES = "models|export|runtime|calib|cli|tests|examples|benchmarks|docs"
+TRIED = ("README.md", "docs/usage.md")  # pages whose commands and code run
+WIDEST = 140  # characters of a line; a row of a table and a line of code may have more
 
 pytestmark = pytest.mark.skipif(not (REPO / "README.md").is_file(), reason="the repository is not at hand")
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (REPO / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    """The code blocks of the README and of the page on usage, in their order."""
+    pages = [(REPO / page).read_text(encoding="utf-8") for page in TRIED]
+    return [block for page in pages for block in re.findall(rf"```{language}\n(.*?)```", page, re.DOTALL)]
 
 
 def commands() -> list[list[str]]:
-    """Every `transom` command of the README, as words."""
+    """Every `transom` command of these pages, as words."""
     lines = [line.split("#")[0] for block in blocks("sh") for line in block.splitlines()]
     return [shlex.split(line) for line in lines if line.startswith("transom ")]
 
@@ -83,8 +88,10 @@ def test_the_make_targets_of_the_readme_exist() -> None:
 def test_the_commands_and_the_code_of_the_readme_run(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(desk)
     names: dict[str, object] = {"pixels": np.zeros((1, 3, 8, 8), np.float32)}
-    (code,) = blocks("python")
-    exec(code, names)
+    first, rest = blocks("python")
+    assert len([line for line in first.splitlines() if line]) <= 5  # on the first screen
+    exec(first, dict(names))
+    exec(rest, names)
     vectors, logits = names["vectors"], names["logits"]
     assert isinstance(vectors, np.ndarray)
     assert isinstance(logits, np.ndarray)
@@ -160,9 +167,62 @@ def test_the_command_of_trtexec_names_every_input() -> None:
     assert [shape.split(":")[0] for shape in shapes.split(",")] == [tensor.name for tensor in graph.graph.inputs]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
 def test_links_between_files_lead_somewhere(page: Path) -> None:
-    links = re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8"))
+    links = links_of(page)
     assert all((page.parent / link).exists() for link in links), [x for x in links if not (page.parent / x).exists()]
     code = re.findall(rf"`((?:{PACKAGES})/[\w/.]+\.\w+)`", page.read_text("utf-8"))
     assert all((REPO / path).exists() for path in code), [path for path in code if not (REPO / path).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
+def test_links_to_headings_lead_to_one(page: Path) -> None:
+    linked = re.findall(r"\]\(([^)#:]*)#([^)]+)\)", page.read_text("utf-8"))
+    missing = [f"{name}#{heading}" for name, heading in linked if heading not in headings(page.parent / name, page)]
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
+def test_identifiers_in_the_documents_exist(page: Path) -> None:
+    named = set(re.findall(r"`(transom(?:\.\w+)+)`", page.read_text("utf-8")))
+    assert [name for name in sorted(named) if not found(name)] == []
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    seen: set[Path] = set()
+    pending = [REPO / "README.md"]
+    while pending:
+        page = pending.pop()
+        if page not in seen:
+            seen.add(page)
+            pending += [(page.parent / link).resolve() for link in links_of(page) if link.endswith(".md")]
+    assert sorted(str(page.relative_to(REPO)) for page in {*PAGES, *(REPO / "docs").rglob("*.md")} - seen) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPO)))
+def test_lines_are_no_longer_than_an_editor_shows(page: Path) -> None:
+    prose = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.DOTALL)
+    long = [line for line in prose.splitlines() if len(line) > WIDEST and not line.startswith("|")]
+    assert long == []
+
+
+def links_of(page: Path) -> list[str]:
+    """Links to other files, without the heading that some of them name."""
+    return re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+
+
+def headings(linked: Path, page: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a linked page, or of ``page`` itself where the link names none."""
+    text = (page if linked == page.parent else linked).read_text("utf-8")
+    words = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", word.lower()).replace(" ", "-") for word in words}
+
+
+def found(name: str) -> bool:
+    """Whether a dotted name is a module, or an attribute of one."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return module != "" and hasattr(importlib.import_module(module), attribute) if module != "transom" else False
+    return True
