@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from transom.runtime.errors import BackendError
 
 # Distributions, as the extra `export` in pyproject.toml names them; their modules have "_" for "-".
-EXPORT_EXTRA = ("torch", "onnx", "onnx-ir", "onnxscript", "ml-dtypes", "huggingface-hub", "sentencepiece")
+EXPORT_EXTRA = ("torch", "onnx", "onnx-ir", "onnxscript", "ml-dtypes", "huggingface-hub", "sentencepiece", "jinja2")
 
 
 @contextmanager

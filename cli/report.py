@@ -49,7 +49,7 @@ def report(
     target = out or named.with_name(f"{named.name}.html")
     check_target(target, force=force)
     with export_extra():
-        from transom.export.report.write import write_report
+        from transom.export.report.report import write_report
 
         write_report(bundle, inputs or [], target, prompts or [])
     print(printable(f"written to {target}"))

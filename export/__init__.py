@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-HOMES = {"export": "pipeline", "verify": "verification", "build": "engine.build", "write_report": "report.write"}
+HOMES = {"export": "pipeline", "verify": "verification", "build": "engine.build", "write_report": "report.report"}
 __all__ = ["build", "export", "verify", "write_report"]
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import exp
+from math import exp, isfinite
 from pathlib import Path
 from typing import Any
 
 MOST_NATS = 700.0  # exp of more exceeds a float
+MOST_NATURAL = 2**63
 
 
 def at(value: Any, *keys: str) -> Any:
@@ -58,3 +59,55 @@ def sizes_text(sizes: Mapping[str, int]) -> str:
 def folder_bytes(folder: Path) -> int:
     """Return the size of all files of a folder together, in bytes."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def object_of(value: Any) -> dict[str, Any]:
+    """Return a JSON object as a dict with text keys, and an empty one for anything else."""
+    return {str(key): each for key, each in value.items()} if isinstance(value, Mapping) else {}
+
+
+def finite(value: Any) -> float | None:
+    """Return a finite number as a float; None for anything else, booleans too."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if isfinite(number) else None
+
+
+def positive(value: Any) -> float | None:
+    """Return a finite number above zero as a float; None for anything else."""
+    number = finite(value)
+    return number if number is not None and number > 0 else None
+
+
+def natural(value: Any) -> int | None:
+    """Return an integer from 0 to what 64 bits hold; None for anything else."""
+    return value if type(value) is int and 0 <= value < MOST_NATURAL else None
+
+
+def error_text(value: Any) -> str:
+    """Return an error in exponent notation, ``1.70e-06``; a dash for no number."""
+    number = finite(value)
+    return "–" if number is None else f"{number:.2e}"
+
+
+def short(value: Any, digits: int = 4) -> str:
+    """Return a number in ``digits`` significant digits: ``12,345``, ``0.9907``, ``0.0031``; a dash for no number."""
+    number = finite(value)
+    if number is None:
+        return "–"
+    return f"{number:,.0f}" if 1000 <= abs(number) < 1e9 else f"{number:.{digits}g}"
+
+
+def count_text(value: Any) -> str:
+    """Return a natural number with separators, ``12,345``; a dash for anything else."""
+    number = natural(value)
+    return "–" if number is None else f"{number:,}"
+
+
+def milliseconds(value: float) -> str:
+    """Return a time given in milliseconds in three digits: ``0.312 ms``, ``12.4 ms``, ``1.2 s``."""
+    return f"{value:.3g} ms" if value < 1000 else f"{value / 1000:.3g} s"

@@ -200,9 +200,9 @@ def stacked(rows: Sequence[Mapping[str, Ids]]) -> dict[str, Ids]:
 
 
 def draw(bundle: Bundle, inputs: Sequence[str], prompts: Sequence[str]) -> str:
-    from transom.export.report.figures.attention_heads import draw_attention
+    from transom.export.report.figures.bert import draw_attention_heads
 
-    return draw_attention(bundle, inputs)
+    return draw_attention_heads(bundle, inputs)
 
 
 FAMILY = ExportFamily(

@@ -87,9 +87,9 @@ def text_vectors(bundle: Clip, samples: Sequence[Sample]) -> Iterator[tuple[Samp
 
 
 def draw(bundle: Bundle, inputs: Sequence[str], prompts: Sequence[str]) -> str:
-    from transom.export.report.figures.zero_shot_matrix import draw_matching
+    from transom.export.report.figures.clip import draw_zero_shot_matrix
 
-    return draw_matching(bundle, inputs, prompts)
+    return draw_zero_shot_matrix(bundle, inputs, prompts)
 
 
 FAMILY = ExportFamily(

@@ -85,9 +85,9 @@ def negative_log_likelihood(logits: Floats, targets: NDArray[np.int64]) -> float
 
 
 def draw(bundle: Bundle, inputs: Sequence[str], prompts: Sequence[str]) -> str:
-    from transom.export.report.figures.token_surprisal import draw_surprise
+    from transom.export.report.figures.gpt import draw_token_surprisal
 
-    return draw_surprise(bundle, inputs)
+    return draw_token_surprisal(bundle, inputs)
 
 
 FAMILY = ExportFamily(

@@ -118,7 +118,7 @@ def along(bundle: Generator, rows: Sequence[Row], outputs: Sequence[Row]) -> Flo
 
 
 def draw(bundle: Bundle, inputs: Sequence[str], prompts: Sequence[str]) -> str:
-    from transom.export.report.figures.alignment import draw_alignments
+    from transom.export.report.figures.transformer import draw_alignments
 
     return draw_alignments(bundle, inputs)
 

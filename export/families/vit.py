@@ -47,9 +47,9 @@ def image_cases(fp32: ViT, samples: Sequence[Sample], tokens: int) -> Evaluation
 
 
 def draw(bundle: Bundle, inputs: Sequence[str], prompts: Sequence[str]) -> str:
-    from transom.export.report.figures.attention_rollout import draw_sight
+    from transom.export.report.figures.vit import draw_attention_rollout
 
-    return draw_sight(bundle, inputs)
+    return draw_attention_rollout(bundle, inputs)
 
 
 FAMILY = ExportFamily(

@@ -125,12 +125,12 @@ def attention(
                 v = v.to(tl.float32) * v_scales[:, None]
             v = v.to(q.dtype)
             if MASK != 0:
-                mask_ptrs = mask_base[:, None] + offs_n[None, :] * m_n
-                mask_tile = tl.load(mask_ptrs, mask=row_valid[:, None] & key_valid[None, :], other=0)
+                valid = row_valid[:, None] & key_valid[None, :]
+                mask_tile = tl.load(mask_base[:, None] + offs_n[None, :] * m_n, mask=valid, other=0)
                 qk = qk + mask_tile.to(tl.float32) if MASK == 2 else tl.where(mask_tile != 0, qk, float("-inf"))
             if bias is not None:
-                bias_ptrs = bias_base[:, None] + offs_n[None, :] * b_n
-                bias_tile = tl.load(bias_ptrs, mask=row_valid[:, None] & key_valid[None, :], other=0.0)
+                valid = row_valid[:, None] & key_valid[None, :]
+                bias_tile = tl.load(bias_base[:, None] + offs_n[None, :] * b_n, mask=valid, other=0.0)
                 qk = qk + bias_tile.to(tl.float32)
             if masked:
                 visible = key_valid[None, :]

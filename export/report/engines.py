@@ -1,16 +1,16 @@
-"""The TensorRT engines in a bundle: what they are for, what fused in each and what did not, and their kernels."""
+"""Draw the TensorRT engines of a bundle: their targets, what fused in each and what did not, and their kernels."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from transom.export.report.drawing.chart import LinearAxis, bar, drawing
-from transom.export.report.drawing.markup import figure, folded, numeric, section, table, words
-from transom.export.report.drawing.numbers import at, bytes_text, count_text, items, whole
+from markupsafe import Markup
+
+from transom.export.engine.build_log import NOT_UNDERSTOOD
 from transom.export.report.kernels import (
     ATTENTION,
     CHAINS,
@@ -22,16 +22,18 @@ from transom.export.report.kernels import (
     UNNAMED,
     Kernels,
     kernels_from_json,
-    list_of,
     texts,
 )
+from transom.export.report.rendering import render, visible
+from transom.export.report.svg import LinearAxis, bar, chart, text
+from transom.runtime.format import at, list_of, natural, object_of
 from transom.runtime.manifest import Manifest
 
-MOST_ENGINES = 64  # profiles of graphs for targets: a row each
-MOST_NODES = 12  # that are named one by one
+MOST_PROFILES = 64  # rows of the table: profiles of graphs for targets
+MOST_NODES = 12  # named one by one
 MOST_LISTED = 400  # kernels by name, on the whole page
 BAR = 20  # pixels
-ROOM = 5.0  # percent of the width that a number in a bar needs
+NUMBER = 5.0  # percent of the width that a number in a bar needs
 GPUS = {
     "rtx-sm75": "Turing: RTX 20, T4",
     "rtx-sm80": "Ampere: A100, A30",
@@ -41,7 +43,7 @@ GPUS = {
     "rtx-sm121": "Blackwell: DGX Spark",
     "tensorrt": "the GPU that built it",
 }
-LOOKS = {  # of a kind of kernel: the colour, how much of it, and the letters on it
+LOOKS = {  # of a kind of kernel: class of its colour, opacity, class of the letters on it
     ATTENTION: ("mark", 1.0, "on"),
     INTEGERS: ("mark", 0.55, "in"),
     PRODUCTS: ("mark", 0.25, "in"),
@@ -50,27 +52,19 @@ LOOKS = {  # of a kind of kernel: the colour, how much of it, and the letters on
     SINGLE: ("warm", 1.0, "on"),
     UNNAMED: ("veil", 0.1, "in"),
 }
-KEYS = {"mark": "", "warm": ' class="w"', "veil": ' class="v"'}
-EXPLAINED = (
-    "<b>What the kernels are.</b> A bar has all kernels of a graph in one profile, in blue what multiplies matrices; "
-    "all bars are to one scale. Fused elementwise are several steps in one kernel, such as a sum, a normalisation and "
-    "the rounding to integers: each kernel less is a trip to memory less. Kinds are judged by the builder's names."
-)
-PROOF = (
-    '<p class="soft">What fused is read from the builder\'s log. That needs no GPU, and it is no measurement: it '
-    "says what an engine does, not how fast.</p>"
-)
-COUNTED = ("attention", "gelu", "int8")  # sections of a profile in bundle.json
-NOT_UNDERSTOOD = "not_understood"
-WITHOUT = {  # what became of attention that TensorRT has no kernel of, by the key of bundle.json
+KEYS = {"mark": "", "warm": "w", "veil": "v"}  # classes of the legend, by colour
+COUNTED = {"attention": "attention", "gelu": "GELU", "int8": "integer product"}  # sections of a profile in bundle.json
+WITHOUT_KERNEL = {  # what replaces attention that TensorRT has no kernel of, by the key of bundle.json
     "written_out": "two products and a softmax",
     "plugins": "a kernel of our own",
 }
 
+Share = tuple[int, int]  # so many of so many
+
 
 @dataclass(frozen=True)
-class Built:
-    """A graph in one profile of the engine for one target. Names are escaped."""
+class EngineProfile:
+    """A graph in one profile of the engine for one target, as bundle.json records it."""
 
     target: str
     runs_on: str
@@ -78,14 +72,14 @@ class Built:
     profile: str
     size: int | None  # of the plan, bytes
     memory: int | None  # of activations, bytes
-    attention: tuple[int, int] | None  # so many of so many
-    gelu: tuple[int, int] | None
-    int8: tuple[int, int] | None
+    attention: Share | None
+    gelu: Share | None
+    int8: Share | None
     unfused: tuple[str, ...]
     dequantized: tuple[str, ...]
-    strange: Mapping[str, tuple[str, ...]]  # nodes of which the builder's log did not tell, by what was counted
+    unrecognized: Mapping[str, tuple[str, ...]]  # nodes whose layers the builder's log did not explain, by section
     unfused_nodes: tuple[str, ...]
-    without: tuple[str, ...]  # what became of attention that TensorRT has no kernel of, and why
+    without_kernel: tuple[str, ...]  # attention that TensorRT has no kernel of: how often, why, what replaces it
     kernels: Kernels
 
     @property
@@ -93,232 +87,167 @@ class Built:
         """``decoder, prefill``; the graph alone where it has one profile."""
         return self.graph if self.profile in ("all", "–") else f"{self.graph}, {self.profile}"
 
+    def missing(self, key: str) -> int:
+        """Return how many of a section did not fuse, without those that the log did not explain."""
+        share: Share | None = getattr(self, key)
+        return 0 if share is None else max(share[1] - share[0] - len(self.unrecognized[key]), 0)
+
 
 @dataclass
-class Alike:
-    """Equal kernels in the engines for several targets."""
+class ProfileGroup:
+    """Engines for several targets whose kernels are equal."""
 
-    built: Built
+    profile: EngineProfile
     targets: list[str] = field(default_factory=list)
 
-    @property
-    def title(self) -> str:
-        return f"{self.built.place} <small>{', '.join(self.targets)}</small>"
+
+@dataclass(frozen=True)
+class Shortfall:
+    """What should have fused and did not: its nodes, or their count where they are not named."""
+
+    title: str
+    nodes: tuple[str, ...] = ()
+    count: int = 0
+    note: str = ""
+    failed: bool = False
 
 
-def engines_section(manifest: Manifest) -> str:
-    """The table, the bars, what did not fuse, the kernels by name; nothing for a bundle without engines."""
-    built = engines_of(manifest)
-    if not built:
-        return ""
-    alike = grouped(built)
-    left = f'<p class="soft">These are the first {len(built):,}.</p>' if len(built) == MOST_ENGINES else ""
-    return section(
-        "TensorRT engines",
-        f"<p>{makers(manifest)}</p>{PROOF}",
-        engine_table(built),
-        left,
-        pairs("Attention that TensorRT has no kernel of", without_kernel(alike)),
-        bars(alike),
-        not_fused(built, alike),
-        kernel_lists(alike),
+def engines_section(manifest: Manifest) -> Markup:
+    """Draw the table, the bars, what did not fuse, the kernels by name; nothing for a bundle without engines."""
+    profiles = engine_profiles(manifest)
+    if not profiles:
+        return Markup("")
+    groups = grouped(profiles)
+    drawn = [group for group in groups if group.profile.kernels.total]
+    axis = LinearAxis(0, max((group.profile.kernels.total for group in drawn), default=1))
+    used = [kind for kind in KINDS if any(kind in group.profile.kernels.counts for group in drawn)]
+    missing = [(group, each) for group in groups for each in shortfalls(group.profile)]
+    engines = list(islice(object_of(manifest.engines).items(), MOST_PROFILES))
+    return render(
+        "engines",
+        targets=[visible(target, 40) for target, _ in engines],
+        libraries=list(dict.fromkeys(f"{name(at(e, 'library'))} {name(at(e, 'version'))}" for _, e in engines)),
+        profiles=profiles,
+        cut=len(profiles) == MOST_PROFILES,
+        without_kernel=[group for group in groups if group.profile.without_kernel],
+        bars=[(group, stacked_bar(group.profile, axis)) for group in drawn],
+        looks=[(kind, KEYS[LOOKS[kind][0]], LOOKS[kind][1]) for kind in used],
+        all_fused="" if missing else counted_text(profiles),
+        shortfalls=missing,
+        single_nodes=[group for group in groups if group.profile.unfused_nodes],
+        kernel_lists=kernel_lists(groups),
+        most_nodes=MOST_NODES,
     )
 
 
-def engines_of(manifest: Manifest) -> list[Built]:
-    """Every profile of every graph for every target, in the order of bundle.json."""
-    found = (
-        built_from_json(manifest, target, engine, graph, profile)
-        for target, engine in items(manifest.engines).items()
-        for graph in items(at(engine, "plans"))
+def engine_profiles(manifest: Manifest) -> list[EngineProfile]:
+    """Return every profile of every graph for every target, in the order of bundle.json."""
+    profiles = (
+        profile_from_json(manifest, target, engine, graph, profile)
+        for target, engine in object_of(manifest.engines).items()
+        for graph in object_of(at(engine, "plans"))
         for profile in list_of(at(engine, "graphs", graph, "profiles")) or [None]
     )
-    return list(islice(found, MOST_ENGINES))
+    return list(islice(profiles, MOST_PROFILES))
 
 
-def built_from_json(manifest: Manifest, target: str, engine: Any, graph: str, profile: Any) -> Built:
+def profile_from_json(manifest: Manifest, target: str, engine: Any, graph: str, profile: Any) -> EngineProfile:
     plan, sm = at(engine, "plans", graph), at(engine, "sm")
     file = manifest.files.get(plan) if isinstance(plan, str) else None
-    return Built(
-        target=words(target, 40),
-        runs_on=GPUS.get(target, "–") + (f", {words(sm.upper(), 12)}" if isinstance(sm, str) else ""),
-        graph=words(graph, 40),
+    built = at(engine, "graphs", graph)
+    return EngineProfile(
+        target=visible(target, 40),
+        runs_on=GPUS.get(target, "–") + (f", {visible(sm.upper(), 12)}" if isinstance(sm, str) else ""),
+        graph=visible(graph, 40),
         profile=name(at(profile, "profile")),
         size=None if file is None else file.size,
-        memory=whole(at(engine, "graphs", graph, "memory", "activation")),
+        memory=natural(at(built, "memory", "activation")),
         attention=share(at(profile, "attention"), "fused"),
         gelu=share(at(profile, "gelu"), "fused"),
         int8=share(at(profile, "int8"), "products"),
         unfused=texts(at(profile, "attention", "unfused")),
         dequantized=texts(at(profile, "int8", "dequantized")),
-        strange={key: tuple(map(name, list(items(at(profile, key, NOT_UNDERSTOOD)))[:MOST_LISTED])) for key in COUNTED},
+        unrecognized={key: names_of(at(profile, key, NOT_UNDERSTOOD)) for key in COUNTED},
         unfused_nodes=texts(at(profile, "alone")),
-        without=tuple(line for key in WITHOUT for line in refusals(key, at(engine, "graphs", graph, key))),
+        without_kernel=tuple(line for key in WITHOUT_KERNEL for line in reasons(key, at(built, key))),
         kernels=kernels_from_json(profile),
     )
 
 
-def name(told: Any) -> str:
-    """A string, escaped; a dash for anything else."""
-    return words(told if isinstance(told, str) else None, 40)
+def name(recorded: Any) -> str:
+    """Return a string, cut and visible; a dash for anything else."""
+    return visible(recorded if isinstance(recorded, str) else None, 40)
 
 
-def refusals(key: str, told: Any) -> list[str]:
-    """Why TensorRT has no kernel, how often, and what is there instead. Such attention is not among what fused."""
-    reasons = [words(reason, 80) for reason in list(items(told).values())[:MOST_LISTED] if isinstance(reason, str)]
-    return [f"{count:,} {reason}: {WITHOUT[key]}" for reason, count in Counter(reasons).most_common(MOST_NODES)]
+def names_of(recorded: Any) -> tuple[str, ...]:
+    return tuple(map(name, list(object_of(recorded))[:MOST_LISTED]))
 
 
-def share(told: Any, key: str) -> tuple[int, int] | None:
-    """(how many, of how many); None where there are none, or no such figures."""
-    some, of = whole(at(told, key)), whole(at(told, "of"))
+def reasons(key: str, recorded: Any) -> list[str]:
+    """Return why TensorRT has no kernel, how often, and what replaces it. Such attention does not count as unfused."""
+    values = list(object_of(recorded).values())[:MOST_LISTED]
+    counts = Counter(visible(reason, 80) for reason in values if isinstance(reason, str))
+    return [f"{count:,} {reason}: {WITHOUT_KERNEL[key]}" for reason, count in counts.most_common(MOST_NODES)]
+
+
+def share(recorded: Any, key: str) -> Share | None:
+    """Return (how many, of how many); None where there are none, or no such figures."""
+    some, of = natural(at(recorded, key)), natural(at(recorded, "of"))
     return (some, of) if some is not None and of and some <= of else None
 
 
-def grouped(built: Sequence[Built]) -> list[Alike]:
-    """Targets whose kernels are the same stand together; graph by graph and profile by profile."""
-    found: dict[Any, Alike] = {}
-    for each in sorted(built, key=lambda each: order(each, built)):
-        what = (each.attention, each.gelu, each.int8, each.unfused, each.dequantized, each.unfused_nodes, each.without)
-        same = (each.place, what, *each.strange.values(), each.kernels.named, each.kernels.total)
-        found.setdefault(same, Alike(each)).targets.append(each.target)
-    return list(found.values())
+def grouped(profiles: Sequence[EngineProfile]) -> list[ProfileGroup]:
+    """Group the targets whose kernels are equal; ordered by graph and profile."""
+    places = list(dict.fromkeys(each.place for each in profiles))
+    groups: dict[Any, ProfileGroup] = {}
+    for each in sorted(profiles, key=lambda each: places.index(each.place)):
+        fusion = (each.attention, each.gelu, each.int8, each.unfused, each.dequantized, each.unfused_nodes)
+        kernels = (each.without_kernel, *each.unrecognized.values(), each.kernels.named, each.kernels.total)
+        groups.setdefault((each.place, fusion, kernels), ProfileGroup(each)).targets.append(each.target)
+    return list(groups.values())
 
 
-def order(each: Built, built: Sequence[Built]) -> int:
-    return next(place for place, other in enumerate(built) if other.place == each.place)
+def counted_text(profiles: Sequence[EngineProfile]) -> str:
+    """Return what was counted in words: ``attention, GELU and integer product``."""
+    counted = [title for key, title in COUNTED.items() if any(getattr(each, key) for each in profiles)]
+    return " and ".join(filter(None, [", ".join(counted[:-1]), *counted[-1:]]))
 
 
-def makers(manifest: Manifest) -> str:
-    """Which library built them, for what."""
-    engines = list(islice(items(manifest.engines).items(), MOST_ENGINES))
-    found = dict.fromkeys(f"{name(at(e, 'library'))} {name(at(e, 'version'))}" for _, e in engines)
-    targets = ", ".join(words(target, 40) for target, _ in engines)
-    return f"Built for {targets} by {', '.join(found)}. An engine runs on the GPUs of its target alone."
-
-
-def engine_table(built: Sequence[Built]) -> str:
-    rows = [
-        [
-            each.target,
-            each.runs_on,
-            each.graph,
-            each.profile,
-            "–" if each.size is None else bytes_text(each.size),
-            "–" if each.memory is None else bytes_text(each.memory),
-            share_text(each.attention),
-            share_text(each.gelu),
-            share_text(each.int8),
-            count_text(each.kernels.total or None),
-        ]
-        for each in built
+def shortfalls(profile: EngineProfile) -> list[Shortfall]:
+    """Return everything that should have fused and did not, by name where bundle.json has names; the worst first."""
+    unnamed = ", not named"
+    unrecognized = tuple(node for nodes in profile.unrecognized.values() for node in nodes)
+    integer = "Integer products that are dequantised first"
+    each = [
+        Shortfall("Attention in several kernels", profile.unfused, profile.missing("attention"), unnamed, failed=True),
+        Shortfall(integer, profile.dequantized, profile.missing("int8"), unnamed),
+        Shortfall("GELUs in a kernel of their own", count=profile.missing("gelu")),
+        Shortfall("Not understood in the builder's log, neither fused nor not", unrecognized),
     ]
-    head = ("target", "runs on", "graph", "profile", "plan", "memory", "attention", "GELU", "INT8", "kernels")
-    return table(head, rows, numeric(4, 5, 6, 7, 8, 9))
+    return [shortfall for shortfall in each if shortfall.nodes or shortfall.count]
 
 
-def share_text(found: tuple[int, int] | None) -> str:
-    """``3 of 3``; in red where some are missing."""
-    if found is None:
-        return "–"
-    text = "{:,} of {:,}".format(*found)
-    return text if found[0] == found[1] else f'<b class="limit">{text}</b>'
-
-
-def not_fused(built: Sequence[Built], alike: Sequence[Alike]) -> str:
-    """By name where bundle.json has names, worst first."""
-    missing = [(each.title, line) for each in alike for line in shortfalls(each.built)]
-    counted = [
-        what
-        for what, key in (("attention", "attention"), ("GELU", "gelu"), ("integer product", "int8"))
-        if any(getattr(each, key) for each in built)
-    ]
-    alone = [(each.title, named(each.built.unfused_nodes)) for each in alike if each.built.unfused_nodes]
-    listed = " and ".join(filter(None, [", ".join(counted[:-1]), *counted[-1:]]))
-    every = f"<p>Every {listed} that was counted is fused.</p>" if counted and not missing else ""
-    return every + pairs("What did not fuse", missing) + pairs("Nodes that are a kernel by themselves", alone)
-
-
-def without_kernel(alike: Sequence[Alike]) -> list[tuple[str, str]]:
-    return [(each.title, "<br>".join(each.built.without)) for each in alike if each.built.without]
-
-
-def shortfalls(built: Built) -> list[str]:
-    """A line of HTML for everything that should have fused and did not."""
-    lines = []
-    if built.unfused:
-        lines.append(f'<b class="limit">Attention in several kernels:</b> {named(built.unfused)}')
-    elif short(built, "attention"):
-        lines.append(f'<b class="limit">Attention in several kernels:</b> {short(built, "attention"):,}, not named')
-    if built.dequantized:
-        lines.append(f"<b>Integer products that are dequantised first:</b> {named(built.dequantized)}")
-    elif short(built, "int8"):
-        lines.append(f"<b>Integer products that are dequantised first:</b> {short(built, 'int8'):,}, not named")
-    if short(built, "gelu"):
-        lines.append(f"<b>GELUs in a kernel of their own:</b> {short(built, 'gelu'):,}")
-    strange = tuple(node for nodes in built.strange.values() for node in nodes)
-    if strange:
-        lines.append(f"<b>Not understood in the builder's log, neither fused nor not:</b> {named(strange)}")
-    return lines
-
-
-def short(built: Built, key: str) -> int:
-    """How many of what was counted did not fuse, less those of which the log did not tell."""
-    found: tuple[int, int] | None = getattr(built, key)
-    return 0 if found is None else max(found[1] - found[0] - len(built.strange[key]), 0)
-
-
-def named(nodes: Sequence[str]) -> str:
-    """The first of them, and how many more there are."""
-    more = f" and {len(nodes) - MOST_NODES:,} more" if len(nodes) > MOST_NODES else ""
-    return f"<code>{'</code>, <code>'.join(words(node, 80) for node in nodes[:MOST_NODES])}</code>{more}"
-
-
-def pairs(heading: str, rows: Sequence[tuple[str, str]]) -> str:
-    """A heading, then names on the left and what is said of them on the right."""
-    told = "".join(f"<div>{title}</div><div>{text}</div>" for title, text in rows)
-    return f'<h3>{heading}</h3><div class="rows">{told}</div>' if rows else ""
-
-
-def bars(alike: Sequence[Alike]) -> str:
-    """A stacked bar for each."""
-    drawn = [each for each in alike if each.built.kernels.total]
-    if not drawn:
-        return ""
-    axis = LinearAxis(0, max(each.built.kernels.total for each in drawn))
-    there = [kind for kind in KINDS if any(kind in each.built.kernels.counts for each in drawn)]
-    key = "".join(f'<span><i{KEYS[LOOKS[kind][0]]} style="--p:{LOOKS[kind][1]}"></i>{kind}</span>' for kind in there)
-    rows = "".join(f"<div>{each.title}</div><div>{stack(each, axis)}</div>" for each in drawn)
-    return figure(EXPLAINED, f'<div class="key">{key}</div>', f'<div class="rows">{rows}</div>')
-
-
-def stack(each: Alike, axis: LinearAxis) -> str:
-    """The kinds of kernels side by side, numbered where there is room."""
+def stacked_bar(profile: EngineProfile, axis: LinearAxis) -> Markup:
+    """Draw the kinds of kernels side by side, numbered where a number fits."""
     parts, before = [], 0
-    for kind, count in each.built.kernels.counts.items():
+    for kind, count in profile.kernels.counts.items():
         start, end = axis.at(before), axis.at(before + count)
         colour, shade, letters = LOOKS[kind]
         parts.append(bar(start, end - start, 0, BAR, colour, f"{kind}: {count:,}", shade))
-        if end - start > ROOM:
-            parts.append(
-                f'<text x="{(start + end) / 2:.2f}%" y="14" text-anchor="middle" class="{letters}">{count}</text>'
-            )
+        if end - start > NUMBER:
+            parts.append(text((start + end) / 2, 14, str(count), letters))
         before += count
-    return drawing(BAR, f"{each.built.place}: {each.built.kernels.total:,} kernels by kind", parts)
+    return chart(BAR, f"{profile.place}: {profile.kernels.total:,} kernels by kind", parts)
 
 
-def kernel_lists(alike: Sequence[Alike]) -> str:
-    """The names of the kernels, folded."""
+def kernel_lists(groups: Iterable[ProfileGroup]) -> list[dict[str, Any]]:
+    """Return the kernels by name, at most MOST_LISTED on the page."""
     lists, left = [], MOST_LISTED
-    for each in alike:
-        kernels = each.built.kernels
-        rows = [
-            [f"{count:,}", kind, f"<code>{words(title, 120)}</code>"] for kind, title, count in kernels.named[:left]
-        ]
+    for group in groups:
+        kernels, place = group.profile.kernels, group.profile.place
+        rows = kernels.named[:left]
         left -= len(rows)
         if rows:
             cut = len(kernels.named) - len(rows)
-            more = f'<p class="soft">{cut:,} more names are not shown.</p>' if cut else ""
-            summary = f"{kernels.total:,} kernels of {each.built.place} for {', '.join(each.targets)}"
-            lists.append(folded(summary, table(("kernels", "what", "name"), rows, {0: "n", 2: "name"}), more))
-    return "".join(lists)
+            lists.append({"total": kernels.total, "place": place, "targets": group.targets, "rows": rows, "cut": cut})
+    return lists

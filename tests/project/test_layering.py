@@ -35,7 +35,7 @@ THEIRS = {
     "runtime": {"numpy", "onnxruntime", "tokenizers", "PIL", "safetensors", "cuda"},
     "calib": {"numpy", "onnx", "onnx_ir", "onnxruntime", "PIL", "safetensors"},
     "export": {"numpy", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "ml_dtypes", "polygraphy", "triton"}
-    | {"safetensors", "tokenizers", "sentencepiece", "PIL", "huggingface_hub"},
+    | {"safetensors", "tokenizers", "sentencepiece", "PIL", "huggingface_hub", "jinja2", "markupsafe"},
     "cli": {"typer", "rich", "numpy", "PIL"},
 }
 TORCH_TOO = {"export/onnx_export.py", "export/parity/backends.py"}

@@ -15,9 +15,9 @@ import pytest
 from command_line import QUANTIZATION, as_quantized, changed_bundle
 from json_mutations import mutated
 from report_pages import Page
-from transom.export.report import write
-from transom.export.report.quantization import quantization_section, verdicts_of
-from transom.export.report.write import write_report
+from transom.export.report import report as report_module
+from transom.export.report.accuracy import gate_results, quantization_section
+from transom.export.report.report import write_report
 
 EVIL = "<script>alert(1)</script>\"'>\x00\x1b[31m\u202e&amp;</title></style>"
 Words = dict[str, Any]
@@ -91,8 +91,8 @@ def test_perplexity_is_bounded_by_a_share() -> None:
     ],
 )
 def test_the_bound_is_of_the_measure_that_is_judged(measure: str, told: Words, bound: float | None) -> None:
-    (verdict,) = verdicts_of({"gate": {"cpu": told}})
-    assert verdict.bound(measure) == bound
+    (result,) = gate_results({"gate": {"cpu": told}})
+    assert result.bound(measure) == bound
 
 
 def test_layers_stand_by_sensitivity_and_kept_ones_are_marked() -> None:
@@ -174,8 +174,8 @@ def test_damaged_figures_give_harmless_markup() -> None:
 
 
 def test_the_page_of_a_quantised_bundle(vit_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(write, "RUNS", 2)
-    monkeypatch.setattr(write, "WARMUP", 0)
+    monkeypatch.setattr(report_module, "RUNS", 2)
+    monkeypatch.setattr(report_module, "WARMUP", 0)
     out = tmp_path / "report.html"
     bundle = changed_bundle(vit_bundle, tmp_path, as_quantized)
     write_report(bundle, [], out)

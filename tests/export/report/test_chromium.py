@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from time_limits import PATIENCE_S
-from transom.export.report import write
-from transom.export.report.write import write_report
+from transom.export.report import report as report_module
+from transom.export.report.report import write_report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
@@ -32,7 +32,7 @@ PROBE = """<script>addEventListener("load", () => {
 def test_a_browser_finds_nothing_wrong(
     name: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(write, "RUNS", 2)
+    monkeypatch.setattr(report_module, "RUNS", 2)
     out = tmp_path / "report.html"
     write_report(request.getfixturevalue(name), [], out)
     out.write_text(out.read_text(encoding="utf-8").replace("</head>", f"{PROBE}</head>"), encoding="utf-8")

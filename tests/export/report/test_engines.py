@@ -17,8 +17,7 @@ import pytest
 from command_line import changed_bundle
 from json_mutations import mutated
 from report_pages import Page
-from transom.export.report import write
-from transom.export.report.drawing.style import STYLE
+from transom.export.report import report as report_module
 from transom.export.report.engines import LOOKS, engines_section
 from transom.export.report.kernels import (
     ATTENTION,
@@ -32,7 +31,8 @@ from transom.export.report.kernels import (
     kernels_from_json,
     kind_of,
 )
-from transom.export.report.write import write_report
+from transom.export.report.rendering import TEMPLATES
+from transom.export.report.report import write_report
 
 EVIL = "<script>alert(1)</script>\"'>\x00\x1b[31m\u202e&amp;</title></style>"
 Words = dict[str, Any]
@@ -222,10 +222,11 @@ def test_a_bar_has_its_kinds_side_by_side_on_one_scale() -> None:
 
 
 def test_every_kind_has_a_look_and_the_page_has_it() -> None:
+    style = (TEMPLATES / "style.css").read_text(encoding="utf-8")
     assert LOOKS.keys() == {*KINDS}
     for colour, _, letters in LOOKS.values():
-        assert f"svg .{colour} " in STYLE
-        assert f"svg text.{letters} " in STYLE
+        assert f"svg .{colour} " in style
+        assert f"svg text.{letters} " in style
 
 
 def test_kernels_stand_by_name_in_folded_lists() -> None:
@@ -326,8 +327,8 @@ def test_damaged_figures_give_harmless_markup() -> None:
 
 def test_the_page_of_a_bundle_with_engines(vit_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No plan is read for the report: any file of the bundle can stand for one."""
-    monkeypatch.setattr(write, "RUNS", 2)
-    monkeypatch.setattr(write, "WARMUP", 0)
+    monkeypatch.setattr(report_module, "RUNS", 2)
+    monkeypatch.setattr(report_module, "WARMUP", 0)
 
     def built(words: Words) -> None:
         told = json.loads(json.dumps(engine("rtx-sm86", profile("all"), profile("all"))).replace("decoder", "model"))

@@ -18,21 +18,19 @@ from PIL import Image
 from transom.export.bundle_graphs import graph_file, operator_counts
 from transom.export.datasets import heldout_digits
 from transom.export.parity.results import CaseResult, outputs_to_json
-from transom.export.report.drawing.chart import LinearAxis, LogAxis
-from transom.export.report.drawing.heatmap import heatmap, thumbnail
-from transom.export.report.drawing.markup import token_words, words
-from transom.export.report.drawing.raster import data_uri, seen
-from transom.export.report.figures.alignment import CROSS, alignment
-from transom.export.report.figures.attention import Exposed
-from transom.export.report.figures.attention_heads import telling_head
-from transom.export.report.figures.attention_rollout import rollout
-from transom.export.report.figures.position_similarity import position_embeddings, similarities
-from transom.export.report.figures.token_surprisal import read
-from transom.export.report.figures.zero_shot_matrix import draw_matching
+from transom.export.report.figures.attention import ExposedAttention
+from transom.export.report.figures.bert import most_specific_head
+from transom.export.report.figures.clip import draw_zero_shot_matrix
+from transom.export.report.figures.gpt import token_surprisal
+from transom.export.report.figures.transformer import CROSS, alignment
+from transom.export.report.figures.vit import position_embeddings, rollout, similarities
+from transom.export.report.images import data_uri, image_from_pixels
+from transom.export.report.rendering import visible, visible_token
+from transom.export.report.svg import LinearAxis, LogAxis, heatmap, thumbnail
 from transom.runtime.bundle import Bundle
 from transom.runtime.compare import compare
 from transom.runtime.image_preprocess import ImagePreprocess
-from transom.runtime.loading import load
+from transom.runtime.session import load
 from transom.runtime.tasks.gpt import GPT
 from transom.runtime.tasks.transformer import Transformer
 
@@ -59,9 +57,9 @@ def test_a_thumbnail_by_pencil() -> None:
 
 
 def test_what_cannot_be_seen_is_named() -> None:
-    assert (token_words("▁a "), token_words("\n"), token_words("<&")) == ("␣a␣", "U+000A", "&lt;&amp;")
-    assert words("abcdef", 4) == "abc…"
-    assert words("\u202eabc") == "U+202Eabc"
+    assert (visible_token("▁a "), visible_token("\n"), visible_token("<&")) == ("␣a␣", "U+000A", "<&")
+    assert visible("abcdef", 4) == "abc…"
+    assert visible("\u202eabc") == "U+202Eabc"
 
 
 def test_axes_by_pencil() -> None:
@@ -118,7 +116,7 @@ def test_the_head_that_distance_and_common_words_do_not_explain_is_chosen() -> N
     weights[1, 1, :, 2] = 1  # all at one word
     weights[2, 0] = 1 / 10
     weights[2, 1, np.arange(1, 9), [3, 6, 1, 8, 2, 7, 4, 5]] = 0.6  # each at one of its own
-    assert telling_head(weights, special) == (2, 1)
+    assert most_specific_head(weights, special) == (2, 1)
 
 
 def test_what_a_model_sees_turned_back() -> None:
@@ -126,7 +124,7 @@ def test_what_a_model_sees_turned_back() -> None:
     words |= {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4], "channels": 3, "height": 2, "width": 2}
     preprocess = ImagePreprocess.from_json({**words, "transparent_to_white": False})
     pixels = np.arange(12, dtype=np.uint8).reshape(2, 2, 3) * 20
-    image = seen(preprocess([pixels])[0], preprocess)
+    image = image_from_pixels(preprocess([pixels])[0], preprocess)
     np.testing.assert_array_equal(np.asarray(image), pixels)
     kind, data = data_uri(image).split(";base64,")
     assert kind == "data:image/png"
@@ -156,7 +154,7 @@ def test_cross_attention_is_that_of_the_definition(exported: Any) -> None:
                 feeds[tensor.name] = encoded[tensor.name]
             elif tensor.state:
                 feeds[tensor.name] = np.zeros((1, tensor.shape[1], 3, tensor.shape[3]), np.float32)
-        weights = Exposed(bundle, decoder, CROSS).weights(feeds)
+        weights = ExposedAttention(bundle, decoder, CROSS).weights(feeds)
     assert weights.shape == (2, 4, 3, 4)  # layers, heads, target, source
 
     queries: list[torch.Tensor] = []
@@ -173,7 +171,7 @@ def test_the_last_digits_of_a_date_look_at_its_day(dates_bundle: Path) -> None:
     """What the picture shows: the day is written while the day is read."""
     bundle = Bundle(dates_bundle)
     with Transformer(bundle) as model:
-        exposed = Exposed(bundle, graph_file(bundle, "decoder"), CROSS)
+        exposed = ExposedAttention(bundle, graph_file(bundle, "decoder"), CROSS)
         found = alignment(model, exposed, "27 May 1979", {"num_beams": 1})
     assert "".join(found.target[:10]) == found.answer == "1979-05-27"
     assert found.source[:2] == ["2", "7"]
@@ -190,7 +188,7 @@ def test_self_attention_is_that_of_transformers(exported: Any) -> None:
     bundle = Bundle(folder)
     ids = np.array([[2, 40, 41, 42, 3]])
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
-    weights = Exposed(bundle, graph_file(bundle, "model")).weights(feeds)
+    weights = ExposedAttention(bundle, graph_file(bundle, "model")).weights(feeds)
     model = BertModel.from_pretrained(checkpoint, attn_implementation="eager").eval()
     with torch.no_grad():
         expected = model(torch.from_numpy(ids), output_attentions=True).attentions
@@ -210,7 +208,9 @@ def test_half_precision_shows_the_same(precision: str, vit_bundle: Path, once: A
     assert theirs is not None
     np.testing.assert_allclose(similarities(ours), similarities(theirs), atol=2e-2)
     pixels = np.random.default_rng(0).standard_normal((1, 3, 8, 8)).astype(np.float32)
-    full, rounded = (Exposed(*pair).weights({"pixel_values": pixels}) for pair in zip(bundles, files, strict=True))
+    full, rounded = (
+        ExposedAttention(*pair).weights({"pixel_values": pixels}) for pair in zip(bundles, files, strict=True)
+    )
     assert full.shape == (3, 4, 17, 17)
     np.testing.assert_allclose(full, rounded, atol=3e-2)
     np.testing.assert_allclose(rounded.sum(-1), 1, atol=2e-2)
@@ -232,7 +232,7 @@ def test_positions_are_those_of_the_checkpoint(vit_bundle: Path) -> None:
 def test_surprise_is_the_models_own_score(gpt_bundle: Path) -> None:
     text = "It is a truth universally acknowledged"
     with GPT(Bundle(gpt_bundle)) as model:
-        tokens = read(model, text)
+        tokens = token_surprisal(model, text)
         expected = -model.log_probabilities(text) / math.log(2)
     assert "".join(token.text for token in tokens) == text
     assert tokens[0].bits is None
@@ -251,7 +251,7 @@ def test_the_matrix_is_what_zero_shot_answers(clip_bundle: Path, tmp_path: Path)
     Image.fromarray(scans[int(np.flatnonzero(labels == 3)[0])]).save(path)
     with load(clip_bundle) as clip:
         expected = dict(clip.zero_shot(str(path), prompts))
-    html = draw_matching(Bundle(clip_bundle), [str(path)], prompts)
+    html = draw_zero_shot_matrix(Bundle(clip_bundle), [str(path)], prompts)
     shown = [float(number) for number in re.findall(r"<td[^>]*>([\d.]+)</td>", html)]
     assert shown == [round(expected[prompt], 2) for prompt in prompts]
     assert max(expected, key=expected.__getitem__) == "a photo of a three"

@@ -15,11 +15,11 @@ from PIL import Image
 
 from command_line import changed_bundle, error_line, transom
 from report_pages import Page
-from transom.export.report import write
-from transom.export.report.drawing.numbers import number, short, whole
-from transom.export.report.write import write_report
+from transom.export.report import report as report_module
+from transom.export.report.report import write_report
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import InputError
+from transom.runtime.format import finite, natural, short
 from transom.runtime.manifest import MANIFEST
 
 Exported = Callable[..., tuple[Path, Path]]
@@ -30,8 +30,8 @@ EVIL = "<script>alert(1)</script>\"'>\x00\x1b[31m\u202e&amp;</title></style>"
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Timing is not the subject."""
-    monkeypatch.setattr(write, "RUNS", 2)
-    monkeypatch.setattr(write, "WARMUP", 0)
+    monkeypatch.setattr(report_module, "RUNS", 2)
+    monkeypatch.setattr(report_module, "WARMUP", 0)
 
 
 @pytest.fixture
@@ -173,8 +173,8 @@ def test_a_hostile_bundle_gives_a_harmless_page(
 
 
 def test_numbers_that_are_none() -> None:
-    assert [number(each) for each in (True, "1", None, float("nan"), 10**400, [1], 2)] == [None] * 6 + [2.0]
-    assert [whole(each) for each in (True, 1.0, -1, 2**63, 7)] == [None] * 4 + [7]
+    assert [finite(each) for each in (True, "1", None, float("nan"), 10**400, [1], 2)] == [None] * 6 + [2.0]
+    assert [natural(each) for each in (True, 1.0, -1, 2**63, 7)] == [None] * 4 + [7]
     assert [short(each) for each in (0.99074, 12345.0, 3e-7, None, 1e300)] == [
         "0.9907",
         "12,345",

@@ -1,4 +1,4 @@
-"""Images inside the page: data URIs, and what a model sees turned back into pixels."""
+"""Embed images in the page as data URIs, and turn a model's pixel values back into images."""
 
 from __future__ import annotations
 
@@ -11,24 +11,23 @@ from PIL import Image
 
 from transom.runtime.image_preprocess import ImagePreprocess
 
-FEW = 64  # pixels of a side: what is smaller is kept exactly, and drawn in squares
+SMALL = 64  # pixels of the longer side: up to here an image is stored exactly and shown with sharp pixels
 
 
 def data_uri(image: Image.Image) -> str:
-    """The image in the page itself: PNG where it is small, else JPEG."""
+    """Return the image as a data URI: PNG where it is small, else JPEG."""
     file = io.BytesIO()
-    small = max(image.size) <= FEW
+    small = is_small(image)
     image.save(file, "PNG" if small else "JPEG", **({} if small else {"quality": 85}))
     return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def pixels_class(image: Image.Image) -> str:
-    """The class that keeps the squares of a small image sharp."""
-    return ' class="pixels"' if max(image.size) <= FEW else ""
+def is_small(image: Image.Image) -> bool:
+    return max(image.size) <= SMALL
 
 
-def seen(pixel_values: NDArray[np.float32], preprocess: ImagePreprocess) -> Image.Image:
-    """``pixel_values`` (C, height, width) as an image again: normalising and rescaling undone."""
+def image_from_pixels(pixel_values: NDArray[np.float32], preprocess: ImagePreprocess) -> Image.Image:
+    """Return ``pixel_values`` (C, height, width) as an image, with normalisation and rescaling undone."""
     values = pixel_values.astype(np.float64)
     if preprocess.mean is not None and preprocess.std is not None:
         mean, std = (np.array(each)[:, None, None] for each in (preprocess.mean, preprocess.std))
@@ -39,8 +38,8 @@ def seen(pixel_values: NDArray[np.float32], preprocess: ImagePreprocess) -> Imag
     return Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0]).convert("RGB")
 
 
-def reduced(image: Image.Image, side: int) -> Image.Image:
-    """The image with no side longer than ``side`` pixels."""
+def thumbnail(image: Image.Image, side: int) -> Image.Image:
+    """Return a copy of the image with no side longer than ``side`` pixels."""
     small = image.copy()
     small.thumbnail((side, side))
     return small
