@@ -34,7 +34,7 @@ from transom.export.families.base import export_family
 from transom.export.onnx_export import onnx_from_module
 from transom.export.parity.inputs import parity_inputs
 from transom.export.quantization.options import QuantizeOptions
-from transom.export.report.write import write_report
+from transom.export.report.report import write_report
 from transom.export.verification import verify
 from transom.runtime import load
 from transom.runtime.bundle import Bundle

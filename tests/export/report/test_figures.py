@@ -30,7 +30,7 @@ from transom.export.report.svg import LinearAxis, LogAxis, heatmap, thumbnail
 from transom.runtime.bundle import Bundle
 from transom.runtime.compare import compare
 from transom.runtime.image_preprocess import ImagePreprocess
-from transom.runtime.session import load
+from transom.runtime.loading import load
 from transom.runtime.tasks.gpt import GPT
 from transom.runtime.tasks.transformer import Transformer
 
