@@ -1,1 +1,1 @@
-"""What a model is: definitions in PyTorch, checkpoints, and the registry of families."""
+"""Models: definitions in PyTorch, checkpoints, and the registry of families."""

@@ -1,4 +1,4 @@
-"""The one attention every family uses and every fusion must match.
+"""Attention, one for all families, in the form that every fusion matches.
 
 Shape letters, in the code and as axis names in the ONNX graph:
     B batch   S sequence   E hidden size   H heads   D head size, E = H * D
@@ -31,8 +31,8 @@ class Attention(nn.Module):
         return attend(q, k, v, mask)
 
 
-class Heads(nn.Module):
-    """The four projections of one multi-head attention, named as in Marian's and CLIP's checkpoints: section 3.2.2."""
+class Projections(nn.Module):
+    """The four projections of a multi-head attention, named as in Marian's and CLIP's checkpoints: section 3.2.2."""
 
     def __init__(self, d_model: int, num_heads: int) -> None:
         super().__init__()
@@ -41,15 +41,15 @@ class Heads(nn.Module):
         self.out_proj = nn.Linear(d_model, d_model)
 
     def queries(self, x: Tensor) -> Tensor:
-        """(B, S, E) -> (B, H, S, D)."""
+        """Project to queries: (B, S, E) -> (B, H, S, D)."""
         return split_heads(self.q_proj(x), self.num_heads)
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, S, E) -> keys and values, (B, H, S, D) each."""
+        """Project to keys and values: (B, S, E) -> (B, H, S, D) each."""
         return split_heads(self.k_proj(x), self.num_heads), split_heads(self.v_proj(x), self.num_heads)
 
 
-class SelfAttention(Heads):
+class SelfAttention(Projections):
     """Attention over ``x`` (B, S, E) and its output projection."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -57,7 +57,7 @@ class SelfAttention(Heads):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """softmax(q k^T * scale) v with the heads joined again: (B, S, E).
+    """Compute softmax(q k^T * scale) v and join the heads: (B, S, E).
 
     ``q`` is (B, H, S, D), ``k`` and ``v`` are (B, H, C, D), ``mask`` bool (B, 1, S, C), true where a key
     may be seen. ``scale`` is 1/sqrt(D) unless given.
@@ -67,7 +67,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: f
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """(B, S, E) -> (B, H, S, D)."""
+    """Split the heads: (B, S, E) -> (B, H, S, D)."""
     B, S, E = x.shape
     return x.view(B, S, num_heads, E // num_heads).transpose(1, 2)
 
@@ -83,6 +83,6 @@ def key_mask(attention_mask: Tensor, queries: int | None = None) -> Tensor:
 
 
 def causal_key_mask(attention_mask: Tensor) -> Tensor:
-    """``key_mask`` where a query sees no later key either: bool (B, 1, S, S)."""
+    """Return ``key_mask`` with no later key visible to a query either: bool (B, 1, S, S)."""
     place = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     return key_mask(attention_mask) & (place <= place[:, None])

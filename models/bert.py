@@ -83,7 +83,7 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The layers, one after another."""
+    """The stack of layers."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -96,7 +96,7 @@ class Encoder(nn.Module):
 
 
 class Transform(nn.Module):
-    """Dense, activation, LayerNorm: what the masked LM does before it looks at the vocabulary."""
+    """Dense, activation, LayerNorm: the masked LM's transform before the product with the vocabulary."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class Transform(nn.Module):
 
 
 class MaskedLMHead(nn.Module):
-    """Scores over the vocabulary, with the word embeddings unless they are untied: (B, S, E) -> (B, S, V)."""
+    """Logits over the vocabulary, by the word embeddings unless they are untied: (B, S, E) -> (B, S, V)."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class Bert(nn.Module):
         return (*self.head(x), x, self.sentence_pooling(x, attention_mask))
 
     def head(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The task's own outputs of the last hidden state (B, S, E)."""
+        """Compute the task's own outputs from the last hidden state (B, S, E)."""
         pooled = None if self.pooler is None else self.pooler(x[:, 0])  # (B, E)
         match self.task:
             case "fill-mask":
@@ -186,7 +186,7 @@ POOLED_TASKS = ("text-classification", "next-sentence-prediction")
 
 
 def rename(name: str, config: BertConfig, task: str) -> str | None:
-    """A stored name -> ours, which is the same but for prefixes; None for what ``task`` does not use."""
+    """Return the module's name of a stored weight, the same but for prefixes; None for what ``task`` does not use."""
     name = name.removeprefix("bert.")
     name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)  # converted from TensorFlow
     name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
@@ -199,7 +199,7 @@ def rename(name: str, config: BertConfig, task: str) -> str | None:
 
 
 def tied_to(name: str, config: BertConfig, task: str) -> str | None:
-    """A tied head's weight is the embedding again, its bias the one beside it."""
+    """Return the weight that a tied head repeats: the embedding, and the bias beside it."""
     copies = {
         "cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
         "cls.predictions.decoder.bias": "cls.predictions.bias",
@@ -241,7 +241,7 @@ def config_from_source(source: Source) -> BertConfig:
 
 
 def graphs(config: BertConfig, task: str) -> tuple[Graph, ...]:
-    """transformers' tensor names; token types and mask may be left out by the caller."""
+    """Return the one graph, with transformers' tensor names; token types and mask are optional."""
     hidden = TensorSpec("last_hidden_state", "float32", ("B", "S", config.hidden_size))
     embedding = TensorSpec("sentence_embedding", "float32", ("B", config.hidden_size))
     inputs = (
@@ -253,6 +253,7 @@ def graphs(config: BertConfig, task: str) -> tuple[Graph, ...]:
 
 
 def head_outputs(config: BertConfig, task: str) -> tuple[TensorSpec, ...]:
+    """Return the outputs of the task's head."""
     if task == "feature-extraction":
         pooled = TensorSpec("pooler_output", "float32", ("B", config.hidden_size))
         return (pooled,) if config.pooler else ()
@@ -268,6 +269,7 @@ def head_outputs(config: BertConfig, task: str) -> tuple[TensorSpec, ...]:
 
 
 def axes(config: BertConfig) -> dict[str, Axis]:
+    """Return the bounds of B and S."""
     longest = config.max_position_embeddings
     return {"B": Axis(1, 1, 16), "S": Axis(1, min(128, longest), longest)}
 

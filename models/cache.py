@@ -17,10 +17,10 @@ from torch import Tensor
 from transom.runtime.graph_spec import Tensor as TensorSpec
 
 
-def written(cache: Tensor, new: Tensor, write_indices: Tensor) -> Tensor:
-    """``cache`` (B, H, C, D) with ``new`` (B, H, S, D) at ``write_indices`` (B,) of axis 2; in place in PyTorch.
+def write_cache(cache: Tensor, new: Tensor, write_indices: Tensor) -> Tensor:
+    """Write ``new`` (B, H, S, D) into ``cache`` (B, H, C, D) at ``write_indices`` (B,) of axis 2; in place in PyTorch.
 
-    In ONNX one ``TensorScatter`` (opset 24, mode "linear"), which the exporter has no word for. It is in
+    In ONNX one ``TensorScatter`` (opset 24, mode "linear"), which the exporter has no operator for. It is in
     place where the runtime binds one buffer as input and output.
     """
     if torch.onnx.is_in_onnx_export():
@@ -40,25 +40,25 @@ def written(cache: Tensor, new: Tensor, write_indices: Tensor) -> Tensor:
 
 
 def positions(write_indices: Tensor, S: int) -> Tensor:
-    """Where each new token stands in its row: int64 (B, S)."""
+    """Return the position of each new token in its row: int64 (B, S)."""
     return write_indices[:, None] + torch.arange(S, device=write_indices.device)
 
 
 def causal_mask(write_indices: Tensor, S: int, C: int) -> Tensor:
-    """Bool (B, 1, S, C), true where a query may look: at its own position and all before it."""
+    """Return bool (B, 1, S, C), true at a query's own position and all before it."""
     columns = torch.arange(C, device=write_indices.device)
     return (columns <= positions(write_indices, S)[:, :, None])[:, None]
 
 
-def chosen(hidden: Tensor, logits_positions: Tensor) -> Tensor:
-    """The positions whose logits are wanted: ``hidden`` (B, S, E), ``logits_positions`` (B, P) -> (B, P, E)."""
+def select_positions(hidden: Tensor, logits_positions: Tensor) -> Tensor:
+    """Select the positions whose logits are wanted: ``hidden`` (B, S, E), ``logits_positions`` (B, P) -> (B, P, E)."""
     B, S, _ = hidden.shape
     first = torch.arange(B, device=hidden.device)[:, None] * S
     return hidden.flatten(0, 1)[first + logits_positions]
 
 
 def cache_inputs(layers: int, heads: int, head_size: int) -> tuple[TensorSpec, ...]:
-    """``key_cache.<i>`` and ``value_cache.<i>`` of every layer, float32 (B, H, C, D), zeros where left out."""
+    """Return ``key_cache.<i>`` and ``value_cache.<i>`` of every layer, float32 (B, H, C, D), by default zeros."""
     shape = ("B", heads, "C", head_size)
     return tuple(
         TensorSpec(f"{kind}_cache.{layer}", "float32", shape, default=0, state=True)
@@ -68,7 +68,7 @@ def cache_inputs(layers: int, heads: int, head_size: int) -> tuple[TensorSpec, .
 
 
 def cache_outputs(layers: int, heads: int, head_size: int) -> tuple[TensorSpec, ...]:
-    """The caches after this call, each written into the buffer of its input."""
+    """Return the caches after a call, each written into the buffer of its input."""
     return tuple(
         TensorSpec(f"{tensor.name}.written", "float32", tensor.shape, state=True, aliases=tensor.name)
         for tensor in cache_inputs(layers, heads, head_size)

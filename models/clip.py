@@ -1,4 +1,4 @@
-"""CLIP (Radford et al., 2021, arXiv:2103.00020): a tower for images and one for texts, trained to meet.
+"""CLIP (Radford et al., 2021, arXiv:2103.00020): a tower for images and one for texts, with a shared space.
 
 Two graphs: ``image`` and ``text`` each end in vectors of unit length, whose products times ``logit_scale`` are
 the logits of transformers' CLIPModel.
@@ -17,20 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from transom.models.attention import SelfAttention, causal_key_mask
-from transom.models.cache import chosen
+from transom.models.cache import select_positions
 from transom.models.family import Family, Source, config_fields
 from transom.models.layers import ACTIVATIONS, UnitLength
-from transom.models.patches import grid, need_a_patch, pair, resized_positions
+from transom.models.patches import grid, require_patch, resized_positions, size_pair
 from transom.runtime.errors import CheckpointError
 from transom.runtime.graph_spec import Axis, Graph
 from transom.runtime.graph_spec import Tensor as TensorSpec
 
-OLD_EOS = 2  # what configs said until transformers 4.31, whatever the token's id: pooling then takes the largest id
+OLD_EOS = 2  # in configs until transformers 4.31, whatever the token's id: pooling then takes the largest id
 
 
 @dataclass(frozen=True)
 class TowerConfig:
-    """What both towers have; the text tower of CLIP ViT-B/32 by default."""
+    """Settings of both towers; the text tower of CLIP ViT-B/32 by default."""
 
     hidden_size: int = 512
     intermediate_size: int = 2048
@@ -42,7 +42,7 @@ class TowerConfig:
 
 @dataclass(frozen=True)
 class TextConfig(TowerConfig):
-    """The text tower's own; names as in transformers' config.json."""
+    """Settings of the text tower; names as in transformers' config.json."""
 
     vocab_size: int = 49408
     max_position_embeddings: int = 77
@@ -51,7 +51,7 @@ class TextConfig(TowerConfig):
 
 @dataclass(frozen=True)
 class VisionConfig(TowerConfig):
-    """The image tower's own; sizes as (height, width)."""
+    """Settings of the image tower; sizes as (height, width)."""
 
     image_size: tuple[int, int] = (224, 224)
     trained_image_size: tuple[int, int] = (224, 224)  # of the stored position embeddings
@@ -61,7 +61,7 @@ class VisionConfig(TowerConfig):
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """Both towers, and the width of the space in which they meet."""
+    """Settings of both towers, and the width of the shared space."""
 
     text_config: TextConfig = TextConfig()
     vision_config: VisionConfig = VisionConfig(768, 3072, 12, 12)
@@ -97,7 +97,7 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The layers, one after another."""
+    """The stack of layers."""
 
     def __init__(self, config: TowerConfig) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class TextEmbeddings(nn.Module):
 
 
 class TextModel(nn.Module):
-    """A causal encoder, read off at the end-of-text token: section 2.4."""
+    """A causal encoder; its output is that of the end-of-text token: section 2.4."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -133,12 +133,12 @@ class TextModel(nn.Module):
         self.eos_token_id = config.eos_token_id
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Int64 (B, S) twice -> (B, E)."""
+        """Encode ids and mask, int64 (B, S) each: (B, E)."""
         x = self.encoder(self.embeddings(input_ids), causal_key_mask(attention_mask))
-        return self.final_layer_norm(chosen(x, self.ends(input_ids)))[:, 0]  # type: ignore[no-any-return]
+        return self.final_layer_norm(select_positions(x, self.ends(input_ids)))[:, 0]  # type: ignore[no-any-return]
 
     def ends(self, input_ids: Tensor) -> Tensor:
-        """Where each text ends, int64 (B, 1): at the first end-of-text token, or position 0 where there is none.
+        """Find the end of each text, int64 (B, 1): the first end-of-text token, or position 0 where there is none.
 
         For OLD_EOS at the first of the largest id, which is that token in CLIP's own vocabulary.
         """
@@ -165,7 +165,7 @@ class VisionEmbeddings(nn.Module):
 
 
 class VisionModel(nn.Module):
-    """ViT with one more LayerNorm before its layers, read off at the class token: section 2.4."""
+    """ViT with one more LayerNorm before its layers; its output is that of the class token: section 2.4."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -175,13 +175,13 @@ class VisionModel(nn.Module):
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Float32 (B, C, height, width) -> (B, E)."""
+        """Encode pixels, float32 (B, C, height, width): (B, E)."""
         x = self.encoder(self.pre_layrnorm(self.embeddings(pixel_values)))
         return self.post_layernorm(x[:, 0])  # type: ignore[no-any-return]
 
 
 class CLIP(nn.Module):
-    """Both towers, their projections, and the logarithm of what multiplies the cosines."""
+    """Both towers, their projections, and the logarithm of the scale of the cosines."""
 
     def __init__(self, config: CLIPConfig, task: str) -> None:
         super().__init__()
@@ -218,7 +218,7 @@ class TextTower(nn.Module):
 
 
 def parts(model: nn.Module) -> dict[str, nn.Module]:
-    """The module behind each graph."""
+    """Return the module behind each graph."""
     assert isinstance(model, CLIP)
     return {"image": ImageTower(model), "text": TextTower(model)}
 
@@ -227,7 +227,7 @@ MOST_SCALED = 80.0  # exp of more leaves float32
 
 
 def options(model: nn.Module) -> dict[str, Any]:
-    """``logit_scale``: what multiplies the cosine of an image and a text, exp of the stored weight."""
+    """Return ``logit_scale``, which multiplies the cosine of an image and a text: exp of the stored weight."""
     assert isinstance(model, CLIP)
     stored = float(model.logit_scale)
     if not abs(stored) <= MOST_SCALED:
@@ -239,12 +239,12 @@ def options(model: nn.Module) -> dict[str, Any]:
 
 
 def rename(name: str, config: CLIPConfig, task: str) -> str | None:
-    """A stored name -> ours, which is the same; None for the constants that older checkpoints store."""
+    """Return the module's name of a stored weight, the same; None for constants that older checkpoints store."""
     return None if name.endswith("embeddings.position_ids") else name
 
 
 def convert(name: str, stored: Tensor, config: CLIPConfig) -> Tensor:
-    """Carry the image tower's positions (1 + P, E) from the trained grid to the exported one; the rest as it is."""
+    """Resize the image tower's positions (1 + P, E) from the trained grid to the exported one; keep the rest."""
     if name == "logit_scale" and stored.numel() == 1:
         return stored.reshape(())
     if name != "vision_model.embeddings.position_embedding.weight":
@@ -280,9 +280,9 @@ def config_from_source(source: Source) -> CLIPConfig:
         )
     vision = config_fields(visions, VISION_SIZES, OTHERS, ACTIVATIONS, where="config.json: vision_config")
     both = config_fields(config_json, {"projection_dim": 512}, {}, ACTIVATIONS, heads=())
-    trained, patch = (pair(visions, name, default) for name, default in VISION_SIDES.items())
+    trained, patch = (size_pair(visions, name, default) for name, default in VISION_SIDES.items())
     size = source.image_size or trained
-    need_a_patch(patch, {"image_size": trained, "image size asked for": size})
+    require_patch(patch, {"image_size": trained, "image size asked for": size})
     return CLIPConfig(
         TextConfig(**text, eos_token_id=eos),
         VisionConfig(**vision, image_size=size, trained_image_size=trained, patch_size=patch),
@@ -291,7 +291,7 @@ def config_from_source(source: Source) -> CLIPConfig:
 
 
 def tower(config_json: Mapping[str, Any], name: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """One tower's fields. Where older configs repeat them as ``<name>_dict``, that wins, with its own defaults.
+    """Return one tower's fields. Where older configs repeat them as ``<name>_dict``, that wins, with its defaults.
 
     As transformers' CLIPConfig does in ``__post_init__``.
     """
@@ -307,7 +307,7 @@ def tower(config_json: Mapping[str, Any], name: str, defaults: Mapping[str, Any]
 
 
 def graphs(config: CLIPConfig, task: str) -> tuple[Graph, ...]:
-    """transformers' tensor names; the image size is fixed at export."""
+    """Return both graphs, with transformers' tensor names; the image size is fixed at export."""
     vision, projected = config.vision_config, ("B", config.projection_dim)
     pixels = TensorSpec("pixel_values", "float32", ("B", vision.num_channels, *vision.image_size))
     tokens = (
@@ -321,6 +321,7 @@ def graphs(config: CLIPConfig, task: str) -> tuple[Graph, ...]:
 
 
 def axes(config: CLIPConfig) -> dict[str, Axis]:
+    """Return the bounds of B and S."""
     longest = config.text_config.max_position_embeddings
     return {"B": Axis(1, 1, 16), "S": Axis(1, min(16, longest), longest)}
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transom.models.attention import attend, split_heads
-from transom.models.cache import cache_inputs, cache_outputs, causal_mask, chosen, positions, written
+from transom.models.cache import cache_inputs, cache_outputs, causal_mask, positions, select_positions, write_cache
 from transom.models.family import Family, Source, config_fields
 from transom.models.layers import ACTIVATIONS
 from transom.runtime.errors import CheckpointError
@@ -38,7 +38,7 @@ class GPTConfig:
 
 
 class Conv1D(nn.Module):
-    """A linear layer whose weight lies as (in, out), as GPT-2's checkpoints have it."""
+    """A linear layer whose weight is stored as (in, out), as in GPT-2's checkpoints."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -64,9 +64,9 @@ class CachedAttention(nn.Module):
     def forward(
         self, x: Tensor, key_cache: Tensor, value_cache: Tensor, write_indices: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """``x`` (B, S, E), caches (B, H, C, D), ``mask`` (B, 1, S, C) -> (B, S, E) and the caches written."""
+        """Attend over the cache: ``x`` (B, S, E), caches (B, H, C, D), ``mask`` (B, 1, S, C) -> (B, S, E), caches."""
         q, k, v = (split_heads(part, self.num_heads) for part in self.c_attn(x).chunk(3, dim=-1))
-        key_cache, value_cache = written(key_cache, k, write_indices), written(value_cache, v, write_indices)
+        key_cache, value_cache = write_cache(key_cache, k, write_indices), write_cache(value_cache, v, write_indices)
         return self.c_proj(attend(q, key_cache, value_cache, mask, self.scale)), key_cache, value_cache
 
 
@@ -128,7 +128,7 @@ class GPT(nn.Module):
         for layer, block in enumerate(self.h):
             x, keys, values = block(x, caches[2 * layer], caches[2 * layer + 1], write_indices, mask)
             updated += (keys, values)
-        x = self.ln_f(chosen(x, logits_positions))  # (B, P, E)
+        x = self.ln_f(select_positions(x, logits_positions))  # (B, P, E)
         return F.linear(x, self.wte.weight if self.lm_head is None else self.lm_head.weight), *updated
 
 
@@ -136,7 +136,7 @@ BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks that older checkpo
 
 
 def rename(name: str, config: GPTConfig, task: str) -> str | None:
-    """A stored name -> ours, which is the same but for the prefix; None for masks and a tied head's copy."""
+    """Return the module's name of a stored weight, the same but for the prefix; None for masks and a tied head."""
     name = name.removeprefix("transformer.")
     if name.endswith(BUFFERS) or (config.tie_word_embeddings and name == "lm_head.weight"):
         return None
@@ -144,12 +144,12 @@ def rename(name: str, config: GPTConfig, task: str) -> str | None:
 
 
 def tied_to(name: str, config: GPTConfig, task: str) -> str | None:
-    """A tied head is the embedding again."""
+    """Return the weight that a tied head repeats: the embedding."""
     return "wte.weight" if name == "lm_head.weight" else None
 
 
 def convert(name: str, stored: Tensor, config: GPTConfig) -> Tensor:
-    """As stored: Conv1D keeps the checkpoint's layout."""
+    """Return the tensor as it is stored: Conv1D keeps the checkpoint's layout."""
     return stored
 
 
@@ -175,7 +175,7 @@ def config_from_source(source: Source) -> GPTConfig:
 
 
 def graphs(config: GPTConfig, task: str) -> tuple[Graph, ...]:
-    """One graph for prefill, chunked prefill and decode; transformers' tensor names beside the cache's."""
+    """Return the graph of prefill, chunked prefill and decode; transformers' tensor names beside the cache's."""
     cache = config.n_layer, config.n_head, config.n_embd // config.n_head
     tokens = (
         TensorSpec("input_ids", "int64", ("B", "S"), exclusive_max=config.vocab_size),
@@ -187,6 +187,7 @@ def graphs(config: GPTConfig, task: str) -> tuple[Graph, ...]:
 
 
 def axes(config: GPTConfig) -> dict[str, Axis]:
+    """Return the bounds of B, S, C and P."""
     longest = config.n_positions
     opt = min(128, longest)
     return {

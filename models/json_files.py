@@ -1,4 +1,4 @@
-"""The JSON files of a checkpoint: read, or refused with the name of the file."""
+"""Read a checkpoint's JSON files; errors name the file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Like ``read_json`` for a file that must hold one JSON object."""
+    """Parse a JSON file that must hold one object, as ``read_json``."""
     value = read_json(path)
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, expected an object.")
@@ -26,5 +26,5 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_optional(path: Path) -> dict[str, Any]:
-    """Like ``read_object``; empty where there is no such file."""
+    """Parse a JSON file as ``read_object``; empty where there is no such file."""
     return read_object(path) if path.is_file() else {}

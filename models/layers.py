@@ -1,4 +1,4 @@
-"""The parts encoders share: activations, dense layers as checkpoints nest them, vectors of texts and images."""
+"""Layers that encoders share: activations, dense layers as checkpoints nest them, embeddings of texts and images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """x * sigmoid(1.702 x): Hendrycks and Gimpel (2016, arXiv:1606.08415), section 2."""
+    """Compute x * sigmoid(1.702 x): Hendrycks and Gimpel (2016, arXiv:1606.08415), section 2."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -59,7 +59,7 @@ class UnitLength(nn.Module):
     """Vectors divided by their length, in FP32 whatever the precision of the graph, as ``SentencePooling`` is."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, E) -> float32 (B, E)."""
+        """Normalise ``x`` (B, E): float32 (B, E)."""
         return F.normalize(x.float(), dim=-1)
 
 
@@ -76,7 +76,7 @@ class SentencePooling(nn.Module):
         self.normalize = normalize
 
     def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
-        """``hidden`` (B, S, E), ``attention_mask`` (B, S) -> float32 (B, E)."""
+        """Pool ``hidden`` (B, S, E) over ``attention_mask`` (B, S): float32 (B, E)."""
         hidden = hidden.float()
         if self.mode == "cls":
             pooled = hidden[:, 0]

@@ -1,4 +1,4 @@
-"""What models of images share: the grid of patches, and positions that are learned on one grid and used on another."""
+"""The grid of patches of an image model, and positions that are learned on one grid and used on another."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Size = tuple[int, int]  # (height, width) in pixels, or (rows, columns) of patch
 
 
 def grid(image_size: Size, patch_size: Size) -> Size:
-    """Rows and columns of patches."""
+    """Return the rows and columns of patches."""
     return image_size[0] // patch_size[0], image_size[1] // patch_size[1]
 
 
 def resized_positions(stored: Tensor, old: Size, new: Size) -> Tensor:
-    """Learned positions (1 + P, E), the class token's first, from the grid ``old`` to ``new``: ViT, section 3.2.
+    """Resize learned positions (1 + P, E), the class token's first, from grid ``old`` to ``new``: ViT, section 3.2.
 
     Bicubic without aligned corners, the class position untouched, as transformers' ``interpolate_pos_encoding``
     does. Returned as they are where the grids are equal, or where ``stored`` is not of the grid ``old``: load_weights
@@ -33,8 +33,8 @@ def resized_positions(stored: Tensor, old: Size, new: Size) -> Tensor:
     return torch.cat((stored[:1].float(), patches.permute(0, 2, 3, 1).flatten(0, 2)))
 
 
-def pair(config_json: Mapping[str, Any], name: str, default: int) -> Size:
-    """A size that transformers writes as one integer, as [height, width], or as null for the default."""
+def size_pair(config_json: Mapping[str, Any], name: str, default: int) -> Size:
+    """Parse a size that transformers writes as one integer, as [height, width], or as null for the default."""
     value: Any = default if config_json.get(name) is None else config_json[name]
     sides = (value, value) if type(value) is int else value
     valid = isinstance(sides, list | tuple) and len(sides) == 2
@@ -43,8 +43,8 @@ def pair(config_json: Mapping[str, Any], name: str, default: int) -> Size:
     return sides[0], sides[1]
 
 
-def need_a_patch(patch_size: Size, sizes: Mapping[str, Size]) -> None:
-    """CheckpointError for an image size, by its name, that holds no whole patch."""
+def require_patch(patch_size: Size, sizes: Mapping[str, Size]) -> None:
+    """Raise CheckpointError for an image size, by its name, that holds no whole patch."""
     for name, size in sizes.items():
         if size[0] < patch_size[0] or size[1] < patch_size[1]:
             raise CheckpointError(f"{name} {size} is smaller than one patch {patch_size}; ask for a larger one.")

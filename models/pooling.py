@@ -1,4 +1,4 @@
-"""How a sentence-transformers folder makes one vector of a sentence."""
+"""Read how a sentence-transformers folder pools a sentence to one embedding."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transom.runtime.errors import CheckpointError
 
 
 def sentence_modules(folder: Path) -> list[tuple[str, Path]]:
-    """(kind, folder) of each module in modules.json, in order; empty without that file.
+    """Return (kind, folder) of each module in modules.json, in order; empty without that file.
 
     The kind is the class name in lower case: ``transformer``, ``pooling``, ``normalize``, ...
     """
@@ -31,7 +31,7 @@ def sentence_modules(folder: Path) -> list[tuple[str, Path]]:
 
 
 def sentence_pooling(folder: Path) -> dict[str, Any]:
-    """``{"mode": "mean" | "cls", "normalize": bool, "prompt": str}``; empty where the folder says nothing.
+    """Return ``{"mode": "mean" | "cls", "normalize": bool, "prompt": str}``; empty without modules.json.
 
     Raises CheckpointError for a module or a pooling mode that is not defined: leaving it out would
     give other vectors than the checkpoint's.
@@ -47,17 +47,17 @@ def sentence_pooling(folder: Path) -> dict[str, Any]:
             )
     poolings = [read_object(where / "config.json") for kind, where in modules if kind == "pooling"]
     modes = [pooling_mode(pooling, folder) for pooling in poolings]
-    words = read_optional(folder / "config_sentence_transformers.json")
-    prompts = words.get("prompts")
-    prompt = prompts.get(str(words.get("default_prompt_name")), "") if isinstance(prompts, dict) else ""
+    settings = read_optional(folder / "config_sentence_transformers.json")
+    prompts = settings.get("prompts")
+    prompt = prompts.get(str(settings.get("default_prompt_name")), "") if isinstance(prompts, dict) else ""
     if prompt and any(pooling.get("include_prompt") is False for pooling in poolings):
         raise CheckpointError(
             f"{folder}: the pooling leaves out the prompt {prompt!r} (include_prompt is false), which is not defined "
             "here. Use a checkpoint without a default prompt."
         )
-    if words.get("truncate_dim") is not None:
+    if settings.get("truncate_dim") is not None:
         raise CheckpointError(
-            f"{folder}: truncate_dim is {words['truncate_dim']!r}; bundles give whole vectors. Remove it from "
+            f"{folder}: truncate_dim is {settings['truncate_dim']!r}; bundles give whole vectors. Remove it from "
             "config_sentence_transformers.json and cut the vectors in your app."
         )
     return {
@@ -67,10 +67,11 @@ def sentence_pooling(folder: Path) -> dict[str, Any]:
     }
 
 
-def pooling_mode(words: Mapping[str, Any], folder: Path) -> str:
-    """mean or cls, from any spelling: ``pooling_mode``, a list of modes, or one flag per mode."""
-    flags = [name.removeprefix("pooling_mode_") for name in words if name.startswith("pooling_mode_") and words[name]]
-    given = words.get("pooling_mode") or flags
+def pooling_mode(settings: Mapping[str, Any], folder: Path) -> str:
+    """Return mean or cls, from any spelling: ``pooling_mode``, a list of modes, or one flag per mode."""
+    prefix = "pooling_mode_"
+    flags = [name.removeprefix(prefix) for name, value in settings.items() if name.startswith(prefix) and value]
+    given = settings.get("pooling_mode") or flags
     mode = "+".join(map(str, given)) if isinstance(given, list) else str(given)
     known = {"mean": "mean", "mean_tokens": "mean", "cls": "cls", "cls_token": "cls"}
     if mode not in known:

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transom.models.attention import Heads, SelfAttention, attend, key_mask
-from transom.models.cache import cache_inputs, cache_outputs, causal_mask, chosen, positions, written
+from transom.models.attention import Projections, SelfAttention, attend, key_mask
+from transom.models.cache import cache_inputs, cache_outputs, causal_mask, positions, select_positions, write_cache
 from transom.models.family import Family, Source, config_fields
 from transom.models.layers import ACTIVATIONS
 from transom.runtime.errors import CheckpointError
@@ -49,20 +49,20 @@ class TransformerConfig:
     embedding: str = "shared.weight"  # the name under which the checkpoint stores a shared embedding
 
 
-class CachedAttention(Heads):
+class CachedAttention(Projections):
     """Causal attention over the cache."""
 
     def forward(
         self, x: Tensor, key_cache: Tensor, value_cache: Tensor, write_indices: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """``x`` (B, T, E), caches (B, H, C, D), ``mask`` (B, 1, T, C) -> (B, T, E) and the caches written."""
+        """Attend over the cache: ``x`` (B, T, E), caches (B, H, C, D), ``mask`` (B, 1, T, C) -> (B, T, E), caches."""
         keys, values = self.keys_values(x)
-        keys, values = written(key_cache, keys, write_indices), written(value_cache, values, write_indices)
+        keys, values = write_cache(key_cache, keys, write_indices), write_cache(value_cache, values, write_indices)
         return self.out_proj(attend(self.queries(x), keys, values, mask)), keys, values
 
 
-class CrossAttention(Heads):
-    """Attention over keys and values that were made of the source once."""
+class CrossAttention(Projections):
+    """Attention over keys and values that the encoder computed once."""
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         return self.out_proj(attend(self.queries(x), keys, values, mask))  # type: ignore[no-any-return]
@@ -86,7 +86,7 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """As the encoder's, with attention over the source in between."""
+    """LayerNorm(x + sublayer(x)), three times, with attention over the encoder's output in between: section 3.1."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, cross: tuple[Tensor, Tensor, Tensor], cached: tuple[Tensor, Tensor, Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """``cross``: the source's keys, values and mask; ``cached``: both caches, write_indices and mask."""
+        """Compute the layer; ``cross``: keys, values and mask of the source; ``cached``: caches, indices and mask."""
         attended, keys, values = self.self_attn(x, *cached)
         x = self.self_attn_layer_norm(x + attended)
         x = self.encoder_attn_layer_norm(x + self.encoder_attn(x, *cross))
@@ -121,7 +121,7 @@ class Side(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Both sides and the output layer. ``encode`` and ``decode`` are what the two graphs compute."""
+    """Encoder, decoder and the output layer. The graphs compute ``encode`` and ``decode``."""
 
     def __init__(self, config: TransformerConfig, task: str) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class Transformer(nn.Module):
         self.embed_scale = config.d_model**0.5 if config.scale_embedding else 1.0
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
-        """Int64 (B, S) twice -> ``last_hidden_state`` (B, S, E), and each decoder layer's cross keys and values."""
+        """Encode int64 (B, S) each: ``last_hidden_state`` (B, S, E), and each decoder layer's cross keys and values."""
         table = self.embedding(self.encoder)
         x = table(input_ids) * self.embed_scale + self.encoder.embed_positions.weight[: input_ids.shape[1]]
         mask = key_mask(attention_mask)
@@ -155,7 +155,7 @@ class Transformer(nn.Module):
         logits_positions: Tensor,
         *state: Tensor,
     ) -> tuple[Tensor, ...]:
-        """``logits`` (B, P, V) and the caches written; ``state`` is each layer's cross pair, then each cache pair."""
+        """Compute ``logits`` (B, P, V) and the caches; ``state`` is each layer's cross pair, then each cache pair."""
         layers = len(self.decoder.layers)
         cross, caches = state[: 2 * layers], state[2 * layers :]
         T, C = decoder_input_ids.shape[1], caches[0].shape[2]
@@ -168,18 +168,19 @@ class Transformer(nn.Module):
             source = cross[2 * i], cross[2 * i + 1], source_mask
             x, keys, values = layer(x, source, (caches[2 * i], caches[2 * i + 1], write_indices, mask))
             updated += (keys, values)
-        x = chosen(x, logits_positions)
+        x = select_positions(x, logits_positions)
         head = table.weight if self.lm_head is None else self.lm_head.weight
         return F.linear(x, head) + self.final_logits_bias, *updated
 
     def embedding(self, side: Side) -> nn.Embedding:
+        """Return the embedding of encoder or decoder, which may be shared."""
         table = side.embed_tokens if self.shared is None else self.shared
         assert table is not None
         return table
 
 
-class Part(nn.Module):
-    """One method of the model as a module of its own, for the exporter."""
+class GraphModule(nn.Module):
+    """One method of the model as a module, for the exporter."""
 
     def __init__(self, model: Transformer, method: str) -> None:
         super().__init__()
@@ -192,17 +193,18 @@ class Part(nn.Module):
 
 
 def parts(model: nn.Module) -> dict[str, nn.Module]:
-    """The module behind each graph; they share the weights."""
+    """Return the module behind each graph; they share the weights."""
     assert isinstance(model, Transformer)
-    return {"encoder": Part(model, "encode"), "decoder": Part(model, "decode")}
+    return {"encoder": GraphModule(model, "encode"), "decoder": GraphModule(model, "decode")}
 
 
 def target_vocabulary(config: TransformerConfig) -> int:
+    """Return the number of tokens that the decoder chooses from."""
     return config.vocab_size if config.share_encoder_decoder_embeddings else config.decoder_vocab_size
 
 
 def sinusoids(length: int, d_model: int, layout: str) -> Tensor:
-    """Section 3.5: sin and cos of pos / 10000^(2i/d_model), float32 (length, d_model), in one of LAYOUTS."""
+    """Compute sin and cos of pos / 10000^(2i/d_model), float32 (length, d_model), in one of LAYOUTS: section 3.5."""
     angles = torch.arange(length, dtype=torch.float64)[:, None] / 10000 ** (
         torch.arange(0, d_model, 2, dtype=torch.float64) / d_model
     )
@@ -214,7 +216,7 @@ def sinusoids(length: int, d_model: int, layout: str) -> Tensor:
 
 
 def computed(config: TransformerConfig) -> dict[str, Tensor]:
-    """What a checkpoint need not store: positions, and a bias of zeros."""
+    """Compute the weights that a checkpoint need not store: positions, and a bias of zeros."""
     table = sinusoids(config.max_position_embeddings, config.d_model, config.position_layout)
     return {
         "encoder.embed_positions.weight": table,
@@ -227,7 +229,7 @@ EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tok
 
 
 def rename(name: str, config: TransformerConfig, task: str) -> str | None:
-    """A stored name -> ours, the same but for the prefix; None for copies of a weight that is shared."""
+    """Return the module's name of a stored weight, the same but for the prefix; None for copies of a shared one."""
     name = name.removeprefix("model.")
     if config.share_encoder_decoder_embeddings and name in EMBEDDINGS[: 4 if config.tie_word_embeddings else 3]:
         return "shared.weight" if name == config.embedding else None
@@ -237,14 +239,14 @@ def rename(name: str, config: TransformerConfig, task: str) -> str | None:
 
 
 def tied_to(name: str, config: TransformerConfig, task: str) -> str | None:
-    """Every stored name of a shared embedding holds the same."""
+    """Return the embedding that a stored weight repeats; None for other weights."""
     if name.removeprefix("model.") not in EMBEDDINGS:
         return None
     return "shared.weight" if config.share_encoder_decoder_embeddings else "decoder.embed_tokens.weight"
 
 
 def convert(name: str, stored: Tensor, config: TransformerConfig) -> Tensor:
-    """As stored; a bias of (V,) becomes (1, V)."""
+    """Return the tensor as it is stored; a bias of (V,) becomes (1, V)."""
     return stored[None] if name == "final_logits_bias" and stored.ndim == 1 else stored
 
 
@@ -264,7 +266,7 @@ HEADS = (("d_model", "encoder_attention_heads"), ("d_model", "decoder_attention_
 
 
 def config_from_source(source: Source) -> TransformerConfig:
-    """Read config.json, of our own model_type "transformer" or of "marian"; each has its own defaults."""
+    """Read config.json of model_type "transformer" or "marian"; each has its own defaults."""
     config_json = source.config_json
     marian = config_json.get("model_type") == "marian"
     others = {
@@ -292,7 +294,7 @@ def config_from_source(source: Source) -> TransformerConfig:
 
 
 def graphs(config: TransformerConfig, task: str) -> tuple[Graph, ...]:
-    """transformers' tensor names; ``attention_mask`` is the source's in both graphs."""
+    """Return encoder and decoder, with transformers' tensor names; both have the source's ``attention_mask``."""
     heads = config.decoder_attention_heads
     head_size = config.d_model // heads
     cross = tuple(
@@ -319,6 +321,7 @@ def graphs(config: TransformerConfig, task: str) -> tuple[Graph, ...]:
 
 
 def axes(config: TransformerConfig) -> dict[str, Axis]:
+    """Return the bounds of B, S, T, C and P."""
     longest = config.max_position_embeddings
     opt = min(64, longest)
     return {

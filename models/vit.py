@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transom.models.attention import Attention
 from transom.models.family import Family, Source, config_fields, label_count
 from transom.models.layers import ACTIVATIONS, Dense
-from transom.models.patches import grid, need_a_patch, pair, resized_positions
+from transom.models.patches import grid, require_patch, resized_positions, size_pair
 from transom.runtime.graph_spec import Axis, Graph
 from transom.runtime.graph_spec import Tensor as TensorSpec
 
@@ -86,7 +86,7 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The layers, one after another."""
+    """The stack of layers."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -121,14 +121,14 @@ class ViT(nn.Module):
 
 
 def convert(name: str, stored: Tensor, config: ViTConfig) -> Tensor:
-    """Carry learned positions (1, 1 + P, E) from the trained grid to the exported one; the rest as it is."""
+    """Resize learned positions (1, 1 + P, E) from the trained grid to the exported one; keep the rest."""
     if name != "embeddings.position_embeddings" or stored.ndim != 3:
         return stored
     old, new = (grid(size, config.patch_size) for size in (config.trained_image_size, config.image_size))
     return resized_positions(stored[0], old, new)[None]
 
 
-# transformers 5 names its modules anew but writes files with the older names, which are ours; both load.
+# transformers 5 renamed its modules but writes files with the older names, which are used here; both load.
 NEWER_NAMES = (
     (r"^layers\.", "encoder.layer."),
     (r"attention\.q_proj\.", "attention.attention.query."),
@@ -141,7 +141,7 @@ NEWER_NAMES = (
 
 
 def rename(name: str, config: ViTConfig, task: str) -> str | None:
-    """A stored name -> ours, which is the same but for prefixes; None for what ``task`` does not use."""
+    """Return the module's name of a stored weight, the same but for prefixes; None for what ``task`` does not use."""
     name = name.removeprefix("vit.")
     for newer, ours in NEWER_NAMES:
         name = re.sub(newer, ours, name)
@@ -165,22 +165,22 @@ def config_from_source(source: Source) -> ViTConfig:
     """Read config.json; the image size is the checkpoint's unless the user asked for another."""
     config_json = source.config_json
     fields = config_fields(config_json, SIZES, OTHERS, ACTIVATIONS)
-    trained = pair(config_json, "image_size", 224)
+    trained = size_pair(config_json, "image_size", 224)
     config = ViTConfig(
         **fields,
         image_size=source.image_size or trained,
         trained_image_size=trained,
-        patch_size=pair(config_json, "patch_size", 16),
+        patch_size=size_pair(config_json, "patch_size", 16),
         num_labels=label_count(config_json),
         pooler=source.task == "feature-extraction" and any("pooler." in name for name in source.names),
-        pooler_output_size=pair(config_json, "pooler_output_size", fields["hidden_size"])[0],
+        pooler_output_size=size_pair(config_json, "pooler_output_size", fields["hidden_size"])[0],
     )
-    need_a_patch(config.patch_size, {"image_size": trained, "image size asked for": config.image_size})
+    require_patch(config.patch_size, {"image_size": trained, "image size asked for": config.image_size})
     return config
 
 
 def graphs(config: ViTConfig, task: str) -> tuple[Graph, ...]:
-    """transformers' tensor names; the image size is fixed at export."""
+    """Return the one graph, with transformers' tensor names; the image size is fixed at export."""
     rows, columns = grid(config.image_size, config.patch_size)
     pixels = TensorSpec("pixel_values", "float32", ("B", config.num_channels, *config.image_size))
     outputs = [TensorSpec("last_hidden_state", "float32", ("B", rows * columns + 1, config.hidden_size))]
@@ -192,6 +192,7 @@ def graphs(config: ViTConfig, task: str) -> tuple[Graph, ...]:
 
 
 def axes(config: ViTConfig) -> dict[str, Axis]:
+    """Return the bounds of B."""
     return {"B": Axis(1, 1, 16)}
 
 

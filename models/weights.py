@@ -1,4 +1,4 @@
-"""From safetensors to a filled module, with everything that does not fit reported at once."""
+"""Fill a module from safetensors; everything that does not fit is reported at once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LISTED = 12  # names per kind of problem in a message; more are counted
 
 
 def stored_names(files: Iterable[Path]) -> frozenset[str]:
-    """Names of all weights in the files; CheckpointError when one is damaged."""
+    """Return the names of all weights in the files; CheckpointError when one is damaged."""
     names: set[str] = set()
     for path in files:
         with opened(path) as file:
@@ -27,6 +27,7 @@ def stored_names(files: Iterable[Path]) -> frozenset[str]:
 
 
 def opened(path: Path) -> Any:
+    """Open a safetensors file; CheckpointError when it is damaged."""
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -39,7 +40,7 @@ def opened(path: Path) -> Any:
 def build_module(
     family: Family, config: Any, task: str, files: Sequence[Path], *, ignore_unused: bool = False
 ) -> tuple[nn.Module, list[str]]:
-    """The family's module for ``task``, filled from ``files``, in FP32 and eval mode; and the names left out.
+    """Build the family's module for ``task`` from ``files``, in FP32 and eval mode; return it and the names left out.
 
     Shapes are compared before memory is taken. Stored weights of other heads are left out; any other
     unused weight is an error unless ``ignore_unused``: a file with more than the definition uses
@@ -51,7 +52,7 @@ def build_module(
         module = family.build(config, task)
     expected = {name: parameter.shape for name, parameter in module.named_parameters()}
     tensors, sources, unused, left_out, problems = {}, {}, [], [], []  # type: ignore[var-annotated]
-    copies: list[tuple[str, str, Tensor]] = []  # stored name, the weight of ours that it repeats
+    repeated: list[tuple[str, str, Tensor]] = []  # stored name, the weight that it repeats, its tensor
     for path in files:
         with opened(path) as file:
             for stored in file.keys():  # noqa: SIM118 - safe_open is no dict
@@ -60,7 +61,7 @@ def build_module(
                     left_out.append(stored)
                     original = family.tied_to(stored, config, task)
                     if original is not None:
-                        copies.append((stored, original, file.get_tensor(stored)))
+                        repeated.append((stored, original, file.get_tensor(stored)))
                 elif name not in expected:
                     unused.append(stored)
                 elif name in tensors:
@@ -82,8 +83,8 @@ def build_module(
     ]
     problems += [
         f"{stored} differs from {sources.get(original, original)}, though by config.json they are one weight"
-        for stored, original, copy in copies
-        if original in tensors and not torch.equal(copy.float(), tensors[original])
+        for stored, original, tensor in repeated
+        if original in tensors and not torch.equal(tensor.float(), tensors[original])
     ]
     if missing:
         problems.append(f"missing: {listed(missing)}")
@@ -99,6 +100,7 @@ def build_module(
 
 
 def converted(family: Family, config: Any, name: str, stored: str, tensor: Tensor, problems: list[str]) -> Tensor:
+    """Convert a stored tensor to FP32 in the module's shape; add to ``problems`` what is wrong with it."""
     if tensor.dtype not in FLOATS:
         problems.append(f"{stored} is stored as {tensor.dtype}; expected float32, float16 or bfloat16")
     elif not torch.isfinite(tensor).all():
@@ -107,11 +109,13 @@ def converted(family: Family, config: Any, name: str, stored: str, tensor: Tenso
 
 
 def listed(names: Sequence[str]) -> str:
+    """Join the first LISTED names and count the rest."""
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return ", ".join(names[:LISTED]) + more
 
 
 def advice(missing: Sequence[str], unused: Sequence[str]) -> str:
+    """Return what to do about weights that do not fit."""
     if missing:
         return "If the checkpoint has no such head, choose another --task; else download it again."
     if unused:
