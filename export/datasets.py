@@ -35,7 +35,7 @@ def digit_prompts() -> list[str]:
 
 
 def wordnet_pairs() -> tuple[list[str], list[str]]:
-    """Read 1,000 definitions of nouns, and line by line the words that each defines ("adviser, advisor, consultant")."""
+    """Read 1,000 definitions of nouns, and the words that each defines ("adviser, advisor, consultant")."""
     lines = DATA.joinpath("wordnet_pairs.tsv").read_text(encoding="utf-8").splitlines()
     definitions, words = zip(*(line.split("\t") for line in lines), strict=True)
     return list(definitions), list(words)

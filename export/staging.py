@@ -1,7 +1,8 @@
 """Staging folders beside a bundle while it is made, and the removal of those whose writer was killed.
 
-``.transom-<8 characters>.partial`` is garbage once nobody writes to it. ``.transom-<8 characters>.old`` holds, under
-its own name, a bundle that was moved aside: if nothing is in its place it is the only copy, and goes back there.
+``.transom-<8 characters>.partial`` is garbage once no process writes to it. ``.transom-<8 characters>.old``
+holds, under its own name, a bundle that was moved aside: if nothing is in its place it is the only copy, and goes
+back there.
 
 A writer holds a lock (flock) on its folder for as long as it lives; the kernel drops it at any death, SIGKILL too. So a
 folder is known to be abandoned by its lock alone, not by its age. Where folders cannot be locked (Windows, some network
@@ -49,7 +50,7 @@ def staging_dir(parent: Path, suffix: str) -> Iterator[Path]:
 
 def remove_stale(parent: Path) -> None:
     """Remove the staging folders of killed exports from ``parent``, and put back what they had moved aside."""
-    with contextlib.suppress(OSError):  # no such folder, or not ours to read: nothing to clear
+    with contextlib.suppress(OSError):  # no such folder, or not readable: nothing to remove
         for name in sorted(os.listdir(parent)):
             if NAME.fullmatch(name):
                 discard_if_abandoned(parent / name)

@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: a reference model's name, a folder, or a hub id."""
+"""Open a checkpoint: a reference model's name, a folder, or a hub id."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Checkpoint:
     pooling: Mapping[str, Any]  # of sentence-transformers; empty elsewhere
 
     def sha256(self) -> str:
-        """Hash of config.json, the pooling and the weights: what the graph is made of."""
+        """Hash config.json, the pooling and the weights, from which the graphs are made."""
         digest = hashlib.sha256(repr(sorted(self.pooling.items())).encode())
         for path in (self.folder / "config.json", *self.weight_files):
             digest.update(f"{path.name} {path.stat().st_size}\n".encode())
@@ -46,6 +46,7 @@ class Checkpoint:
 
 
 def blocks(path: Path, size: int = 1 << 22) -> Iterator[bytes]:
+    """Yield a file in blocks of ``size`` bytes."""
     with path.open("rb") as file:
         while block := file.read(size):
             yield block
@@ -121,6 +122,7 @@ def download(source: str) -> Path:
 
 
 def snapshot(repository: str, revision: str, **options: Any) -> Path:
+    """Download the files of a revision that Transom reads; return their folder."""
     from huggingface_hub import snapshot_download
 
     options |= {"revision": revision or None, "allow_patterns": HUB_FILES, "token": token()}
@@ -128,7 +130,7 @@ def snapshot(repository: str, revision: str, **options: Any) -> Path:
 
 
 def token() -> bool | None:
-    """None, so that the client looks for one itself; False where its file lies in a folder that cannot be had."""
+    """Return None, so that the client looks for a token itself; False where its file cannot be read."""
     from huggingface_hub import get_token
 
     try:
@@ -139,7 +141,7 @@ def token() -> bool | None:
 
 
 def snapshot_aside(repository: str, revision: str, reason: str) -> Path:
-    """The snapshot of a cache that cannot be written, or a new one in a folder of this process."""
+    """Return the snapshot in a cache that cannot be written, or download one to a folder of this process."""
     with contextlib.suppress(Exception):  # not there, in one of the client's many ways
         return snapshot(repository, revision, local_files_only=True)
     if not _aside:
@@ -154,7 +156,7 @@ def snapshot_aside(repository: str, revision: str, reason: str) -> Path:
 
 
 def cannot_write(folder: Path) -> str | None:
-    """Why nothing can be written into ``folder``, which is made where it is missing; None where it can."""
+    """Return why nothing can be written into ``folder``, which is made where it is missing; None where it can."""
     if not folder.is_absolute():  # "~" stays what it is where there is no home
         return f"there is no home folder, so that the hub's cache would be {folder} below the current one"
     try:
@@ -165,7 +167,7 @@ def cannot_write(folder: Path) -> str | None:
 
 
 def find_weights(folder: Path) -> tuple[Path, ...]:
-    """model.safetensors, or the shards its index names."""
+    """Return model.safetensors, or the shards that its index names."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return (single,)
@@ -187,12 +189,13 @@ def find_weights(folder: Path) -> tuple[Path, ...]:
 
 
 def missing_weights(folder: Path) -> str:
+    """Return the message for a folder without safetensors; raise CheckpointError for pickled weights."""
     refuse_pickles(str(folder), [path.name for path in folder.iterdir()])
     return f"{folder} has no model.safetensors and no model.safetensors.index.json; download the weights."
 
 
 def refuse_pickles(source: str, names: Iterable[str]) -> None:
-    """CheckpointError if there are pickled weights among the files ``names``; called where there are no others."""
+    """Raise CheckpointError if there are pickled weights among the files ``names``, where there are no others."""
     pickles = sorted(name for name in names if name.endswith(PICKLES))
     if pickles:
         raise CheckpointError(

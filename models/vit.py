@@ -143,8 +143,8 @@ NEWER_NAMES = (
 def rename(name: str, config: ViTConfig, task: str) -> str | None:
     """Return the module's name of a stored weight, the same but for prefixes; None for what ``task`` does not use."""
     name = name.removeprefix("vit.")
-    for newer, ours in NEWER_NAMES:
-        name = re.sub(newer, ours, name)
+    for newer, older in NEWER_NAMES:
+        name = re.sub(newer, older, name)
     other = "pooler." if task == "image-classification" else "classifier."
     if name.startswith((other, "decoder.")) or name == "embeddings.mask_token":  # of masked image modelling
         return None

@@ -1,1 +1,1 @@
-"""From a checkpoint's tokenizer files to what the runtime reads: ``checkpoint`` is the way in."""
+"""A checkpoint's tokenizer, image processor and generation config, read as the objects of bundle.json."""

@@ -72,8 +72,8 @@ def dtypes(model: onnx.ModelProto) -> dict[str, int]:
 
 def sites(model: onnx.ModelProto) -> dict[str, tuple[int, int]]:
     """Where the weights that lie outside do: (offset, bytes)."""
-    told = {w.name: {entry.key: entry.value for entry in w.external_data} for w in model.graph.initializer}
-    return {name: (int(entry["offset"]), int(entry["length"])) for name, entry in told.items() if entry}
+    external = {w.name: {entry.key: entry.value for entry in w.external_data} for w in model.graph.initializer}
+    return {name: (int(entry["offset"]), int(entry["length"])) for name, entry in external.items() if entry}
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)

@@ -1,4 +1,4 @@
-"""What a checkpoint may look like, and what every wrong one is told."""
+"""Checkpoints that are accepted, and the error of each that is not."""
 
 from __future__ import annotations
 

@@ -292,9 +292,10 @@ def test_a_new_export_keeps_the_simulated_side(vit_bundle: Path, tmp_path: Path)
     bundle = changed_bundle(vit_bundle, tmp_path, as_quantized)
     golden = Golden()
     with load(bundle) as side:
-        exercises = ParityCases(side.manifest, parity_inputs((file.graph for file in side.manifest.graphs), None, None))
-        cases = check_parity(side, side, side, exercises, golden, export_limit("int8"), lambda said: None)
-    assert [case.emulated for case in cases] == [False, True] * len(exercises)
+        inputs = parity_inputs((file.graph for file in side.manifest.graphs), None, None)
+        parity_cases = ParityCases(side.manifest, inputs)
+        cases = check_parity(side, side, side, parity_cases, golden, export_limit("int8"), lambda said: None)
+    assert [case.emulated for case in cases] == [False, True] * len(parity_cases)
     sides = {name.split("/")[1] for name in parse(golden.to_bytes())}
     assert sides == {"input", *ALL_SIDES}
 

@@ -84,14 +84,14 @@ def test_a_third_side_that_ends_early_fails_parity(exported: Any, monkeypatch: p
     """The artefact beside itself: whatever is compared is equal."""
     monkeypatch.setattr(Cut, "change", change)
     with load(KEPT / "bert-fp32") as side:
-        exercises = Cut(side.manifest, parity_inputs((file.graph for file in side.manifest.graphs), None, None))
-        assert len(exercises) > 3
+        parity_cases = Cut(side.manifest, parity_inputs((file.graph for file in side.manifest.graphs), None, None))
+        assert len(parity_cases) > 3
         if change:
             with pytest.raises(ParityError, match=r"[01] of 1 sides have a case"):
-                check_parity(side, side, side, exercises, Golden(), export_limit("fp32"), lambda what: None)
+                check_parity(side, side, side, parity_cases, Golden(), export_limit("fp32"), lambda what: None)
         else:
-            cases = check_parity(side, side, side, exercises, Golden(), export_limit("fp32"), lambda what: None)
-            assert [case.emulated for case in cases] == [False, True] * len(exercises)
+            cases = check_parity(side, side, side, parity_cases, Golden(), export_limit("fp32"), lambda what: None)
+            assert [case.emulated for case in cases] == [False, True] * len(parity_cases)
 
 
 def test_a_graph_that_no_case_runs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,11 +106,12 @@ def test_a_graph_that_no_case_runs_is_refused(monkeypatch: pytest.MonkeyPatch) -
 def test_ranges_of_a_graph_that_never_ran_are_not_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = Bundle(KEPT / "bert-fp32")
     with load(KEPT / "bert-fp32") as side:
-        exercises = ParityCases(side.manifest, parity_inputs((file.graph for file in side.manifest.graphs), None, None))
-    assert measure_ranges(bundle, canonical_graphs(bundle), exercises).tensors
-    monkeypatch.setattr(exercises, "runs", lambda side, by_row: runs(0))
+        inputs = parity_inputs((file.graph for file in side.manifest.graphs), None, None)
+        parity_cases = ParityCases(side.manifest, inputs)
+    assert measure_ranges(bundle, canonical_graphs(bundle), parity_cases).tensors
+    monkeypatch.setattr(parity_cases, "runs", lambda side, by_row: runs(0))
     with pytest.raises(PrecisionError, match="the graph model was never run, so no range of its tensors is known"):
-        measure_ranges(bundle, canonical_graphs(bundle), exercises)
+        measure_ranges(bundle, canonical_graphs(bundle), parity_cases)
 
 
 @pytest.mark.parametrize("values", [[[math.nan], [1.0]], [[1.0], [math.nan]], [[math.inf], [1.0]]], ids=str)

@@ -223,7 +223,7 @@ def test_a_row_that_ends_early_differs_where_it_ends() -> None:
 
 
 def test_going_on_where_pytorch_ended_differs_by_the_ends_margin() -> None:
-    """PyTorch chose the end with a margin of 5: what we chose instead is told, at the step where it ended."""
+    """PyTorch chose the end with a margin of 5: the token chosen instead is reported, at the step where it ended."""
     theirs, margins = rows([1, 2, PAD]), np.array([[5, 5, 0]], np.float32)
     with pytest.raises(ParityError, match="token 2 of row 0 is 7"):
         require_same_tokens(chose(rows([1, 2, 7])), GreedyTokens(theirs, margins), 0.1)
@@ -285,8 +285,8 @@ def test_other_greedy_tokens_fail_the_export(
         *divergences(ours.chosen.tokens, replace(theirs, margins=theirs.margins * 0))
     ])  # fmt: skip
     manifest = pipeline.export(str(folder), tmp_path / "near", max_sizes={"B": 3})
-    (told,) = manifest.parity["greedy_near_ties"]
-    assert (told["row"], told["step"], told["margin"]) == (0, 3, 0.0)
+    (near_tie,) = manifest.parity["greedy_near_ties"]
+    assert (near_tie["row"], near_tie["step"], near_tie["margin"]) == (0, 3, 0.0)
 
 
 # ---------------------------------------------------------------------------------- golden generations

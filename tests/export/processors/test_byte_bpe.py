@@ -223,7 +223,7 @@ def test_a_vocabulary_beyond_the_embedding_table(make: Any, trained: dict[str, A
 
 
 def test_a_token_that_was_added_may_be_beyond_the_table(trained: dict[str, Any], tmp_path: Path) -> None:
-    """As where somebody added a token for padding and never trained with it."""
+    """As where a token for padding was added and never trained with."""
     two_files(tmp_path, trained, pad_token="<pad>")
     found = tokenizer_of(tmp_path, 512, 600)
     assert found is not None
