@@ -26,10 +26,12 @@ from transom.calib.scales import METHODS
 from transom.calib.table import RANGES
 from transom.cli.main import app
 from transom.runtime.bundle import Bundle
+from transom.runtime.families import FAMILIES
 
 DOCUMENTS = ("docs", "export/data", "calib/sets", "tests/bundles")
 PAGES = sorted([REPO / "README.md", *(page for name in DOCUMENTS for page in (REPO / name).glob("*.md"))])
 PACKAGES = "models|export|runtime|calib|cli|tests|examples|benchmarks|docs"
+ARCHITECTURE = REPO / "docs/architecture.md"
 TRIED = ("README.md", "docs/usage.md")  # pages whose commands and code run
 WIDEST = 140  # characters of a line; a row of a table and a line of code may have more
 
@@ -186,6 +188,22 @@ def test_links_to_headings_lead_to_one(page: Path) -> None:
 def test_identifiers_in_the_documents_exist(page: Path) -> None:
     named = set(re.findall(r"`(transom(?:\.\w+)+)`", page.read_text("utf-8")))
     assert [name for name in sorted(named) if not found(name)] == []
+
+
+def test_the_table_of_what_to_change_names_what_is_there() -> None:
+    """Of each row: the words in its last column, but for paths, are names in its file, for a family in each of them."""
+    rows = re.findall(
+        r"^\| [^|]+ \| `([\w/]+/[\w.<>]+\.py)` \| (.+) \|$", ARCHITECTURE.read_text("utf-8"), re.MULTILINE
+    )
+    assert len(rows) > 20
+    missing = []
+    for path, words in rows:
+        own = re.split(r"[;:]", words)[0]  # what follows is elsewhere
+        names = re.findall(r"`(\w+)`", own)
+        for file in [path.replace("<family>", family) for family in FAMILIES] if "<" in path else [path]:
+            text = (REPO / file).read_text("utf-8")
+            missing += [f"{file}: {name}" for name in names if not re.search(rf"\b{name}\b", text)]
+    assert missing == []
 
 
 def test_every_page_is_reached_from_the_readme() -> None:
