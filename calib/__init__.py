@@ -1,1 +1,1 @@
-"""What a model's ranges are: calibration data, histograms, scales, smoothing."""
+"""Calibration: samples, histograms, ranges, scales, smoothing and quantised weights."""

@@ -1,4 +1,4 @@
-"""The calibration sets that ship: training inputs of the reference models, as calib/sets/README.md says."""
+"""Read the calibration sets that ship: training inputs of the reference models (calib/datasets/README.md)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from transom.calib.samples import Sample
 
-DATA = files("transom.calib").joinpath("sets")
+DATA = files("transom.calib").joinpath("datasets")
 
 
 @dataclass(frozen=True)
-class Shipped:
-    """Samples that are in memory: the largest set is 220 KB."""
+class BuiltinSet:
+    """Samples in memory: the largest set is 220 KB."""
 
     samples: Sequence[Sample]
 
@@ -28,33 +28,33 @@ class Shipped:
         return self.samples[index]
 
 
-def named_samples(name: str) -> Shipped:
-    """The set of that name, one of NAMES."""
-    return Shipped(SETS[name]())
+def builtin_set(name: str) -> BuiltinSet:
+    """Read the set of that name, one of NAMES."""
+    return BuiltinSet(SETS[name]())
 
 
 def austen() -> list[Sample]:
-    """Passages of Jane Austen with their line breaks: what the reference GPT and BERT trained on."""
+    """Read passages of Jane Austen with their line breaks, which the reference GPT and BERT trained on."""
     return texts("austen", [json.loads(line)["text"] for line in lines("austen.jsonl")])
 
 
 def wordnet() -> list[Sample]:
-    """Definitions and words of WordNet, none of them scored."""
+    """Read definitions and words of WordNet, none of them scored."""
     return texts("wordnet", lines("wordnet.txt"))
 
 
 def dates() -> list[Sample]:
-    """Dates of days that the reference Transformer trained on."""
+    """Read dates of days that the reference Transformer trained on."""
     return texts("dates", lines("dates.txt"))
 
 
 def digits() -> list[Sample]:
-    """Scans that the reference ViT and CLIP trained on."""
+    """Read scans that the reference ViT and CLIP trained on."""
     return [Sample(f"digits[{index}]", image=scan) for index, scan in enumerate(scans())]
 
 
 def digit_captions() -> list[Sample]:
-    """The same scans, each beside a caption of the kind that the reference CLIP trained on."""
+    """Read the same scans, each with a caption of the kind that the reference CLIP trained on."""
     pairs = zip(scans(), lines("digit_captions.txt"), strict=True)
     return [Sample(f"digit-captions[{index}]", text=text, image=scan) for index, (scan, text) in enumerate(pairs)]
 
@@ -78,7 +78,7 @@ def lines(file: str) -> list[str]:
 
 
 def scans() -> NDArray[np.uint8]:
-    """uint8 (512, 8, 8) of 0..255."""
+    """Read the scans as uint8 (512, 8, 8) of 0..255."""
     from safetensors.numpy import load
 
     images: NDArray[np.uint8] = load(DATA.joinpath("digits.safetensors").read_bytes())["images"]

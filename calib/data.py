@@ -1,7 +1,7 @@
-"""Calibration data: real samples by a name of ours or from the user's files, read one at a time.
+"""Open calibration data: real samples of a built-in set or from the user's files, read one at a time.
 
-Ranges are no better than the inputs they were seen on. Random inputs give ranges that no real input has, so they are
-refused; so are sets too small to tell a range from an accident.
+Ranges are no better than the inputs they are taken on. Random inputs give ranges that no real input has, so they are
+refused; so are sets too small to give a range that is more than chance.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import NamedTuple, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.calib.builtin_sets import NAMES, named_samples
+from transom.calib.builtin_sets import NAMES, builtin_set
 from transom.calib.npz_reader import NpzRows
 from transom.calib.readers import ImageFolder, JsonLines, TextLines
 from transom.calib.samples import IMAGE, TEXT, Sample, Source, printable
@@ -33,7 +33,7 @@ KINDS_OF_FILES = "a .txt, .jsonl or .npz file, or a folder of images"
 
 
 class Entry(NamedTuple):
-    """What is kept of a sample in memory."""
+    """The part of a sample that is kept in memory."""
 
     name: str
     digest: bytes
@@ -41,7 +41,7 @@ class Entry(NamedTuple):
 
 
 class LazySamples(Sequence[Sample]):
-    """Samples of several sources, some or all of them, read whenever one is asked for."""
+    """Samples of several sources, some or all of them, each read when it is accessed."""
 
     def __init__(self, sources: Sequence[Source], chosen: NDArray[np.int64]) -> None:
         self._sources = sources
@@ -70,7 +70,7 @@ class LazySamples(Sequence[Sample]):
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """Samples by a name. ``samples`` is lazy; ``sha256``, in hex, is over their names and contents in order."""
+    """Samples under a name. ``samples`` is lazy; ``sha256``, in hex, is over their names and contents in order."""
 
     name: str
     samples: LazySamples
@@ -79,11 +79,11 @@ class CalibrationData:
 
     @property
     def kinds(self) -> frozenset[str]:
-        """What samples hold: "text", "image", names of raw inputs."""
+        """The kinds of input in the samples: "text", "image", names of raw inputs."""
         return frozenset().union(*(entry.kinds for entry in self.entries))
 
     def split(self, parts: int, part: int = 0) -> tuple[CalibrationData, CalibrationData]:
-        """(calibration, held out): one of ``parts`` is held out, by its number; no two of them share a sample.
+        """Return (calibration, held out): the part number ``part`` of ``parts`` is held out; no two share a sample.
 
         Samples are dealt to the parts at random, those of equal contents together. Order is kept; the same call gives
         the same samples. Raises CalibrationError where there are fewer distinct samples than parts.
@@ -140,9 +140,9 @@ def open_calibration_data(given: Sequence[str]) -> CalibrationData:
 
 
 def open_source(given: str) -> tuple[str, Source]:
-    """(name, samples) of one name, file or folder."""
+    """Open one name, file or folder; return (name, samples)."""
     if given in NAMES:
-        return given, named_samples(given)
+        return given, builtin_set(given)
     path = Path(given)
     if given.casefold() in RANDOM:
         raise CalibrationError(

@@ -1,4 +1,4 @@
-"""Which graph and which node this is: a hash over what it computes, that ranges are bound to, and a module's path."""
+"""Identify a graph by a hash over what it computes, to which ranges are bound, and a node by its module's path."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ MODULE = "module"  # node metadata: the path of the PyTorch module a node comes 
 
 
 def graph_sha256(model: ir.Model) -> str:
-    """What a graph computes, as SHA-256 in hex: the same in memory and loaded, weights inside or outside the file.
+    """Hash what a graph computes: SHA-256 in hex, the same in memory and loaded, weights inside or outside the file.
 
     Over opsets, inputs, outputs, nodes in order (operator, attributes, names of inputs and outputs) and initializers
-    (name, dtype, shape, bytes). Not over what only people read: module paths, documentation, names of nodes,
-    the producer, noted shapes.
+    (name, dtype, shape, bytes). Not over annotations: module paths, documentation, names of nodes, the producer,
+    inferred shapes.
     """
     digest = hashlib.sha256()
     opsets = sorted((canonical_domain(domain), version) for domain, version in model.opset_imports.items())
@@ -30,7 +30,7 @@ def graph_sha256(model: ir.Model) -> str:
 
 
 def hash_part(digest: Any, part: bytes | memoryview) -> None:
-    """With its length in front, so that two parts cannot pass for two others that are cut elsewhere."""
+    """Hash a part with its length in front, so that two parts cannot pass for two others that are cut elsewhere."""
     digest.update(len(part).to_bytes(8, "little"))
     digest.update(part)
 
@@ -53,7 +53,7 @@ def names_and_nodes(graph: ir.Graph | ir.Function) -> Iterator[bytes | memoryvie
 
 
 def attribute_parts(attribute: ir.Attr) -> Iterator[bytes | memoryview]:
-    """Its type and value. A float is a float32, as in the file, and text is bytes."""
+    """Yield the attribute's type and value. A float is a float32, as in the file, and text is bytes."""
     kind, value = attribute.type, attribute.value
     yield repr((kind.name, attribute.ref_attr_name)).encode()
     if kind in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
@@ -78,7 +78,7 @@ def tensor_parts(tensor: ir.TensorProtocol) -> Iterator[bytes | memoryview]:
 
 
 def names(values: Iterable[ir.Value | None]) -> list[str]:
-    """An input that is left out has the empty name, as in the file."""
+    """Return the names; an input that is left out has the empty name, as in the file."""
     return [str(value.name or "") if value is not None else "" for value in values]
 
 

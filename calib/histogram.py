@@ -1,9 +1,9 @@
-"""One pass over any amount of data in bounded memory: a histogram whose bins only ever merge exactly.
+"""Count values in one pass and bounded memory, in a histogram whose bins only ever merge exactly.
 
 The bins are equally wide and lie evenly around zero. Their outermost edges are a power of two that
 doubles when a value does not fit: neighbouring bins become one, and no count has to be split. So the
-result depends on the values alone, not on their order, on how they were cut into arrays, or on what
-the first sample looked like.
+result depends on the values alone, not on their order, on their division into arrays, or on the first
+sample.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MAX_COUNT = 2**53  # of one bin, in JSON: every reader of JSON has these integer
 
 
 class Histogram:
-    """How often values fell into each of BINS bins; ``update`` takes more of them.
+    """Counts of values in BINS bins; ``update`` adds values.
 
     minimum, maximum  of all values, 0.0 while there are none
     count             of the values
@@ -44,7 +44,7 @@ class Histogram:
 
     @property
     def width(self) -> float:
-        """Of a bin; a power of two as well."""
+        """The width of a bin; a power of two as well."""
         return self.limit / HALF
 
     @property
@@ -80,7 +80,7 @@ class Histogram:
         self.limit = max(limit, self.limit)
 
     def to_json(self) -> dict[str, Any]:
-        """``bins`` is the counts in order; a negative number stands for that many empty bins."""
+        """Return the histogram for JSON: ``bins`` is the counts in order, a negative number that many empty bins."""
         return {
             "min": self.minimum,
             "max": self.maximum,
@@ -90,7 +90,7 @@ class Histogram:
 
     @classmethod
     def from_json(cls, value: Any, where: str, problems: list[str]) -> Histogram:
-        """What ``to_json`` made; what is wrong is added to ``problems``, and the histogram is of no use then."""
+        """Read what ``to_json`` returned; problems are added to ``problems``, and the histogram is then unusable."""
         fields = Fields(value, where, problems)
         before = len(problems)
         minimum = fields.take("min", is_finite, "a finite number")
@@ -109,7 +109,7 @@ class Histogram:
         return found
 
     def _consistent(self) -> bool:
-        """Do the outermost bins that are not empty hold the minimum and the maximum?"""
+        """Return whether the outermost bins that are not empty hold the minimum and the maximum."""
         used = np.flatnonzero(self.counts)
         if not len(used):
             return self.minimum == self.maximum == 0
@@ -118,15 +118,15 @@ class Histogram:
 
 
 def limit_above(value: float) -> float:
-    """The smallest power of two above ``value``, at least MIN_LIMIT."""
+    """Return the smallest power of two above ``value``, at least MIN_LIMIT."""
     return max(math.ldexp(1.0, math.frexp(value)[1]), MIN_LIMIT) if value > 0 else MIN_LIMIT
 
 
 def count_bins(flat: NDArray[np.float32], width: float) -> NDArray[np.int64]:
-    """(BINS,) how many of ``flat``'s finite values, all of which fit, lie in each bin.
+    """Count the values of ``flat``, finite and within the limit, in each bin: (BINS,).
 
-    Rounds nowhere: a float times a power of two is exact unless it underflows, which float64 prevents;
-    and only whole numbers are added to.
+    Nothing is rounded: a float times a power of two is exact unless it underflows, which float64 prevents;
+    and only whole numbers are added.
     """
     exact = np.float32 if width <= 1 else np.float64
     scaled = np.empty(min(SLAB, flat.size), exact)
@@ -144,7 +144,7 @@ def count_bins(flat: NDArray[np.float32], width: float) -> NDArray[np.int64]:
 
 
 def with_runs(counts: Iterable[int]) -> Iterator[int]:
-    """[0, 0, 5, 0, 7] -> -2, 5, -1, 7."""
+    """Encode runs of empty bins: [0, 0, 5, 0, 7] -> -2, 5, -1, 7."""
     empty = 0
     for count in counts:
         if count:
@@ -157,12 +157,12 @@ def with_runs(counts: Iterable[int]) -> Iterator[int]:
 
 
 def without_runs(bins: Iterable[int]) -> list[int]:
-    """[-2, 5, -1, 7] -> [0, 0, 5, 0, 7]."""
+    """Decode runs of empty bins: [-2, 5, -1, 7] -> [0, 0, 5, 0, 7]."""
     return [count for number in bins for count in ([0] * -number if number < 0 else [number])]
 
 
 def is_bins(value: Any) -> bool:
-    """Counts and runs of empty bins that make BINS together; nothing is unpacked before this is known."""
+    """Return whether counts and runs of empty bins make BINS together; nothing is decoded before this is known."""
     return (
         isinstance(value, list)
         and len(value) <= BINS
@@ -172,7 +172,7 @@ def is_bins(value: Any) -> bool:
 
 
 def is_finite(value: Any) -> bool:
-    """A number of a JSON file (which may be an integer of any size) within float32."""
+    """Return whether a number of a JSON file, which may be an integer of any size, is within float32."""
     return type(value) in (int, float) and abs(value) < MAX_LIMIT
 
 

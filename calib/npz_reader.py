@@ -1,4 +1,4 @@
-"""Raw inputs from a .npz file, row by row: however large the arrays are, one row of each is in memory.
+"""Read raw inputs from a .npz file row by row: however large the arrays are, one row of each is in memory.
 
 The format is numpy's (``numpy.lib.format``): a zip archive of .npy files, each a header and the elements.
 """
@@ -42,7 +42,7 @@ class Rows:
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     def row(self, index: int) -> Array:
-        """(1, ...). What is read in order is unpacked once, and its checksum compared at the end."""
+        """Read one row, (1, ...). Rows read in order are unpacked once, and their checksum is compared at the end."""
         place = self.start + index * self.row_bytes
         if self.file.tell() != place:
             self.file.seek(place)
@@ -103,7 +103,7 @@ def check_members(members: list[zipfile.ZipInfo]) -> None:
 
 
 def rows_of(file: IO[bytes], member: zipfile.ZipInfo) -> Rows:
-    """The header of one .npy, checked; no element is read."""
+    """Read and check the header of one .npy; no element is read."""
     name = printable(member.filename.removesuffix(".npy"))[:60]
     version = npy.read_magic(file)
     if version not in ((1, 0), (2, 0)):  # (3, 0) has field names that are not ASCII

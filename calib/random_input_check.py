@@ -1,7 +1,7 @@
-"""Random inputs, told by what reaches a graph, whatever the way they came: a .npz, images, ids.
+"""Detect random calibration data by the inputs of a graph, whatever file they came from: a .npz, images, ids.
 
-Ranges of random inputs are ranges that no real input has. Pixels of a picture are like their neighbours, and a language
-uses few of its tokens most of the time; neither is true of independent draws.
+Ranges of random inputs are ranges that no real input has. Neighbouring pixels of a picture are correlated, and few
+tokens of a language make up most of its texts; neither is true of independent draws.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ EXPECTED = 8  # ids in a group, or more: the chi-square distribution holds from 
 
 
 class RandomInputCheck:
-    """Sums over everything that is fed to a graph; ``check`` raises where they look like noise."""
+    """Statistics of all inputs of a graph; ``check`` raises where they look like independent draws."""
 
     def __init__(self) -> None:
         self._products = np.zeros((2, 3))  # of neighbours below and beside: sum of a b, a a, b b
@@ -37,21 +37,21 @@ class RandomInputCheck:
         self._counts: NDArray[np.int64] = np.zeros(0, np.int64)
 
     def update(self, feeds: Mapping[str, Array]) -> None:
-        """Takes ``pixel_values``, floats (B, C, H, W), and ``input_ids``, integers (B, S), of all that is fed."""
+        """Count ``pixel_values``, floats (B, C, H, W), and ``input_ids``, integers (B, S), of the inputs."""
         if PIXELS in feeds and feeds[PIXELS].ndim == 4:
-            self._see(feeds[PIXELS].astype(np.float64))
+            self._count_pixels(feeds[PIXELS].astype(np.float64))
         if IDS in feeds and feeds[IDS].ndim == 2:
-            self._read(feeds[IDS], feeds.get(MASK))
+            self._count_ids(feeds[IDS], feeds.get(MASK))
 
-    def _see(self, pixels: NDArray[np.float64]) -> None:
+    def _count_pixels(self, pixels: NDArray[np.float64]) -> None:
         centred = pixels - pixels.mean((2, 3), keepdims=True)
-        if not np.isfinite(centred).all():  # another's to complain of
+        if not np.isfinite(centred).all():  # the collector raises for these
             return
         for axis, (a, b) in enumerate(((centred[:, :, 1:], centred[:, :, :-1]), (centred[..., 1:], centred[..., :-1]))):
             self._products[axis] += (a * b).sum(), (a * a).sum(), (b * b).sum()
             self._pairs += a.size
 
-    def _read(self, ids: Array, mask: Array | None) -> None:
+    def _count_ids(self, ids: Array, mask: Array | None) -> None:
         shown = np.ones(ids.shape, bool) if mask is None or mask.shape != ids.shape else mask != 0
         for row, there in zip(ids, shown, strict=True):
             inner = row[there][1:-1]  # the first and the last are often the same in every text
@@ -63,7 +63,7 @@ class RandomInputCheck:
 
     @property
     def correlation(self) -> float | None:
-        """Of neighbouring pixels, sum of a b / sqrt(sum of a a * sum of b b) about each picture's mean.
+        """The correlation of neighbouring pixels: sum of a b / sqrt(sum of a a * sum of b b) about each picture's mean.
 
         The larger of vertical and horizontal neighbours'; None of too few, and of plain areas alone.
         """
@@ -74,7 +74,7 @@ class RandomInputCheck:
 
     @property
     def unevenness(self) -> float | None:
-        """Chi-square of the ids against a uniform distribution over smallest..largest, per degree of freedom.
+        """Chi-square of the ids for a uniform distribution over smallest..largest, per degree of freedom.
 
         Pearson (1900): sum of (count - expected)^2 / expected, over one less than the number of kinds. None of too few
         ids, and of a small vocabulary.
@@ -86,32 +86,32 @@ class RandomInputCheck:
 
     @property
     def grouped(self) -> float:
-        """The same over groups of neighbouring ids, where ``unevenness`` is not None.
+        """The same chi-square over groups of neighbouring ids, where ``unevenness`` is not None.
 
-        A list of words, each there once, is even id by id; but a tokenizer's ids go by how frequent a token is, so
-        that words crowd in some groups.
+        A list of words, each there once, is even id by id; but a tokenizer orders its ids by frequency, so that words
+        crowd in some groups.
         """
         group = self._group
         return chi_square(np.bincount(group, self._spanned), np.bincount(group))
 
     @property
     def _spanned(self) -> NDArray[np.int64]:
-        """From the smallest id seen, for draws may leave out a tokenizer's first ids, which are special tokens."""
+        """The counts from the smallest id seen on, for draws may leave out a tokenizer's first ids, special tokens."""
         return self._counts[int(np.argmax(self._counts > 0)) :] if len(self._counts) else self._counts
 
     @property
     def _group(self) -> NDArray[np.int64]:
-        """Of each spanned id, 0..groups - 1, all of about one width."""
+        """The group of each spanned id, 0..groups - 1, all of about one width."""
         spanned = self._spanned
         return np.arange(len(spanned)) * min(GROUPS, int(spanned.sum()) // EXPECTED) // len(spanned)
 
     @property
     def chance(self) -> float:
-        """What the unevenness of uniform draws hardly exceeds: 1 and SIGMAS of its standard deviation."""
+        """The bound that the unevenness of uniform draws hardly exceeds: 1 and SIGMAS of its standard deviation."""
         return hardly_exceeded(len(self._spanned))
 
     def check(self, graph: str) -> None:
-        """Raises CalibrationError where what was fed to the graph of that name looks like independent draws."""
+        """Raise CalibrationError where the inputs of the graph of that name look like independent draws."""
         correlation, unevenness = self.correlation, self.unevenness
         if correlation is not None and correlation < LEAST_CORRELATION:
             found = f"neighbouring pixels have a correlation of {correlation:.2f}, at least {LEAST_CORRELATION:g}"
@@ -130,11 +130,11 @@ class RandomInputCheck:
 
 
 def chi_square(counts: NDArray[Any], widths: NDArray[Any]) -> float:
-    """Pearson's (1900), per degree of freedom, of counts whose expectations are as ``widths``."""
+    """Return Pearson's chi-square (1900) per degree of freedom; expectations are in proportion to ``widths``."""
     expected = widths * (counts.sum() / widths.sum())
     return float((np.square(counts - expected) / expected).sum() / (len(counts) - 1))
 
 
 def hardly_exceeded(kinds: int) -> float:
-    """Of chi-square per degree of freedom, whose mean is 1 and whose variance is 2 / (kinds - 1)."""
+    """Return a high quantile of chi-square per degree of freedom, of mean 1 and variance 2 / (kinds - 1)."""
     return 1 + SIGMAS * sqrt(2 / max(kinds - 1, 1))

@@ -1,4 +1,4 @@
-"""The user's own calibration data, one sample at a time: lines of text, lines of JSON, folders of images."""
+"""Read the user's calibration data one sample at a time: lines of text, lines of JSON, folders of images."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from transom.runtime.image_loading import SIGNATURES
 
 MAX_LINE_BYTES = 16 << 20  # a model reads some thousand tokens of a text: a longer line is no text
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-KEYS = ("text", "text_pair", "image")  # of a line of JSON; others are passed over
+KEYS = ("text", "text_pair", "image")  # of a line of JSON; others are ignored
 
 
 class TextLines:
-    """A .txt file, UTF-8: a text per line, blank lines skipped. Only where lines begin is kept in memory."""
+    """A .txt file, UTF-8: a text per line, blank lines skipped. Only the offsets of lines are kept in memory."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -55,7 +55,7 @@ class JsonLines(TextLines):
     """A .jsonl file: an object per line with "text", "text_pair" and "image", a path relative to the file.
 
     A line has "text" or "image", or both; a key whose value is null counts as absent. An image outside of the file's
-    folder is refused, as a link out of an ``ImageFolder`` is: a file from others would have others' files read.
+    folder is refused, as a link out of an ``ImageFolder`` is: an untrusted file could have any file read.
     """
 
     def parse(self, line: str, where: str) -> Sample:
@@ -124,7 +124,7 @@ class ImageFolder:
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    """Every file that is not hidden. Raises OSError, and CalibrationError for a link that leaves the folder."""
+    """Yield every file that is not hidden. Raises OSError, and CalibrationError for a link that leaves the folder."""
     root = folder.resolve()
 
     def stop(error: OSError) -> NoReturn:
@@ -144,7 +144,7 @@ def walk(folder: Path) -> Iterator[Path]:
 
 
 def is_image(path: Path) -> bool:
-    """By its name, and then it must be one by its first bytes; without a suffix, by these alone."""
+    """Return whether a file is an image by its suffix, checked by its first bytes; without a suffix by these alone."""
     suffix = path.suffix.lower()
     if suffix not in ("", *IMAGE_SUFFIXES) or (not suffix and not path.is_file()):
         return False
@@ -162,7 +162,7 @@ def is_image(path: Path) -> bool:
 
 
 def lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """(number from 1, first byte's place, bytes) of every line; lines end in \\n alone, as editors count."""
+    """Yield (number from 1, offset, bytes) of every line; lines end in \\n alone, as editors count."""
     number, start = 1, 0
     with opened(path) as file:
         while line := file.readline(MAX_LINE_BYTES + 1):
@@ -185,7 +185,7 @@ def opened(path: Path) -> Any:
 
 
 def is_unicode(text: str) -> bool:
-    """JSON can smuggle in a lone surrogate."""
+    """Return whether the text has no lone surrogate, which JSON can contain."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 

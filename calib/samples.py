@@ -1,4 +1,4 @@
-"""One calibration sample: what it holds, and the hash of that."""
+"""One calibration sample: its inputs and their hash."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TEXT, IMAGE = "text", "image"  # the kinds of a sample beside the names of its r
 
 @dataclass(frozen=True)
 class Sample:
-    """What one call of a model is given; at least one of ``text``, ``image`` and ``feeds`` is there.
+    """The inputs of one call of a model: at least one of ``text``, ``image`` and ``feeds``.
 
     name       where it comes from, for messages: "review.txt:17", "photos/cat/1.png"
     text       one text; ``text_pair`` is the second of a pair
@@ -34,12 +34,12 @@ class Sample:
 
     @property
     def kinds(self) -> frozenset[str]:
-        """What it holds: "text", "image", and the names of raw inputs."""
+        """The kinds of its inputs: "text", "image", and the names of raw inputs."""
         found = {kind for kind, value in ((TEXT, self.text), (IMAGE, self.image)) if value is not None}
         return frozenset(found | set(self.feeds or ()))
 
     def digest(self) -> bytes:
-        """SHA-256 of the contents, not of the name; an image file is read in pieces.
+        """Return the SHA-256 of the contents, not of the name; an image file is read in pieces.
 
         Raises CalibrationError when the image cannot be read.
         """
@@ -57,7 +57,7 @@ class Sample:
 
 
 class Source(Protocol):
-    """Samples that are read when they are asked for, by index from 0."""
+    """Samples that are read by index from 0, each when it is accessed."""
 
     def __len__(self) -> int: ...
 
@@ -65,12 +65,12 @@ class Source(Protocol):
 
 
 def printable(text: object) -> str:
-    """Fit for a message of one line: file names may hold line breaks, and bytes that are no Unicode."""
+    """Make text fit for a message of one line: file names may hold line breaks, and bytes that are no Unicode."""
     return "".join(character if character.isprintable() else "?" for character in str(text))
 
 
 def file_digest(path: Path, name: str) -> bytes:
-    """SHA-256 of a file's bytes; CalibrationError where it cannot be read."""
+    """Return the SHA-256 of a file's bytes; CalibrationError where it cannot be read."""
     try:
         if not path.is_file():  # a pipe would block
             raise CalibrationError(f"{name} names {printable(path)}, which is no file that is there. Check the path.")
@@ -81,6 +81,6 @@ def file_digest(path: Path, name: str) -> bytes:
 
 
 def array_digest(array: NDArray[Any]) -> bytes:
-    """SHA-256 of an array's dtype, shape and elements."""
+    """Return the SHA-256 of an array's dtype, shape and elements."""
     head = f"{array.dtype.str} {array.shape}".encode()
     return hashlib.sha256(head + np.ascontiguousarray(array).tobytes()).digest()

@@ -1,4 +1,4 @@
-"""From what was observed to scales: clip ranges of activations, scales of weights, blocks for weight-only layers.
+"""Compute scales: clip ranges of activations, scales of weights, blocks for weight-only layers.
 
 Pure functions of numpy arrays. Everywhere ``real = scale * (q - zero_point)``, rounded half to even as QuantizeLinear
 rounds. No scale is ever zero, NaN or infinite. Those of weights are values of FP16, and those of activations not
@@ -44,15 +44,15 @@ class Scale:
 
 
 def clip_range(histogram: Histogram, method: str, *, symmetric: bool) -> tuple[float, float]:
-    """The range ``low <= 0 <= high``, low < high, onto which values are clipped; low == -high if ``symmetric``.
+    """Return the range ``low <= 0 <= high``, low < high, onto which values are clipped; low == -high if ``symmetric``.
 
-    - ``minmax``: everything observed.
+    - ``minmax``: all values.
     - ``percentile``: 99.99 % of the values: of |x| if symmetric, else half of the rest goes from either end.
     - ``entropy``: least KL divergence between the values and their quantised form (Migacz, "8-bit Inference with
       TensorRT", GTC 2017): of |x| over 128 levels if symmetric, else over 256 with both ends free.
     - ``mse``: least expected squared error of quantisation and clipping, both ends free unless symmetric.
 
-    Where nothing but zeros was observed the range is (-1, 1) or (0, 1). Raises CalibrationError for an unknown method
+    Of nothing but zeros the range is (-1, 1) or (0, 1). Raises CalibrationError for an unknown method
     and for a histogram without values.
     """
     if method not in METHODS:
@@ -76,7 +76,7 @@ def clip_range(histogram: Histogram, method: str, *, symmetric: bool) -> tuple[f
 
 
 def activation_scale(low: float, high: float, *, signed: bool) -> Scale:
-    """The scale of a range: S8 symmetric, -127..127 with zero point 0, or U8 asymmetric, 0..255.
+    """Return the scale of a range: S8 symmetric, -127..127 with zero point 0, or U8 asymmetric, 0..255.
 
     U8 widens the range to hold zero, which is then exactly a level; that moves the ends by at most half a step.
     Raises CalibrationError for a range that is reversed, not finite, or too wide for float32.
@@ -92,7 +92,7 @@ def activation_scale(low: float, high: float, *, signed: bool) -> Scale:
 
 
 def weight_scales(weight: Float, levels: int = S8_MAX) -> Float:
-    """The symmetric scale of each output channel of a weight (K, N): float32 (N,), values of FP16.
+    """Return the symmetric scale of each output channel of a weight (K, N): float32 (N,), values of FP16.
 
     They are rounded up, so that nothing is clipped at ``levels`` (63 for 7-bit weights). A channel of zeros gets 1.
     Raises CalibrationError for a weight that is not finite or whose scale FP16 cannot hold.
@@ -102,16 +102,16 @@ def weight_scales(weight: Float, levels: int = S8_MAX) -> Float:
 
 
 def quantize_weight(weight: Float, scales: Float, levels: int = S8_MAX) -> NDArray[np.int8]:
-    """A weight (K, N) in steps of ``scales`` (N,): int8 (K, N), -levels..levels."""
+    """Quantise a weight (K, N) in steps of ``scales`` (N,): int8 (K, N), -levels..levels."""
     steps = weight / scales
     np.rint(steps, out=steps)
     return np.clip(steps, -levels, levels, out=steps).astype(np.int8)
 
 
 def block_scales(weight: Float, bits: int, block: int) -> Float:
-    """The scale of each block of ``block`` inputs of a weight (K, N): float32 (N, ceil(K / block)), values of FP16.
+    """Return the scale of each block of ``block`` inputs of a weight (K, N): float32 (N, ceil(K / block)), FP16 values.
 
-    Levels are lopsided, -8..7 and -128..127, so the scale takes the sign that makes the value of largest magnitude
+    Levels are asymmetric, -8..7 and -128..127, so the scale takes the sign that makes the value of largest magnitude
     negative; its size is the one of REACHES with the least squared error. A block of zeros gets 1.
     Raises CalibrationError as ``weight_scales`` does and for other ``bits`` and ``block``.
     """
@@ -130,7 +130,7 @@ def block_scales(weight: Float, bits: int, block: int) -> Float:
 
 
 def quantize_blocks(weight: Float, scales: Float, bits: int, block: int) -> NDArray[np.uint8]:
-    """A weight (K, N) as input B of com.microsoft.MatMulNBits: uint8 (N, ceil(K / block), block * bits / 8).
+    """Quantise a weight (K, N) as input B of com.microsoft.MatMulNBits: uint8 (N, ceil(K / block), block * bits / 8).
 
     The zero point is the operator's default, 2**(bits - 1). In 4 bits two values share a byte, the first in the low
     nibble. Inputs beyond K hold the zero point. Raises CalibrationError as ``block_scales`` does.
@@ -144,7 +144,7 @@ def quantize_blocks(weight: Float, scales: Float, bits: int, block: int) -> NDAr
 
 
 def dequantize_blocks(packed: NDArray[np.uint8], scales: Float, bits: int, inputs: int) -> Float:
-    """The weight that MatMulNBits multiplies by: float32 (inputs, N)."""
+    """Return the weight that MatMulNBits multiplies by: float32 (inputs, N)."""
     if bits == 4:
         packed = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:2], -1)
     blocks = (packed.astype(np.float32) - (1 << (bits - 1))) * scales[..., None]
@@ -152,7 +152,7 @@ def dequantize_blocks(packed: NDArray[np.uint8], scales: Float, bits: int, input
 
 
 def _half(scales: NDArray[Any], *, up: bool = False) -> Float:
-    """Scales as values of FP16, in float32: away from zero if ``up``, else to the nearest; 1 in place of 0."""
+    """Round scales to values of FP16, in float32: away from zero if ``up``, else to the nearest; 1 in place of 0."""
     if not (np.abs(scales) <= np.finfo(np.float16).max).all():
         raise CalibrationError(
             "a weight holds NaN or Inf, or values whose scale FP16 cannot hold. Check the checkpoint's weights."
@@ -167,7 +167,7 @@ def _half(scales: NDArray[Any], *, up: bool = False) -> Float:
 
 
 def _blocks(weight: Float, bits: int, block: int) -> Float:
-    """A weight (K, N) as (N, ceil(K / block), block), padded with zeros."""
+    """Reshape a weight (K, N) to (N, ceil(K / block), block), padded with zeros."""
     if bits not in BITS or block not in BLOCKS:
         raise CalibrationError(
             f"weight-only layers were asked for in {bits} bits and blocks of {block}; "
@@ -181,7 +181,7 @@ def _blocks(weight: Float, bits: int, block: int) -> Float:
 
 
 def _block_errors(blocks: Float, scales: Float) -> Float:
-    """Squared error of each 4-bit block at these scales: (N, ceil(K / block))."""
+    """Return the squared error of each 4-bit block at these scales: (N, ceil(K / block))."""
     steps = blocks / scales[..., None]
     levels = np.rint(steps)
     np.clip(levels, -8, 7, out=levels)
@@ -190,7 +190,7 @@ def _block_errors(blocks: Float, scales: Float) -> Float:
 
 
 def _percentile(histogram: Histogram, symmetric: bool) -> tuple[float, float]:
-    """The edges of the bins within which all but OUTLIERS of the values lie: nothing more than that is clipped."""
+    """Return the edges of the bins that hold all but OUTLIERS of the values: no more than that is clipped."""
     width, half = histogram.width, histogram.counts.size // 2
     if symmetric:
         kept = histogram.count - int(histogram.count * OUTLIERS)
@@ -203,7 +203,7 @@ def _percentile(histogram: Histogram, symmetric: bool) -> tuple[float, float]:
 
 
 def _least_entropy_range(histogram: Histogram, low: float, high: float, symmetric: bool) -> tuple[float, float]:
-    """As ``entropy``. Ranges with fewer bins than levels say nothing about quantisation: they are not candidates.
+    """Return the range of ``entropy``. Ranges of fewer bins than levels tell nothing: no candidates.
 
     Zero is a level of every range, so exact zeros (half of what ReLU gives) need no resolution, but a spike of them
     would draw the range in to resolve it: its bin counts for no more than its larger neighbour.
@@ -234,7 +234,7 @@ def _least_entropy_range(histogram: Histogram, low: float, high: float, symmetri
 def kl_divergence(
     counts: NDArray[np.int64], starts: NDArray[np.int64], stops: NDArray[np.int64], levels: int
 ) -> NDArray[np.float64]:
-    """KL(P || Q) of each candidate, the bins start..stop of the counts.
+    """Return KL(P || Q) of each candidate, the bins start..stop of the counts.
 
     P is the candidate's bins, with all that lies outside added to its first and last. Q is the same bins without what
     lies outside, merged into ``levels`` groups, each spread evenly over those of its bins that P fills; a share
@@ -267,7 +267,7 @@ def _x_log_x(counts: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def squared_error(histogram: Histogram, symmetric: bool) -> Cost:
-    """The mean squared error, in bins, of quantising to each candidate range, values spread evenly within their bin.
+    """Return the mean squared error, in bins, of quantising to a candidate range, values spread evenly in their bin.
 
     With u = x / step and n = clip(round(u)), the integral of (u - n)**2 du from zero is n / 12 + (u - n)**3 / 3, on
     the grid and beyond its ends. So the error of a bin is exact however many levels it spans.
@@ -296,7 +296,7 @@ def squared_error(histogram: Histogram, symmetric: bool) -> Cost:
 
 
 def _search(cost: Cost, low: float, high: float, symmetric: bool) -> tuple[float, float]:
-    """The range of least cost within low..high: first both ends in proportion, then, unless symmetric, by turns."""
+    """Search the range of least cost within low..high: both ends in proportion, then, unless symmetric, by turns."""
     shares = np.geomspace(NARROWEST, 1.0, 48)
     best = shares[cost(shares * low, shares * high).argmin()]
     near = np.minimum(best * np.geomspace(0.9, 1 / 0.9, 17), 1.0)
@@ -312,6 +312,6 @@ def _search(cost: Cost, low: float, high: float, symmetric: bool) -> tuple[float
 
 
 def _magnitudes(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The counts of |x|, from zero: int64 (BINS / 2,)."""
+    """Return the counts of |x|, from zero: int64 (BINS / 2,)."""
     half = counts.size // 2
     return counts[half:] + counts[:half][::-1]

@@ -1,4 +1,4 @@
-"""SmoothQuant (Xiao et al. 2022, arXiv:2211.10438): what is hard to quantise moves from activations into weights.
+"""Search SmoothQuant's factors (Xiao et al. 2022, arXiv:2211.10438): outliers move from activations into weights.
 
 A few channels after a LayerNorm are tens of times as large as the others, and one scale for all of them leaves the
 others a handful of levels. Dividing channel j by s_j (in the LayerNorm's gain and bias) and multiplying row j of the
@@ -25,7 +25,7 @@ Float = NDArray[np.float32]
 
 
 def smoothing_factors(activation_max: NDArray[Any], weights: Sequence[Float], alpha: float) -> Float:
-    """s_j = max|X_j|**alpha / max|W_j|**(1 - alpha), divided by the median of s: float32 (E,).
+    """Return s_j = max|X_j|**alpha / max|W_j|**(1 - alpha), divided by the median of s: float32 (E,).
 
     ``activation_max`` (E,) is the largest magnitude of each channel, ``weights`` are all that read it, (E, N) each.
     A factor common to all channels changes no quantised result; dividing by it keeps the layer's magnitude. A channel
@@ -49,7 +49,7 @@ def search_alpha(
     activation_max: NDArray[Any] | None = None,
     worth: float = WORTH,
 ) -> tuple[float, Float]:
-    """The alpha with the least squared error of the quantised products, and its factors, float32 (E,).
+    """Search the alpha with the least squared error of the quantised products; return it and its factors, float32 (E,).
 
     ``rows`` (R, E) are of an activation, a LayerNorm's result or another, ``weights`` (E, N) read it. Activations are
     quantised per tensor with ``method``'s clip range, weights per output channel. Every other row gives the factors to
@@ -78,17 +78,17 @@ def search_alpha(
 
 
 def _magnitudes(rows: Float) -> Float:
-    """The largest magnitude of each channel: (E,)."""
+    """Return the largest magnitude of each channel: (E,)."""
     return np.asarray(np.maximum(rows.max(0), -rows.min(0)))
 
 
 def _row_max(weights: Sequence[Float]) -> NDArray[np.float64]:
-    """The largest magnitude that any of the weights has in each row: (E,)."""
+    """Return the largest magnitude that any of the weights has in each row: (E,)."""
     return np.asarray(np.max([np.abs(weight).max(1, initial=0) for weight in weights], axis=0), np.float64)
 
 
 def _errors(rows: Float, weight: Float, exact: Float, method: str) -> tuple[float, float]:
-    """The squared error of the product in U8 and in S8."""
+    """Return the squared error of the product in U8 and in S8."""
     histogram = Histogram()
     histogram.update(rows)
     scales = weight_scales(weight)

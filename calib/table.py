@@ -1,7 +1,7 @@
-"""The table of ranges: what calibration found, kept in a file that is bound to the graphs it was found on.
+"""The table of ranges: the result of a calibration, in a file that is bound by hash to the graphs it was taken of.
 
 Every target derives its scales from this one table, so calibrating again is never needed for another
-precision or device. The file comes from elsewhere as often as not: ``load_table`` trusts none of it.
+precision or device. The file often comes from elsewhere: ``load_table`` trusts none of it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.calib.histogram import MAX_LIMIT, Histogram
-from transom.runtime.atomic_write import write_bytes
 from transom.runtime.errors import BundleError, CalibrationError
 from transom.runtime.json_reader import Fields, parse_json, shortened
 
@@ -39,7 +38,7 @@ class ChannelRanges:
 
 @dataclass(frozen=True, eq=False)
 class TensorRanges:
-    """What was seen of one tensor; ``channels`` along its last axis, where that was asked for."""
+    """The values of one tensor: their histogram and, where asked for, the ranges of its last axis' channels."""
 
     histogram: Histogram
     channels: ChannelRanges | None = None
@@ -47,7 +46,7 @@ class TensorRanges:
 
 @dataclass(frozen=True, eq=False)
 class Smoothing:
-    """``factors`` (E,): a LayerNorm's output is divided by them and the weights that read it multiplied.
+    """Factors (E,) by which an activation is divided and the weights that read it are multiplied.
 
     ``alpha`` is the migration strength they came from (SmoothQuant, arXiv:2211.10438, section 4).
     """
@@ -58,9 +57,11 @@ class Smoothing:
 
 @dataclass(frozen=True, eq=False)
 class GraphRanges:
-    """``sha256`` is of the canonical FP32 graph (``transom.calib.graph_hash.graph_sha256``), before any smoothing.
+    """The ranges of one graph.
 
-    ``tensors`` were observed after it. ``smoothing`` goes by the names of the LayerNorms' outputs.
+    ``sha256`` is of the canonical FP32 graph (``transom.calib.graph_hash.graph_sha256``), before any smoothing.
+
+    ``tensors`` were measured after it. ``smoothing`` is by the names of the activations that are divided.
     """
 
     sha256: str
@@ -70,13 +71,13 @@ class GraphRanges:
 
 @dataclass(frozen=True, eq=False)
 class RangeTable:
-    """``graphs`` by name; ``data`` has the name, the number of samples and the sha256 of what was put through them."""
+    """The ranges of ``graphs`` by name; ``data`` has the name, the number of samples and the sha256 of the data."""
 
     graphs: Mapping[str, GraphRanges]
     data: Mapping[str, Any]
 
     def require(self, name: str, sha256: str) -> GraphRanges:
-        """The ranges of the graph called ``name``; CalibrationError where they are another graph's."""
+        """Return the ranges of the graph called ``name``; CalibrationError where they are another graph's."""
         found = self.graphs.get(name)
         if found is None:
             has = shortened(", ".join(self.graphs)) or "no graph"
@@ -98,7 +99,7 @@ class RangeTable:
 
     @classmethod
     def from_json(cls, value: Any, where: str = RANGES) -> RangeTable:
-        """Check every field; CalibrationError lists all that is wrong."""
+        """Read a table, every field checked; CalibrationError lists all that is wrong."""
         problems: list[str] = []
         top = Fields(value, where, problems)
         top.text("format", among=[FORMAT])
@@ -120,12 +121,12 @@ class RangeTable:
         return cls(graphs, data)
 
     def to_bytes(self) -> bytes:
-        """The file: JSON on one line."""
+        """Return the file: JSON on one line."""
         return json.dumps(self.to_json(), separators=(",", ":"), allow_nan=False).encode() + b"\n"
 
 
 def load_table(path: Path | str) -> RangeTable:
-    """Read a table from a file nobody vouches for. Raises CalibrationError."""
+    """Read a table from an untrusted file. Raises CalibrationError."""
     path = Path(path)
     try:
         found = path.stat()
@@ -142,15 +143,6 @@ def load_table(path: Path | str) -> RangeTable:
     except BundleError as error:
         raise CalibrationError(f"{str(error).partition('; copy')[0]}. {AGAIN}") from None
     return RangeTable.from_json(value, str(path))
-
-
-def save_table(table: RangeTable, path: Path | str) -> None:
-    """Write beside and rename, so that a reader sees an old table or this one. Raises CalibrationError."""
-    path = Path(path)
-    try:
-        write_bytes(path, table.to_bytes())
-    except OSError as error:
-        raise CalibrationError(f"{path} cannot be written: {error.strerror}. Check the folder.") from None
 
 
 def graph_to_json(graph: GraphRanges) -> dict[str, Any]:
@@ -173,7 +165,7 @@ def tensor_to_json(tensor: TensorRanges) -> dict[str, Any]:
 
 
 def shortest(values: Array) -> list[float]:
-    """The float64 with the fewest digits that rounds to each float32."""
+    """Return, for each float32, the float64 with the fewest digits that rounds to it."""
     return [float(str(value)) for value in values]
 
 
@@ -221,7 +213,7 @@ def smoothing_from_json(where: str, value: Any, problems: list[str]) -> Smoothin
 
 
 def is_float32s(value: Any, accept: Callable[[Array], bool] = lambda _: True) -> bool:
-    """A JSON array of at least one number, all of them finite as float32 (and no bool is a number)."""
+    """Return whether a JSON value is an array of at least one number, all finite as float32 (a bool is no number)."""
     if not isinstance(value, list) or not value or {*map(type, value)} - {int, float}:
         return False
     if max(map(abs, value)) >= MAX_LIMIT:  # before numpy sees an integer of a thousand digits

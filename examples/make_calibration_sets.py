@@ -1,6 +1,6 @@
 """Makes the calibration sets that ship: inputs that the reference models trained on, and none that scores them.
 
-    python examples/make_calibration_sets.py JANEAUSTEN WORDNET calib/sets
+    python examples/make_calibration_sets.py JANEAUSTEN WORDNET calib/datasets
 
 ``austen.py`` and ``make_wordnet_pairs.py`` say how to get the two folders (here janeausten and
 wordnet/usr/share/wordnet); the scans are scikit-learn's, the dates and captions are made.

@@ -28,7 +28,7 @@ from transom.cli.main import app
 from transom.runtime.bundle import Bundle
 from transom.runtime.families import FAMILIES
 
-DOCUMENTS = ("docs", "export/data", "calib/sets", "tests/bundles")
+DOCUMENTS = ("docs", "export/data", "calib/datasets", "tests/bundles")
 PAGES = sorted([REPO / "README.md", *(page for name in DOCUMENTS for page in (REPO / name).glob("*.md"))])
 PACKAGES = "models|export|runtime|calib|cli|tests|examples|benchmarks|docs"
 ARCHITECTURE = REPO / "docs/architecture.md"
