@@ -19,9 +19,9 @@ from transom.runtime.errors import CalibrationError
 IDS, MASK, PIXELS = "input_ids", "attention_mask", "pixel_values"
 
 LEAST_CORRELATION = 0.2  # of neighbouring pixels: of noise 0, of noise at half its size 0.16, of scans of 8 x 8 0.7
-PAIRS = 1000  # of neighbours, before anything is said: of so many independent ones 0.1 is three standard deviations
+PAIRS = 1000  # of neighbours, or no correlation is computed: of 1,000 independent ones 0.1 is three sigmas
 SIGMAS = 4  # of the ids' unevenness that uniform draws have: ten texts have hundreds
-TOKENS = 100  # before anything is said of ids: fewer may all be different
+TOKENS = 100  # or no unevenness is computed: fewer may all be different
 SMALL_VOCABULARY = 256  # ids of so few kinds may well be even: bytes, letters of a genome, digits
 MOST_IDS = 1 << 20  # counted; no vocabulary is larger
 GROUPS = 256  # of neighbouring ids, at most

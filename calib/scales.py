@@ -24,7 +24,7 @@ S8_LEVELS, U8_LEVELS = 128, 256  # of |x| and of x: groups that "entropy" merges
 OUTLIERS = 1e-4  # share of the values that "percentile" gives up: 99.99 % stay
 SMOOTHING = 1e-4  # share of Q spread evenly over the support of P, so that no logarithm is taken of zero
 SMALLEST_SCALE = 2.0**-24  # FP16's smallest value above zero
-NARROWEST = 2.0**-8  # of the observed range: "mse" tries nothing narrower
+NARROWEST = 2.0**-8  # of the whole range: "mse" tries nothing narrower
 BITS = (8, 4)
 BLOCKS = (32, 64, 128, 256)
 # Of blocks: the value of largest magnitude lies this many steps from zero, on the side that has one level more.

@@ -92,7 +92,7 @@ def quantize_model(job: QuantizationJob) -> Quantized:
     candidates = [first]
     if job.options.gate and job.table is None:
         wanted = min(MAX_CANDIDATES, first.evaluate(CPU, ()).wanted)
-        for part in range(1, wanted):  # calibrated on other samples; of data that the gate takes too, judged on others
+        for part in range(1, wanted):  # calibrated on other samples; held-out data of the user is other data, too
             calibration, other = job.data.split(PARTS, part)
             other_table = calibrated(job, calibration, smoothing)
             candidates.append(make_candidate(job, other_table, None if scored else other, half=half))

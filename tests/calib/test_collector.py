@@ -1,4 +1,4 @@
-"""Histograms against numbers made by hand, and a small graph observed: padding, caches, NaN, memory."""
+"""Histograms compared with numbers made by hand, and statistics of a small graph: padding, caches, NaN, memory."""
 
 from __future__ import annotations
 
@@ -87,10 +87,10 @@ def test_zeros_have_a_histogram_and_then_other_values_too() -> None:
     assert (found.limit, bins(found)) == (8.0, {0: 6, -1024: 1})
 
 
-@pytest.mark.parametrize(("bad", "said"), [(np.nan, "NaN"), (np.inf, "infinite"), (-np.inf, "infinite")])
-def test_what_is_not_finite_is_refused_and_counted_nowhere(bad: float, said: str) -> None:
+@pytest.mark.parametrize(("bad", "message"), [(np.nan, "NaN"), (np.inf, "infinite"), (-np.inf, "infinite")])
+def test_what_is_not_finite_is_refused_and_counted_nowhere(bad: float, message: str) -> None:
     found = histogram([1.0])
-    with pytest.raises(CalibrationError, match=said):
+    with pytest.raises(CalibrationError, match=message):
         found.update(np.array([3.0, bad, 5.0], np.float32))
     assert (found.count, found.maximum, found.limit) == (1, 1.0, 2.0)
 
@@ -110,7 +110,7 @@ GOOD = {"min": -1.5, "max": 0.001, "limit": 2.0, "bins": [-512, 1, -1535, 2, 2, 
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "said"),
+    ("field", "value", "message"),
     [
         ("bins", [-512, 1, -1535, 2, 2, -2045], "4096 bins"),  # one too few
         ("bins", [-512, 1, -1535, 2, 2, -(10**12)], "4096 bins"),
@@ -132,11 +132,11 @@ GOOD = {"min": -1.5, "max": 0.001, "limit": 2.0, "bins": [-512, 1, -1535, 2, 2, 
         ("more", 1, "unknown key"),
     ],
 )
-def test_json_of_no_histogram_is_refused(field: str, value: Any, said: str) -> None:
+def test_json_of_no_histogram_is_refused(field: str, value: Any, message: str) -> None:
     problems: list[str] = []
     Histogram.from_json(GOOD | {field: value}, "h", problems)
     assert len(problems) == 1
-    assert said in problems[0]
+    assert message in problems[0]
 
 
 def model_of(text: str, paths: Sequence[str] = ()) -> ir.Model:
@@ -216,13 +216,13 @@ def test_a_mask_counts_where_names_of_axes_are_lost() -> None:
     assert backend.ranges["y"].histogram.maximum == 2
 
 
-@pytest.mark.parametrize(("bad", "said"), [(np.nan, "NaN"), (3e38, "an infinite value")])
-def test_what_is_not_finite_names_tensor_module_and_sample(bad: float, said: str) -> None:
+@pytest.mark.parametrize(("bad", "message"), [(np.nan, "NaN"), (3e38, "an infinite value")])
+def test_what_is_not_finite_names_tensor_module_and_sample(bad: float, message: str) -> None:
     backend = small(["y", "z"])
     backend.sample = "review.txt:17"
     put(backend, [[[1, 2]]])
     with pytest.raises(
-        CalibrationError, match=rf"^y \(module block\.linear\) .*'small' has {said} in .*review\.txt:17"
+        CalibrationError, match=rf"^y \(module block\.linear\) .*'small' has {message} in .*review\.txt:17"
     ):
         put(backend, [[[bad, 1]]])
 
@@ -234,9 +234,9 @@ def test_a_sample_that_does_not_fit_is_named() -> None:
         put(backend, np.zeros((1, 2, 3)))
 
 
-@pytest.mark.parametrize(("name", "said"), [("w", "no such tensor"), ("attention_mask", "INT64"), ("W", "no such")])
-def test_only_float_tensors_of_the_graph_are_observed(name: str, said: str) -> None:
-    with pytest.raises(CalibrationError, match=said):
+@pytest.mark.parametrize(("name", "message"), [("w", "no such tensor"), ("attention_mask", "INT64"), ("W", "no such")])
+def test_only_float_tensors_of_the_graph_are_observed(name: str, message: str) -> None:
+    with pytest.raises(CalibrationError, match=message):
         small([name])
 
 
@@ -270,7 +270,7 @@ def test_large_weights_are_shared_and_right() -> None:
     assert backend.ranges["y"].histogram.maximum == found.max()
 
 
-def test_caches_are_written_in_place_and_observed() -> None:
+def test_caches_are_written_in_place_and_measured() -> None:
     text = "c (float[B, 2] cache, float[B, 2] x) => (float[B, 2] new, float[B, 2] y)"
     text += "{ new = Add (cache, x)  y = Neg (new) }"
     shape = ("B", 2)

@@ -1,4 +1,4 @@
-"""Noise is told from pictures and language by what reaches a graph; neither is taken for the other."""
+"""Random inputs are distinguished from pictures and language by the inputs of a graph."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_language_is_no_noise(name: str) -> None:
     check.check("model")
 
 
-def test_what_is_not_judged() -> None:
+def test_what_is_not_checked() -> None:
     """Few tokens, small vocabularies, generated tokens one by one, what a mask hides, ids that no vocabulary has."""
     read(draws().integers(0, 30000, 90)).check("model")
     read(draws().integers(0, 250, 5000)).check("model")

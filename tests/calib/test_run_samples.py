@@ -86,7 +86,7 @@ TEXT = Sample("review.txt:17", text="The city is on the water.")
 IMAGE = Sample("photos/1.png", image=SCAN)
 
 
-# ---- what reaches the graphs
+# ---- the inputs of the graphs
 
 
 def test_bert_reads_one_text_without_padding_and_cut_to_its_length(bert_bundle: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_masked_language_model_gets_gaps(exported: Any) -> None:
 
 
 @pytest.mark.parametrize("words", [1, 2, 3, 6, 7, 8, 40, 500])
-def test_calibration_reads_the_tokens_that_the_gate_judges(exported: Any, words: int) -> None:
+def test_calibration_reads_the_tokens_that_the_gate_counts(exported: Any, words: int) -> None:
     """Texts of fewer tokens than there are between two gaps, and one that is cut."""
     folder = exported("BertForMaskedLM")[1]
     sample = Sample("a", text="water " * words)
@@ -122,7 +122,7 @@ def test_calibration_reads_the_tokens_that_the_gate_judges(exported: Any, words:
         assert [ids.tolist() for ids in calibrated] == [row.feeds["input_ids"].tolist()]
 
 
-def test_calibration_translates_the_sources_that_the_gate_judges(dates_bundle: Path) -> None:
+def test_calibration_translates_the_sources_of_the_gate(dates_bundle: Path) -> None:
     """One that is too long loses tokens before its last, which closes it."""
     sample = Sample("a", text="3 May 1979 " * 200)
     (source,) = (feeds["input_ids"][0] for name, feeds in calls_of(dates_bundle, sample) if name == "encoder")

@@ -185,8 +185,8 @@ def test_the_search_of_four_bit_scales_pays(block: int) -> None:
     """Against absmax / 7 a sixth of the error goes away at least, against absmax / 8 on the wide side a twentieth."""
 
     def error(scales: Float) -> float:
-        restored = dequantize_blocks(quantize_blocks(weight, scales, 4, block), scales, 4, len(weight))
-        return float(np.sqrt(np.square(restored - weight).mean()))
+        dequantized = dequantize_blocks(quantize_blocks(weight, scales, 4, block), scales, 4, len(weight))
+        return float(np.sqrt(np.square(dequantized - weight).mean()))
 
     weight = normal(512, 32)
     blocks = weight.T.reshape(32, -1, block)

@@ -98,7 +98,7 @@ def put(*path: str, value: Any) -> Callable[[Any], None]:
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "said"),
+    ("path", "value", "message"),
     [
         (["format"], "transom-bundle", "format"),
         (["format_version"], 2, "expected 1..1"),
@@ -132,8 +132,8 @@ def put(*path: str, value: Any) -> Callable[[Any], None]:
         ([*NORM, "alpha"], None, r"0\.\.1"),
     ],
 )
-def test_a_field_that_is_wrong_is_named(path: list[str], value: Any, said: str) -> None:
-    with pytest.raises(CalibrationError, match=rf"^ranges\.json is no usable table of ranges: .*{said}") as caught:
+def test_a_field_that_is_wrong_is_named(path: list[str], value: Any, message: str) -> None:
+    with pytest.raises(CalibrationError, match=rf"^ranges\.json is no usable table of ranges: .*{message}") as caught:
         RangeTable.from_json(changed(put(*path, value=value)))
     assert "\n" not in str(caught.value)
 
@@ -145,7 +145,7 @@ def test_json_that_is_no_table_is_refused(value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [
         (b"", "not usable JSON"),
         (b'{"a": NaN}', "NaN is not a JSON number"),
@@ -157,10 +157,10 @@ def test_json_that_is_no_table_is_refused(value: Any) -> None:
         (b"1" * 10_000, "not usable JSON"),
     ],
 )
-def test_a_hostile_file_is_refused(data: bytes, said: str, tmp_path: Path) -> None:
+def test_a_hostile_file_is_refused(data: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "ranges.json"
     path.write_bytes(data)
-    with pytest.raises(CalibrationError, match=said) as caught:
+    with pytest.raises(CalibrationError, match=message) as caught:
         load_table(path)
     assert str(path) in str(caught.value)
     assert "bundle" not in str(caught.value).replace(str(tmp_path), "")

@@ -32,15 +32,15 @@ KEY, VALUE = (f"encoder.layer.1.attention.attention.{name}" for name in ("key", 
 
 
 class Errors:
-    """Independent errors: what is not restored adds its square. ``asked`` counts the measurements."""
+    """Independent errors: what is not in FP32 adds its square. ``asked`` counts the measurements."""
 
     def __init__(self, **squares: float) -> None:
         self.squares = {f"layer {name[1:]}": square for name, square in squares.items()}
         self.floor, self.asked = 0.0, 0
 
-    def __call__(self, restored: frozenset[str]) -> float:
+    def __call__(self, in_fp32: frozenset[str]) -> float:
         self.asked += 1
-        return sqrt(self.floor + sum(square for name, square in self.squares.items() if name not in restored))
+        return sqrt(self.floor + sum(square for name, square in self.squares.items() if name not in in_fp32))
 
 
 def test_search_finds_the_worst_layers_in_their_order_by_halves() -> None:
@@ -76,9 +76,9 @@ def test_search_does_not_look_for_a_fault_that_lies_outside_the_layers() -> None
 
 
 def test_search_gives_up_where_no_layer_lowers_the_error() -> None:
-    """Halves do, single layers do not: a pair must be restored together."""
+    """Halves do, single layers do not: a pair must be in FP32 together."""
     pair = {"layer 3", "layer 60"}
-    found = bisect_layers(LAYERS, lambda restored: 0.0 if pair <= restored else 1.0, target=None, most=10)
+    found = bisect_layers(LAYERS, lambda in_fp32: 0.0 if pair <= in_fp32 else 1.0, target=None, most=10)
     assert found.steps == ()
 
 
@@ -105,20 +105,20 @@ def tiny(weight: list[list[float]], names: dict[str, str] | None = None) -> ir.M
 RIGHT, WRONG = [[2.0, 1.0], [0.0, 3.0]], [[1.0, 0.0], [0.0, 1.0]]
 
 
-def outputs(model: ir.Model, *restored: int) -> list[float]:
+def outputs(model: ir.Model, *in_fp32: int) -> list[float]:
     session = onnxruntime().InferenceSession(ir.to_proto(model).SerializeToString())
-    (found,) = session.run(None, {"x": np.array([[5, -1]], np.float32), SWITCHES: np.array(restored, np.int64)})
+    (found,) = session.run(None, {"x": np.array([[5, -1]], np.float32), SWITCHES: np.array(in_fp32, np.int64)})
     return [float(value) for value in found[0]]
 
 
-def test_a_linear_layer_is_restored_while_the_graph_runs() -> None:
+def test_a_linear_layer_is_switched_to_fp32_while_the_graph_runs() -> None:
     shipped = tiny(WRONG)
     assert add_linear_switches(shipped, tiny(RIGHT)) == ["dense"]
     assert outputs(shipped, 0) == [6, 1]  # 5 + 1, 0 + 1
     assert outputs(shipped, 1) == [11, 6]  # 2 * 5 + 1, 1 * 5 + 1
 
 
-def test_modules_of_a_half_precision_graph_are_restored_one_by_one() -> None:
+def test_modules_of_a_half_precision_graph_are_switched_one_by_one() -> None:
     from transom.export.passes.half_precision import convert_precision
 
     shipped, right = tiny([[1 + 2**-12, 0.0], [0.0, 1.0]]), tiny(RIGHT)
@@ -193,14 +193,14 @@ def test_a_scale_three_times_too_large_is_found_in_an_int8_bundle(int8_bundle: P
     bundle = damaged(int8_bundle, tmp_path, "model.cpu.onnx", times_three(scale_of(int8_bundle, VALUE)))
     result = transom("debug", "accuracy", bundle, "--json", "--most", "2")
     assert result.exit_code == 0, result.output
-    told = document(result)
-    assert (told["flavour"], told["layers"]) == ("cpu", 19)
-    first, *_ = told["worst"]
+    findings = document(result)
+    assert (findings["flavour"], findings["layers"]) == ("cpu", 19)
+    first, *_ = findings["worst"]
     assert (first["name"], first["graph"]) == (VALUE, "model")
-    assert first["before"] == told["error"]["shipped"] > 0.2
+    assert first["before"] == findings["error"]["shipped"] > 0.2
     assert first["after"] < 0.03
-    assert (told["agreement"], first["agreement"]) == (1.0, 1.0)  # of 48 digits none tips over
-    assert told["error"]["everything_restored"] < 1e-5
+    assert (findings["agreement"], first["agreement"]) == (1.0, 1.0)  # of 48 digits none tips over
+    assert findings["error"]["everything_restored"] < 1e-5
 
 
 def test_the_other_variant_is_not_damaged(int8_bundle: Path, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def renamed(text: str, weights: dict[str, Any]) -> ir.Model:
     return model
 
 
-def turned() -> ir.Model:
+def with_transposed() -> ir.Model:
     """A layer that reads ``w`` transposed, and one whose own weight is called ``w.transposed``."""
     text = """g (float[3, 2] x) => (float[3, 2] p, float[3, 2] q) {
         p = Gemm <transB = 1> (x, w)
@@ -109,8 +109,8 @@ def turned() -> ir.Model:
 
 
 @pytest.mark.parametrize("signed", [True, False])
-def test_a_weight_that_is_called_as_another_one_turned_round(signed: bool) -> None:
-    model = turned()
+def test_a_weight_that_is_called_as_another_one_transposed(signed: bool) -> None:
+    model = with_transposed()
     feeds = {"x": normal(3, 2, seed=2)}
     expected = run(model.clone(), **feeds)
     scale = Scale(4 / 127, 0 if signed else 128)
@@ -136,8 +136,8 @@ def test_weights_of_one_name_in_two_graphs_are_not_mixed() -> None:
         np.testing.assert_allclose(scales, [factor, factor])
 
 
-def test_restored_weights_are_those_of_their_layer() -> None:
-    fp32 = turned()
+def test_fp32_weights_are_those_of_their_layer() -> None:
+    fp32 = with_transposed()
     model = fp32.clone()
     quantize_static(model, find_linears(model), QuantizedWeights(8), {"x": Scale(4 / 127, 0)}, signed=True)
     layers = add_linear_switches(model, fp32)

@@ -1,4 +1,4 @@
-"""The attention that TensorRT has no kernel of, as a function of ours: what it computes, what it refuses, its proof."""
+"""The attention that TensorRT has no kernel of, as the plugin's function: what it computes and refuses."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_half_precision_that_tensorrt_has_a_kernel_of_stays(half_gpt_bundle: Pat
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (("float[B, 4, S, 8] q", "float[B, N, S, 8] q"), "of heads whose number is not fixed"),
         (("float[B, 2, T, 8] k", "float[B, 3, T, 8] k"), "of heads whose number is not fixed"),
@@ -160,12 +160,12 @@ def test_half_precision_that_tensorrt_has_a_kernel_of_stays(half_gpt_bundle: Pat
         (("float[", "double["), "of a dtype that the plugin does not have"),
     ],
 )
-def test_what_our_kernel_does_not_compute_is_left(change: tuple[str, str], said: str) -> None:
+def test_what_our_kernel_does_not_compute_is_left(change: tuple[str, str], message: str) -> None:
     model = graph_of(ATTENTION.replace(*change))
     (node,) = model.graph
-    assert said in str(reason_against_plugin(node))
+    assert message in str(reason_against_plugin(node))
     left = plugin_attention(model, lambda node: True)
-    assert said in left[str(node.name)]
+    assert message in left[str(node.name)]
     assert not model.functions
     assert [node.op_type for node in model.graph] == ["Attention"]
 
@@ -269,5 +269,5 @@ def test_without_triton_the_build_says_what_to_do(vit_bundle: Path, monkeypatch:
 @pytest.mark.skipif(find_spec(FULL) is not None, reason="TensorRT is installed here")
 def test_the_option_is_known(vit_bundle: Path) -> None:
     for option in ("--plugin", "--no-plugin"):
-        said = error_line(transom("build", vit_bundle, "--target", "tensorrt", option))
-        assert "TensorRT is not installed" in said
+        message = error_line(transom("build", vit_bundle, "--target", "tensorrt", option))
+        assert "TensorRT is not installed" in message

@@ -69,7 +69,7 @@ def test_signed_static_by_pencil() -> None:
 )
 @pytest.mark.parametrize("mode", ["static", "dynamic", "int8 blocks"])
 def test_every_form_of_a_layer_computes_the_same(node: str, mode: str) -> None:
-    """The weight turned round where it has to be, the bias added once, as the first form does."""
+    """The weight transposed where it has to be, the bias added once, as the first form does."""
     expected, ours = (
         graph_of(
             f"g (float[R, 2] x) => (float[R, 3] y) {{ {form} }}", {"W": W, "V": np.transpose(W), "bias": [10, 20, 30]}
@@ -171,7 +171,7 @@ def test_layers_that_share_a_weight_have_its_integers_each() -> None:
 
 
 def test_a_tied_table_keeps_its_other_reader() -> None:
-    """The head is the embedding turned round: its integers are new, the table itself goes on being looked up."""
+    """The head is the transposed embedding: its integers are new, the table itself is still looked up."""
     text = """g (int64[R] ids, float[R, 2] x) => (float[R, 2] e, float[R, 3] y) {
         e = Gather (V, ids)  V_t = Transpose <perm = [1, 0]> (V)  y = MatMul (x, V_t)
     }"""
@@ -234,12 +234,12 @@ def test_blocks_compute_with_the_dequantised_weight(bits: int, block_size: int) 
     assert operators(model) == {"MatMulNBits": 1}
     assert weights_of(model)[f"V.transposed.int{bits}"].shape == (24, -(-72 // block_size), block_size * bits // 8)
     scales = block_scales(kernel, bits, block_size)
-    restored = dequantize_blocks(quantize_blocks(kernel, scales, bits, block_size), scales, bits, 72)
+    dequantized = dequantize_blocks(quantize_blocks(kernel, scales, bits, block_size), scales, bits, 72)
     x = np.random.default_rng(2).integers(-127, 127, (5, 72)).astype(np.float32)
     x[:, ::block_size] = 127
     y = run(model, x=x)["y"]
-    np.testing.assert_allclose(y, x @ restored + bias, atol=1e-6 * float(np.abs(y).max()))
-    assert np.abs(restored - kernel).max() < (0.02 if bits == 8 else 0.4)
+    np.testing.assert_allclose(y, x @ dequantized + bias, atol=1e-6 * float(np.abs(y).max()))
+    assert np.abs(dequantized - kernel).max() < (0.02 if bits == 8 else 0.4)
 
 
 def test_a_layer_in_blocks_keeps_the_add_behind_it() -> None:

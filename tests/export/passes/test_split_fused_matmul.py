@@ -108,7 +108,7 @@ def test_every_form_computes_the_same_numbers(changes: list[tuple[str, str]], we
         np.testing.assert_array_equal(found[name], array, name)
 
 
-def test_a_part_that_nobody_reads_is_not_computed() -> None:
+def test_a_part_that_no_node_reads_is_not_computed() -> None:
     model = cut(("float[B, S, 3] k, ", ""))
     assert split_fused_matmul(model) == 1
     assert operators(model)["MatMul"] == 2

@@ -200,10 +200,10 @@ def test_a_transformer_reads_its_own_cache_by_lengths(dates_bundle: Path) -> Non
 def test_a_gpt_by_lengths_fuses(half_gpt_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = Path(shutil.copytree(half_gpt_bundle, tmp_path / "bundle"))
-    told = document(
+    listed = document(
         transom("build", folder, "--target", "rtx-sm75", "--target", "rtx-sm120", "--attention", "lengths", "--json")
     )
-    for engine in told["engines"]:
+    for engine in listed["engines"]:
         assert [profile["attention"]["fused"] for profile in engine["profiles"]] == [4, 4]
     assert {engine["attention"] for engine in Bundle(folder).manifest.engines.values()} == {"lengths"}
 

@@ -1,4 +1,4 @@
-"""Quantised exports of what cannot be quantised: one error of ours that says what to do, and nothing left behind."""
+"""Quantised exports of what cannot be quantised: one error that says what to do, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def refused(source: Path | str, out: Path, kind: type[ExportError] = Calibration
     precision, before = options.pop("precision", "int8"), sorted(out.parent.iterdir())
     with pytest.raises(kind) as raised:
         export(str(source), out, precision=precision, quantize=QuantizeOptions(**options))
-    said = str(raised.value)
-    assert "\n" not in said
+    message = str(raised.value)
+    assert "\n" not in message
     assert sorted(out.parent.iterdir()) == before
-    return said
+    return message
 
 
 @pytest.mark.usefixtures("traced_once")
@@ -55,7 +55,7 @@ def test_data_that_cannot_be_used(tmp_path: Path) -> None:
     empty, nothing = tmp_path / "empty.txt", tmp_path / "nothing"
     empty.write_text("\n \n")
     nothing.mkdir()
-    for given, said in {
+    for given, message in {
         str(empty): "empty.txt",
         str(nothing): "nothing",
         "random": "random inputs have ranges that no real input has",
@@ -63,7 +63,7 @@ def test_data_that_cannot_be_used(tmp_path: Path) -> None:
         texts(tmp_path): "samples that don't fit the graph. This vit takes images",
         "austen": "samples that don't fit the graph. This vit takes images",
     }.items():
-        assert said in refused("vit", tmp_path / "out", calibration_data=(given,)), given
+        assert message in refused("vit", tmp_path / "out", calibration_data=(given,)), given
     for count in (1, 7):
         few = refused("vit", tmp_path / "out", calibration_data=(npz(tmp_path, pixel_values=pixels(count)),))
         assert f"raw.npz holds {count} distinct sample" in few
@@ -75,24 +75,24 @@ def test_a_sample_that_is_not_finite_is_named_with_where_it_showed(tmp_path: Pat
     """The fifth of 32 images holds NaN in one pixel: it is calibrated on, or held out, and named either way."""
     images = pixels(32)
     images[4, 0, 3, 3] = np.nan
-    said = refused("vit", tmp_path / "out", calibration_data=(npz(tmp_path, pixel_values=images),))
-    assert "raw.npz[4]" in said
-    assert "NaN" in said or "not finite" in said
+    message = refused("vit", tmp_path / "out", calibration_data=(npz(tmp_path, pixel_values=images),))
+    assert "raw.npz[4]" in message
+    assert "NaN" in message or "not finite" in message
 
 
 @pytest.mark.usefixtures("traced_once")
 def test_raw_inputs_of_another_shape_are_named(tmp_path: Path) -> None:
     images = pixels(16).reshape(16, 3, 4, 16)
-    said = refused("vit", tmp_path / "out", calibration_data=(npz(tmp_path, pixel_values=images),))
-    assert "raw.npz[" in said
-    assert "(1, 3, 4, 16)" in said
+    message = refused("vit", tmp_path / "out", calibration_data=(npz(tmp_path, pixel_values=images),))
+    assert "raw.npz[" in message
+    assert "(1, 3, 4, 16)" in message
 
 
 @pytest.mark.usefixtures("traced_once")
 def test_noise_is_refused_whatever_its_name(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).standard_normal((16, 3, 8, 8)).astype(np.float32)
-    said = refused("vit", tmp_path / "out", calibration_data=(npz(tmp_path, pixel_values=noise),))
-    assert "looks random to the graph 'model': neighbouring pixels have a correlation of" in said
+    message = refused("vit", tmp_path / "out", calibration_data=(npz(tmp_path, pixel_values=noise),))
+    assert "looks random to the graph 'model': neighbouring pixels have a correlation of" in message
 
 
 def test_data_and_options_are_refused_before_the_checkpoint_is_traced(
@@ -108,9 +108,9 @@ def test_data_and_options_are_refused_before_the_checkpoint_is_traced(
 
 
 def test_a_model_that_is_no_reference_needs_data(bert_checkpoint: Path, tmp_path: Path) -> None:
-    said = refused(bert_checkpoint, tmp_path / "out", ExportError)
-    assert f"quantising {bert_checkpoint} needs inputs like those it will see" in said
-    assert "Name some with --calibration-data: a .txt or .jsonl of texts, a folder of images, a .npz" in said
+    message = refused(bert_checkpoint, tmp_path / "out", ExportError)
+    assert f"quantising {bert_checkpoint} needs inputs like those it will see" in message
+    assert "Name some with --calibration-data: a .txt or .jsonl of texts, a folder of images, a .npz" in message
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
@@ -125,16 +125,16 @@ def test_options_of_quantisation_need_a_quantised_precision(
         {"weight_bits": 8},  # the default, but said
         {"block_size": 32},
     ):
-        said = refused(bert_checkpoint, tmp_path / "out", ExportError, precision=precision, **options)
-        assert f"--precision is {precision}, which is not quantised" in said
+        message = refused(bert_checkpoint, tmp_path / "out", ExportError, precision=precision, **options)
+        assert f"--precision is {precision}, which is not quantised" in message
 
 
 @pytest.mark.usefixtures("traced_once")
 def test_combinations_that_mean_nothing(tmp_path: Path) -> None:
-    said = refused("vit", tmp_path / "out", ExportError, precision="int4", activations="static")
-    assert "--precision int4 is of weights alone" in said
-    said = refused("vit", tmp_path / "out", ExportError, activations="dynamic", optional_sites=("attention",))
-    assert "--also needs ranges fixed beforehand" in said
+    message = refused("vit", tmp_path / "out", ExportError, precision="int4", activations="static")
+    assert "--precision int4 is of weights alone" in message
+    message = refused("vit", tmp_path / "out", ExportError, activations="dynamic", optional_sites=("attention",))
+    assert "--also needs ranges fixed beforehand" in message
 
 
 def with_table(bundle: Path, folder: Path, change: Callable[[Any], object]) -> Path:
@@ -154,7 +154,7 @@ def test_tables_that_are_not_of_this_model(int8_bundle: Path, tmp_path: Path) ->
     def model(words: Any) -> Any:
         return words["graphs"]["model"]
 
-    for change, told in [
+    for change, expected in [
         (
             lambda words: model(words).update(sha256="0" * 64),
             "is from another graph 'model': its sha256 is 000000000000",
@@ -167,15 +167,15 @@ def test_tables_that_are_not_of_this_model(int8_bundle: Path, tmp_path: Path) ->
         ),
         (lambda words: words.update(format="notes"), "is no usable table of ranges"),
     ]:
-        assert told in refused("vit", out, ranges=with_table(int8_bundle, tmp_path, change)), told
-    for path, told in [
+        assert expected in refused("vit", out, ranges=with_table(int8_bundle, tmp_path, change)), expected
+    for path, expected in [
         (tmp_path / "absent.json", "cannot be read"),
         (int8_bundle / MANIFEST, "no usable table"),
         (tmp_path, "is no"),
     ]:
-        assert told in refused("vit", out, ranges=path), path
-    said = refused("vit", out, ranges=int8_bundle / RANGES, optional_sites=("attention",))
-    assert "which is to be quantised. Leave out --also" in said
+        assert expected in refused("vit", out, ranges=path), path
+    message = refused("vit", out, ranges=int8_bundle / RANGES, optional_sites=("attention",))
+    assert "which is to be quantised. Leave out --also" in message
 
 
 @pytest.mark.parametrize(
@@ -230,11 +230,11 @@ def test_ranges_are_taken_of_fp32_alone_and_once(
     assert "is in fp16; ranges are taken of FP32" in last_line(transom("calibrate", exported_fp16))
     mine = Path(shutil.copytree(vit_bundle, tmp_path / "mine"))
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
-    told = last_line(transom("calibrate", mine, "--calibration-data", tmp_path / "texts.txt"))
-    assert "samples that don't fit the graph. This vit takes images" in told
+    expected = last_line(transom("calibrate", mine, "--calibration-data", tmp_path / "texts.txt"))
+    assert "samples that don't fit the graph. This vit takes images" in expected
     assert transom("calibrate", mine, "--no-smooth-quant").exit_code == 0
-    told = last_line(transom("calibrate", mine))
-    assert f"has a {RANGES}; give --force to replace it." in told
+    expected = last_line(transom("calibrate", mine))
+    assert f"has a {RANGES}; give --force to replace it." in expected
 
 
 def last_line(result: Any) -> str:

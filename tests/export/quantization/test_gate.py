@@ -1,4 +1,4 @@
-"""The accuracy gate: what is judged by what, figures by pencil, and bundles that pass and fail for a reason."""
+"""The accuracy gate: criteria and limits, figures by pencil, and bundles that pass and fail for a reason."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TOP1 = Accuracy.of_each("same top-1 as FP32, images", "scans", [True] * 538 + [F
 ALIKE = Fidelity(TOP1, False, "logits", ERROR)
 
 
-def judged(family: str, activations: str, agreement: Fidelity, scores: Any) -> GateResult:
+def evaluated(family: str, activations: str, agreement: Fidelity, scores: Any) -> GateResult:
     return gate_result(export_family(family).gate, activations, agreement, scores)
 
 
@@ -54,7 +54,7 @@ def nats(*amounts: float) -> Rate:
     ],
 )
 def test_points_of_a_score(family: str, correct: int, holds: bool) -> None:
-    found = judged(family, "static", ALIKE, (accuracy(990), accuracy(correct)))
+    found = evaluated(family, "static", ALIKE, (accuracy(990), accuracy(correct)))
     assert found.holds == holds
     assert (found.measure, found.n) == ("zero-shot accuracy", 1000)
     assert found.found == pytest.approx((990 - correct) / 1000)
@@ -74,7 +74,7 @@ def test_points_of_a_score(family: str, correct: int, holds: bool) -> None:
 def test_growth_of_perplexity_is_per_token(activations: str, more: float, holds: bool) -> None:
     """200 tokens of 3 nats each, and ``more`` of them."""
     scores = nats(300, 300), nats(100 * (3 + more), 100 * (3 + more))
-    found = judged("gpt", activations, ALIKE, scores)
+    found = evaluated("gpt", activations, ALIKE, scores)
     assert (found.measure, found.n, found.holds) == ("perplexity", 200, holds)
     assert found.found == pytest.approx(np.exp(more) - 1)
 
@@ -87,30 +87,30 @@ def test_bits_per_byte_become_nats_per_token() -> None:
     assert per_token(accuracy(1), ()) == accuracy(1)
 
 
-def test_without_a_score_answers_are_judged() -> None:
+def test_without_a_score_agreement_decides() -> None:
     """2 of 540 changed are 0.37 points; 6 are 1.11, too many for BERT and few enough for ViT."""
-    assert judged("bert", "static", ALIKE, None).found == pytest.approx(2 / 540)
-    assert judged("bert", "static", ALIKE, None).holds
+    assert evaluated("bert", "static", ALIKE, None).found == pytest.approx(2 / 540)
+    assert evaluated("bert", "static", ALIKE, None).holds
     six = replace(ALIKE, top1=Accuracy.of_each(TOP1.name, "scans", [True] * 534 + [False] * 6))
-    assert not judged("bert", "static", six, None).holds
-    assert judged("vit", "static", six, None).holds
-    assert judged("vit", "static", six, None).n == 540
+    assert not evaluated("bert", "static", six, None).holds
+    assert evaluated("vit", "static", six, None).holds
+    assert evaluated("vit", "static", six, None).n == 540
 
 
 @pytest.mark.parametrize("agreement", [replace(ALIKE, embeds=True), replace(ALIKE, top1=None)])
-def test_embeddings_and_regressions_are_judged_by_their_error(agreement: Fidelity) -> None:
-    found = judged("bert", "static", agreement, None)
+def test_embeddings_and_regressions_by_their_error(agreement: Fidelity) -> None:
+    found = evaluated("bert", "static", agreement, None)
     assert (found.measure, found.found, found.n, found.holds) == ("relative error of logits", 0.05, 2, True)
     wrong = replace(agreement, error=RelativeError((1.1,), (100.0,)))
-    assert not judged("bert", "static", wrong, None).holds  # 0.105
+    assert not evaluated("bert", "static", wrong, None).holds  # 0.105
 
 
 @pytest.mark.parametrize(("family", "scores"), [("vit", None), ("gpt", (nats(3, 3), nats(nan, 3)))])
 def test_what_is_not_finite_fails_every_gate(family: str, scores: Any) -> None:
     broken = replace(ALIKE, error=RelativeError((inf,), (1.0,)))
-    found = judged(family, "static", broken, scores)
+    found = evaluated(family, "static", broken, scores)
     assert (found.found, found.interval, found.holds) == (inf, None, False)
-    assert not judged("gpt", "static", ALIKE, (nats(3, 3), nats(inf, 3))).holds
+    assert not evaluated("gpt", "static", ALIKE, (nats(3, 3), nats(inf, 3))).holds
     assert found.summary()
 
 
@@ -149,18 +149,18 @@ def test_the_interval_of_growth_pairs_the_blocks() -> None:
 
 def test_words_of_each_kind() -> None:
     rest = "agrees with FP32 in 538 of 540 images (95 %: 98.7 to 99.9 %); relative error of logits 0.05"
-    scored = judged("clip", "static", ALIKE, (accuracy(537, 540), accuracy(535, 540)))
+    scored = evaluated("clip", "static", ALIKE, (accuracy(537, 540), accuracy(535, 540)))
     assert scored.summary() == (f"zero-shot accuracy 0.9944 -> 0.9907, -0.37 points of 1.0 allowed, n = 540; {rest}")
-    written = judged("gpt", "dynamic", ALIKE, (nats(300, 300), nats(301, 301)))
+    written = evaluated("gpt", "dynamic", ALIKE, (nats(300, 300), nats(301, 301)))
     assert written.summary() == f"perplexity 20.09 -> 20.29, +1.01 % of 3.0 % allowed, n = 200 tokens; {rest}"
-    changed = judged("bert", "static", ALIKE, None)
+    changed = evaluated("bert", "static", ALIKE, None)
     assert changed.summary() == f"0.37 points of answers changed of 1.0 allowed, n = 540; {rest}"
-    embedded = judged("bert", "static", Fidelity(None, True, "sentence_embedding", ERROR), None)
+    embedded = evaluated("bert", "static", Fidelity(None, True, "sentence_embedding", ERROR), None)
     assert embedded.summary() == "relative error of sentence_embedding 0.05 of 0.1 allowed, n = 2"
 
 
 def test_json_is_what_a_bundle_records() -> None:
-    found = judged("clip", "static", ALIKE, (accuracy(990), accuracy(985)))
+    found = evaluated("clip", "static", ALIKE, (accuracy(990), accuracy(985)))
     words = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert words["measure"] == "zero-shot accuracy"
     assert (words["allowed"], words["found"], words["n"], words["holds"]) == (0.01, 0.005, 1000, True)
@@ -171,12 +171,12 @@ def test_json_is_what_a_bundle_records() -> None:
     error = words["relative_error"]
     assert (error["output"], error["value"], error["n"]) == ("logits", 0.05, 2)
     assert error["interval"] == pytest.approx([0.05, 0.05])
-    written = judged("gpt", "static", ALIKE, (nats(300, 300), nats(301, 301))).to_json()
+    written = evaluated("gpt", "static", ALIKE, (nats(300, 300), nats(301, 301))).to_json()
     assert written["score"]["fp32"]["perplexity"] == pytest.approx(np.exp(3))
 
 
 def once(lost: int, n: int = 540) -> GateResult:
-    return judged("clip", "static", ALIKE, (accuracy(n, n), accuracy(n - lost, n)))
+    return evaluated("clip", "static", ALIKE, (accuracy(n, n), accuracy(n - lost, n)))
 
 
 def test_repetitions_on_other_inputs_add_up() -> None:
@@ -190,7 +190,7 @@ def test_repetitions_on_other_inputs_add_up() -> None:
     assert not once(6).holds
     assert pooled([once(4), once(6)], same_inputs=False).holds
     assert pooled([once(5)], same_inputs=False) == once(5)
-    grown = [judged("gpt", "static", ALIKE, (nats(300), nats(after))) for after in (303, 309)]
+    grown = [evaluated("gpt", "static", ALIKE, (nats(300), nats(after))) for after in (303, 309)]
     assert pooled(grown, same_inputs=False).found == pytest.approx(np.exp(0.06) - 1)
     assert pooled(grown, same_inputs=False).interval is not None
     with pytest.raises(ExportError, match="no gate results"):
@@ -208,7 +208,7 @@ def test_repetitions_on_the_same_inputs_are_averaged() -> None:
     assert nothing is not None
     assert both is not None
     assert both[1] - both[0] > 2 * (nothing[1] - nothing[0])
-    grown = [judged("gpt", "static", ALIKE, (nats(300, 300), nats(300, more))) for more in (303, 309)]
+    grown = [evaluated("gpt", "static", ALIKE, (nats(300, 300), nats(300, more))) for more in (303, 309)]
     assert pooled(grown, same_inputs=True).n == 200
     assert pooled(grown, same_inputs=True).found == pytest.approx(np.exp(0.03) - 1)
 
@@ -232,7 +232,7 @@ def test_how_many_repetitions_are_wanted() -> None:
     """1,000 cases of 100 inputs: 540 scans twice; 2,000 tokens of 20 texts five times."""
     assert [once(0, n).wanted for n in (540, 999, 1000, 5000)] == [2, 2, 1, 1]
     top1 = Accuracy("same", "texts", (100,) * 20, (100,) * 20)
-    few = judged("bert", "static", replace(ALIKE, top1=top1), None)
+    few = evaluated("bert", "static", replace(ALIKE, top1=top1), None)
     assert (few.n, few.inputs, few.wanted) == (2000, 20, 5)
 
 

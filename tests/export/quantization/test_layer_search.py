@@ -1,4 +1,4 @@
-"""What may be asked for, both variants from one table, and the search for layers that stay in higher precision."""
+"""Options and their configuration, both variants from one table, and the search for high-precision layers."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_the_models_a_quantizer_is_made_of_stay() -> None:
 
 
 def test_rows_of_a_batch_are_answered_as_each_alone(gpt_bundle: Path) -> None:
-    """The whole of the reference GPT with dynamic activations: the same logits bit for bit, whoever stands beside.
+    """The whole of the reference GPT with dynamic activations: the same logits bit for bit, whatever is beside it.
 
     A prompt of twelve tokens and a step of one.
     """
@@ -179,7 +179,7 @@ def test_rows_of_a_batch_are_answered_as_each_alone(gpt_bundle: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "options", "said"),
+    ("precision", "options", "message"),
     [
         ("int8", {"method": "best"}, "--method is 'best'; expected one of minmax, percentile, entropy, mse."),
         ("int8", {"activations": "half"}, "--activations is 'half'; expected one of static, dynamic, none."),
@@ -201,10 +201,10 @@ def test_rows_of_a_batch_are_answered_as_each_alone(gpt_bundle: Path) -> None:
         ("int8", {"optional_sites": ("residual",), "activations": "none"}, "--also needs ranges fixed beforehand"),
     ],
 )
-def test_options_that_mean_nothing_are_refused(precision: str, options: dict[str, Any], said: str) -> None:
+def test_options_that_mean_nothing_are_refused(precision: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ExportError) as raised:
         QuantizeOptions(**options).config(precision, (ENCODER,))
-    assert str(raised.value).startswith(said)
+    assert str(raised.value).startswith(message)
 
 
 def test_what_is_meant_where_nothing_is_said() -> None:
@@ -228,19 +228,19 @@ def table(**changes: Any) -> RangeTable:
     return RangeTable({"model": ranges}, {"name": "words", "samples": 8, "sha256": "0" * 64})
 
 
-def test_a_table_must_hold_what_the_recipe_needs() -> None:
+def test_a_table_must_hold_what_the_config_needs() -> None:
     """A pair around the second layer's input needs its range; factors must be one per channel of a linear input."""
     assert calibrated_tensors(model(), STATIC) == ["n", "a"]
     require_fitting(table(), {"model": model()}, STATIC)
     require_fitting(table(smoothing={"n": Smoothing(0.5, np.ones(64, np.float32))}), {"model": model()}, STATIC)
     require_fitting(table(tensors={}), {"model": model()}, QuantizationConfig({"model": "none"}, weight_bits=4))
-    for changes, said in [
+    for changes, message in [
         ({"tensors": {"n": table().graphs["model"].tensors["n"]}}, "has none of 'a' of the graph 'model'"),
         ({"sha256": "0" * 64}, "is from another graph 'model'"),
         ({"smoothing": {"n": Smoothing(0.5, np.ones(63, np.float32))}}, "by 63 factors; expected 64"),
         ({"smoothing": {"h": Smoothing(0.5, np.ones(80, np.float32))}}, "by 80 factors; expected none"),
     ]:
-        with pytest.raises(CalibrationError, match=said):
+        with pytest.raises(CalibrationError, match=message):
             require_fitting(table(**cast("dict[str, Any]", changes)), {"model": model()}, STATIC)
 
 
@@ -279,7 +279,7 @@ def search(*candidates: FakeCandidate, gate: bool = True) -> LayerSearchResult:
     return search_layers(found, cast(Fp32Outputs, None), gate=gate, same_inputs=False, report=lambda what: None)
 
 
-def test_layers_are_kept_in_order_of_what_they_cost_until_the_gate_holds() -> None:
+def test_layers_stay_in_high_precision_in_order_of_their_cost_until_the_gate_holds() -> None:
     """All cost 0.04: with b 0.02, with b and d 0.01, which is allowed."""
     candidate = FakeCandidate(factor=0.25)
     found = search(candidate)
@@ -296,13 +296,13 @@ def test_layers_are_kept_in_order_of_what_they_cost_until_the_gate_holds() -> No
     assert [round(point["score"], 3) for point in found.curve] == [0.99, 0.988, 0.98, 0.97, 0.95]
 
 
-def test_where_the_gate_holds_at_once_nothing_is_kept() -> None:
+def test_where_the_gate_holds_at_once_all_is_quantised() -> None:
     found = search(FakeCandidate(factor=0.05))
     assert (found.high_precision, found.why) == ((), {})
     assert [point["quantized"] for point in found.curve] == [0, 1, 2, 3, 4]
 
 
-def test_without_a_gate_nothing_is_kept_and_the_verdict_is_recorded() -> None:
+def test_without_a_gate_all_is_quantised_and_the_result_recorded() -> None:
     found = search(FakeCandidate(), gate=False)
     assert found.high_precision == ()
     assert not found.results["cpu"].holds
@@ -320,10 +320,10 @@ def test_without_a_gate_nothing_is_kept_and_the_verdict_is_recorded() -> None:
 def test_beyond_half_of_the_weights_it_is_an_error(sizes: tuple[int, ...], kept: int) -> None:
     with pytest.raises(AccuracyError) as raised:
         search(FakeCandidate(sizes, factor=10))
-    said = str(raised.value)
-    assert f"with {kept} of 4 layers in high precision; more than half of the weights would have to be" in said
-    assert "Most sensitive: b (0.08), d (0.04), c (0.03), a (0.01)." in said
-    assert "1.0 allowed, n = 1000" in said
+    message = str(raised.value)
+    assert f"with {kept} of 4 layers in high precision; more than half of the weights would have to be" in message
+    assert "Most sensitive: b (0.08), d (0.04), c (0.03), a (0.01)." in message
+    assert "1.0 allowed, n = 1000" in message
 
 
 def test_one_variant_that_fails_is_enough() -> None:
@@ -334,7 +334,7 @@ def test_one_variant_that_fails_is_enough() -> None:
     assert search(Uneven(factor=0.25)).high_precision == (("model", "b"), ("model", "d"))
 
 
-def test_the_gate_holds_for_what_ships_and_for_all_trials_pooled() -> None:
+def test_the_gate_holds_for_what_ships_and_for_all_candidates_pooled() -> None:
     """What ships loses nothing, another calibration 0.04: 0.02 of 2,000, and one layer more has to be kept.
 
     The other way round its own loss counts, whatever the others do.

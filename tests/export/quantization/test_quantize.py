@@ -75,19 +75,19 @@ def record(bundle: Path) -> dict[str, Any]:
 def test_the_manifest_tells_how_it_was_made_and_what_it_costs(int8_bundle: Path) -> None:
     manifest = Bundle(int8_bundle).manifest
     assert manifest.precision == "int8"
-    told = record(int8_bundle)
-    assert told["activations"] == {"model": "static"}
-    assert (told["method"], told["weight_bits"], told["block_size"], told["also"]) == ("mse", 8, None, [])
-    assert told["elsewhere"] == {"cpu": "fp32", "default": "fp16"}
-    assert (told["data"]["name"], told["data"]["samples"], len(told["data"]["sha256"])) == ("digits", 512, 64)
-    assert told["ranges"] == RANGES
-    assert all(name.startswith("model/") and 0 < alpha < 1 for name, alpha in told["smoothing"].items())
-    layers = told["layers"]
+    about = record(int8_bundle)
+    assert about["activations"] == {"model": "static"}
+    assert (about["method"], about["weight_bits"], about["block_size"], about["also"]) == ("mse", 8, None, [])
+    assert about["elsewhere"] == {"cpu": "fp32", "default": "fp16"}
+    assert (about["data"]["name"], about["data"]["samples"], len(about["data"]["sha256"])) == ("digits", 512, 64)
+    assert about["ranges"] == RANGES
+    assert all(name.startswith("model/") and 0 < alpha < 1 for name, alpha in about["smoothing"].items())
+    layers = about["layers"]
     assert len({layer["name"] for layer in layers}) == len(layers) == LAYERS
     assert {(layer["graph"], layer["kept"], layer["why"]) for layer in layers} == {("model", False, None)}
     assert all(0 < layer["sensitivity"] < 0.05 for layer in layers)
     assert {"encoder.layer.0.attention.attention.query", "classifier"} <= {layer["name"] for layer in layers}
-    curve = told["curve"]
+    curve = about["curve"]
     assert [point["quantized"] for point in curve] == [0, 5, 10, 14, LAYERS]
     assert curve[0]["relative_error"] == 0 < curve[1]["relative_error"] < curve[-1]["relative_error"]
 
@@ -105,8 +105,8 @@ def test_the_gate_was_held_by_both_variants(int8_bundle: Path) -> None:
         assert result["agreement"]["correct"] >= 0.99 * 540
         assert 0 < result["relative_error"]["value"] < 0.03
         assert result["interval"][0] < result["found"] < result["interval"][1]
-    told = document(transom("inspect", int8_bundle, "--json"))
-    assert told["quantization"]["gate"] == gate
+    about = document(transom("inspect", int8_bundle, "--json"))
+    assert about["quantization"]["gate"] == gate
 
 
 def test_what_lies_in_the_bundle(int8_bundle: Path) -> None:
@@ -183,7 +183,7 @@ def test_a_table_makes_the_same_integers_again(small: Path) -> None:
 
 
 def test_other_data_than_was_calibrated_on_are_refused(small: Path, tmp_path: Path) -> None:
-    """Nobody would know whether the held-out part of them was seen."""
+    """It would not be known whether the held-out part of them was seen."""
     others = tmp_path / "others.txt"
     others.write_text("\n".join(TEXTS[::-1]))
     options = QuantizeOptions((str(others),), ranges=small / "calibrated" / RANGES)
@@ -199,18 +199,18 @@ def test_other_data_than_was_calibrated_on_are_refused(small: Path, tmp_path: Pa
 
 def test_calibrate_says_what_it_saw_and_leaves_a_sound_bundle(small: Path) -> None:
     """Three quarters of 20 texts; a quarter is left for the gate."""
-    told = json.loads((small / "calibrated.json").read_text())
-    assert told["data"]["samples"] == 15
-    assert told["graphs"]["model"]["tensors"] == 5  # query, key and value read one; output, two of the MLP, pooler
+    about = json.loads((small / "calibrated.json").read_text())
+    assert about["data"]["samples"] == 15
+    assert about["graphs"]["model"]["tensors"] == 5  # query, key and value read one; output, two of the MLP, pooler
     assert RANGES in Bundle(small / "calibrated").manifest.files
     assert transom("selftest", small / "calibrated").exit_code == 0
 
 
 def test_users_texts_are_measured_on_what_was_held_out(small: Path) -> None:
-    """No reference model: the error of its embeddings is judged, on 5 of 20 texts, then with other 5."""
-    told = record(small / "from-data" / "bundle")
-    assert told["data"]["name"] == "texts.txt (15 of 20, for calibration)"
-    result = told["gate"]["cpu"]
+    """No reference model: the error of its embeddings decides, on 5 of 20 texts, then with other 5."""
+    about = record(small / "from-data" / "bundle")
+    assert about["data"]["name"] == "texts.txt (15 of 20, for calibration)"
+    result = about["gate"]["cpu"]
     assert (result["measure"], result["n"]) == ("relative error of sentence_embedding", 5)
     assert (result["repeated"]["calibrations"], result["repeated"]["n"]) == (2, 2 * 5)
     assert (result["score"], result["holds"]) == (None, True)
@@ -241,10 +241,10 @@ def test_raw_inputs_dynamic_rows_and_seven_bits(tmp_path: Path) -> None:
     )
     export_to(tmp_path, reference("vit"), max_sizes={"B": 16}, precision="int8", quantize=options)
     bundle = tmp_path / "bundle"
-    told = record(bundle)
-    assert (told["activations"], told["method"], told["weight_bits"]) == ({"model": "dynamic"}, "percentile", 7)
-    assert told["data"]["name"] == "images.npz (24 of 32, for calibration)"
-    assert [layer["kept"] for layer in told["layers"]] == [False] * LAYERS
+    about = record(bundle)
+    assert (about["activations"], about["method"], about["weight_bits"]) == ({"model": "dynamic"}, "percentile", 7)
+    assert about["data"]["name"] == "images.npz (24 of 32, for calibration)"
+    assert [layer["kept"] for layer in about["layers"]] == [False] * LAYERS
     assert {reached(integers) for integers in integer_weights(bundle)} == {63}
     with load(bundle) as loaded:  # neighbours change nothing
         loud = pixels[:3] * np.array([1, 10, 1000], np.float32).reshape(3, 1, 1, 1)
@@ -268,10 +268,10 @@ def test_four_bits_of_weights_alone(tmp_path: Path) -> None:
     np.savez(tmp_path / "ids.npz", input_ids=np.random.default_rng(0).integers(0, 100, (16, 9)))
     options = QuantizeOptions((str(tmp_path / "ids.npz"),), smooth=False, gate=False)
     export_to(tmp_path, checkpoint, max_sizes={"B": 3}, precision="int4", quantize=options)
-    told = record(tmp_path / "bundle")
-    assert (told["activations"], told["weight_bits"], told["block_size"]) == ({"decoder": "none"}, 4, 32)
-    assert told["elsewhere"] == {"cpu": "fp32"}
-    assert {*told["gate"]} == {"cpu"}
+    about = record(tmp_path / "bundle")
+    assert (about["activations"], about["weight_bits"], about["block_size"]) == ({"decoder": "none"}, 4, 32)
+    assert about["elsewhere"] == {"cpu": "fp32"}
+    assert {*about["gate"]} == {"cpu"}
     assert operators(tmp_path / "bundle" / "decoder.onnx")["MatMulNBits"] == 4 + 1
     assert transom("selftest", tmp_path / "bundle").exit_code == 0
 
@@ -283,8 +283,8 @@ def test_a_gate_that_cannot_be_met(small: Path, tmp_path: Path, monkeypatch: pyt
     options = QuantizeOptions((str(small / "texts.txt"),), smooth=False)
     with pytest.raises(AccuracyError) as raised:
         export_to(tmp_path, small / "checkpoint", precision="int8", quantize=options)
-    said = str(raised.value)
-    assert said.startswith("relative error of sentence_embedding ")
-    assert "of 7 layers in high precision; more than half of the weights would have to be" in said
-    assert "Most sensitive: " in said
+    message = str(raised.value)
+    assert message.startswith("relative error of sentence_embedding ")
+    assert "of 7 layers in high precision; more than half of the weights would have to be" in message
+    assert "Most sensitive: " in message
     assert list(tmp_path.iterdir()) == []
