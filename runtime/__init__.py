@@ -1,11 +1,15 @@
-"""How an artefact runs: load a bundle, hand it text or images, get numpy arrays back.
+"""Run an exported model: load a bundle, give it texts or images, get numpy arrays back.
 
-    session, bundle, inputs     what a loaded bundle is, and what it is given
-    tasks/                      what each family offers
-    text/, images, preprocess   words and pictures become numbers
-    decoder/, generate/         steps over a cache; which token is next
-    backends/                   ONNX Runtime, TensorRT, the GPU below them
-    selftest, replay, compare, bench    what it is held to
+    loading, session, feeds     a bundle is loaded, its inputs are checked
+    bundle, manifest*           its folder, the schema of bundle.json
+    graph_spec, families        tensors, axes and graphs; the names of the families
+    tasks/                      the methods of each family
+    text/, image_*              texts and images become tensors
+    decoder, kv_cache           prefill and decode steps over a cache
+    generation/                 which token is next: greedy, sampling, beams
+    backends/, devices          ONNX Runtime, TensorRT, the GPU below them; what "auto" means
+    selftest, golden*, greedy_check, compare    outputs compared with golden values
+    bench, host, probe, saturation              times, and the machine that they belong to
 
 Needs numpy, onnxruntime, tokenizers and pillow; never torch or onnx. Importing this package costs
 next to nothing: the libraries are imported when the first bundle is loaded.

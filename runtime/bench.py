@@ -32,7 +32,7 @@ NEW_TOKENS = 64  # unless the context is too short for them and a prompt
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure: ``warmup`` calls first, then ``runs`` or until ``seconds`` are over."""
+    """Length of a measurement: ``warmup`` calls first, then ``runs`` or until ``seconds`` are over."""
 
     runs: int = 100
     warmup: int = 10
@@ -212,8 +212,8 @@ def generation_sizes(loaded: Generator, asked: Mapping[str, int], new_tokens: in
     B = asked.get("B", axes["B"].opt)
     new = new_tokens if new_tokens is not None else max(1, min(NEW_TOKENS, context // 2))
     shared = loaded.decoder_length([0, 0]) == 2  # the context, by the prompt and what is new
-    room = max(1, context - new) if shared else axes["S"].max
-    S = asked.get("S", min(axes["S"].opt, room))
+    longest = max(1, context - new) if shared else axes["S"].max
+    S = asked.get("S", min(axes["S"].opt, longest))
     length = loaded.decoder_length([0] * S)
     if length + new > context:
         raise InputError(

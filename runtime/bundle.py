@@ -1,4 +1,4 @@
-"""The folder of a bundle, and the reader that trusts nothing in it.
+"""Read the folder of a bundle, trusting nothing in it.
 
 docs/bundle_format.md is the specification. The order of checks: bundle.json is a regular file of sane
 size, parses, has a format version we know, has every field well-formed, names only files inside the
@@ -38,7 +38,7 @@ class Bundle:
             raise BundleError(f"{error.filename or folder} cannot be read: {error.strerror}. Check it.") from None
 
     def read(self, name: str) -> bytes:
-        """The bytes of a file, hashed as they were read: what is returned is what was checked."""
+        """Return the bytes of a file, hashed as they were read, so that they are the ones that were checked."""
         file = self.manifest.files.get(name)
         if file is None:
             raise BundleError(f"{self.folder / MANIFEST} does not list {name!r} under files; export the bundle again.")
@@ -55,22 +55,22 @@ class Bundle:
 
 
 def read_manifest(folder: Path) -> Any:
-    """The parsed bundle.json of a folder, its version known; nothing else checked yet."""
+    """Parse the bundle.json of a folder and check its format version, nothing else."""
     if not folder.is_dir():
         raise BundleError(f"{folder} is no folder; expected a bundle that `transom export` made.")
     path = regular_file(folder, MANIFEST)
     if path.stat().st_size > MAX_MANIFEST_BYTES:
         raise BundleError(
-            f"{path} has {path.stat().st_size} bytes, at most {MAX_MANIFEST_BYTES} are read; it is not one of ours."
+            f"{path} has {path.stat().st_size} bytes, at most {MAX_MANIFEST_BYTES} are read; it is no file of Transom."
         )
     return versioned(path.read_bytes(), str(path))
 
 
 def versioned(data: bytes, path: str) -> dict[str, Any]:
-    """The parsed bytes of a bundle.json, its version known; nothing else checked yet."""
+    """Parse the bytes of a bundle.json and check its format version, nothing else."""
     value = parse_json(data, path)
     if not isinstance(value, dict) or value.get("format") != FORMAT:
-        raise BundleError(f'{path} does not say "format": "{FORMAT}"; the folder is no bundle of ours.')
+        raise BundleError(f'{path} does not say "format": "{FORMAT}"; the folder is no bundle of Transom.')
     version = value.get("format_version")
     if version != FORMAT_VERSION or type(version) is not int:
         raise BundleError(
@@ -81,7 +81,7 @@ def versioned(data: bytes, path: str) -> dict[str, Any]:
 
 
 def regular_file(folder: Path, name: str) -> Path:
-    """The path of a file that exists, is a regular file, and lies in the folder when links are followed."""
+    """Return the path of a file that exists, is a regular file, and lies in the folder when links are followed."""
     path = folder / name
     if not path.exists():
         reason = "it is no bundle, or an incomplete one" if name == MANIFEST else "the bundle is incomplete"

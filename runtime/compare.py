@@ -1,4 +1,4 @@
-"""How two answers are compared: the worst element, where it is, and how bad on the tensor's own scale."""
+"""Compare two outputs: the worst element, its index, and its difference on the tensor's own scale."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class Comparison:
 
     @property
     def error(self) -> float:
-        """The difference on the tensor's own scale; as it is where that is zero."""
+        """Return the difference on the tensor's own scale; the difference itself where that is zero."""
         return self.difference / (self.scale or 1.0)
 
     def to_json(self) -> dict[str, Any]:
-        """Every field but the histogram, and the error that follows from them."""
-        told = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "histogram"}
-        return {**told, "error": self.error}
+        """Return every field but the histogram, and the error computed from them."""
+        values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "histogram"}
+        return {**values, "error": self.error}
 
     def __str__(self) -> str:
         where = ", ".join(map(str, self.index))
@@ -58,7 +58,7 @@ def compare(
     theirs: NDArray[np.float32],
     real: NDArray[np.bool_] | None = None,
 ) -> Comparison:
-    """Hold ``ours`` against ``theirs``, both floating point of the same shape.
+    """Compare ``ours`` with ``theirs``, both floating point of the same shape.
 
     The scale is the tensor's largest absolute value, since that is what the next layer's sums are
     made of; a tensor of zeros is compared absolutely. A NaN or infinity on either side is an
@@ -86,7 +86,7 @@ def compare(
 def compare_row(
     ours: NDArray[np.float32], theirs: NDArray[np.float32], real: NDArray[np.bool_] | None
 ) -> tuple[NDArray[np.float32], float, int]:
-    """|ours - theirs| of one row, infinite where either is not finite; the largest |theirs| that counts.
+    """Return |ours - theirs| of one row, infinite where either is not finite, and the largest |theirs| that counts.
 
     The third is how many elements are finite padding, whose difference is 0.
     """
@@ -104,7 +104,7 @@ def compare_row(
 
 
 def exponents(difference: NDArray[np.float32]) -> NDArray[np.int64]:
-    """How many of these, none negative, have each exponent of a float32: int64 (EXPONENTS,)."""
+    """Count how many of these, none negative, have each exponent of a float32: int64 (EXPONENTS,)."""
     bits = np.ascontiguousarray(difference, np.float32).reshape(-1).view(np.uint32)
     return np.bincount(bits >> 23, minlength=EXPONENTS)
 
@@ -112,7 +112,7 @@ def exponents(difference: NDArray[np.float32]) -> NDArray[np.int64]:
 def compare_outputs(
     graph: Graph, inputs: Mapping[str, Array], ours: Mapping[str, Array], theirs: Mapping[str, Array]
 ) -> tuple[Comparison, ...]:
-    """Each of ``theirs`` against ``ours``, but for positions that ``attention_mask`` calls padding.
+    """Compare each of ``theirs`` with ``ours``, except positions that ``attention_mask`` calls padding.
 
     What a model computes for padding is never read and is not kept within any bounds by training:
     counted, it would ask for tolerances ten times as wide for everything else. It must be finite.
@@ -128,7 +128,7 @@ def compare_outputs(
 
 
 def real_positions(attention_mask: Array, axes: tuple[str | int, ...]) -> NDArray[np.bool_] | None:
-    """``attention_mask`` (B, S) as bool that broadcasts to a tensor of ``axes``; None where it has not both."""
+    """Return ``attention_mask`` (B, S) as bool that broadcasts to ``axes``; None where those have not both B and S."""
     if axes[0] != "B" or "S" not in axes:
         return None
     shape = [1] * len(axes)
@@ -137,7 +137,7 @@ def real_positions(attention_mask: Array, axes: tuple[str | int, ...]) -> NDArra
 
 
 def largest_scales(comparisons: Iterable[Comparison]) -> dict[str, float]:
-    """Each tensor's largest scale over many runs."""
+    """Return each tensor's largest scale over many runs."""
     scales: dict[str, float] = {}
     for comparison in comparisons:
         scales[comparison.tensor] = max(comparison.scale, scales.get(comparison.tensor, 0.0))
@@ -145,7 +145,7 @@ def largest_scales(comparisons: Iterable[Comparison]) -> dict[str, float]:
 
 
 def on_scales(comparisons: Iterable[Comparison], scales: Mapping[str, float]) -> tuple[Comparison, ...]:
-    """The comparisons on the scales given, where those are larger.
+    """Return the comparisons on the given scales, where those are larger.
 
     One run may be too little to tell a tensor's scale: a single logit near zero has none.
     """

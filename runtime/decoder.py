@@ -1,4 +1,4 @@
-"""Rows of tokens that a decoder reads, one chunk or one token at a time, over a KV cache."""
+"""Run a decoder graph over a KV cache: prefill of prompts, decode steps of one token a row."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Floats = NDArray[np.float32]
 
 
 class Decoder:
-    """R rows in one decoder graph; every row stands at its own position.
+    """R rows in one decoder graph, each at its own position.
 
     ``limit`` is the most tokens a row may have. ``encoder_outputs`` is what the graph reads beside tokens and
     caches, one row of each array per row: the encoder's keys and values, and its mask. ``most_logits``
     is the most positions of a row whose logits one run gives, the bound of axis P.
 
-    The state belongs to this object alone and go with it. Not to be shared by threads.
+    The state belongs to this object alone. Not to be shared by threads.
     """
 
     def __init__(
@@ -54,14 +54,13 @@ class Decoder:
 
     @property
     def capacity(self) -> int:
-        """Tokens that the buffers hold per row now."""
+        """Return how many tokens the buffers hold per row now."""
         return self._state.capacity
 
     def prefill(self, tokens: Ids, lengths: Ids | None = None) -> Floats:
-        """Read prompts, (R, S) padded on the right to ``lengths`` (R,); logits (R, V) behind each row's last.
+        """Run prompts (R, S), padded on the right to ``lengths`` (R,); return logits (R, V) of each row's last token.
 
-        In chunks of CHUNK. What is written for padding lies past its row's end and is overwritten before
-        anybody sees it.
+        In chunks of CHUNK. What is written for padding lies past its row's end and is overwritten before it is read.
         """
         R, S = tokens.shape
         lengths = np.full(R, S) if lengths is None else lengths
@@ -77,7 +76,7 @@ class Decoder:
         return last
 
     def forward_logits(self, tokens: Ids) -> Floats:
-        """Read (R, S) and give the logits behind every token: (R, S, V)."""
+        """Append tokens (R, S) and return the logits of every one: (R, S, V)."""
         parts = []
         for first in range(0, tokens.shape[1], self._most_logits):
             chunk = tokens[:, first : first + self._most_logits]
@@ -86,23 +85,21 @@ class Decoder:
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
     def decode_step(self, tokens: Ids) -> Floats:
-        """Append one token to each row: (R,) -> logits (R, V) of what comes next."""
+        """Append one token to each row, (R,), and return the logits (R, V) of the next one."""
         return self.prefill(tokens[:, None])
 
     def reorder(self, rows: NDArray[np.intp]) -> None:
-        """Row i goes on from what row ``rows[i]`` was; there are ``len(rows)`` from now on."""
+        """Replace row i by what row ``rows[i]`` was; there are ``len(rows)`` from now on."""
         self._state.reorder(rows)
         self._ends = self._ends[rows]
 
     def _step(self, tokens: Ids, write_indices: Ids, positions: NDArray[np.intp]) -> Floats:
-        """One run of the graph: (R, S) tokens at ``write_indices`` (R,), logits at ``positions`` (R, P)."""
+        """Run the graph once: (R, S) tokens at ``write_indices`` (R,), logits at ``positions`` (R, P)."""
         R, S = tokens.shape
-        reached = int(write_indices.max(initial=0)) + S
-        if reached > self._limit:
-            raise InputError(
-                f"row {int(write_indices.argmax())} reaches {reached} tokens; the context holds {self._limit}."
-            )
-        self._state.reserve(reached)
+        end = int(write_indices.max(initial=0)) + S
+        if end > self._limit:
+            raise InputError(f"row {int(write_indices.argmax())} has {end} tokens; the context holds {self._limit}.")
+        self._state.reserve(end)
         feeds = {
             self._tokens: np.ascontiguousarray(tokens, np.int64),
             WRITE_INDICES: np.ascontiguousarray(write_indices, np.int64),

@@ -42,9 +42,9 @@ class Choice:
 
 
 def choose(open_on: Callable[[str], Opened], absent: Mapping[str, str]) -> tuple[Opened, Choice]:
-    """Open on the fastest device that works, in the order of FASTEST_FIRST; what was opened, and the choice.
+    """Open on the fastest device that works, in the order of FASTEST_FIRST; return what was opened, and the choice.
 
-    ``absent`` says of devices that need not be tried why. Raises what ``open_on`` raises for the CPU, the last.
+    ``absent`` has the devices that need not be tried, and why. Raises what ``open_on`` raises for the CPU, the last.
     """
     passed_over: dict[str, str] = {}
     for device in FASTEST_FIRST[:-1]:
@@ -60,5 +60,5 @@ def choose(open_on: Callable[[str], Opened], absent: Mapping[str, str]) -> tuple
 
 
 def without_engines(graphs: Sequence[GraphFile]) -> dict[str, str]:
-    """The devices that need not be tried for ``graphs``, and why: an engine is needed of each graph."""
+    """Return the devices that need not be tried for ``graphs``, and why: an engine is needed of each graph."""
     return {} if all(graph.plans for graph in graphs) else {"tensorrt": NO_ENGINES}

@@ -25,11 +25,11 @@ LIMITS = {  # bytes that entries of a kind take together; the oldest go first
 }
 NO_HOME = "there is no home folder: HOME is not set, and the system does not know this user"
 log = logging.getLogger("transom")
-_said: set[str] = set()  # kinds whose absence was logged: once in a process
+_logged: set[str] = set()  # kinds whose absence was logged: once in a process
 
 
 def our_version() -> str:
-    """The version of this package, for keys: another one may make something else of the same input."""
+    """Return the version of this package, for keys: another one may make something else of the same input."""
     try:
         return importlib.metadata.version("transom")
     except importlib.metadata.PackageNotFoundError:
@@ -37,7 +37,7 @@ def our_version() -> str:
 
 
 def cache_root() -> Path | None:
-    """``$XDG_CACHE_HOME/transom``, or ``~/.cache/transom``; None where there is no home.
+    """Return ``$XDG_CACHE_HOME/transom``, or ``~/.cache/transom``; None where there is no home.
 
     A relative XDG_CACHE_HOME is passed over, as the XDG Base Directory Specification says.
     """
@@ -51,7 +51,7 @@ def cache_root() -> Path | None:
 
 
 class Cache:
-    """The entries of one ``kind``, a key of LIMITS. ``costs`` says what it means that nothing is kept.
+    """The entries of one ``kind``, a key of LIMITS. ``costs`` is what the log says it costs that nothing is kept.
 
     ``folder`` is None where there can be no cache. What lies in a folder that cannot be written is read all the same.
     """
@@ -64,24 +64,24 @@ class Cache:
 
     @cached_property
     def keeps(self) -> bool:
-        """Whether entries can be added; the folder is made for it."""
+        """Return whether entries can be added; the folder is made for it."""
         if self.folder is not None:
             self._why = unwritable(self.folder)
         return self._why is None
 
     def entry(self, key: str) -> Path | None:
-        """Where the entry of ``key`` lies if there is one."""
+        """Return the path of the entry of ``key``, where it is if there is one; None without a folder."""
         return self.folder / key if self.folder is not None else None
 
     def used(self, key: str) -> None:
-        """Note that an entry was of use: the ones that were not for longest go first."""
+        """Note that an entry was used: the least recently used are removed first."""
         path = self.entry(key)
         if path is not None and self.keeps:
             with contextlib.suppress(OSError):
                 os.utime(path)
 
     def add(self, key: str, write: Callable[[Path], object]) -> None:
-        """Have ``write`` make a new file or folder at the path it is given, and keep that under ``key``.
+        """Let ``write`` make a new file or folder at a path, and keep that under ``key``.
 
         It has its final name only when it is whole. A full disk costs the entry and nothing else.
         """
@@ -109,8 +109,8 @@ class Cache:
 
     def warn(self) -> None:
         """Log, once in a process, that nothing is kept, why, and what that costs."""
-        if self._kind not in _said:
-            _said.add(self._kind)
+        if self._kind not in _logged:
+            _logged.add(self._kind)
             log.warning(
                 "nothing is kept in the cache of %s: %s. %s Set XDG_CACHE_HOME to a folder that can be written.",
                 self._kind,
@@ -120,7 +120,7 @@ class Cache:
 
 
 def unwritable(folder: Path) -> str | None:
-    """Why nothing can be written into ``folder``, which is made where it is missing; None where it can."""
+    """Return why ``folder``, made where it is missing, cannot be written; None where it can."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -150,6 +150,6 @@ def trim(folder: Path, limit: int) -> None:
 
 
 def bytes_of(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder."""
+    """Return the size in bytes of a file, or of all files below a folder."""
     files = [path] if not path.is_dir() else [found for found in path.rglob("*") if found.is_file()]
     return sum(file.stat().st_size for file in files)

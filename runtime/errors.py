@@ -1,4 +1,4 @@
-"""Every error Transom raises on purpose, drawn in one place.
+"""Define every error that Transom raises on purpose.
 
 TransomError
 ├── CheckpointError     the source checkpoint is missing, damaged, pickled, or not a model we define
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 
 class TransomError(Exception):
-    """Base of all errors of ours; the command line prints it on one line and exits 1."""
+    """Base of all errors of Transom; the command line prints it on one line and exits 1."""
 
 
 class CheckpointError(TransomError):
@@ -65,7 +65,7 @@ class ShapeError(InputError):
 
 
 class NotFiniteError(InputError):
-    """What a task reads from the model is NaN or infinite."""
+    """An output that a task reads from the model is NaN or infinite."""
 
 
 class BackendError(TransomError):
@@ -73,5 +73,5 @@ class BackendError(TransomError):
 
 
 def one_line(error: BaseException, limit: int = 400) -> str:
-    """What another library says, fit for a message of ours: one line of at most ``limit`` characters."""
+    """Return another library's message on one line of at most ``limit`` characters, for a message of Transom's."""
     return " ".join(str(error).split())[:limit] or type(error).__name__

@@ -1,4 +1,4 @@
-"""What a caller hands in, held against what the graph declares, before any library sees it."""
+"""Check what a caller gives a graph against the declared tensors, before any library sees it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOGITS_POSITIONS = "logits_positions"  # int64 (B, P): which of the new tokens g
 def checked_feeds(
     graph: Graph, axes: Mapping[str, Axis], inputs: Mapping[str, Any]
 ) -> tuple[dict[str, Array], dict[str, int]]:
-    """Every input of the graph as an array, defaults filled in, and the size of each named axis.
+    """Return every input of the graph as an array, defaults filled in, and the size of each named axis.
 
     Raises InputError for an unknown or missing name, a wrong type or dtype, an index out of its
     range, or a buffer that cannot be written in place; ShapeError for a wrong rank, a wrong fixed
@@ -49,7 +49,7 @@ def checked_feeds(
 
 
 def complete_sizes(graph: Graph, axes: Mapping[str, Axis], sizes: dict[str, int]) -> None:
-    """Axes that no given input has are as long as those they are said to be like."""
+    """Add to ``sizes`` the axes that no given input has: each is as long as the one it is ``same_as``."""
     for name in {size for tensor in graph.inputs for size in tensor.shape if isinstance(size, str)} - sizes.keys():
         other = axes[name].same_as
         if other in sizes:
@@ -70,7 +70,7 @@ def check_type(tensor: Tensor, value: Any) -> None:
 
 
 def storage(tensor: Tensor) -> np.dtype[Any]:
-    """numpy's dtype of a tensor; the bits of bfloat16, which numpy does not know, as uint16."""
+    """Return numpy's dtype of a tensor; for bfloat16, which numpy does not have, uint16 with the same bits."""
     return np.dtype("uint16" if tensor.dtype == "bfloat16" else tensor.dtype)
 
 
@@ -100,7 +100,7 @@ def check_shape(tensor: Tensor, value: Array, axes: Mapping[str, Axis], sizes: d
 
 
 def allowed_sizes(name: str, axis: Axis, size: int) -> str:
-    """``1..67. Export again with --max S=68.``: the bounds, and how to have a ``size`` beyond them, if at all."""
+    """Return the bounds, and how to get a ``size`` beyond them, if at all: ``1..67. Export again with --max S=68.``"""
     where = f" in the engine for {axis.target}" if isinstance(axis, EngineAxis) else ""
     beyond = size > axis.max or (isinstance(axis, EngineAxis) and size >= exported(axis).min)
     hint = f" {wider({name: axis}, {name: size})}." if beyond else ""
@@ -111,7 +111,7 @@ def allowed_sizes(name: str, axis: Axis, size: int) -> str:
 
 
 def wider(axes: Mapping[str, Axis], sizes: Mapping[str, int]) -> str:
-    """``Export again with --max S=68``: the command that lets axes have ``sizes`` that are out of their bounds.
+    """Return the command that lets axes have ``sizes`` out of their bounds: ``Export again with --max S=68``.
 
     An engine within the bundle's bounds is built again; beyond them both commands are named.
     """
@@ -129,12 +129,12 @@ def wider(axes: Mapping[str, Axis], sizes: Mapping[str, int]) -> str:
 
 
 def exported(axis: Axis) -> Axis:
-    """The bundle's bounds of an axis."""
+    """Return the bundle's bounds of an axis."""
     return axis.exported if isinstance(axis, EngineAxis) and axis.exported is not None else axis
 
 
 def engine_axes(axes: Mapping[str, Axis], plan: Plan) -> dict[str, Axis]:
-    """The bundle's ``axes`` within the bounds of an engine; those that it does not narrow are as they were."""
+    """Return the bundle's ``axes`` within the bounds of an engine; those that it does not narrow are unchanged."""
     narrowed = {
         name: EngineAxis(
             axis.min, axis.opt, axis.max, same_as=axes[name].same_as, target=plan.target, exported=axes[name]
@@ -158,7 +158,10 @@ def check_range(tensor: Tensor, value: Array) -> None:
 
 
 def check_buffer(name: str, value: Array) -> None:
-    """A cache is written in place: a copy that made it contiguous would get the new tokens instead."""
+    """Raise InputError for a cache that cannot be written in place.
+
+    A copy that made it contiguous would get the new tokens instead.
+    """
     if not (value.flags.c_contiguous and value.flags.writeable and value.flags.aligned):
         raise InputError(
             f"input {name!r} is read-only or no contiguous block of memory; it is written in place. "
@@ -167,15 +170,15 @@ def check_buffer(name: str, value: Array) -> None:
 
 
 def check_buffers(names: Sequence[str], inputs: Mapping[str, Array]) -> None:
-    """The caches that are given, each in memory of its own; all of them where tokens lie in them already."""
+    """Raise InputError unless the given caches are all there, once tokens lie in them, each in memory of its own."""
     given = [name for name in names if name in inputs]
     for name in given:
         check_buffer(name, inputs[name])
     if given and len(given) < len(names) and np.any(inputs.get(WRITE_INDICES, 0)):
         missing = next(name for name in names if name not in inputs)
         raise InputError(
-            f"input {missing!r} is missing, but {WRITE_INDICES} goes on behind tokens that it should hold. Give all "
-            "of the caches that the call before wrote."
+            f"input {missing!r} is missing, but {WRITE_INDICES} continues after tokens that it should hold. Give "
+            "all of the caches that the call before wrote."
         )
     placed = sorted((inputs[name].ctypes.data, name) for name in given)
     for (start, name), (following, other) in pairwise(placed):
@@ -186,9 +189,9 @@ def check_buffers(names: Sequence[str], inputs: Mapping[str, Array]) -> None:
 
 
 def check_positions(new: int, capacity: int, feeds: Mapping[str, Array]) -> None:
-    """Raise ShapeError where ``new`` tokens a row do not fit into caches of ``capacity`` behind what is there,
+    """Raise ShapeError where ``new`` tokens a row do not fit into caches of ``capacity`` behind those written before.
 
-    and InputError where a wanted position is not among the new ones. Graphs check neither: TensorRT drops what is
+    Raises InputError where a wanted position is not among the new ones. Graphs check neither: TensorRT drops what is
     written past the end without an error.
     """
     end = int(np.max(feeds[WRITE_INDICES], initial=0)) + new
@@ -206,7 +209,7 @@ def check_positions(new: int, capacity: int, feeds: Mapping[str, Array]) -> None
 
 
 def filled(tensor: Tensor, sizes: Mapping[str, int]) -> Array:
-    """The default of an input that was left out."""
+    """Make the default of an input that was left out; InputError where it has none."""
     if tensor.default is None or any(isinstance(name, str) and name not in sizes for name in tensor.shape):
         raise InputError(f"input {tensor.name!r} is missing; expected {tensor.dtype} {expected_shape(tensor)}.")
     shape = shape_of(tensor, sizes)
@@ -223,7 +226,7 @@ def expected_shape(tensor: Tensor) -> str:
 
 
 def wanted_outputs(graph: Graph, names: Sequence[str] | None, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the outputs asked for (all of them for None); InputError for an unknown one.
+    """Return name -> shape of the outputs asked for (all of them for None); InputError for an unknown one.
 
     A buffer that is written in place goes by the name of its input.
     """

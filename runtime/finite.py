@@ -1,4 +1,4 @@
-"""The one rule about what tasks read from a model: numbers, or an error that names the output.
+"""Check that what tasks read from a model is finite; an error names the output.
 
 Every task checks here what it reads, and only that; raw runs are handed out as they are.
 """

@@ -1,4 +1,4 @@
-"""Read the golden values of a bundle, and see that they are complete and fit where it runs."""
+"""Read the golden values of a bundle, check that they are complete, and cut them to an engine's bounds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Sides = Mapping[str, Mapping[str, Array]]  # of one case: "input" and each side,
 
 
 def read_golden(bundle: Bundle) -> dict[str, dict[str, dict[str, Array]]]:
-    """golden.safetensors as case -> "input" | "pytorch" | "bundle" | "simulated" -> tensor name -> array."""
+    """Read golden.safetensors: case -> "input" | "pytorch" | "bundle" | "simulated" -> tensor name -> array."""
     from safetensors import SafetensorError
     from safetensors.numpy import load as parse
 
@@ -60,7 +60,7 @@ def require_complete(loaded: LoadedBundle, golden: Mapping[str, Sides]) -> froze
 
 
 def cut_to_bounds(loaded: LoadedBundle, name: str, arrays: Sides) -> tuple[Sides | None, str]:
-    """What the engine takes of a golden case, None for nothing, and why not all of it; "" where all.
+    """Return what the engine takes of a golden case, None for nothing, and why not all of it; "" where all.
 
     A generation is cut to the rows and steps that fit, any other case is left out.
     """
@@ -76,7 +76,7 @@ def cut_to_bounds(loaded: LoadedBundle, name: str, arrays: Sides) -> tuple[Sides
 
 
 def cut_generation(loaded: LoadedBundle, arrays: Sides) -> tuple[Sides | None, str]:
-    """The rows and steps of a golden generation that fit into the engine's rows and its context."""
+    """Cut a golden generation to the rows and steps that fit into the engine's rows and its context."""
     from transom.runtime.greedy_check import prompts_from_arrays
     from transom.runtime.tasks.generator import Generator
 
@@ -101,10 +101,12 @@ def cut_generation(loaded: LoadedBundle, arrays: Sides) -> tuple[Sides | None, s
     return cut, f"{len(rows)} of {len(tokens)} rows and {steps} of {tokens.shape[1]} steps fit into the engine"
 
 
-def is_generation(given: Mapping[str, Array], sides: Sequence[Mapping[str, Array]], judge: Mapping[str, Array]) -> bool:
-    """Whether the arrays of a golden generation are there and fit each other; PyTorch's are the first of ``sides``.
+def is_generation(
+    given: Mapping[str, Array], sides: Sequence[Mapping[str, Array]], reference: Mapping[str, Array]
+) -> bool:
+    """Return whether a golden generation has all arrays and they fit each other; PyTorch's are the first of ``sides``.
 
-    ``judge`` is the side whose tokens are compared.
+    ``reference`` is the side whose tokens are compared.
     """
     theirs = sides[0]
     needed = (
@@ -112,8 +114,8 @@ def is_generation(given: Mapping[str, Array], sides: Sequence[Mapping[str, Array
         (given, "lengths", "int64", 1),
         (theirs, "tokens", "int64", 2),
         *((side, "logits", "float32", 3) for side in sides),
-        (judge, "tokens", "int64", 2),
-        (judge, "margins", "float32", 2),
+        (reference, "tokens", "int64", 2),
+        (reference, "margins", "float32", 2),
     )
     for arrays, name, dtype, axes in needed:
         if name not in arrays or arrays[name].dtype != dtype or arrays[name].ndim != axes:
@@ -123,17 +125,17 @@ def is_generation(given: Mapping[str, Array], sides: Sequence[Mapping[str, Array
         0 < len(prompts) == len(lengths) == len(tokens) == len(logits)
         and 0 < int(lengths.min()) <= int(lengths.max()) <= prompts.shape[1]
         and 0 < logits.shape[1] <= tokens.shape[1]
-        and tokens.shape == judge["tokens"].shape == judge["margins"].shape
+        and tokens.shape == reference["tokens"].shape == reference["margins"].shape
         and all(side["logits"].shape == logits.shape for side in sides)
-        and has_largest_logits(judge, logits.shape[2])
+        and has_largest_logits(reference, logits.shape[2])
     )
 
 
-def has_largest_logits(judge: Mapping[str, Array], vocabulary: int) -> bool:
-    """Whether the largest logits of each step fit the tokens; bundles of version 0.1.0 have none."""
-    if "top_ids" not in judge and "top_logits" not in judge:
+def has_largest_logits(reference: Mapping[str, Array], vocabulary: int) -> bool:
+    """Return whether the largest logits of each step fit the tokens; bundles of version 0.1.0 have none."""
+    if "top_ids" not in reference and "top_logits" not in reference:
         return True
-    ids, logits = judge.get("top_ids"), judge.get("top_logits")
+    ids, logits = reference.get("top_ids"), reference.get("top_logits")
     return (
         ids is not None
         and logits is not None
@@ -141,7 +143,7 @@ def has_largest_logits(judge: Mapping[str, Array], vocabulary: int) -> bool:
         and logits.dtype == np.float32
         and ids.shape == logits.shape
         and ids.ndim == 3
-        and ids.shape[:2] == judge["tokens"].shape
+        and ids.shape[:2] == reference["tokens"].shape
         and ids.size > 0
         and 0 <= int(ids.min()) <= int(ids.max()) < vocabulary
     )

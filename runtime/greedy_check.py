@@ -91,8 +91,10 @@ def logits_along(bundle: Generator, prompts: Sequence[Row], tokens: NDArray[np.i
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first step at which two greedy generations differ in a row; ``margin`` is the other side's, infinite behind
-    its end."""
+    """The first step at which two greedy generations differ in a row.
+
+    ``margin`` is how far the other side's token was above its next best; infinite behind that side's end.
+    """
 
     row: int
     step: int
@@ -142,9 +144,9 @@ def explained_margin(ours: GreedyGeneration, theirs: GreedyTokens, divergence: D
 def require_same_tokens(
     ours: GreedyGeneration, theirs: GreedyTokens, tolerance: float, other: str = PYTORCH
 ) -> list[Divergence]:
-    """Return the near ties: rows that differ where the other side's margin was below both sides' ``tolerance`` of a
-    logit, and no larger than their logits there differ.
+    """Return the near ties, the rows that differ where ``theirs`` was itself undecided.
 
+    That is where its margin is below both sides' ``tolerance`` of a logit, and no larger than ``explained_margin``.
     ``other`` names ``theirs`` in messages. Raises ParityError for a row that differs elsewhere.
     """
     found = divergences(ours.chosen.tokens, theirs)

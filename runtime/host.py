@@ -34,7 +34,7 @@ MACOS_FLAGS = {  # what Linux calls them
 
 @dataclass(frozen=True)
 class InstructionSet:
-    """``flags`` are Linux's names of what the processor must have; ``meaning`` says how fast it multiplies."""
+    """Integer instructions: the ``flags`` they need, by Linux's names, and in ``meaning`` how fast they multiply."""
 
     name: str
     flags: frozenset[str]
@@ -57,19 +57,19 @@ UNKNOWN = InstructionSet("unknown", frozenset(), "this system does not say which
 
 
 def instruction_set_of(flags: frozenset[str]) -> InstructionSet:
-    """The best set of which ``flags`` has all; UNKNOWN where it has none."""
+    """Return the best set of which ``flags`` has all; UNKNOWN where it has none."""
     return next((known for known in INSTRUCTION_SETS if known.flags <= flags), UNKNOWN)
 
 
 def flags_of_cpuinfo(text: str) -> frozenset[str]:
-    """What every core listed in a Linux /proc/cpuinfo has: ``flags`` of x86, ``Features`` of Arm."""
+    """Return the flags that all cores of a Linux /proc/cpuinfo have: ``flags`` of x86, ``Features`` of Arm."""
     pairs = (line.partition(":") for line in text.splitlines())
     cores = [frozenset(words.split()) for key, _, words in pairs if key.strip() in ("flags", "Features")]
     return frozenset.intersection(*cores) if cores else frozenset()
 
 
 def flags_of_sysctl(text: str) -> frozenset[str]:
-    """The same of the lines ``name: value`` that macOS's sysctl prints for SYSCTL."""
+    """Return the same from the lines ``name: value`` that macOS's sysctl prints for SYSCTL."""
     found = set()
     for name, _, value in (line.partition(":") for line in text.splitlines()):
         found |= set(value.split()) | ({name} if value.strip() == "1" else set())
@@ -78,7 +78,7 @@ def flags_of_sysctl(text: str) -> frozenset[str]:
 
 @cache
 def cpu_flags() -> frozenset[str]:
-    """This processor's flags in Linux's words; nothing where the system does not tell."""
+    """Return this processor's flags by Linux's names; none where the system does not list them."""
     if platform.system() == "Darwin":
         try:
             done = subprocess.run(["sysctl", *SYSCTL], capture_output=True, text=True, timeout=SYSCTL_TIMEOUT_S)
@@ -92,17 +92,17 @@ def cpu_flags() -> frozenset[str]:
 
 
 def this_cpu() -> InstructionSet:
-    """What this processor multiplies INT8 with."""
+    """Return the instructions with which this processor multiplies INT8."""
     return instruction_set_of(cpu_flags())
 
 
 def instruction_set() -> str:
-    """Its name, as figures record it: ``avx512_vnni``."""
+    """Return their name, as results record it: ``avx512_vnni``."""
     return this_cpu().name
 
 
 def peak_memory_mib() -> float | None:
-    """The most physical memory this process ever held, in MiB; None where the system does not say.
+    """Return the most physical memory this process ever held, in MiB; None where the system does not say.
 
     Linux's VmHWM comes first: getrusage there starts from the size of the process that started this one.
     """
@@ -120,14 +120,14 @@ def peak_memory_mib() -> float | None:
 
 
 def usable_cores() -> int:
-    """Logical cores that this process may run on: a container or taskset may leave it fewer than there are."""
+    """Count the logical cores that this process may use; a container or taskset may leave it fewer than there are."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def cpu_info() -> dict[str, str]:
-    """The fields of /proc/cpuinfo's first core; empty where there is none."""
+    """Return the fields of /proc/cpuinfo's first core; empty where there is none."""
     try:
         first = CPUINFO.read_text(errors="replace").split("\n\n")[0]
     except OSError:
@@ -137,7 +137,7 @@ def cpu_info() -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """The processor as the system calls it; on ARM boards that do not say, the board."""
+    """Return the processor's name by the system; on ARM boards that do not say, the board's."""
     name = cpu_info().get("model name")
     if name:
         return name
@@ -148,5 +148,5 @@ def cpu_name() -> str:
 
 
 def processor() -> str:
-    """The processor and what it multiplies 8-bit integers with, as every printed figure names it."""
+    """Return the processor and its integer instructions, as every printed result names them."""
     return f"{cpu_name()}, {instruction_set()}"

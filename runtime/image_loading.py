@@ -1,4 +1,4 @@
-"""From a path, bytes, a PIL image or an array to an upright RGB image, with limits on what is decoded.
+"""Open a path, bytes, a PIL image or an array as an upright RGB image, with limits on what is decoded.
 
 The pixels are those of ``transformers.image_utils.load_image``, 5.23.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 MAX_IMAGE_PIXELS = 64_000_000
 
 # What is opened, by its first bytes: raster formats only, so that no file starts an interpreter (EPS, PDF).
-# The classes are used directly because PIL.Image.open warns or raises by a limit that is global and not ours.
+# The classes are used directly because PIL.Image.open warns or raises by a limit that is global to the process.
 SIGNATURES = (
     (b"\x89PNG\r\n\x1a\n", "PngImagePlugin", "PngImageFile"),
     (b"\xff\xd8\xff", "JpegImagePlugin", "JpegImageFile"),
@@ -49,7 +49,7 @@ UPRIGHT = {  # EXIF orientation -> name of PIL's transposition that turns the im
 
 
 def open_image(source: ImageSource) -> Image:
-    """An upright RGB image, alpha dropped, as ``transformers.image_utils.load_image`` gives it.
+    """Return an upright RGB image, alpha dropped, as ``transformers.image_utils.load_image`` does.
 
     A transparent colour stays in ``info["transparency"]`` and 16-bit grey is clipped at 255, as there.
 

@@ -1,4 +1,4 @@
-"""From an image to ``pixel_values``: open, resize, crop, rescale, normalise, with PIL and numpy.
+"""Preprocess an image to ``pixel_values``: open, resize, crop, rescale, normalise, with PIL and numpy.
 
 The arithmetic is that of transformers' PIL image processors (``image_processing_backends.PilBackend``
 and ``image_transforms``, 5.23) after ``image_utils.load_image``, bit for bit.
@@ -47,7 +47,7 @@ class ShortestEdge:
     longest_edge: int | None = None
 
     def size_for(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) that an image of that size is resized to, rounded as transformers does."""
+        """Return (height, width) that an image of that size is resized to, rounded as transformers does."""
         edge: float = self.shortest_edge
         short, long = min(height, width), max(height, width)
         if self.longest_edge is not None and long / short * edge > self.longest_edge:
@@ -60,7 +60,7 @@ class ShortestEdge:
 
 @dataclass(frozen=True)
 class ImagePreprocess:
-    """The object ``preprocess`` of bundle.json: how an image becomes (channels, height, width) floats.
+    """The object ``preprocess`` of bundle.json: settings that turn an image into (channels, height, width) floats.
 
     resize    target of the resize, or None to leave the size alone
     resample  filter of the resize, one of FILTERS
@@ -93,7 +93,7 @@ class ImagePreprocess:
 
     @classmethod
     def _read(cls, fields: Fields) -> ImagePreprocess:
-        """What the fields say; problems, contradictions among them too, are noted there."""
+        """Take the fields; problems, contradictions among them too, are noted there."""
         sides, numbers = f"each in 1..{MAX_SIDE}, or null", "a list of finite numbers, or null"
         resize = fields.take(
             "resize", _is_resize, f"{{height, width}}, {{shortest_edge}} or {{shortest_edge, longest_edge}}, {sides}"
@@ -121,13 +121,13 @@ class ImagePreprocess:
         return made
 
     def problems(self) -> list[str]:
-        """What ``from_json`` would refuse in these settings; normally nothing."""
+        """Return what ``from_json`` would refuse in these settings; normally nothing."""
         fields = Fields(self.to_json(), "preprocess", [])
         self._read(fields)
         return fields.problems
 
     def _contradictions(self) -> list[str]:
-        """What keeps these settings from giving (channels, height, width) for every image."""
+        """Return what keeps these settings from giving (channels, height, width) for every image."""
         final = self.crop or self.resize
         if isinstance(final, ShortestEdge):
             return ["a resize to a shortest edge without a crop gives another size for every image"]
@@ -142,7 +142,7 @@ class ImagePreprocess:
         return []
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object that ``from_json`` reads back to an equal value."""
+        """Return the JSON object that ``from_json`` reads back to an equal value."""
         found = asdict(self)
         for name in ("resize", "crop"):
             found[name] = found[name] and {k: v for k, v in found[name].items() if v is not None}
@@ -166,7 +166,7 @@ class ImagePreprocess:
         return table
 
     def __call__(self, images: Sequence[ImageSource], name: Callable[[int], str] | None = None) -> NDArray[np.float32]:
-        """``pixel_values`` float32 (N, channels, height, width) of anything that ``open_image`` takes.
+        """Return ``pixel_values``, float32 (N, channels, height, width), of anything that ``open_image`` takes.
 
         Raises InputError naming the image when one cannot be opened or does not fit, as ``name`` says or by its
         place in ``images``.
@@ -226,7 +226,7 @@ def centre_crop(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray[n
 
 
 def _on_white(image: Image) -> Image:
-    """As ``transformers.image_transforms.convert_to_rgb``: the transparent colour of RGB becomes white."""
+    """Convert as ``transformers.image_transforms.convert_to_rgb``: the transparent colour of RGB becomes white."""
     from PIL.Image import alpha_composite, new
 
     return alpha_composite(new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
@@ -236,7 +236,7 @@ EXACT, EDGE, EDGES = {"height", "width"}, {"shortest_edge"}, {"shortest_edge", "
 
 
 def _is_sides(value: object, keys: set[str]) -> bool:
-    """An object of these keys, each a number of pixels."""
+    """Return whether ``value`` is an object of these keys, each a number of pixels."""
     sides = value.values() if isinstance(value, dict) and value.keys() == keys else [0]
     return all(type(side) is int and 1 <= side <= MAX_SIDE for side in sides)
 
@@ -246,7 +246,7 @@ def _is_resize(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    """One that float32 can hold; NaN is none."""
+    """Return whether ``value`` is a number that float32 can hold; NaN is none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e38
 
 

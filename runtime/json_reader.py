@@ -1,4 +1,4 @@
-"""Reading untrusted JSON: parsed within limits, then taken apart field by field, all problems at once."""
+"""Read untrusted JSON: parse it within limits, then check it field by field, all problems reported at once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from transom.runtime.errors import BundleError
 
-MAX_DEPTH = 32  # our own files have 6
+MAX_DEPTH = 32  # files of Transom have 6
 MAX_PROBLEM = 300  # characters of one problem in a message
 
 
@@ -25,7 +25,7 @@ def parse_json(data: bytes, what: str) -> Any:
 
 
 def _check_depth(value: Any) -> None:
-    """Refuse what is nested so deeply that whoever walks through it later would run out of stack."""
+    """Raise ValueError for values nested so deeply that a recursive reader would run out of stack."""
     level = [value]
     for _ in range(MAX_DEPTH):
         inner = [list(item.values()) if isinstance(item, dict) else item for item in level]
@@ -53,10 +53,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class Fields:
-    """One JSON object being read: each ``take`` checks a field and notes what is wrong with it.
+    """Reader of one JSON object: each ``take`` checks a field and notes what is wrong with it.
 
     Nothing is raised until ``done``, which raises one BundleError with every problem noted, among
-    them the keys that nobody took.
+    them the keys that were not taken.
     """
 
     def __init__(self, value: Any, where: str, problems: list[str] | None = None) -> None:
@@ -68,7 +68,7 @@ class Fields:
             self.problems.append(f"{where} is a {type(value).__name__}, expected an object")
 
     def take(self, key: str, check: Callable[[Any], bool], expected: str, default: Any = ...) -> Any:
-        """The value of ``key`` if it passes ``check``; else ``default``, noted as a problem unless absent and optional.
+        """Return the value of ``key`` if it passes ``check``; else ``default``, a problem unless absent and optional.
 
         A required field that is wrong gives None: the caller goes on and ``done`` raises.
         """
@@ -109,10 +109,10 @@ class Fields:
         if self.problems and not self._nested:
             shown = "; ".join(map(shortened, self.problems[:8]))
             more = f" (and {len(self.problems) - 8} more)" if len(self.problems) > 8 else ""
-            raise BundleError(f"{shown}{more}. The bundle is damaged or not one of ours; export it again.")
+            raise BundleError(f"{shown}{more}. The bundle is damaged or not one of Transom; export it again.")
 
 
 def shortened(problem: str) -> str:
-    """Fit for one line, whatever keys the file has: they stand in messages as they are."""
+    """Return a problem on one line of at most MAX_PROBLEM characters, whatever keys of the file it quotes."""
     problem = problem if len(problem) <= MAX_PROBLEM else f"{problem[:MAX_PROBLEM]}..."
     return problem if problem.isprintable() else problem.encode("unicode_escape").decode()

@@ -13,13 +13,13 @@ from transom.runtime.errors import BackendError
 from transom.runtime.feeds import storage
 from transom.runtime.graph_spec import Tensor, cache_inputs
 
-# Attention on a CPU walks the whole buffer, full or not, so that a longer one costs at every step;
+# Attention on a CPU reads the whole buffer, full or not, so that a longer one costs at every step;
 # growing copies what is used. benchmarks/cache_step.py measures both.
 STEP = 128  # tokens
 
 
 class KVCache:
-    """Buffers (rows, H, capacity, D) for ``tensors``, the inputs of a decoder graph that are written.
+    """Buffers (rows, H, capacity, D) of ``tensors``, the inputs of a decoder graph that are written in place.
 
     Buffers begin as zeros, and what lies past ``used`` stays zeros: a NaN there would reach the
     output, masked or not.
@@ -34,17 +34,17 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """Tokens that a row has room for now."""
+        """Return how many tokens fit in a row now."""
         return int(next(iter(self.buffers.values())).shape[2])
 
     def reserve(self, tokens: int) -> None:
-        """Room for ``tokens`` in every row, which will be used: in steps of STEP, at most the limit."""
+        """Grow the buffers to ``tokens`` in every row, which will be used: in steps of STEP, at most to the limit."""
         if tokens > self.capacity:
             self._move(np.arange(self.rows), min(-(-tokens // STEP) * STEP, self._limit))
         self.used = max(self.used, tokens)
 
     def reorder(self, rows: NDArray[np.intp]) -> None:
-        """Row i becomes what row ``rows[i]`` was; only rows that change are copied, up to ``used``."""
+        """Replace row i by what row ``rows[i]`` was; only rows that change are copied, up to ``used``."""
         if len(rows) > self.rows:
             self._move(rows, self.capacity)
             return
@@ -55,7 +55,7 @@ class KVCache:
         self.rows = len(rows)
 
     def _move(self, rows: NDArray[np.intp], capacity: int) -> None:
-        """New buffers, one tensor at a time so that only one is there twice."""
+        """Make new buffers, one tensor at a time so that only one is there twice."""
         for tensor in self._tensors:
             old, new = self.buffers[tensor.name], self._zeros(tensor, len(rows), capacity)
             new[:, :, : self.used] = old[rows, :, : self.used]
@@ -78,32 +78,32 @@ class DecoderState(Protocol):
 
     @property
     def capacity(self) -> int:
-        """Tokens that a row has room for now."""
+        """Return how many tokens fit in a row now."""
         ...
 
     @property
     def feeds(self) -> Mapping[str, Any]:
-        """What the graph is to be fed: arrays, or what the backend that made this state takes for them."""
+        """Return the graph's inputs by name: arrays, or what the backend that made this state takes for them."""
         ...
 
     def reserve(self, tokens: int) -> None:
-        """Room for ``tokens`` in every row, which will be used."""
+        """Make room for ``tokens`` in every row, which will be used."""
         ...
 
     def reorder(self, rows: NDArray[np.intp]) -> None:
-        """Row i goes on from what row ``rows[i]`` was; there are ``len(rows)`` from now on."""
+        """Replace row i by what row ``rows[i]`` was; there are ``len(rows)`` from now on."""
         ...
 
 
 @runtime_checkable
 class SupportsDeviceCache(Protocol):
-    """A backend whose device keeps the state, so that no step carries it there and back."""
+    """A backend that keeps the state on its device, so that no step copies it there and back."""
 
     def new_decoder_state(self, rows: int, limit: int, encoder_outputs: Mapping[str, Array]) -> DecoderState: ...
 
 
 class HostDecoderState:
-    """State in numpy arrays."""
+    """A decoder's state in numpy arrays."""
 
     def __init__(self, caches: Sequence[Tensor], rows: int, limit: int, encoder_outputs: Mapping[str, Array]) -> None:
         self.cache = KVCache(caches, rows, limit)
@@ -126,14 +126,14 @@ class HostDecoderState:
 
 
 class EncoderOutputs:
-    """What rows read and never write, one row of each array per row: the encoder's keys and values, and its mask."""
+    """Arrays that rows read and never write, one row of each per row: the encoder's keys and values, and its mask."""
 
     def __init__(self, arrays: Mapping[str, Any], rows: int) -> None:
         self.arrays = dict(arrays)
         self._origin = np.arange(rows)  # the original row that each row reads
 
     def reorder(self, rows: NDArray[np.intp], take: Callable[[Any, NDArray[np.intp]], Any]) -> None:
-        """``take(array, rows)`` gives the array of those rows."""
+        """Replace row i by what row ``rows[i]`` was; ``take(array, rows)`` returns an array of those rows."""
         origin = self._origin[rows]
         if not np.array_equal(origin, self._origin):  # beams of one source read the same
             self.arrays = {name: take(array, rows) for name, array in self.arrays.items()}

@@ -1,4 +1,4 @@
-"""The schema of bundle.json: every field of a manifest, read with all problems reported at once, and written.
+"""Read and write bundle.json: every field of a manifest, with all problems reported at once.
 
 docs/bundle_format.md is the specification. ``transom.runtime.manifest_graphs`` has the graphs,
 ``transom.runtime.manifest_sections`` parity, quantization and engines.
@@ -40,7 +40,7 @@ ROWS = "B"
 
 @dataclass(frozen=True)
 class File:
-    """What bundle.json says of a file: size in bytes and SHA-256 in hex."""
+    """A file's entry in bundle.json: size in bytes and SHA-256 in hex."""
 
     size: int
     sha256: str
@@ -69,7 +69,7 @@ class Manifest:
     source: Mapping[str, Any]
     tools: Mapping[str, Any]
     operators: Mapping[str, Any]  # graph -> operator -> how many there were before any pass
-    quantization: Mapping[str, Any] | None = None  # there exactly where ``precision`` is one of QUANTIZED
+    quantization: Mapping[str, Any] | None = None  # present exactly where ``precision`` is one of QUANTIZED
     engines: Mapping[str, Any] = field(default_factory=dict)  # by target, what `transom build` made
 
     def to_json(self) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def manifest_from_json(value: dict[str, Any]) -> Manifest:
 
 
 def with_ceilings(axes: Mapping[str, Axis], config: Mapping[str, Any]) -> dict[str, Axis]:
-    """The axes with the model's number of positions as the ceiling of those that count tokens: all but the rows."""
+    """Return the axes with the model's number of positions as the ceiling of those that count tokens: all but B."""
     found = [
         words[name]
         for words in (config, config.get("text_config"))
@@ -150,7 +150,7 @@ def with_ceilings(axes: Mapping[str, Axis], config: Mapping[str, Any]) -> dict[s
 
 
 def plans_of(graph: str, engines: Mapping[str, Any]) -> dict[str, Plan]:
-    """The engines of one graph by target, from fields that were checked."""
+    """Return the engines of one graph by target, from checked fields."""
     return {
         target: Plan(
             engine["plans"][graph],
@@ -165,7 +165,7 @@ def plans_of(graph: str, engines: Mapping[str, Any]) -> dict[str, Plan]:
 
 
 def integers_of(file: GraphFile, quantization: Mapping[str, Any] | None) -> str | None:
-    """What a CPU session makes of the integers of one graph, from fields that were checked."""
+    """Return what a CPU session makes of the integers of one graph, from checked fields; None where it has none."""
     if quantization is None:
         return None
     if quantization["activations"][file.graph.name] == "none":
@@ -174,7 +174,7 @@ def integers_of(file: GraphFile, quantization: Mapping[str, Any] | None) -> str 
 
 
 def manifest_sha256(value: Mapping[str, Any]) -> str:
-    """SHA-256 of bundle.json without that field: keys sorted, no white space, ASCII only."""
+    """Compute the SHA-256 of bundle.json without that field: keys sorted, no white space, ASCII only."""
     rest = {key: item for key, item in value.items() if key != "manifest_sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 

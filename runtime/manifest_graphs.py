@@ -1,4 +1,4 @@
-"""Read and write the graphs of bundle.json: GraphFile and Plan, their tensors and axes, both directions.
+"""Read and write the graphs of bundle.json: GraphFile and Plan, their tensors and axes.
 
 The keys of bundle.json are those of format version 1; where a field's name is another one, KEYS has both.
 """
@@ -24,7 +24,7 @@ PRODUCTS, BLOCKS, SIMULATED = "products", "blocks", "simulated"
 
 @dataclass(frozen=True)
 class Plan:
-    """An engine of one graph: its file, and what built it. ``sm`` is that of the GPU it was built on, where it was.
+    """An engine of one graph: its file, and the library that built it. ``sm`` is the GPU's that built it, if any.
 
     ``axes`` are the bounds that it was built for, those of the bundle where bundle.json does not say (version 0.1.0).
     """
@@ -39,7 +39,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class GraphFile:
-    """A graph and where it lies: ``files`` maps a variant ("default", "cpu") to an ONNX file, ``plans`` a target to an
+    """A graph and its files: ``files`` maps a variant ("default", "cpu") to an ONNX file, ``plans`` a target to an
     engine. ``integers`` is PRODUCTS, BLOCKS, SIMULATED, or None where the graph has none."""
 
     graph: Graph
@@ -90,7 +90,7 @@ def graph_from_json(value: Any, axes: Mapping[str, Axis], files: Collection[str]
 
 
 def decoder_problems(graph: Graph) -> list[str]:
-    """What is wrong with a graph that writes caches: the runtime relies on its inputs' names and shapes."""
+    """Return what is wrong with a graph that writes caches: the runtime relies on its inputs' names and shapes."""
     written = [output for output in graph.outputs if output.aliases is not None]
     inputs = {tensor.name: tensor.shape for tensor in graph.inputs}
     problems = [

@@ -1,6 +1,6 @@
-"""What bundle.json records of a bundle beside its files: parity, quantisation, engines.
+"""Check the sections of bundle.json on parity, quantisation and engines, as far as the runtime depends on them.
 
-Most of it is for people. Checked is what the runtime goes by.
+The other fields of them are for people.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ WEIGHT_BITS = {"int8": (7, 8), "int4": (4,)}
 
 
 def parity_from_json(value: dict[str, Any], problems: list[str]) -> dict[str, Any]:
-    """The figures are for people, but for those that ``transom selftest`` judges by: scales, tolerance, worst error."""
+    """Check the fields that ``transom selftest`` compares by: scales and tolerance."""
     scales = value.get("scales", {})
     if not isinstance(scales, dict) or not all(type(scale) in (int, float) for scale in scales.values()):
         problems.append("parity.scales is no object of numbers")
@@ -35,7 +35,7 @@ def worst_error(parity: Mapping[str, Any]) -> float | None:
 def quantization_from_json(
     value: dict[str, Any] | None, precision: str | None, graphs: list[str], problems: list[str]
 ) -> dict[str, Any] | None:
-    """How the graphs multiply: the runtime asks where that is exact. The rest is for people."""
+    """Check how the graphs multiply, by which the runtime chooses exact sums."""
     if (value is not None) != (precision in WEIGHT_BITS):
         found = "is missing" if value is None else "is there"
         problems.append(f"quantization {found}, and precision is {repr(precision)[:60]}")
@@ -59,10 +59,7 @@ def quantization_from_json(
 def engines_from_json(
     value: dict[str, Any], graphs: list[str], files: Collection[str], axes: Mapping[str, Axis], problems: list[str]
 ) -> dict[str, Any]:
-    """Which plan belongs to which graph, by target, what loads it, and the bounds that it takes.
-
-    What the builder made of it is for people.
-    """
+    """Check which plan belongs to which graph, by target, what loads it, and the bounds that it takes."""
     for target, engine in value.items():
         plans = engine.get("plans") if isinstance(engine, dict) else None
         if (
@@ -86,7 +83,7 @@ def engines_from_json(
 
 
 def within(axis: Axis | None, bounds: Any) -> bool:
-    """Whether ``bounds`` are well-formed and those of an engine that computes sizes of ``axis``."""
+    """Return whether ``bounds`` are well-formed and within those of ``axis``."""
     if axis is None or not isinstance(bounds, dict) or bounds.keys() != {"min", "opt", "max"}:
         return False
     if any(type(size) is not int for size in bounds.values()):

@@ -1,4 +1,4 @@
-"""What belongs to the process that made it: sessions, what runs in them, and what waits for them."""
+"""Refuse to pickle or copy objects that belong to one process: sessions, their runs and futures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from transom.runtime.errors import BackendError
 
 
 class ProcessBound:
-    """Base of objects around a library's handles, which neither pickle nor copy can carry to anywhere else."""
+    """Base of objects around a library's handles, which can be neither pickled nor copied."""
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:  # of pickle, copy.copy and copy.deepcopy alike
         raise BackendError(

@@ -1,7 +1,7 @@
 """Compare how 8-bit products are added up here with how they were at a bundle's export.
 
 Exact sums are the same on every processor. Earlier versions exported on x86 without VNNI with sums that saturate: gate,
-kept layers and golden values of such a bundle are those of another arithmetic than the one it runs in now.
+high-precision layers and golden values of such a bundle are those of another arithmetic than the one it runs in now.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ class SaturationWarning(UserWarning):
 
 
 def multiplies_integers(manifest: Manifest) -> bool:
-    """Whether a CPU multiplies 8-bit activations and weights in any graph of the bundle."""
+    """Return whether a CPU multiplies 8-bit activations and weights in any graph of the bundle."""
     made = manifest.quantization
     return made is not None and bool({*made["activations"].values()} - {"none"})
 
 
 def may_saturate(manifest: Manifest) -> bool:
-    """Whether pairs of the bundle's products may pass 16 bits: 2 x 255 x 63 of 7-bit weights does not."""
+    """Return whether pairs of the bundle's products may pass 16 bits: 2 x 255 x 63 of 7-bit weights does not."""
     return multiplies_integers(manifest) and (manifest.quantization or {})["weight_bits"] == 8
 
 
 def recorded_sums(manifest: Manifest) -> str | None:
-    """How 8-bit products were added up at the export, EXACT or SATURATED; None where bundle.json does not tell."""
+    """Return how 8-bit products were added up at the export, EXACT or SATURATED; None where it is not recorded."""
     made: Mapping[str, Any] = manifest.quantization or {}
     if not may_saturate(manifest):
         return EXACT
@@ -51,12 +51,12 @@ def recorded_sums(manifest: Manifest) -> str | None:
 
 
 def sums_here(manifest: Manifest) -> str:
-    """How the bundle's 8-bit products are added up on this processor, EXACT or SATURATED."""
+    """Return how the bundle's 8-bit products are added up on this processor, EXACT or SATURATED."""
     return integer_sums().kind if may_saturate(manifest) else EXACT
 
 
 def saturated_export(manifest: Manifest) -> str | None:
-    """What is wrong with figures that saturated sums gave, where sums are exact here; None where nothing is."""
+    """Return what is wrong with results of saturated sums, where sums are exact here; None where nothing is."""
     if recorded_sums(manifest) != SATURATED or sums_here(manifest) == SATURATED:
         return None
     built = (manifest.quantization or {}).get("instruction_set")
@@ -71,7 +71,7 @@ _warned: set[str] = set()  # one warning per cause and process: bundles are load
 
 
 def warn_of_saturation(manifest: Manifest, device: str) -> None:
-    """Give one SaturationWarning where answers on ``device`` differ from those that the export measured."""
+    """Warn once (SaturationWarning) where outputs on ``device`` differ from those that the export measured."""
     if device != "cpu" or not multiplies_integers(manifest):
         return
     problem = saturated_export(manifest)

@@ -1,4 +1,4 @@
-"""Run a bundle's golden values on the device, without torch: does it still compute what it should?"""
+"""Run a bundle's golden inputs on a device and compare the outputs with its golden values, without torch."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from transom.runtime.session import LoadedBundle
 
 @dataclass(frozen=True)
 class Sums:
-    """How 8-bit products are added up here and were at the export, and with which instructions.
+    """Sums of 8-bit products here and at the export, and the instruction sets of both.
 
-    ``here`` and ``export`` are "exact" or "saturated"; ``export`` is None where bundle.json does not tell, and so is
-    ``export_set``. ``means`` says what makes them exact here.
+    ``here`` and ``export`` are "exact" or "saturated"; ``export`` and ``export_set`` are None where bundle.json does
+    not say. ``means`` says what makes them exact here.
     """
 
     here: str
@@ -63,12 +63,12 @@ class SelftestCase:
 
     @property
     def against_pytorch(self) -> tuple[Comparison, ...]:
-        """Each output against PyTorch's."""
+        """Return each output compared with PyTorch's."""
         return self.against(PYTORCH)
 
     @property
     def against_build(self) -> tuple[Comparison, ...]:
-        """Each output against the bundle's own of its export, on the CPU."""
+        """Return each output compared with the bundle's own of its export, on the CPU."""
         return self.against(BUNDLE)
 
 
@@ -86,26 +86,26 @@ class SelftestReport:
 
     @property
     def side(self) -> str:
-        """The side of the first reference: "pytorch", "bundle" or "simulated"."""
+        """Return the side of the first reference: "pytorch", "bundle" or "simulated"."""
         return self.references[0].side
 
     @property
     def tolerance(self) -> float:
-        """The largest error allowed against ``side``."""
+        """Return the largest error allowed against ``side``."""
         return self.references[0].tolerance
 
     @property
     def notes(self) -> list[str]:
-        """Why tolerances are not narrower."""
+        """Return why tolerances are not narrower."""
         return [reference.note for reference in self.references if reference.note]
 
     @property
     def worst(self) -> Comparison:
-        """The worst element against ``side``."""
+        """Return the worst element against ``side``."""
         return self.worst_against(self.side)
 
     def worst_against(self, side: str) -> Comparison:
-        """The worst element against any side that the golden values have."""
+        """Return the worst element against any side that the golden values have."""
         return max((each for case in self.cases for each in case.against(side)), key=lambda each: each.error)
 
 
@@ -152,7 +152,7 @@ def sums_of(manifest: Manifest, device: str) -> Sums | None:
 
 
 def broken(report: SelftestReport, rule: Reference) -> str:
-    """Say which reference does not hold, and what to do about it."""
+    """Return which reference does not hold, and what to do about it."""
     worst = report.worst_against(rule.side)
     note = f" ({rule.note})" if rule.note else ""
     if rule.side == BUNDLE:
@@ -175,7 +175,7 @@ def broken(report: SelftestReport, rule: Reference) -> str:
 
 
 def run_case(loaded: LoadedBundle, name: str, arrays: Sides, rule: Reference) -> SelftestCase:
-    """One case, on the scales that the outputs have over the whole parity grid."""
+    """Run one case and compare it on the scales that the outputs have over all parity cases."""
     if name == GENERATION:
         return run_generation(loaded, arrays, rule)
     sides = [side for side in (PYTORCH, BUNDLE, SIMULATED) if side in arrays]
@@ -190,7 +190,7 @@ def run_case(loaded: LoadedBundle, name: str, arrays: Sides, rule: Reference) ->
 
 
 def run_generation(loaded: LoadedBundle, arrays: Sides, rule: Reference) -> SelftestCase:
-    """The golden generation: the tokens of ``rule``'s side again, and every side's logits along PyTorch's tokens."""
+    """Compare the golden generation: the tokens of ``rule``'s side, and every side's logits along PyTorch's tokens."""
     from transom.runtime.greedy_check import (
         GreedyTokens,
         greedy,

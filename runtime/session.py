@@ -1,4 +1,4 @@
-"""A bundle, loaded: checked inputs in, fresh numpy arrays out, from as many threads as you like."""
+"""Run the graphs of a loaded bundle: checked inputs in, fresh numpy arrays out, from any number of threads."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Submitted(ProcessBound, Future[dict[str, Array]]):
 
 
 class LoadedBundle(ProcessBound):
-    """What every family's loaded bundle can do. Use it in a ``with``, or call ``close``.
+    """Base of every family's loaded bundle. Use it in a ``with``, or call ``close``.
 
-    GRAPHS says which graphs the family's methods run, and what they give them beside caches and what another graph
-    made. ``backends``, by graph, execute the graphs in place of those that ``device`` would have.
+    GRAPHS has the graphs that the family's methods run, and the inputs they give them besides caches and outputs of
+    another graph. ``backends``, by graph, execute the graphs in place of those that ``device`` would have.
     """
 
     GRAPHS: ClassVar[Mapping[str, tuple[str, ...]]] = {}
@@ -89,7 +89,7 @@ class LoadedBundle(ProcessBound):
         return backend.run(feeds, fresh) | written
 
     def submit(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> Future[dict[str, Array]]:
-        """``run`` in a worker thread, one for each usable core, on a GPU GPU_WORKERS; errors come out of ``result``."""
+        """Call ``run`` in a worker thread, one per usable core, on a GPU GPU_WORKERS; ``result`` raises its errors."""
         future = Submitted()
 
         def work() -> None:
@@ -111,22 +111,22 @@ class LoadedBundle(ProcessBound):
         return future
 
     def graph_for(self, inputs: Mapping[str, Array]) -> Graph:
-        """The graph that ``run`` would execute for these inputs."""
+        """Return the graph that ``run`` would execute for these inputs."""
         return self._pick(inputs).graph
 
     def backend(self, name: str) -> Backend:
-        """The backend of the graph called ``name``; BundleError where the bundle has none."""
+        """Return the backend of the graph called ``name``; BundleError where the bundle has none."""
         for backend in self._opened():
             if backend.graph.name == name:
                 return backend
         raise BundleError(f"bundle.json has no graph {name!r}; export the bundle again.")
 
     def _pick(self, inputs: Mapping[str, Array]) -> Backend:
-        """The backend whose inputs these are: the only one, or the one that knows the most of the names."""
+        """Return the backend whose inputs these are: the only one, or the one that knows the most of the names."""
         return max(self._opened(), key=lambda backend: sum(t.name in inputs for t in backend.graph.inputs))
 
     def _opened(self) -> list[Backend]:
-        """The backends, read once: ``close`` may take them away at any moment, but not from a call that has them."""
+        """Return the backends, read once: ``close`` may remove them at any time, but not from a call that has them."""
         backends = self._backends
         if not backends:
             raise BackendError(CLOSED)
@@ -163,17 +163,17 @@ class LoadedBundle(ProcessBound):
             )
 
     def max_size(self, axis: str) -> int:
-        """The maximum of a named axis, in the engine that is used; BundleError where the bundle has no such axis."""
+        """Return the maximum of a named axis, in the engine that is used; BundleError for an axis it does not have."""
         if axis not in self.axes:
             raise BundleError(f"bundle.json has no axis {axis}; export the bundle again.")
         return self.axes[axis].max
 
     def wider(self, **sizes: int) -> str:
-        """What to do to have axes of ``sizes`` out of their bounds: ``Export again with --max S=600``."""
+        """Return how to get axes of ``sizes`` out of their bounds: ``Export again with --max S=600``."""
         return wider({name: self.axes[name] for name in sizes}, sizes)
 
     def labels(self, count: int) -> tuple[str, ...]:
-        """The names of ``count`` classes; BundleError where the bundle names another number of them."""
+        """Return the names of ``count`` classes; BundleError where the bundle names another number of them."""
         found = self.manifest.labels
         if len(found) != count:
             raise BundleError(f"bundle.json has {len(found)} labels, the graph gives {count}; export the bundle again.")
@@ -181,7 +181,7 @@ class LoadedBundle(ProcessBound):
 
 
 def check_graphs(manifest: Manifest, expected: Mapping[str, tuple[str, ...]]) -> None:
-    """Raise BundleError unless the graphs are there that a family runs, and take what it gives them."""
+    """Raise BundleError unless the bundle has the graphs that its family runs, and they take what it gives them."""
     graphs = {file.graph.name: file.graph for file in manifest.graphs}
     made = {tensor.name for graph in graphs.values() for tensor in graph.outputs}
     for name, given in expected.items():

@@ -19,7 +19,7 @@ Read = Callable[[str], bytes]  # the checked bytes of a bundle's file
 class Backend(Protocol):
     """One graph, loaded on one device; callable from many threads at once.
 
-    ``graph`` is what was loaded: a variant for one device may hold its state tensors in another dtype
+    ``graph`` is the graph as loaded: a variant for one device may hold its state tensors in another dtype
     than bundle.json says.
     """
 

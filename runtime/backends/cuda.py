@@ -1,4 +1,4 @@
-"""NVIDIA's CUDA runtime through cuda-python: memory, streams and graphs, with its error codes turned into our errors.
+"""Call NVIDIA's CUDA runtime through cuda-python: memory, streams and graphs, error codes raised as BackendError.
 
 Nothing here runs when it is imported; a machine without a GPU finds out when it asks for one.
 """
@@ -44,7 +44,7 @@ class Gpu:
 
 @cache
 def runtime() -> ModuleType:
-    """``cuda.bindings.runtime``. Raises BackendError where it is not installed, with the command that installs it."""
+    """Import ``cuda.bindings.runtime``. Raises BackendError where it is absent, with the command that installs it."""
     try:
         return import_module("cuda.bindings.runtime")
     except (ImportError, OSError, RuntimeError) as error:
@@ -56,17 +56,17 @@ def runtime() -> ModuleType:
 
 @cache
 def driver() -> ModuleType:
-    """``cuda.bindings.driver`` of the same package, which loads kernels and launches them."""
+    """Import ``cuda.bindings.driver`` of the same package, which loads and launches kernels."""
     runtime()
     return import_module("cuda.bindings.driver")
 
 
 class OutOfMemory(BackendError):
-    """The GPU has no room for what was asked."""
+    """The GPU has no memory for what was asked."""
 
 
 def call(function: str, *arguments: Any) -> Any:
-    """What a function of the CUDA runtime returns behind its error code: None, a value, or a tuple of them.
+    """Call a function of the CUDA runtime and return what follows its error code: None, a value, or a tuple.
 
     Raises BackendError for every code but success.
     """
@@ -94,12 +94,12 @@ def failure(function: str, code: str) -> BackendError:
 
 
 def cuda_version() -> str:
-    """Of the bindings: "13". A driver of the same major version will do."""
+    """Return the bindings' major version, ``13``. A driver of the same major version is enough."""
     return str(int(getattr(runtime(), "CUDART_VERSION", 0)) // 1000)
 
 
 def find_gpu() -> Gpu:
-    """The current device of this process: the first of CUDA_VISIBLE_DEVICES. BackendError where there is none."""
+    """Return this process' current device, the first of CUDA_VISIBLE_DEVICES. BackendError where there is none."""
     call("cudaGetDeviceCount")  # tells apart no driver and no device, where the others only fail
     properties = call("cudaGetDeviceProperties", call("cudaGetDevice"))
     name = properties.name.decode(errors="replace") if isinstance(properties.name, bytes) else str(properties.name)
@@ -112,7 +112,7 @@ def find_gpu() -> Gpu:
 
 
 class Memory(ProcessBound):
-    """Bytes of the GPU's memory, freed when nobody holds this any more."""
+    """Bytes of the GPU's memory, freed with the last reference to this."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -132,17 +132,17 @@ class PinnedMemory(ProcessBound):
         self._free = weakref.finalize(self, quietly, runtime().cudaFreeHost, self.address)
 
     def bytes(self, size: int) -> NDArray[np.uint8]:
-        """The first ``size`` bytes; valid for as long as this object is."""
+        """Return a view of the first ``size`` bytes, valid as long as this object lives."""
         return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self.address))
 
 
 def quietly(free: Callable[[int], Any], address: int) -> None:
-    """For finalizers: at the end of a process the driver may be gone before they run."""
+    """Free without errors, for finalizers: at the end of a process the driver may be gone before they run."""
     free(address)
 
 
 class Stream(ProcessBound):
-    """A queue of work on the GPU: what is put there runs in order, until ``wait`` sees its end."""
+    """A queue of work on the GPU, which runs in order; ``wait`` returns when all is done."""
 
     def __init__(self) -> None:
         self._stream = call("cudaStreamCreateWithFlags", runtime().cudaStreamNonBlocking)
@@ -150,11 +150,11 @@ class Stream(ProcessBound):
         self._free = weakref.finalize(self, quietly, runtime().cudaStreamDestroy, self._stream)
 
     def copy(self, to: int, source: int, size: int) -> None:
-        """``size`` bytes from one address to another; each may be of the GPU or pinned."""
+        """Queue the copy of ``size`` bytes from one address to another; each may be of the GPU or pinned."""
         call("cudaMemcpyAsync", to, source, size, runtime().cudaMemcpyKind.cudaMemcpyDefault, self._stream)
 
     def copy_rows(self, to: int, to_pitch: int, source: int, source_pitch: int, width: int, rows: int) -> None:
-        """``rows`` times ``width`` bytes, which lie ``pitch`` bytes apart on either side."""
+        """Queue the copy of ``rows`` times ``width`` bytes, which lie ``pitch`` bytes apart on either side."""
         kind = runtime().cudaMemcpyKind.cudaMemcpyDefault
         call("cudaMemcpy2DAsync", to, to_pitch, source, source_pitch, width, rows, kind, self._stream)
 
@@ -162,14 +162,14 @@ class Stream(ProcessBound):
         call("cudaMemsetAsync", address, 0, size, self._stream)
 
     def wait(self) -> None:
-        """Return when all that was put here is done; BackendError where some of it failed."""
+        """Return when all queued work is done; BackendError where some of it failed."""
         call("cudaStreamSynchronize", self._stream)
 
     def mark(self, event: Any) -> None:
         call("cudaEventRecord", event, self._stream)
 
     def capture(self, work: Callable[[], None]) -> CapturedGraph:
-        """What ``work`` puts on this stream, recorded instead of run."""
+        """Record what ``work`` queues on this stream, instead of running it."""
         api = runtime()
         call("cudaStreamBeginCapture", self._stream, api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
         try:
@@ -183,7 +183,7 @@ class Stream(ProcessBound):
 
 
 class Event(ProcessBound):
-    """A mark in a stream, with the time at which the GPU reached it."""
+    """A CUDA event: a mark in a stream, with the time at which the GPU got there."""
 
     def __init__(self) -> None:
         self._event = call("cudaEventCreate")
@@ -193,12 +193,12 @@ class Event(ProcessBound):
         stream.mark(self._event)
 
     def elapsed_ms(self, later: Event) -> float:
-        """Milliseconds between this mark and a later one, both reached."""
+        """Return the milliseconds between this event and a later one, both of which have happened."""
         return float(call("cudaEventElapsedTime", self._event, later._event))
 
 
 class CapturedGraph(ProcessBound):
-    """Work that was recorded once and is launched as a whole: the same kernels on the same addresses."""
+    """A CUDA graph: work recorded once and launched as a whole, the same kernels on the same addresses."""
 
     def __init__(self, executable: Any, stream: Any) -> None:
         self._executable, self._stream = executable, stream

@@ -24,7 +24,7 @@ U8U8 = "session.x64quantprecision"
 
 @dataclass(frozen=True)
 class IntegerSums:
-    """How sums of 8-bit products come out here: ``kind`` is EXACT or SATURATED, ``way`` the short name of how.
+    """Sums of 8-bit products on this processor: ``kind`` is EXACT or SATURATED, ``way`` the short name of how.
 
     ``entries`` are the session's configuration that this takes; ``means`` says it in words.
     """
@@ -40,7 +40,7 @@ class IntegerSums:
 
     @property
     def saturates_alone(self) -> bool:
-        """Whether U8 x S8 saturates here unless something is done about it."""
+        """Return whether U8 x S8 saturates here unless something is done about it."""
         return not self.exact or bool(self.entries)
 
 
@@ -61,7 +61,7 @@ def integer_sums() -> IntegerSums:
 
 
 def sums_right(entries: Mapping[str, str]) -> bool:
-    """Whether a session with ``entries`` gives the known sums, of a single row and of several."""
+    """Return whether a session with ``entries`` gives the known sums, of a single row and of several."""
     library = onnxruntime()
     options = library.SessionOptions()
     options.log_severity_level = FATAL

@@ -1,4 +1,4 @@
-"""ONNX Runtime as a backend: no telemetry, no quiet fallback, inputs and outputs bound per thread."""
+"""Execute graphs with ONNX Runtime: no telemetry, no quiet fallback, inputs and outputs bound per thread."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class OrtBackend(ProcessBound):
         return outputs
 
     def new_decoder_state(self, rows: int, limit: int, encoder_outputs: Mapping[str, Array]) -> DecoderState:
-        """On a GPU the caches stay there; but for BF16, which OrtValue cannot hand to numpy."""
+        """Make caches that stay on a GPU, except BF16, which OrtValue cannot convert to numpy."""
         caches = cache_inputs(self.graph)
         if self.device == "cpu" or any(tensor.dtype == "bfloat16" for tensor in self.graph.inputs):
             return HostDecoderState(caches, rows, limit, encoder_outputs)
@@ -86,13 +86,13 @@ class OrtBackend(ProcessBound):
 
 
 def bind(to: Any, tensor: Tensor, array: Array) -> None:
-    """Hand the array's own memory to ONNX Runtime."""
+    """Bind the array's own memory to a tensor of ONNX Runtime."""
     kind = BFLOAT16 if tensor.dtype == "bfloat16" else array.dtype
     to(tensor.name, "cpu", 0, kind, array.shape, array.ctypes.data)
 
 
 def tensor_dtypes(session: Any) -> dict[str, str | None]:
-    """Return numpy's name of each tensor's dtype in a session; None for one that no graph of ours has."""
+    """Return numpy's name of each tensor's dtype in a session; None for a dtype that no bundle has."""
     return {value.name: DTYPES.get(value.type) for value in (*session.get_inputs(), *session.get_outputs())}
 
 
@@ -126,7 +126,7 @@ def open_products(graph: GraphFile, read: Read, device: str, threads: int | None
 
 
 def zeros_for(session: Any) -> dict[str, Array]:
-    """Inputs of zeros, every named axis of size 1."""
+    """Make inputs of zeros, every named axis of size 1."""
     return {
         value.name: np.zeros([size if isinstance(size, int) else 1 for size in value.shape], DTYPES[value.type])
         for value in session.get_inputs()
@@ -134,7 +134,7 @@ def zeros_for(session: Any) -> dict[str, Array]:
 
 
 def open_session(graph: GraphFile, read: Read, device: str, threads: int | None) -> Any:
-    """A session over bytes that were hashed as they were read; ONNX Runtime is given no path to follow."""
+    """Open a session over bytes that were hashed as they were read; ONNX Runtime gets no path to follow."""
     library = onnxruntime()
     if PROVIDERS[device] not in library.get_available_providers():
         raise BackendError(

@@ -1,4 +1,4 @@
-"""A decoder's state in ONNX Runtime's memory of a device: a step reads and writes it there.
+"""Keep a decoder's state in ONNX Runtime's memory of a device, where each step reads and writes it.
 
 Growing the caches and reordering their rows goes through host memory: every 128 tokens, and where beams change places.
 """
@@ -31,7 +31,7 @@ class OrtDecoderState(ProcessBound):
         encoder_outputs: Mapping[str, Array],
     ) -> None:
         self._library, self._device = library, device
-        self._host = KVCache(caches, rows, limit)  # between _pulled and _pushed it holds what is true
+        self._host = KVCache(caches, rows, limit)  # between _pull and _push it holds the caches' values
         self._rows = rows
         self._caches: dict[str, Any] = {}
         self._encoder_outputs = EncoderOutputs(
@@ -40,16 +40,16 @@ class OrtDecoderState(ProcessBound):
 
     @property
     def capacity(self) -> int:
-        """Tokens that a row has room for now."""
+        """Return how many tokens fit in a row now."""
         return self._host.capacity
 
     @property
     def feeds(self) -> dict[str, Any]:
-        """OrtValues, by name of the input."""
+        """Return OrtValues by name of the input."""
         return {**self._encoder_outputs.arrays, **self._caches}
 
     def reserve(self, tokens: int) -> None:
-        """Room for ``tokens`` in every row, which will be used."""
+        """Make room for ``tokens`` in every row, which will be used."""
         if tokens <= self._host.capacity:
             self._host.reserve(tokens)
             return
@@ -58,7 +58,7 @@ class OrtDecoderState(ProcessBound):
         self._push()
 
     def reorder(self, rows: NDArray[np.intp]) -> None:
-        """Row i goes on from what row ``rows[i]`` was."""
+        """Replace row i by what row ``rows[i]`` was."""
         if np.array_equal(rows, np.arange(self._rows)):
             return
         self._pull()
@@ -73,7 +73,7 @@ class OrtDecoderState(ProcessBound):
 
     def _push(self) -> None:
         self._caches = {name: self._on_device(buffer) for name, buffer in self._host.buffers.items()}
-        for name, buffer in self._host.buffers.items():  # its shape is wanted on, its memory is not
+        for name, buffer in self._host.buffers.items():  # keep the shape, free the memory
             self._host.buffers[name] = np.broadcast_to(np.zeros((), buffer.dtype), buffer.shape)
 
     def _on_device(self, array: Array) -> Any:

@@ -1,5 +1,4 @@
-"""TensorRT as a backend: a plan of the bundle on the GPU that is here, with contexts, streams and buffers for a few
-calls at once.
+"""Execute a bundle's plans with TensorRT: contexts, streams and buffers for a few calls at once.
 
 Outputs are copied to the host before a call returns, a decoder's caches stay on the GPU and are written in place.
 """
@@ -29,18 +28,18 @@ from transom.runtime.process_bound import ProcessBound
 
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64"}
 GRAPHS_OFF = "TRANSOM_CUDA_GRAPHS"  # set to 0, steps are launched kernel by kernel
-MOST_GRAPHS = 4  # kept per caller: each is one batch's addresses
+MAX_GRAPHS = 4  # kept per CallContext: each is one batch's addresses
 MESSAGES = 20  # of TensorRT's, kept for the next error
 # Calls that are on the GPU at once, whatever the number of threads: each has contexts, a stream and staging of its own.
 # Two keep the GPU busy: while one copies, the other computes. The others are for the host's share of a call.
 MAX_CONCURRENT_CALLS = 4
-KEPT_SHARE = 8  # of the GPU's memory a pool keeps one part in so many for what comes next
+KEPT_SHARE = 8  # a pool keeps 1/KEPT_SHARE of the GPU's memory for later calls
 
 Sizes = tuple[int, ...]
 
 
 class Engine(ProcessBound):
-    """A deserialised plan: what all threads share."""
+    """A deserialised plan, which all threads share."""
 
     def __init__(self, file: GraphFile, read: Read) -> None:
         self.gpu = find_gpu()
@@ -73,7 +72,7 @@ class Engine(ProcessBound):
         return found
 
     def profile_for(self, shapes: Mapping[str, Sizes]) -> int:
-        """The last profile that takes these shapes, which is the narrowest. ShapeError where none does."""
+        """Return the last profile that takes these shapes, which is the narrowest. ShapeError where none does."""
         for index in reversed(range(len(self.profiles))):
             if not any(outside(shape, *self.profiles[index][name]) for name, shape in shapes.items()):
                 return index
@@ -85,7 +84,7 @@ class Engine(ProcessBound):
         )
 
     def context(self, profile: int, stream: Stream, *, whole_graph: bool) -> Any:
-        """A new execution context for one caller; TensorRT-RTX compiles kernels here, or takes them from the cache."""
+        """Make an execution context; TensorRT-RTX compiles kernels here, or takes them from the cache."""
         with self.lock:
             config = self.kernels.config(whole_graph=whole_graph)
             context = self.engine.create_execution_context(**({} if config is None else {"runtime_config": config}))
@@ -100,9 +99,9 @@ class Engine(ProcessBound):
             raise self.failure(what, "Build it again with `transom build`, or load with device='cpu'")
 
     def failure(self, what: str, remedy: str) -> BackendError:
-        """An error that ends in what TensorRT said last."""
-        said = one_line(RuntimeError(self.messages[-1])) if self.messages else "it gave no reason"
-        return BackendError(f"{self.name} {what} {self.file} on {self.gpu}: {said}. {remedy}.")
+        """Return an error that ends in TensorRT's last message."""
+        reason = one_line(RuntimeError(self.messages[-1])) if self.messages else "it gave no reason"
+        return BackendError(f"{self.name} {what} {self.file} on {self.gpu}: {reason}. {remedy}.")
 
 
 def outside(shape: Sizes, least: Sizes, most: Sizes) -> bool:
@@ -128,7 +127,7 @@ def trt_logger(trt: Any, messages: list[str]) -> Any:
 
 
 def tensor_dtypes(engine: Any) -> dict[str, str | None]:
-    """Return numpy's name of each tensor's dtype in an engine; None for one that no graph of ours has."""
+    """Return numpy's name of each tensor's dtype in an engine; None for a dtype that no bundle has."""
     names = (engine.get_tensor_name(index) for index in range(engine.num_io_tensors))
     return {name: DTYPES.get(engine.get_tensor_dtype(name).name) for name in names}
 
@@ -146,29 +145,29 @@ class TrtBackend(ProcessBound):
         self.graph, self.plan = self._engine.graph, self._engine.plan
 
     def run(self, feeds: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Array]:
-        """As a backend does; inputs may be what ``new_decoder_state`` made as well as numpy arrays.
+        """Execute as a backend does; inputs may be numpy arrays, or what ``new_decoder_state`` made.
 
-        A thread beyond the MAX_CONCURRENT_CALLS that are in here waits for its turn.
+        A call beyond MAX_CONCURRENT_CALLS waits for its turn.
         """
         with self._turn:
             try:
-                caller = self._idle.pop()  # the one of the last call, whose recorded steps are of use
+                call = self._idle.pop()  # the one of the last call, whose recorded steps are of use
             except IndexError:
-                caller = CallContext(self._engine)
+                call = CallContext(self._engine)
             try:
-                return caller.run(feeds, shapes)
-            except OutOfMemory:  # what the pool keeps for nobody is in the way; a step that is repeated writes the same
+                return call.run(feeds, shapes)
+            except OutOfMemory:  # free the pool's unused memory; a repeated step writes the same
                 self._pool.clear()
-                return caller.run(feeds, shapes)
+                return call.run(feeds, shapes)
             finally:
-                self._idle.append(caller)
+                self._idle.append(call)
 
     def new_decoder_state(self, rows: int, limit: int, encoder_outputs: Mapping[str, Array]) -> TrtDecoderState:
         return TrtDecoderState(self._pool, self._engine.caches, self._engine.length, rows, limit, encoder_outputs)
 
 
 class CallContext(ProcessBound):
-    """One call's use of an engine at a time: a stream, a context for each profile, buffers that are allocated once."""
+    """What one call at a time needs of an engine: a stream, a context per profile, buffers that are allocated once."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine, self._graph = engine, engine.graph
@@ -179,7 +178,7 @@ class CallContext(ProcessBound):
         self._use_graphs = os.environ.get(GRAPHS_OFF) != "0"
 
     def run(self, feeds: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Array]:
-        """As a backend does. However it ends, no work is left that would write into memory that others have by then."""
+        """Execute as a backend does. Even after an error no work is left that could write into memory of others."""
         try:
             return self._run(feeds, shapes)
         except BaseException:
@@ -209,7 +208,8 @@ class CallContext(ProcessBound):
         for tensor in self._graph.outputs:
             made[tensor.name] = tuple(context.get_tensor_shape(tensor.name))
             size = prod(made[tensor.name]) * storage(tensor).itemsize
-            bind(tensor.name, bound[tensor.aliases] if tensor.aliases else self._staging[tensor.name].room(size))
+            staging = self._staging[tensor.name]
+            bind(tensor.name, bound[tensor.aliases] if tensor.aliases else staging.reserve_bytes(size))
         kept = all(isinstance(feeds[tensor.name], DeviceArray) for tensor in engine.caches)
         self._execute(context, (*bound.items(), *sizes.items()), repeats=profile > 0 and kept)
         return self._fetched(feeds, shapes, made)
@@ -221,14 +221,14 @@ class CallContext(ProcessBound):
         return self._contexts[profile]
 
     def _size(self, tensor: Tensor, value: Any) -> Sizes:
-        """The shape that the engine sees: a cache in host memory may be shorter than the one length it takes."""
+        """Return the shape for the engine: a cache in host memory may be shorter than the one length it takes."""
         shape: Sizes = tuple(value.shape)
         if tensor in self._engine.caches and not isinstance(value, DeviceArray):
             return (*shape[:2], self._engine.length, *shape[3:])
         return shape
 
     def _fed(self, tensor: Tensor, value: Any, size: Sizes) -> int:
-        """The address of an input, its copy to the GPU queued where it is not there."""
+        """Return the address of an input; its copy to the GPU is queued where it is not there."""
         if isinstance(value, DeviceArray):
             return value.address
         staging = self._staging[tensor.name]
@@ -239,7 +239,7 @@ class CallContext(ProcessBound):
         return staging.put_padded(value, size, self._stream)
 
     def _execute(self, context: Any, key: Any, *, repeats: bool) -> None:
-        """Queue the engine's work; what ``repeats`` on the same addresses as one launch of a recorded graph.
+        """Queue the engine's work; where it ``repeats`` on the same addresses, as one launch of a recorded graph.
 
         TensorRT-RTX records by itself.
         """
@@ -257,13 +257,13 @@ class CallContext(ProcessBound):
             self._graphs[key] = self._graphs[key] or self._stream.capture(enqueue)
             self._graphs[key].launch()  # type: ignore[union-attr]
         self._graphs.move_to_end(key)
-        while len(self._graphs) > MOST_GRAPHS:
+        while len(self._graphs) > MAX_GRAPHS:
             self._graphs.popitem(last=False)
 
     def _fetched(
         self, feeds: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], made: Mapping[str, Sizes]
     ) -> dict[str, Array]:
-        """The outputs that are wanted, and caches in host memory, copied out when all work is done."""
+        """Return the wanted outputs, and write caches of host memory back, when all work is done."""
         outputs = [tensor for tensor in self._graph.outputs if tensor.name in shapes]
         for tensor in outputs:
             if made[tensor.name] != tuple(shapes[tensor.name]):

@@ -1,4 +1,4 @@
-"""TensorRT-RTX compiles an engine's kernels where it runs. What it compiled is kept in the user's cache folder."""
+"""Keep the kernels that TensorRT-RTX compiles of an engine where it runs, in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 from transom.runtime.disk_cache import Cache, our_version
 
 KIND = "kernels"
-MOST_BYTES = 1 << 30  # of a file that is read: more is none of ours
+MAX_BYTES = 1 << 30  # of a file that is read: a larger one is not from here
 COSTS = "Every start on the GPU compiles an engine's kernels again, which takes seconds."
 
 
 class KernelCache:
-    """The compiled kernels of one engine, read when it is loaded, written when it goes.
+    """The compiled kernels of one engine, read when it is loaded, written when it is freed.
 
     ``key`` names library, version, SM and driver, and a file our version and the plan beside it: a file of another
     never matches. Full TensorRT compiles when it builds, and has none of this.
@@ -40,7 +40,7 @@ class KernelCache:
         self._save = weakref.finalize(self, save, self._cache, kept, name, before)
 
     def config(self, *, whole_graph: bool) -> Any:
-        """How a context is to be made, None for the default; ``whole_graph`` runs it as one recorded CUDA graph."""
+        """Return a context's configuration, None for the default; ``whole_graph`` records it as one CUDA graph."""
         if self._cache is None:
             return None
         config = self._engine.create_runtime_config()
@@ -52,14 +52,14 @@ class KernelCache:
 
 def read(path: Path | None) -> bytes:
     try:
-        return path.read_bytes() if path is not None and path.stat().st_size <= MOST_BYTES else b""
+        return path.read_bytes() if path is not None and path.stat().st_size <= MAX_BYTES else b""
     except OSError:
         return b""
 
 
 def save(cache: Any, kept: Cache, name: str, before: bytes) -> None:
-    """Keep what was compiled since."""
-    with contextlib.suppress(Exception):  # it runs when everything goes, the driver perhaps first
+    """Write the kernels to the cache if some were compiled since."""
+    with contextlib.suppress(Exception):  # it may run at the end of the process, after the driver is gone
         data = bytes(cache.serialize())
         if data != before:
             kept.add(name, lambda path: path.write_bytes(data))

@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX: one Python API in two libraries, found where they are installed.
+"""Import TensorRT or TensorRT-RTX: one Python API in two libraries, found where they are installed.
 
 TensorRT-RTX comes as NVIDIA's own package ``tensorrt_rtx``, or as two wheels of PyPI: bindings alone, and the package
 of an ONNX Runtime plugin that brings the library and its ONNX parser. TensorRT is ``tensorrt``.
@@ -29,7 +29,7 @@ SHARED_OBJECTS = ("libtensorrt_rtx.so.*", "libtensorrt_onnxparser_rtx.so.*")  # 
 
 @cache
 def library(kind: str) -> ModuleType:
-    """The module of RTX or FULL. Raises BackendError where it is not installed, with the command that installs it."""
+    """Import the module of RTX or FULL. Raises BackendError where it is absent, with the command that installs it."""
     try:
         if find_spec(kind) is not None:
             return import_module(kind)
@@ -44,7 +44,7 @@ def library(kind: str) -> ModuleType:
 
 
 def bindings_alone() -> ModuleType:
-    """The bindings, around the shared objects of the other wheel; from then on ``tensorrt_rtx`` is their name."""
+    """Import the bindings around the shared objects of the other wheel; from then on ``tensorrt_rtx`` is their name."""
     spec = find_spec(LIBRARIES)
     folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec is not None else []
     for pattern in SHARED_OBJECTS:

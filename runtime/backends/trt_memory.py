@@ -1,4 +1,4 @@
-"""Device memory of the TensorRT backend: staging that is allocated once, arrays that stay, and a pool to take from."""
+"""Manage the TensorRT backend's device memory: staging allocated once, a decoder's state, and a pool for it."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class DeviceArray:
 class Pool(ProcessBound):
     """Device memory that is given back and taken again: a call that repeats sizes allocates nothing.
 
-    At most ``most`` bytes are kept for nobody: beyond that, what was given back first is freed. Without a bound a
-    service that sees every batch size would end with blocks of each.
+    At most ``most`` bytes are kept unused: beyond that, what was given back first is freed. Without a bound a service
+    that sees every batch size would keep blocks of each.
     """
 
     def __init__(self, most: int) -> None:
@@ -52,7 +52,7 @@ class Pool(ProcessBound):
         self._lock = threading.RLock()  # a finalizer may give back while this thread takes
 
     def take(self, size: int) -> Memory:
-        """Memory of exactly ``size`` bytes with anything in it. OutOfMemory where there is none even without others."""
+        """Take ``size`` bytes, uninitialised. OutOfMemory where there are none even when unused memory is freed."""
         with self._lock:
             for place in reversed(range(len(self._free))):
                 if self._free[place].size == size:
@@ -72,47 +72,47 @@ class Pool(ProcessBound):
                 self._kept -= self._free.pop(0).size
 
     def clear(self) -> None:
-        """Free what nobody uses."""
+        """Free unused memory."""
         with self._lock:
             self._free.clear()
             self._kept = 0
 
 
 class Staging:
-    """One tensor's way to the GPU and back: pinned host memory and device memory, as large as was ever needed."""
+    """Pinned host memory and device memory that copies of one tensor go through, as large as was ever needed."""
 
     def __init__(self) -> None:
         self._device: Memory | None = None
         self._pinned: PinnedMemory | None = None
 
-    def room(self, size: int) -> int:
-        """The device address of at least ``size`` bytes; it changes only when it grows."""
+    def reserve_bytes(self, size: int) -> int:
+        """Return the device address of at least ``size`` bytes; it changes only when it grows."""
         if self._device is None or self._device.size < size:
             self._device = None  # first, so that old and new need not fit together
             self._device = Memory(grown(size))
         return self._device.address
 
     def put(self, array: Array, stream: Stream) -> int:
-        """Queue the copy of ``array`` to the GPU; its device address. The array may change as soon as this returns."""
-        address = self.room(array.nbytes)
+        """Queue the copy of ``array`` to the GPU and return its address. The array may change from then on."""
+        address = self.reserve_bytes(array.nbytes)
         self.host(array.nbytes)[...] = as_bytes(array)
         stream.copy(address, self._address(), array.nbytes)
         return address
 
     def fetch(self, size: int, stream: Stream) -> NDArray[np.uint8]:
-        """Queue the copy of ``size`` bytes to the host; they are there when the stream was waited for."""
+        """Queue the copy of ``size`` bytes to the host and return them, valid after ``stream.wait``."""
         host = self.host(size)
-        stream.copy(self._address(), self.room(size), size)
+        stream.copy(self._address(), self.reserve_bytes(size), size)
         return host
 
     def keep(self, array: Array) -> int:
-        """The host address of a copy of ``array``: TensorRT reads some shapes there."""
+        """Copy ``array`` to pinned memory and return its host address: TensorRT reads some shapes there."""
         self.host(array.nbytes)[...] = as_bytes(array)
         return self._address()
 
     def put_padded(self, array: Array, shape: tuple[int, ...], stream: Stream) -> int:
-        """``put`` of a cache (B, H, C, D) into one of ``shape``, whose C is longer; behind it are zeros."""
-        address = self.room(prod(shape) * array.dtype.itemsize)
+        """Queue the copy of a cache (B, H, C, D) into one of ``shape``, whose C is longer; the rest are zeros."""
+        address = self.reserve_bytes(prod(shape) * array.dtype.itemsize)
         self.host(array.nbytes)[...] = as_bytes(array)
         rows, width, pitch = rows_of(array, shape[2])
         stream.clear(address, rows * pitch)
@@ -120,14 +120,14 @@ class Staging:
         return address
 
     def fetch_padded(self, array: Array, length: int, stream: Stream) -> NDArray[np.uint8]:
-        """``fetch`` of as much of a cache of ``length`` as ``array`` holds."""
+        """Queue the copy of as much of a cache of ``length`` as ``array`` holds to the host."""
         host = self.host(array.nbytes)
         rows, width, pitch = rows_of(array, length)
-        stream.copy_rows(self._address(), width, self.room(rows * pitch), pitch, width, rows)
+        stream.copy_rows(self._address(), width, self.reserve_bytes(rows * pitch), pitch, width, rows)
         return host
 
     def host(self, size: int) -> NDArray[np.uint8]:
-        """Pinned bytes; only the newest view is valid."""
+        """Return pinned bytes; only the newest view is valid."""
         if self._pinned is None or self._pinned.size < size:
             self._pinned = None
             self._pinned = PinnedMemory(grown(size))
@@ -139,7 +139,7 @@ class Staging:
 
 
 def rows_of(cache: Array, length: int) -> tuple[int, int, int]:
-    """(rows, bytes in each, bytes from each to the next in one of ``length``) of a cache (B, H, C, D)."""
+    """Return (rows, bytes in each, bytes from one to the next at ``length``) of a cache (B, H, C, D)."""
     B, H, C, D = cache.shape
     return B * H, C * D * cache.dtype.itemsize, length * D * cache.dtype.itemsize
 
@@ -153,7 +153,7 @@ def as_bytes(array: Array) -> NDArray[np.uint8]:
 
 
 class TrtDecoderState(ProcessBound):
-    """What a decoder's rows keep on the GPU between steps: caches written in place, and what they read beside them.
+    """A decoder's state on the GPU: caches written in place, and the encoder's outputs beside them.
 
     A cache (rows, H, C, D) has the one length C that the engine was built for. Every method waits for its own work, so
     that any thread may go on.
@@ -171,7 +171,7 @@ class TrtDecoderState(ProcessBound):
         self._pool, self._stream = pool, Stream()
         self._held: list[Memory] = []
         weakref.finalize(self, give_back, pool, self._held)
-        self.capacity = min(limit, length)  # tokens that a row has room for
+        self.capacity = min(limit, length)  # tokens that fit in a row
         self._used, self._rows = 0, rows
         try:
             self._caches = {tensor.name: self._empty(tensor, rows, length) for tensor in caches}
@@ -186,7 +186,7 @@ class TrtDecoderState(ProcessBound):
 
     @property
     def feeds(self) -> dict[str, DeviceArray]:
-        """What the graph is to be fed beside the tokens, by name of its input."""
+        """Return the graph's inputs besides the tokens, by name."""
         return {**self._encoder_outputs.arrays, **self._caches}
 
     def reserve(self, tokens: int) -> None:
@@ -196,14 +196,14 @@ class TrtDecoderState(ProcessBound):
         self._used = max(self._used, tokens)
 
     def reorder(self, rows: NDArray[np.intp]) -> None:
-        """Row i goes on from what row ``rows[i]`` was."""
+        """Replace row i by what row ``rows[i]`` was."""
         if not np.array_equal(rows, np.arange(self._rows)):
             self._caches = {name: self._cache_of(old, rows) for name, old in self._caches.items()}
             self._encoder_outputs.reorder(rows, self._rows_of)
             self._rows = len(rows)
 
     def _cache_of(self, old: DeviceArray, rows: NDArray[np.intp]) -> DeviceArray:
-        """A cache of the rows chosen: the positions in use are copied, the rest is zero."""
+        """Make a cache of the chosen rows: the positions in use are copied, the rest are zeros."""
         new = self._take((len(rows), *old.shape[1:]), old.dtype)
         _, heads, length, size = old.shape
         pitch, width = length * size * old.dtype.itemsize, self._used * size * old.dtype.itemsize
@@ -222,7 +222,7 @@ class TrtDecoderState(ProcessBound):
         return self._instead_of(old, new)
 
     def _instead_of(self, old: DeviceArray, new: DeviceArray) -> DeviceArray:
-        """``new``, whose copies are done; the memory of ``old`` may be taken again."""
+        """Return ``new``, whose copies are done; the memory of ``old`` goes back to the pool."""
         self._stream.wait()
         self._held.remove(old.memory)
         self._pool.give(old.memory)

@@ -1,4 +1,4 @@
-"""Which of a bundle's engines runs on the GPU that is here."""
+"""Choose which of a bundle's engines runs on this GPU."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ FULL_TARGET = "tensorrt"  # built by full TensorRT for the GPU that was present
 
 
 def rtx_target(capability: tuple[int, int]) -> str:
-    """``rtx-sm89`` of (8, 9)."""
+    """Return the target of TensorRT-RTX for a compute capability: ``rtx-sm89`` of (8, 9)."""
     return "rtx-sm{}{}".format(*capability)
 
 
 def target_for(gpu: Gpu) -> str:
-    """What to build for a GPU: TensorRT-RTX where it has kernels for it."""
+    """Return the target to build for a GPU: TensorRT-RTX where it has kernels for it."""
     return rtx_target(gpu.capability) if gpu.capability in RTX_CAPABILITIES else FULL_TARGET
 
 
 def pick_plan(graph: GraphFile, gpu: Gpu) -> Plan:
-    """The plan for ``gpu``. BackendError where none fits, with the targets that are there and the command to build."""
+    """Return the plan for ``gpu``. BackendError where none fits, with the bundle's targets and the command to build."""
     for target in (rtx_target(gpu.capability), FULL_TARGET):
         plan = graph.plans.get(target)
         if plan is not None and plan.sm in (None, gpu.sm):
@@ -34,7 +34,7 @@ def pick_plan(graph: GraphFile, gpu: Gpu) -> Plan:
 
 
 def kind_of(plan: Plan) -> str:
-    """RTX or FULL: the library that loads it."""
+    """Return the library that loads a plan, RTX or FULL."""
     return RTX if plan.library == NAMES[RTX] else FULL
 
 

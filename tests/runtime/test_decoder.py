@@ -251,7 +251,7 @@ def test_the_limit_is_checked_before_the_graph_runs(gpt: Any) -> None:
     decoder.prefill(random_ids((2, 8)), np.array([3, 8]))
     decoder.decode_step(np.array([1, 1]))
     calls = len(backend.fed)
-    with pytest.raises(InputError, match="row 1 reaches 10 tokens; the context holds 9"):
+    with pytest.raises(InputError, match="row 1 has 10 tokens; the context holds 9"):
         decoder.decode_step(np.array([1, 1]))
     assert len(backend.fed) == calls
     decoder.reorder(np.array([0]))

@@ -324,7 +324,7 @@ JSON: tuple[tuple[str, bytes, str], ...] = (
     ("a huge integer", b'{"format": ' + b"9" * 5_000 + b"}", "not usable JSON"),
     ("a key twice", b'{"format": "transom-bundle", "format": "transom-bundle"}', "a key is given twice"),
     ("UTF-16", b"\xff\xfe", "not usable JSON"),
-    ("another format", b'{"format": "zip"}', "the folder is no bundle of ours"),
+    ("another format", b'{"format": "zip"}', "the folder is no bundle of Transom"),
 )
 
 BUNDLES = (
