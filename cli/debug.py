@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Variant(StrEnum):
-    """What ``--variant`` takes."""
+    """Values of ``--variant``."""
 
     cpu = "cpu"
     default = "default"

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class Precision(StrEnum):
-    """What ``--precision`` takes."""
+    """Values of ``--precision``."""
 
     fp32 = "fp32"
     fp16 = "fp16"
@@ -42,7 +42,7 @@ class Precision(StrEnum):
 
 
 class Method(StrEnum):
-    """What ``--method`` takes: how an activation's range is chosen from its values in calibration."""
+    """Values of ``--method``: how an activation's range is chosen from its values in calibration."""
 
     minmax = "minmax"
     percentile = "percentile"
@@ -51,7 +51,7 @@ class Method(StrEnum):
 
 
 class Activations(StrEnum):
-    """What ``--activations`` takes."""
+    """Values of ``--activations``."""
 
     static = "static"
     dynamic = "dynamic"
@@ -59,7 +59,7 @@ class Activations(StrEnum):
 
 
 class Also(StrEnum):
-    """What ``--also`` takes."""
+    """Values of ``--also``."""
 
     attention = "attention"
     residual = "residual"

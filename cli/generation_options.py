@@ -17,7 +17,7 @@ BEAMS = "Beam search (with --num-beams of 2 or more)"
 
 
 class EarlyStopping(StrEnum):
-    """What ``--early-stopping`` takes: the keyword's False, True and "never"."""
+    """Values of ``--early-stopping``: the keyword's False, True and "never"."""
 
     false = "false"
     true = "true"

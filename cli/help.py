@@ -10,7 +10,7 @@ REFERENCES = "{reference models}"  # stands for their names in a help text; repl
 
 
 class GroupedCommand(TyperCommand):
-    """A command whose options with a ``rich_help_panel`` come under that heading, after the others."""
+    """A command whose ``--help`` lists options with a ``rich_help_panel`` under that heading, after the others."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         groups: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}

@@ -1,4 +1,4 @@
-"""What a loaded bundle can be asked for: one file per family, which ends in its FAMILY."""
+"""Tasks of loaded bundles: one file per family, which ends in its FAMILY."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ class Generator(LoadedBundle, ABC):
         """Prefill a decoder with a batch of prompts, ids of different lengths."""
 
     def new_decoder(self, rows: int, encoder_outputs: Mapping[str, Array] | None = None) -> Decoder:
-        """An empty cache for ``rows`` rows, within this bundle's bounds; ``encoder_outputs`` as in Decoder."""
+        """Return a decoder with an empty cache for ``rows`` rows, within this bundle's bounds."""
         return Decoder(self.backend("decoder"), rows, self.context, encoder_outputs, most_logits=self.max_size("P"))
 
     @abstractmethod

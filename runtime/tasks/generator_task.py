@@ -1,4 +1,4 @@
-"""Ask a bundle that generates: prompts in, what comes after them out, or how probable a text is."""
+"""Generate token ids and answer prompts of `transom run`: new text of prompts, or the perplexity of texts."""
 
 from __future__ import annotations
 

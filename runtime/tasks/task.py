@@ -53,7 +53,7 @@ class Task:
 
     @property
     def whole(self) -> bool:
-        """Whether stdin is one text: a half of a pair, or a prompt, both of which may have many lines."""
+        """Whether stdin is one text: one of a pair, or a prompt, both of which may have many lines."""
         return self.pair is not None or self.scores
 
 

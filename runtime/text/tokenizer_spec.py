@@ -67,7 +67,7 @@ class TokenizerSpec:
         return made
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object that ``from_json`` reads back to an equal value."""
+        """Return the JSON object that ``from_json`` reads back to an equal value."""
         return asdict(self)
 
 

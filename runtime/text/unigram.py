@@ -61,7 +61,7 @@ class UnigramSpec:
         return spec
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object that ``from_json`` reads back to an equal value."""
+        """Return the JSON object that ``from_json`` reads back to an equal value."""
         return asdict(self)
 
 
