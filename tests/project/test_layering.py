@@ -41,7 +41,9 @@ THEIRS = {
 TORCH_TOO = {"export/onnx_export.py", "export/parity/backends.py"}
 # Only inside functions: `transom --help` must not wait for them, nor a local checkpoint for the hub's client.
 LAZY = {"models": ("huggingface_hub",), "cli": ("transom", "numpy", "PIL")}
-EAGER_ALL_THE_SAME = {"cli": ("transom.cli", "transom.runtime.errors")}
+EAGER_ALL_THE_SAME = {
+    "cli": ("transom.cli", "transom.runtime.errors", "transom.runtime.format", "transom.runtime.probe")  # stdlib alone
+}
 
 # What neither the runtime's import nor the command line's may load.
 HEAVY = {"torch", "transformers", "onnx", "onnx_ir"} | THEIRS["runtime"]
@@ -265,7 +267,16 @@ def python(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return done
 
 
-@pytest.mark.parametrize("module", ["transom.runtime", "transom.runtime.errors", "transom.cli.main"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "transom.runtime",
+        "transom.runtime.errors",
+        "transom.runtime.format",
+        "transom.runtime.probe",
+        "transom.cli.main",
+    ],
+)
 def test_import_loads_nothing_heavy(module: str, tmp_path: Path) -> None:
     code = f"import sys, json, {module}; print(json.dumps(sorted(sys.modules)))"
     loaded = set(json.loads(python("-c", code, folder=tmp_path).stdout))
