@@ -41,9 +41,8 @@ THEIRS = {
 TORCH_TOO = {"export/onnx_export.py", "export/parity/backends.py"}
 # Only inside functions: `transom --help` must not wait for them, nor a local checkpoint for the hub's client.
 LAZY = {"models": ("huggingface_hub",), "cli": ("transom", "numpy", "PIL")}
-EAGER_ALL_THE_SAME = {
-    "cli": ("transom.cli", "transom.runtime.errors", "transom.runtime.format", "transom.runtime.probe")  # stdlib alone
-}
+LIGHT = ("errors", "format", "probe", "progress")  # of the runtime: they import the standard library alone
+EAGER_ALL_THE_SAME = {"cli": ("transom.cli", *(f"transom.runtime.{name}" for name in LIGHT))}
 
 # What neither the runtime's import nor the command line's may load.
 HEAVY = {"torch", "transformers", "onnx", "onnx_ir"} | THEIRS["runtime"]
@@ -269,13 +268,7 @@ def python(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     "module",
-    [
-        "transom.runtime",
-        "transom.runtime.errors",
-        "transom.runtime.format",
-        "transom.runtime.probe",
-        "transom.cli.main",
-    ],
+    ["transom.runtime", *(f"transom.runtime.{name}" for name in LIGHT), "transom.cli.main"],
 )
 def test_import_loads_nothing_heavy(module: str, tmp_path: Path) -> None:
     code = f"import sys, json, {module}; print(json.dumps(sorted(sys.modules)))"
