@@ -68,6 +68,6 @@ def size_along(value: ir.Value | None, axis: int) -> Size | None:
     return None if isinstance(size, ir.SymbolicDim) and size.value is None else size
 
 
-def unread_inputs(node: ir.Node, count: int) -> Sequence[ir.Value]:
+def extra_inputs(node: ir.Node, count: int) -> Sequence[ir.Value]:
     """Return the inputs that the node has beyond its first ``count``."""
     return [value for value in node.inputs[count:] if value is not None]

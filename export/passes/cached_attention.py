@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
-from transom.export.passes._match import ATTENTION_INPUTS, Size, inputs_of, made_by, size_along, unread_inputs
+from transom.export.passes._match import ATTENTION_INPUTS, Size, extra_inputs, inputs_of, made_by, size_along
 from transom.runtime.feeds import WRITE_INDICES
 
 TOKENS, HEAD_SIZE = 2, 3  # axes of queries and caches (B, heads, tokens, head size)
@@ -46,7 +46,7 @@ def reason_against_lengths(node: ir.Node) -> str | None:
     query, key, value, mask = inputs_of(node, len(ATTENTION_INPUTS))
     if mask is None:
         return "it has no mask"
-    if unread_inputs(node, len(ATTENTION_INPUTS)) or len(node.outputs) > 1:
+    if extra_inputs(node, len(ATTENTION_INPUTS)) or len(node.outputs) > 1:
         return "it has a cache of its own"
     for name, attribute in node.attributes.items():
         if name != "scale" and attribute.value != 0:

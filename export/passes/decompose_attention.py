@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from transom.export.passes._builder import NodeBuilder
-from transom.export.passes._match import ATTENTION_INPUTS, inputs_of, is_standard, rank_of, unread_inputs
+from transom.export.passes._match import ATTENTION_INPUTS, extra_inputs, inputs_of, is_standard, rank_of
 from transom.runtime.errors import ExportError
 
 MASKED = np.array(np.finfo(np.float32).min)  # of a masked score, in FP32: softmax of a whole row stays finite
@@ -68,7 +68,7 @@ def require_plain(node: ir.Node) -> None:
         attribute = node.attributes.get(name)
         return float(attribute.value) if attribute is not None else 0.0
 
-    more, axes = unread_inputs(node, len(ATTENTION_INPUTS)), rank_of(node.inputs[0])
+    more, axes = extra_inputs(node, len(ATTENTION_INPUTS)), rank_of(node.inputs[0])
     if more or len(node.outputs) > 1 or number("is_causal") or number("softcap") or axes != 4:
         raise ExportError(
             f"the node {node.name} is an Attention with {len(node.inputs)} inputs, {axes} axes, is_causal "

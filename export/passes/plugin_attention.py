@@ -24,7 +24,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass
 
 from transom.export.passes._builder import NodeBuilder
-from transom.export.passes._match import ATTENTION_INPUTS, inputs_of, is_standard, made_by, size_along, unread_inputs
+from transom.export.passes._match import ATTENTION_INPUTS, extra_inputs, inputs_of, is_standard, made_by, size_along
 from transom.export.passes.cached_attention import HEAD_SIZE, TOKENS, match_cache_mask, reason_against_lengths, scale_of
 
 DOMAIN, VERSION = "transom", 1
@@ -73,7 +73,7 @@ def reason_against_plugin(node: ir.Node) -> str | None:
     """Return why the plugin's kernel does not compute an ``Attention``; None where it does."""
     query, key, value, mask = inputs_of(node, len(ATTENTION_INPUTS))
     others = [name for name, attribute in node.attributes.items() if name != "scale" and attribute.value != 0]
-    if unread_inputs(node, len(ATTENTION_INPUTS)) or len(node.outputs) > 1:
+    if extra_inputs(node, len(ATTENTION_INPUTS)) or len(node.outputs) > 1:
         return "with a cache of its own"
     if others:
         return f"with {', '.join(others)}"
