@@ -129,9 +129,9 @@ def build(
 def print_kernels(engine: Engine) -> None:
     """Print the kernels of one graph, how often each occurs, and what did not fuse."""
     for reasons, what in (
-        (engine.decomposed, "are written out, TensorRT has no kernel"),
+        (engine.decomposed, "are decomposed, TensorRT has no kernel"),
         (engine.plugins, "are our plugin, TensorRT has no kernel"),
-        (engine.masked, "know what they see by a mask and not by lengths:"),
+        (engine.masked, "read a mask instead of lengths:"),
     ):
         for reason, count in Counter(reasons.values()).items():
             print(printable(f"\n{engine.target}, {engine.graph}: {count} attentions {what} {reason}"))

@@ -1,1 +1,1 @@
-"""ONNX to engines: a bundle's graphs in TensorRT's variant, built for GPUs that need not be here."""
+"""TensorRT engines of a bundle: its graphs in TensorRT's variant, built for GPUs that need not be present."""

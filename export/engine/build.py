@@ -1,4 +1,4 @@
-"""``transom build``: the engines of a bundle for some targets, checked before and after, written into the bundle."""
+"""Build the engines of a bundle for some targets, check them before and after, and write them into the bundle."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from transom.runtime.manifest import QUANTIZED, Manifest
 
 FOLDER = "engines"  # in the bundle
 COMPILER = "triton"
-KNOWN_LOG = "1.7"  # whose names of layers fusion.py was written by
+KNOWN_LOG = "1.7"  # the version whose layer names build_log.py knows
 
 
 @dataclass(frozen=True)
 class Engine:
-    """One graph built for one target: the plan's size in bytes, seconds, and what became of it in each profile.
+    """One graph built for one target: the plan's size in bytes, seconds, and its fusions in each profile.
 
-    ``decomposed`` are the attentions that have no fused kernel, by their nodes, and why; ``plugins`` those for which
-    TensorRT has none and our own is in the engine; ``masked`` those that lengths were asked for and that have none.
+    Attentions by node, each with a reason: ``decomposed`` without a fused kernel, ``plugins`` computed by Transom's
+    plugin because TensorRT has no kernel, ``masked`` that read a mask though lengths were requested.
     """
 
     target: str
@@ -76,31 +76,32 @@ def build(
 ) -> list[Engine]:
     """Build every graph of ``bundle`` for every target, and put the plans into it.
 
-    The graphs are TensorRT's variant, which first has to compute in ONNX Runtime what the bundle computes. Nothing is
-    written before all engines of all targets are built. For full TensorRT attention that it has no kernel of is our
-    ``plugin``, and without written out. Its plans go into a ``repository`` of Triton Inference Server as well.
-    ``shapes`` are the bounds of the engines, within the bundle's; bundle.json records them, and the runtime goes by
-    them. Raises ExportError for what a target or the bundle does not have, BackendError where a library is missing,
-    EngineError for a graph that cannot be built, or, unless ``allow_unfused``, one whose attention did not fuse or
-    whose log does not tell.
+    The graphs are TensorRT's variant, whose outputs are first compared with the bundle's in ONNX Runtime. Nothing is
+    written before all engines of all targets are built. For full TensorRT, attention without a kernel becomes the
+    ``plugin``, or is decomposed without it; its plans also go into a ``repository`` of Triton Inference Server.
+    ``shapes`` are the bounds of the engines, within the bundle's; bundle.json records them for the runtime.
+
+    Raises ExportError for an option that a target or the bundle does not support, BackendError where a library is
+    missing, EngineError for a graph that cannot be built, or, unless ``allow_unfused``, one whose attention did not
+    fuse or is not recognised in the log.
     """
     manifest = bundle.manifest
     specs = [file.graph for file in manifest.graphs]
     axes = narrowed(manifest.axes, specs, shapes or Shapes())
     for target in targets:
-        require_precision(target, manifest.precision, elsewhere(manifest))
+        require_precision(target, manifest.precision, unquantized_precision(manifest))
         require_attention(target, attention)
-    called = bundle.folder.resolve().name
+    bundle_name = bundle.folder.resolve().name
     if repository is not None:
         served_as = replace(manifest, axes=axes)
-        require_servable(repository, called, served_as, targets)
+        require_servable(repository, bundle_name, served_as, targets)
     for target in targets:
         library(target.library)
     graphs = {
         kind: checked_trt_graphs(bundle, kind, attention, axes, plugin=plugin, tell=tell)
         for kind in dict.fromkeys(target.library for target in targets)
     }
-    models = {kind: {name: graph.serialized() for name, graph in made.items()} for kind, made in graphs.items()}
+    models = {kind: {name: graph.serialized() for name, graph in variant.items()} for kind, variant in graphs.items()}
     profiles = {file.graph.name: profiles_of(file.graph, axes) for file in manifest.graphs}
     engines: list[Engine] = []
     plans: dict[str, bytes] = {}
@@ -110,13 +111,13 @@ def build(
         for name, graph in graphs[target.library].items():
             tell(f"building {name} for {target.name}")
             started = time.perf_counter()
-            built = build_engine(name, models[target.library][name], profiles[name], target, tuple(graph.plugins))
-            engine = engine_of(target, name, graph, built, profiles[name], time.perf_counter() - started)
+            result = build_engine(name, models[target.library][name], profiles[name], target, tuple(graph.plugins))
+            engine = engine_of(target, name, graph, result, profiles[name], time.perf_counter() - started)
             if not allow_unfused:
                 require_fused(engine)
             engines.append(engine)
             names[name] = plan_name(manifest, target, name)
-            plans[names[name]] = built.plan
+            plans[names[name]] = result.plan
         described[target.name] = {
             "library": NAMES[target.library],
             "version": library(target.library).__version__,
@@ -131,15 +132,15 @@ def build(
     if repository is not None:
         tell("writing the model repository")
         served = {graph: plans[name] for graph, name in described[FULL_TARGET]["plans"].items()}
-        write_repository(repository, called, served_as, served)
+        write_repository(repository, bundle_name, served_as, served)
     return engines
 
 
 def require_attention(target: Target, attention: str) -> None:
-    """Raise ExportError for LENGTHS where nobody has seen the parser read them.
+    """Raise ExportError for LENGTHS with a library whose parser has not been tried with them.
 
-    TensorRT 11.0's is documented to take the lengths as another input and to scale the scores itself; a parser drops an
-    input that it does not know without a word.
+    TensorRT 11.0's is documented to take the lengths as another input and to scale the scores itself; a parser silently
+    drops an input that it does not know.
     """
     if attention == LENGTHS and target.library != RTX:
         raise ExportError(
@@ -151,53 +152,54 @@ def require_attention(target: Target, attention: str) -> None:
 def checked_trt_graphs(
     bundle: Bundle, kind: str, attention: str, axes: Mapping[str, Axis], *, plugin: bool, tell: Callable[[str], None]
 ) -> dict[str, TensorRTGraph]:
-    """The graphs of ``bundle`` for a library, which compute what the bundle does."""
-    tell(f"writing {NAMES[kind]}'s variant of the graphs")
+    """Return the graphs of ``bundle`` for a library, after their outputs were compared with the bundle's."""
+    tell(f"making {NAMES[kind]}'s variant of the graphs")
     graphs = tensorrt_graphs(bundle, attention, plugins=plugin and kind == FULL, axes=axes)
     require_compiler(graphs)
-    tell("holding it against the bundle")
+    tell("comparing it with the bundle")
     require_trt_parity(bundle, graphs, axes)
     return graphs
 
 
 def require_compiler(graphs: Mapping[str, TensorRTGraph]) -> None:
-    """Raise BackendError where a plugin has to be compiled and nothing here does."""
+    """Raise BackendError where a plugin has to be compiled and the compiler is not installed."""
     count = sum(len(graph.plugins) for graph in graphs.values())
     if count and find_spec(COMPILER) is None:
         reason = next(reason for graph in graphs.values() for reason in graph.plugins.values())
         raise BackendError(
-            f"TensorRT has no fused kernel of {count} attentions {reason}; ours is compiled by {COMPILER}, which is "
-            "not installed. Run `pip install 'transom[plugin]'`, or give --no-plugin to have them written out."
+            f"TensorRT has no fused kernel of {count} attentions {reason}; Transom's is compiled by {COMPILER}, which "
+            "is not installed. Run `pip install 'transom[plugin]'`, or give --no-plugin to decompose them."
         )
 
 
-def elsewhere(manifest: Manifest) -> str:
-    """The precision of what is not in integers."""
+def unquantized_precision(manifest: Manifest) -> str:
+    """Return the precision of the layers that are not quantised."""
     if manifest.precision not in QUANTIZED or manifest.quantization is None:
         return manifest.precision
     return str(manifest.quantization.get("elsewhere", {}).get("default", "fp16"))
 
 
 def plan_name(manifest: Manifest, target: Target, graph: str) -> str:
-    """``engines/rtx-sm86.plan``, or of a bundle with several graphs ``engines/rtx-sm86.encoder.plan``."""
+    """Return ``engines/rtx-sm86.plan``, or for a bundle with several graphs ``engines/rtx-sm86.encoder.plan``."""
     which = f".{graph}" if len(manifest.graphs) > 1 else ""
     return f"{FOLDER}/{target.name}{which}.plan"
 
 
 def engine_of(
-    target: Target, name: str, graph: TensorRTGraph, built: EngineResult, profiles: Sequence[Profile], seconds: float
+    target: Target, name: str, graph: TensorRTGraph, result: EngineResult, profiles: Sequence[Profile], seconds: float
 ) -> Engine:
-    kernels = kernels_of(built.log, len(profiles))
+    """Describe a built graph: size, fusions per profile, memory, and how each attention is computed."""
+    kernels = kernels_of(result.log, len(profiles))
     fusions = tuple(
-        fusion_of(profile.name, found, graph.operators, graph.integer_products)
-        for profile, found in zip(profiles, kernels, strict=True)
+        fusion_of(profile.name, layers, graph.operators, graph.integer_products)
+        for profile, layers in zip(profiles, kernels, strict=True)
     )
-    refused = (graph.decomposed, graph.plugins, graph.masked)
-    return Engine(target.name, name, len(built.plan), seconds, fusions, memory_of(built.log), *refused)
+    reasons = (graph.decomposed, graph.plugins, graph.masked)
+    return Engine(target.name, name, len(result.plan), seconds, fusions, memory_of(result.log), *reasons)
 
 
 def require_fused(engine: Engine) -> None:
-    """Raise EngineError where an attention is not one kernel, or the builder's log does not tell."""
+    """Raise EngineError where an attention is not one kernel, or is not recognised in the builder's log."""
     for fusion in engine.fusions:
         if fusion.unfused:
             raise EngineError(

@@ -1,4 +1,4 @@
-"""Builds one engine in a process of its own, or takes it from the cache; turns what went wrong into errors of ours."""
+"""Build one engine in a process of its own, or take it from the cache; turn its failures into Transom's errors."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from transom.runtime.errors import BackendError, EngineError
 
 KIND = "engines"  # of cache
 COSTS = "Every build of the same engine takes as long as the first."
-FLAGS = {  # of the builder, the worker goes by them; whatever is set there belongs here, and so into the cache's keys
-    "tf32": False,  # both libraries have it on: FP32 would lose 13 of its 24 bits
+FLAGS = {  # of the builder, applied by the worker; every setting belongs here, as part of the cache's keys
+    "tf32": False,  # on by default in both libraries: FP32 would lose 13 of its 24 bits
     "profiling_verbosity": "DETAILED",  # the log lists layers and the nodes in each
 }
-SUMS = "sha256.json"  # of what lies beside it there
-LAST_LINES = 3  # of the log, in the message of a builder that died
+HASHES = "sha256.json"  # of the other files of an entry
+LAST_LINES = 3  # of the log, in the message about a process that died
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,11 @@ class EngineResult:
 def build_engine(
     graph: str, model: bytes, profiles: Sequence[Profile], target: Target, plugins: Sequence[str] = ()
 ) -> EngineResult:
-    """An engine of the ONNX ``model`` for ``target``, with TF32 off and the layers in the log.
+    """Build an engine of the ONNX ``model`` for ``target``, with TF32 off and the layers in the log.
 
-    ``graph`` is its name in messages; ``plugins`` are the nodes that have to be plugins of ours. The same model,
-    profiles, target and library give the engine that was built before. Raises BackendError where the library is
-    missing, EngineError where it cannot build this, or has no room to.
+    ``graph`` is its name in messages; ``plugins`` are the nodes that have to be Transom's plugins. The same model,
+    profiles, target and library return the cached engine. Raises BackendError where the library is missing,
+    EngineError where it cannot build the graph, or has no space to.
     """
     job = {
         "library": target.library,
@@ -55,65 +55,66 @@ def build_engine(
         **({"plugins": list(plugins)} if plugins else {}),
     }
     key = key_of(model, job, str(library(target.library).__version__))
-    kept = Cache(KIND, COSTS) if target.capability is not None else None  # else it depends on the GPU here
-    found = kept_engine(kept, key) if kept is not None else None
-    if found is not None:
-        return found
+    cache = Cache(KIND, COSTS) if target.capability is not None else None  # else it depends on the GPU present
+    cached = cached_engine(cache, key) if cache is not None else None
+    if cached is not None:
+        return cached
     try:
-        with tempfile.TemporaryDirectory(prefix="transom-engine-") as made:
-            folder = Path(made)
+        with tempfile.TemporaryDirectory(prefix="transom-engine-") as temporary:
+            folder = Path(temporary)
             (folder / JOB).write_text(json.dumps(job))
             (folder / GRAPH).write_bytes(model)
             run_worker(folder, graph, target)
-            built = read(folder)
+            result = read_result(folder)
     except OSError as error:
         raise EngineError(
             f"the graph {graph!r} cannot be built for {target.name} in {tempfile.gettempdir()}: "
             f"{error.strerror or error}. Free some space there, or set TMPDIR to another folder."
         ) from error
-    if kept is not None:
-        keep(kept, key, built)
-    return built
+    if cache is not None:
+        store(cache, key, result)
+    return result
 
 
 def key_of(model: bytes, job: Mapping[str, Any], version: str) -> str:
-    """SHA-256, in hex, of all that decides what is built: model, shapes, flags, versions of library and tools."""
+    """Return the SHA-256, in hex, of all that determines an engine: model, job, versions of library and tools."""
     tools = {"transom": our_version(), "polygraphy": importlib.metadata.version("polygraphy"), "library": version}
     return hashlib.sha256(json.dumps([job, tools], sort_keys=True).encode() + model).hexdigest()
 
 
 def run_worker(folder: Path, graph: str, target: Target) -> None:
-    """The worker's process from its start to its end; whatever ends this one ends it as well."""
+    """Run the worker's process to its end; an exception here, an interrupt too, kills it."""
     command = [sys.executable, "-m", "transom.export.engine.build_worker", str(folder)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         try:
-            _, said = process.communicate()
+            _, stderr = process.communicate()
         except BaseException:
             process.kill()
             process.wait()  # it writes into a folder that is removed next
             raise
     if process.returncode != 0:
-        raise failure(folder, graph, target, process.returncode, said)
+        raise failure(folder, graph, target, process.returncode, stderr)
 
 
-def failure(folder: Path, graph: str, target: Target, status: int, said: str) -> Exception:
+def failure(folder: Path, graph: str, target: Target, status: int, stderr: str) -> Exception:
+    """Return the error for a worker that failed, by its error.json, else by its last lines."""
     path = folder / ERROR
-    wrong: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    message = str(wrong.get("message", ""))
-    if wrong.get("kind") == "library":
+    problem: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    message = str(problem.get("message", ""))
+    if problem.get("kind") == "library":
         return BackendError(message)
     what = f"{NAMES[target.library]} cannot"
-    if wrong.get("kind") == "parse":
+    if problem.get("kind") == "parse":
         return EngineError(
-            f"{what} read the node {wrong.get('node')!r} ({wrong.get('operator')}) of the graph {graph!r}: {message} "
-            "Export the bundle again, or use it with device='cpu' or 'cuda'."
+            f"{what} read the node {problem.get('node')!r} ({problem.get('operator')}) of the graph {graph!r}: "
+            f"{message} Export the bundle again, or use it with device='cpu' or 'cuda'."
         )
-    if wrong.get("kind") == "plugin":
-        told = message.rstrip(". ") + "."
-        advice = "" if "--no-plugin" in told else " Build with --no-plugin, where it is written out, and report this."
-        return EngineError(f"{what} build the graph {graph!r} for {target.name} with our attention: {told}{advice}")
-    if not wrong:
-        last = " ".join([*lines_of(folder / LOG)[-LAST_LINES:], *said.split()[-40:]])
+    if problem.get("kind") == "plugin":
+        reason = message.rstrip(". ") + "."
+        advice = "" if "--no-plugin" in reason else " Build with --no-plugin, which decomposes it, and report this."
+        return EngineError(f"{what} build the graph {graph!r} for {target.name} with our attention: {reason}{advice}")
+    if not problem:
+        last = " ".join([*lines_of(folder / LOG)[-LAST_LINES:], *stderr.split()[-40:]])
         message = f"its process ended with status {status}: {last:.400}"
     reasons = [line for line in lines_of(folder / LOG) if "Error Code" in line]
     return EngineError(
@@ -122,7 +123,7 @@ def failure(folder: Path, graph: str, target: Target, status: int, said: str) ->
     )
 
 
-def read(folder: Path) -> EngineResult:
+def read_result(folder: Path) -> EngineResult:
     return EngineResult((folder / PLAN).read_bytes(), lines_of(folder / LOG))
 
 
@@ -130,16 +131,16 @@ def lines_of(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
 
 
-def kept_engine(kept: Cache, key: str) -> EngineResult | None:
-    """What the cache has under this key; None where there is nothing, or not what was put there."""
-    folder = kept.entry(key)
+def cached_engine(cache: Cache, key: str) -> EngineResult | None:
+    """Return the cache's engine under this key; None where there is none, or its files were changed."""
+    folder = cache.entry(key)
     try:
         if folder is None:
             return None
-        sums = json.loads((folder / SUMS).read_text())
-        if sums == {name: digest(folder / name) for name in (PLAN, LOG)}:
-            kept.used(key)
-            return read(folder)
+        hashes = json.loads((folder / HASHES).read_text())
+        if hashes == {name: digest(folder / name) for name in (PLAN, LOG)}:
+            cache.used(key)
+            return read_result(folder)
     except (OSError, ValueError):
         return None
     return None
@@ -149,13 +150,13 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def keep(kept: Cache, key: str, built: EngineResult) -> None:
-    """Into the cache, with what tells whether it is still the same."""
+def store(cache: Cache, key: str, result: EngineResult) -> None:
+    """Put an engine into the cache, with the hashes of its files."""
 
     def write(folder: Path) -> None:
         folder.mkdir()
-        (folder / PLAN).write_bytes(built.plan)
-        (folder / LOG).write_text("\n".join(built.log), encoding="utf-8")
-        (folder / SUMS).write_text(json.dumps({name: digest(folder / name) for name in (PLAN, LOG)}))
+        (folder / PLAN).write_bytes(result.plan)
+        (folder / LOG).write_text("\n".join(result.log), encoding="utf-8")
+        (folder / HASHES).write_text(json.dumps({name: digest(folder / name) for name in (PLAN, LOG)}))
 
-    kept.add(key, write)
+    cache.add(key, write)

@@ -1,7 +1,7 @@
-"""One engine, built in a process of its own: ``python -m transom.export.engine.build_worker FOLDER``.
+"""Build one engine in a process of its own: ``python -m transom.export.engine.build_worker FOLDER``.
 
-The builder is native code that no signal reaches and that a strange graph may crash; a process can be ended. FOLDER
-holds ``job.json`` and ``graph.onnx``; ``engine.plan``, ``log.txt`` and, where it fails, ``error.json`` go there.
+The builder is native code that ignores signals and that an unusual graph may crash; a process can be killed. FOLDER
+holds ``job.json`` and ``graph.onnx``; ``engine.plan``, ``log.txt`` and, on failure, ``error.json`` are written there.
 Polygraphy decides between TensorRT and TensorRT-RTX once per process, which is a second reason.
 """
 
@@ -26,7 +26,7 @@ JOB, GRAPH, PLAN, LOG, ERROR = "job.json", "graph.onnx", "engine.plan", "log.txt
 
 
 def build(folder: Path) -> dict[str, Any] | None:
-    """Build what ``folder`` asks for; None, or what went wrong: "kind", "message", the "node" and its "operator"."""
+    """Build the job in ``folder``; return None, or the failure: "kind", "message", the "node" and its "operator"."""
     job = json.loads((folder / JOB).read_text())
     os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1" if job["library"] == RTX else "0"
     trt = library(job["library"])
@@ -35,17 +35,17 @@ def build(folder: Path) -> dict[str, Any] | None:
     from polygraphy.exception import PolygraphyException
     from polygraphy.logger import G_LOGGER
 
-    G_LOGGER.module_severity = G_LOGGER.CRITICAL  # what it would print stands in our log
+    G_LOGGER.module_severity = G_LOGGER.CRITICAL  # its messages are in log.txt already
     with (folder / LOG).open("w", encoding="utf-8") as log:
 
-        class Recorder(trt.ILogger):  # type: ignore[misc, name-defined]
+        class TrtLogger(trt.ILogger):  # type: ignore[misc, name-defined]
             def __init__(self) -> None:
                 trt.ILogger.__init__(self)
 
             def log(self, severity: Any, message: str) -> None:
                 log.write(f"{message}\n")
 
-        util.TRT_LOGGER = logger = Recorder()
+        util.TRT_LOGGER = logger = TrtLogger()
         failures: list[Exception] = []
         nodes = job.get("plugins", ())
         if nodes:
@@ -85,7 +85,7 @@ def build(folder: Path) -> dict[str, Any] | None:
         try:
             plan = engine_bytes_from_network((builder, network, parser), config=config)
         except Exception as failure:
-            if failures:  # raised in a plugin of ours; what comes back through the builder says less
+            if failures:  # raised in a plugin; the builder's own error says less
                 return {"kind": "plugin", "message": one_line(failures[0])}
             if not isinstance(failure, PolygraphyException):
                 raise
@@ -95,7 +95,7 @@ def build(folder: Path) -> dict[str, Any] | None:
 
 
 def register(failures: list[Exception]) -> None:
-    """Our plugins, for the GPU that is here; what goes wrong in them is added to ``failures``."""
+    """Register Transom's plugins for the GPU present; exceptions inside them are added to ``failures``."""
     from transom.export.plugins.trt_plugin import register_plugins
     from transom.runtime.backends.cuda import find_gpu
 
@@ -104,14 +104,14 @@ def register(failures: list[Exception]) -> None:
 
 
 def without_plugin(network: Any, nodes: Sequence[str], kind: Any) -> str | None:
-    """The first of ``nodes`` that is no layer of this ``kind``: the parser may take a function by its body instead."""
+    """Return the first of ``nodes`` that is no layer of this ``kind``: the parser may inline a function instead."""
     layers = (network.get_layer(index) for index in range(network.num_layers))
-    found = {layer.name for layer in layers if layer.type == kind}
-    return next((node for node in nodes if node not in found), None)
+    plugins = {layer.name for layer in layers if layer.type == kind}
+    return next((node for node in nodes if node not in plugins), None)
 
 
 def end_with_parent(folder: Path) -> None:
-    """End this process, and remove ``folder``, when the one that started it is gone: SIGKILL cannot be passed on."""
+    """Exit, and remove ``folder``, when the parent process is gone: a parent cannot pass on SIGKILL."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -124,18 +124,19 @@ def end_with_parent(folder: Path) -> None:
 
 
 def main() -> None:
+    """Build the job in the folder that the command line names; write error.json and exit with 1 on failure."""
     folder = Path(sys.argv[1])
     end_with_parent(folder)
     try:
-        wrong = build(folder)
+        problem = build(folder)
     except BackendError as error:
-        wrong = {"kind": "library", "message": str(error)}
+        problem = {"kind": "library", "message": str(error)}
     except ImportError as error:
-        wrong = {"kind": "library", "message": f"{one_line(error)}. Run `pip install 'transom[tensorrt]'`."}
+        problem = {"kind": "library", "message": f"{one_line(error)}. Run `pip install 'transom[tensorrt]'`."}
     except MemoryError:
-        wrong = {"kind": "memory", "message": "out of memory"}
-    if wrong is not None:
-        (folder / ERROR).write_text(json.dumps(wrong))
+        problem = {"kind": "memory", "message": "out of memory"}
+    if problem is not None:
+        (folder / ERROR).write_text(json.dumps(problem))
         sys.exit(1)
 
 

@@ -1,10 +1,10 @@
-"""Optimization profiles from a bundle's axes: the sizes that an engine takes, and those it is tuned for.
+"""Derive optimization profiles from a bundle's axes: the sizes that an engine accepts, and those it is tuned for.
 
-An encoder has one. A decoder has two, because reading a prompt and the step of one token are different work: in
-"decode" each row has one new token and one position whose logits are wanted.
+An encoder has one. A decoder has two, because prefill and decoding one token are different work: in "decode" each row
+has one new token and one position whose logits are computed.
 
-An engine computes at every size that a profile allows, whether the graph can or not: what lies behind the last row of a
-table of positions is read like a row. So the greatest sizes are held against the graph's tables first.
+An engine computes at every size that a profile allows, whether the graph can or not: memory behind the last row of a
+table of positions is read like a row. So the greatest sizes are checked against the graph's tables first.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ Sizes = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Profile:
-    """Per input of the graph its (min, opt, max) shapes."""
+    """An optimization profile: the (min, opt, max) shapes of each input of the graph."""
 
     name: str
     shapes: Mapping[str, tuple[Sizes, Sizes, Sizes]]
 
 
 def profiles_of(graph: Graph, axes: Mapping[str, Axis]) -> tuple[Profile, ...]:
-    """The profiles of a graph whose cache, if it has one, has its greatest length."""
+    """Return the profiles of a graph; a cache has its greatest length in all of them."""
     if not is_decoder(graph):
         return (profile("all", graph, axes),)
     fixed = {axis: Axis(size, size, size) for axis, size in cache_sizes(graph, axes).items()}
@@ -55,7 +55,7 @@ def profile(name: str, graph: Graph, axes: Mapping[str, Axis]) -> Profile:
 
 
 def cache_sizes(graph: Graph, axes: Mapping[str, Axis]) -> dict[str, int]:
-    """The axes of the buffers that a decoder writes but the batch's, at their greatest."""
+    """Return the greatest sizes of the axes of a decoder's cache, without the batch's."""
     batch = graph.inputs[0].shape[0]
     written = {tensor.aliases for tensor in graph.outputs}
     names = {size for tensor in graph.inputs if tensor.name in written for size in tensor.shape}
@@ -63,7 +63,7 @@ def cache_sizes(graph: Graph, axes: Mapping[str, Axis]) -> dict[str, int]:
 
 
 def step_axes(graph: Graph) -> tuple[str, ...]:
-    """The axes that have one element in a step: the new tokens, and the positions whose logits are wanted."""
+    """Return the axes of one element in a decoding step: new tokens, and positions whose logits are computed."""
     tokens = graph.inputs[0].shape[1]
     positions = [tensor.shape[1] for tensor in graph.inputs if tensor.name == "logits_positions"]
     return tuple(str(axis) for axis in (tokens, *positions) if isinstance(axis, str))
@@ -71,7 +71,7 @@ def step_axes(graph: Graph) -> tuple[str, ...]:
 
 @dataclass(frozen=True, eq=False)
 class TableRead:
-    """A node that reads rows of a weight: those that ``index`` says, each at most ``most``."""
+    """A node that reads rows of a weight by ``index``, whose values are at most ``most``."""
 
     table: str
     rows: int
@@ -82,21 +82,21 @@ class TableRead:
 def require_tables(model: ir.Model, graph: Graph, axes: Mapping[str, Axis]) -> None:
     """Raise BundleError where ``axes``, or the bound of an index, let the graph read beyond the end of a table.
 
-    The integers of which rows are computed are computed here, at the greatest sizes of each profile, a decoder's cache
-    filled to the end. ``model`` stays as it is.
+    The indices are computed here in ONNX's reference implementation, at the greatest sizes of each profile with a full
+    cache. ``model`` is not changed.
     """
     if is_decoder(graph):
-        require_room(graph, axes)
+        require_cache_for_prompt(graph, axes)
     integers = model.clone()
     reads = table_reads(integers)
     if not reads:
         return
-    enough = 1 + max(read.rows for read in reads)  # of any axis: what is too large is then too large by one
-    keep_alone(integers, [read.index for read in reads])
+    enough = 1 + max(read.rows for read in reads)  # of any axis: a size beyond a table is then one beyond it
+    keep_only(integers, [read.index for read in reads])
     for known in profiles_of(graph, axes):
-        found = evaluated(integers, greatest(graph, known, enough))
+        values = evaluated(integers, greatest(graph, known, enough))
         for read in reads:
-            if np.max(found[str(read.index.name)], initial=0) > read.most:
+            if np.max(values[str(read.index.name)], initial=0) > read.most:
                 sizes = sorted({size for tensor in graph.inputs for size in tensor.shape if isinstance(size, str)})
                 raise BundleError(
                     f"the graph {graph.name!r} reads beyond the {read.rows} rows of its table {read.table!r} where its "
@@ -106,12 +106,12 @@ def require_tables(model: ir.Model, graph: Graph, axes: Mapping[str, Axis]) -> N
 
 
 def evaluated(integers: ir.Model, feeds: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """``feeds`` and what the graph computes of them. Raises BundleError where it cannot."""
+    """Return ``feeds`` and the outputs computed from them. Raises BundleError where the graph cannot be computed."""
     try:
         evaluator = ReferenceEvaluator(ir.to_proto(integers))
         read = {str(value.name): feeds[str(value.name)] for value in integers.graph.inputs}
         computed = dict(zip(evaluator.output_names, evaluator.run(None, read), strict=True))
-    except Exception as error:  # onnx raises what it likes
+    except Exception as error:  # onnx raises various errors
         raise BundleError(
             f"the graph {integers.graph.name!r} does not compute at its greatest sizes ({one_line(error)}); export "
             "the bundle again."
@@ -119,8 +119,8 @@ def evaluated(integers: ir.Model, feeds: Mapping[str, NDArray[Any]]) -> dict[str
     return {**feeds, **computed}
 
 
-def require_room(graph: Graph, axes: Mapping[str, Axis]) -> None:
-    """Raise BundleError where a prompt can be longer than the cache that it is written into."""
+def require_cache_for_prompt(graph: Graph, axes: Mapping[str, Axis]) -> None:
+    """Raise BundleError where a prompt can be longer than the cache that it is written to."""
     tokens = graph.inputs[0].shape[1]
     for cache, size in cache_sizes(graph, axes).items():
         if isinstance(tokens, str) and axes[tokens].max > size:
@@ -131,9 +131,9 @@ def require_room(graph: Graph, axes: Mapping[str, Axis]) -> None:
 
 
 def greatest(graph: Graph, known: Profile, enough: int) -> dict[str, NDArray[Any]]:
-    """Inputs of one row at the greatest sizes of a profile, at most ``enough``, indices at their bounds.
+    """Return inputs of one row at the greatest sizes of a profile, at most ``enough``, indices at their bounds.
 
-    What is written into a cache goes to its end.
+    New tokens are written to the end of the cache.
     """
     sizes = {t.name: tuple(min(size, enough) for size in known.shapes[t.name][2][1:]) for t in graph.inputs}
     caches = [sizes[str(tensor.aliases)] for tensor in graph.outputs if tensor.aliases is not None]
@@ -146,7 +146,7 @@ def greatest(graph: Graph, known: Profile, enough: int) -> dict[str, NDArray[Any
 
 
 def table_reads(model: ir.Model) -> list[TableRead]:
-    """Where the graph takes rows of a weight by integers that it is given, or computes of integers and of sizes."""
+    """Return the nodes that read rows of a weight by integers: inputs, or computed from inputs and sizes."""
     reads = []
     for node in model.graph:
         if node.domain or node.op_type not in ("Gather", "Slice"):
@@ -161,7 +161,7 @@ def table_reads(model: ir.Model) -> list[TableRead]:
 
 
 def axis_of(node: ir.Node) -> int:
-    """Which axis a ``Gather`` reads along, or a ``Slice``, which this exporter writes for one axis."""
+    """Return the axis of a ``Gather``, or of a ``Slice``, which this exporter writes for one axis only."""
     if node.op_type == "Gather":
         return node.attributes["axis"].as_int() if "axis" in node.attributes else 0
     given = node.inputs[3] if len(node.inputs) > 3 else None
@@ -169,15 +169,15 @@ def axis_of(node: ir.Node) -> int:
 
 
 def from_integers(value: ir.Value) -> bool:
-    """Whether no node that computes in floating point stands before the value; ``Shape`` may read what it likes."""
+    """Return whether the value is computed from integers alone; ``Shape`` may read any tensor."""
     node = value.producer()
     if value.dtype not in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL):
         return False
     return node is None or node.op_type == "Shape" or all(v is None or from_integers(v) for v in node.inputs)
 
 
-def keep_alone(model: ir.Model, values: list[ir.Value]) -> None:
-    """Cut ``model`` down to what computes ``values``."""
+def keep_only(model: ir.Model, values: list[ir.Value]) -> None:
+    """Reduce ``model`` to the nodes that compute ``values``."""
     graph = model.graph
     graph.outputs.clear()
     graph.outputs.extend(value for value in dict.fromkeys(values) if value.producer() is not None)

@@ -1,4 +1,4 @@
-"""Take the engines for some targets out of a bundle again."""
+"""Remove the engines for some targets from a bundle."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from transom.runtime.errors import ExportError
 
 
 def remove_engines(bundle: Bundle, targets: Sequence[str]) -> dict[str, int]:
-    """Remove the engines for ``targets``; the files that went, with their sizes in bytes.
+    """Remove the engines for ``targets``; return the removed files with their sizes in bytes.
 
-    bundle.json is replaced first, so that at no moment it names a file that is not there; what an interruption leaves
-    behind is a file that no bundle.json names, and the next call removes it. Raises ExportError for a target that the
-    bundle has no engine for, before anything is removed, and for a folder that cannot be written.
+    bundle.json is replaced first, so that it never names a missing file; an interruption leaves a file that it does not
+    name, and the next call removes it. Raises ExportError for a target that the bundle has no engine for, before
+    anything is removed, and for a folder that cannot be written.
     """
     folder, manifest = bundle.folder, read_manifest(bundle.folder)
     engines, files = manifest.get("engines", {}), manifest["files"]
@@ -48,7 +48,7 @@ def remove_engines(bundle: Bundle, targets: Sequence[str]) -> dict[str, int]:
 
 
 def stray_plans(folder: Path, target: str, files: Collection[str]) -> list[str]:
-    """Plans of ``target`` that lie in the bundle and that bundle.json does not name."""
+    """Return the plans of ``target`` in the bundle's folder that bundle.json does not name."""
     if not (folder / FOLDER).is_dir() or not (folder / FOLDER).resolve().is_relative_to(folder.resolve()):
         return []
     return [

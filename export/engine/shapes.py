@@ -1,7 +1,7 @@
-"""The sizes that an engine is built for: the bundle's axes, within narrower bounds where they are asked for.
+"""Narrow the bundle's axes to the bounds that an engine is built for.
 
-As trtexec's ``--minShapes``, ``--optShapes`` and ``--maxShapes``, but by axis: an axis has one size in all inputs. What
-an engine does not have to take costs it neither memory nor a worse choice of kernels.
+As trtexec's ``--minShapes``, ``--optShapes`` and ``--maxShapes``, but by axis: an axis has one size in all inputs.
+Sizes that an engine does not have to accept cost it neither memory nor a worse choice of kernels.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transom.runtime.graph_spec import Axis, Graph, is_decoder, token_input
 
 @dataclass(frozen=True)
 class Shapes:
-    """What was asked for, by axis, in elements; an axis that is not named keeps the bundle's."""
+    """Requested sizes by axis, in elements; an axis that is not named keeps the bundle's."""
 
     min: Mapping[str, int] = field(default_factory=dict)
     opt: Mapping[str, int] = field(default_factory=dict)
@@ -24,11 +24,11 @@ class Shapes:
 
 
 def narrowed(axes: Mapping[str, Axis], graphs: Sequence[Graph], shapes: Shapes) -> dict[str, Axis]:
-    """The bounds of an engine for the bundle's ``axes``.
+    """Return the bounds of an engine for the bundle's ``axes``.
 
-    1. An axis that is named has what is asked for; an opt that is not moves to the nearest bound.
+    1. A named axis has the requested sizes; an opt that is not requested moves to the nearest bound.
     2. A decoder's cache has one length in an engine, its max.
-    3. A prompt is no longer than the cache that it is written into, and logits are wanted of no more positions than it
+    3. A prompt is no longer than the cache that it is written to, and logits are computed at no more positions than it
        has: these axes follow where they are not named themselves.
 
     Raises ExportError, for all problems at once, for an axis that the bundle does not have, sizes out of its bounds or
@@ -49,21 +49,21 @@ def narrowed(axes: Mapping[str, Axis], graphs: Sequence[Graph], shapes: Shapes) 
         if shapes.min[name] > 1
     ]
     require_none(problems)
-    found = {name: bounded(name, axis, shapes, problems) for name, axis in axes.items()}
+    bounds = {name: bounded(name, axis, shapes, problems) for name, axis in axes.items()}
     for graph in decoders:
         for cache in cache_sizes(graph, axes):
-            found[cache] = replace(found[cache], opt=found[cache].max)
-            follow(found, axes, str(token_input(graph).shape[1]), cache, shapes, problems)
+            bounds[cache] = replace(bounds[cache], opt=bounds[cache].max)
+            follow(bounds, axes, str(token_input(graph).shape[1]), cache, shapes, problems)
         for name in step_axes(graph):
-            follow(found, axes, name, str(token_input(graph).shape[1]), shapes, problems)
+            follow(bounds, axes, name, str(token_input(graph).shape[1]), shapes, problems)
     require_none(problems)
-    return found
+    return bounds
 
 
-def out_of_range(option: str, asked: Mapping[str, int], axes: Mapping[str, Axis]) -> list[str]:
-    """What is wrong with the sizes of one option beside the bundle's axes."""
+def out_of_range(option: str, requested: Mapping[str, int], axes: Mapping[str, Axis]) -> list[str]:
+    """Return the problems of one option's sizes with the bundle's axes."""
     problems = []
-    for name, size in asked.items():
+    for name, size in requested.items():
         axis = axes.get(name)
         if axis is None:
             problems.append(f"--{option} names the axis {name!r:.40}; this bundle has {', '.join(axes)}")
@@ -84,18 +84,18 @@ def bounded(name: str, axis: Axis, shapes: Shapes, problems: list[str]) -> Axis:
 
 
 def follow(
-    found: dict[str, Axis], axes: Mapping[str, Axis], name: str, other: str, shapes: Shapes, problems: list[str]
+    bounds: dict[str, Axis], axes: Mapping[str, Axis], name: str, other: str, shapes: Shapes, problems: list[str]
 ) -> None:
-    """Bound the axis ``name`` by the max of the ``other``, which it can never pass, where that was narrowed.
+    """Bound the axis ``name`` by the max of the ``other``, which it cannot exceed, where that was narrowed.
 
-    Bounds of the bundle that do not go together are for ``require_room`` to refuse.
+    ``require_cache_for_prompt`` refuses bounds of the bundle that contradict each other.
     """
-    most = found[other].max
-    if name not in found or found[name].max <= most or most == axes[other].max:
+    most = bounds[other].max
+    if name not in bounds or bounds[name].max <= most or most == axes[other].max:
         return
     if name in shapes.max or (name in shapes.opt and shapes.opt[name] > most):
-        problems.append(f"axis {name} would reach {found[name].max}, and {other} {most}, which bounds it")
-    found[name] = replace(found[name], opt=min(found[name].opt, most), max=most)
+        problems.append(f"axis {name} would reach {bounds[name].max}, and {other} {most}, which bounds it")
+    bounds[name] = replace(bounds[name], opt=min(bounds[name].opt, most), max=most)
 
 
 def require_none(problems: Sequence[str]) -> None:
@@ -104,6 +104,6 @@ def require_none(problems: Sequence[str]) -> None:
 
 
 def bounds_to_json(axes: Mapping[str, Axis], graphs: Sequence[Graph]) -> dict[str, dict[str, int]]:
-    """What bundle.json records of an engine: the bounds of each axis that the graphs' inputs have."""
+    """Return an engine's bounds for bundle.json: those of each axis of the graphs' inputs."""
     named = {size for graph in graphs for tensor in graph.inputs for size in tensor.shape if isinstance(size, str)}
     return {name: {"min": axis.min, "opt": axis.opt, "max": axis.max} for name, axis in axes.items() if name in named}

@@ -1,4 +1,4 @@
-"""What an engine can be built for, and in which precision."""
+"""Targets that an engine can be built for, and the precisions that each supports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transom.runtime.errors import ExportError
 
 @dataclass(frozen=True)
 class Target:
-    """``library`` builds it; ``capability`` is the compute capability it runs on, None for that of the GPU present."""
+    """A target: the library that builds it and its GPU's compute capability, None for that of the GPU present."""
 
     name: str
     library: str
@@ -30,14 +30,14 @@ TARGETS = {
         Target(FULL_TARGET, FULL),
     )
 }
-TURING = {  # what it has no kernels for, and why
+TURING = {  # precisions that it has no kernels for, and why
     "bf16": "Turing has no BF16 arithmetic; export with --precision fp16",
     "fp32": "TensorRT-RTX has no FP32 matrix product for Turing; export with --precision fp16 or int8",
 }
 
 
 def find_targets(names: Sequence[str]) -> tuple[Target, ...]:
-    """The targets of these names, each once, in their order. Raises ExportError for none, and for an unknown one."""
+    """Return the targets of these names, each once, in order. Raises ExportError for none, and for an unknown one."""
     unknown = [name for name in names if name not in TARGETS]
     if unknown or not names:
         got = f"is {unknown[0]!r:.60}" if unknown else "is missing"
@@ -45,15 +45,15 @@ def find_targets(names: Sequence[str]) -> tuple[Target, ...]:
     return tuple(TARGETS[name] for name in dict.fromkeys(names))
 
 
-def require_precision(target: Target, precision: str, elsewhere: str) -> None:
+def require_precision(target: Target, precision: str, unquantized: str) -> None:
     """Raise ExportError where ``target`` cannot compute a bundle of ``precision``.
 
-    ``elsewhere`` is the precision of what an int8 graph does not quantise.
+    ``unquantized`` is the precision of the layers that an int8 graph does not quantise.
     """
     if precision == "int4":
         raise ExportError(
             "a bundle in int4 holds MatMulNBits, an operator of ONNX Runtime alone, and no engine is built of it; "
             "export with --precision int8."
         )
-    if target.is_turing and elsewhere in TURING:
-        raise ExportError(f"{target.name} cannot run {precision} beside {elsewhere}: {TURING[elsewhere]}.")
+    if target.is_turing and unquantized in TURING:
+        raise ExportError(f"{target.name} cannot run {precision} beside {unquantized}: {TURING[unquantized]}.")

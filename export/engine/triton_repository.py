@@ -1,9 +1,9 @@
-"""A model repository of Triton Inference Server: a folder for each graph, with its configuration and its plan.
+"""Write a model repository of Triton Inference Server: a folder for each graph, with its configuration and plan.
 
 ``NAME/config.pbtxt`` is a ``ModelConfig`` in protobuf's text format, ``NAME/<version>/model.plan`` the engine (Triton's
-"Model Repository" and "Model Configuration"). Triton's TensorRT backend reads plans of full TensorRT alone, and has no
-place for a cache that is written where it lies. Rows of several requests are put into one batch, up to the greatest
-that the engine takes. No server has loaded one for us.
+"Model Repository" and "Model Configuration"). Triton's TensorRT backend reads only plans of full TensorRT, and does
+not support a cache that is updated in place. Rows of several requests are put into one batch, up to the engine's
+greatest. Not yet loaded by a server.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transom.runtime.graph_spec import Axis, Graph, Tensor, is_decoder
 from transom.runtime.manifest import Manifest
 
 CONFIG, PLAN = "config.pbtxt", "model.plan"
-DTYPES = {  # of numpy, as Triton names them
+DTYPES = {  # numpy's to Triton's
     "bool": "TYPE_BOOL",
     "int8": "TYPE_INT8",
     "int32": "TYPE_INT32",
@@ -32,14 +32,14 @@ DTYPES = {  # of numpy, as Triton names them
     "float32": "TYPE_FP32",
 }
 BATCH = "B"
-STRANGE = re.compile(r"[^A-Za-z0-9_.-]+")  # in a name that becomes a folder and a part of an address
+INVALID = re.compile(r"[^A-Za-z0-9_.-]+")  # in the name of a folder that is part of a URL
 
 
 def require_servable(folder: Path, name: str, manifest: Manifest, targets: Sequence[Target]) -> None:
-    """Raise ExportError for what Triton Inference Server does not take, before anything is built.
+    """Raise ExportError for a bundle that Triton Inference Server cannot serve, before anything is built.
 
-    Targets other than full TensorRT, graphs that write a cache, a model in ``folder`` that has other tensors, a
-    ``folder`` that cannot be written, a ``name`` of which nothing can stand in an address.
+    Refused are targets other than full TensorRT, graphs that write a cache, a model in ``folder`` with other tensors, a
+    ``folder`` that cannot be written, and a ``name`` without a character that a URL allows.
     """
     for target in targets:
         if target.library != FULL:
@@ -51,7 +51,7 @@ def require_servable(folder: Path, name: str, manifest: Manifest, targets: Seque
     for file in manifest.graphs:
         if is_decoder(file.graph):
             raise ExportError(
-                f"the graph {file.graph.name!r} writes its cache where it lies, which a request to Triton Inference "
+                f"the graph {file.graph.name!r} updates its cache in place, which a request to Triton Inference "
                 "Server cannot. Leave --repository out, and serve it with the runtime, as examples/serve.py does."
             )
     for model, graph in models_of(name, manifest).items():
@@ -63,14 +63,14 @@ def require_servable(folder: Path, name: str, manifest: Manifest, targets: Seque
                 f"{known} describes another model, or was changed by hand; expected what this bundle needs. Move "
                 f"{folder / model} away, or give another --repository."
             )
-    there = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise unwritable(folder, f"{there} is no folder that can be written")
+    existing = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise unwritable(folder, f"{existing} is no folder that can be written")
 
 
 def models_of(name: str, manifest: Manifest) -> dict[str, Graph]:
-    """The graphs by the names of their models: ``name``, or where there are several ``name_image``."""
-    stem = STRANGE.sub("_", name).strip("._-")
+    """Return the graphs by the names of their models: ``name``, or where there are several ``name_image``."""
+    stem = INVALID.sub("_", name).strip("._-")
     if not stem:
         raise ExportError(
             f"the bundle is called {name!r:.60}, of which nothing can be a model's name in a repository; expected "
@@ -81,10 +81,10 @@ def models_of(name: str, manifest: Manifest) -> dict[str, Graph]:
 
 
 def write_repository(folder: Path, name: str, manifest: Manifest, plans: Mapping[str, bytes]) -> list[Path]:
-    """Put ``plans``, by graph, into the repository ``folder`` as models called after ``name``; their folders.
+    """Put ``plans``, by graph, into the repository ``folder`` as models named after ``name``; return their folders.
 
-    A model that is there gets one version more, which is whole before it is visible; Triton serves the newest. Raises
-    ExportError for a folder that cannot be written.
+    An existing model gets a new version, visible only when it is complete; Triton serves the newest. Raises ExportError
+    for a folder that cannot be written.
     """
     models = models_of(name, manifest)
     try:
@@ -103,9 +103,10 @@ def unwritable(folder: Path, why: str) -> ExportError:
 
 
 def add_version(folder: Path, config: str, plan: bytes) -> None:
+    """Add a version of a model: written to a hidden folder, then renamed."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as made:
-        partial = Path(made) / "version"
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".") as temporary:
+        partial = Path(temporary) / "version"
         partial.mkdir()
         (partial / PLAN).write_bytes(plan)
         write_bytes(folder / CONFIG, config.encode())
@@ -114,22 +115,21 @@ def add_version(folder: Path, config: str, plan: bytes) -> None:
 
 
 def config_of(model: str, graph: Graph, axes: Mapping[str, Axis]) -> str:
-    """config.pbtxt of one graph. Where every tensor has rows first, Triton batches them and the axis is not listed."""
+    """Return config.pbtxt of one graph. Where all tensors have rows first, Triton batches them; the axis is omitted."""
     tensors = (*graph.inputs, *graph.outputs)
     batched = all(tensor.shape[:1] == (BATCH,) for tensor in tensors)
     lines = [f'name: "{model}"', 'platform: "tensorrt_plan"']
     lines += [f"max_batch_size: {axes[BATCH].max if batched else 0}"]
     for kind, given in (("input", graph.inputs), ("output", graph.outputs)):
-        lines += [f"{kind} [", ",\n".join(tensor_words(tensor, batched=batched) for tensor in given), "]"]
+        lines += [f"{kind} [", ",\n".join(tensor_config(tensor, batched=batched) for tensor in given), "]"]
     if batched:
         lines += ["dynamic_batching { }"]
     return "\n".join([*lines, ""])
 
 
-def tensor_words(tensor: Tensor, *, batched: bool) -> str:
+def tensor_config(tensor: Tensor, *, batched: bool) -> str:
     sizes = tensor.shape[1:] if batched else tensor.shape
     dims = ", ".join(str(size) if isinstance(size, int) else "-1" for size in sizes)
-    shape = (
-        f"dims: [ {dims} ]" if sizes else "dims: [ 1 ] reshape { shape: [ ] }"
-    )  # a list of dims is never empty there
+    # dims may not be empty
+    shape = f"dims: [ {dims} ]" if sizes else "dims: [ 1 ] reshape { shape: [ ] }"
     return f'  {{ name: "{tensor.name}" data_type: {DTYPES[tensor.dtype]} {shape} }}'

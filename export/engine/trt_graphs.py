@@ -1,4 +1,4 @@
-"""TensorRT's variant of a bundle's graphs: standard operators, so that ONNX Runtime runs the very same file."""
+"""Make TensorRT's variant of a bundle's graphs, of standard operators, so that ONNX Runtime runs the same file."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from transom.runtime.bundle import Bundle
 from transom.runtime.errors import ExportError
 from transom.runtime.graph_spec import Axis, Graph, is_decoder
 
-MASK, LENGTHS = "mask", "lengths"  # how attention knows which positions of a cache hold something
-# What TensorRT's kernels of attention want: so many heads for a single query, heads of such a size
+MASK, LENGTHS = "mask", "lengths"  # how attention knows which positions of a cache are filled
+# Limits of TensorRT's attention kernels: heads for a single query, sizes of a head, multiple with a mask
 STEP_HEADS = 4
 LEAST_SIZE, MOST_SIZE, MASKED_SIZES = 9, 256, 8
 
 
 @dataclass(frozen=True)
 class TensorRTGraph:
-    """A graph for TensorRT's builder, and what its builder is to make of it."""
+    """A graph for TensorRT's builder; attentions by node, each with the reason of how it is computed."""
 
     model: ir.Model
-    decomposed: Mapping[str, str] = field(default_factory=dict)  # attentions that have no kernel, and why
-    plugins: Mapping[str, str] = field(default_factory=dict)  # those that our kernel computes, and why TensorRT's not
-    masked: Mapping[str, str] = field(default_factory=dict)  # those that were not read by lengths though asked to
+    decomposed: Mapping[str, str] = field(default_factory=dict)  # attentions without a kernel
+    plugins: Mapping[str, str] = field(default_factory=dict)  # those of Transom's kernel
+    masked: Mapping[str, str] = field(default_factory=dict)  # those with a mask though lengths were requested
 
     @property
     def operators(self) -> dict[str, str]:
-        """The operator of each node, by its name."""
+        """The operator of each node, by the node's name."""
         return {str(node.name): node.op_type for node in self.model.graph}
 
     @property
     def integer_products(self) -> tuple[str, ...]:
-        """The products of two dequantised tensors, by the name of the node: to be products of integers."""
+        """The names of the nodes that multiply two dequantised tensors, which TensorRT fuses into integer products."""
         return tuple(
             str(node.name)
             for node in self.model.graph
@@ -60,14 +60,14 @@ def is_dequantized(value: ir.Value | None) -> bool:
 def tensorrt_graphs(
     bundle: Bundle, attention: str = MASK, *, plugins: bool = False, axes: Mapping[str, Axis] | None = None
 ) -> dict[str, TensorRTGraph]:
-    """The graphs of the file for TensorRT, by name, rewritten where its builder asks for it.
+    """Return the default graphs by name, rewritten for TensorRT's builder.
 
-    A KV cache gets its greatest length, for TensorRT writes into no other; attention that it has no kernel of is
-    written out, or with ``plugins``, which full TensorRT takes, a function that our kernel computes; an integer product
-    that is cut into parts becomes a product for each, for TensorRT makes no integers of the one. With ``attention``
-    LENGTHS a cache is read by lengths instead of a mask. ``axes`` are the engine's bounds, the bundle's by default.
-    Everything else stays as it ships. Raises BundleError for axes
-    that go beyond the graph, ExportError where LENGTHS has nothing to work on.
+    A KV cache gets its greatest length, the only one that TensorRT writes to. Attention without a TensorRT kernel is
+    decomposed, or with ``plugins``, which full TensorRT supports, becomes a function that Transom's kernel computes. A
+    fused integer product that is split becomes a product for each output, for TensorRT dequantises the fused one. With
+    ``attention`` LENGTHS a cache is read by lengths instead of a mask. ``axes`` are the engine's bounds, by default the
+    bundle's. All else is unchanged. Raises BundleError for axes beyond the graph's tables, ExportError for LENGTHS
+    without a cache to read.
     """
     models = stored_graphs(bundle, "default")
     axes = bundle.manifest.axes if axes is None else axes
@@ -98,9 +98,9 @@ def tensorrt_graphs(
 
 
 def without_kernel(node: ir.Node, graph: Graph) -> str | None:
-    """Why TensorRT has no fused kernel of an ``Attention``; None where it has one.
+    """Return why TensorRT has no fused kernel for an ``Attention``; None where it has one.
 
-    Found by building one of each (docs/tensorrt.md has the table): TensorRT-RTX 1.7.1.
+    Determined by building one of each (docs/tensorrt.md has the table): TensorRT-RTX 1.7.1.
     """
     query, mask = node.inputs[0], [*node.inputs, None, None][3]
     if query is None or query.shape is None:

@@ -1,4 +1,4 @@
-"""TensorRT's variant held against the file it was made of, both in ONNX Runtime, on the bundle's golden inputs."""
+"""Compare TensorRT's variant with the file it was made from, both in ONNX Runtime, on the bundle's golden inputs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TOLERANCES = {"fp32": 2e-5, "fp16": 5e-3, "bf16": 4e-2, "int8": 0.1}
 
 
 class FullCache:
-    """A backend whose graph takes caches of their greatest length alone, for callers that have shorter ones."""
+    """Backend that pads shorter caches, for a graph that takes caches of their greatest length only."""
 
     device = "cpu"
 
@@ -39,31 +39,31 @@ class FullCache:
         self._written = [tensor.aliases for tensor in self.graph.outputs if tensor.aliases is not None]
 
     def run(self, feeds: Mapping[str, Array], shapes: Mapping[str, Sequence[int]]) -> dict[str, Array]:
-        """As a backend does."""
-        whole = {}
-        for name in self._written:  # a caller's may be longer, and what is used of it fits
+        """Run the graph on padded caches and copy what it wrote back."""
+        padded = {}
+        for name in self._written:  # a caller's may be longer; its used part fits
             rows, heads, held, size = feeds[name].shape
-            whole[name] = np.zeros((rows, heads, self._length, size), feeds[name].dtype)
-            whole[name][:, :, :held] = feeds[name][:, :, : self._length]
-        found = self._backend.run({**feeds, **whole}, shapes)
-        for name, buffer in whole.items():
+            padded[name] = np.zeros((rows, heads, self._length, size), feeds[name].dtype)
+            padded[name][:, :, :held] = feeds[name][:, :, : self._length]
+        outputs = self._backend.run({**feeds, **padded}, shapes)
+        for name, buffer in padded.items():
             feeds[name][:, :, : self._length] = buffer[:, :, : feeds[name].shape[2]]
-        return found
+        return outputs
 
 
 def require_trt_parity(
     bundle: Bundle, graphs: Mapping[str, TensorRTGraph], engine: Mapping[str, Axis] | None = None
 ) -> float:
-    """The largest error of ``graphs`` beside the bundle's own file, each as a GPU would round it.
+    """Return the largest error of ``graphs`` against the bundle's own file, each with a GPU's rounding.
 
-    Over every golden case, a decoder's generation step by step as far as it fits into the cache, whose length is the
-    greatest of the ``engine``'s bounds. Raises ParityError where it is more than TOLERANCES allow, ExportError for a
-    bundle without golden values. Attention by lengths, which ONNX Runtime does not have, is
-    computed as its documentation describes it; functions of our own are computed by their bodies.
+    Runs every golden case, a decoder's generation step by step as far as it fits into the cache, whose length is the
+    greatest of the ``engine``'s bounds. Raises ParityError where the error exceeds TOLERANCES, ExportError for a bundle
+    without golden values. Attention by lengths, which ONNX Runtime does not have, is computed as documented; plugin
+    functions are computed by their bodies.
     """
     golden = read_golden(bundle)
     if not golden:
-        raise ExportError(f"{bundle.folder} holds no golden values to check its engines by; export it again.")
+        raise ExportError(f"{bundle.folder} holds no golden values to compare its engines with; export it again.")
     axes, specs = (
         bundle.manifest.axes if engine is None else engine,
         tuple(file.graph for file in bundle.manifest.graphs),
@@ -90,7 +90,7 @@ def require_trt_parity(
             if not compared:
                 raise ExportError(f"the golden case {case!r} of {bundle.folder} has no outputs; export it again.")
             for name, found, expected in compared:
-                if found.shape != expected.shape:  # arrays of two shapes may have a difference all the same
+                if found.shape != expected.shape:  # arrays of two shapes may still broadcast
                     raise ParityError(
                         f"TensorRT's variant of {bundle.folder} gives {name} of {case} as {found.shape}, the bundle "
                         f"{expected.shape}; expected the same. No engine was built; report this."
@@ -121,7 +121,7 @@ def outputs(
         assert isinstance(shipped, Generator)
         prompts, tokens = prompts_from_arrays(arrays["input"]), arrays[PYTORCH]["tokens"]
         cache = axes["C"].max
-        if max(map(variant.decoder_length, prompts)) > cache:  # both sides read the same: any part of a prompt will do
+        if max(map(variant.decoder_length, prompts)) > cache:  # both sides read the same: any part of a prompt serves
             prompts = [prompt[: max(1, cache // 2)] for prompt in prompts]
         room = cache - max(map(variant.decoder_length, prompts)) + 1  # the last token is not fed
         tokens = tokens[:, :room]

@@ -62,7 +62,7 @@ def test_attention_written_out_computes_the_same() -> None:
 
 
 def test_the_variant_computes_what_the_bundle_does(vit_bundle: Path, gpt_bundle: Path, dates_bundle: Path) -> None:
-    """In FP32, attention written out, caches of one length, through a whole generation; another scale is seen."""
+    """In FP32, attention decomposed, caches of one length, through a whole generation; another scale is seen."""
     for folder in (vit_bundle, gpt_bundle, dates_bundle):
         bundle = Bundle(folder)
         graphs = tensorrt_graphs(bundle)
@@ -167,7 +167,7 @@ def test_no_plan_is_written_through_a_link_that_leaves_the_bundle(int8_bundle: P
     ],
 )
 def test_what_tensorrt_cannot_read_or_build_is_said_with_the_reason(text: str, said: str) -> None:
-    """An operator that it does not have, by its node; attention in FP32 that was not written out."""
+    """An operator that it does not have, by its node; attention in FP32 that was not decomposed."""
     graph = graph_of(text, {}, ["twist"])
     next(iter(graph.graph)).name = "twist"
     with pytest.raises(EngineError, match=f"TensorRT-RTX {said}"):

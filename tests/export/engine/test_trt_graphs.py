@@ -1,4 +1,4 @@
-"""Which attentions TensorRT has a kernel of: what the variant says, against the builder. The others, written out."""
+"""Attentions that TensorRT has a kernel for: the variant against the builder; the others are decomposed."""
 
 from __future__ import annotations
 
