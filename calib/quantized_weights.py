@@ -18,11 +18,11 @@ class Kernel(Protocol):
 
     @property
     def kernel_id(self) -> Hashable:
-        """The same for layers that share a weight, in clones of a graph as well."""
+        """Return a key that layers share which share a weight, in clones of a graph as well."""
         ...
 
     def kernel(self) -> NDArray[np.float32]:
-        """The weight as float32 (K, N)."""
+        """Return the weight as float32 (K, N)."""
         ...
 
 

@@ -63,7 +63,7 @@ class RandomInputCheck:
 
     @property
     def correlation(self) -> float | None:
-        """The correlation of neighbouring pixels: sum of a b / sqrt(sum of a a * sum of b b) about each picture's mean.
+        """Correlate neighbouring pixels: sum of a b / sqrt(sum of a a * sum of b b) about each picture's mean.
 
         The larger of vertical and horizontal neighbours'; None of too few, and of plain areas alone.
         """
@@ -86,7 +86,7 @@ class RandomInputCheck:
 
     @property
     def grouped(self) -> float:
-        """The same chi-square over groups of neighbouring ids, where ``unevenness`` is not None.
+        """Compute the same chi-square over groups of neighbouring ids, where ``unevenness`` is not None.
 
         A list of words, each there once, is even id by id; but a tokenizer orders its ids by frequency, so that words
         crowd in some groups.
@@ -96,18 +96,18 @@ class RandomInputCheck:
 
     @property
     def _spanned(self) -> NDArray[np.int64]:
-        """The counts from the smallest id seen on, for draws may leave out a tokenizer's first ids, special tokens."""
+        """Return the counts from the smallest id seen on: draws may leave out a tokenizer's special tokens."""
         return self._counts[int(np.argmax(self._counts > 0)) :] if len(self._counts) else self._counts
 
     @property
     def _group(self) -> NDArray[np.int64]:
-        """The group of each spanned id, 0..groups - 1, all of about one width."""
+        """Return the group of each spanned id, 0..groups - 1, all of about one width."""
         spanned = self._spanned
         return np.arange(len(spanned)) * min(GROUPS, int(spanned.sum()) // EXPECTED) // len(spanned)
 
     @property
     def chance(self) -> float:
-        """The bound that the unevenness of uniform draws hardly exceeds: 1 and SIGMAS of its standard deviation."""
+        """Return what the unevenness of uniform draws hardly exceeds: 1 and SIGMAS of its standard deviation."""
         return hardly_exceeded(len(self._spanned))
 
     def check(self, graph: str) -> None:

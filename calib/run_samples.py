@@ -26,7 +26,7 @@ def run_as_given(bundle: LoadedBundle, feeds: Mapping[str, Array]) -> None:
 
 @dataclass(frozen=True)
 class SampleRunner:
-    """How a family's loaded bundle is run on one sample.
+    """The functions that run a family's loaded bundle on one sample.
 
     graphs   the kinds of a sample that make each graph run, as ("text", "input_ids"); a graph that is not named here
              runs whenever these do

@@ -58,7 +58,7 @@ class LoadedCheckpoint:
 
     @property
     def tokenizers(self) -> list[LoadedTokenizer]:
-        """The tokenizers that there are: none, one, or that of the inputs and that of the outputs."""
+        """Return the tokenizers that there are: none, one, or that of the inputs and that of the outputs."""
         return [tokenizer for tokenizer in (self.tokenizer, self.target_tokenizer) if tokenizer is not None]
 
     def parts(self) -> dict[str, Any]:

@@ -43,7 +43,7 @@ RELATIVES = {
 
 
 def find_family(config_json: Mapping[str, Any]) -> Family:
-    """The family of a config.json; CheckpointError names what we define otherwise."""
+    """Find the family of a config.json; CheckpointError names what we define otherwise."""
     model_type = config_json.get("model_type")
     known = {name: family for family in FAMILIES.values() for name in family.model_types}
     if model_type is None:  # configs older than the field say it in the class name
@@ -64,7 +64,7 @@ def find_family(config_json: Mapping[str, Any]) -> Family:
 
 
 def find_task(family: Family, config_json: Mapping[str, Any], asked: str | None) -> str:
-    """The task asked for, else the one of the head that ``architectures`` names.
+    """Return the task asked for, else the one of the head that ``architectures`` names.
 
     Raises CheckpointError when the family has no such task, or the architecture is unknown.
     """

@@ -211,7 +211,7 @@ class ImagePreprocess:
 
 
 def centre_crop(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
-    """The middle (height, width) of (H, W, C) levels, zeros where the image is smaller.
+    """Return the middle (height, width) of (H, W, C) levels, zeros where the image is smaller.
 
     Of an odd margin the larger part lies below and to the right of a crop, but above and to the left
     of a padded image, as ``transformers.image_transforms.center_crop`` has it.

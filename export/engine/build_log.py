@@ -51,7 +51,7 @@ class Kernel:
 
     @property
     def is_known(self) -> bool:
-        """Whether its name or kind says what it computes."""
+        """True where its name or kind says what it computes."""
         return bool(
             self.kind in PRODUCTS
             or GENERATED.search(self.name)

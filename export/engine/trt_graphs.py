@@ -35,12 +35,12 @@ class TensorRTGraph:
 
     @property
     def operators(self) -> dict[str, str]:
-        """The operator of each node, by the node's name."""
+        """Return the operator of each node, by the node's name."""
         return {str(node.name): node.op_type for node in self.model.graph}
 
     @property
     def integer_products(self) -> tuple[str, ...]:
-        """The names of the nodes that multiply two dequantised tensors, which TensorRT fuses into integer products."""
+        """Return the names of the products of two dequantised tensors, which TensorRT makes integer products."""
         return tuple(
             str(node.name)
             for node in self.model.graph

@@ -22,7 +22,7 @@ Measured = Accuracy | Rate
 
 @dataclass(frozen=True)
 class GateResult:
-    """Whether a quantised model stays within its gate, and every figure measured on the way.
+    """The outcome of the accuracy gate, and every figure measured on the way.
 
     criterion     SCORE lost, GROWTH of perplexity, AGREEMENT lost, or ERROR
     allowed       the most of it: 0.01 is a point of a score, or one percent
@@ -70,7 +70,7 @@ class GateResult:
 
     @property
     def n(self) -> int:
-        """How many cases ``found`` is taken over: of perplexity tokens, of the error samples."""
+        """The number of cases that ``found`` is taken over: of perplexity tokens, of the error samples."""
         if isinstance(self.score_fp32, Accuracy):
             return self.score_fp32.n
         if isinstance(self.score_fp32, Rate):
@@ -96,7 +96,7 @@ class GateResult:
 
     @property
     def inputs(self) -> int:
-        """How many held-out inputs the ``n`` cases are spread over."""
+        """The number of held-out inputs over which the ``n`` cases are spread."""
         measured = self.score_fp32 or (self.agreement if self.criterion == AGREEMENT else None)
         if isinstance(measured, Accuracy):
             return len(measured.cases)
@@ -104,7 +104,7 @@ class GateResult:
 
     @property
     def wanted(self) -> int:
-        """How many measurements as large as this one make ENOUGH_CASES cases of ENOUGH_INPUTS inputs."""
+        """The number of measurements as large as this one that make ENOUGH_CASES cases of ENOUGH_INPUTS inputs."""
         return ceil(max(ENOUGH_CASES / max(self.n, 1), ENOUGH_INPUTS / max(self.inputs, 1)))
 
     @property

@@ -19,7 +19,7 @@ METHOD, WEIGHT_BITS, BLOCK_SIZE = "mse", 8, 32  # by default
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """How to quantise the graphs of a model.
+    """The choices by which the graphs of a model are quantised.
 
     activations     one of ACTIVATIONS by graph
     method          how clip ranges are chosen, one of calib.scales.METHODS

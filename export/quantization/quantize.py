@@ -33,7 +33,7 @@ MAX_CANDIDATES = PARTS  # calibrations, where few cases are held out
 
 @dataclass(frozen=True)
 class QuantizationJob:
-    """What one model is quantised from.
+    """The inputs of the quantisation of one model.
 
     bundle        the model in FP32
     canonical     its graphs by name

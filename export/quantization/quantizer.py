@@ -130,7 +130,7 @@ class Quantizer:
 
     @property
     def integers(self) -> dict[str, str]:
-        """How a CPU session computes the integers of each graph for the CPU."""
+        """Return how a CPU session computes the integers of each graph for the CPU."""
         return {name: BLOCKS if mode == NONE else PRODUCTS for name, mode in self.config.activations.items()}
 
 

@@ -1,1 +1,1 @@
-"""What a person looks at after an export: figures and pictures in one HTML file."""
+"""The report of a bundle: figures in one HTML file, for a person to look at after an export."""

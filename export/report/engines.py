@@ -103,7 +103,7 @@ class ProfileGroup:
 
 @dataclass(frozen=True)
 class Shortfall:
-    """What should have fused and did not: its nodes, or their count where they are not named."""
+    """Nodes that should have fused and did not: its nodes, or their count where they are not named."""
 
     title: str
     nodes: tuple[str, ...] = ()

@@ -53,13 +53,13 @@ class Task:
 
     @property
     def whole(self) -> bool:
-        """Whether stdin is one text: one of a pair, or a prompt, both of which may have many lines."""
+        """True where stdin is one text: one of a pair, or a prompt, both of which may have many lines."""
         return self.pair is not None or self.scores
 
 
 @dataclass(frozen=True)
 class FamilyTasks:
-    """How bundles of a family run: the class that loads them, and their tasks by the hub's names."""
+    """The class that loads bundles of a family, and their tasks by the hub's names."""
 
     bundle: type[LoadedBundle]
     tasks: Mapping[str, Task]
