@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from command_line import as_quantized
+from transom.runtime.bundle import Bundle
 from transom.runtime.errors import BackendError, BundleError, InputError, TransomError
 from transom.runtime.manifest import MANIFEST, manifest_sha256
 
@@ -39,6 +42,15 @@ class Row:
     said: str
     call: Callable[[Any], object] | None = None
     arguments: tuple[str, ...] | None = ("5",)
+
+
+def refused(folder: Path, said: str) -> str:
+    """Require a BundleError with ``said`` on one printable line, whatever the file holds; return the message."""
+    with pytest.raises(BundleError, match=re.escape(said)) as caught:
+        Bundle(folder)
+    message = str(caught.value)
+    assert message.isprintable()
+    return message
 
 
 def nothing(bundle: Path) -> None:

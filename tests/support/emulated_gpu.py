@@ -14,6 +14,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,8 @@ import numpy as np
 import onnx
 import onnxruntime
 from numpy.typing import NDArray
+
+Put = Callable[..., Path]  # a bundle's folder -> that of a copy with plans for the emulated GPU
 
 DTYPES = {1: "FLOAT", 10: "HALF", 16: "BF16", 7: "INT64"}  # of ONNX, as TensorRT calls them
 NUMPY = {1: np.float32, 10: np.float16, 16: np.uint16, 7: np.int64}

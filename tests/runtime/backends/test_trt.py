@@ -1,17 +1,11 @@
-"""The TensorRT backend's bookkeeping: plans picked, buffers, caches in place, recorded steps, errors. See emulated_gpu.
+"""Calls on the TensorRT backend: bindings, caches in place, recorded steps, threads. See emulated_gpu.
 
 What a GPU computes is for ``make test-gpu``, on a machine that has one.
 """
 
 from __future__ import annotations
 
-import gc
-import hashlib
-import re
-import shutil
-import sys
 import threading
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -22,7 +16,6 @@ import numpy as np
 import onnx
 import pytest
 
-from command_line import changed_bundle, document, probe_here, transom
 from emulated_gpu import (
     EmulatedContext,
     EmulatedCuda,
@@ -31,77 +24,16 @@ from emulated_gpu import (
     EmulatedRuntimeCache,
     EmulatedRuntimeConfig,
     EmulatedTensorRT,
-    Plan,
+    Put,
     names_of,
 )
-from transom.cli import examine
-from transom.export.bundle_writer import add_to_bundle
-from transom.export.engine.profiles import profiles_of
-from transom.export.engine.shapes import Shapes, bounds_to_json, narrowed
-from transom.export.engine.trt_graphs import tensorrt_graphs
 from transom.runtime import load, session
-from transom.runtime.backends import cuda, trt, trt_library
-from transom.runtime.backends.cuda import Gpu
-from transom.runtime.backends.trt_memory import Pool
-from transom.runtime.backends.trt_plans import pick_plan, require_version
-from transom.runtime.bundle import Bundle
-from transom.runtime.errors import BackendError, BundleError, InputError, ParityError, ShapeError
-from transom.runtime.graph_spec import Graph
-from transom.runtime.manifest_graphs import GraphFile
-from transom.runtime.manifest_graphs import Plan as PlanFile
+from transom.runtime.backends import trt
+from transom.runtime.errors import BackendError, ParityError, ShapeError
 from transom.runtime.selftest import selftest
 
-real_cuda = pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not installed")
-try:
-    real_trt = trt_library.library(trt_library.RTX)
-except BackendError:
-    pytest.skip("TensorRT-RTX is not installed: pip install 'transom[rtx]'", allow_module_level=True)
 
-Put = Callable[..., Path]
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[EmulatedTensorRT]:
-    """An SM89 of 4 GiB with TensorRT-RTX."""
-    emulated = EmulatedTensorRT(real_trt, EmulatedCuda(real_cuda))
-    monkeypatch.setattr(cuda, "runtime", lambda: emulated.cuda)
-    monkeypatch.setattr(trt, "library", lambda kind: emulated)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    yield emulated
-    gc.collect()  # what holds device memory gives it back to this GPU, not to the next test's
-
-
-@pytest.fixture
-def put(gpu: EmulatedTensorRT, tmp_path: Path) -> Put:
-    """``put(bundle)`` -> a copy of it with a plan of each graph for SM89, which the emulation knows."""
-
-    def copy(
-        source: Path,
-        target: str = "rtx-sm89",
-        library: str = "TensorRT-RTX",
-        shapes: Shapes | None = None,
-        **more: str,
-    ) -> Path:
-        folder = Path(shutil.copytree(source, tmp_path / f"bundle{len(list(tmp_path.iterdir()))}"))
-        bundle = Bundle(folder)
-        plans, names = {}, {}
-        specs = [file.graph for file in bundle.manifest.graphs]
-        axes = narrowed(bundle.manifest.axes, specs, shapes or Shapes())
-        recorded = {"axes": bounds_to_json(axes, specs)} if shapes is not None else {}
-        for name, graph in tensorrt_graphs(bundle, axes=axes).items():
-            spec = next(file.graph for file in bundle.manifest.graphs if file.graph.name == name)
-            profiles = [profile.shapes for profile in profiles_of(spec, axes)]
-            names[name] = f"engines/{target}.{name}.plan"
-            plans[names[name]] = f"plan of {folder} {name}".encode()
-            gpu.plans[hashlib.sha256(plans[names[name]]).hexdigest()] = Plan(graph.serialized(), profiles)
-        described = {"library": library, "version": real_trt.__version__, "plans": names, **recorded, **more}
-        add_to_bundle(folder, plans, {"engines": {target: described}})
-        return folder
-
-    return copy
-
-
-def test_the_emulation_has_no_name_of_its_own() -> None:
+def test_the_emulation_has_no_name_of_its_own(real_cuda: Any, real_trt: Any) -> None:
     """Every function and attribute exists in NVIDIA's bindings: what our code calls, it can call there."""
     pairs = (
         (EmulatedRuntime, real_trt.Runtime),
@@ -241,44 +173,6 @@ def test_threads_have_contexts_of_their_own(put: Put, gpu: EmulatedTensorRT, vit
     assert 1 <= gpu.contexts <= 4
 
 
-def test_device_memory_is_flat_and_given_back(put: Put, gpu: EmulatedTensorRT, gpt_bundle: Path) -> None:
-    with load(put(gpt_bundle), device="tensorrt") as gpt:
-        for _ in range(3):
-            gpt.generate(["It is a", "My"], max_new_tokens=8, num_beams=2)
-        before = gpu.cuda.allocations, gpu.cuda.device_bytes
-        for _ in range(30):
-            gpt.generate(["It is a", "My"], max_new_tokens=8, num_beams=2)
-        assert (gpu.cuda.allocations, gpu.cuda.device_bytes) == before
-    del gpt
-    gc.collect()
-    assert gpu.cuda.device_bytes == 0
-
-
-def test_compiled_kernels_are_kept_for_the_next_start(put: Put, gpu: EmulatedTensorRT, vit_bundle: Path) -> None:
-    folder = put(vit_bundle)
-    for expected in (1, 1):  # contexts that had to compile: the first load's
-        with load(folder, device="tensorrt") as vit:
-            vit.run({"pixel_values": np.zeros((1, 3, 8, 8), np.float32)})
-        del vit
-        gc.collect()
-        assert gpu.compiled == expected
-    (kept,) = (folder.parent / "cache/transom/kernels").iterdir()
-    assert kept.name.startswith(f"tensorrt_rtx-{real_trt.__version__}-sm89-13000-")
-    kept.write_bytes(b"of another GPU")
-    with load(folder, device="tensorrt") as vit:
-        vit.run({"pixel_values": np.zeros((1, 3, 8, 8), np.float32)})
-    assert gpu.compiled == 2
-
-
-def test_no_memory_is_said_and_survived(put: Put, gpu: EmulatedTensorRT, gpt_bundle: Path) -> None:
-    with load(put(gpt_bundle), device="tensorrt") as gpt:
-        answer = gpt.generate("It is", max_new_tokens=4)
-        gpu.cuda.total = gpu.cuda.device_bytes + (1 << 18)
-        with pytest.raises(BackendError, match=r"the GPU has no memory left\. Give fewer or shorter inputs"):
-            gpt.generate(["It is"] * 16, max_new_tokens=4)
-        assert gpt.generate("It is", max_new_tokens=4) == answer
-
-
 def test_a_call_that_fails_leaves_no_work_behind(
     put: Put, gpu: EmulatedTensorRT, gpt_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,125 +187,6 @@ def test_a_call_that_fails_leaves_no_work_behind(
         with pytest.raises(KeyboardInterrupt):
             gpt.generate("It is", max_new_tokens=2)
         assert [stream.waiting for stream in gpu.cuda.streams if stream.waiting] == []
-
-
-ADA = Gpu("NVIDIA GeForce RTX 4090", (8, 9), 24 << 30, 13000)
-HOPPER = Gpu("NVIDIA H200", (9, 0), 141 << 30, 13000)
-
-
-def file_with(**plans: PlanFile) -> GraphFile:
-    named = {name.replace("_", "-"): plan for name, plan in plans.items()}
-    return GraphFile(Graph("model", (), ()), {"default": "model.onnx"}, None, named)
-
-
-def test_the_plan_is_that_of_the_gpu() -> None:
-    rtx = PlanFile("engines/rtx-sm89.plan", "TensorRT-RTX", "1.7.1.116")
-    full = PlanFile("engines/tensorrt.plan", "TensorRT", "11.0.0.1", "sm90")
-    both = file_with(rtx_sm89=rtx, tensorrt=full)
-    assert pick_plan(both, ADA) is rtx
-    assert pick_plan(both, HOPPER) is full
-    with pytest.raises(
-        BackendError,
-        match=r"no engines; this GPU is NVIDIA GeForce RTX 4090 \(SM89\). Run `transom build BUNDLE --target rtx-sm89`",
-    ):
-        pick_plan(file_with(), ADA)
-    with pytest.raises(BackendError, match=r"engines for rtx-sm89, tensorrt \(SM90\); .* --target rtx-sm120`"):
-        pick_plan(both, Gpu("RTX 5090", (12, 0), 0, 0))
-    with pytest.raises(
-        BackendError, match=r"engines for rtx-sm89; this GPU is NVIDIA H200 \(SM90\). .* --target tensorrt`"
-    ):
-        pick_plan(file_with(rtx_sm89=rtx), HOPPER)
-
-
-def test_the_library_has_to_be_able_to_read_the_plan() -> None:
-    """TensorRT-RTX reads what is older; TensorRT its own version's alone."""
-    rtx, full = PlanFile("a.plan", "TensorRT-RTX", "1.7.1.116"), PlanFile("b.plan", "TensorRT", "11.0.0.114")
-    require_version(rtx, "1.7.1.116")
-    require_version(rtx, "1.10.0.1")
-    require_version(full, "11.0.0.200")
-    with pytest.raises(BackendError, match=r"a.plan was built by TensorRT-RTX 1.7.1.116; TensorRT-RTX here is 1.6.2.1"):
-        require_version(rtx, "1.6.2.1")
-    for other in ("11.1.0.0", "10.13.0.0"):
-        with pytest.raises(BackendError, match=f"TensorRT here is {other}"):
-            require_version(full, other)
-
-
-def test_a_plan_that_does_not_load_says_what_tensorrt_said(put: Put, gpu: EmulatedTensorRT, vit_bundle: Path) -> None:
-    folder = put(vit_bundle)
-    gpu.plans.clear()
-    with pytest.raises(
-        BackendError,
-        match=r"TensorRT-RTX cannot load engines/rtx-sm89.model.plan on Emulated \(SM89\): magic tag does not match",
-    ):
-        load(folder, device="tensorrt")
-    with (folder / "engines/rtx-sm89.model.plan").open("ab") as plan:
-        plan.truncate(4)
-    with pytest.raises(BundleError, match="it is truncated or changed"):  # before TensorRT sees it
-        load(folder, device="tensorrt")
-
-
-def test_without_a_gpu_the_error_says_so(vit_bundle: Path) -> None:
-    """The real CUDA runtime on a machine without a driver."""
-    code = real_cuda.cudaGetDeviceCount()[0]
-    if int(code) == 0:
-        pytest.skip("there is a GPU here")
-    with pytest.raises(BackendError, match=rf"no NVIDIA GPU can be used here \({code.name}\)"):
-        load(vit_bundle, device="tensorrt")
-    with load(vit_bundle, device="auto") as vit:
-        assert vit.device == "cpu"
-
-
-def test_without_cuda_python_the_error_names_the_command(vit_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
-    cuda.runtime.cache_clear()
-    with pytest.raises(BackendError, match=r"cuda-python cannot be imported .* Run `pip install 'transom\[rtx\]'`"):
-        load(vit_bundle, device="tensorrt")
-    cuda.runtime.cache_clear()
-
-
-def test_auto_passes_over_an_engine_that_the_library_cannot_read(
-    put: Put, gpu: EmulatedTensorRT, vit_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Built by a newer library; or of bytes that it does not know; or of a graph with other names. Doctor says so."""
-    monkeypatch.setattr(examine, "run_probe", probe_here)
-
-    def newer(words: dict[str, Any]) -> None:
-        words["engines"]["rtx-sm89"]["version"] = "99.0.0.1"
-
-    (Path(folder := put(vit_bundle)).parent / "newer").mkdir()
-    folders = {"was built by TensorRT-RTX 99.0.0.1": changed_bundle(folder, folder.parent / "newer", newer)}
-    unknown = put(vit_bundle)
-    gpu.plans.pop(hashlib.sha256((unknown / "engines/rtx-sm89.model.plan").read_bytes()).hexdigest())
-    folders["magic tag does not match"] = unknown
-    for said, bundle in folders.items():
-        with pytest.raises(BackendError, match=said):
-            load(bundle, device="tensorrt")
-        with load(bundle, device="auto") as vit:
-            assert vit.device == "cpu"
-            assert said in vit.choice.passed_over["tensorrt"]
-            choice = vit.choice
-        told = document(transom("doctor", bundle, "--json"))["auto"]
-        assert (told["device"], told["passed_over"]) == (choice.device, choice.passed_over)
-    sound = put(vit_bundle)
-    assert document(transom("doctor", sound, "--json"))["auto"] == {
-        "device": "tensorrt", "reason": "the bundle's engine for this GPU is loaded", "passed_over": {},
-    }  # fmt: skip
-
-
-def test_a_driver_that_cuda_python_raises_for_is_an_absent_gpu(
-    put: Put, gpu: EmulatedTensorRT, vit_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Versions of cuda-python raise where others give a code."""
-
-    def raises() -> None:
-        raise RuntimeError("Failed to dlopen libcuda.so.1")
-
-    folder = put(vit_bundle)
-    monkeypatch.setattr(gpu.cuda, "cudaGetDeviceCount", raises)
-    with pytest.raises(BackendError, match=r"cudaGetDeviceCount cannot be called \(Failed to dlopen libcuda\.so\.1\)"):
-        load(folder, device="tensorrt")
-    with load(folder, device="auto") as vit:
-        assert vit.device == "cpu"
 
 
 def test_many_threads_and_submit_share_few_contexts(
@@ -448,102 +223,3 @@ def test_a_caller_that_fails_gives_its_turn_back(put: Put, gpu: EmulatedTensorRT
             with pytest.raises(ShapeError):
                 backend.run({"pixel_values": np.zeros((1, 4, 8, 8), np.float32)}, {})
         assert vit.run({"pixel_values": image})["logits"].shape[0] == 1
-
-
-def test_the_pool_keeps_a_bounded_part_of_what_it_saw(gpu: EmulatedTensorRT) -> None:
-    """Sixteen sizes through a pool of 1000 bytes: the last ones stay, and are taken again."""
-    pool = Pool(1_000)
-    for size in range(100, 1_700, 100):
-        pool.give(pool.take(size))
-        assert gpu.cuda.device_bytes <= 1_000
-    for size in (300, 400, 500):
-        pool.give(pool.take(size))
-    assert gpu.cuda.device_bytes == 900  # 300 was freed
-    before = gpu.cuda.allocations
-    held = [pool.take(500), pool.take(400)]
-    assert gpu.cuda.allocations == before
-    for memory in held:
-        pool.give(memory)
-    pool.clear()
-    del held, memory
-    gc.collect()
-    assert gpu.cuda.device_bytes == 0
-
-
-def test_generations_of_every_size_leave_an_eighth_of_the_memory(
-    put: Put, gpu: EmulatedTensorRT, gpt_bundle: Path
-) -> None:
-    """A service sees every number of rows: caches of each would stay."""
-    with load(put(gpt_bundle), device="tensorrt") as gpt:
-        gpt.generate("It", max_new_tokens=2)
-    one = gpu.cuda.peak
-    gpu.cuda.total = 16 * one
-    with load(put(gpt_bundle), device="tensorrt") as gpt:
-        for rows in (1, 2, 3, 4, 5):
-            gpt.generate(["It"] * rows, max_new_tokens=2)
-        pool = gpt.backend("decoder")._pool
-        assert sum(memory.size for memory in pool._free) == pool._kept <= gpu.cuda.total // 8
-
-
-def test_what_the_pool_keeps_is_in_nobodys_way(put: Put, gpu: EmulatedTensorRT, vit_bundle: Path) -> None:
-    with load(put(vit_bundle), device="tensorrt") as vit:
-        pool = vit.backend("model")._pool
-        pool.give(pool.take(1 << 20))
-        gpu.cuda.total = gpu.cuda.device_bytes  # nothing is left
-        assert vit.run({"pixel_values": np.zeros((1, 3, 8, 8), np.float32)})["logits"].shape[0] == 1
-        assert pool._free == []
-
-
-def test_an_engine_of_narrower_sizes_is_obeyed(put: Put, bert_bundle: Path) -> None:
-    """Rows go in batches that the engine takes; what it does not take names its bounds and the build for more."""
-    folder = put(bert_bundle, shapes=Shapes(max={"B": 2, "S": 9}))
-    texts = ["the first", "of the year", "was the last one", "a"]
-    with load(folder, device="tensorrt") as ours, load(bert_bundle) as theirs:
-        assert (ours.max_size("B"), ours.max_size("S")) == (2, 9)
-        np.testing.assert_allclose(ours.embed(texts), theirs.embed(texts), atol=1e-5)
-        with pytest.raises(
-            ShapeError,
-            match=r"axis S allows 1\.\.9 in the engine for rtx-sm89\. Run `transom build .*-sm89 --max S=10`",
-        ):
-            ours.run({"input_ids": np.ones((1, 10), np.int64), "attention_mask": np.ones((1, 10), np.int64)})
-        with pytest.raises(
-            InputError, match=r"Pass truncate=True, or run `transom build BUNDLE --target rtx-sm89 --max S="
-        ):
-            ours.tokenizer().encode(["the first of the year was the last one that we had"], truncate=False)
-    told = document(transom("selftest", folder, "--device", "tensorrt", "--json"))
-    assert all("S=1" in case["name"] or "S=7" in case["name"] for case in told["cases"])
-    assert any("axis S allows 1..9 in the engine for rtx-sm89" in line for line in told["left_out"])
-    tight = put(bert_bundle, shapes=Shapes(min={"B": 2, "S": 8}, max={"B": 2, "S": 9}))
-    with pytest.raises(ShapeError, match=r"the engine of .* takes none of its golden values: "):
-        selftest(tight, device="tensorrt")
-    timed = document(transom("bench", folder, "--device", "tensorrt", "--runs", "1", "--json"))["timings"]
-    assert timed[0]["sizes"] == {"B": 1, "S": 9}
-
-
-def test_a_shorter_cache_is_a_shorter_context(put: Put, gpt_bundle: Path) -> None:
-    folder = put(gpt_bundle, shapes=Shapes(max={"B": 1, "C": 100}))
-    with load(folder, device="tensorrt") as ours, load(gpt_bundle) as theirs:
-        assert ours.context == 100
-        assert ours.generate("It is", max_new_tokens=8) == theirs.generate("It is", max_new_tokens=8)
-        with pytest.raises(
-            InputError, match=r"the context holds 100\. .*transom build BUNDLE --target rtx-sm89 --max C="
-        ):
-            ours.generate("It is", max_new_tokens=120)
-        with pytest.raises(InputError, match=r"this bundle allows 1\. Run `transom build .* --max B=2`"):
-            ours.generate("It is", num_beams=2, max_new_tokens=2)
-    report = selftest(folder, device="tensorrt")
-    assert report.worst.error < 2e-5
-    (said,) = report.left_out
-    with pytest.raises(ShapeError, match=r"none of its golden values: of its prompts 0 fit into 24 tokens"):
-        selftest(put(gpt_bundle, shapes=Shapes(max={"C": 24})), device="tensorrt")
-    assert re.match(r"generation: 1 of \d+ rows and \d+ of \d+ steps fit into the engine", said)
-
-
-def test_an_engine_without_recorded_bounds_goes_by_its_profiles(put: Put, bert_bundle: Path) -> None:
-    """As version 0.1.0 wrote them: what bundle.json does not say, the engine does."""
-    with load(put(bert_bundle), device="tensorrt") as bert:
-        assert bert.axes == bert.manifest.axes
-        backend = bert.backend("model")
-        longer = {t.name: np.ones((1, 600), np.int64) for t in backend.graph.inputs}
-        with pytest.raises(ShapeError, match=r"takes \(1, 1\) to .* Run `transom build BUNDLE --target rtx-sm89` with"):
-            backend.run(longer, {})
