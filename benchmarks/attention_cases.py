@@ -24,7 +24,7 @@ COLUMNS = {PROMPT: "prompt", ADDED: "added", STEP: "step"}
 
 @dataclass(frozen=True)
 class Case:
-    """One attention: "prompt", "biased" or "step", in a precision, of B rows of S queries and T keys."""
+    """One attention case: "prompt", "biased" or "step", in a precision, of B rows of S queries and T keys."""
 
     kind: str
     precision: str
@@ -45,13 +45,13 @@ class Case:
 
     @property
     def flops(self) -> int:
-        """Two products, of a multiplication and an addition each, of every query with every key that it sees."""
+        """Return the FLOPs: two products of each query with each visible key, a multiplication and an addition each."""
         seen = self.S * self.T - (self.S * (self.S - 1) // 2 if self.causal else 0)
         return 4 * self.B * self.heads * self.size * seen
 
     @property
     def bytes(self) -> int:
-        """Everything read or written once."""
+        """Return the bytes of all tensors, each read or written once."""
         element, shared = ELEMENT[self.precision], self.heads // self.groups
         queries = 2 * self.B * self.heads * self.S * self.size * element  # and the output
         keys = 2 * self.B * shared * self.T * (self.size + 4 if self.int8 else self.size * element)
@@ -75,19 +75,19 @@ class Case:
 
     @property
     def column(self) -> int:
-        """Of the table of blocks; an INT8 cache in parts is a step's."""
+        """Return the column of the table of tile sizes; a split INT8 cache belongs to a step."""
         return {"prompt": PROMPT, "biased": ADDED, "step": STEP}[self.kind]
 
     @property
     def aim(self) -> float | None:
-        """Ours against the best backend; None where no backend has it."""
+        """Return the ratio to the best backend to aim at; None for a case that no backend supports."""
         if self.int8:
             return None
         return AIMS["halves" if self.precision in ("fp16", "bf16") and self.kind != "biased" else "fp32 and biased"]
 
 
 def cases(*, quick: bool, only: Sequence[str] = ()) -> list[Case]:
-    """All that is measured, or what ``only`` names by parts of the names."""
+    """Return all cases, or those whose names contain one of ``only``."""
     found = list(quick_cases() if quick else all_cases())
     return [case for case in found if not only or any(part in case.name for part in only)]
 
@@ -118,7 +118,7 @@ def quick_cases() -> Iterator[Case]:
 
 
 def candidates(entry: TileSizes, *, step: bool, quick: bool) -> list[TileSizes]:
-    """The table's entry first, then each of its numbers halved and doubled, and what others use; nothing twice."""
+    """Return the table's entry, then each of its numbers halved and doubled, and common choices, each once."""
     m, n, warps, stages = entry.m, entry.n, entry.warps, entry.stages
     near = [TileSizes(m, n // 2, warps, stages), TileSizes(m, 2 * n, warps, stages)]
     near += [TileSizes(m, n, 12 - warps if warps in (4, 8) else 4, stages)]
@@ -151,7 +151,7 @@ def key_of(case: Case) -> tuple[str, int, int]:
 
 
 def tuned_on(measured: Sequence[Case], *, quick: bool) -> list[list[Case]]:
-    """By precision, head size and column: the case whose length is nearest to 2048, with and without causality."""
+    """Return per precision, head size and column the cases nearest to a length of 2048, with and without causality."""
     groups: dict[tuple[str, int, int], list[Case]] = {}
     for case in measured:
         groups.setdefault(key_of(case), []).append(case)

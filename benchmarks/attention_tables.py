@@ -17,7 +17,7 @@ BETTER = 0.97  # of the table's time: what is nearer to it is noise
 
 @dataclass(frozen=True)
 class Roofline:
-    """What this GPU was seen to reach: FLOP/s by precision, bytes/s."""
+    """The GPU's measured peaks: FLOP/s by precision, bytes/s."""
 
     flops: Mapping[str, float]
     bytes: float
@@ -27,7 +27,7 @@ class Roofline:
 
 
 def row_of(case: Case, name: str, times: Sequence[float], roofline: Roofline, about: str = "") -> dict[str, Any]:
-    """A row of the result: percentiles in ms, TFLOP/s, GB/s, and the part of what this GPU reaches."""
+    """Return a row of the result: percentiles in ms, TFLOP/s, GB/s, and the fraction of the GPU's peak."""
     p10, p50, p90 = np.percentile(times, (10, 50, 90)).tolist()
     return {
         "side": name,
@@ -42,7 +42,7 @@ def row_of(case: Case, name: str, times: Sequence[float], roofline: Roofline, ab
 
 
 def ratio_of(rows: Sequence[Mapping[str, Any]]) -> tuple[float | None, str]:
-    """The best backend's time over our best, and who it was; None where either is missing."""
+    """Return the best backend's time over our best, and its name; None where either is missing."""
     ours = [row["p50_ms"] for row in rows if row["side"].startswith("ours")]
     theirs = sorted((row["p50_ms"], row["side"]) for row in rows if not row["side"].startswith("ours"))
     if not ours or not theirs:
@@ -70,19 +70,22 @@ def better_rows(tuned: Sequence[Mapping[str, Any]], sm: int) -> list[str]:
     return lines
 
 
-def markdown(told: Mapping[str, Any]) -> str:
-    lines = [f"# Attention on {told['gpu']}", ""]
-    lines += [f"{told['date']}, driver for CUDA {told['driver'] / 1000:g}, " + versions(told["versions"]) + ".", ""]
-    peaks = ", ".join(f"{flops / 1e12:.1f} TFLOP/s in {name}" for name, flops in told["roofline"]["flops"].items())
+def markdown(report: Mapping[str, Any]) -> str:
+    lines = [f"# Attention on {report['gpu']}", ""]
     lines += [
-        f"Reached in this run by PyTorch's product and copy: {peaks}, {told['roofline']['bytes'] / 1e9:.0f} GB/s."
+        f"{report['date']}, driver for CUDA {report['driver'] / 1000:g}, " + versions(report["versions"]) + ".",
+        "",
+    ]
+    peaks = ", ".join(f"{flops / 1e12:.1f} TFLOP/s in {name}" for name, flops in report["roofline"]["flops"].items())
+    lines += [
+        f"Reached in this run by PyTorch's product and copy: {peaks}, {report['roofline']['bytes'] / 1e9:.0f} GB/s."
     ]
     lines += [
         "Milliseconds are medians by CUDA events, caches flushed; *of roofline* is the time that these would need,"
     ]
     lines += ["over the time it took. *Ratio* is the best backend's time over ours: more than 1 is faster.", ""]
     lines += ["| case | ours | best backend | ratio | aim | TFLOP/s | GB/s | of roofline |", "| --- " * 8 + "|"]
-    for each in told["cases"]:
+    for each in report["cases"]:
         ours = min(
             (row for row in each["rows"] if row["side"].startswith("ours")), key=lambda r: r["p50_ms"], default=None
         )
@@ -98,11 +101,11 @@ def markdown(told: Mapping[str, Any]) -> str:
         reached = f"| {each['name']} | {ours['p50_ms']:.4f} ({ours['about']}) | {against} "
         reached += f"| {number(each['ratio'])} | {number(each['aim'])} "
         lines.append(reached + f"| {ours['tflops']:.1f} | {ours['gb_per_s']:.0f} | {ours['of_roofline']:.0%} |")
-    aimed = [each for each in told["cases"] if each["ratio"] is not None and each["aim"] is not None]
+    aimed = [each for each in report["cases"] if each["ratio"] is not None and each["aim"] is not None]
     met = sum(each["ratio"] >= each["aim"] for each in aimed)
     lines += ["", f"The aim is met in {met} of {len(aimed)} cases.", "", "## Refused", ""]
     reasons: dict[tuple[str, str], list[str]] = {}
-    for each in told["cases"]:
+    for each in report["cases"]:
         for side, reason in each["refused"].items():
             reasons.setdefault((side, reason), []).append(each["name"])
     lines += [f"- {side}, {len(names)} cases, as {names[0]}: {reason}" for (side, reason), names in reasons.items()]
@@ -113,14 +116,14 @@ def markdown(told: Mapping[str, Any]) -> str:
         "| precision | head size | column | table, ms | best, ms | best |",
         "| --- " * 6 + "|",
     ]
-    for each in told["tuned"]:
+    for each in report["tuned"]:
         best = "{m}x{n}, {warps}, {stages}".format(**each["best"])
         lines.append(
             f"| {each['precision']} | {each['width']} | {each['column']} | {number(each['entry_ms'], 4)} "
             f"| {number(each['best_ms'], 4)} | {best} |"
         )
-    lines += ["", *(f"    {line}" for line in told["better_rows"])]
-    left = [f"Not measured, for the time was up: {', '.join(told['left'])}."] if told["left"] else []
+    lines += ["", *(f"    {line}" for line in report["better_rows"])]
+    left = [f"Not measured, for the time was up: {', '.join(report['left'])}."] if report["left"] else []
     return "\n".join([*lines, "", *left, ""])
 
 

@@ -1,9 +1,9 @@
-"""Models of full size, random weights, built for every target of TensorRT-RTX in FP16 and INT8: what fuses, how large.
+"""Build full-size models with random weights for every target of TensorRT-RTX in FP16 and INT8: fusions, sizes.
 
     python benchmarks/build_matrix.py --out build/build-matrix        (docs/results/ has what came of it)
 
 No GPU is needed. Each model is exported with its parity checked, INT8 is calibrated on real text and photographs (its
-accuracy is no figure: the weights are random), TensorRT's variant is held against the bundle, and every attention must
+accuracy is no figure: the weights are random), TensorRT's variant is compared with the bundle, and every attention must
 be one kernel. OUT.json grows with every engine, so that what is there is not built again; OUT.md is made of it.
 """
 
@@ -36,7 +36,7 @@ COLUMNS += ("built in",)
 
 
 def bundle_of(model: str, precision: str, folder: Path) -> Path:
-    """The exported bundle of one model in one precision."""
+    """Return the exported bundle of one model in one precision."""
     import torch
     import transformers
 
@@ -52,10 +52,10 @@ def bundle_of(model: str, precision: str, folder: Path) -> Path:
 
 
 def record(model: str, precision: str, engine: Engine) -> dict[str, Any]:
-    told = engine.to_json()
-    for profile in told["profiles"]:
+    recorded = engine.to_json()
+    for profile in recorded["profiles"]:
         del profile["alike"], profile["alone"]
-    return {"model": model, "precision": precision, **told}
+    return {"model": model, "precision": precision, **recorded}
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -64,7 +64,7 @@ def markdown(found: dict[str, Any]) -> str:
         "",
         f"{found['library']} on {found['cpu']}, two cores and no GPU, {found['date']}. The weights are random, and no "
         "engine was executed.",
-        "Before anything was built, the variant of each graph was held against the exported file in ONNX Runtime,",
+        "Before anything was built, the variant of each graph was compared with the exported file in ONNX Runtime,",
         "decoders step by step.",
         "",
         f"| {' | '.join(COLUMNS)} |",

@@ -1,4 +1,4 @@
-"""What the length of a cache's buffer costs, and which step it should grow by (runtime/kv_cache.py: STEP).
+"""Measure the cost of a cache buffer's length, and the step it should grow by (runtime/kv_cache.py: STEP).
 
     python benchmarks/cache_step.py BUNDLE       a decoder-only bundle, GPT-2 of 124 M parameters for example
 

@@ -1,4 +1,4 @@
-"""Memory and time of calibration: ours, which keeps histograms, beside onnxruntime.quantization's entropy method.
+"""Measure memory and time of calibration: Transom's histograms beside onnxruntime.quantization's entropy method.
 
     python benchmarks/calibration_memory.py BUNDLE [--samples 10000] [--limit-gib 14] [--lengths 8 128] [--json]
 
@@ -46,7 +46,7 @@ Feeds = dict[str, NDArray[np.int64]]
 
 
 def samples(bundle: Bundle, count: int, lengths: tuple[int, int]) -> Iterator[Feeds]:
-    """Windows of the passages, at places and of lengths that chance chose, the same for both sides."""
+    """Return random windows of the passages, the same for both sides."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
     vocabulary = str(reference_folder("bert") / "vocab.txt")
@@ -66,13 +66,13 @@ def samples(bundle: Bundle, count: int, lengths: tuple[int, int]) -> Iterator[Fe
 
 
 def resident_mib() -> float:
-    """Of this process, without the pages of files that are mapped."""
+    """Return this process's resident bytes, without the pages of mapped files."""
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("RssAnon:"))
 
 
 class Watch:
-    """Notes memory after every sample, and ends the process with its figures when there is too much."""
+    """Memory after every sample; ends the process with its figures above a limit."""
 
     def __init__(self, limit_gib: float) -> None:
         self._limit_mib = limit_gib * 1024
@@ -87,7 +87,7 @@ class Watch:
             self.end(f"stopped at {self._limit_mib / 1024:g} GiB")
 
     def end(self, how: str, **more: Any) -> NoReturn:
-        """Say what was found and leave, without giving all that memory back piece by piece."""
+        """Print the figures and exit at once, without freeing the memory piece by piece."""
         done = len(self._mib)
         settled = np.arange(done // 10, done)
         slope = np.polyfit(settled, np.array(self._mib)[settled], 1)[0] if done > 20 else float("nan")
@@ -161,7 +161,7 @@ def theirs(options: argparse.Namespace) -> NoReturn:
 
 
 def measured(side: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The figures of one side, from a process of its own."""
+    """Return the figures of one side, from a process of its own."""
     command = [sys.executable, str(Path(__file__).resolve()), str(options.bundle.resolve()), "--side", side]
     command += ["--samples", str(options.samples), "--limit-gib", str(options.limit_gib)]
     command += ["--threads", str(options.threads), "--lengths", *map(str, options.lengths)]
@@ -181,7 +181,7 @@ def measured(side: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def confine(cores: list[int], limit_gib: float) -> None:
-    """To some cores; and to half as much memory again, for what happens between two looks at it."""
+    """Limit the process to some cores, and to 1.5 times the memory limit, for peaks between two measurements."""
     os.sched_setaffinity(0, cores)
     most = int(1.5 * limit_gib * 2**30)
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))

@@ -1,4 +1,4 @@
-"""Shows that a decode step copies neither cache nor weights.
+"""Show that a decode step copies neither cache nor weights.
 
     python benchmarks/decode_copies.py BUNDLE
 
@@ -45,7 +45,7 @@ def session_of(bundle: Bundle, folder: str) -> Any:
 
 
 def profile(bundle: Bundle, capacity: int, *, in_place: bool) -> dict[str, tuple[float, int]]:
-    """Operator -> (median µs per step over all its nodes, bytes of the largest tensor it wrote)."""
+    """Return per operator (median µs per step over all its nodes, bytes of the largest tensor it wrote)."""
     with tempfile.TemporaryDirectory() as folder:
         session = session_of(bundle, folder)
         file = next(file for file in bundle.manifest.graphs if file.graph.name == "decoder")

@@ -1,4 +1,4 @@
-"""Tokens per second of a GPT-2 bundle beside transformers, interleaved in one run.
+"""Measure tokens per second of a GPT-2 bundle beside transformers, interleaved in one run.
 
     python benchmarks/decode_speed.py --work DIR                    GPT-2 of 124 M parameters, random weights
     python benchmarks/decode_speed.py --work DIR --checkpoint FOLDER

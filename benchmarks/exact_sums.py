@@ -1,4 +1,4 @@
-"""What exact sums of 8-bit products cost in time, and what saturating ones and 7-bit weights cost in accuracy.
+"""Measure the time of exact sums of 8-bit products, and the accuracy lost to saturation and 7-bit weights.
 
     python benchmarks/exact_sums.py --work DIR [NAME ...] [--json FILE]
 
@@ -34,7 +34,7 @@ EXACT, SATURATING, SEVEN = "8 bits, exact", "8 bits, saturating", "7 bits"
 
 @dataclass(frozen=True)
 class Figures:
-    """One way of one model; ``time`` is that of the exact way times this."""
+    """One variant of one model; ``time`` is a multiple of the exact variant's."""
 
     model: str
     way: str
@@ -45,7 +45,7 @@ class Figures:
 
 
 def exported(case: Case, work: Path) -> dict[str, Path]:
-    """Bundles with 8-bit and 7-bit weights, exported when they are not there."""
+    """Return bundles with 8-bit and 7-bit weights, exported unless they exist."""
     from transom.export.pipeline import export  # brings torch
     from transom.export.quantization.options import QuantizeOptions
 
@@ -61,12 +61,12 @@ def exported(case: Case, work: Path) -> dict[str, Path]:
 
 
 def as_by_default(graph: GraphFile, read: Read, device: str, threads: int | None) -> Backend:
-    """Open a graph as ONNX Runtime does where nobody asks for exact sums."""
+    """Open a graph with ONNX Runtime's default, which does not ask for exact sums."""
     return open_backend(replace(graph, integers=None), read, device, threads)
 
 
 def figures_of(case: Case, work: Path) -> Iterator[Figures]:
-    """Every way of one model, the exact one first."""
+    """Return every variant of one model, the exact one first."""
     bundles = exported(case, work)
     with ExitStack() as stack:
         fp32 = stack.enter_context(open_side(case, bundle_of(case, work)))

@@ -44,7 +44,7 @@ def transformer(transformers: Any) -> Any:
 
 
 def texts() -> Arrays:
-    """Bytes of real prose as token ids: what matters of a text here is that it is one."""
+    """Return bytes of real prose as token ids; the tokenizer does not matter here."""
     prose = np.frombuffer((DATA / "austen_heldout.txt").read_bytes(), np.uint8).astype(np.int64)
     ids = prose[: SAMPLES * LENGTH].reshape(SAMPLES, LENGTH)
     return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
@@ -55,7 +55,7 @@ def prompts() -> Arrays:
 
 
 def photographs() -> Arrays:
-    """Pieces of 224 x 224 pixels of two photographs, between -1 and 1, (N, 3, 224, 224)."""
+    """Return crops of two photographs, between -1 and 1, (N, 3, 224, 224)."""
     pieces = []
     for name in ("photo_china.jpg", "photo_flower.jpg"):
         with Image.open(DATA / name) as image:

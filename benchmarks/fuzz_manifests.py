@@ -1,4 +1,4 @@
-"""Damaged bundle.json files by the million through the reader of bundles: does anything but a BundleError come out?
+"""Read millions of damaged bundle.json files; anything but a BundleError is a finding.
 
     python benchmarks/fuzz_manifests.py BUNDLE... [--runs 1000000] [--seed 1] [--no-coverage]
 
@@ -33,7 +33,7 @@ from transom.runtime.host import processor
 
 
 class Reader:
-    """What is fuzzed, and its figures."""
+    """The fuzzed reader and its figures."""
 
     def __init__(self, runs: int, most_seconds: float) -> None:
         self.runs, self.most_seconds = runs, most_seconds
@@ -58,7 +58,7 @@ class Reader:
             self.report()
 
     def import_runtime(self) -> None:
-        """Apart from the rest, so that atheris can watch the imports."""
+        """Import the reader, separately, so that atheris can instrument it."""
         import transom.runtime.tasks.bert
         import transom.runtime.tasks.clip
         import transom.runtime.tasks.gpt
@@ -84,14 +84,14 @@ class Reader:
 
 
 def shape(message: str) -> str:
-    """A complaint without what differs from one manifest to the next; of several, the first."""
+    """Return a message without the details that differ between manifests; of several, the first."""
     message = message.partition("; ")[0]
     message = re.sub(r"'[^']*'|\"[^\"]*\"|\[.*\]|\{.*\}|[-+.\d]+(e[-+]?\d+)?", "_", message)
     return re.sub(r"\b(axes|files)\.\S+?\.?(like|min|opt|max|size|sha256)?\b( is| has)", r"\1.*.\2\3", message)[:90]
 
 
 class Mutator:
-    """Damages a manifest; one that is no JSON any more is replaced by a seed."""
+    """Damage a manifest; one that is no longer JSON is replaced by a seed."""
 
     def __init__(self, seeds: list[bytes], atheris: ModuleType | None) -> None:
         self.values = [json.loads(seed) for seed in seeds]

@@ -1,12 +1,12 @@
-"""Our fused attention on the GPU that is here, beside PyTorch's scaled_dot_product_attention, in one run.
+"""Measure Transom's fused attention on this machine's GPU beside PyTorch's scaled_dot_product_attention, in one run.
 
     python benchmarks/gpu_attention.py --out docs/results
 
-What is timed is the PTX that was compiled ahead of time, launched by CUDA's driver, and every backend of PyTorch's by
-itself; one that refuses is listed with its reason. Every side is held against float64 before it is timed. Sides take
-turns, round by round, each call timed by CUDA events behind a write over the whole L2 cache. What a GPU can reach is
-measured in the same run: a large product, a large copy. Blocks are tuned first, and the rows of the table in
-``export/plugins/tile_sizes.py`` that would be better are written out. Without a GPU it says so and ends with status 0.
+Timed are the PTX that was compiled ahead of time, launched by CUDA's driver, and each of PyTorch's backends by itself;
+one that refuses is listed with its reason. Every side is compared with float64 before it is timed. Sides are
+interleaved, round by round, each call timed by CUDA events after a write over the whole L2 cache. The GPU's peaks are
+measured in the same run: a large product, a large copy. Tile sizes are tuned first, and better rows for the table in
+``export/plugins/tile_sizes.py`` are printed. Without a GPU it says so and exits with status 0.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ PRODUCT, COPIED = 8192, 1 << 30  # sizes of what measures the GPU
 
 @dataclass
 class Side:
-    """Something that computes a case: ``run`` puts it on PyTorch's stream, ``output`` is where it lies, heads first."""
+    """An implementation of a case: ``run`` enqueues it on PyTorch's stream, ``output`` is its result, heads first."""
 
     name: str
     run: Callable[[], None]
@@ -56,10 +56,10 @@ class Side:
 
 
 def reason_of(error: Exception, warned: Sequence[str]) -> str:
-    """Why a side refuses: PyTorch warns of its reasons, of those of backends that were not asked for too."""
-    told = [one_line(RuntimeError(each), 160) for each in warned]
-    told = [each for each in told if "not used because" not in each and "disabled" not in each]
-    return "; ".join(dict.fromkeys(told))[:300] or one_line(error, 160)
+    """Return why a side refuses: PyTorch warns of its reasons, also those of backends that were not requested."""
+    reasons = [one_line(RuntimeError(each), 160) for each in warned]
+    reasons = [each for each in reasons if "not used because" not in each and "disabled" not in each]
+    return "; ".join(dict.fromkeys(reasons))[:300] or one_line(error, 160)
 
 
 # From here on a GPU is needed
@@ -67,7 +67,7 @@ def reason_of(error: Exception, warned: Sequence[str]) -> str:
 
 @dataclass
 class Tensors:
-    """A case's tensors, on the GPU; ``k`` and ``v`` are what PyTorch is given, of the queries' dtype."""
+    """A case's tensors on the GPU; ``k`` and ``v`` are PyTorch's inputs, of the queries' dtype."""
 
     given: dict[str, Any]
     q: Any
@@ -77,7 +77,7 @@ class Tensors:
 
 
 class Bench:
-    """What is kept for the whole run: the GPU, the flushed buffer, kernels that were compiled."""
+    """State of the whole run: the GPU, the flush buffer, compiled kernels."""
 
     def __init__(self, gpu: Gpu, device: str = "cuda") -> None:
         import torch
@@ -123,7 +123,7 @@ class Bench:
         return Tensors(given | ({} if bias is None else {"bias": bias}), q, k, v, bias)
 
     def expected(self, case: Case, tensors: Tensors) -> Any:
-        """In float64, of the last row's last head: SAMPLED queries, the first and the last among them."""
+        """Return float64's output for SAMPLED queries of the last row's last head, with the first and the last."""
         torch = self.torch
         rows = self.sampled(case)
         k, v = (each[-1, -1].double() for each in (tensors.k, tensors.v))
@@ -139,7 +139,7 @@ class Bench:
         return self.torch.linspace(0, case.S - 1, min(SAMPLED, case.S), device=self.device).round().long()
 
     def wrong(self, case: Case, side: Side, expected: Any) -> str | None:
-        """Run once; what is wrong with the result, against float64."""
+        """Run once and return the problem with the result compared with float64, or None."""
         side.run()
         found = side.output()[-1, -1, self.sampled(case)].double()
         unit, units = TOLERANCE[case.precision]
@@ -190,7 +190,7 @@ class Bench:
         return Side(f"torch {backend}", run, lambda: found[0])
 
     def measure(self, sides: Sequence[Side], rounds: int, timed_ms: float) -> None:
-        """Fill every side's ``times``: they take turns, each call behind a write over the cache."""
+        """Fill every side's ``times``, interleaved, each call after a write over the whole cache."""
         torch = self.torch
         for side in sides:
             for _ in range(WARMUP):
@@ -213,7 +213,7 @@ class Bench:
                     turns[id(side)] = max(1, min(TURN, int(timed_ms / rounds / max(took[0], 1e-3))))
 
     def roofline(self) -> Roofline:
-        """A large product in every precision, and a large copy: the medians of what PyTorch reaches."""
+        """Measure PyTorch's peaks: the medians of a large product in every precision, and of a large copy."""
         torch, flops = self.torch, {}
         for precision, dtype in self.dtypes.items():
             if precision == "bf16" and not torch.cuda.is_bf16_supported():
@@ -231,7 +231,7 @@ class Bench:
         return Roofline(flops, 2 * COPIED / float(np.median(side.times)) * 1e3)
 
     def tune(self, group: Sequence[Case], *, quick: bool) -> dict[str, Any]:
-        """The best blocks for cases of one precision, head size and column: by the geometric mean of their times."""
+        """Return the best tile sizes of one precision, head size and column, by the geometric mean of times."""
         first = group[0]
         step, entry = first.kind == "step", tile_sizes_for(self.sm, first.variant)
         times: dict[TileSizes, list[float]] = {}
@@ -267,7 +267,7 @@ class Bench:
         }
 
     def run(self, case: Case, roofline: Roofline) -> dict[str, Any]:
-        """Everything about one case: rows of the sides that compute it, reasons of those that do not."""
+        """Return one case's rows for the sides that compute it, and the reasons of those that do not."""
         torch = self.torch
         self.precise(case.precision)
         torch.cuda.empty_cache()
@@ -300,7 +300,7 @@ class Bench:
         return {**asdict(case), **about, "ratio": ratio, "best_backend": best, "rows": rows, "refused": refused}
 
     def makers(self, case: Case, tensors: Tensors) -> Iterator[tuple[str, Callable[[], Side]]]:
-        """Ours by the table and as tuned, and the backends; PyTorch's own products last."""
+        """Yield Transom's kernel by the table and as tuned, the backends, and PyTorch's own products last."""
         entry = tile_sizes_for(self.sm, case.variant)
         tried = {"ours": entry, "ours, tuned": self.best.get(key_of(case), entry)}
         for name, tiles in tried.items():
@@ -353,9 +353,9 @@ def measure_all(bench: Bench, gpu: Gpu, options: argparse.Namespace, libraries: 
     if gpu.capability == (7, 5):
         measured = [case for case in measured if case.precision not in ("bf16", "tf32")]
     roofline = bench.roofline()
-    told: dict[str, Any] = {"gpu": str(gpu), "driver": gpu.driver, "date": time.strftime("%Y-%m-%d")}
-    told |= {"versions": dict(libraries), "aims": AIMS, "roofline": asdict(roofline)}
-    told |= {"cases": [], "tuned": [], "better_rows": [], "left": []}
+    report: dict[str, Any] = {"gpu": str(gpu), "driver": gpu.driver, "date": time.strftime("%Y-%m-%d")}
+    report |= {"versions": dict(libraries), "aims": AIMS, "roofline": asdict(roofline)}
+    report |= {"cases": [], "tuned": [], "better_rows": [], "left": []}
     path = options.out / f"gpu-{'-'.join(gpu.name.lower().split())}-attention"
     options.out.mkdir(parents=True, exist_ok=True)
     for group in [] if options.no_tuning else tuned_on(measured, quick=options.quick):
@@ -368,25 +368,25 @@ def measure_all(bench: Bench, gpu: Gpu, options: argparse.Namespace, libraries: 
         except (TransomError, RuntimeError) as error:
             print(f"  {group[0].name} cannot be tuned: {one_line(error)}", file=sys.stderr)
             continue
-        told["tuned"].append(tuned)
+        report["tuned"].append(tuned)
         print(f"tuned {group[0].name}: {tuned['best']}, {number(tuned['best_ms'], 4)} ms", flush=True)
-    told["better_rows"] = better_rows(told["tuned"], bench.sm)
+    report["better_rows"] = better_rows(report["tuned"], bench.sm)
     for index, case in enumerate(measured):
         if time.monotonic() - began > limit_s:
-            told["left"] = [left.name for left in measured[index:]]
+            report["left"] = [left.name for left in measured[index:]]
             break
         try:
             found = bench.run(case, roofline)
         except (TransomError, RuntimeError) as error:  # not even its tensors have room
             found = {**asdict(case), "name": case.name, "aim": case.aim, "ratio": None, "best_backend": "none"}
             found |= {"rows": [], "refused": {"ours": one_line(error)}}
-        told["cases"].append(found)
+        report["cases"].append(found)
         best = min((row["p50_ms"] for row in found["rows"] if row["side"].startswith("ours")), default=None)
         about = f"ours {number(best, 4)} ms, {number(found['ratio'])} times {found['best_backend']}"
         print(f"[{index + 1}/{len(measured)}, {time.monotonic() - began:.0f} s] {case.name}: {about}", flush=True)
-        path.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n")
-        path.with_suffix(".md").write_text(markdown(told))
-    failed = [each["name"] for each in told["cases"] if str(each["refused"].get("ours", "")).startswith("wrong")]
+        path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+        path.with_suffix(".md").write_text(markdown(report))
+    failed = [each["name"] for each in report["cases"] if str(each["refused"].get("ours", "")).startswith("wrong")]
     if failed:
         print(f"ours is wrong in {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

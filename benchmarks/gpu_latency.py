@@ -1,4 +1,4 @@
-"""Latency on the GPU that is here: our engines and ONNX Runtime CUDA beside PyTorch, eager and compiled, in one run.
+"""Measure latency on this machine's GPU: engines and ONNX Runtime CUDA beside PyTorch, eager and compiled.
 
     python benchmarks/gpu_latency.py --out docs/results
 
@@ -44,7 +44,7 @@ SHAPES: dict[str, tuple[dict[str, int], ...]] = {  # those of the published tabl
 
 
 class TimedCall(CallContext):
-    """A CallContext that times its engine's work on the GPU alone."""
+    """A CallContext that times only its engine's work on the GPU."""
 
     last_ms = 0.0
 
@@ -59,7 +59,7 @@ class TimedCall(CallContext):
 
 @dataclass
 class Side:
-    """Something that computes: ``run`` from host arrays to host arrays; ``gpu_ms`` of its last run, where it knows."""
+    """A side: ``run`` from host arrays to host arrays; ``gpu_ms`` of its last run, where it is known."""
 
     name: str
     precision: str
@@ -138,7 +138,7 @@ def torch_sides(model: str, sizes: Mapping[str, int]) -> list[Side]:
 
 
 def measure(sides: list[Side]) -> list[dict[str, Any]]:
-    """Percentiles of every side over ROUNDS rounds, which they take in turns."""
+    """Return the percentiles of every side over ROUNDS interleaved rounds."""
     host: dict[int, list[float]] = {index: [] for index in range(len(sides))}
     device: dict[int, list[float]] = {index: [] for index in range(len(sides))}
     for side in sides:
@@ -164,7 +164,7 @@ def measure(sides: list[Side]) -> list[dict[str, Any]]:
 
 
 def made(model: str, precision: str, work: Path, target: str) -> Path:
-    """A bundle with an engine, made once."""
+    """Return a bundle with an engine, built once."""
     import torch
     import transformers
 
@@ -186,15 +186,15 @@ def made(model: str, precision: str, work: Path, target: str) -> Path:
     return folder / "bundle"
 
 
-def markdown(told: Mapping[str, Any]) -> str:
+def markdown(report: Mapping[str, Any]) -> str:
     lines = [
-        f"# Latency on {told['gpu']}",
+        f"# Latency on {report['gpu']}",
         "",
-        f"{told['date']}; milliseconds, host arrays to host arrays; *GPU* is the",
+        f"{report['date']}; milliseconds, host arrays to host arrays; *GPU* is the",
     ]
     lines += ["engine's or module's own work, by CUDA events.", ""]
     lines += ["| model | shape | side | precision | p50 | p95 | p99 | GPU p50 |", "| --- " * 8 + "|"]
-    for row in told["rows"]:
+    for row in report["rows"]:
         shape = " ".join(f"{axis}={size}" for axis, size in row["sizes"].items())
         gpu = "–" if row["gpu_p50"] is None else f"{row['gpu_p50']:.3f}"
         times = " | ".join(f"{row[key]:.3f}" for key in ("p50", "p95", "p99"))
@@ -217,7 +217,7 @@ def main() -> None:
 
     trt.CallContext = TimedCall  # type: ignore[misc]
     rows: list[dict[str, Any]] = []
-    told = {"gpu": str(gpu), "driver": gpu.driver, "date": time.strftime("%Y-%m-%d"), "rows": rows}
+    report = {"gpu": str(gpu), "driver": gpu.driver, "date": time.strftime("%Y-%m-%d"), "rows": rows}
     path = options.out / f"gpu-{'-'.join(gpu.name.lower().split())}-latency"
     options.out.mkdir(parents=True, exist_ok=True)
     for model in options.models:
@@ -227,8 +227,8 @@ def main() -> None:
             for row in measure(sides + torch_sides(model, sizes)):
                 rows.append({"model": model, "sizes": sizes, **row})
                 print(f"{model} {sizes} {row['side']} {row['precision']}: p50 {row['p50']} ms, GPU {row['gpu_p50']}")
-            path.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n")
-            path.with_suffix(".md").write_text(markdown(told))
+            path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+            path.with_suffix(".md").write_text(markdown(report))
 
 
 if __name__ == "__main__":

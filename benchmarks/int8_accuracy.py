@@ -1,4 +1,4 @@
-"""What INT8 and INT4 cost in accuracy: the reference models by every way that Transom quantises.
+"""Measure the accuracy cost of INT8 and INT4: the reference models by every quantization config of Transom.
 
     python benchmarks/int8_accuracy.py --work DIR [--json FILE] [NAME...]
     python benchmarks/int8_accuracy.py --work DIR --outliers            with injected outlier channels (outliers.py)
@@ -53,7 +53,7 @@ SAME_KIND = {  # of a peer's name -> ours to hold beside it; the first that fits
 
 
 class Quantised:
-    """A case's graphs, quantised in one way after another; calibrated once without smoothing and once with."""
+    """A case's graphs, quantised by one config after another; calibrated once without smoothing and once with."""
 
     def __init__(self, case: Case, folder: Path) -> None:
         self._bundle = Bundle(folder)
@@ -68,7 +68,7 @@ class Quantised:
     def files(
         self, precision: str, options: QuantizeOptions, *, smooth: bool, folder: Path
     ) -> tuple[dict[str, Path], dict[str, str]]:
-        """The CPU's graphs by name, written to ``folder``, and what a session makes of their integers."""
+        """Return the CPU's graphs by name, written to ``folder``, and how a session treats their integers."""
         config = options.config(precision, self._graphs)
         table = self._table(options.method if smooth else "")
         models = smoothed(self._canonical, {name: table.graphs[name].smoothing for name in self._canonical})
@@ -82,7 +82,7 @@ class Quantised:
         return found, quantizer.integers
 
     def _table(self, smoothing: str) -> RangeTable:
-        """Ranges on all of the data; ``smoothing`` is the method that factors are searched for, or empty."""
+        """Return the ranges on all data; ``smoothing`` is the method that factors are searched for, or empty."""
         if smoothing not in self._tables:
             options = QuantizeOptions(method=smoothing or "minmax", activations="static")
             config = options.config("int8", self._graphs)
@@ -93,7 +93,7 @@ class Quantised:
 
 
 def exported(case: Case, work: Path, *, outliers: bool) -> Path:
-    """The bundle that a user gets, gate and all; an older one is replaced."""
+    """Export the bundle as a user does, with the gate; an older one is replaced."""
     from transom.export.pipeline import export  # brings torch
 
     out = work / (f"{case.name}-outliers-int8" if outliers else f"{case.name}-int8")
@@ -108,15 +108,15 @@ def exported(case: Case, work: Path, *, outliers: bool) -> Path:
     return out
 
 
-def kept_layers(folder: Path) -> str:
-    """What the gate did."""
+def excluded_layers(folder: Path) -> str:
+    """Describe the gate's result."""
     quantization = json.loads((folder / "bundle.json").read_text())["quantization"]
     kept = [f"{layer['graph']}/{layer['name']}" for layer in quantization["layers"] if layer["kept"]]
     return f"{len(kept)} of {len(quantization['layers'])} layers kept{': ' if kept else ''}{', '.join(kept)}"
 
 
 def rows_of(case: Case, work: Path, *, outliers: bool, gated: bool) -> list[Row]:
-    """FP32 and every way of one model, printed as they come."""
+    """Return FP32 and every config of one model, printed as they finish."""
     bundle = bundle_of(case, work, outliers=outliers)
     with open_side(case, bundle) as fp32:
         held_out = HeldOut(fp32)
@@ -137,7 +137,7 @@ def rows_of(case: Case, work: Path, *, outliers: bool, gated: bool) -> list[Row]
         def default() -> Row:
             out = exported(case, work, outliers=outliers)
             with open_side(case, out) as side:
-                return measured(DEFAULT, side, fp32, held_out, note=kept_layers(out))
+                return measured(DEFAULT, side, fp32, held_out, note=excluded_layers(out))
 
         for who, options in STATIC.items():
             way(who, "int8", options, smooth=False)
@@ -151,7 +151,7 @@ def rows_of(case: Case, work: Path, *, outliers: bool, gated: bool) -> list[Row]
 
 
 def add(rows: list[Row], case: Case, who: str, measure: Callable[[], Row]) -> None:
-    """Append and print what ``measure`` gives; a failure is a row too."""
+    """Append and print the result of ``measure``; a failure is a row too."""
     try:
         row = measure()
     except Exception as error:
@@ -161,12 +161,12 @@ def add(rows: list[Row], case: Case, who: str, measure: Callable[[], Row]) -> No
 
 
 def error_of(row: Row) -> float:
-    """The relative error; infinite for a failure."""
+    """Return the relative error; infinite for a failure."""
     return float("inf") if row.relative_error is None else row.relative_error
 
 
 def beside_peers(ours: list[Row], theirs: list[dict[str, Any]]) -> list[str]:
-    """A table: each row of a peer, ours of the same kind and our default, marked where ours are worse."""
+    """Print a table: each peer, Transom's config of the same kind and its default, marked where those are worse."""
     found = {(row.model, row.who): row for row in ours}
     lines = [
         "| model | peer | its error | ours of that kind | our default | its score | ours | default |",
@@ -186,7 +186,7 @@ def beside_peers(ours: list[Row], theirs: list[dict[str, Any]]) -> list[str]:
 
 
 def shown(ours: float | None, theirs: float | None, *, lower_is_better: bool) -> str:
-    """A figure of ours for a cell, marked where the peer's is better at all."""
+    """Return a figure of Transom's for a cell, marked where the peer's is better."""
     if ours is None:
         return "failed"
     worse = theirs is not None and (ours > theirs if lower_is_better else ours < theirs)

@@ -1,4 +1,4 @@
-"""The models whose INT8 is measured, their data, and the sides that are held against each other.
+"""The models whose INT8 is measured, their data, and the sides that are compared.
 
 A *side* is a loaded bundle: FP32's, ours in INT8, or FP32's with graphs in it that another tool quantised. All are run
 by the same runtime code on the same held-out inputs, in one process. int8_measures.py takes the figures.
@@ -33,7 +33,7 @@ NEW_TOKENS = 12  # that a Transformer is fed along: a date in ISO 8601 and its e
 
 @dataclass(frozen=True)
 class Case:
-    """A model, its named calibration data, on how many held-out inputs its error is taken, the bounds of its axes."""
+    """A model, its calibration set, the number of held-out inputs for its error, the bounds of its axes."""
 
     name: str
     data: str
@@ -56,12 +56,12 @@ CASES = {
 
 
 def source_of(case: Case, work: Path, *, outliers: bool = False) -> str:
-    """SOURCE for an export."""
+    """Return SOURCE for an export."""
     return str(outlier_checkpoint(case.name, work)) if outliers else case.name
 
 
 def bundle_of(case: Case, work: Path, *, outliers: bool = False) -> Path:
-    """The FP32 bundle of a reference model, or of its copy with outliers, exported when it is not there."""
+    """Return the FP32 bundle of a reference model, or of its copy with outliers, exported unless it exists."""
     bundle = work / (f"{case.name}-outliers" if outliers else case.name)
     if not bundle.exists():
         from transom.export.pipeline import export  # brings torch
@@ -74,7 +74,7 @@ Opener = Callable[[GraphFile, Read, str, int | None], Backend]  # as ``open_back
 
 
 class Recorder:
-    """An opener whose backends note, while ``on``, what they are fed and what they answer."""
+    """An opener whose backends record their feeds and outputs while ``on``."""
 
     def __init__(self, opener: Opener = open_backend) -> None:
         self._opener = opener
@@ -87,7 +87,7 @@ class Recorder:
 
 
 class RecordingBackend:
-    """A backend that tells a ``Recorder``."""
+    """A backend that reports to a ``Recorder``."""
 
     def __init__(self, backend: Backend, recorder: Recorder) -> None:
         self._backend, self._recorder = backend, recorder
@@ -104,7 +104,7 @@ class RecordingBackend:
 
 
 def real(output: Array, mask: Array | None) -> Array:
-    """An output without its padded positions, (n, ...), where it has one row per position of the mask."""
+    """Return an output without its padded positions, (n, ...), where it has one row per position of the mask."""
     if mask is None or output.ndim < 3 or output.shape[:2] != mask.shape:
         return output
     return cast(Array, output[mask.astype(bool)])
@@ -112,7 +112,7 @@ def real(output: Array, mask: Array | None) -> Array:
 
 @dataclass
 class Side:
-    """A loaded bundle, and the size in bytes of what the CPU needs of its graphs."""
+    """A loaded bundle, and the size in bytes of the CPU's graphs."""
 
     case: Case
     loaded: Any
@@ -134,7 +134,7 @@ def open_side(
 
 
 def in_place(files: Mapping[str, Path], integers: Mapping[str, str] | None = None) -> Opener:
-    """An opener that runs these files, by graph, in place of the bundle's.
+    """Return an opener that runs these files, by graph, in place of the bundle's.
 
     ``integers`` is what a session makes of those of ours; other tools' graphs run as ONNX Runtime does by default.
     """
@@ -149,7 +149,7 @@ def in_place(files: Mapping[str, Path], integers: Mapping[str, str] | None = Non
 
 
 def size_of(bundle: Bundle) -> int:
-    """Bytes of the graphs that this CPU runs, and of the weights outside them that they name."""
+    """Return the bytes of the graphs that this CPU runs, with their external weights."""
     total = 0
     for file in bundle.manifest.graphs:
         data = bundle.read(file.file_for("cpu"))
@@ -163,7 +163,7 @@ def size_of(bundle: Bundle) -> int:
 
 
 def calibration_feeds(case: Case, folder: Path, samples: int) -> dict[str, list[dict[str, Array]]]:
-    """Graph -> what the runtime feeds it when samples, evenly spread over the data, go through one by one."""
+    """Return per graph the runtime's feeds for single samples, evenly spread over the data."""
     from transom.calib.data import open_calibration_data
     from transom.calib.run_samples import run_sample
     from transom.export.families.base import export_family
@@ -178,7 +178,7 @@ def calibration_feeds(case: Case, folder: Path, samples: int) -> dict[str, list[
 
 
 class HeldOut:
-    """The held-out inputs of a case, and FP32's answers to them.
+    """The held-out inputs of a case, and FP32's outputs on them.
 
     A Transformer is fed the tokens that FP32 chose, whatever another side would have chosen.
     """
@@ -198,7 +198,7 @@ class HeldOut:
         self.reference = self.answers(fp32)
 
     def answers(self, side: Side) -> list[Array]:
-        """What the task reads of the side's graphs: arrays whose last axis is logits or a vector."""
+        """Return the outputs that the task reads: arrays whose last axis is logits or a vector."""
         if self._chosen:
             return [logits_along(side.loaded, rows, tokens)[tokens != PAD] for rows, tokens in self._chosen]
         side.recorder.on, side.recorder.answers = True, []
@@ -208,7 +208,7 @@ class HeldOut:
 
 
 def put_through_task(case: Case, loaded: Any) -> None:
-    """The held-out inputs through the task's own method."""
+    """Run the held-out inputs through the task's own method."""
     if case.name == "vit":
         loaded.classify(heldout_images()[0][: case.held_out])
     elif case.name == "clip":

@@ -1,4 +1,4 @@
-"""The figures of one side beside FP32, the same for whoever quantised it, and the table they stand in.
+"""Measure one side beside FP32, the same for every quantiser, and format the table.
 
 - Score: the reference model's own (export/scores.py), with its 95 % interval.
 - Relative error: ||side - FP32|| / ||FP32|| over what the task reads of the graphs (logits or embeddings), padding left
@@ -36,7 +36,7 @@ HEAD = "| model | who | score | 95 % | relative error | top-1 agreement | MiB | 
 
 @dataclass(frozen=True)
 class Row:
-    """What one side of one model got; ``failure`` is the first line of what stopped it, the rest then None."""
+    """One side's figures for one model; with a ``failure``, the first line of an error, the rest is None."""
 
     model: str
     who: str
@@ -53,7 +53,7 @@ class Row:
 
 
 def measured(who: str, side: Side, fp32: Side, held_out: HeldOut, *, note: str = "") -> Row:
-    """All figures of a side. What goes wrong here is raised."""
+    """Return all figures of a side. Errors are raised."""
     answers = held_out.answers(side)
     score = REFERENCE_MODELS[side.case.name].score(side.loaded)
     ratios = alternating({"fp32": timed_call(fp32), "side": timed_call(side)}) if side is not fp32 else None
@@ -73,19 +73,19 @@ def measured(who: str, side: Side, fp32: Side, held_out: HeldOut, *, note: str =
 
 
 def relative_error(side: Sequence[Array], reference: Sequence[Array]) -> float:
-    """||side - reference|| / ||reference|| over all of them."""
+    """Return ||side - reference|| / ||reference|| over all outputs."""
     wrong = sum(float(np.square(a.astype(np.float64) - b).sum()) for a, b in zip(side, reference, strict=True))
     return float(np.sqrt(wrong / sum(float(np.square(b.astype(np.float64)).sum()) for b in reference)))
 
 
 def agreement(side: Sequence[Array], reference: Sequence[Array]) -> float:
-    """The fraction of rows whose largest number is at the same place."""
+    """Return the fraction of rows with equal top-1."""
     same = [(a.argmax(-1) == b.argmax(-1)).ravel() for a, b in zip(side, reference, strict=True)]
     return float(np.concatenate(same).mean())
 
 
 def timed_call(side: Side) -> Callable[[], object]:
-    """What is timed: one run of each graph at B = 1 with S_TIMED tokens or one image, or a greedy generation."""
+    """Return the timed calls: each graph at B = 1 with S_TIMED tokens or one image, or a greedy generation."""
     loaded = side.loaded
     if isinstance(loaded, Generator):
         prompt, new = list(range(2, 10)), GENERATED[side.case.name]
@@ -99,7 +99,7 @@ def timed_call(side: Side) -> Callable[[], object]:
 
 
 def alternating(calls: Mapping[str, Callable[[], object]], blocks: int = BLOCKS, runs: int = RUNS) -> dict[str, float]:
-    """The median seconds of each call: ``runs`` of one, a rest, ``runs`` of the next, ``blocks`` times over."""
+    """Return the median seconds of each call: ``runs`` of one, a pause, ``runs`` of the next, ``blocks`` times over."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(blocks):
         for name, call in calls.items():
@@ -113,13 +113,13 @@ def alternating(calls: Mapping[str, Callable[[], object]], blocks: int = BLOCKS,
 
 
 def first_line(error: BaseException) -> str:
-    """What a table says of an exception."""
+    """Return an exception's text for a table."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0].strip() if lines else ''}"
 
 
 def line(row: Row) -> str:
-    """A row of the table."""
+    """Return a row of the table."""
     if row.failure is not None:
         return f"| {row.model} | {row.who} | failed: {row.failure.replace('|', '/')[:200]} | | | | | |"
     low, high = row.interval or (0.0, 0.0)

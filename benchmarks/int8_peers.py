@@ -1,4 +1,4 @@
-"""INT8 by other tools beside FP32: onnxruntime.quantization and nvidia-modelopt's ONNX path, on our own FP32 graphs.
+"""Measure INT8 by other tools beside FP32: onnxruntime.quantization and nvidia-modelopt's ONNX path, on FP32 graphs.
 
     python benchmarks/int8_peers.py --work DIR [--modelopt-python PYTHON] [--outliers] [--json FILE] [NAME...]
 
@@ -52,12 +52,12 @@ Quantize = Callable[[Path, Feeds, Path], None]  # a graph's file, its calibratio
 
 
 class PeerError(Exception):
-    """What another tool ended with."""
+    """The error that another tool ended with."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A way to quantise; ``quantize`` raises whatever it raises. ``one_shape``: it is given samples of one shape."""
+    """Another quantiser; ``quantize`` may raise anything. ``one_shape``: its samples have one shape."""
 
     name: str
     quantize: Quantize
@@ -65,7 +65,7 @@ class Peer:
 
 
 def onnxruntime_static(graph: Path, feeds: Feeds, out: Path, *, method: str, **options: Any) -> None:
-    """quantize_static with its defaults but for the calibration method and what ``options`` says."""
+    """Call quantize_static with its defaults except the calibration method and ``options``."""
     from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, quantize_static
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -79,7 +79,7 @@ def onnxruntime_static(graph: Path, feeds: Feeds, out: Path, *, method: str, **o
 
 
 def onnxruntime_tuned(graph: Path, feeds: Feeds, out: Path) -> None:
-    """quantize_static as advised for x86 with VNNI, and only where 8 bits pay."""
+    """Call quantize_static as advised for x86 with VNNI, and only for layers that gain from 8 bits."""
     from onnxruntime.quantization import QuantType
 
     linears = ["MatMul", "Gemm"]
@@ -90,14 +90,14 @@ def onnxruntime_tuned(graph: Path, feeds: Feeds, out: Path) -> None:
 
 
 def onnxruntime_dynamic(graph: Path, feeds: Feeds, out: Path, **options: Any) -> None:
-    """quantize_dynamic with its defaults but for ``options``; it needs no data."""
+    """Call quantize_dynamic with its defaults except ``options``; it needs no data."""
     from onnxruntime.quantization import quantize_dynamic
 
     quantize_dynamic(graph, out, **options)
 
 
 def modelopt(graph: Path, feeds: Feeds, out: Path, *, python: Path, options: Sequence[str] = ()) -> None:
-    """``python -m modelopt.onnx.quantization`` on a CPU. Raises PeerError with the last line of its traceback."""
+    """Run ``python -m modelopt.onnx.quantization`` on a CPU. Raises PeerError with the last line of its traceback."""
     same = uniform(feeds)
     data = graph.with_suffix(".npz")
     arrays: dict[str, Any] = {name: np.concatenate([feed[name] for feed in same]) for name in same[0]}
@@ -116,7 +116,7 @@ def modelopt(graph: Path, feeds: Feeds, out: Path, *, python: Path, options: Seq
 
 
 def uniform(feeds: Feeds) -> Feeds:
-    """Feeds of one shape: an encoder's texts padded to the longest, or those of the shape most of them have."""
+    """Return feeds of one shape: an encoder's texts padded to the longest, or those of the most frequent shape."""
     if "attention_mask" in feeds[0] and all(array.ndim == 2 for array in feeds[0].values()):
         longest = max(array.shape[1] for feed in feeds for array in feed.values())
         return [
@@ -129,12 +129,12 @@ def uniform(feeds: Feeds) -> Feeds:
 
 
 def shapes_of(feeds: Feeds) -> set[tuple[tuple[int, ...], ...]]:
-    """The different shapes of a graph's feeds."""
+    """Return the different shapes of a graph's feeds."""
     return {tuple(array.shape for array in feed.values()) for feed in feeds}
 
 
 def peers(modelopt_python: Path | None) -> list[Peer]:
-    """Who is held beside FP32."""
+    """Return the quantisers that are compared with FP32."""
     found = [
         Peer("onnxruntime static, min-max", partial(onnxruntime_static, method="MinMax")),
         *(
@@ -157,7 +157,7 @@ def peers(modelopt_python: Path | None) -> list[Peer]:
 
 
 def canonical_graphs(bundle: Path, folder: Path) -> dict[str, Path]:
-    """The bundle's FP32 graphs as plain ONNX files with their weights inside."""
+    """Write the bundle's FP32 graphs as plain ONNX files with their weights inside."""
     opened, found = Bundle(bundle), {}
     for file in opened.manifest.graphs:
         found[str(file.graph.name)] = path = folder / f"{file.graph.name}.onnx"
@@ -166,7 +166,7 @@ def canonical_graphs(bundle: Path, folder: Path) -> dict[str, Path]:
 
 
 def row_of(peer: Peer, case: Case, fp32: Side, held_out: HeldOut, bundle: Path, feeds: Mapping[str, Feeds]) -> Row:
-    """Quantise every graph by ``peer``, measure; a failure is a row too."""
+    """Quantise every graph by ``peer`` and measure; a failure is a row too."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -190,19 +190,19 @@ def row_of(peer: Peer, case: Case, fp32: Side, held_out: HeldOut, bundle: Path, 
 
 
 def said(error: BaseException) -> str:
-    """The first line of an error, our own wrapper's name left out."""
+    """Return the first line of an error, without our own wrapper's name."""
     return first_line(error).removeprefix("PeerError: ")
 
 
 def counts(path: Path) -> str:
-    """The operators of a quantised graph that say how it was quantised."""
+    """Return the operators of a quantised graph that show how it was quantised."""
     found = Counter(node.op_type for node in onnx.load(path, load_external_data=False).graph.node)
     shown = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "MatMul", "Gemm")
     return ", ".join(f"{found[kind]} {kind}" for kind in shown if found[kind])
 
 
 def modelopt_versions(python: Path) -> dict[str, str]:
-    """What is installed in the other environment."""
+    """Return the versions installed in the other environment."""
     names = ["nvidia-modelopt", "onnx", "onnxruntime-gpu", "onnxruntime"]
     script = (
         "import sys, json, importlib.metadata as m\n"

@@ -1,4 +1,4 @@
-"""INT8 against our own FP32 on this CPU: a BERT of base size with random weights, texts of 128 tokens.
+"""Measure INT8 against Transom's FP32 on this CPU: a BERT of base size with random weights, texts of 128 tokens.
 
     python benchmarks/int8_speed.py --work DIR [--mode static --mode dynamic] [--json FILE]
     python benchmarks/int8_speed.py --fp32 BUNDLE --int8 BUNDLE         two bundles that are there already
@@ -29,7 +29,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "spec
 
 
 def random_bert(folder: Path) -> Path:
-    """BERT-base with random weights, and MiniLM's tokenizer, which has the same 30,522 words, for calibration."""
+    """Return a BERT-base with random weights, and MiniLM's tokenizer, of the same 30,522 words, for calibration."""
     import torch
     import transformers
 
@@ -44,7 +44,7 @@ def random_bert(folder: Path) -> Path:
 
 
 def bundles(work: Path, modes: list[str]) -> tuple[Path, dict[str, Path]]:
-    """(FP32's, INT8's by mode), exported when they are not there."""
+    """Return (FP32's bundle, INT8's by mode), exported unless they exist."""
     from transom.export.pipeline import export
     from transom.export.quantization.options import QuantizeOptions
 
@@ -61,7 +61,7 @@ def bundles(work: Path, modes: list[str]) -> tuple[Path, dict[str, Path]]:
 
 
 def compare(fp32: Path, int8: Path, batch: int, options: argparse.Namespace) -> dict[str, float]:
-    """Median milliseconds of both, and their ratio."""
+    """Return the median milliseconds of both, and their ratio."""
     with load(fp32, threads=options.threads) as plain, load(int8, threads=options.threads) as small:
         graph = plain.manifest.graphs[0].graph
         feeds = example_feeds(graph, sizes_of(graph, plain.manifest.axes, {"B": batch, "S": S}))

@@ -1,4 +1,4 @@
-"""The tables of docs/int8.md from what int8_accuracy.py and int8_peers.py wrote with --json.
+"""Format the tables of docs/int8.md from the --json files of int8_accuracy.py and int8_peers.py.
 
     python benchmarks/int8_tables.py ACCURACY.json PEERS.json
 
@@ -32,7 +32,7 @@ def speed(row: dict[str, Any]) -> str:
 
 
 def table(title: str, rows: Rows, cell: Callable[[dict[str, Any]], str], mark: str = "") -> list[str]:
-    """Lines of Markdown: a row per way, in the order of their first appearance; a dash where a model has none.
+    """Return lines of Markdown: a row per config, in order of first appearance; a dash where a model has none.
 
     What all models' rows of a way have in common but for its method ("SmoothQuant + entropy") stands in one row.
     """

@@ -1,4 +1,4 @@
-"""``kill -9`` at many moments of ``transom export vit --out DIR --force``: is what is left whole, and is it cleared?
+"""Send ``kill -9`` at many moments of ``transom export vit --out DIR --force``: is the rest complete, and cleaned up?
 
     python benchmarks/kill_export.py [--kills 200] [--source vit] [--seed 0]
 
@@ -47,7 +47,7 @@ COMMAND = (sys.executable, "-m", "transom.cli.main")
 
 @dataclass(frozen=True)
 class Moment:
-    """When to kill: after some seconds, or before the n-th operation on files; ``fresh`` starts a new interpreter."""
+    """A moment to kill at: after some seconds or before the n-th file operation; ``fresh`` is a new interpreter."""
 
     seconds: float | None = None
     operation: int | None = None
@@ -55,7 +55,7 @@ class Moment:
 
 
 class Watch:
-    """An audit hook: writes each operation below ``folder`` to a pipe, and kills its process before the n-th."""
+    """Audit hook that writes each operation below ``folder`` to a pipe, and kills its process before the n-th."""
 
     def __init__(self, folder: Path, last: int | None, pipe: int) -> None:
         self.folder, self.last, self.pipe, self.seen = str(folder), last, pipe, 0
@@ -72,7 +72,7 @@ class Watch:
 
 
 def forked(arguments: list[str], folder: Path, moment: Moment) -> tuple[int, list[str]]:
-    """(wait status, lines of stderr and of the watch) of the command in a fork, killed at the moment."""
+    """Return (wait status, lines of stderr and of the hook) of the command in a fork, killed at the moment."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -112,13 +112,13 @@ def fresh(arguments: list[str], moment: Moment) -> tuple[int, list[str]]:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Relative path -> SHA-256 of every file below a folder."""
+    """Return relative path -> SHA-256 of every file below a folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def older(bundle: Path, folder: Path) -> Path:
-    """A whole bundle that differs from what the export makes: its manifest has another name, and is signed again."""
+    """Return a complete bundle that differs from the export's: its manifest has another name and new hashes."""
     made = Path(shutil.copytree(bundle, folder))
     words = json.loads((made / MANIFEST).read_text())
     words["name"] = "older"
@@ -128,7 +128,7 @@ def older(bundle: Path, folder: Path) -> Path:
 
 
 def state(out: Path, old: dict[str, str], seen: dict[str, Path], keep: Path) -> str:
-    """What is at --out: "old", "new", "none", or what is wrong with it. A new one of unseen content is kept."""
+    """Return what is at --out: "old", "new", "none", or its problem. A new one of unseen content is kept."""
     if not os.path.lexists(out):
         return "none"
     found = contents(out)
@@ -147,7 +147,7 @@ def state(out: Path, old: dict[str, str], seen: dict[str, Path], keep: Path) -> 
 
 
 def moments(kills: int, operations: int, seconds: float, seconds_fresh: float, rng: random.Random) -> list[Moment]:
-    """Kills before operations, at random moments of fresh commands, at random moments of forks, in this order."""
+    """Yield kills before operations, at random moments of fresh commands, and at random moments of forks."""
     chosen = [Moment(operation=index % operations) for index in range(kills // 2)]
     chosen += [Moment(seconds=rng.uniform(0, seconds_fresh), fresh=True) for _ in range(kills // 10)]
     chosen += [Moment(seconds=rng.uniform(0, seconds)) for _ in range(kills - len(chosen))]
@@ -155,7 +155,7 @@ def moments(kills: int, operations: int, seconds: float, seconds_fresh: float, r
 
 
 def phase(said: list[str]) -> str:
-    """The stage that was running: the last line of progress, or the operation that was next."""
+    """Return the stage that was running: the last line of progress, or the next operation."""
     stages = [line.removesuffix(" ...") for line in said if line.endswith(" ...")]
     return "parity" if stages and stages[-1].startswith("parity") else stages[-1] if stages else "starting"
 

@@ -1,4 +1,4 @@
-"""Checkpoints with outlier channels injected: the same function in FP32, activations that INT8 cannot hold.
+"""Inject outlier channels into checkpoints: the same function in FP32, activations that INT8 cannot represent.
 
     python benchmarks/outliers.py --work DIR [NAME...]        make them, export both in FP32, compare
 
@@ -39,7 +39,7 @@ CHANNELS = 3  # of each tensor
 
 @dataclass(frozen=True)
 class Pair:
-    """Parts of a layer by the ends of their names: whose output becomes loud, and the Linears that read it.
+    """Modules of a layer by the ends of their names: the one whose output gets outliers, and the Linears that read it.
 
     ``norm``: the first is a LayerNorm, whose weight is a gain per channel. ``columns``: Linears store (in, out), as
     GPT-2's do, instead of (out, in).
@@ -74,7 +74,7 @@ PAIRS["marian"] = PAIRS["transformer"]
 
 
 def inject(source: str, out: Path, *, channels: int = CHANNELS, least: float = LEAST, most: float = MOST) -> list[str]:
-    """Copy the checkpoint SOURCE to the folder ``out`` with outliers in it; the names of the parts made loud.
+    """Copy the checkpoint SOURCE to the folder ``out`` with outliers; return the names of the changed modules.
 
     Weights are stored as float32: in float16 a factor and its inverse would not cancel. Raises KeyError for a
     model_type that PAIRS does not have, ValueError where a checkpoint has none of the parts or is sharded.
@@ -109,21 +109,21 @@ def inject(source: str, out: Path, *, channels: int = CHANNELS, least: float = L
 
 
 def loudness(weights: dict[str, NDArray[Any]], layer: str, pair: Pair) -> NDArray[np.float32]:
-    """(width,): how large the output channels of a part are, told by gain, or length of a row, and bias."""
+    """Return the size of a module's output channels, (width,), by gain, or norm of a row, and bias."""
     weight, bias = (weights[f"{layer}{pair.loud}.{part}"] for part in ("weight", "bias"))
     gain = np.abs(weight) if pair.norm else np.linalg.norm(weight, axis=1)
     return np.asarray(np.hypot(gain, bias), np.float32)
 
 
 def factors_for(loud: NDArray[np.float32], channels: int, least: float, most: float) -> NDArray[np.float32]:
-    """(width,): from ``most`` for the loudest channel down to ``least``, for ``channels`` of them; 1 for the others."""
+    """Return factors (width,): from ``most`` for the largest channel to ``least``, for ``channels``; 1 for the rest."""
     factors = np.ones_like(loud)
     factors[np.argsort(-loud)[:channels]] = np.geomspace(most, least, channels)
     return factors
 
 
 def make_loud(weights: dict[str, NDArray[Any]], layer: str, pair: Pair, factors: NDArray[np.float32]) -> None:
-    """Multiply the output channels of one part by ``factors`` and divide what reads them."""
+    """Multiply the output channels of one module by ``factors`` and divide the weights that read them."""
     loud = layer + pair.loud
     weights[f"{loud}.weight"] = weights[f"{loud}.weight"] * (factors if pair.norm else factors[:, None])
     weights[f"{loud}.bias"] = weights[f"{loud}.bias"] * factors
@@ -133,7 +133,7 @@ def make_loud(weights: dict[str, NDArray[Any]], layer: str, pair: Pair, factors:
 
 
 def outlier_checkpoint(name: str, work: Path) -> Path:
-    """The folder of a reference model with outliers, made when it is not there."""
+    """Return the folder of a reference model with outliers, made unless it exists."""
     folder = work / f"{name}-outliers-checkpoint"
     if not folder.exists():
         inject(name, folder)

@@ -1,4 +1,4 @@
-"""What each family costs against sequence length or image size, FP32, through the bundle runtime on this CPU.
+"""Measure each family's cost against sequence length or image size, FP32, in the bundle runtime on this CPU.
 
     python benchmarks/scaling.py --work DIR                       measure and print the tables
     python benchmarks/scaling.py --work DIR --write               ... and renew docs/performance.md and its files
@@ -54,7 +54,7 @@ SLOW_S = 0.2  # a call that takes longer needs no other before it, and one of it
 
 @dataclass(frozen=True)
 class Series:
-    """One line of the plot: what it costs, by count, to put S tokens through ``LAYERS`` layers of width E.
+    """One line of the plot: the counted cost of S tokens through ``LAYERS`` layers of width E.
 
     ``model`` names an entry of MODELS, ``patch`` is a patch's side in pixels where sizes are those of images.
     """
@@ -67,15 +67,15 @@ class Series:
     patch: int = 0
 
     def tokens(self, size: int) -> int:
-        """S: the tokens of a text or of the cache, an image's patches and its class token."""
+        """Return S: the tokens of a text or of the cache, an image's patches and its class token."""
         return (size // self.patch) ** 2 + 1 if self.patch else size
 
     def linear(self) -> int:
-        """Multiply-adds per token and layer outside attention: 4 projections and a feed-forward of four times E."""
+        """Return multiply-adds per token and layer outside attention: 4 projections, a feed-forward of four times E."""
         return 12 * self.width**2
 
     def attention(self, size: int) -> int:
-        """Multiply-adds per layer of queries times keys, and of weights times values: 2 E for each pair of tokens."""
+        """Return multiply-adds per layer of queries times keys and weights times values: 2 E per pair of tokens."""
         S = self.tokens(size)
         if self.kind == "decode":
             return 2 * self.width * S
@@ -86,11 +86,11 @@ class Series:
         return 2 * self.width * S**2
 
     def multiply_adds(self, size: int) -> int:
-        """Of one layer."""
+        """Return the multiply-adds of one layer."""
         return self.linear() * (1 if self.kind == "decode" else self.tokens(size)) + self.attention(size)
 
     def crossing(self) -> int:
-        """S at which attention reaches the rest, by count: 6 E, and 12 E where a token sees half of them."""
+        """Return the S at which attention equals the rest, by count: 6 E, and 12 E where a token sees half of them."""
         return 12 * self.width - CHUNK if self.kind == "prefill" else 6 * self.width
 
 
@@ -105,7 +105,7 @@ SERIES = (
 
 
 def bundle_of(series: Series, size: int, work: Path) -> Path:
-    """The bundle that a size needs, exported when it is not there; an image's size is fixed in its bundle."""
+    """Return the bundle for a size, exported unless it exists; an image's size is fixed in its bundle."""
     from transom.export.pipeline import export
 
     name = f"{series.model}-{size}" if series.kind == "image" else series.model
@@ -118,7 +118,7 @@ def bundle_of(series: Series, size: int, work: Path) -> Path:
 
 
 def call_of(series: Series, size: int, loaded: LoadedBundle) -> Callable[[], object]:
-    """What is timed at one size; every call does the same work."""
+    """Return the timed call at one size; every call does the same work."""
     if series.kind == "prefill":
         prompt = np.random.default_rng(0).integers(0, 1000, size).tolist()
         return lambda: loaded.prefill([prompt])  # type: ignore[attr-defined]
@@ -143,13 +143,13 @@ def seconds_of(call: Callable[[], object]) -> float:
 
 
 def one_round(call: Callable[[], object]) -> float:
-    """Seconds of a call: the fastest of a few after one that warms caches up, or of a slow one itself."""
+    """Return the seconds of a call: the fastest of a few after a warm-up, or a slow warm-up itself."""
     first = seconds_of(call)
     return first if first > SLOW_S else min(seconds_of(call) for _ in range(TIMED))
 
 
 def measure(work: Path, threads: int) -> dict[str, Any]:
-    """Every series at every size: milliseconds of one layer, the median of the rounds and their quartiles."""
+    """Measure every series at every size: milliseconds of one layer, median of the rounds and quartiles."""
     paths = {bundle_of(series, size, work) for series in SERIES for size in series.sizes}
     loaded = {path: load(path, threads=threads) for path in sorted(paths)}
     calls = {
@@ -192,12 +192,12 @@ def measure(work: Path, threads: int) -> dict[str, Any]:
 
 
 def slope(points: Sequence[dict[str, Any]]) -> float:
-    """Of log(time) over log(S), least squares."""
+    """Return the slope of log(time) over log(S) by least squares."""
     return float(np.polyfit(np.log([p["tokens"] for p in points]), np.log([p["ms"] for p in points]), 1)[0])
 
 
 def measured_crossing(series: Series, points: Sequence[dict[str, Any]]) -> float | None:
-    """S at which what grows faster takes as long as the rest, in a fit of time to c + a S + b S².
+    """Return the S at which the quadratic part equals the rest, in a fit of time to c + a S + b S².
 
     Residuals count relative to the time, so that short texts count as much as long ones. For a decode step b = 0 and
     the crossing is that of a S with c. None where the sizes end long before the crossing by count, or nothing grows.
@@ -214,7 +214,7 @@ def measured_crossing(series: Series, points: Sequence[dict[str, Any]]) -> float
 
 
 def tables(results: dict[str, Any]) -> str:
-    """What stands between the markers of docs/performance.md."""
+    """Return the text between the markers of docs/performance.md."""
     lines = [
         f"Milliseconds of one layer, FP32, one row, on {threads_of(results)} of an {results['cpu']}; "
         f"onnxruntime {results['onnxruntime']}, {results['date']}, medians of {results['rounds']} rounds.",
@@ -246,12 +246,12 @@ def threads_of(results: dict[str, Any]) -> str:
 
 
 def shown(ms: float) -> str:
-    """Three digits that mean something."""
+    """Return a number in three significant digits."""
     return f"{ms:.0f}" if ms >= 100 else f"{ms:.3g}"
 
 
 def write(results: dict[str, Any]) -> None:
-    """Renew the figures' file, the picture, and the part of the page between its markers."""
+    """Update the figures' file, the plot, and the page between its markers."""
     name = re.sub(r"[^a-z0-9]+", "-", results["cpu"].lower()).strip("-")
     path = DOCS / "results" / f"scaling-{name}.json"
     for folder in (path.parent, PICTURE.parent):

@@ -1,4 +1,4 @@
-"""Checkpoints for scaling.py: the width of published models, few layers, random weights, made by transformers."""
+"""Make checkpoints for scaling.py: the width of published models, few layers, random weights, by transformers."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ MODELS = {"bert": bert, "transformer": transformer, "gpt": gpt, "vit": vit, "cli
 
 
 def save_checkpoint(folder: Path, model: str, *, longest: int, side: int) -> Path:
-    """A checkpoint's folder; ``longest`` in tokens, ``side`` of images in pixels."""
+    """Return a checkpoint's folder; ``longest`` in tokens, ``side`` of images in pixels."""
     import torch
     import transformers
 

@@ -1,4 +1,4 @@
-"""The picture of scaling.py: milliseconds of a layer, log-log, texts on the left and images on the right.
+"""Plot the results of scaling.py: milliseconds of a layer, log-log, texts on the left and images on the right.
 
 The same figures give the same bytes: no date in the file, identifiers from a fixed salt.
 """
@@ -36,7 +36,7 @@ STYLE: dict[Any, Any] = {
 
 
 def draw(results: Mapping[str, Any], series: Sequence[Any], path: Path) -> None:
-    """Write the SVG: ``series`` are scaling.py's, ``results`` what it measured."""
+    """Write the SVG from scaling.py's ``series`` and ``results``."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -65,7 +65,7 @@ def draw(results: Mapping[str, Any], series: Sequence[Any], path: Path) -> None:
 
 
 def panel(axes: Axes, series: Sequence[Any], figures: Mapping[str, Any]) -> None:
-    """Lines with the quartiles of the rounds behind them, each named at its right end."""
+    """Draw lines with the quartiles of the rounds behind them, each named at its right end."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     ends = []
@@ -90,13 +90,13 @@ def panel(axes: Axes, series: Sequence[Any], figures: Mapping[str, Any]) -> None
 
 
 def anchor(results: Mapping[str, Any], name: str, share: float) -> tuple[float, float]:
-    """Where both reference lines start: below the first point of a series, out of the way."""
+    """Return where both reference lines start: below the first point of a series."""
     first = results["ms_of_one_layer"][name][0]
     return first["size"], first["ms"] * share
 
 
 def reference(axes: Axes, size: float, ms: float, across: tuple[float, float], per: int) -> None:
-    """Dashed lines of O(S) and O(S²), where S grows with the ``per``-th power of what the axis shows."""
+    """Draw dashed lines of O(S) and O(S²), where S grows with the ``per``-th power of the axis's value."""
     top = axes.get_ylim()[1]
     for power, name in ((1, "O(S)"), (2, "O(S²)")):
         degree = power * per
@@ -111,7 +111,7 @@ def reference(axes: Axes, size: float, ms: float, across: tuple[float, float], p
 
 
 def crossings(axes: Axes, series: Sequence[Any]) -> None:
-    """A tick at S = 6 E for each width: from there on, attention is the larger part by count."""
+    """Draw a tick at S = 6 E for each width, from where attention is the larger part by count."""
     low, high = axes.get_ylim()
     for width in sorted({one.width for one in series if one.kind == "encoder"}):
         axes.axvline(6 * width, color=FAINT, linewidth=0.9, linestyle=(0, (1, 2)))

@@ -1,4 +1,4 @@
-"""A thousand generations of random lengths through one bundle: is memory flat, are answers those of a fresh one?
+"""Run a thousand generations of random lengths on one bundle: is memory flat, are answers those of a fresh one?
 
     python benchmarks/soak.py BUNDLE [--generations 1000]
 
@@ -25,7 +25,7 @@ def resident_mib() -> float:
 
 
 def calls(seed: int, context: int, vocabulary: int) -> tuple[list[list[int]], dict[str, Any]]:
-    """Prompts and keywords of one call, always the same for a seed."""
+    """Return prompts and keywords of one call, deterministic for a seed."""
     rng = np.random.default_rng(seed)
     rows = int(rng.integers(1, 5))
     longest = int(rng.integers(1, context - 2))

@@ -1,4 +1,4 @@
-"""32 threads with 1,000 requests each on one loaded bundle: are the answers those of one thread, to the bit?
+"""Run 32 threads with 1,000 requests each on one loaded bundle: are answers bit-equal to those of one thread?
 
     python benchmarks/threads.py BUNDLE... [--threads 32] [--requests 1000] [--distinct 200] [--seed 0]
 
