@@ -94,7 +94,7 @@ class CollectingBackend:
 
     @property
     def ranges(self) -> dict[str, TensorRanges]:
-        """Return the ranges by tensor, in the order asked. Raises CalibrationError if one of them was never computed."""
+        """Return the ranges by tensor, in the order asked. Raises CalibrationError if one was never computed."""
         for name, stats in self._instrumented.items():
             if not stats.histogram.count:
                 raise CalibrationError(

@@ -167,7 +167,7 @@ class TrtBackend(ProcessBound):
 
 
 class CallContext(ProcessBound):
-    """The parts of an engine for one call at a time: a stream, a context per profile, buffers that are allocated once."""
+    """The parts of an engine for one call at a time: a stream, a context per profile, buffers allocated once."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine, self._graph = engine, engine.graph
