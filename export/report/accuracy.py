@@ -109,8 +109,8 @@ def side_row(score: Mapping[str, Any], key: str, label: str, value: float, axis:
 
 
 @dataclass(frozen=True)
-class GateResult:
-    """One variant's gate result in bundle.json; texts are cut and visible."""
+class GateRecord:
+    """One variant's gate result as bundle.json records it; texts are cut and visible."""
 
     variant: str
     measure: str
@@ -146,18 +146,18 @@ def near(a: float, b: float) -> bool:
     return abs(a - b) <= 1e-9 * max(1.0, abs(a))
 
 
-def gate_results(quantization: Mapping[str, Any]) -> list[GateResult]:
-    """Return the gate's results, the CPU's first."""
+def gate_records(quantization: Mapping[str, Any]) -> list[GateRecord]:
+    """Return the gate's records, the CPU's first."""
     gate = sorted(object_of(quantization.get("gate")).items(), key=lambda item: item[0] != "cpu")
-    return [gate_result_from_json(variant, recorded) for variant, recorded in gate[:MOST_VARIANTS]]
+    return [gate_record_from_json(variant, recorded) for variant, recorded in gate[:MOST_VARIANTS]]
 
 
-def gate_result_from_json(variant: str, recorded: Any) -> GateResult:
+def gate_record_from_json(variant: str, recorded: Any) -> GateRecord:
     """Read one variant's result. Scores of texts are nats per token, and are shown as perplexity."""
     perplexity = at(recorded, "score", "lower_is_better") is True
     scores = [value_of(at(recorded, "score", side)) for side in ("int8", "fp32")]
     score, score_fp32 = (exponential(each) if perplexity else each for each in scores)
-    return GateResult(
+    return GateRecord(
         variant=visible(variant, 40),
         measure=visible(at(recorded, "measure"), 80),
         found=bounded(at(recorded, "found")),
@@ -189,7 +189,7 @@ def quantization_section(manifest: Manifest) -> Markup:
     quantization = manifest.quantization
     if quantization is None:
         return Markup("")
-    results = gate_results(quantization)
+    results = gate_records(quantization)
     block, data = natural(quantization.get("block_size")), quantization.get("data")
     method = quantization.get("method")
     return render(
@@ -207,7 +207,7 @@ def quantization_section(manifest: Manifest) -> Markup:
     )
 
 
-def curves(quantization: Mapping[str, Any], result: GateResult | None) -> list[dict[str, Any]]:
+def curves(quantization: Mapping[str, Any], result: GateRecord | None) -> list[dict[str, Any]]:
     """Draw a plot of each measure over the number of quantised layers."""
     points = list_of(quantization.get("curve"))[:MOST_POINTS]
     layers = max((natural(at(point, "layers")) or 0 for point in points), default=0)

@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from transom.export.families.base import export_family
-from transom.export.report.accuracy import gate_results, interval, score_text, score_value
+from transom.export.report.accuracy import gate_records, interval, score_text, score_value
 from transom.export.report.graphs import running_bytes
 from transom.export.report.parity import tolerance_of
 from transom.export.report.rendering import render, sizes_text, visible
@@ -73,7 +73,7 @@ def parity_result(manifest: Manifest) -> Result:
 
 def gate_result(quantization: Mapping[str, Any]) -> Result:
     """Return the gate's result for the variant that fails it, else for the CPU's."""
-    results = sorted(gate_results(quantization), key=lambda result: result.holds)
+    results = sorted(gate_records(quantization), key=lambda result: result.holds)
     if not results:
         return Result("Not compared with FP32:", "no accuracy gate was recorded.", failed=True)
     gate = results[0]

@@ -42,7 +42,7 @@ def sizes_text(sizes: Any) -> str:
 @cache
 def environment() -> Environment:
     """Return the templates' environment: autoescaped, an undefined name is an error."""
-    made = Environment(
+    templates = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
@@ -50,9 +50,10 @@ def environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=False,
     )
-    made.filters |= {"visible": visible, "token": visible_token, "sizes": sizes_text}
-    made.filters |= {"short": short, "count": count_text, "error": error_text, "bytes": bytes_text, "ms": milliseconds}
-    return made
+    templates.filters |= {"visible": visible, "token": visible_token, "sizes": sizes_text}
+    templates.filters |= {"short": short, "count": count_text, "error": error_text}
+    templates.filters |= {"bytes": bytes_text, "ms": milliseconds}
+    return templates
 
 
 def render(template: str, /, **context: Any) -> Markup:

@@ -39,12 +39,13 @@ class Results:
 
     def write(self, folder: Path) -> None:
         name = "gpu-" + "-".join(self.gpu.name.lower().split()) + "-parity"
-        told = {"gpu": self.gpu.name, "sm": self.gpu.sm, "driver": self.gpu.driver, "libraries": self.libraries}
-        told["date"] = time.strftime("%Y-%m-%d")
+        report = {"gpu": self.gpu.name, "sm": self.gpu.sm, "driver": self.gpu.driver, "libraries": self.libraries}
+        report["date"] = time.strftime("%Y-%m-%d")
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.json").write_text(json.dumps({**told, "rows": self.rows}, indent=1) + "\n")
+        (folder / f"{name}.json").write_text(json.dumps({**report, "rows": self.rows}, indent=1) + "\n")
         used = ", ".join(f"{name} {version}" for name, version in self.libraries.items())
-        lines = [f"# Parity on {self.gpu}", "", f"{told['date']}, driver for CUDA {self.gpu.driver / 1000:g}; {used}."]
+        driver = f"driver for CUDA {self.gpu.driver / 1000:g}"
+        lines = [f"# Parity on {self.gpu}", "", f"{report['date']}, {driver}; {used}."]
         lines += ["", "| what | backend | precision | found |", "| --- | --- | --- | --- |"]
         lines += ["| " + " | ".join(row.values()) + " |" for row in self.rows]
         (folder / f"{name}.md").write_text("\n".join([*lines, ""]))

@@ -16,18 +16,18 @@ from command_line import QUANTIZATION, as_quantized, changed_bundle
 from json_mutations import mutated
 from report_pages import Page
 from transom.export.report import report as report_module
-from transom.export.report.accuracy import gate_results, quantization_section
+from transom.export.report.accuracy import gate_records, quantization_section
 from transom.export.report.report import write_report
 
 EVIL = "<script>alert(1)</script>\"'>\x00\x1b[31m\u202e&amp;</title></style>"
 Words = dict[str, Any]
 
 
-def drawn(change: Callable[[Words], object] = lambda words: None) -> str:
+def drawn(change: Callable[[Words], object] = lambda fields: None) -> str:
     """The section alone; ``change`` is done to ``quantization``."""
-    words = copy.deepcopy(QUANTIZATION)
-    change(words)
-    manifest: Any = SimpleNamespace(quantization=words)
+    fields = copy.deepcopy(QUANTIZATION)
+    change(fields)
+    manifest: Any = SimpleNamespace(quantization=fields)
     return quantization_section(manifest)
 
 
@@ -43,9 +43,9 @@ def test_the_section_tells_what_was_done_and_found() -> None:
         "gate": "holds", "judged by": "top-1 accuracy", "found": "0.005", "allowed": "0.013", "n": "540",
         "score / FP32": "0.985 / 0.99", "same top-1": "0.9963", "error": "0.02", "calibrations": "–",
     }  # fmt: skip
-    told = {"calibrations": 2, "found": 0.006, "n": 540, "interval": None, "relative_error": 0.02}
-    again = Page(drawn(lambda words: words["gate"]["cpu"].update(repeated=told)))
-    assert again.table("Quantisation")[1][-1] == "0.006 over 2, n = 540"
+    recorded = {"calibrations": 2, "found": 0.006, "n": 540, "interval": None, "relative_error": 0.02}
+    repeated = Page(drawn(lambda fields: fields["gate"]["cpu"].update(repeated=recorded)))
+    assert repeated.table("Quantisation")[1][-1] == "0.006 over 2, n = 540"
 
 
 def test_the_curve_has_every_point_the_bound_and_fp32() -> None:
@@ -68,10 +68,10 @@ def test_the_curve_has_every_point_the_bound_and_fp32() -> None:
 def test_perplexity_is_bounded_by_a_share() -> None:
     """Scores of texts are nats per token: e^2 = 7.389, and 3 % more is 7.611."""
 
-    def text(words: Words) -> None:
+    def text(fields: Words) -> None:
         score = {"lower_is_better": True, "fp32": {"value": 2.0}, "int8": {"value": 2.01}}
-        verdict = {"measure": "perplexity", "found": 0.01005, "allowed": 0.03, "score": score, "holds": True}
-        words.update(curve=[{"quantized": 4, "layers": 4, "score": 7.463}], gate={"cpu": verdict})
+        gate = {"measure": "perplexity", "found": 0.01005, "allowed": 0.03, "score": score, "holds": True}
+        fields.update(curve=[{"quantized": 4, "layers": 4, "score": 7.463}], gate={"cpu": gate})
 
     html = drawn(text)
     assert "allowed 7.611" in html
@@ -80,7 +80,7 @@ def test_perplexity_is_bounded_by_a_share() -> None:
 
 
 @pytest.mark.parametrize(
-    ("measure", "told", "bound"),
+    ("measure", "recorded", "bound"),
     [
         ("agreement", {"found": 0.25, "allowed": 0.125, "agreement": {"value": 0.75}}, 0.875),
         ("relative_error", {"found": 0.02, "allowed": 0.1, "relative_error": {"value": 0.02}}, 0.1),
@@ -90,8 +90,8 @@ def test_perplexity_is_bounded_by_a_share() -> None:
         ("score", {"found": None, "allowed": 0.1}, None),
     ],
 )
-def test_the_bound_is_of_the_measure_that_is_judged(measure: str, told: Words, bound: float | None) -> None:
-    (result,) = gate_results({"gate": {"cpu": told}})
+def test_the_bound_is_of_the_measure_that_is_judged(measure: str, recorded: Words, bound: float | None) -> None:
+    (result,) = gate_records({"gate": {"cpu": recorded}})
     assert result.bound(measure) == bound
 
 
@@ -107,8 +107,8 @@ def test_layers_stand_by_sensitivity_and_kept_ones_are_marked() -> None:
 
 
 def test_a_kept_layer_is_shown_however_insensitive() -> None:
-    def many(words: Words) -> None:
-        words["layers"] = [
+    def many(fields: Words) -> None:
+        fields["layers"] = [
             {"name": f"layer.{i}", "graph": "g", "sensitivity": 1 / (1 + i), "kept": i == 90, "why": None}
             for i in range(100)
         ]
@@ -120,8 +120,8 @@ def test_a_kept_layer_is_shown_however_insensitive() -> None:
 
 
 def test_a_gate_that_fails_and_none_at_all() -> None:
-    assert '<b class="limit">fails</b>' in drawn(lambda words: words["gate"]["default"].update(holds=False))
-    assert "No accuracy gate was recorded" in drawn(lambda words: words.update(gate={}))
+    assert '<b class="limit">fails</b>' in drawn(lambda fields: fields["gate"]["default"].update(holds=False))
+    assert "No accuracy gate was recorded" in drawn(lambda fields: fields.update(gate={}))
     manifest: Any = SimpleNamespace(quantization=None)
     assert quantization_section(manifest) == ""
 
@@ -167,9 +167,9 @@ def test_hostile_figures_give_harmless_markup(change: Callable[[Words], object])
 def test_damaged_figures_give_harmless_markup() -> None:
     rng = Random(0)
     for _ in range(300):
-        words = mutated(QUANTIZATION, rng)
-        if isinstance(words, dict):
-            manifest: Any = SimpleNamespace(quantization=words)
+        fields = mutated(QUANTIZATION, rng)
+        if isinstance(fields, dict):
+            manifest: Any = SimpleNamespace(quantization=fields)
             assert not re.search(r'"-?(nan|inf)', Page(quantization_section(manifest)).html)
 
 

@@ -84,11 +84,11 @@ def manifest(engines: Any, precision: str = "int8") -> Any:
     return SimpleNamespace(engines=engines, files=FILES, precision=precision)
 
 
-def drawn(change: Callable[[Words], object] = lambda words: None) -> str:
+def drawn(change: Callable[[Words], object] = lambda fields: None) -> str:
     """The section alone; ``change`` is done to ``engines``."""
-    words = copy.deepcopy(ENGINES)
-    change(words)
-    return engines_section(manifest(words))
+    fields = copy.deepcopy(ENGINES)
+    change(fields)
+    return engines_section(manifest(fields))
 
 
 @pytest.mark.parametrize(
@@ -155,16 +155,16 @@ def test_what_did_not_fuse_is_named_where_it_did_not() -> None:
     wide = "<b>Integer products that are dequantised first:</b> <code>MatMul_d.product</code>"
     unfused = '<b class="limit">Attention in several kernels:</b> <code>attend_1</code>'
     one, two = "decoder, prefill <small>rtx-sm75</small>", "decoder, prefill <small>rtx-sm86, tensorrt</small>"
-    for name, told in ((one, unfused), (one, wide), (two, wide)):
-        assert f"<div>{name}</div><div>{told}</div>" in html
+    for name, recorded in ((one, unfused), (one, wide), (two, wide)):
+        assert f"<div>{name}</div><div>{recorded}</div>" in html
     assert html.count("attend_1") == 1
     assert "is fused" not in html
     assert "<code>node_cumsum</code>" in html
 
 
 def test_names_that_bundle_json_leaves_out_are_counted() -> None:
-    def unnamed(words: Words) -> None:
-        words["rtx-sm86"]["graphs"]["decoder"]["profiles"] = [
+    def unnamed(fields: Words) -> None:
+        fields["rtx-sm86"]["graphs"]["decoder"]["profiles"] = [
             profile(
                 "all",
                 attention={"fused": 1, "of": 5},
@@ -202,8 +202,8 @@ def test_everything_fused_and_fp32() -> None:
 
 
 def test_a_bar_has_its_kinds_side_by_side_on_one_scale() -> None:
-    def longer(words: Words) -> None:
-        for each in words.values():
+    def longer(fields: Words) -> None:
+        for each in fields.values():
             each["graphs"]["decoder"]["profiles"][0]["kernels"] = 20  # ten more, without names
 
     html = drawn(longer)
@@ -242,8 +242,8 @@ def test_kernels_stand_by_name_in_folded_lists() -> None:
 
 
 def test_serial_numbers_do_not_part_equal_engines() -> None:
-    def serials(words: Words) -> None:
-        for number, each in enumerate(words.values()):
+    def serials(fields: Words) -> None:
+        for number, each in enumerate(fields.values()):
             each["graphs"]["decoder"]["profiles"] = [profile("all", alike={f"copy_h2d___mye{number}": 1})]
 
     html = drawn(serials)
@@ -254,25 +254,25 @@ def test_serial_numbers_do_not_part_equal_engines() -> None:
 def everywhere(value: Any) -> Callable[[Words], object]:
     """Puts ``value`` in the place of every leaf, and every key's name beside it."""
 
-    def replaced(told: Any) -> Any:
-        if isinstance(told, dict):
-            return {key: replaced(each) for key, each in told.items()} | {EVIL: value}
-        return [replaced(each) for each in told] + [value] if isinstance(told, list) else value
+    def replaced(recorded: Any) -> Any:
+        if isinstance(recorded, dict):
+            return {key: replaced(each) for key, each in recorded.items()} | {EVIL: value}
+        return [replaced(each) for each in recorded] + [value] if isinstance(recorded, list) else value
 
-    return lambda words: words.update({target: replaced(each) for target, each in words.items()})
+    return lambda fields: fields.update({target: replaced(each) for target, each in fields.items()})
 
 
 def of_all(**changes: Any) -> Callable[[Words], object]:
-    def change(words: Words) -> None:
-        for each in words.values():
+    def change(fields: Words) -> None:
+        for each in fields.values():
             each["graphs"]["decoder"]["profiles"] = [profile("all", **changes)]
 
     return change
 
 
 def test_what_the_log_does_not_tell_is_no_shortfall() -> None:
-    words = engine("rtx-sm86", profile("prefill", attention=STRANGE), profile("decode"))
-    html = engines_section(manifest({"rtx-sm86": words}))
+    fields = engine("rtx-sm86", profile("prefill", attention=STRANGE), profile("decode"))
+    html = engines_section(manifest({"rtx-sm86": fields}))
     assert "Not understood in the builder&#39;s log" in html or "Not understood in the builder's log" in html
     assert "<code>attend_1</code>" in html
     assert "Attention in several kernels" not in html
@@ -305,10 +305,10 @@ HOSTILE: dict[str, Callable[[Words], object]] = {
 
 @pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE.keys())
 def test_hostile_figures_give_harmless_markup(change: Callable[[Words], object]) -> None:
-    words = copy.deepcopy(ENGINES)
-    change(words)
+    fields = copy.deepcopy(ENGINES)
+    change(fields)
     started = time.process_time()
-    html = engines_section(manifest(words))
+    html = engines_section(manifest(fields))
     assert time.process_time() - started < 3
     page = Page(html)
     assert "<script" not in html
@@ -321,8 +321,8 @@ def test_hostile_figures_give_harmless_markup(change: Callable[[Words], object])
 def test_damaged_figures_give_harmless_markup() -> None:
     rng = Random(0)
     for _ in range(100):
-        words = mutated(ENGINES, rng)
-        assert not re.search(r'"-?(nan|inf)', Page(engines_section(manifest(words))).html)
+        fields = mutated(ENGINES, rng)
+        assert not re.search(r'"-?(nan|inf)', Page(engines_section(manifest(fields))).html)
 
 
 def test_the_page_of_a_bundle_with_engines(vit_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,9 +330,10 @@ def test_the_page_of_a_bundle_with_engines(vit_bundle: Path, tmp_path: Path, mon
     monkeypatch.setattr(report_module, "RUNS", 2)
     monkeypatch.setattr(report_module, "WARMUP", 0)
 
-    def built(words: Words) -> None:
-        told = json.loads(json.dumps(engine("rtx-sm86", profile("all"), profile("all"))).replace("decoder", "model"))
-        words["engines"] = {"rtx-sm86": {**told, "plans": {"model": "golden.safetensors"}}}
+    def built(fields: Words) -> None:
+        text = json.dumps(engine("rtx-sm86", profile("all"), profile("all")))
+        recorded = json.loads(text.replace("decoder", "model"))
+        fields["engines"] = {"rtx-sm86": {**recorded, "plans": {"model": "golden.safetensors"}}}
 
     out, bundle = tmp_path / "report.html", changed_bundle(vit_bundle, tmp_path, built)
     write_report(bundle, [], out)

@@ -19,7 +19,6 @@ from transom.export.report import report as report_module
 from transom.export.report.report import write_report
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import InputError
-from transom.runtime.format import finite, natural, short
 from transom.runtime.manifest import MANIFEST
 
 Exported = Callable[..., tuple[Path, Path]]
@@ -172,24 +171,12 @@ def test_a_hostile_bundle_gives_a_harmless_page(
     assert not {"nan", "inf", "None"} & set(re.findall(r"\w+", "".join(page.text[1:])))
 
 
-def test_numbers_that_are_none() -> None:
-    assert [finite(each) for each in (True, "1", None, float("nan"), 10**400, [1], 2)] == [None] * 6 + [2.0]
-    assert [natural(each) for each in (True, 1.0, -1, 2**63, 7)] == [None] * 4 + [7]
-    assert [short(each) for each in (0.99074, 12345.0, 3e-7, None, 1e300)] == [
-        "0.9907",
-        "12,345",
-        "3e-07",
-        "–",
-        "1e+300",
-    ]
-
-
 # Odd, but sound.
 @pytest.mark.parametrize("name", ["bert_bundle", "gpt_bundle", "dates_bundle"])
 def test_without_a_tokenizer_there_is_no_picture(
     name: str, report: Report, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    bundle = changed_bundle(request.getfixturevalue(name), tmp_path, lambda words: words.pop("tokenizer"))
+    bundle = changed_bundle(request.getfixturevalue(name), tmp_path, lambda fields: fields.pop("tokenizer"))
     assert Page(report(bundle)).headings[0] == "Against PyTorch"
     with pytest.raises(InputError, match="nothing to draw of them: this bundle has no tokenizer"):
         report(bundle, ["a text"])
