@@ -35,7 +35,7 @@ def test_every_subject_has_guards_and_no_guard_is_listed_twice() -> None:
     [
         ({"file": "runtime/nothing.py"}, r"runtime/nothing\.py is not there"),
         ({"code": "nothing like this"}, "its code is 0 times in runtime/golden_reference.py"),
-        ({"broken": "BELOW_ZEROS = 0.95"}, "expected once, and another text in its place"),
+        ({"broken": "BELOW_ALL_ZEROS = 0.95"}, "expected once, and another text in its place"),
         ({"tests": ("tests/test_nothing.py::test_it",)}, r"tests/test_nothing\.py::test_it is not there"),
     ],
 )
@@ -45,8 +45,8 @@ def test_a_guard_that_cannot_be_broken_is_told(fields: dict[str, str], said: str
     whole = {
         "name": "zeros",
         "file": "runtime/golden_reference.py",
-        "code": "BELOW_ZEROS = 0.95",
-        "broken": "BELOW_ZEROS = 2.0",
+        "code": "BELOW_ALL_ZEROS = 0.95",
+        "broken": "BELOW_ALL_ZEROS = 2.0",
         "tests": ("tests/project/test_mutate.py",),
         "subject": "selftest",
     }
