@@ -115,7 +115,7 @@ def outputs(
     arrays: Mapping[str, Mapping[str, Array]],
     axes: Mapping[str, Axis],
 ) -> Iterator[tuple[str, Array, Array]]:
-    """(name, the variant's, the shipped file's) of one golden case."""
+    """Yield (name, the variant's output, the shipped file's) for one golden case."""
     if case == GENERATION:
         assert isinstance(variant, Generator)
         assert isinstance(shipped, Generator)
