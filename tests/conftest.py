@@ -316,7 +316,7 @@ def half_gpt_bundle(once: Once) -> Path:
 
 @pytest.fixture(scope="session")
 def clip_bundle(once: Once) -> Path:
-    """The reference CLIP, which tells digits by their names, FP32; exported as a folder, so without its score."""
+    """The reference CLIP, which names digits, FP32; exported as a folder, so without its score."""
     return once("clip", lambda folder: export_to(folder, reference("clip"))) / "bundle"
 
 

@@ -2,7 +2,7 @@
 
 A launch reads its parameters as the driver does: one address for each ``.param`` that the PTX declares, at which lies
 a value of the declared width. What then runs is not the PTX but the kernel it was compiled from, under Triton's
-interpreter, with what was read, and every access to memory is held against what is allocated. Which parameter is which
+interpreter, with what was read, and every access to memory is compared with what is allocated. Which parameter is which
 the emulation takes from the order of the kernel's own arguments, not from what the launcher says.
 """
 
@@ -212,7 +212,7 @@ class EmulatedDriver:
 
 @dataclass
 class OnGpu:
-    """A tensor of the emulated GPU: what PyTorch's would tell of itself."""
+    """A tensor of the emulated GPU: what PyTorch's says of itself."""
 
     memory: Memory
     shape: tuple[int, ...]
