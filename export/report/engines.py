@@ -180,13 +180,15 @@ def name(recorded: Any) -> str:
 
 
 def names_of(recorded: Any) -> tuple[str, ...]:
-    return tuple(map(name, list(object_of(recorded))[:MOST_LISTED]))
+    """Return the first keys of an object; none for anything else."""
+    keys = recorded if isinstance(recorded, Mapping) else ()
+    return tuple(name(str(key)) for key in islice(keys, MOST_LISTED))
 
 
 def reasons(key: str, recorded: Any) -> list[str]:
     """Return why TensorRT has no kernel, how often, and what replaces it. Such attention does not count as unfused."""
-    values = list(object_of(recorded).values())[:MOST_LISTED]
-    counts = Counter(visible(reason, 80) for reason in values if isinstance(reason, str))
+    values = recorded.values() if isinstance(recorded, Mapping) else ()
+    counts = Counter(visible(reason, 80) for reason in islice(values, MOST_LISTED) if isinstance(reason, str))
     return [f"{count:,} {reason}: {WITHOUT_KERNEL[key]}" for reason, count in counts.most_common(MOST_NODES)]
 
 

@@ -225,16 +225,16 @@ def test_a_disk_that_is_full_once_the_engine_is_built_costs_the_cache(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    keep = builder.keep
+    store = builder.store
 
-    def keep_nothing(*given: Any) -> None:
+    def store_nothing(*given: Any) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, hard))  # bytes
         try:
-            keep(*given)
+            store(*given)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    monkeypatch.setattr(builder, "keep", keep_nothing)
+    monkeypatch.setattr(builder, "store", store_nothing)
     bundle = Bundle(int8_bundle)
     (graph,), (file,) = tensorrt_graphs(bundle).values(), bundle.manifest.graphs
     profiles = profiles_of(file.graph, bundle.manifest.axes)
