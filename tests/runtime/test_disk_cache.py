@@ -26,7 +26,7 @@ from transom.runtime.disk_cache import Cache, cache_root, trim
 
 @pytest.fixture(autouse=True)
 def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(caches, "_said", set())
+    monkeypatch.setattr(caches, "_logged", set())
 
 
 def nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
