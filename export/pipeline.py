@@ -39,6 +39,7 @@ from transom.export.quantization.options import DEFAULTS, QuantizeOptions
 from transom.export.quantization.quantize import QuantizationJob, quantize_model
 from transom.export.reference_models import score_both
 from transom.export.variants import Variants, check_file, emulated_variants, make_variants, open_variants
+from transom.runtime.backends.ort_library import onnxruntime
 from transom.runtime.errors import ExportError
 from transom.runtime.golden import GOLDEN
 from transom.runtime.greedy_check import Divergence
@@ -288,6 +289,11 @@ def describe(
     return manifest
 
 
+def version_of(tool: str) -> str:
+    """Return a tool's installed version; ONNX Runtime's from the library, whose distribution has several names."""
+    return str(onnxruntime().__version__) if tool == "onnxruntime" else version(tool)
+
+
 def manifest_fields(loaded: LoadedCheckpoint, precision: str, variants: Variants) -> dict[str, Any]:
     """Return the fields of bundle.json that are known before anything is compared."""
     optional = {
@@ -312,6 +318,6 @@ def manifest_fields(loaded: LoadedCheckpoint, precision: str, variants: Variants
             "sha256": loaded.sha256,
             "weights_left_out": sorted(loaded.left_out)[:100],
         },
-        "tools": {tool: version(tool) for tool in TOOLS},
+        "tools": {tool: version_of(tool) for tool in TOOLS},
         "parity": {"tolerance": TOLERANCES[precision]},
     }

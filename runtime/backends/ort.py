@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from transom.runtime.backends.base import Array, Read, with_dtypes
 from transom.runtime.backends.integer_sums import integer_sums
 from transom.runtime.backends.ort_cache import OrtDecoderState
-from transom.runtime.backends.ort_library import FATAL, onnxruntime
+from transom.runtime.backends.ort_library import FATAL, load_cuda, onnxruntime
 from transom.runtime.errors import BackendError, one_line
 from transom.runtime.feeds import storage
 from transom.runtime.graph_spec import Tensor, cache_inputs
@@ -33,6 +34,25 @@ GPU_MISSING = (  # what an onnxruntime that was compiled with CUDA may lack on t
     "Or load with device='cpu'."
 )
 BFLOAT16 = 16  # TensorProto.DataType: numpy has no word for it
+# By default CUDA multiplies FP32 in TF32, with 10 bits of each operand: a roundoff of 2^-11 instead of 2^-24.
+PROVIDER_OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"use_tf32": "0"}}
+RECORD_PROVIDERS = "session.record_ep_graph_assignment_info"  # which provider gets each node
+# Operators that may stay on the CPU while a graph runs on a GPU: arithmetic on sizes and token ids. ONNX Runtime leaves
+# it there because its inputs or its consumers are there. Any other operator would copy a layer's values to the host.
+ALLOWED_ON_CPU = {
+    "Add",
+    "ArgMax",
+    "Cast",
+    "Concat",
+    "Gather",
+    "Mul",
+    "Range",
+    "Shape",
+    "Slice",
+    "Squeeze",
+    "Sub",
+    "Unsqueeze",
+}
 
 
 class OrtBackend(ProcessBound):
@@ -66,7 +86,7 @@ class OrtBackend(ProcessBound):
                     bind(binding.bind_output, tensor, outputs[tensor.name])
             self._session.run_with_iobinding(binding)
         except Exception as error:  # the library raises bare RuntimeError and its own types alike
-            raise BackendError(f"ONNX Runtime failed on {self.device}: {one_line(error)}") from None
+            raise BackendError(f"ONNX Runtime failed on {self.device}: {reason_of(error)}") from None
         finally:
             binding.clear_binding_inputs()
             binding.clear_binding_outputs()
@@ -99,7 +119,7 @@ def tensor_dtypes(session: Any) -> dict[str, str | None]:
 def session_entries(graph: GraphFile, device: str) -> Mapping[str, str]:
     """Return the session configuration that a graph needs on a device, as ONNX Runtime names its keys."""
     if device != "cpu":
-        return {"session.disable_cpu_ep_fallback": "1"}
+        return {RECORD_PROVIDERS: "1"}
     if graph.integers == PRODUCTS:
         return integer_sums().entries
     if graph.integers == BLOCKS:  # KleidiAI, on Arm, rounds whole rows to 8 bits and scales to bfloat16
@@ -142,6 +162,8 @@ def open_session(graph: GraphFile, read: Read, device: str, threads: int | None)
             f"{', '.join(library.get_available_providers())}. Install onnxruntime-gpu in place of onnxruntime, "
             "or load with device='cpu'."
         )
+    if device == "cuda":
+        load_cuda()
     options = library.SessionOptions()
     options.log_severity_level = FATAL
     options.intra_op_num_threads = threads or 0  # 0: one per physical core
@@ -157,16 +179,44 @@ def open_session(graph: GraphFile, read: Read, device: str, threads: int | None)
             model,
             options,
             providers=[PROVIDERS[device]],
+            provider_options=[PROVIDER_OPTIONS[device]],
             disabled_optimizers=SLOW_FUSIONS.get(device),
             enable_fallback=0,  # else it prints to stdout and goes on with the CPU, here and in a run that fails
         )
     except Exception as error:  # as above
         gpu = f". {GPU_MISSING}" if device != "cpu" else ""
         raise BackendError(
-            f"ONNX Runtime cannot load {graph.file_for(device)} on {device}: {one_line(error).rstrip('.')}{gpu}"
+            f"ONNX Runtime cannot load {graph.file_for(device)} on {device}: {reason_of(error).rstrip('.')}{gpu}"
         ) from None
     if PROVIDERS[device] not in session.get_providers():
         raise BackendError(
             f"device {device!r} was asked for; ONNX Runtime chose {session.get_providers()} instead. {GPU_MISSING}"
         )
+    if device != "cpu":
+        require_on_device(session, device)
     return session
+
+
+def reason_of(error: Exception) -> str:
+    """Return ONNX Runtime's reason for a failure, without C++ signature and source location."""
+    return one_line(RuntimeError(str(error).rpartition("= void] ")[2].partition(" ; GPU=")[0]))
+
+
+def require_on_device(session: Any, device: str) -> None:
+    """Raise BackendError where ONNX Runtime assigned more of the graph to the CPU than sizes and token ids.
+
+    Its own ``session.disable_cpu_ep_fallback`` refuses those too, and every graph of a bundle has some.
+    """
+    kept = Counter(
+        node.op_type
+        for part in session.get_provider_graph_assignment_info()
+        if part.ep_name != PROVIDERS[device]
+        for node in part.get_nodes()
+        if node.op_type not in ALLOWED_ON_CPU
+    )
+    if kept:
+        found = ", ".join(f"{count} {operator}" for operator, count in sorted(kept.items()))
+        raise BackendError(
+            f"ONNX Runtime {onnxruntime().__version__} has no kernels on {device} for {found} of this graph, and would "
+            "compute them on the CPU. Run `pip install --upgrade onnxruntime-gpu`, or load with device='cpu'."
+        )

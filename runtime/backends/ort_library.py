@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import os
+from contextlib import redirect_stdout
 from functools import cache
 from types import ModuleType
 from typing import cast
@@ -37,6 +39,16 @@ def onnxruntime() -> ModuleType:
             "Run `pip install --upgrade 'onnxruntime>=1.28'`."
         )
     return cast(ModuleType, library)
+
+
+@cache
+def load_cuda() -> None:
+    """Load the CUDA libraries of `pip install 'onnxruntime-gpu[cuda,cudnn]'`, once: ONNX Runtime does not look there.
+
+    It finds the system's by itself. Where both are absent, creating a session fails and names the missing library.
+    """
+    with redirect_stdout(io.StringIO()):  # it prints the libraries that it does not find
+        onnxruntime().preload_dlls()
 
 
 def _version(distribution: str) -> str | None:

@@ -120,7 +120,7 @@ def test_which_sessions_get_the_option() -> None:
     assert entries(BLOCKS) == {"mlas.disable_kleidiai": "1"}
     assert entries(None) == {}
     for integers in (None, PRODUCTS, SIMULATED, BLOCKS):
-        assert entries(integers, "cuda") == {"session.disable_cpu_ep_fallback": "1"}
+        assert entries(integers, "cuda") == {"session.record_ep_graph_assignment_info": "1"}
 
 
 @pytest.mark.parametrize("zero_point", [0, 7, 128, 255])
