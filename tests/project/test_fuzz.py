@@ -154,7 +154,7 @@ def use(encoder: TextTokenizer) -> None:
         lambda: encoder.encode([text], truncate=True),
         lambda: encoder.encode([text], [text], truncate=True),
         lambda: encoder.decode([*range(30), 10**6]),
-        lambda: [stream.add(number) for stream in [encoder.stream()] for number in range(30)],
+        lambda: [stream.add(number) for stream in [encoder.detokenizer()] for number in range(30)],
     ):
         with nothing_but(BundleError, InputError):
             call()
