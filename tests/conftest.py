@@ -23,7 +23,9 @@ from time_limits import pytest_fixture_setup as pytest_fixture_setup
 # Before anything imports huggingface_hub: no test reaches for the network; those of the hub set it themselves.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # And before torch imports triton: our kernels are interpreted, on the CPU; what compiles them runs in its own process.
-os.environ["TRITON_INTERPRET"] = "1"
+# With TRANSOM_KERNEL_DEVICE=cuda the kernel's tests run on a GPU, compiled and launched by Triton: `make test-gpu`.
+if os.environ.get("TRANSOM_KERNEL_DEVICE", "cpu") == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
 pytest.register_assert_rewrite(
     "attention_reference", "command_line", "decoder_definitions", "encoder_family", "row_independence", "tiny_models"
 )

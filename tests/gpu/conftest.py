@@ -5,10 +5,11 @@ What is found goes to $TRANSOM_GPU_RESULTS, as Markdown and JSON with the GPU's 
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,18 +38,22 @@ class Results:
     def add(self, what: str, backend: str, precision: str, found: str) -> None:
         self.rows.append({"what": what, "backend": backend, "precision": precision, "found": found})
 
-    def write(self, folder: Path) -> None:
-        name = "gpu-" + "-".join(self.gpu.name.lower().split()) + "-parity"
+    def to_json(self) -> dict[str, Any]:
         report = {"gpu": self.gpu.name, "sm": self.gpu.sm, "driver": self.gpu.driver, "libraries": self.libraries}
-        report["date"] = time.strftime("%Y-%m-%d")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.json").write_text(json.dumps({**report, "rows": self.rows}, indent=1) + "\n")
-        used = ", ".join(f"{name} {version}" for name, version in self.libraries.items())
-        driver = f"driver for CUDA {self.gpu.driver / 1000:g}"
-        lines = [f"# Parity on {self.gpu}", "", f"{report['date']}, {driver}; {used}."]
-        lines += ["", "| what | backend | precision | found |", "| --- | --- | --- | --- |"]
-        lines += ["| " + " | ".join(row.values()) + " |" for row in self.rows]
-        (folder / f"{name}.md").write_text("\n".join([*lines, ""]))
+        return {**report, "date": time.strftime("%Y-%m-%d"), "rows": self.rows}
+
+
+def write(report: Mapping[str, Any], folder: Path) -> None:
+    """Write a report as Markdown and JSON, named after the GPU."""
+    name = "gpu-" + "-".join(report["gpu"].lower().split()) + "-parity"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    used = ", ".join(f"{name} {version}" for name, version in report["libraries"].items())
+    lines = [f"# Parity on {report['gpu']} ({report['sm'].upper()})", ""]
+    lines += [f"{report['date']}, driver for CUDA {report['driver'] / 1000:g}; {used}.", ""]
+    lines += ["| what | backend | precision | found |", "| --- | --- | --- | --- |"]
+    lines += ["| " + " | ".join(row.values()) + " |" for row in report["rows"]]
+    (folder / f"{name}.md").write_text("\n".join([*lines, ""]))
 
 
 @pytest.fixture(scope="session")
@@ -59,16 +64,44 @@ def gpu() -> Gpu:
         pytest.skip(str(error))
 
 
+WRITTEN: list[dict[str, Any]] = []  # results of this process, or of its workers (`pytest -n`)
+DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "torch", "triton", "cuda-bindings")
+
+
 @pytest.fixture(scope="session")
-def results(gpu: Gpu) -> Iterator[Results]:
-    found = Results(gpu, {"onnxruntime": str(onnxruntime().__version__)})
+def results(gpu: Gpu, request: pytest.FixtureRequest) -> Iterator[Results]:
+    found = Results(gpu, {name: version for name in DISTRIBUTIONS if (version := version_of(name))})
     for kind in (RTX, FULL):
         if is_installed(kind):
             found.libraries[NAMES[kind]] = str(library(kind).__version__)
     yield found
-    folder = os.environ.get("TRANSOM_GPU_RESULTS")
-    if folder and found.rows:
-        found.write(Path(folder))
+    if hasattr(request.config, "workeroutput"):
+        request.config.workeroutput["results"] = found.to_json()
+    else:
+        WRITTEN.append(found.to_json())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Collect the results of a worker (pytest-xdist)."""
+    WRITTEN.extend([node.workeroutput["results"]] if "results" in getattr(node, "workeroutput", {}) else [])
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write the results of all processes as one report, sorted, so that the order of workers does not show."""
+    folder, rows = os.environ.get("TRANSOM_GPU_RESULTS"), [row for each in WRITTEN for row in each["rows"]]
+    if folder and rows:
+        write(
+            {**WRITTEN[0], "rows": sorted(rows, key=lambda row: (row["backend"], row["what"], row["precision"]))},
+            Path(folder),
+        )
+
+
+def version_of(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def is_installed(kind: str) -> bool:

@@ -37,7 +37,9 @@ B = 3
 # S and T; with causality some of the queries of the last two see no key
 TOKENS = ((1, 1), (1, 67), (5, 5), (17, 131), (129, 257), (200, 70), (3, 0))
 STEPS = ((1, 1), (1, 67), (3, 131), (1, 1030))
+LONG = ((512, 512), (1024, 1024), (512, 1500))
 SPLITS = (1, 4, 7)
+EXACT_ON = "cuda" if torch.cuda.is_available() else "cpu"  # float64 everywhere, and faster there
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ SPLIT_CASES = (
     case(split=True, int8=True, lengths=True, groups=2),
     case("bshd", mask="b", split=True, mask_kind=1, bias=True),
 )
+CAUSAL = (UNSPLIT[1], UNSPLIT[3], UNSPLIT[6])
 FEW = (case(causal=True, lengths=True), case(mask="bm", mask_kind=2, bias=True))
 
 
@@ -140,7 +143,10 @@ def inputs(ptx_kernel: Compiled, S: int, T: int) -> tuple[dict[str, torch.Tensor
         torch.nan_to_num(given[name].double() * (given[f"{name}_scale"][..., None].double() if variant.int8 else 1))
         for name in ("key", "value")
     )
-    return given, exact(given["query"], k, v, D**-0.5, seen=seen, added=added)
+    query, k, v, seen, added = (
+        each if each is None else each.to(EXACT_ON) for each in (given["query"], k, v, seen, added)
+    )
+    return given, exact(query, k, v, D**-0.5, seen=seen, added=added).cpu()
 
 
 def launched(
@@ -181,7 +187,7 @@ def units_of(found: torch.Tensor, expected: torch.Tensor, precision: str) -> flo
 @pytest.mark.parametrize("size", SIZES)
 def test_parity(size: int, precision: str, gpu: Gpu, results: Any, tmp_path: Path) -> None:
     """Causality, lengths, masks, biases, grouped heads, an INT8 cache, split-KV; odd sizes, one query, no key."""
-    worst, count = (0.0, "nothing"), 0
+    worst, count, wrong = (0.0, "nothing"), 0, list[str]()
     for each, pair in compiled(UNSPLIT + SPLIT_CASES, precision, size, gpu, tmp_path).items():
         kernels = tuple(map(Kernel, pair))
         split = pair[0].variant.split
@@ -191,11 +197,31 @@ def test_parity(size: int, precision: str, gpu: Gpu, results: Any, tmp_path: Pat
             found = launched(kernels, given, T, splits)
             units = units_of(found, expected, precision)
             what = f"{each.name}, S={S}, T={T}, {splits} splits: {units:.1f} units of roundoff, at most {most}"
-            assert units <= most, what
-            if pair[0].variant.lengths:
-                assert not found[2].any(), f"{what}; a row without keys is not zero"
+            if units > most:
+                wrong.append(what)
+            if pair[0].variant.lengths and found[2].any():
+                wrong.append(f"{what}; a row without keys is not zero")
             worst, count = max(worst, (units, what)), count + 1
     results.add(f"fused attention, head size {size}, {count} calls", "PTX", precision, f"worst: {worst[1]}")
+    assert not wrong, f"{len(wrong)} of {count} calls: " + "; ".join(wrong)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("size", SIZES)
+def test_long_prompts(size: int, precision: str, gpu: Gpu, results: Any, tmp_path: Path) -> None:
+    """Causality over 512 tokens and more, where TensorRT 10 was wrong: alone, with a mask, with a mask and a bias."""
+    worst, wrong = (0.0, "nothing"), list[str]()
+    for each, pair in compiled(CAUSAL, precision, size, gpu, tmp_path).items():
+        kernel = Kernel(pair[0])
+        for S, T in LONG:
+            given, expected = inputs(pair[0], S, T)
+            units = units_of(launched((kernel,), given, T, 1), expected, precision)
+            what = f"{each.name}, S={S}, T={T}: {units:.1f} units of roundoff, at most {ROUNDOFF[precision][1]}"
+            if units > ROUNDOFF[precision][1]:
+                wrong.append(what)
+            worst = max(worst, (units, what))
+    results.add(f"fused causal attention of long prompts, head size {size}", "PTX", precision, f"worst: {worst[1]}")
+    assert not wrong, "; ".join(wrong)
 
 
 @pytest.mark.timeout(900)
@@ -204,7 +230,8 @@ def test_blocks(size: int, precision: str, gpu: Gpu, results: Any, tmp_path: Pat
     """Every entry of the table that could serve this GPU, whatever it was meant for."""
     candidates = sorted(set(entries(precision, size)), key=str)
     cases = tuple(Case(each.options, each.order, each.mask, tiles) for tiles in candidates for each in FEW)
-    worst, here = 0.0, tables.GPUS[portable(10 * gpu.capability[0] + gpu.capability[1])]
+    worst, wrong = 0.0, list[str]()
+    here = tables.GPUS[portable(10 * gpu.capability[0] + gpu.capability[1])]
     for each, pair in compiled(cases, precision, size, gpu, tmp_path).items():
         if pair[0].shared + here.reserved > here.shared:
             continue  # of another family, and for more shared memory than this GPU has
@@ -212,10 +239,12 @@ def test_blocks(size: int, precision: str, gpu: Gpu, results: Any, tmp_path: Pat
         for S, T in TOKENS:
             given, expected = inputs(pair[0], S, T)
             units = units_of(launched(kernels, given, T, 1), expected, precision)
-            assert units <= ROUNDOFF[precision][1], f"{each.name}, {each.tiles}, S={S}, T={T}: {units:.1f} units"
+            if units > ROUNDOFF[precision][1]:
+                wrong.append(f"{each.name}, {each.tiles}, S={S}, T={T}: {units:.1f} units")
             worst = max(worst, units)
     found = f"worst: {worst:.1f} units of roundoff, at most {ROUNDOFF[precision][1]}"
     results.add(f"fused attention, head size {size}, {len(candidates)} blocks", "PTX", precision, found)
+    assert not wrong, "; ".join(wrong)
 
 
 def entries(precision: str, size: int) -> Iterator[TileSizes]:

@@ -1,4 +1,7 @@
-"""The fused attention kernel's numbers, under Triton's interpreter, against PyTorch in float64."""
+"""The fused attention kernel's numbers, under Triton's interpreter, against PyTorch in float64.
+
+With TRANSOM_KERNEL_DEVICE=cuda the same calls run on a GPU, compiled and launched by Triton.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attention_reference import ROUNDOFF, exact, normal, require_close, visible
+from attention_reference import DEVICE, ROUNDOFF, exact, normal, require_close, visible
 from transom.export.plugins.kernel_spec import TileSizes, Variant, launches
 from transom.runtime.errors import InputError
 
 SMALL = TileSizes(16, 16)
+if DEVICE != "cpu" and not torch.cuda.is_available():
+    pytest.skip("PyTorch here has no CUDA: install a torch that has, pip install torch", allow_module_level=True)
 
 
 def ours(
@@ -24,12 +29,18 @@ def ours(
 ) -> torch.Tensor:
     """What the kernel writes, into NaN: an element that it leaves out shows."""
     B, H, S, D = q.shape
+    q, k, v = (tensor.to(DEVICE) for tensor in (q, k, v))
     output = torch.full_like(q, torch.nan)
     if split:
         options["workspaces"] = (torch.full((split, 2, B, H, S), torch.nan), torch.full((split, B, H, S, D), torch.nan))
+    for name, option in options.items():
+        if isinstance(option, tuple):
+            options[name] = tuple(tensor.to(DEVICE) for tensor in option)
+        elif isinstance(option, torch.Tensor):
+            options[name] = option.to(DEVICE)
     for launch in launches(q, k, v, output, scale=scale, tiles=tiles, **options):
         launch.run()
-    return output
+    return output.cpu()
 
 
 @pytest.mark.parametrize("dtype", ROUNDOFF, ids=str)
