@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from transom.export.plugins.flash_attention import BOOLEAN, NO_MASK
 from transom.export.plugins.kernel_spec import TileSizes, Variant, padded_size
 from transom.export.plugins.tile_sizes import ADDED, PROMPT, STEP
 
@@ -17,6 +18,14 @@ STEP_HEADS, STEP_GROUPS, STEP_ROWS = 32, (1, 4), (1, 8)
 BIASED = (256, 1024, 4096)
 PRECISIONS = ("fp16", "bf16", "fp32", "tf32")
 ELEMENT = {"fp16": 2, "bf16": 2, "fp32": 4, "tf32": 4}  # bytes
+MODELS = (  # name, kind, causal, heads of 64, pairs of S and T, batches
+    ("BERT-base", "masked", False, 12, ((128, 128), (512, 512)), (1, 8, 32)),
+    ("ViT-B/16", "prompt", False, 12, ((197, 197),), (1, 8, 32)),
+    ("CLIP-B/32 image", "prompt", False, 12, ((50, 50),), (1, 8, 32)),
+    ("CLIP-B/32 text", "prompt", True, 8, ((77, 77),), (1, 8, 32)),
+    ("GPT-2", "prompt", True, 12, ((128, 128), (1024, 1024)), (1, 8)),
+    ("GPT-2", "step", False, 12, ((1, 1024),), (1, 8)),
+)
 AIMS = {"halves": 0.9, "fp32 and biased": 1.5}  # times the speed of the best backend
 MOST_SPLITS, LEAST_SPLIT = 128, 128  # splits of a cache, and keys in one
 COLUMNS = {PROMPT: "prompt", ADDED: "added", STEP: "step"}
@@ -24,7 +33,10 @@ COLUMNS = {PROMPT: "prompt", ADDED: "added", STEP: "step"}
 
 @dataclass(frozen=True)
 class Case:
-    """One attention case: "prompt", "biased" or "step", in a precision, of B rows of S queries and T keys."""
+    """One attention case: "prompt", "masked", "biased" or "step", in a precision, of B rows of S queries and T keys.
+
+    The mask is boolean, of shape (B, 1, 1, T). ``model`` names the model whose shape it is, if any.
+    """
 
     kind: str
     precision: str
@@ -36,10 +48,17 @@ class Case:
     groups: int = 1
     causal: bool = False
     int8: bool = False
+    model: str = ""
 
     @property
     def name(self) -> str:
-        what = [self.kind, self.precision, f"head {self.size}", f"B={self.B} S={self.S} T={self.T}"]
+        what = [
+            *([self.model] if self.model else []),
+            self.kind,
+            self.precision,
+            f"head {self.size}",
+            f"B={self.B} S={self.S} T={self.T}",
+        ]
         flags = {"causal": self.causal, "int8 cache": self.int8, f"{self.groups} heads share keys": self.groups > 1}
         return " ".join([*what, *(flag for flag, given in flags.items() if given)])
 
@@ -53,10 +72,11 @@ class Case:
     def bytes(self) -> int:
         """Return the bytes of all tensors, each read or written once."""
         element, shared = ELEMENT[self.precision], self.heads // self.groups
+        mask = self.B * self.T if self.kind == "masked" else 0
         queries = 2 * self.B * self.heads * self.S * self.size * element  # and the output
         keys = 2 * self.B * shared * self.T * (self.size + 4 if self.int8 else self.size * element)
         bias = self.heads * self.S * self.T * element if self.kind == "biased" else 0
-        return queries + keys + bias
+        return queries + keys + bias + mask
 
     @property
     def variant(self) -> Variant:
@@ -67,6 +87,7 @@ class Case:
             self.heads,
             self.groups,
             causal=self.causal,
+            mask=BOOLEAN if self.kind == "masked" else NO_MASK,
             bias=self.kind == "biased",
             int8=self.int8,
             split=self.kind == "step",
@@ -76,7 +97,7 @@ class Case:
     @property
     def column(self) -> int:
         """Return the column of the table of tile sizes; a split INT8 cache belongs to a step."""
-        return {"prompt": PROMPT, "biased": ADDED, "step": STEP}[self.kind]
+        return {"prompt": PROMPT, "masked": ADDED, "biased": ADDED, "step": STEP}[self.kind]
 
     @property
     def aim(self) -> float | None:
@@ -92,7 +113,17 @@ def cases(*, quick: bool, only: Sequence[str] = ()) -> list[Case]:
     return [case for case in found if not only or any(part in case.name for part in only)]
 
 
+def model_cases() -> Iterator[Case]:
+    """Yield the attentions of published models, in every precision."""
+    for precision in PRECISIONS:
+        for model, kind, causal, heads, shapes, batches in MODELS:
+            for S, T in shapes:
+                for B in batches:
+                    yield Case(kind, precision, B, S, T, heads, 64, causal=causal, model=model)
+
+
 def all_cases() -> Iterator[Case]:
+    yield from model_cases()
     for precision in PRECISIONS:
         for size in (64, 128):
             for causal in (False, True):
@@ -154,7 +185,8 @@ def tuned_on(measured: Sequence[Case], *, quick: bool) -> list[list[Case]]:
     """Return per precision, head size and column the cases nearest to a length of 2048, with and without causality."""
     groups: dict[tuple[str, int, int], list[Case]] = {}
     for case in measured:
-        groups.setdefault(key_of(case), []).append(case)
+        if not case.model:
+            groups.setdefault(key_of(case), []).append(case)
     found = []
     for group in groups.values():
         kinds: dict[tuple[bool, bool, int], list[Case]] = {}

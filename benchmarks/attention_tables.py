@@ -101,6 +101,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         reached = f"| {each['name']} | {ours['p50_ms']:.4f} ({ours['about']}) | {against} "
         reached += f"| {number(each['ratio'])} | {number(each['aim'])} "
         lines.append(reached + f"| {ours['tflops']:.1f} | {ours['gb_per_s']:.0f} | {ours['of_roofline']:.0%} |")
+    lines += ["", *by_side([each for each in report["cases"] if each.get("model")])]
     aimed = [each for each in report["cases"] if each["ratio"] is not None and each["aim"] is not None]
     met = sum(each["ratio"] >= each["aim"] for each in aimed)
     lines += ["", f"The aim is met in {met} of {len(aimed)} cases.", "", "## Refused", ""]
@@ -125,6 +126,25 @@ def markdown(report: Mapping[str, Any]) -> str:
     lines += ["", *(f"    {line}" for line in report["better_rows"])]
     left = [f"Not measured, for the time was up: {', '.join(report['left'])}."] if report["left"] else []
     return "\n".join([*lines, "", *left, ""])
+
+
+SIDES = ("ours", "torch flash", "torch cudnn", "torch efficient", "torch math", "torch eager")
+
+
+def by_side(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a table of the models' cases: milliseconds of every side, a dash where it refused."""
+    if not found:
+        return []
+    lines = [
+        "## Attention of models, ms",
+        "",
+        "| case | " + " | ".join(SIDES) + " |",
+        "| --- " * (len(SIDES) + 1) + "|",
+    ]
+    for each in found:
+        known = {row["side"]: row["p50_ms"] for row in each["rows"]}
+        lines.append(f"| {each['name']} | " + " | ".join(number(known.get(side), 4) for side in SIDES) + " |")
+    return [*lines, ""]
 
 
 def number(value: float | None, digits: int = 2) -> str:

@@ -29,6 +29,7 @@ from attention_tables import Roofline, better_rows, markdown, number, ratio_of, 
 from transom.export.plugins.aot import Compiled, attention_ptx, combine_ptx
 from transom.export.plugins.cuda_launcher import Kernel
 from transom.export.plugins.kernel_spec import TileSizes, Variant, padded_size
+from transom.export.plugins.layout import Layout
 from transom.export.plugins.tile_sizes import portable, tile_sizes_for
 from transom.runtime.backends.cuda import Gpu, find_gpu
 from transom.runtime.errors import TransomError, one_line
@@ -40,7 +41,7 @@ BACKENDS = {"flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "cud
 # Largest error of a sampled slice, in units of roundoff of its largest value; sums are as long as T
 TOLERANCE = {"fp16": (2**-11, 8), "bf16": (2**-8, 8), "fp32": (2**-24, 100), "tf32": (2**-10, 24)}
 SAMPLED = 16  # queries of one head of the last row
-FLUSHED = 256 << 20  # bytes at least: while they are written, the launches behind them are queued
+FLUSHED = 512 << 20  # bytes at least: while they are written, over 0.1 ms, the launches behind them are queued
 PRODUCT, COPIED = 8192, 1 << 30  # sizes of what measures the GPU
 
 
@@ -74,6 +75,7 @@ class Tensors:
     k: Any
     v: Any
     bias: Any
+    mask: Any = None
 
 
 class Bench:
@@ -96,8 +98,11 @@ class Bench:
     def kernel(self, variant: Variant, tiles: TileSizes | None) -> Kernel:
         """Return the kernel with these tile sizes, or for None the combine kernel; compiled and loaded once."""
         if (variant, tiles) not in self.kernels:
+            layout = Layout(mask="b")
             made: Compiled = (
-                combine_ptx(self.sm, variant) if tiles is None else attention_ptx(self.sm, variant, None, tiles)
+                combine_ptx(self.sm, variant, layout)
+                if tiles is None
+                else attention_ptx(self.sm, variant, layout, tiles)
             )
             self.kernels[variant, tiles] = Kernel(made)
         return self.kernels[variant, tiles]
@@ -120,7 +125,13 @@ class Bench:
                 given[name] = (given[name] / given[f"{name}_scale"][..., None]).round().clamp(-127, 127).to(torch.int8)
             k, v = ((given[name] * given[f"{name}_scale"][..., None]).to(q.dtype) for name in ("key", "value"))
         bias = normal(case.heads, case.S, case.T) if case.kind == "biased" else None
-        return Tensors(given | ({} if bias is None else {"bias": bias}), q, k, v, bias)
+        mask = None
+        if case.kind == "masked":  # padding: from row to row fewer keys, at least half of them
+            lengths = torch.linspace(case.T, (case.T + 1) // 2, case.B, device=self.device).long()
+            mask = (torch.arange(case.T, device=self.device) < lengths[:, None])[:, None, None, :].contiguous()
+        added = {"bias": bias, "mask": mask}
+        given |= {name: tensor for name, tensor in added.items() if tensor is not None}
+        return Tensors(given, q, k, v, bias, mask)
 
     def expected(self, case: Case, tensors: Tensors) -> Any:
         """Return float64's output for SAMPLED queries of the last row's last head, with the first and the last."""
@@ -130,6 +141,8 @@ class Bench:
         scores = tensors.q[-1, -1, rows].double() @ k.T * case.size**-0.5
         if tensors.bias is not None:
             scores += tensors.bias[-1, rows].double()
+        if tensors.mask is not None:
+            scores = scores.masked_fill(~tensors.mask[-1, 0], -torch.inf)
         if case.causal:
             keys = torch.arange(case.T, device=self.device)
             scores = scores.masked_fill(keys > case.T - case.S + rows[:, None], -torch.inf)
@@ -179,6 +192,8 @@ class Bench:
             options["enable_gqa"] = True
         if tensors.bias is not None:
             options["attn_mask"] = tensors.bias[None].expand(case.B, -1, -1, -1)
+        if tensors.mask is not None:
+            options["attn_mask"] = tensors.mask.expand(-1, -1, case.S, -1)
         wanted = getattr(SDPBackend, BACKENDS[backend])
 
         def run() -> None:
@@ -188,6 +203,24 @@ class Bench:
                 ]
 
         return Side(f"torch {backend}", run, lambda: found[0])
+
+    def eager(self, case: Case, tensors: Tensors) -> Side:
+        """Return PyTorch's attention without fusion: two products and a softmax, each a kernel of its own."""
+        torch, found = self.torch, []
+        above = torch.ones(case.S, case.T, dtype=torch.bool, device=self.device).triu(case.T - case.S + 1)
+        hidden = None if tensors.mask is None else ~tensors.mask
+
+        def run() -> None:
+            scores = tensors.q @ tensors.k.transpose(2, 3) * case.size**-0.5
+            if tensors.bias is not None:
+                scores = scores + tensors.bias
+            if case.causal:
+                scores = scores.masked_fill(above, -torch.inf)
+            if hidden is not None:
+                scores = scores.masked_fill(hidden, -torch.inf)
+            found[:] = [torch.softmax(scores, -1) @ tensors.v]
+
+        return Side("torch eager", run, lambda: found[0])
 
     def measure(self, sides: Sequence[Side], rounds: int, timed_ms: float) -> None:
         """Fill every side's ``times``, interleaved, each call after a write over the whole cache."""
@@ -276,8 +309,8 @@ class Bench:
         tensors = self.tensors(case)
         expected = self.expected(case, tensors)
         for name, make in self.makers(case, tensors):
-            if name == "torch math" and any(each.name.startswith("torch") for each in sides):
-                continue
+            if name == "torch math" and not case.model and any(each.name.startswith("torch") for each in sides):
+                continue  # slow, and of interest only where no other backend runs
             try:
                 with warnings.catch_warnings(record=True) as reasons:
                     warnings.simplefilter("always")
@@ -291,7 +324,7 @@ class Bench:
                 continue
             if wrong is not None:
                 refused[name] = wrong
-            elif name != "torch math" or not any(each.name.startswith("torch") for each in sides):
+            else:
                 sides.append(side)
         self.measure(sides, ROUNDS, TIMED_MS)
         rows = [row_of(case, side.name, side.times, roofline, side.about) for side in sides]
@@ -300,7 +333,7 @@ class Bench:
         return {**asdict(case), **about, "ratio": ratio, "best_backend": best, "rows": rows, "refused": refused}
 
     def makers(self, case: Case, tensors: Tensors) -> Iterator[tuple[str, Callable[[], Side]]]:
-        """Yield Transom's kernel by the table and as tuned, the backends, and PyTorch's own products last."""
+        """Yield Transom's kernel by the table and as tuned, PyTorch's backends, and for models eager attention."""
         entry = tile_sizes_for(self.sm, case.variant)
         tried = {"ours": entry, "ours, tuned": self.best.get(key_of(case), entry)}
         for name, tiles in tried.items():
@@ -308,6 +341,8 @@ class Bench:
                 yield name, lambda name=name, tiles=tiles: self.in_best_splits(case, tensors, tiles, name)
         for backend in BACKENDS:
             yield f"torch {backend}", lambda backend=backend: self.theirs(case, tensors, backend)
+        if case.model:
+            yield "torch eager", lambda: self.eager(case, tensors)
 
     def in_best_splits(self, case: Case, tensors: Tensors, tiles: TileSizes, name: str) -> Side:
         if case.kind != "step":

@@ -32,6 +32,7 @@ def test_the_benchmark_s_arithmetic_by_hand(benchmark: Any) -> None:
     assert replace(whole, causal=True, S=1).flops == replace(whole, S=1).flops  # a step sees every key
     assert whole.bytes == 2 * (2 * 3 * 4 * 64) * 4  # Q, K, V, O
     assert replace(whole, kind="biased").bytes == whole.bytes + 2 * 3 * 16
+    assert replace(whole, kind="masked").bytes == whole.bytes + 2 * 4
     step = Case("step", "fp16", 1, 1, 100, 4, 64, groups=2)
     assert step.bytes == 2 * 2 * 4 * 64 + 2 * 2 * 2 * 100 * 64
     assert replace(step, int8=True).bytes == 2 * 2 * 4 * 64 + 2 * 2 * 100 * (64 + 4)
@@ -48,7 +49,7 @@ def test_the_benchmark_s_arithmetic_by_hand(benchmark: Any) -> None:
     assert benchmark.ratio_of(sides[:1]) == (None, "none")
     assert benchmark.splits_of(replace(step, T=1100)) == [1, 2, 4, 8]
     names = [case.name for case in benchmark.cases(quick=False)]
-    assert len(names) == len({*names}) == 4 * 2 * (2 * 7 + 3) + 2 * 2 * 4 * 3
+    assert len(names) == len({*names}) == 4 * (6 + 3 + 3 + 3 + 4 + 2) + 4 * 2 * (2 * 7 + 3) + 2 * 2 * 4 * 3
     assert [case.name for case in benchmark.cases(quick=True, only=["biased"])] == [
         "biased fp16 head 64 B=16 S=1024 T=1024"
     ]
