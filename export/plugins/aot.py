@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from transom.export.plugins.flash_attention import ADDITIVE, NO_MASK, attention, attention_combine
 from transom.export.plugins.kernel_spec import COMBINE_TILES, INTERPRETED, TileSizes, Variant
@@ -22,6 +23,8 @@ from transom.runtime.disk_cache import Cache, unwritable
 from transom.runtime.errors import BackendError, EngineError, one_line
 
 CACHE_KIND, CACHE_DIR = "triton", "TRITON_CACHE_DIR"  # of our cache; the variable that names Triton's own
+KERNELS_DIR = "TRANSOM_KERNELS"  # names a folder: a kernel that it has is not compiled again, any other is added
+SOURCES = ("flash_attention.py", "kernel_spec.py", "layout.py", "aot.py")  # that decide what a kernel is
 WARP = 32  # threads
 ALIGNED = 16  # bytes of a pointer, elements of a stride: Triton then loads 16 bytes at once
 # The oldest version with the instructions: a driver reads the versions of its own CUDA. 8.0 is CUDA 12.0, 8.7 12.8.
@@ -185,7 +188,13 @@ def compile_kernel(
     types: Mapping[str, str],
     constants: Mapping[str, Any],
 ) -> AnyCompiled:
-    """Compile a kernel by Triton: each argument is a pointer with a type, an integer with a formula, or a constant."""
+    """Compile a kernel by Triton: each argument is a pointer with a type, an integer with a formula, or a constant.
+
+    One that ``$TRANSOM_KERNELS`` has is read from there, without Triton.
+    """
+    kept = kernel_file(kernel, capability, variant, layout, tiles)
+    if kept is not None and kept.exists():
+        return cast(AnyCompiled, compiled_from_json(kept.read_text(encoding="utf-8")))
     if INTERPRETED:
         raise BackendError("TRITON_INTERPRET=1 is set, so nothing is compiled; unset it and start again.")
     import triton
@@ -209,7 +218,7 @@ def compile_kernel(
     with bounded_triton_cache():
         binary = triton.compile(source, target=GPUTarget("cuda", capability, WARP), options=options)
     outputs = tuple(name for name in given if name in OUTPUTS[kernel.arg_names[0]])
-    return kind(
+    compiled = kind(
         capability,
         variant,
         tiles,
@@ -224,6 +233,22 @@ def compile_kernel(
         {name: types[name] for name in given if name in types},
         layout,
     )
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        partial = kept.with_name(f".{kept.name}.{os.getpid()}")  # processes beside this one may read or write it too
+        partial.write_text(json_from_compiled(compiled), encoding="utf-8")
+        partial.replace(kept)
+    return compiled
+
+
+def kernel_file(kernel: Any, capability: int, variant: Variant, layout: Layout, tiles: TileSizes) -> Path | None:
+    """Return the file of a kernel in ``$TRANSOM_KERNELS``, by a hash of its source and options; None without one."""
+    folder = os.environ.get(KERNELS_DIR)
+    if not folder:
+        return None
+    sources = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in SOURCES]
+    key = [kernel.__name__, capability, asdict(variant), asdict(layout), asdict(tiles), sources]
+    return Path(folder) / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.json"
 
 
 def json_from_compiled(compiled: Compiled) -> str:

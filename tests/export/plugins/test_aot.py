@@ -19,7 +19,15 @@ pytest.importorskip("triton", reason="triton is not installed: pip install 'tran
 
 import triton
 
-from transom.export.plugins.aot import attention_ptx, power_of_two
+from emulated_driver import compile_elsewhere
+from transom.export.plugins.aot import (
+    KERNELS_DIR,
+    Compiled,
+    CompiledCombine,
+    attention_ptx,
+    combine_ptx,
+    power_of_two,
+)
 from transom.export.plugins.kernel_spec import TileSizes, Variant
 from transom.export.plugins.layout import Layout
 from transom.export.plugins.tile_sizes import GPUS, SHARED, SPILLED, preference, resident_warps, tile_sizes_for
@@ -223,3 +231,21 @@ except EngineError as error:
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout == "q_b is 2147483648 for B=1, S=2097152, T=2097152; expected 32 bits. Use fewer rows at once.\n"
+
+
+def test_kernels_are_taken_from_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRANSOM_KERNELS: compiled on one machine, read on another, whatever its Triton; this process compiles none."""
+    monkeypatch.setenv(KERNELS_DIR, str(tmp_path / "kernels"))
+    variant, layout = {"dtype": "fp16", "size": 16, "split": True}, {"order": "bhsd", "mask": ""}
+    written = compile_elsewhere(
+        [(kind, 90, variant, layout, None) for kind in ("attention", "combine")], tmp_path / "triton"
+    )
+    assert len([*(tmp_path / "kernels").iterdir()]) == 2
+    found = [make(90, Variant(**variant), Layout(**layout)) for make in (attention_ptx, combine_ptx)]
+    assert [type(each) for each in found] == [Compiled, CompiledCombine]
+    assert found == written
+    with pytest.raises(BackendError, match="nothing is compiled"):  # in another layout it is another kernel
+        attention_ptx(90, Variant(**variant), Layout("bshd", ""))
+    monkeypatch.delenv(KERNELS_DIR)
+    with pytest.raises(BackendError, match="nothing is compiled"):
+        attention_ptx(90, Variant(**variant), Layout(**layout))
