@@ -14,6 +14,7 @@ MATRIX_ARGS ?=
 MUTATE_ARGS ?=
 BUNDLES    ?=
 PROCESSOR_ARGS ?=
+STUB_ARGS  ?=
 
 PACKAGES   := models export runtime calib cli
 REFERENCES := vit minilm bert gpt transformer clip
@@ -43,11 +44,11 @@ PYTEST_PARALLEL := -n $(WORKERS) --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help dev export check test suite wheel test-wheel sweep build-matrix mutate test-gpu bench-gpu test-arm test-x86 \
-        clean typing again
+.PHONY: help dev export check test suite wheel test-wheel sweep build-matrix mutate test-gpu bench-gpu test-cuda-stubs \
+        test-arm test-x86 clean typing again
 
 help: ## this table of contents
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo '  make export PRECISION=int8                                            or int4, bf16, "fp32 int8", ...'
 	@echo '  make export CHECKPOINT=path-or-hub-id [CALIBRATION_DATA=file]         your own model, into bundles/'
@@ -133,6 +134,11 @@ mutate: $(STAMP) ## break every guard of tests/guards on purpose, and show which
 
 test-gpu: $(STAMP) ## on a machine with a GPU: parity of every family and precision there, into docs/results/
 	TRANSOM_GPU_RESULTS=docs/results TRANSOM_REPO="$$PWD" $(VENV)/bin/pytest $(PYTEST_ARGS) tests/gpu
+	@# The kernel's own tests once more, compiled and launched by Triton there
+	TRANSOM_KERNEL_DEVICE=cuda TRANSOM_REPO="$$PWD" $(VENV)/bin/pytest $(PYTEST_ARGS) tests/export/plugins/test_flash_attention.py
+
+test-cuda-stubs: $(STAMP) typing ## without a GPU: every kept bundle in ONNX Runtime's CUDA provider, over stubs of CUDA
+	PYTHONPATH=tests/support TRANSOM_REPO="$$PWD" $(VENV)/bin/python -m stub_cuda $(STUB_ARGS)
 
 bench-gpu: $(STAMP) ## on a machine with a GPU: latency beside PyTorch and ONNX Runtime, then attention, into docs/results/
 	$(VENV)/bin/python benchmarks/gpu_latency.py --out docs/results
