@@ -104,7 +104,7 @@ def load_checkpoint(
         tokenizer = tokenizer_for(tokenizer_files, chosen, longest["S"].max, inputs["input_ids"].exclusive_max or 0)
     if "pixel_values" in inputs:
         preprocess = preprocess_for(checkpoint, inputs["pixel_values"].shape)
-    labels = label_names(checkpoint.config_json) if chosen in LABELLED else ()
+    labels = (family.labels(config) or label_names(checkpoint.config_json)) if chosen in LABELLED else ()
     if "decoder_input_ids" in inputs:
         target = inputs["decoder_input_ids"]
         target_tokenizer = read_target_tokenizer(tokenizer_files, longest["T"].max, target.exclusive_max)

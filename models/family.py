@@ -44,6 +44,7 @@ class Family:
     computed          config -> weights that a checkpoint need not store; a stored one wins
     parts             module -> the module behind each graph, by the graph's name
     options           module -> numbers of the checkpoint that the runtime needs beside the graphs
+    labels            config -> names of the labels where the head itself decides them; empty: config.json's
     unprefixed_heads  how the names of heads begin that checkpoints store without the prefix; for messages
     """
 
@@ -62,6 +63,7 @@ class Family:
     computed: Callable[[Any], dict[str, Tensor]] = lambda config: {}
     parts: Callable[[nn.Module], dict[str, nn.Module]] = lambda module: {"model": module}
     options: Callable[[nn.Module], dict[str, Any]] = lambda module: {}
+    labels: Callable[[Any], tuple[str, ...]] = lambda config: ()
     unprefixed_heads: tuple[str, ...] = ()
 
 
