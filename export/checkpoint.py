@@ -97,7 +97,7 @@ def load_checkpoint(
     axes = with_bounds(longest, max_sizes)
     inputs = {tensor.name: tensor for graph in graphs for tensor in graph.inputs}
     if image_size is not None and "pixel_values" not in inputs:
-        raise ExportError(f"--image-size is given, but a {family.name} takes {', '.join(inputs)}; leave it out.")
+        raise ExportError(f"--image-size is given, but {family.name} takes {', '.join(inputs)}; leave it out.")
     tokenizer_files = TokenizerFiles(checkpoint.folder)
     tokenizer = target_tokenizer = preprocess = None
     if "input_ids" in inputs:

@@ -12,7 +12,7 @@ from transom.runtime.families import family_record
 
 FAMILIES: dict[str, Family] = {name: family_record("models", name) for name in NAMES}
 
-# Relatives that people will try, and what differs; those that a family has defined since are passed over.
+# Relatives that people will try, and what differs; one that a family defines since is passed over.
 RELATIVES = {
     "roberta": "RoBERTa counts positions from pad_token_id + 1 over real tokens only, has another LM head and a "
     "byte-level BPE tokenizer",
@@ -20,7 +20,6 @@ RELATIVES = {
     "a SentencePiece tokenizer",
     "distilbert": "DistilBERT has no token types and no pooler, and names its weights differently",
     "albert": "ALBERT shares one layer's weights among all layers and factorises its embeddings",
-    "electra": "ELECTRA may project its embeddings and has a discriminator head",
     "gpt_neo": "GPT-Neo attends locally in every second layer and does not scale its scores",
     "gptj": "GPT-J rotates its positions and runs attention and MLP side by side",
     "gpt_neox": "GPT-NeoX rotates its positions and runs attention and MLP side by side",
@@ -71,7 +70,9 @@ def find_task(family: Family, config_json: Mapping[str, Any], asked: str | None)
     if asked is not None:
         task = TASK_ALIASES.get(asked, asked)
         if task not in family.tasks:
-            raise CheckpointError(f"--task is {asked!r}; a {family.name} checkpoint offers {', '.join(family.tasks)}.")
+            raise CheckpointError(
+                f"--task is {asked!r}; a checkpoint of {family.name} offers {', '.join(family.tasks)}."
+            )
         return task
     names = architectures(config_json)
     if not names:

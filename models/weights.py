@@ -92,7 +92,7 @@ def build_module(
         problems.append(f"unused: {listed(sorted(unused))}")
     if problems:
         raise CheckpointError(
-            f"{files[0].parent}: the weights do not fit a {family.name} for {task}: {'; '.join(problems)}. "
+            f"{files[0].parent}: the weights do not fit the family {family.name} for {task}: {'; '.join(problems)}. "
             + advice(missing, unused)
         )
     module.load_state_dict(tensors, assign=True)

@@ -257,7 +257,13 @@ def trace_once(patch: pytest.MonkeyPatch) -> None:
 
     def copy_of_trace(module: Any, graph: Any, axes: Mapping[str, Any]) -> Any:
         weights = b"".join(tensor.numpy().tobytes() for tensor in module.state_dict().values())
-        key = hashlib.sha256(weights + repr((graph, sorted(axes.items()))).encode()).hexdigest()
+        plain = (bool, int, float, str, tuple)  # settings without weights: an activation, a pooling, a head's kind
+        settings = [
+            {name: value for name, value in vars(part).items() if isinstance(value, plain)} for part in module.modules()
+        ]
+        functions = [getattr(value, "__qualname__", "") for part in module.modules() for value in vars(part).values()]
+        described = repr((graph, sorted(axes.items()), settings, functions))
+        key = hashlib.sha256(weights + described.encode()).hexdigest()
         if key not in TRACES:
             TRACES[key] = trace(module, graph, axes)
         return TRACES[key].clone()

@@ -1,4 +1,4 @@
-"""Calibrate, evaluate and draw ELECTRA as BERT: GateLimits and Figure are those of bert.py."""
+"""Calibrate, evaluate and draw ELECTRA as BERT."""
 
 from __future__ import annotations
 

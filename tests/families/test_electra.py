@@ -171,7 +171,7 @@ def test_heads_that_are_not_stored_are_missing(tmp_path: Path) -> None:
     discriminator = SUITE.checkpoint(tmp_path / "discriminator", "ElectraForPreTraining")
     with pytest.raises(CheckpointError, match=r"missing: .*generator_lm_head.bias.*choose another --task"):
         read(discriminator, task="fill-mask")
-    with pytest.raises(CheckpointError, match=r"'next-sentence-prediction'; a electra checkpoint offers"):
+    with pytest.raises(CheckpointError, match=r"'next-sentence-prediction'; a checkpoint of electra offers"):
         read(discriminator, task="next-sentence-prediction")
     bare = SUITE.checkpoint(tmp_path / "bare", "ElectraModel")
     with pytest.raises(CheckpointError, match=r"missing: classifier.weight"):

@@ -160,7 +160,7 @@ def test_unknown_architectures_are_told_ours(bert: Path) -> None:
     edit(bert, lambda words: words.update(model_type="bert", architectures=["BertLMHeadModel"]))
     with pytest.raises(CheckpointError, match=r"'BertLMHeadModel'.*Choose a head with --task"):
         read(bert)
-    with pytest.raises(CheckpointError, match=r"'summarization'; a bert checkpoint offers feature-extraction"):
+    with pytest.raises(CheckpointError, match=r"'summarization'; a checkpoint of bert offers feature-extraction"):
         read(bert, task="summarization")
 
 

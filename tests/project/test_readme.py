@@ -191,7 +191,7 @@ def test_identifiers_in_the_documents_exist(page: Path) -> None:
 
 
 def test_the_table_of_what_to_change_names_what_is_there() -> None:
-    """Of each row: the words in its last column, but for paths, are names in its file, for a family in each of them."""
+    """Of each row: the words in its last column, but for paths, are names in its file; relatives are passed over."""
     rows = re.findall(
         r"^\| [^|]+ \| `([\w/]+/[\w.<>]+\.py)` \| (.+) \|$", ARCHITECTURE.read_text("utf-8"), re.MULTILINE
     )
@@ -202,6 +202,8 @@ def test_the_table_of_what_to_change_names_what_is_there() -> None:
         names = re.findall(r"`(\w+)`", own)
         for file in [path.replace("<family>", family) for family in FAMILIES] if "<" in path else [path]:
             text = (REPO / file).read_text("utf-8")
+            if re.search(r"replace\(\s*\w+\.FAMILY", text):  # a relative takes another family's record
+                continue
             missing += [f"{file}: {name}" for name in names if not re.search(rf"\b{name}\b", text)]
     assert missing == []
 

@@ -4,7 +4,7 @@
         family = "electra"
         config = ("ElectraConfig", {**BERT, "embedding_size": 96})
         heads: ClassVar = {"ElectraModel": ("last_hidden_state",), "ElectraForMaskedLM": ("logits",)}
-        linears = 20
+        linears = 19
 
 Every test runs on random checkpoints that transformers writes. docs/adding_a_model.md says what else a family shows.
 """
@@ -42,7 +42,7 @@ from transom.runtime.selftest import selftest
 from transom.runtime.tasks import family_tasks
 
 WORST = 1e-5  # max|ours - theirs| / max|theirs|, of two FP32 implementations
-PRECISIONS = ("fp32", "fp16", "int8")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 TEXTS = 12  # calibration samples; at least 8 are asked for
 
 
@@ -91,7 +91,7 @@ class EncoderFamily:
                 options["quantize"] = QuantizeOptions(calibration_data=(str(data),), gate=False)
             export_to(folder, source, max_sizes={"B": 3}, precision=precision, **options)
 
-        return once(f"{architecture}-{precision}-family", make) / "bundle"
+        return once(f"{type(self).__name__}-{architecture}-{precision}", make) / "bundle"
 
     def calibration_data(self, folder: Path) -> Path:
         """Write texts for families that read texts; others override this."""
