@@ -396,6 +396,7 @@ def test_the_stages_of_an_export_are_all_there(monkeypatch: pytest.MonkeyPatch, 
         monkeypatch.setattr(pipeline, name, stage(name, result))
     staged = SimpleNamespace(manifest=SimpleNamespace(precision="fp16"))
     monkeypatch.setattr(pipeline.BundleWriter, "staged", stage("staged", staged))
+    monkeypatch.setattr(pipeline.BundleWriter, "manifest", stage("manifest", staged.manifest))
     failing = ""
     assert export("x", tmp_path / "whole", precision="fp16") is staged.manifest
     checks = [

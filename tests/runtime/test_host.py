@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from transom.runtime import cpu
 from transom.runtime.host import (
     INSTRUCTION_SETS,
     UNKNOWN,
     flags_of_cpuinfo,
     flags_of_sysctl,
+    instruction_set,
     instruction_set_of,
 )
 
@@ -60,4 +60,4 @@ def test_sysctl(text: str, expected: str) -> None:
 
 
 def test_this_machine_has_one() -> None:
-    assert cpu.instruction_set() in {known.name for known in (*INSTRUCTION_SETS, UNKNOWN)}
+    assert instruction_set() in {known.name for known in (*INSTRUCTION_SETS, UNKNOWN)}

@@ -262,14 +262,14 @@ def test_an_engine_that_is_built_again_leaves_at_every_moment_a_bundle_that_load
 ) -> None:
     """Interrupted between the old plan and the new one: the bundle has no engine for the target, and loads."""
     folder = with_engine(with_engine(stored("bert-fp32", tmp_path)), "rtx-sm89")
-    write = writer.write
+    write = writer.write_bytes
 
     def interrupted(path: Path, data: bytes) -> None:
         if path.suffix == ".plan":
             raise KeyboardInterrupt
         write(path, data)
 
-    monkeypatch.setattr(writer, "write", interrupted)
+    monkeypatch.setattr(writer, "write_bytes", interrupted)
     with pytest.raises(KeyboardInterrupt):
         with_engine(folder)
     assert [*Bundle(folder).manifest.engines] == ["rtx-sm89"]
