@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import string
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,10 @@ import pytest
 from time_limits import MAKING_S, within
 from time_limits import pytest_fixture_setup as pytest_fixture_setup
 
+# Where the run itself was started in the background, SIGINT is ignored, and every process that a test starts would
+# inherit that; the tests of interruptions send it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Before anything imports huggingface_hub: no test reaches for the network; those of the hub set it themselves.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # And before torch imports triton: our kernels are interpreted, on the CPU; what compiles them runs in its own process.
