@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.calib.run_samples import IDS, SampleRunner
-from transom.calib.samples import TEXT, Sample
+from transom.calib.samples import Sample
 from transom.export.families.base import ExportFamily, Figure
 from transom.export.families.evaluation import CHOICE, EvaluationCases, Floats, GateLimits, Outputs
-from transom.export.families.token_rows import ids_of, prompt_of, row_of
-from transom.runtime.backends.base import Array
+from transom.export.families.token_rows import ids_of, row_runner
 from transom.runtime.bundle import Bundle
 from transom.runtime.decoder import CHUNK
 from transom.runtime.numeric import token_log_probabilities
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks.gpt import GPT
 from transom.runtime.tasks.prompts import Row
-
-
-def run_text(bundle: GPT, sample: Sample) -> None:
-    """Read a text: one context of it at most."""
-    read(bundle, prompt_of(bundle, sample))
-
-
-def run_raw(bundle: GPT, feeds: Mapping[str, Array]) -> None:
-    """Read raw ids as a text; other feeds run as they are."""
-    row = row_of(feeds)
-    if row is None:
-        bundle.run(feeds)
-    else:
-        read(bundle, row)
 
 
 def read(bundle: GPT, ids: Row) -> None:
@@ -92,7 +76,7 @@ def draw(bundle: Bundle, inputs: Sequence[str], prompts: Sequence[str]) -> str:
 
 FAMILY = ExportFamily(
     "GPT-2",
-    SampleRunner({"decoder": (TEXT, IDS)}, run_text, run_raw),
+    row_runner("decoder", read),
     next_token_cases,
     GateLimits(growth={"static": 0.05, "dynamic": 0.03, "weight-only": 0.03}),
     Figure(draw, texts=True),

@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
-from transom.calib.run_samples import IDS, MASK, require_no_pair
-from transom.calib.samples import Sample
+from transom.calib.run_samples import IDS, MASK, SampleRunner, require_no_pair
+from transom.calib.samples import TEXT, Sample
 from transom.export.families.evaluation import naming, text_of
 from transom.runtime.backends.base import Array
 from transom.runtime.errors import CalibrationError, InputError
 from transom.runtime.tasks.generator import Generator
 from transom.runtime.tasks.prompts import Row
+
+
+def row_runner(graph: str, run_row: Callable[[Any, Row], None]) -> SampleRunner:
+    """Return the runner of a family that generates: ``run_row`` gets a text, or raw ids, as token ids.
+
+    ``graph`` is the one that reads them. Raw inputs of other names run as they are.
+    """
+
+    def run(bundle: Generator, sample: Sample) -> None:
+        run_row(bundle, prompt_of(bundle, sample))
+
+    def run_raw(bundle: Generator, feeds: Mapping[str, Array]) -> None:
+        row = row_of(feeds)
+        if row is None:
+            bundle.run(feeds)
+        else:
+            run_row(bundle, row)
+
+    return SampleRunner({graph: (TEXT, IDS)}, run, run_raw)
 
 
 def prompt_of(bundle: Generator, sample: Sample) -> Row:

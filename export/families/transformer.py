@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import numpy as np
 
-from transom.calib.run_samples import IDS, SampleRunner
-from transom.calib.samples import TEXT, Sample
+from transom.calib.samples import Sample
 from transom.export.families.base import ExportFamily, Figure
 from transom.export.families.evaluation import (
     BATCH_BYTES,
@@ -19,8 +18,7 @@ from transom.export.families.evaluation import (
     Outputs,
     naming,
 )
-from transom.export.families.token_rows import ids_of, prompt_of, row_of
-from transom.runtime.backends.base import Array
+from transom.export.families.token_rows import ids_of, row_runner
 from transom.runtime.bundle import Bundle
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks.generator import Generator
@@ -28,20 +26,6 @@ from transom.runtime.tasks.prompts import Row
 from transom.runtime.tasks.transformer import Transformer
 
 NEW_TOKENS = 64  # of a generated text, at most: most sentences end before
-
-
-def run_text(bundle: Transformer, sample: Sample) -> None:
-    """Translate a text greedily."""
-    translate(bundle, prompt_of(bundle, sample))
-
-
-def run_raw(bundle: Transformer, feeds: Mapping[str, Array]) -> None:
-    """Translate raw ids as a text; other feeds run as they are."""
-    row = row_of(feeds)
-    if row is None:
-        bundle.run(feeds)
-    else:
-        translate(bundle, row)
 
 
 def translate(bundle: Transformer, ids: Row) -> None:
@@ -125,7 +109,7 @@ def draw(bundle: Bundle, inputs: Sequence[str], prompts: Sequence[str]) -> str:
 
 FAMILY = ExportFamily(
     "Transformer",
-    SampleRunner({"encoder": (TEXT, IDS)}, run_text, run_raw),
+    row_runner("encoder", translate),
     translation_cases,
     GateLimits(points=0.010),
     Figure(draw, texts=True),
