@@ -67,6 +67,19 @@ class Family:
     unprefixed_heads: tuple[str, ...] = ()
 
 
+class GraphModule(nn.Module):
+    """One method of the model as a module, for the exporter."""
+
+    def __init__(self, model: nn.Module, method: str) -> None:
+        super().__init__()
+        self.model = model
+        self.method = method
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        outputs: tuple[Tensor, ...] = getattr(self.model, self.method)(*inputs)
+        return outputs
+
+
 MAX_LAYERS = 1_000  # far past any known model; keeps a hostile config from building modules for ever
 HEADS = (("hidden_size", "num_attention_heads"),)
 MAX_SIZE = 2**31 - 1  # of any one dimension

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from transom.models.attention import Projections, SelfAttention, attend, key_mask
 from transom.models.cache import cache_inputs, cache_outputs, causal_mask, positions, select_positions, write_cache
-from transom.models.family import Family, Source, config_fields
+from transom.models.family import Family, GraphModule, Source, config_fields
 from transom.models.layers import ACTIVATIONS
 from transom.runtime.errors import CheckpointError
 from transom.runtime.graph_spec import ARANGE, Axis, Graph
@@ -177,19 +177,6 @@ class Transformer(nn.Module):
         table = side.embed_tokens if self.shared is None else self.shared
         assert table is not None
         return table
-
-
-class GraphModule(nn.Module):
-    """One method of the model as a module, for the exporter."""
-
-    def __init__(self, model: Transformer, method: str) -> None:
-        super().__init__()
-        self.model = model
-        self.method = method
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        outputs: tuple[Tensor, ...] = getattr(self.model, self.method)(*inputs)
-        return outputs
 
 
 def parts(model: nn.Module) -> dict[str, nn.Module]:
