@@ -96,7 +96,7 @@ class GRUCell(nn.Module):
 
 
 class LSTMCell(nn.Module):
-    """One step of an LSTM (Hochreiter and Schmidhuber, 1997), as matrix products. Gates: input, forget, cell, output."""
+    """One step of an LSTM (Hochreiter and Schmidhuber, 1997), as matrix products."""
 
     def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__()
@@ -127,9 +127,7 @@ class AdditiveAttention(nn.Module):
         keys: Tensor = self.key(values)
         return keys
 
-    def forward(
-        self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Attend once: ``query`` (B, H), ``keys`` (B, S, A), ``values`` (B, S, E), ``mask`` bool (B, S).
 
         Returns the context (B, E) and the weights (B, S), which sum to 1 over the positions that ``mask`` shows.
