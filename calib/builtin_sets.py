@@ -48,6 +48,11 @@ def dates() -> list[Sample]:
     return texts("dates", lines("dates.txt"))
 
 
+def date_lists() -> list[Sample]:
+    """Read lists of one to six dates, of days that the reference seq2seq models trained on."""
+    return texts("date-lists", lines("date_lists.txt"))
+
+
 def digits() -> list[Sample]:
     """Read scans that the reference ViT and CLIP trained on."""
     return [Sample(f"digits[{index}]", image=scan) for index, scan in enumerate(scans())]
@@ -65,6 +70,7 @@ SETS: dict[str, Callable[[], list[Sample]]] = {
     "digit-captions": digit_captions,
     "wordnet": wordnet,
     "dates": dates,
+    "date-lists": date_lists,
 }
 NAMES = tuple(SETS)
 

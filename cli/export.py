@@ -74,7 +74,7 @@ CalibrationData = Annotated[
     typer.Option(
         metavar="FILE|NAME",
         help="Inputs like those in production: a .txt, .jsonl or .npz, a folder of images, or one of austen, digits, "
-        "digit-captions, wordnet, dates; repeatable. A quarter is held out for the gate.",
+        "digit-captions, wordnet, dates, date-lists; repeatable. A quarter is held out for the gate.",
         show_default="a reference model's own training inputs",
         rich_help_panel=INTEGERS,
     ),

@@ -8,6 +8,7 @@ wordnet/usr/share/wordnet); the scans are scikit-learn's, the dates and captions
 austen.jsonl         passages of the chapters that train, with the line breaks between paragraphs
 wordnet.txt          definitions and words, a text per line: the pairs behind the thousand that score
 dates.txt            dates of days that train
+date_lists.txt       lists of one to six such dates
 digits.safetensors   scans that train: ``images`` uint8 (512, 8, 8), ``labels`` uint8, ``indices`` int16 into
                      ``load_digits()``
 digit_captions.txt   a caption for each of these scans
@@ -21,6 +22,7 @@ import re
 from pathlib import Path
 
 import austen
+import date_lists
 import dates
 import numpy as np
 import torch
@@ -34,7 +36,7 @@ SEED = 21  # not that of the held-out samples
 PASSAGES, SHORTEST = 400, 100  # characters
 LONGEST = (200, 300, 400, 900)  # of passages in turn; GPT's 256 tokens are some 700 characters
 WORDNET_PAIRS = 250  # two texts each
-DATES, SCANS = 500, 512
+DATES, LISTS, SCANS = 500, 420, 512
 CLIP = Path(__file__).resolve().parents[1] / "models" / "reference" / "clip"
 
 
@@ -64,6 +66,12 @@ def written_dates() -> list[str]:
     return [text for text, _ in dates.pairs(train, dates.FORMS, DATES, np.random.RandomState(SEED))]
 
 
+def written_lists() -> list[tuple[str, str]]:
+    """The lists, and their ISO forms, which do not ship."""
+    train, _ = dates.split()
+    return date_lists.even_lists(train, LISTS, np.random.RandomState(SEED))
+
+
 def training_scans() -> dict[str, np.ndarray]:
     images, labels = scans()
     training, _ = split(labels)
@@ -88,6 +96,7 @@ def main() -> None:
         ],
         "wordnet.txt": definitions_and_words(arguments.wordnet),
         "dates.txt": written_dates(),
+        "date_lists.txt": [text for text, _ in written_lists()],
         "digit_captions.txt": described,
     }
     arguments.out.mkdir(parents=True, exist_ok=True)

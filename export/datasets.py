@@ -36,9 +36,7 @@ def digit_prompts() -> list[str]:
 
 def wordnet_pairs() -> tuple[list[str], list[str]]:
     """Read 1,000 definitions of nouns, and the words that each defines ("adviser, advisor, consultant")."""
-    lines = DATA.joinpath("wordnet_pairs.tsv").read_text(encoding="utf-8").splitlines()
-    definitions, words = zip(*(line.split("\t") for line in lines), strict=True)
-    return list(definitions), list(words)
+    return texts_and_targets("wordnet_pairs.tsv")
 
 
 def heldout_text() -> str:
@@ -55,6 +53,19 @@ def masked_text() -> list[tuple[str, list[str]]]:
 
 def heldout_dates() -> tuple[list[str], list[str]]:
     """Read 1,000 dates as people write them, of days that the reference Transformer never saw, and each in ISO 8601."""
-    lines = DATA.joinpath("dates_heldout.tsv").read_text(encoding="utf-8").splitlines()
-    texts, expected = zip(*(line.split("\t") for line in lines), strict=True)
-    return list(texts), list(expected)
+    return texts_and_targets("dates_heldout.tsv")
+
+
+def heldout_date_lists() -> tuple[list[str], list[str]]:
+    """Read 900 lists of one to six such dates ("3 May 1921; 12.6.2004"), and their ISO forms ("1921-05-03 2004-06-12").
+
+    The number of dates grows from list to list and begins again after six, so any part in order has all lengths.
+    """
+    return texts_and_targets("date_lists_heldout.tsv")
+
+
+def texts_and_targets(name: str) -> tuple[list[str], list[str]]:
+    """Read a file of pairs, one per line, a tab between."""
+    lines = DATA.joinpath(name).read_text(encoding="utf-8").splitlines()
+    texts, targets = zip(*(line.split("\t") for line in lines), strict=True)
+    return list(texts), list(targets)

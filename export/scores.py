@@ -7,6 +7,7 @@ the same data, so that two scores differ by the artefact alone.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from transom.export.datasets import (
     digit_prompts,
+    heldout_date_lists,
     heldout_dates,
     heldout_digits,
     heldout_text,
@@ -32,6 +34,7 @@ from transom.runtime.tasks.vit import ViT
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGITS = len(DIGIT_NAMES)
 MASK = "[MASK]"
+LIST_SEPARATOR = "; "  # between the dates of a list
 BLOCK_BYTES = 1500  # of a block of text, at least: some 500 tokens, two contexts
 
 
@@ -142,12 +145,48 @@ def dates_score(translate: Callable[[list[str]], list[str]]) -> Accuracy:
 
     ``translate`` takes N texts and gives N. Raises ExportError for another number.
     """
-    texts, expected = heldout_dates()
+    return Accuracy.of_each("exact match", "dates that training never saw", exact_matches(translate, *heldout_dates()))
+
+
+def date_lists_score(translate: Callable[[list[str]], list[str]]) -> Accuracy:
+    """Return the fraction of the held-out lists whose dates are all turned into their ISO form, letter by letter.
+
+    ``translate`` and errors as in ``dates_score``.
+    """
+    right = exact_matches(translate, *heldout_date_lists())
+    return Accuracy.of_each("exact match", "lists of dates that training never saw", right)
+
+
+@dataclass(frozen=True)
+class LengthScore:
+    """Exact match on the lists of one number of dates; ``characters`` of a source: fewest, mean and most."""
+
+    dates: int
+    characters: tuple[int, float, int]
+    right: int
+    cases: int
+
+
+def date_lists_by_length(translate: Callable[[list[str]], list[str]]) -> list[LengthScore]:
+    """Return the score of ``date_lists_score`` for each number of dates, the smallest first."""
+    texts, expected = heldout_date_lists()
+    right = exact_matches(translate, texts, expected)
+    numbers = [text.count(LIST_SEPARATOR) + 1 for text in texts]
+    found: list[LengthScore] = []
+    for dates in sorted(set(numbers)):
+        cases = [index for index, number in enumerate(numbers) if number == dates]
+        sizes = [len(texts[index]) for index in cases]
+        characters = (min(sizes), sum(sizes) / len(sizes), max(sizes))
+        found.append(LengthScore(dates, characters, sum(right[index] for index in cases), len(cases)))
+    return found
+
+
+def exact_matches(translate: Callable[[list[str]], list[str]], texts: list[str], expected: list[str]) -> list[bool]:
+    """Compare N translations with what is expected. Raises ExportError for another number of them."""
     found = translate(texts)
     if len(found) != len(texts):
         raise ExportError(f"translate gave {len(found)} texts for {len(texts)}; expected one each.")
-    right = (answer == date for answer, date in zip(found, expected, strict=True))
-    return Accuracy.of_each("exact match", "dates that training never saw", right)
+    return [answer == target for answer, target in zip(found, expected, strict=True)]
 
 
 def unit_rows(vectors: NDArray[Any], n: int) -> NDArray[np.float64]:
@@ -209,4 +248,17 @@ def masked_score_of(bundle: LoadedBundle) -> Accuracy:
 
 
 def dates_score_of(bundle: LoadedBundle) -> Accuracy:
-    return dates_score(lambda texts: cast(Transformer, bundle).translate(texts, num_beams=1))
+    return dates_score(greedy(bundle))
+
+
+def date_lists_score_of(bundle: LoadedBundle) -> Accuracy:
+    return date_lists_score(greedy(bundle))
+
+
+def list_scores_by_length(bundle: LoadedBundle) -> list[LengthScore]:
+    return date_lists_by_length(greedy(bundle))
+
+
+def greedy(bundle: LoadedBundle) -> Callable[[list[str]], list[str]]:
+    """Return the translation of a bundle that takes the most probable token each time."""
+    return lambda texts: cast(Transformer, bundle).translate(texts, num_beams=1)

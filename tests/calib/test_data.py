@@ -17,6 +17,7 @@ from transom.calib.data import NAMES, CalibrationData, Sample, open_calibration_
 from transom.calib.npz_reader import NpzRows
 from transom.export.datasets import (
     digit_prompts,
+    heldout_date_lists,
     heldout_dates,
     heldout_digits,
     heldout_text,
@@ -90,6 +91,14 @@ def test_no_date_is_scored() -> None:
     ours = texts("dates")
     assert len(ours) == 500
     assert set(ours) & set(heldout_dates()[0]) == set()
+
+
+def test_no_date_of_a_list_is_scored() -> None:
+    ours = [text.split("; ") for text in texts("date-lists")]
+    assert [len(dates) for dates in ours] == [1, 2, 3, 4, 5, 6] * 70
+    scored = {date for text in heldout_date_lists()[0] for date in text.split("; ")} | set(heldout_dates()[0])
+    assert len(scored) > 3000
+    assert {date for dates in ours for date in dates} & scored == set()
 
 
 def test_the_card_names_every_set_and_file() -> None:

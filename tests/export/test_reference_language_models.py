@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from paths import REPO
-from transom.export.datasets import heldout_dates, heldout_text, masked_text
+from transom.calib.builtin_sets import builtin_set
+from transom.export.datasets import heldout_date_lists, heldout_dates, heldout_text, masked_text
 from transom.export.reference_models import reference_folder
 from transom.export.scores import bits_per_byte
 
@@ -241,6 +242,34 @@ def test_no_held_out_day_trains() -> None:
     texts, expected = heldout_dates()
     assert list(zip(texts, expected, strict=True)) == dates.held_out_pairs()
     assert not {day.isoformat() for day in train} & set(expected)
+
+
+def test_lists_of_dates_are_dates_in_a_row() -> None:
+    lists = script("date_lists")
+    rng = np.random.RandomState(1)
+    found = lists.lists([date(1979, 5, 3)], 3, 4, rng)
+    assert [target for _, target in found] == ["1979-05-03 1979-05-03 1979-05-03"] * 4
+    forms = {script("dates").written(date(1979, 5, 3), form) for form in script("dates").FORMS}
+    assert {part for text, _ in found for part in text.split("; ")} < forms
+    even = lists.even_lists([date(1979, 5, 3), date(2001, 12, 31)], 12, rng)
+    assert [text.count("; ") + 1 for text, _ in even] == [1, 2, 3, 4, 5, 6] * 2
+    assert [len(target) for _, target in even] == [10, 21, 32, 43, 54, 65] * 2
+
+
+def test_no_day_of_a_held_out_list_trains() -> None:
+    """The script writes the lists that ship, of days on its own side of the split each."""
+    lists = script("date_lists")
+    train, held_out = ({day.isoformat() for day in days} for days in script("dates").split())
+    texts, expected = heldout_date_lists()
+    assert list(zip(texts, expected, strict=True)) == lists.held_out_lists()
+    assert len(texts) == len(set(texts)) == 900
+    assert [text.count("; ") + 1 for text in texts] == [target.count(" ") + 1 for target in expected]
+    assert max(map(len, texts)) == 141  # as export/data/README.md says
+    assert {day for target in expected for day in target.split(" ")} <= held_out
+
+    made = script("make_calibration_sets").written_lists()
+    assert [text for text, _ in made] == [sample.text for sample in builtin_set("date-lists").samples]
+    assert {day for _, target in made for day in target.split(" ")} <= train
 
 
 # ---- the models

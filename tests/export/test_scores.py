@@ -11,15 +11,25 @@ import numpy as np
 import pytest
 
 from transom.cli.describe import score_line, score_value
-from transom.export.datasets import heldout_dates, heldout_digits, heldout_text, masked_text, wordnet_pairs
+from transom.export.datasets import (
+    heldout_date_lists,
+    heldout_dates,
+    heldout_digits,
+    heldout_text,
+    masked_text,
+    wordnet_pairs,
+)
 from transom.export.metrics import Accuracy, Rate
 from transom.export.reference_models import reference_folder, score_both
 from transom.export.scores import (
     BLOCK_BYTES,
     bits_per_byte,
     blocks,
+    date_lists_score,
+    date_lists_score_of,
     dates_score,
     digits_score,
+    list_scores_by_length,
     masked_score,
     retrieval_score,
 )
@@ -207,6 +217,35 @@ def test_dates_must_match_letter_by_letter() -> None:
     assert dates_score(translate).correct == 999
     with pytest.raises(ExportError, match="translate gave 1 texts for 1000"):
         dates_score(lambda asked: expected[:1])
+
+
+def test_a_list_must_match_in_every_date() -> None:
+    _, expected = heldout_date_lists()
+    last = expected[-1]
+    assert date_lists_score(lambda asked: [*expected[:-1], last[:-1] + "x"]).right == (1,) * 899 + (0,)
+    assert date_lists_score(lambda asked: [target.split(" ")[0] for target in expected]).correct == 150
+    with pytest.raises(ExportError, match="translate gave 900 texts for 1000"):
+        dates_score(lambda asked: expected)
+
+
+def test_lists_are_counted_by_their_number_of_dates() -> None:
+    """A translator of at most 32 characters: three ISO dates and two spaces are right, longer lists are cut."""
+    answers = dict(zip(*heldout_date_lists(), strict=True))
+
+    def translate(asked: list[str], num_beams: int) -> list[str]:
+        assert num_beams == 1
+        return [answers[text][:32] for text in asked]
+
+    side: Any = SimpleNamespace(translate=translate)
+    found = list_scores_by_length(side)
+    assert [(score.dates, score.right, score.cases) for score in found] == [
+        (1, 150, 150), (2, 150, 150), (3, 150, 150), (4, 0, 150), (5, 0, 150), (6, 0, 150)
+    ]  # fmt: skip
+    assert date_lists_score_of(side).correct == sum(score.right for score in found)
+    for score in found:
+        sizes = sorted(len(text) for text in answers if text.count("; ") == score.dates - 1)
+        assert score.characters == (sizes[0], pytest.approx(sum(sizes) / 150), sizes[-1])
+    assert found[5].characters[2] == 141
 
 
 # ---- both sides
