@@ -23,7 +23,7 @@ from transom.models.weights import build_module, stored_names
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import CheckpointError, ExportError
 from transom.runtime.generation import GenerationConfig
-from transom.runtime.graph_spec import Axis, Graph, is_decoder
+from transom.runtime.graph_spec import CACHE, Axis, Graph, is_decoder
 from transom.runtime.image_preprocess import ImagePreprocess
 from transom.runtime.manifest import Manifest
 from transom.runtime.text.tokenizer import TextTokenizer
@@ -106,8 +106,12 @@ def load_checkpoint(
         preprocess = preprocess_for(checkpoint, inputs["pixel_values"].shape)
     labels = (family.labels(config) or label_names(checkpoint.config_json)) if chosen in LABELLED else ()
     if "decoder_input_ids" in inputs:
-        target = inputs["decoder_input_ids"]
-        target_tokenizer = read_target_tokenizer(tokenizer_files, longest["T"].max, target.exclusive_max)
+        rows = inputs["decoder_input_ids"].exclusive_max or 0
+        most = longest["T"].max if CACHE in longest else MAX_LENGTH  # no positions bound a recurrent state
+        if "input_ids" in inputs:
+            target_tokenizer = read_target_tokenizer(tokenizer_files, most, rows)
+        else:  # what is written is all the text that there is
+            target_tokenizer = tokenizer_for(tokenizer_files, chosen, most, rows)
     decoders = [graph for graph in graphs if is_decoder(graph)]
     generation = None
     if decoders:

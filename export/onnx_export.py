@@ -17,7 +17,7 @@ from torch import nn
 
 from transom.calib.graph_hash import MODULE
 from transom.runtime.errors import ExportError, one_line
-from transom.runtime.graph_spec import Axis, Graph, shape_of
+from transom.runtime.graph_spec import Axis, Graph, cache_inputs, shape_of
 
 OPSET = 23  # the first with Attention
 CACHE_OPSET = 24  # the first with TensorScatter, which writes the KV cache
@@ -41,7 +41,7 @@ def onnx_from_module(module: nn.Module, graph: Graph, axes: Mapping[str, Axis]) 
         if axis.max > 1
     }
     dynamic = [{i: dims[size] for i, size in enumerate(tensor.shape) if size in dims} for tensor in graph.inputs]
-    cached = any(tensor.aliases for tensor in graph.outputs)
+    cached = bool(cache_inputs(graph))
     try:
         with quiet_exporter():
             program = torch.onnx.export(

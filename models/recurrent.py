@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from transom.runtime.graph_spec import Tensor as TensorSpec
 
+MASKED = -3e4  # a score that no other comes near, and that FP16 holds
 GRU_VERSION = 22  # of the ONNX operator: the first with bfloat16
 
 
@@ -134,7 +135,7 @@ class AdditiveAttention(nn.Module):
         """
         scores = self.score(torch.tanh(self.query(query)[:, None] + keys)).squeeze(2)
         if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf"))
+            scores = scores.masked_fill(~mask, MASKED)
         weights = torch.softmax(scores, dim=1)
         return (weights[:, None] @ values).squeeze(1), weights
 

@@ -5,7 +5,7 @@
     graph_spec, families        tensors, axes and graphs; the names of the families
     tasks/                      the methods of each family
     text/, image_*              texts and images become tensors
-    decoder, kv_cache           prefill and decode steps over a cache
+    decoder, *_state, kv_cache  prefill and decode steps over a cache or a recurrent state
     generation/                 which token is next: greedy, sampling, beams
     backends/, devices          ONNX Runtime, TensorRT, the GPU below them; what "auto" means
     selftest, golden*, greedy_check, compare    outputs compared with golden values

@@ -199,28 +199,33 @@ def example_feeds(graph: Graph, sizes: Mapping[str, int]) -> dict[str, Array]:
 
 
 def generation_sizes(loaded: Generator, asked: Mapping[str, int], new_tokens: int | None) -> dict[str, int]:
-    """Return rows B, tokens S of each prompt or source, and "new" ones; what is not ``asked`` for is the axis' opt.
+    """Return rows B, tokens S of each prompt or source where it has any, and "new" ones.
 
+    What is not ``asked`` for is the axis' opt.
     Raises InputError for another axis and for more tokens than the context holds, ShapeError for a size out
     of its bounds.
     """
     axes, context = loaded.axes, loaded.context
     for name, size in asked.items():
-        if name not in ("B", "S"):
-            raise InputError(f"unknown axis {name!r}; a generation has B and S, the tokens of each prompt.")
+        known = ("B",) if loaded.prompt_axis() is None else ("B", "S")
+        if name not in known:
+            words = "B, its images" if len(known) == 1 else "B and S, the tokens of each prompt"
+            raise InputError(f"unknown axis {name!r}; a generation has {words}.")
         check_size(axes, name, size)
     B = asked.get("B", axes["B"].opt)
     new = new_tokens if new_tokens is not None else max(1, min(NEW_TOKENS, context // 2))
     shared = loaded.decoder_length([0, 0]) == 2  # the context, by the prompt and what is new
-    longest = max(1, context - new) if shared else axes["S"].max
-    S = asked.get("S", min(axes["S"].opt, longest))
+    if loaded.prompt_axis() is None:  # an image
+        S = 1
+    else:
+        S = asked.get("S", min(axes["S"].opt, max(1, context - new) if shared else axes["S"].max))
     length = loaded.decoder_length([0] * S)
     if length + new > context:
         raise InputError(
             f"a prompt of {length} tokens and {new} new ones make {length + new}; the context holds {context}. "
             "Ask for fewer of either."
         )
-    return {"B": B, "S": S, "new": new}
+    return {"B": B, "new": new} if loaded.prompt_axis() is None else {"B": B, "S": S, "new": new}
 
 
 def measure_generation(loaded: Generator, sizes: Mapping[str, int], effort: Effort) -> list[Timing]:
@@ -230,9 +235,9 @@ def measure_generation(loaded: Generator, sizes: Mapping[str, int], effort: Effo
     token has no "decode". Warm-up is one prompt and ``effort.warmup`` steps at most. A generation that runs when the
     time is over is finished: its last steps, over the fullest cache, are the slowest.
     """
-    B, S, new = sizes["B"], sizes["S"], sizes["new"]
+    B, S, new = sizes["B"], sizes.get("S", 1), sizes["new"]
     rng = np.random.default_rng(SEED)
-    prompts = rng.integers(0, loaded.prompt_tokens().exclusive_max or 1, (B, S)).tolist()
+    prompts = loaded.random_prompts(rng, B, S)
     vocabulary = int(loaded.backend("decoder").graph.outputs[0].shape[2])
     steps = rng.integers(0, vocabulary, (new - 1, B))
     label = " ".join(["generation", *(f"{name}={size}" for name, size in sizes.items())])
@@ -257,5 +262,5 @@ def measure_generation(loaded: Generator, sizes: Mapping[str, int], effort: Effo
         effort.progress(label, len(prefill_ms), effort.runs)
         if ended > deadline:
             break
-    timings = [timing_of("prefill", sizes, prefill_ms, B * S, "tokens")]
+    timings = [timing_of("prefill", sizes, prefill_ms, B * S, "tokens" if "S" in sizes else "images")]
     return timings + ([timing_of("decode", sizes, decode_ms, B, "tokens")] if decode_ms else [])

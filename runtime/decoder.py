@@ -1,17 +1,18 @@
-"""Run a decoder graph over a KV cache: prefill of prompts, decode steps of one token a row."""
+"""Run a decoder graph over its state, a KV cache or a recurrent one: prefill of prompts, decode steps of one token."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from transom.runtime.backends.base import Array, Backend
-from transom.runtime.errors import InputError
+from transom.runtime.decoder_state import new_decoder_state
+from transom.runtime.errors import BundleError, InputError
 from transom.runtime.feeds import LOGITS_POSITIONS, WRITE_INDICES
-from transom.runtime.graph_spec import token_input
-from transom.runtime.kv_cache import new_decoder_state
+from transom.runtime.graph_spec import CACHE, Axis, Graph, cache_inputs, token_input
 
 CHUNK = 256  # tokens of a prompt read at once: the scores inside attention grow with chunk times capacity
 
@@ -19,11 +20,28 @@ Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
 
+def context_length(graph: Graph, axes: Mapping[str, Axis], options: Mapping[str, Any]) -> int:
+    """Return how many tokens a row of a decoder graph may have.
+
+    Its cache's and its prompts' bounds; a recurrent state has none, and bundle.json's ``options`` have
+    ``max_target_positions``. Raises BundleError where they do not.
+    """
+    if cache_inputs(graph):
+        return min(axes[CACHE].max, axes[str(token_input(graph).shape[1])].max)
+    found = options.get("max_target_positions")
+    if type(found) is not int or found < 1:
+        raise BundleError(
+            f"bundle.json: options.max_target_positions is {repr(found)[:60]}, expected a positive integer. Export the "
+            "bundle again."
+        )
+    return found
+
+
 class Decoder:
     """R rows in one decoder graph, each at its own position.
 
     ``limit`` is the most tokens a row may have. ``encoder_outputs`` is what the graph reads beside tokens and
-    caches, one row of each array per row: the encoder's keys and values, and its mask. ``most_logits``
+    state, one row of each array per row: the encoder's keys and values, and its mask. ``most_logits``
     is the most positions of a row whose logits one run gives, the bound of axis P.
 
     The state belongs to this object alone. Not to be shared by threads.
@@ -45,7 +63,9 @@ class Decoder:
         self._logits = graph.outputs[0].name
         self._state = new_decoder_state(backend, rows, limit, encoder_outputs or {})
         self._limit = limit
-        self._most_logits = limit if most_logits is None else most_logits
+        self._cached = bool(cache_inputs(graph))
+        self._chunk = CHUNK if self._cached else 1  # a recurrent graph reads one token of each row
+        self._most_logits = min(self._chunk if not self._cached else limit, most_logits or limit)
         self._ends: Ids = np.zeros(rows, np.int64)  # tokens read, per row
 
     @property
@@ -61,16 +81,22 @@ class Decoder:
         """Run prompts (R, S), padded on the right to ``lengths`` (R,); return logits (R, V) of each row's last token.
 
         In chunks of CHUNK. What is written for padding lies past its row's end and is overwritten before it is read.
+        Into a recurrent state padding would go for good: InputError for rows of different lengths.
         """
         R, S = tokens.shape
         lengths = np.full(R, S) if lengths is None else lengths
+        if not self._cached and np.any(lengths != S):
+            raise InputError(
+                f"rows of {int(lengths.min())} and {int(lengths.max())} tokens are to go into one recurrent state; "
+                "expected rows of one length. Give each length a call of its own."
+            )
         last = np.empty((R, self._vocabulary), np.float32)
         start = self._ends
-        for first in range(0, S, CHUNK):
-            chunk = tokens[:, first : first + CHUNK]
+        for first in range(0, S, self._chunk):
+            chunk = tokens[:, first : first + self._chunk]
             place = np.clip(lengths - 1 - first, 0, chunk.shape[1] - 1)
             logits = self._step(chunk, start + first, place[:, None])[:, 0]
-            here = (lengths - 1) // CHUNK == first // CHUNK
+            here = (lengths - 1) // self._chunk == first // self._chunk
             last[here] = logits[here]
         self._ends = start + lengths
         return last
@@ -100,10 +126,8 @@ class Decoder:
         if end > self._limit:
             raise InputError(f"row {int(write_indices.argmax())} has {end} tokens; the context holds {self._limit}.")
         self._state.reserve(end)
-        feeds = {
-            self._tokens: np.ascontiguousarray(tokens, np.int64),
-            WRITE_INDICES: np.ascontiguousarray(write_indices, np.int64),
-            LOGITS_POSITIONS: np.ascontiguousarray(positions, np.int64),
-            **self._state.feeds,
-        }
+        feeds = {self._tokens: np.ascontiguousarray(tokens, np.int64), **self._state.feeds}
+        if self._cached:
+            feeds[WRITE_INDICES] = np.ascontiguousarray(write_indices, np.int64)
+            feeds[LOGITS_POSITIONS] = np.ascontiguousarray(positions, np.int64)
         return self._backend.run(feeds, {self._logits: (R, positions.shape[1], self._vocabulary)})[self._logits]

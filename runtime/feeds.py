@@ -10,7 +10,17 @@ import numpy as np
 
 from transom.runtime.backends.base import Array
 from transom.runtime.errors import InputError, ShapeError
-from transom.runtime.graph_spec import ARANGE, Axis, EngineAxis, Graph, Tensor, is_decoder, shape_of, token_input
+from transom.runtime.graph_spec import (
+    ARANGE,
+    CACHE,
+    Axis,
+    EngineAxis,
+    Graph,
+    Tensor,
+    cache_inputs,
+    shape_of,
+    token_input,
+)
 
 if TYPE_CHECKING:
     from transom.runtime.manifest_graphs import Plan
@@ -43,8 +53,8 @@ def checked_feeds(
     for tensor in sorted(graph.inputs, key=lambda tensor: tensor.default is not None):  # first those one must give
         if tensor.name not in feeds:
             feeds[tensor.name] = filled(tensor, sizes)
-    if is_decoder(graph):
-        check_positions(sizes[str(token_input(graph).shape[1])], sizes["C"], feeds)
+    if cache_inputs(graph):
+        check_positions(sizes[str(token_input(graph).shape[1])], sizes[CACHE], feeds)
     return feeds, sizes
 
 
@@ -106,7 +116,7 @@ def allowed_sizes(name: str, axis: Axis, size: int) -> str:
     hint = f" {wider({name: axis}, {name: size})}." if beyond else ""
     ceiling = exported(axis).ceiling
     if ceiling is not None and size > ceiling:
-        hint = f" The model has {ceiling} positions; give no more."
+        hint = f" The model has {ceiling} position{'s' if ceiling > 1 else ''}; give no more."
     return f"{axis.min}..{axis.max}{where}.{hint}"
 
 
@@ -158,9 +168,9 @@ def check_range(tensor: Tensor, value: Array) -> None:
 
 
 def check_buffer(name: str, value: Array) -> None:
-    """Raise InputError for a cache that cannot be written in place.
+    """Raise InputError for a state that cannot be written in place.
 
-    A copy that made it contiguous would get the new tokens instead.
+    A copy that made it contiguous would get the new values instead.
     """
     if not (value.flags.c_contiguous and value.flags.writeable and value.flags.aligned):
         raise InputError(
@@ -170,7 +180,7 @@ def check_buffer(name: str, value: Array) -> None:
 
 
 def check_buffers(names: Sequence[str], inputs: Mapping[str, Array]) -> None:
-    """Raise InputError unless the given caches are all there, once tokens lie in them, each in memory of its own."""
+    """Raise InputError unless the given states are all there, once tokens lie in them, each in memory of its own."""
     given = [name for name in names if name in inputs]
     for name in given:
         check_buffer(name, inputs[name])

@@ -81,17 +81,20 @@ def cut_generation(loaded: LoadedBundle, arrays: Sides) -> tuple[Sides | None, s
     from transom.runtime.tasks.generator import Generator
 
     given, tokens = arrays["input"], arrays[PYTORCH].get("tokens")
-    if not isinstance(loaded, Generator) or not {"prompts", "lengths"} <= given.keys() or tokens is None:
+    if not isinstance(loaded, Generator) or not are_prompts(given) or tokens is None:
         return arrays, ""  # which is an error of its own
-    longest = loaded.max_size(str(loaded.prompt_tokens().shape[1]))
-    used = [loaded.decoder_length(prompt) for prompt in prompts_from_arrays(given)]
+    prompts, axis = prompts_from_arrays(given), loaded.prompt_axis()
+    used = [loaded.decoder_length(prompt) for prompt in prompts]
     rows = [
-        row for row, length in enumerate(given["lengths"].tolist()) if length <= longest and used[row] < loaded.context
+        row
+        for row, prompt in enumerate(prompts)
+        if (axis is None or len(prompt) <= loaded.max_size(axis)) and used[row] < loaded.context
     ]
     rows = rows[: loaded.max_size("B")]
     steps = min([tokens.shape[1], *(loaded.context - used[row] for row in rows)])
     if len(rows) < loaded.axes["B"].min:
-        return None, f"of its prompts {len(rows)} fit into {longest} tokens and a context of {loaded.context}"
+        longest = "" if axis is None else f"{loaded.max_size(axis)} tokens and "
+        return None, f"of its prompts {len(rows)} fit into {longest}a context of {loaded.context}"
     if (len(rows), steps) == tokens.shape:
         return arrays, ""
     cut = {
@@ -110,8 +113,6 @@ def is_generation(
     """
     theirs = sides[0]
     needed = (
-        (given, "prompts", "int64", 2),
-        (given, "lengths", "int64", 1),
         (theirs, "tokens", "int64", 2),
         *((side, "logits", "float32", 3) for side in sides),
         (reference, "tokens", "int64", 2),
@@ -120,14 +121,29 @@ def is_generation(
     for arrays, name, dtype, axes in needed:
         if name not in arrays or arrays[name].dtype != dtype or arrays[name].ndim != axes:
             return False
-    prompts, lengths, tokens, logits = given["prompts"], given["lengths"], theirs["tokens"], theirs["logits"]
+    tokens, logits = theirs["tokens"], theirs["logits"]
     return (
-        0 < len(prompts) == len(lengths) == len(tokens) == len(logits)
-        and 0 < int(lengths.min()) <= int(lengths.max()) <= prompts.shape[1]
+        are_prompts(given)
+        and 0 < len(given["prompts"]) == len(tokens) == len(logits)
         and 0 < logits.shape[1] <= tokens.shape[1]
         and tokens.shape == reference["tokens"].shape == reference["margins"].shape
         and all(side["logits"].shape == logits.shape for side in sides)
         and has_largest_logits(reference, logits.shape[2])
+    )
+
+
+def are_prompts(given: Mapping[str, Array]) -> bool:
+    """Return whether arrays are what ``prompts_to_arrays`` makes: token ids and their lengths, or pixels."""
+    prompts, lengths = given.get("prompts"), given.get("lengths")
+    if prompts is None:
+        return False
+    if lengths is None:
+        return prompts.dtype == np.float32 and prompts.ndim == 4
+    return (
+        prompts.dtype == lengths.dtype == np.int64
+        and (prompts.ndim, lengths.ndim) == (2, 1)
+        and 0 < len(prompts) == len(lengths)
+        and 0 < int(lengths.min()) <= int(lengths.max()) <= prompts.shape[1]
     )
 
 

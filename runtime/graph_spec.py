@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+CACHE = "C"  # the axis of a cache's positions
 ARANGE = "arange"  # a Tensor.default: 0, 1, 2, ... along the last axis
 
 
@@ -43,7 +44,8 @@ class Tensor:
     exclusive_max  bounds the values of an index: 0 <= value < exclusive_max
     state          passed from call to call, or from graph to graph, and not read in between: kept in the graph's own
                    precision, where all other tensors are float32 or int64
-    aliases        of an output: the input in whose buffer it is written
+    aliases        of an output: the input whose buffer gets it. A cache, which has the axis CACHE, is written in place
+                   at some positions; any other state is replaced, by what the graph computed of all of it
     """
 
     name: str
@@ -73,7 +75,7 @@ class Graph:
 
 
 def is_decoder(graph: Graph) -> bool:
-    """Return whether the graph writes caches."""
+    """Return whether the graph updates a state: caches, or recurrent state."""
     return any(tensor.aliases is not None for tensor in graph.outputs)
 
 
@@ -82,10 +84,25 @@ def token_input(graph: Graph) -> Tensor:
     return graph.inputs[0]
 
 
-def cache_inputs(graph: Graph) -> list[Tensor]:
-    """Return the inputs that the graph writes in place: its caches (B, H, C, D)."""
+def state_inputs(graph: Graph) -> list[Tensor]:
+    """Return the inputs whose buffers get an output: a decoder's caches, and its recurrent state."""
     written = {tensor.aliases for tensor in graph.outputs}
     return [tensor for tensor in graph.inputs if tensor.name in written]
+
+
+def cache_inputs(graph: Graph) -> list[Tensor]:
+    """Return the inputs that the graph writes in place: its caches (B, H, C, D)."""
+    return [tensor for tensor in state_inputs(graph) if is_cache(tensor)]
+
+
+def recurrent_inputs(graph: Graph) -> list[Tensor]:
+    """Return the inputs that an output replaces as a whole: recurrent state (B, ...)."""
+    return [tensor for tensor in state_inputs(graph) if not is_cache(tensor)]
+
+
+def is_cache(tensor: Tensor) -> bool:
+    """Return whether a state tensor is a cache, which grows with every token."""
+    return CACHE in tensor.shape
 
 
 def shape_of(tensor: Tensor, sizes: Mapping[str, int]) -> tuple[int, ...]:

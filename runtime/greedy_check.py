@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from transom.runtime.backends.base import Array
 from transom.runtime.errors import ParityError
 from transom.runtime.tasks.generator import Generator
-from transom.runtime.tasks.prompts import Row, padded
+from transom.runtime.tasks.prompts import Prompt, padded
 
 PAD = -1  # fills rows of tokens that ended early
 TOP = 16  # logits of each step that golden values keep: a side that chose another token chose one of these
@@ -23,7 +23,7 @@ SLACK = 1e-3  # of the largest logit: what a row's logits differ by between a ge
 PYTORCH = "PyTorch's"  # the generation that ours is compared with, in words
 
 
-def forced_logits(bundle: Generator, prompts: Sequence[Row], chunks: Sequence[NDArray[np.int64]]) -> Iterator[Array]:
+def forced_logits(bundle: Generator, prompts: Sequence[Prompt], chunks: Sequence[NDArray[np.int64]]) -> Iterator[Array]:
     """Yield logits under teacher forcing: those of the prompts' last tokens (R, 1, V), then (R, n, V) of each chunk."""
     prefilled = bundle.prefill(prompts)
     yield prefilled.logits[:, None]
@@ -59,10 +59,10 @@ class GreedyGeneration:
     logits: NDArray[np.float32]
 
 
-def greedy(bundle: Generator, prompts: Sequence[Row], new_tokens: int) -> GreedyGeneration:
+def greedy(bundle: Generator, prompts: Sequence[Prompt], new_tokens: int) -> GreedyGeneration:
     """Generate up to ``new_tokens`` for each prompt, all prompts in one batch."""
     rows = bundle.generate(
-        [list(prompt) for prompt in prompts],
+        [prompt if isinstance(prompt, np.ndarray) else list(prompt) for prompt in prompts],
         max_new_tokens=new_tokens,
         do_sample=False,
         num_beams=1,
@@ -82,7 +82,7 @@ def greedy(bundle: Generator, prompts: Sequence[Row], new_tokens: int) -> Greedy
     return GreedyGeneration(GreedyTokens(tokens, margins, top_ids, top_logits), logits)
 
 
-def logits_along(bundle: Generator, prompts: Sequence[Row], tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+def logits_along(bundle: Generator, prompts: Sequence[Prompt], tokens: NDArray[np.int64]) -> NDArray[np.float32]:
     """Return the logits that each of ``tokens`` (R, n) was chosen from, fed one by one: (R, n, V)."""
     fed = np.maximum(tokens, 0)  # behind a row's end anything will do
     chunks = [fed[:, step : step + 1] for step in range(tokens.shape[1] - 1)]
@@ -160,12 +160,19 @@ def require_same_tokens(
     return found
 
 
-def prompts_to_arrays(prompts: Sequence[Row]) -> dict[str, Array]:
-    """Return prompts as golden values hold them: ``prompts`` (R, S) and their ``lengths`` (R,)."""
+def prompts_to_arrays(prompts: Sequence[Prompt]) -> dict[str, Array]:
+    """Return prompts as golden values hold them: ``prompts`` (R, S) and their ``lengths`` (R,), or pixels (R, C, H, W).
+
+    Pixels have no lengths.
+    """
+    if isinstance(prompts[0], np.ndarray):
+        return {"prompts": np.stack(prompts)}
     ids, lengths = padded(prompts)
     return {"prompts": ids, "lengths": lengths}
 
 
-def prompts_from_arrays(arrays: Mapping[str, Array]) -> list[Row]:
+def prompts_from_arrays(arrays: Mapping[str, Array]) -> list[Prompt]:
     """Return the prompts that ``prompts_to_arrays`` took."""
+    if "lengths" not in arrays:
+        return list(arrays["prompts"])
     return [row[:length].tolist() for row, length in zip(arrays["prompts"], arrays["lengths"], strict=True)]

@@ -1,17 +1,16 @@
-"""Keep what a decoder's rows need between steps: their KV caches, and the encoder's outputs beside them."""
+"""Keep the KV caches of a decoder's rows: buffers that grow, and whose rows change places."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.runtime.backends.base import Array, Backend
+from transom.runtime.backends.base import Array
 from transom.runtime.errors import BackendError
 from transom.runtime.feeds import storage
-from transom.runtime.graph_spec import Tensor, cache_inputs
+from transom.runtime.graph_spec import Tensor
 
 # Attention on a CPU reads the whole buffer, full or not, so that a longer one costs at every step;
 # growing copies what is used. benchmarks/cache_step.py measures both.
@@ -34,8 +33,8 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """Return how many tokens fit in a row now."""
-        return int(next(iter(self.buffers.values())).shape[2])
+        """Return how many tokens fit in a row now; without a tensor, as many as may be."""
+        return next((int(buffer.shape[2]) for buffer in self.buffers.values()), self._limit)
 
     def reserve(self, tokens: int) -> None:
         """Grow the buffers to ``tokens`` in every row, which will be used: in steps of STEP, at most to the limit."""
@@ -71,80 +70,3 @@ class KVCache:
             raise BackendError(
                 f"there is no memory for a cache of {shape}. Give fewer or shorter prompts, or fewer beams."
             ) from None
-
-
-class DecoderState(Protocol):
-    """Caches of R rows and what their encoder gave. Belongs to one generation, not to be shared by threads."""
-
-    @property
-    def capacity(self) -> int:
-        """Return how many tokens fit in a row now."""
-        ...
-
-    @property
-    def feeds(self) -> Mapping[str, Any]:
-        """Return the graph's inputs by name: arrays, or what the backend that made this state takes for them."""
-        ...
-
-    def reserve(self, tokens: int) -> None:
-        """Make room for ``tokens`` in every row, which will be used."""
-        ...
-
-    def reorder(self, rows: NDArray[np.intp]) -> None:
-        """Replace row i by what row ``rows[i]`` was; there are ``len(rows)`` from now on."""
-        ...
-
-
-@runtime_checkable
-class SupportsDeviceCache(Protocol):
-    """A backend that keeps the state on its device, so that no step copies it there and back."""
-
-    def new_decoder_state(self, rows: int, limit: int, encoder_outputs: Mapping[str, Array]) -> DecoderState: ...
-
-
-class HostDecoderState:
-    """A decoder's state in numpy arrays."""
-
-    def __init__(self, caches: Sequence[Tensor], rows: int, limit: int, encoder_outputs: Mapping[str, Array]) -> None:
-        self.cache = KVCache(caches, rows, limit)
-        self._encoder_outputs = EncoderOutputs(encoder_outputs, rows)
-
-    @property
-    def capacity(self) -> int:
-        return self.cache.capacity
-
-    @property
-    def feeds(self) -> dict[str, Array]:
-        return {**self._encoder_outputs.arrays, **self.cache.buffers}
-
-    def reserve(self, tokens: int) -> None:
-        self.cache.reserve(tokens)
-
-    def reorder(self, rows: NDArray[np.intp]) -> None:
-        self.cache.reorder(rows)
-        self._encoder_outputs.reorder(rows, lambda array, chosen: array[chosen])
-
-
-class EncoderOutputs:
-    """Arrays that rows read and never write, one row of each per row: the encoder's keys and values, and its mask."""
-
-    def __init__(self, arrays: Mapping[str, Any], rows: int) -> None:
-        self.arrays = dict(arrays)
-        self._origin = np.arange(rows)  # the original row that each row reads
-
-    def reorder(self, rows: NDArray[np.intp], take: Callable[[Any, NDArray[np.intp]], Any]) -> None:
-        """Replace row i by what row ``rows[i]`` was; ``take(array, rows)`` returns an array of those rows."""
-        origin = self._origin[rows]
-        if not np.array_equal(origin, self._origin):  # beams of one source read the same
-            self.arrays = {name: take(array, rows) for name, array in self.arrays.items()}
-        self._origin = origin
-
-
-def new_decoder_state(backend: Backend, rows: int, limit: int, encoder_outputs: Mapping[str, Array]) -> DecoderState:
-    """Make empty caches for ``rows`` rows of ``backend``'s graph, at most ``limit`` tokens each.
-
-    ``encoder_outputs`` are read beside them, one row of each array per row.
-    """
-    if isinstance(backend, SupportsDeviceCache):
-        return backend.new_decoder_state(rows, limit, encoder_outputs)
-    return HostDecoderState(cache_inputs(backend.graph), rows, limit, encoder_outputs)

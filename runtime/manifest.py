@@ -34,7 +34,12 @@ FORMAT_VERSION = 1
 MANIFEST = "bundle.json"
 QUANTIZED = ("int8", "int4")  # of the weights; accuracy is judged by a gate, not by parity
 PRECISIONS = ("fp32", "fp16", "bf16", *QUANTIZED)
-POSITIONS = ("max_position_embeddings", "n_positions")  # of a config: tokens of the longest row the model can read
+# Of a config: the tokens of the longest row that the model can read.
+POSITIONS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_source_positions",
+)
 ROWS = "B"
 
 

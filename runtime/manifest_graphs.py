@@ -5,11 +5,11 @@ The keys of bundle.json are those of format version 1; where a field's name is a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from transom.runtime.graph_spec import ARANGE, Axis, Graph, Tensor
+from transom.runtime.graph_spec import ARANGE, CACHE, Axis, Graph, Tensor, is_cache
 from transom.runtime.json_reader import Fields
 
 MAX_AXIS = 2**31 - 1
@@ -83,26 +83,29 @@ def graph_from_json(value: Any, axes: Mapping[str, Axis], files: Collection[str]
     problems += [f"two tensors are called {n[:60]!r}" for n in sorted(set(tensors)) if tensors.count(n) > 1]
     given = {size for tensor in graph.inputs for size in tensor.shape if isinstance(size, str)}
     asked = {size for tensor in graph.outputs for size in tensor.shape if isinstance(size, str)}
-    problems += decoder_problems(graph)
+    problems += decoder_problems(graph, axes)
     if not asked <= given:
         problems.append(f"graphs[] has outputs with the axes {sorted(asked - given)}, which no input has")
     return GraphFile(graph, targets, weights)
 
 
-def decoder_problems(graph: Graph) -> list[str]:
-    """Return what is wrong with a graph that writes caches: the runtime relies on its inputs' names and shapes."""
+def decoder_problems(graph: Graph, axes: Mapping[str, Axis]) -> list[str]:
+    """Return what is wrong with a graph that updates a state: the runtime relies on its inputs' names and shapes."""
     written = [output for output in graph.outputs if output.aliases is not None]
     inputs = {tensor.name: tensor.shape for tensor in graph.inputs}
     problems = [
-        f"{str(output.name)[:60]!r} writes {str(output.aliases)[:60]!r}, which is no input of its shape (B, H, C, D)"
+        f"{str(output.name)[:60]!r} writes {str(output.aliases)[:60]!r}, which is no input of its shape: (B, H, C, D), "
+        "or (B, ...) of fixed sizes"
         for output in written
-        if inputs.get(str(output.aliases)) != output.shape or len(output.shape) != 4 or output.shape[2] != "C"
+        if inputs.get(str(output.aliases)) != output.shape or not is_state_shape(output.shape)
     ]
     targets = [str(output.aliases) for output in written]
     problems += [f"two outputs write {name[:60]!r}" for name in sorted(set(targets)) if targets.count(name) > 1]
-    if written and (graph.outputs[0].shape[:2] != ("B", "P") or not isinstance(graph.outputs[0].shape[-1], int)):
+    if not any(is_cache(output) for output in written):
+        return problems + (recurrent_problems(graph, axes) if written else [])
+    if graph.outputs[0].shape[:2] != ("B", "P") or not isinstance(graph.outputs[0].shape[-1], int):
         problems.append("a graph that writes caches gives logits (B, P, vocabulary) first")
-    if written and (
+    if (
         inputs.get("write_indices") != ("B",)
         or inputs.get("logits_positions") != ("B", "P")
         or len(graph.inputs[0].shape) != 2
@@ -115,6 +118,33 @@ def decoder_problems(graph: Graph) -> list[str]:
             "write_indices (B) and logits_positions (B, P)"
         )
     return problems
+
+
+def recurrent_problems(graph: Graph, axes: Mapping[str, Axis]) -> list[str]:
+    """Return what is wrong with a graph whose state is all recurrent: it reads one token of each row."""
+    tokens, logits = graph.inputs[0], graph.outputs[0]
+    if (
+        tokens.dtype != "int64"
+        or tokens.exclusive_max is None
+        or len(tokens.shape) != 2
+        or not isinstance(tokens.shape[1], str)
+        or tokens.shape[1] not in axes
+        or axes[tokens.shape[1]].max != 1
+        or logits.shape[:-1] != tokens.shape
+        or not isinstance(logits.shape[-1], int)
+    ):
+        return [
+            "a graph with a recurrent state takes bounded tokens (B, T) first, T at most 1, and gives logits "
+            "(B, T, vocabulary) first"
+        ]
+    return []
+
+
+def is_state_shape(shape: Sequence[str | int]) -> bool:
+    """Return whether a state may have this shape: a cache's (B, H, C, D), or a recurrent state's (B, ...)."""
+    if CACHE in shape:
+        return len(shape) == 4 and shape[2] == CACHE and all(isinstance(shape[axis], int) for axis in (1, 3))
+    return len(shape) > 1 and shape[0] == "B" and all(isinstance(size, int) for size in shape[1:])
 
 
 def tensor_from_json(value: Any, axes: Mapping[str, Axis], problems: list[str]) -> Tensor:

@@ -1,7 +1,7 @@
 """Derive optimization profiles from a bundle's axes: the sizes that an engine accepts, and those it is tuned for.
 
-An encoder has one. A decoder has two, because prefill and decoding one token are different work: in "decode" each row
-has one new token and one position whose logits are computed.
+An encoder has one. A decoder with a cache has two, because prefill and decoding one token are different work: in
+"decode" each row has one new token and one position whose logits are computed. One with a recurrent state has that one.
 
 An engine computes at every size that a profile allows, whether the graph can or not: memory behind the last row of a
 table of positions is read like a row. So the greatest sizes are checked against the graph's tables first.
@@ -20,7 +20,7 @@ from onnx.reference import ReferenceEvaluator
 
 from transom.export.passes._match import is_unused, is_weight
 from transom.runtime.errors import BundleError, one_line
-from transom.runtime.graph_spec import Axis, Graph, is_decoder
+from transom.runtime.graph_spec import Axis, Graph, cache_inputs, is_decoder, state_inputs
 
 Sizes = tuple[int, ...]
 
@@ -39,6 +39,8 @@ def profiles_of(graph: Graph, axes: Mapping[str, Axis]) -> tuple[Profile, ...]:
         return (profile("all", graph, axes),)
     fixed = {axis: Axis(size, size, size) for axis, size in cache_sizes(graph, axes).items()}
     single = {axis: Axis(1, 1, 1) for axis in step_axes(graph)}
+    if not fixed:  # a recurrent state: there is no other work than steps
+        return (profile("decode", graph, {**axes, **single}),)
     return (
         profile("prefill", graph, {**axes, **fixed}),
         profile("decode", graph, {**axes, **fixed, **single}),
@@ -57,8 +59,7 @@ def profile(name: str, graph: Graph, axes: Mapping[str, Axis]) -> Profile:
 def cache_sizes(graph: Graph, axes: Mapping[str, Axis]) -> dict[str, int]:
     """Return the greatest sizes of the axes of a decoder's cache, without the batch's."""
     batch = graph.inputs[0].shape[0]
-    written = {tensor.aliases for tensor in graph.outputs}
-    names = {size for tensor in graph.inputs if tensor.name in written for size in tensor.shape}
+    names = {size for tensor in state_inputs(graph) for size in tensor.shape}
     return {name: axes[name].max for name in sorted(str(n) for n in names if isinstance(n, str)) if name != batch}
 
 
@@ -136,7 +137,7 @@ def greatest(graph: Graph, known: Profile, enough: int) -> dict[str, NDArray[Any
     New tokens are written to the end of the cache.
     """
     sizes = {t.name: tuple(min(size, enough) for size in known.shapes[t.name][2][1:]) for t in graph.inputs}
-    caches = [sizes[str(tensor.aliases)] for tensor in graph.outputs if tensor.aliases is not None]
+    caches = [sizes[tensor.name] for tensor in cache_inputs(graph)]
     values = {t.name: t.exclusive_max - 1 for t in graph.inputs if t.exclusive_max is not None}
     for cache in caches:
         values["write_indices"] = max(cache[1] - sizes[graph.inputs[0].name][0], 0)

@@ -18,7 +18,7 @@ from transom.runtime.bundle import Bundle
 from transom.runtime.errors import ExportError, ParityError
 from transom.runtime.golden import GENERATION, read_golden
 from transom.runtime.golden_reference import PYTORCH
-from transom.runtime.graph_spec import Axis
+from transom.runtime.graph_spec import CACHE, Axis, cache_inputs
 from transom.runtime.greedy_check import logits_along, prompts_from_arrays
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks.generator import Generator
@@ -36,7 +36,7 @@ class FullCache:
     def __init__(self, backend: Backend, length: int) -> None:
         self._backend, self._length = backend, length
         self.graph = backend.graph
-        self._written = [tensor.aliases for tensor in self.graph.outputs if tensor.aliases is not None]
+        self._written = [tensor.name for tensor in cache_inputs(self.graph)]
 
     def run(self, feeds: Mapping[str, Array], shapes: Mapping[str, Sequence[int]]) -> dict[str, Array]:
         """Run the graph on padded caches and copy what it wrote back."""
@@ -120,7 +120,7 @@ def outputs(
         assert isinstance(variant, Generator)
         assert isinstance(shipped, Generator)
         prompts, tokens = prompts_from_arrays(arrays["input"]), arrays[PYTORCH]["tokens"]
-        cache = axes["C"].max
+        cache = axes[CACHE].max if CACHE in axes else variant.context
         if max(map(variant.decoder_length, prompts)) > cache:  # both sides read the same: any part of a prompt serves
             prompts = [prompt[: max(1, cache // 2)] for prompt in prompts]
         room = cache - max(map(variant.decoder_length, prompts)) + 1  # the last token is not fed

@@ -13,7 +13,7 @@ from transom.runtime.backends.base import Array
 from transom.runtime.backends.ort import OrtBackend
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import BackendError, BundleError, ExportError
-from transom.runtime.graph_spec import Graph
+from transom.runtime.graph_spec import Graph, is_cache
 from transom.runtime.loading import load_with_backends
 from transom.runtime.manifest_graphs import SIMULATED
 from transom.runtime.session import LoadedBundle
@@ -32,6 +32,9 @@ class PyTorchBackend:
         with torch.inference_mode():
             outputs = self._module(*(torch.from_numpy(feeds[tensor.name]) for tensor in self.graph.inputs))
         named = {tensor.name: value.numpy() for tensor, value in zip(self.graph.outputs, outputs, strict=True)}
+        for tensor in self.graph.outputs:
+            if tensor.aliases is not None and not is_cache(tensor):
+                feeds[tensor.aliases][...] = named[tensor.name]
         return {name: named[name] for name in shapes}
 
 

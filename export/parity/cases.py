@@ -1,7 +1,7 @@
 """The cases of a parity run: the same inputs, in the same order, on every side that is compared.
 
 An encoder runs over a grid of shapes. A decoder reads prompts of every kind, chunk by chunk and token by
-token, so that each case depends on the cache that those before it left.
+token, so that each case depends on the state that those before it left.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from transom.export.parity.inputs import ParityInputs, single_rows
 from transom.runtime.backends.base import Array
+from transom.runtime.decoder import context_length
 from transom.runtime.errors import ExportError
 from transom.runtime.graph_spec import Axis, Graph, is_decoder
 from transom.runtime.greedy_check import forced_logits
@@ -23,7 +24,7 @@ from transom.runtime.manifest import Manifest
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks import task_class
 from transom.runtime.tasks.generator import Generator
-from transom.runtime.tasks.prompts import Row
+from transom.runtime.tasks.prompts import Prompt
 
 FORCED_STEPS = 64  # tokens fed one by one
 LONG_CHUNK = 300  # tokens, all with logits: of a vocabulary of 50,000, 60 MB on each side
@@ -63,9 +64,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Scenario:
-    """Prompts that are read in one call, then chunks of tokens (R, n)."""
+    """Prompts, ids or pixels, that are read in one call, then chunks of tokens (R, n)."""
 
-    prompts: list[Row]
+    prompts: list[Prompt]
     chunks: list[NDArray[np.int64]]
 
     @property
@@ -88,7 +89,7 @@ class ParityCases:
                 named = {size for tensor in graph.inputs for size in tensor.shape if isinstance(size, str)}
                 self._grids[name] = grid({size: axis for size, axis in manifest.axes.items() if size in named})
         generates = "decoder" in graphs and issubclass(task_class(manifest.family), Generator)
-        self._scenarios = scenarios(manifest, inputs["decoder"]) if generates else []
+        self._scenarios = scenarios(manifest, inputs) if generates else []
         covered = {*self._grids, *(["decoder"] if self._scenarios else [])}
         missed = [name for name in graphs if name not in covered]
         if missed:
@@ -98,7 +99,7 @@ class ParityCases:
             )
 
     @property
-    def greedy_prompts(self) -> list[Row]:
+    def greedy_prompts(self) -> list[Prompt]:
         """The prompts whose whole generations are compared: those of the scenario with the most steps."""
         return self._scenarios[-1].prompts
 
@@ -120,7 +121,7 @@ class ParityCases:
         if isinstance(bundle, Generator):
             graph = bundle.backend("decoder").graph
             for scenario in self._scenarios:
-                longest = max(map(len, scenario.prompts))
+                longest = max(map(prompt_length, scenario.prompts))
                 logits = forced_logits(bundle, scenario.prompts, scenario.chunks)
                 for step, found in enumerate(logits):
                     new = longest if step == 0 else found.shape[1]
@@ -134,18 +135,32 @@ def run_rows(bundle: LoadedBundle, feeds: Mapping[str, Array]) -> dict[str, Arra
     return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
 
-def scenarios(manifest: Manifest, inputs: ParityInputs) -> list[Scenario]:
+def prompt_length(prompt: Prompt) -> int:
+    """Return the tokens of a prompt; an image counts as one."""
+    return 1 if isinstance(prompt, np.ndarray) else len(prompt)
+
+
+def scenarios(manifest: Manifest, inputs: Mapping[str, ParityInputs]) -> list[Scenario]:
     """Make prompts from one token to the longest, of one row up to the most rows, then chunks to the context's end.
 
-    Without an encoder the prompts go to the decoder, and share its context with the tokens that are generated.
+    Without an encoder the prompts go to the decoder, and share its context with the tokens that are generated. Where
+    they are images, each has one length.
     """
     graphs = [file.graph for file in manifest.graphs]
-    tokens = next(graph for graph in graphs if graph.name == "decoder").inputs[0]
-    encoders = [graph.inputs[0] for graph in graphs if not is_decoder(graph)]
-    prompt_tokens, shares = (encoders[0], False) if encoders else (tokens, True)
+    decoder = next(graph for graph in graphs if graph.name == "decoder")
+    tokens = decoder.inputs[0]
+    encoders = [graph for graph in graphs if not is_decoder(graph)]
+    prompted, shares = (encoders[0], False) if encoders else (decoder, True)
     largest = {name: axis.max for name, axis in manifest.axes.items()}
-    context = min(largest["C"], largest[str(tokens.shape[1])])
-    longest = min(largest["S"], context) if shares else largest["S"]
+    context = context_length(decoder, manifest.axes, manifest.options)
+    images = prompted.inputs[0].dtype == "float32"
+    longest = 1 if images else min(largest["S"], context) if shares else largest["S"]
+
+    def prompts(lengths: Sequence[int]) -> list[Prompt]:
+        if images:
+            return list(inputs[prompted.name].feeds({"B": len(lengths)})[prompted.inputs[0].name])
+        below = prompted.inputs[0].exclusive_max or 1
+        return [inputs["decoder"].ids((1, length), below)[0].tolist() for length in lengths]
 
     def scenario(lengths: Sequence[int], chunks: Sequence[int]) -> Scenario:
         lengths = [max(1, min(length, longest)) for length in lengths[: largest["B"]]]
@@ -154,11 +169,9 @@ def scenarios(manifest: Manifest, inputs: ParityInputs) -> list[Scenario]:
         for chunk in chunks:
             chunk = min(chunk, left)
             if chunk > 0:
-                kept.append(inputs.ids((len(lengths), chunk), tokens.exclusive_max or 1))
+                kept.append(inputs["decoder"].ids((len(lengths), chunk), tokens.exclusive_max or 1))
             left -= chunk
-        return Scenario(
-            [inputs.ids((1, length), prompt_tokens.exclusive_max or 1)[0].tolist() for length in lengths], kept
-        )
+        return Scenario(prompts(lengths), kept)
 
     forced = min(FORCED_STEPS, context - 1)
     before = min(max(STEP - forced // 2, 1), context - forced)  # so that the steps cross a growth of the buffers

@@ -38,6 +38,9 @@ def round_output(graph: ir.Graph, node: ir.Node, output: ir.Value) -> None:
     """Apply case 2, 3 or 5 to one result."""
     half = output.dtype
     assert half is not None
+    if not output.name:  # of several outputs, one that is left out
+        output.type = ir.TensorType(ir.DataType.FLOAT)
+        return
     readers = list(output.uses())
     if node.op_type == "Cast":  # case 5: the node itself rounds
         back = cast_of(output, ir.DataType.FLOAT, f"{output.name}_wide")

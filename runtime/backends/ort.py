@@ -14,10 +14,10 @@ from transom.runtime.backends.base import Array, Read, with_dtypes
 from transom.runtime.backends.integer_sums import integer_sums
 from transom.runtime.backends.ort_cache import OrtDecoderState
 from transom.runtime.backends.ort_library import FATAL, load_cuda, onnxruntime
+from transom.runtime.decoder_state import DecoderState, HostDecoderState
 from transom.runtime.errors import BackendError, one_line
 from transom.runtime.feeds import storage
-from transom.runtime.graph_spec import Tensor, cache_inputs
-from transom.runtime.kv_cache import DecoderState, HostDecoderState
+from transom.runtime.graph_spec import Tensor, cache_inputs, recurrent_inputs
 from transom.runtime.manifest_graphs import BLOCKS, PRODUCTS, SIMULATED, GraphFile
 from transom.runtime.process_bound import ProcessBound
 
@@ -65,6 +65,7 @@ class OrtBackend(ProcessBound):
         file = graph.file_for(device)
         self.graph = with_dtypes(graph.graph, tensor_dtypes(self._session), file, "Export the bundle again.")
         self._outputs = {tensor.name: tensor for tensor in self.graph.outputs}
+        self._recurrent = [tensor.name for tensor in recurrent_inputs(self.graph)]
 
     def run(self, feeds: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, Array]:
         binding = self._binding()
@@ -72,13 +73,16 @@ class OrtBackend(ProcessBound):
         feeds = {name: np.ascontiguousarray(value) for name, value in feeds.items() if name not in kept}
         try:
             outputs = {name: np.empty(tuple(shape), storage(self._outputs[name])) for name, shape in shapes.items()}
+            replaced = {name: np.empty_like(feeds[name]) for name in self._recurrent}
             for tensor in self.graph.inputs:
                 if tensor.name in kept:
                     binding.bind_ortvalue_input(tensor.name, kept[tensor.name])
                 else:
                     bind(binding.bind_input, tensor, feeds[tensor.name])
             for tensor in self.graph.outputs:
-                if tensor.aliases in kept:  # one buffer, input and output: written in place
+                if tensor.aliases in replaced:  # other nodes may read the state when the next one is written
+                    bind(binding.bind_output, tensor, replaced[tensor.aliases])
+                elif tensor.aliases in kept:  # one buffer, input and output: written in place
                     binding.bind_ortvalue_output(tensor.name, kept[tensor.aliases])
                 elif tensor.aliases is not None:
                     bind(binding.bind_output, tensor, feeds[tensor.aliases])
@@ -90,6 +94,8 @@ class OrtBackend(ProcessBound):
         finally:
             binding.clear_binding_inputs()
             binding.clear_binding_outputs()
+        for name, array in replaced.items():
+            feeds[name][...] = array
         return outputs
 
     def new_decoder_state(self, rows: int, limit: int, encoder_outputs: Mapping[str, Array]) -> DecoderState:

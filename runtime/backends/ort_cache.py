@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.runtime.backends.base import Array
+from transom.runtime.decoder_state import EncoderOutputs
 from transom.runtime.graph_spec import Tensor
-from transom.runtime.kv_cache import EncoderOutputs, KVCache
+from transom.runtime.kv_cache import KVCache
 from transom.runtime.process_bound import ProcessBound
 
 

@@ -22,7 +22,7 @@ from transom.runtime.backends.trt_memory import DeviceArray, Pool, Staging, TrtD
 from transom.runtime.backends.trt_plans import kind_of, pick_plan, require_version
 from transom.runtime.errors import BackendError, BundleError, ShapeError, one_line
 from transom.runtime.feeds import check_positions, storage
-from transom.runtime.graph_spec import Tensor, cache_inputs, token_input
+from transom.runtime.graph_spec import Tensor, cache_inputs, is_cache, token_input
 from transom.runtime.manifest_graphs import GraphFile
 from transom.runtime.process_bound import ProcessBound
 
@@ -61,7 +61,7 @@ class Engine(ProcessBound):
         written = cache_inputs(self.graph)
         self.caches, self.length = written, int(self.engine.get_tensor_shape(written[0].name)[2]) if written else 0
         for output in self.graph.outputs:
-            if output.aliases is not None and self.engine.get_aliased_input_tensor(output.name) != output.aliases:
+            if is_cache(output) and self.engine.get_aliased_input_tensor(output.name) != output.aliases:
                 raise BundleError(f"{plan.file} does not write {output.aliases} in place; build it again.")
 
     def _bounds(self, profile: int) -> dict[str, tuple[Sizes, Sizes]]:
@@ -163,7 +163,8 @@ class TrtBackend(ProcessBound):
                 self._idle.append(call)
 
     def new_decoder_state(self, rows: int, limit: int, encoder_outputs: Mapping[str, Array]) -> TrtDecoderState:
-        return TrtDecoderState(self._pool, self._engine.caches, self._engine.length, rows, limit, encoder_outputs)
+        length = self._engine.length or limit  # no cache bounds a state that is all recurrent
+        return TrtDecoderState(self._pool, self._engine.caches, length, rows, limit, encoder_outputs)
 
 
 class CallContext(ProcessBound):
@@ -209,7 +210,8 @@ class CallContext(ProcessBound):
             made[tensor.name] = tuple(context.get_tensor_shape(tensor.name))
             size = prod(made[tensor.name]) * storage(tensor).itemsize
             staging = self._staging[tensor.name]
-            bind(tensor.name, bound[tensor.aliases] if tensor.aliases else staging.reserve_bytes(size))
+            in_place = tensor.aliases is not None and is_cache(tensor)
+            bind(tensor.name, bound[str(tensor.aliases)] if in_place else staging.reserve_bytes(size))
         kept = all(isinstance(feeds[tensor.name], DeviceArray) for tensor in engine.caches)
         self._execute(context, (*bound.items(), *sizes.items()), repeats=profile > 0 and kept)
         return self._fetched(feeds, shapes, made)
@@ -263,13 +265,14 @@ class CallContext(ProcessBound):
     def _fetched(
         self, feeds: Mapping[str, Any], shapes: Mapping[str, Sequence[int]], made: Mapping[str, Sizes]
     ) -> dict[str, Array]:
-        """Return the wanted outputs, and write caches of host memory back, when all work is done."""
+        """Return the wanted outputs, and write state of host memory back, when all work is done."""
         outputs = [tensor for tensor in self._graph.outputs if tensor.name in shapes]
+        replaced = [tensor for tensor in self._graph.outputs if tensor.aliases and not is_cache(tensor)]
         for tensor in outputs:
             if made[tensor.name] != tuple(shapes[tensor.name]):
                 raise self._engine.failure(f"gives {tensor.name!r} of {made[tensor.name]} in", "Build it again")
         hosts = {}
-        for tensor in outputs:
+        for tensor in (*outputs, *replaced):
             size = prod(made[tensor.name]) * storage(tensor).itemsize
             hosts[tensor.name] = self._staging[tensor.name].fetch(size, self._stream)
         written = [tensor for tensor in self._engine.caches if not isinstance(feeds[tensor.name], DeviceArray)]
@@ -280,6 +283,8 @@ class CallContext(ProcessBound):
         self._stream.wait()
         for tensor in written:
             feeds[tensor.name][...] = backs[tensor.name].view(storage(tensor)).reshape(feeds[tensor.name].shape)
+        for tensor in replaced:
+            feeds[str(tensor.aliases)][...] = hosts[tensor.name].view(storage(tensor)).reshape(made[tensor.name])
         return {
             tensor.name: hosts[tensor.name].view(storage(tensor)).reshape(made[tensor.name]).copy()
             for tensor in outputs

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from transom.runtime.backends.base import Array
 from transom.runtime.backends.cuda import Memory, OutOfMemory, PinnedMemory, Stream
+from transom.runtime.decoder_state import EncoderOutputs
 from transom.runtime.errors import BackendError
 from transom.runtime.feeds import storage
 from transom.runtime.graph_spec import Tensor
-from transom.runtime.kv_cache import EncoderOutputs
 from transom.runtime.process_bound import ProcessBound
 
 GRAIN = 1 << 16  # bytes: staging grows in such steps, so that a few bytes more do not mean another allocation

@@ -1,4 +1,4 @@
-"""Base class of bundles that generate: prompts in, batches of rows, tokens or text out."""
+"""Base class of bundles that generate: texts, ids or images in, batches of rows, tokens or text out."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.runtime.decoder import Decoder
+from transom.runtime.decoder import Decoder, context_length
 from transom.runtime.errors import BundleError, InputError
-from transom.runtime.feeds import WRITE_INDICES
+from transom.runtime.feeds import WRITE_INDICES, exported
 from transom.runtime.generation import GenerationConfig, check_for_model, generate, stream, with_keywords
+from transom.runtime.graph_spec import CACHE
 from transom.runtime.process_bound import ProcessBound
 from transom.runtime.session import LoadedBundle
-from transom.runtime.tasks.prompts import PromptReader, Prompts, Row
+from transom.runtime.tasks.prompts import Prompt, PromptReader, Prompts, Reader, Row
 from transom.runtime.text.tokenizer import TextTokenizer, lowered
 from transom.runtime.text.tokenizer_spec import TokenizerSpec
 
@@ -55,23 +56,32 @@ class Generator(LoadedBundle, ABC):
     """A loaded bundle with a decoder. A family defines ``prefill`` and ``decoder_length``.
 
     Prompts are texts, or token ids: one (``"..."``, ``[1, 2, 3]``) or a list of them. Results are of the
-    same kind, and hold the new tokens alone.
+    same kind, and hold the new tokens alone. Where prompts are images, their answers are texts.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._defaults = GenerationConfig.from_json(self.manifest.generation or {})
+        self._writes_text = bool(self.manifest.tokenizer or self.manifest.target_tokenizer)
+        self._prompt_reader = self.open_prompt_reader()
+        self.context = context_length(self.backend("decoder").graph, self.axes, self.manifest.options)
+
+    def open_prompt_reader(self) -> Reader:
+        """Return the reader of prompts: of texts and ids, where the family has no other."""
         below = self.prompt_tokens().exclusive_max
         if below is None:
             raise BundleError("bundle.json: the input that takes prompts is not bounded (below); export it again.")
-        self._tokenizer = self.open_tokenizer(self.manifest.tokenizer)
-        self._prompt_reader = PromptReader(below, self._tokenizer)
-        self.context = min(self.max_size("C"), self.max_size(str(self._decoder_tokens().shape[1])))
+        return PromptReader(below, self.open_tokenizer(self.manifest.tokenizer))
+
+    def _token_reader(self) -> PromptReader:
+        if not isinstance(self._prompt_reader, PromptReader):
+            raise InputError(f"this bundle is a {self.manifest.family}, whose prompts are images; give those.")
+        return self._prompt_reader
 
     @property
     def vocabulary(self) -> int:
         """The number of different tokens that prompts may hold."""
-        return self._prompt_reader.vocabulary
+        return self._token_reader().vocabulary
 
     def generate(self, prompts: Any, **keywords: Any) -> Any:
         """Continue the prompts: text for text, ids for ids, a list for a list.
@@ -98,13 +108,13 @@ class Generator(LoadedBundle, ABC):
         size = self.max_size("B") // each
         answers: list[Any] = []
         for first in range(0, len(read.given), size):
-            prefilled = self.prefill(self._prompt_reader.ids(read, first, first + size))
+            prefilled = self.prefill(self._prompt_reader.rows(read, first, first + size))
             found = generate(
                 prefilled.starts,
                 prefilled.logits,
                 prefilled.decoder,
                 config,
-                decode=self._decode_all if self._tokenizer else None,
+                decode=self._decode_all if self._writes_text else None,
                 positions=self.context,
                 first=first,
             )
@@ -121,17 +131,17 @@ class Generator(LoadedBundle, ABC):
         if not read.single:
             raise InputError(f"stream takes one prompt, received a list of {len(read.given)}; call it once for each.")
         config = self._config(keywords, read, streaming=True)
-        tokens = self._tokens(self._prompt_reader.ids(read, 0, 1), config)
+        tokens = self._tokens(self._prompt_reader.rows(read, 0, 1), config)
         return Stream(self._pieces(tokens) if read.text else tokens)
 
-    def _tokens(self, rows: list[Row], config: GenerationConfig) -> Pieces[int]:
+    def _tokens(self, rows: Sequence[Prompt], config: GenerationConfig) -> Pieces[int]:
         prefilled = self.prefill(rows)
         yield from stream(
             prefilled.starts[0],
             prefilled.logits,
             prefilled.decoder,
             config,
-            decode=self._decode_all if self._tokenizer else None,
+            decode=self._decode_all if self._writes_text else None,
             positions=self.context,
         )
 
@@ -146,20 +156,21 @@ class Generator(LoadedBundle, ABC):
             yield rest
 
     @abstractmethod
-    def prefill(self, rows: Sequence[Row]) -> PrefillResult:
-        """Prefill a decoder with a batch of prompts, ids of different lengths."""
+    def prefill(self, prompts: Sequence[Prompt]) -> PrefillResult:
+        """Prefill a decoder with a batch of prompts: ids of different lengths, or pixels."""
 
     def new_decoder(self, rows: int, encoder_outputs: Mapping[str, Array] | None = None) -> Decoder:
         """Return a decoder with an empty cache for ``rows`` rows, within this bundle's bounds."""
-        return Decoder(self.backend("decoder"), rows, self.context, encoder_outputs, most_logits=self.max_size("P"))
+        most = self.max_size("P") if "P" in self.axes else None
+        return Decoder(self.backend("decoder"), rows, self.context, encoder_outputs, most_logits=most)
 
     @abstractmethod
-    def decoder_length(self, row: Sequence[int]) -> int:
+    def decoder_length(self, prompt: Sequence[Any]) -> int:
         """Return how many tokens of the decoder's context a prompt takes."""
 
     def tokenizer(self) -> TextTokenizer:
         """Return the tokenizer of prompts; InputError where the checkpoint had none."""
-        return self._prompt_reader.tokenizer()
+        return self._token_reader().tokenizer()
 
     def target_tokenizer(self) -> TextTokenizer:
         """Return the tokenizer of generated tokens."""
@@ -177,12 +188,12 @@ class Generator(LoadedBundle, ABC):
         """Return the checkpoint's generation config with the keywords on top, checked for this bundle and prompts."""
         config = with_keywords(self._defaults, **keywords)
         vocabulary = int(self.backend("decoder").graph.outputs[0].shape[2])
-        check_for_model(config, vocabulary, text=self._tokenizer is not None, streaming=streaming)
-        axis = str(self.prompt_tokens().shape[1])
+        check_for_model(config, vocabulary, text=self._writes_text, streaming=streaming)
+        axis = self.prompt_axis()
         alone = len(prompts.lengths) == 1
         for index, tokens in enumerate(prompts.lengths):
             length = self.decoder_length(range(tokens))
-            if length < tokens > self.max_size(axis):  # a source, which the context does not bound
+            if axis is not None and length < tokens > self.max_size(axis):  # a source, which the context does not bound
                 which = "a source" if alone else f"source {index}"
                 raise InputError(
                     f"{which} is {tokens} tokens; axis {axis} allows {self.max_size(axis)}. Shorten it, or "
@@ -192,7 +203,7 @@ class Generator(LoadedBundle, ABC):
             if length + new > self.context:
                 which = "a prompt" if alone else f"prompt {index}"
                 room = f" Ask for max_new_tokens={self.context - length} at most," if length < self.context else ""
-                axes = "C", str(self._decoder_tokens().shape[1])
+                axes = CACHE, str(self._decoder_tokens().shape[1])
                 raise InputError(
                     f"{which} of {length} tokens and {new} new ones make {length + new}; the context holds "
                     f"{self.context}.{room or ' Shorten the prompt,'} or {self._longer(length + new, *axes)}."
@@ -200,10 +211,14 @@ class Generator(LoadedBundle, ABC):
         return config
 
     def _longer(self, tokens: int, *axes: str) -> str:
-        """Return advice that makes room for ``tokens``: other bounds of the axes, or a model with as many positions."""
+        """Return advice that makes room for ``tokens``: other bounds of the axes, or a model with as many positions.
+
+        A cache's axis is absent where the state is recurrent: what such a model writes is bounded by its config alone.
+        """
         graph = self.backend("decoder").graph
-        positions = next(tensor.exclusive_max for tensor in graph.inputs if tensor.name == WRITE_INDICES)
-        if positions is None or tokens > positions:
+        positions = [tensor.exclusive_max for tensor in graph.inputs if tensor.name == WRITE_INDICES]
+        positions = positions or [exported(self.axes[axis]).ceiling for axis in axes if axis in self.axes]
+        if positions[0] is None or tokens > positions[0]:
             return "export a model with a longer context"
         words = self.wider(**{axis: tokens for axis in dict.fromkeys(axes) if self.max_size(axis) < tokens})
         return lowered(words)
@@ -214,6 +229,15 @@ class Generator(LoadedBundle, ABC):
     def prompt_tokens(self) -> Tensor:
         """Return the graph input that takes prompts."""
         return self._decoder_tokens()
+
+    def prompt_axis(self) -> str | None:
+        """Return the axis of a prompt's tokens; None where prompts are images."""
+        return str(self.prompt_tokens().shape[1])
+
+    def random_prompts(self, rng: np.random.Generator, rows: int, length: int) -> list[Prompt]:
+        """Make prompts of random tokens, ``rows`` of ``length`` each, for a benchmark."""
+        ids: list[Prompt] = rng.integers(0, self.prompt_tokens().exclusive_max or 1, (rows, length)).tolist()
+        return ids
 
     def _decode_all(self, ids: Sequence[int]) -> str:
         """Decode with special tokens: a stop string may be one."""

@@ -14,7 +14,13 @@ ID = re.compile(r"-?[0-9]{1,18}")  # int64; the runtime says which ids the model
 
 
 def ask_generator(bundle: Any, prompts: Sequence[str], options: RunOptions) -> list[Result]:
-    """Return one result per text made: as many as INPUTs, times ``--num-return-sequences``."""
+    """Return one result per text made: as many as INPUTs, times ``--num-return-sequences``.
+
+    Raises InputError for an empty prompt, by its place.
+    """
+    if "" in prompts:
+        which = "a prompt" if len(prompts) == 1 else f"prompt {list(prompts).index('')}"
+        raise InputError(f"{which} is empty; expected a text, or token ids for a bundle without a tokenizer.")
     if options.score:
         return [score(bundle, text) for text in prompts]
     rows = [prompt_ids(bundle, prompt, truncate=options.truncate) for prompt in prompts]
@@ -40,10 +46,8 @@ def score(bundle: Any, text: str) -> Result:
 def prompt_ids(bundle: Any, prompt: str, *, truncate: bool) -> list[int]:
     """Return the ids of a prompt: of its text or, for a bundle without a tokenizer, those that it spells.
 
-    Raises InputError for an empty prompt, and for one that is no ids where ids are needed.
+    Raises InputError for one that is no ids where ids are needed.
     """
-    if not prompt:
-        raise InputError("a prompt is empty; expected a text, or token ids for a bundle without a tokenizer.")
     if has_tokenizer(bundle):
         (row,) = bundle.tokenizer().encode([prompt], truncate=truncate).rows
         return list(row.ids)

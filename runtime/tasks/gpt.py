@@ -24,13 +24,13 @@ class GPT(Generator):
 
     GRAPHS: ClassVar = {"decoder": ("input_ids", WRITE_INDICES, LOGITS_POSITIONS)}
 
-    def prefill(self, rows: Sequence[Row]) -> PrefillResult:
-        decoder = self.new_decoder(len(rows))
-        logits = decoder.prefill(*padded(rows))
-        return PrefillResult(decoder, [list(row) for row in rows], logits)
+    def prefill(self, prompts: Sequence[Row]) -> PrefillResult:
+        decoder = self.new_decoder(len(prompts))
+        logits = decoder.prefill(*padded(prompts))
+        return PrefillResult(decoder, [list(row) for row in prompts], logits)
 
-    def decoder_length(self, row: Sequence[int]) -> int:
-        return len(row)
+    def decoder_length(self, prompt: Sequence[Any]) -> int:
+        return len(prompt)
 
     def score(self, text: Any) -> Any:
         """Return the perplexity of a text, or of a list of ids: exp of the mean negative log-probability per token.
@@ -41,7 +41,7 @@ class GPT(Generator):
         found = [
             perplexity(self._log_probabilities(row, prompts.name(place)))
             for place in range(len(prompts.given))
-            for row in self._prompt_reader.ids(prompts, place, place + 1)
+            for row in self._token_reader().rows(prompts, place, place + 1)
         ]
         return found[0] if prompts.single else found
 
@@ -54,7 +54,7 @@ class GPT(Generator):
         prompts = self._prompt_reader.read(text)
         if not prompts.single:
             raise InputError(f"log_probabilities takes one text, received {len(prompts.given)}; call it once for each.")
-        return self._log_probabilities(self._prompt_reader.ids(prompts, 0, 1)[0], prompts.name(0))
+        return self._log_probabilities(self._token_reader().rows(prompts, 0, 1)[0], prompts.name(0))
 
     def _log_probabilities(self, row: Row, name: str) -> NDArray[np.float64]:
         if len(row) < 2:

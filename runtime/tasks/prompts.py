@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,11 +15,14 @@ if TYPE_CHECKING:
     from transom.runtime.text.tokenizer import TextTokenizer
 
 Row = list[int]
+Prompt = Any  # one row of a batch that is ready for the graphs: a Row, or an image's pixels, float32 (C, H, W)
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """The checked prompts of one call; ``given`` are texts or ids, as ``text`` says, ``lengths`` their tokens.
+    """The checked prompts of one call; ``lengths`` are their tokens.
+
+    ``text`` says whether ``given`` are texts or images, which get texts for an answer; else they are ids or pixels.
 
     ``single``: the caller gave one prompt, not a list of them.
     """
@@ -32,6 +35,14 @@ class Prompts:
     def name(self, place: int) -> str:
         """Return the name of a prompt in errors."""
         return f"{'text' if self.text else 'prompt'} {place}"
+
+
+class Reader(Protocol):
+    """What reads the prompts of a family: PromptReader, or ImagePromptReader."""
+
+    def read(self, prompts: Any) -> Prompts: ...
+
+    def rows(self, prompts: Prompts, start: int, stop: int) -> Sequence[Prompt]: ...
 
 
 class PromptReader:
@@ -49,22 +60,24 @@ class PromptReader:
     def read(self, prompts: Any) -> Prompts:
         """Check the prompts and count their tokens; InputError for anything but texts or ids of the vocabulary.
 
-        They become ids batch by batch (``ids``): the ids of a long list would take many times the memory of its texts.
+        They become ids batch by batch (``rows``): the ids of a long list would take many times the memory of its texts.
         """
         given = prompts.tolist() if isinstance(prompts, np.ndarray) else prompts
         if not isinstance(given, str | list | tuple):
             raise InputError(f"prompts is a {type(given).__name__}; expected a str, a list of ids, or a list of those.")
         single = isinstance(given, str) or not any(isinstance(part, str | list | tuple | np.ndarray) for part in given)
         batch = [given] if single else list(given)
-        if not batch or not all(len(prompt) if isinstance(prompt, str | list | tuple) else 1 for prompt in batch):
-            raise InputError("a prompt is empty; expected at least one token. Begin with the token a text begins with.")
+        empty = [place for place, prompt in enumerate(batch) if is_empty(prompt)]
+        if empty or not batch:
+            which = "a prompt" if single or not batch else f"prompt {empty[0]}"
+            raise InputError(f"{which} is empty; expected at least one token. Begin with the token a text begins with.")
         kinds = {isinstance(prompt, str) for prompt in batch}
         if len(kinds) == 2:
             raise InputError("prompts holds both texts and ids; give one kind in one call.")
         lengths = [len(self._row(prompt, place)) for place, prompt in enumerate(batch)]
         return Prompts(single, kinds == {True}, batch, lengths)
 
-    def ids(self, prompts: Prompts, start: int, stop: int) -> list[Row]:
+    def rows(self, prompts: Prompts, start: int, stop: int) -> list[Row]:
         """Return the ids of the prompts from ``start`` on, ``stop`` excluded."""
         return [self._row(prompt, start + index) for index, prompt in enumerate(prompts.given[start:stop])]
 
@@ -89,6 +102,11 @@ class PromptReader:
                 "this model?"
             )
         return [int(token) for token in ids]
+
+
+def is_empty(prompt: Any) -> bool:
+    """Return whether a prompt is a text or a list without anything in it; what is neither is another error."""
+    return isinstance(prompt, str | list | tuple | np.ndarray) and len(prompt) == 0
 
 
 def padded(rows: Sequence[Row], length: int | None = None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -152,7 +152,7 @@ def test_a_score_is_a_perplexity(speaker: Path, gpt: Path) -> None:
 
 BAD = [  # bundle, arguments, what is said
     ("gpt", [""], "a prompt is empty"),
-    ("gpt", ["1 2", ""], "a prompt is empty"),
+    ("gpt", ["1 2", ""], "prompt 1 is empty"),
     ("speaker", [""], "a prompt is empty"),
     ("marian", [""], "a prompt is empty"),
     ("gpt", ["1 2 101"], "a prompt holds the id 101; expected 0..100"),

@@ -69,9 +69,9 @@ HEADS = {
     "next_sentence": ("BertForNextSentencePrediction", lambda b: b.next_sentence("a", "b"), "logits for text 0"),
 }
 NO_READING = {  # public methods of families that read no numbers themselves, or call one that is above
-    "decoder_length", "image_batches", "image_rows", "new_decoder", "open_tokenizer", "prefill", "prefill_masked",
-    "preprocess", "prompt_tokens", "run", "run_texts", "target_tokenizer", "text_batches", "text_rows", "tokenizer",
-    "translate",
+    "decoder_length", "image_batches", "image_rows", "new_decoder", "open_prompt_reader", "open_tokenizer",
+    "prefill", "prefill_encoded", "prefill_masked", "preprocess", "prompt_axis", "prompt_tokens", "random_prompts",
+    "run", "run_texts", "target_tokenizer", "text_batches", "text_rows", "tokenizer", "translate",
 }  # fmt: skip
 
 

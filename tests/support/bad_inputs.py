@@ -189,7 +189,7 @@ CALLS = (
     asked("labels that are numbers", "clip", lambda c: c.embed_labels([1]), r"labels\[0\] is a int; expected a str"),
     asked("a text too long", "clip", lambda c: c.embed_text("a " * 99), "at most 23 fit", error=ShapeError),
     asked("no prompt", "gpt", lambda g: g.generate([]), "a prompt is empty"),
-    asked("no ids in a prompt", "gpt", lambda g: g.generate([[1], []]), "a prompt is empty"),
+    asked("no ids in a prompt", "gpt", lambda g: g.generate([[1], []]), "prompt 1 is empty"),
     asked("a token past the table", "gpt", lambda g: g.generate([10**9]), "holds the id 1000000000", "1000000000"),
     asked("a negative token", "gpt", lambda g: g.generate([-1]), "holds the id -1"),
     asked("halves of tokens", "gpt", lambda g: g.generate([0.5]), "expected integers"),

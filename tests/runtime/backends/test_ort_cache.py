@@ -12,8 +12,8 @@ from transom.runtime import load
 from transom.runtime.backends.ort import OrtBackend
 from transom.runtime.backends.ort_cache import OrtDecoderState
 from transom.runtime.backends.ort_library import onnxruntime
+from transom.runtime.decoder_state import DecoderState
 from transom.runtime.graph_spec import cache_inputs
-from transom.runtime.kv_cache import DecoderState
 
 
 @pytest.fixture

@@ -286,9 +286,9 @@ def test_a_source_that_is_too_long(marian: Any) -> None:
 BAD_PROMPTS = [
     ("", "a prompt is empty"),
     ([], "a prompt is empty"),
-    ([[]], "a prompt is empty"),
-    (["the", ""], "a prompt is empty"),
-    ([[5], []], "a prompt is empty"),
+    ([[]], "prompt 0 is empty"),
+    (["the", ""], "prompt 1 is empty"),
+    ([[5], []], "prompt 1 is empty"),
     (np.zeros(0, np.int64), "a prompt is empty"),
     ([257], r"holds the id 257; expected 0\.\.256\. Is this the tokenizer of this model"),
     ([[5, -1]], r"holds the id -1; expected 0\.\.256"),

@@ -1,0 +1,133 @@
+"""Keep what a decoder's rows need between steps: caches, recurrent state, and the encoder's outputs beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from transom.runtime.backends.base import Array, Backend
+from transom.runtime.feeds import storage
+from transom.runtime.graph_spec import Tensor, cache_inputs, recurrent_inputs
+from transom.runtime.kv_cache import KVCache
+
+
+class DecoderState(Protocol):
+    """State of R rows and what their encoder gave. Belongs to one generation, not to be shared by threads."""
+
+    @property
+    def capacity(self) -> int:
+        """Return how many tokens fit in a row now."""
+        ...
+
+    @property
+    def feeds(self) -> Mapping[str, Any]:
+        """Return the graph's inputs by name: arrays, or what the backend that made this state takes for them."""
+        ...
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for ``tokens`` in every row, which will be used."""
+        ...
+
+    def reorder(self, rows: NDArray[np.intp]) -> None:
+        """Replace row i by what row ``rows[i]`` was; there are ``len(rows)`` from now on."""
+        ...
+
+
+@runtime_checkable
+class SupportsDeviceCache(Protocol):
+    """A backend that keeps the state on its device, so that no step copies it there and back."""
+
+    def new_decoder_state(self, rows: int, limit: int, encoder_outputs: Mapping[str, Array]) -> DecoderState: ...
+
+
+class HostDecoderState:
+    """A decoder's state in numpy arrays."""
+
+    def __init__(self, caches: Sequence[Tensor], rows: int, limit: int, encoder_outputs: Mapping[str, Array]) -> None:
+        self.cache = KVCache(caches, rows, limit)
+        self._encoder_outputs = EncoderOutputs(encoder_outputs, rows)
+
+    @property
+    def capacity(self) -> int:
+        return self.cache.capacity
+
+    @property
+    def feeds(self) -> dict[str, Array]:
+        return {**self._encoder_outputs.arrays, **self.cache.buffers}
+
+    def reserve(self, tokens: int) -> None:
+        self.cache.reserve(tokens)
+
+    def reorder(self, rows: NDArray[np.intp]) -> None:
+        self.cache.reorder(rows)
+        self._encoder_outputs.reorder(rows, lambda array, chosen: array[chosen])
+
+
+class EncoderOutputs:
+    """Arrays that rows read and never write, one row of each per row: the encoder's keys and values, and its mask."""
+
+    def __init__(self, arrays: Mapping[str, Any], rows: int) -> None:
+        self.arrays = dict(arrays)
+        self._origin = np.arange(rows)  # the original row that each row reads
+
+    def reorder(self, rows: NDArray[np.intp], take: Callable[[Any, NDArray[np.intp]], Any]) -> None:
+        """Replace row i by what row ``rows[i]`` was; ``take(array, rows)`` returns an array of those rows."""
+        origin = self._origin[rows]
+        if not np.array_equal(origin, self._origin):  # beams of one source read the same
+            self.arrays = {name: take(array, rows) for name, array in self.arrays.items()}
+        self._origin = origin
+
+
+class RecurrentDecoderState:
+    """A decoder's state of which a part is recurrent: arrays (R, ...) of host memory that every step replaces.
+
+    They are small, and begin as the encoder's outputs of their names, zeros where it has none. ``others`` keeps what
+    the graph reads beside them.
+    """
+
+    def __init__(
+        self, others: DecoderState, tensors: Sequence[Tensor], rows: int, initial: Mapping[str, Array]
+    ) -> None:
+        self._others = others
+        self._arrays = {
+            tensor.name: np.array(initial[tensor.name])
+            if tensor.name in initial
+            else np.zeros((rows, *(int(size) for size in tensor.shape[1:])), storage(tensor))
+            for tensor in tensors
+        }
+
+    @property
+    def capacity(self) -> int:
+        return self._others.capacity
+
+    @property
+    def feeds(self) -> dict[str, Any]:
+        return {**self._others.feeds, **self._arrays}
+
+    def reserve(self, tokens: int) -> None:
+        self._others.reserve(tokens)
+
+    def reorder(self, rows: NDArray[np.intp]) -> None:
+        self._others.reorder(rows)
+        self._arrays = {name: array[rows] for name, array in self._arrays.items()}
+
+
+def new_decoder_state(backend: Backend, rows: int, limit: int, encoder_outputs: Mapping[str, Array]) -> DecoderState:
+    """Make the state of ``rows`` rows of ``backend``'s graph before the first token, of at most ``limit`` each.
+
+    ``encoder_outputs`` have one row of each array per row: recurrent state begins as those of its names, the others
+    are read beside the state.
+    """
+    recurrent = recurrent_inputs(backend.graph)
+    initial = {tensor.name for tensor in recurrent} & encoder_outputs.keys()
+    read = {name: array for name, array in encoder_outputs.items() if name not in initial}
+    if isinstance(backend, SupportsDeviceCache):
+        state = backend.new_decoder_state(rows, limit, read)
+    else:
+        state = HostDecoderState(cache_inputs(backend.graph), rows, limit, read)
+    if not recurrent:
+        return state
+    return RecurrentDecoderState(state, recurrent, rows, {name: encoder_outputs[name] for name in initial})
