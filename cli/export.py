@@ -73,8 +73,9 @@ CalibrationData = Annotated[
     list[str] | None,
     typer.Option(
         metavar="FILE|NAME",
-        help="Inputs like those in production: a .txt, .jsonl or .npz, a folder of images, or one of austen, digits, "
-        "digit-captions, wordnet, dates, date-lists; repeatable. A quarter is held out for the gate.",
+        help="Inputs like those in production: a .txt, .jsonl or .npz, a folder of images, or one of austen, "
+        "digits, digit-captions, digit-compositions, wordnet, dates, date-lists; repeatable. A quarter is held out for "
+        "the gate.",
         show_default="a reference model's own training inputs",
         rich_help_panel=INTEGERS,
     ),

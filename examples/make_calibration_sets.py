@@ -12,6 +12,7 @@ date_lists.txt       lists of one to six such dates
 digits.safetensors   scans that train: ``images`` uint8 (512, 8, 8), ``labels`` uint8, ``indices`` int16 into
                      ``load_digits()``
 digit_captions.txt   a caption for each of these scans
+digit_compositions.tsv    images of one or two of them, in captions that train
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from itertools import islice
 from pathlib import Path
 
 import austen
 import date_lists
 import dates
+import digit_compositions
 import numpy as np
 import torch
 from make_wordnet_pairs import PAIRS, candidates
@@ -36,7 +39,7 @@ SEED = 21  # not that of the held-out samples
 PASSAGES, SHORTEST = 400, 100  # characters
 LONGEST = (200, 300, 400, 900)  # of passages in turn; GPT's 256 tokens are some 700 characters
 WORDNET_PAIRS = 250  # two texts each
-DATES, LISTS, SCANS = 500, 420, 512
+DATES, LISTS, SCANS, COMPOSITIONS = 500, 420, 512, 400
 CLIP = Path(__file__).resolve().parents[1] / "models" / "reference" / "clip"
 
 
@@ -79,6 +82,11 @@ def training_scans() -> dict[str, np.ndarray]:
     return {"images": images[chosen], "labels": labels[chosen].astype(np.uint8), "indices": chosen.astype(np.int16)}
 
 
+def compositions(labels: np.ndarray) -> list[str]:
+    found = digit_compositions.training(labels, np.random.RandomState(SEED))
+    return [each.line() for each in islice(found, COMPOSITIONS)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("janeausten", type=Path, help="the unpacked r-cran-janeaustenr")
@@ -98,6 +106,7 @@ def main() -> None:
         "dates.txt": written_dates(),
         "date_lists.txt": [text for text, _ in written_lists()],
         "digit_captions.txt": described,
+        "digit_compositions.tsv": compositions(digits["labels"]),
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name, found in texts.items():

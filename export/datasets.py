@@ -7,6 +7,8 @@ from importlib.resources import files
 import numpy as np
 from numpy.typing import NDArray
 
+from transom.calib.digit_compositions import Composition, read_compositions
+
 DATA = files("transom.export").joinpath("data")
 PHOTOS = ("photo_china.jpg", "photo_flower.jpg")
 
@@ -27,6 +29,15 @@ def heldout_digits() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
 
     arrays = load(DATA.joinpath("digits_heldout.safetensors").read_bytes())
     return arrays["images"], arrays["labels"]
+
+
+def heldout_compositions() -> tuple[NDArray[np.uint8], list[Composition]]:
+    """Read 500 compositions of the held-out scans, and the scans: uint8 (540, 8, 8) of 0..255.
+
+    ``Composition.draw(scans)`` makes the image.
+    """
+    text = DATA.joinpath("digit_compositions_heldout.tsv").read_text(encoding="ascii")
+    return heldout_digits()[0], read_compositions(text)
 
 
 def digit_prompts() -> list[str]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from transom.export.datasets import (
     digit_prompts,
+    heldout_compositions,
     heldout_date_lists,
     heldout_dates,
     heldout_digits,
@@ -157,6 +158,19 @@ def date_lists_score(translate: Callable[[list[str]], list[str]]) -> Accuracy:
     return Accuracy.of_each("exact match", "lists of dates that training never saw", right)
 
 
+def captions_score(caption: Callable[[list[NDArray[np.uint8]]], list[str]]) -> Accuracy:
+    """Return the fraction of the held-out compositions whose caption is right in every word.
+
+    ``caption`` takes N images, uint8 (32, 32) of 0..255, and gives N texts. Raises ExportError for another number.
+    """
+    scans, compositions = heldout_compositions()
+    found = caption([composition.draw(scans) for composition in compositions])
+    if len(found) != len(compositions):
+        raise ExportError(f"caption gave {len(found)} texts for {len(compositions)} images; expected one each.")
+    right = [text == each.caption for text, each in zip(found, compositions, strict=True)]
+    return Accuracy.of_each("exact match", "captions of digits that training never saw", right)
+
+
 @dataclass(frozen=True)
 class LengthScore:
     """Exact match on the lists of one number of dates; ``characters`` of a source: fewest, mean and most."""
@@ -262,3 +276,7 @@ def list_scores_by_length(bundle: LoadedBundle) -> list[LengthScore]:
 def greedy(bundle: LoadedBundle) -> Callable[[list[str]], list[str]]:
     """Return the translation of a bundle that takes the most probable token each time."""
     return lambda texts: cast(Transformer, bundle).translate(texts, num_beams=1)
+
+
+def captions_score_of(bundle: LoadedBundle) -> Accuracy:
+    return captions_score(cast(Any, bundle).caption)

@@ -39,8 +39,9 @@ def test_nothing_is_refused() -> None:
     with pytest.raises(CalibrationError, match="is 'austen'; expected a list"):
         open_calibration_data("austen")
     for absent in ("", "austin", "x" * 5000, "a\0b", "/dev/null"):
-        assert "expected one of austen, digits, digit-captions, wordnet, dates, date-lists, or a .txt" in refused(
-            absent
+        assert (
+            "expected one of austen, digits, digit-captions, digit-compositions, wordnet, dates, date-lists, or a .txt"
+            in refused(absent)
         )
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from transom.cli.describe import score_line, score_value
 from transom.export.datasets import (
+    heldout_compositions,
     heldout_date_lists,
     heldout_dates,
     heldout_digits,
@@ -25,6 +26,7 @@ from transom.export.scores import (
     BLOCK_BYTES,
     bits_per_byte,
     blocks,
+    captions_score,
     date_lists_score,
     date_lists_score_of,
     dates_score,
@@ -226,6 +228,20 @@ def test_a_list_must_match_in_every_date() -> None:
     assert date_lists_score(lambda asked: [target.split(" ")[0] for target in expected]).correct == 150
     with pytest.raises(ExportError, match="translate gave 900 texts for 1000"):
         dates_score(lambda asked: expected)
+
+
+def test_a_caption_must_match_in_every_word() -> None:
+    scans, compositions = heldout_compositions()
+    right = {composition.draw(scans).tobytes(): composition.caption for composition in compositions}
+
+    def caption(images: list[Any]) -> list[str]:
+        return [right[image.tobytes()] for image in images]
+
+    assert (captions_score(caption).correct, captions_score(caption).n) == (500, 500)
+    assert captions_score(lambda images: [text.replace("above", "below") for text in caption(images)]).correct == 300
+    assert captions_score(lambda images: [f"{text} " for text in caption(images)]).correct == 0
+    with pytest.raises(ExportError, match="caption gave 1 texts for 500 images; expected one each"):
+        captions_score(lambda images: caption(images)[:1])
 
 
 def test_lists_are_counted_by_their_number_of_dates() -> None:
