@@ -67,19 +67,20 @@ def bench(
     if as_json:
         print_json({"bundle": bundle, **vars(measured), "timings": [vars(timing) for timing in measured.timings]})
         return
+    rates = {timing.items for timing in measured.timings}
     rows = [
         [
             timing.name,
             sizes_text(timing.sizes),
             str(timing.runs),
             *(f"{ms:.3f}" for ms in (timing.p50_ms, timing.p95_ms, timing.p99_ms)),
-            f"{timing.items_per_s:.1f}",
+            f"{timing.items_per_s:.1f}" + (f" {timing.items}" if len(rates) > 1 else ""),
         ]
         for timing in measured.timings
     ]
-    (rate,) = {timing.items for timing in measured.timings}
-    what = "graph" if rate == "items" else "step"
-    columns = (what, "shape", "runs", "p50 ms", "p95 ms", "p99 ms", f"{rate}/s")
+    what = "graph" if rates == {"items"} else "step"
+    rate = "per s" if len(rates) > 1 else f"{next(iter(rates))}/s"  # of captions, images and then tokens
+    columns = (what, "shape", "runs", "p50 ms", "p95 ms", "p99 ms", rate)
     print_table(columns, rows, right=columns[2:])
     print()
     print_fields(circumstances(measured))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from transom.runtime.format import at, digits, figure, folder_bytes, list_of, perplexity
+from transom.runtime.manifest_sections import unquantized_operators
 
 if TYPE_CHECKING:
     from transom.runtime.manifest import Manifest
@@ -74,7 +76,9 @@ def score_detail(figures: Any) -> str:
 MOST_EXCLUDED = 20  # layers that are listed one by one
 
 
-def quantization_fields(quantization: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def quantization_fields(
+    quantization: Mapping[str, Any], operators: Mapping[str, Any] = MappingProxyType({})
+) -> Iterator[tuple[str, str]]:
     """Yield how a bundle was quantised and calibrated, its layers in higher precision, and its gate results."""
     modes = ", ".join(f"{mode} in {graph}" for graph, mode in quantization["activations"].items())
     block, data = quantization.get("block_size"), quantization.get("data")
@@ -88,6 +92,9 @@ def quantization_fields(quantization: Mapping[str, Any]) -> Iterator[tuple[str, 
     yield "excluded layers", f"{len(excluded)} of {len(layers)}"
     for layer in excluded[:MOST_EXCLUDED]:
         yield "excluded", f"{figure(at(layer, 'name'))}: {figure(at(layer, 'why'))}"
+    others = unquantized_operators(operators)
+    if others:
+        yield "not quantised", f"{', '.join(f'{count} {name}' for name, count in others.items())}: no linear layers"
     for variant, result in gate_results(quantization):
         yield f"gate {variant}", gate_result_text(result)
 

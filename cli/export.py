@@ -247,7 +247,7 @@ def print_summary(out: Path, manifest: Manifest) -> None:
         print(f"{manifest.precision} is a {GPU_NOTE}")
     print(f"worst error against PyTorch: {parity_text(manifest.parity, manifest.quantization is not None)}")
     if manifest.quantization is not None:
-        for name, words in quantization_fields(manifest.quantization):
+        for name, words in quantization_fields(manifest.quantization, manifest.operators):
             print(printable(f"{name}: {words}"))
     for tie in near_ties(manifest.parity):
         print(tie)

@@ -75,7 +75,7 @@ def summary(path: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield "prompts", "texts" if manifest.tokenizer else "token ids: the checkpoint had no tokenizer"
         yield "generation", generation
     if manifest.quantization is not None:
-        yield from quantization_fields(manifest.quantization)
+        yield from quantization_fields(manifest.quantization, manifest.operators)
     yield "parity", f"worst error {parity_text(manifest.parity, manifest.quantization is not None)}"
     yield from fp16_fields(manifest.parity)
     for tie in near_ties(manifest.parity):

@@ -12,6 +12,7 @@ from transom.runtime.graph_spec import Axis
 
 MODES = ("static", "dynamic", "none")  # how the activations before integer weights become integers
 SUMS = EXACT, SATURATED = "exact", "saturated"  # of 8-bit products, as they were added up at the export
+UNQUANTIZED = ("Conv", "GRU", "LSTM", "RNN")  # what is quantised are linear layers
 WEIGHT_BITS = {"int8": (7, 8), "int4": (4,)}
 
 
@@ -54,6 +55,17 @@ def quantization_from_json(
     if sums not in SUMS:
         problems.append(f"quantization.integer_sums is {repr(sums)[:60]}, expected one of {', '.join(SUMS)}")
     return value
+
+
+def unquantized_operators(operators: Mapping[str, Any]) -> dict[str, int]:
+    """Count the operators whose weights no quantisation makes integers, of bundle.json's ``operators``."""
+    found: dict[str, int] = {}
+    for counts in operators.values():
+        for name in UNQUANTIZED:
+            count = counts.get(name) if isinstance(counts, Mapping) else None
+            if type(count) is int and count > 0:
+                found[name] = found.get(name, 0) + count
+    return found
 
 
 def engines_from_json(

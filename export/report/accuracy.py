@@ -24,6 +24,7 @@ from transom.export.report.svg import (
 )
 from transom.runtime.format import at, count_text, finite, list_of, natural, object_of, short
 from transom.runtime.manifest import Manifest
+from transom.runtime.manifest_sections import unquantized_operators
 
 MOST_SCORE = 1e12  # fractions and rates are far below
 MOST_POINTS, MOST_LAYERS, MOST_VARIANTS, MOST_GRAPHS = 300, 2000, 8, 8
@@ -201,6 +202,7 @@ def quantization_section(manifest: Manifest) -> Markup:
         observed=f" from {count_text(at(data, 'samples'))} samples of {visible(at(data, 'name'), 80)}" if data else "",
         measured_with=[quantization[key] for key in ("processor", "instruction_set") if key in quantization],
         exact=quantization.get("integer_sums") == "exact",
+        others=unquantized_operators(manifest.operators),
         results=results,
         curves=curves(quantization, results[0] if results else None),
         sensitivity=sensitivity(quantization),

@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from transom.runtime.errors import InputError
-from transom.runtime.tasks.task import Result, RunOptions
+from transom.runtime.tasks.task import Result, RunOptions, subject
 
 ID = re.compile(r"-?[0-9]{1,18}")  # int64; the runtime says which ids the model has
 
@@ -69,8 +69,8 @@ def generated_lines(results: Sequence[Result]) -> Iterator[str]:
     if len(results) == 1:
         yield from text_lines(results[0])
         return
-    for prompt, answers in groupby(results, key=lambda result: result.get("prompt", result.get("text"))):
-        yield str(prompt)
+    for prompt, answers in groupby(results, key=subject):
+        yield prompt
         for answer in answers:
             yield from (f"  {line}" for line in text_lines(answer))
 
