@@ -12,12 +12,16 @@ Z = 1.959963984540054  # standard normal quantile of 0.975: a 95 % interval leav
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Fraction of cases answered right: ``right`` of ``cases`` per input of the data set, of a text 3 of 5 gaps."""
+    """Fraction of cases answered right: ``right`` of ``cases`` per input of the data set, of a text 3 of 5 gaps.
+
+    ``by_length`` is the same for the inputs of each length apart; empty where length is not the subject.
+    """
 
     name: str
     data: str
     right: tuple[float, ...]
     cases: tuple[int, ...]
+    by_length: tuple[LengthAccuracy, ...] = ()
 
     @classmethod
     def of_each(cls, name: str, data: str, right: Iterable[bool]) -> Self:
@@ -67,7 +71,25 @@ class Accuracy:
 
     def side_fields(self) -> dict[str, Any]:
         """Return the fields of one side."""
-        return {"correct": self.correct, "value": self.value, "interval": list(self.interval)}
+        found = {"correct": self.correct, "value": self.value, "interval": list(self.interval)}
+        return {**found, "by_length": [each.to_json() for each in self.by_length]} if self.by_length else found
+
+
+@dataclass(frozen=True)
+class LengthAccuracy:
+    """The accuracy on the inputs of one length: ``parts`` in each, such as the dates of a list.
+
+    ``characters`` are those of the inputs: fewest, mean and most.
+    """
+
+    parts: int
+    characters: tuple[int, float, int]
+    accuracy: Accuracy
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the entry of bundle.json."""
+        counts = {"parts": self.parts, "characters": list(self.characters), "n": self.accuracy.n}
+        return counts | self.accuracy.side_fields()
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ the same data, so that two scores differ by the artefact alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -23,7 +23,7 @@ from transom.export.datasets import (
     masked_text,
     wordnet_pairs,
 )
-from transom.export.metrics import Accuracy, Rate
+from transom.export.metrics import Accuracy, LengthAccuracy, Rate
 from transom.runtime.errors import ExportError
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks.bert import Bert
@@ -152,10 +152,23 @@ def dates_score(translate: Callable[[list[str]], list[str]]) -> Accuracy:
 def date_lists_score(translate: Callable[[list[str]], list[str]]) -> Accuracy:
     """Return the fraction of the held-out lists whose dates are all turned into their ISO form, letter by letter.
 
-    ``translate`` and errors as in ``dates_score``.
+    By the number of dates as well. ``translate`` and errors as in ``dates_score``.
     """
-    right = exact_matches(translate, *heldout_date_lists())
-    return Accuracy.of_each("exact match", "lists of dates that training never saw", right)
+    texts, expected = heldout_date_lists()
+    right = exact_matches(translate, texts, expected)
+    every = Accuracy.of_each("exact match", "lists of dates that training never saw", right)
+    return replace(every, by_length=tuple(accuracies_by_dates(every, texts)))
+
+
+def accuracies_by_dates(every: Accuracy, texts: list[str]) -> Iterator[LengthAccuracy]:
+    """Yield the accuracy of ``every`` on the lists of each number of dates, the smallest first."""
+    numbers = [text.count(LIST_SEPARATOR) + 1 for text in texts]
+    for dates in sorted(set(numbers)):
+        chosen = [index for index, number in enumerate(numbers) if number == dates]
+        sizes = [len(texts[index]) for index in chosen]
+        right = (bool(every.right[index]) for index in chosen)
+        characters = (min(sizes), sum(sizes) / len(sizes), max(sizes))
+        yield LengthAccuracy(dates, characters, Accuracy.of_each(every.name, every.data, right))
 
 
 def captions_score(caption: Callable[[list[NDArray[np.uint8]]], list[str]]) -> Accuracy:
@@ -169,30 +182,6 @@ def captions_score(caption: Callable[[list[NDArray[np.uint8]]], list[str]]) -> A
         raise ExportError(f"caption gave {len(found)} texts for {len(compositions)} images; expected one each.")
     right = [text == each.caption for text, each in zip(found, compositions, strict=True)]
     return Accuracy.of_each("exact match", "captions of digits that training never saw", right)
-
-
-@dataclass(frozen=True)
-class LengthScore:
-    """Exact match on the lists of one number of dates; ``characters`` of a source: fewest, mean and most."""
-
-    dates: int
-    characters: tuple[int, float, int]
-    right: int
-    cases: int
-
-
-def date_lists_by_length(translate: Callable[[list[str]], list[str]]) -> list[LengthScore]:
-    """Return the score of ``date_lists_score`` for each number of dates, the smallest first."""
-    texts, expected = heldout_date_lists()
-    right = exact_matches(translate, texts, expected)
-    numbers = [text.count(LIST_SEPARATOR) + 1 for text in texts]
-    found: list[LengthScore] = []
-    for dates in sorted(set(numbers)):
-        cases = [index for index, number in enumerate(numbers) if number == dates]
-        sizes = [len(texts[index]) for index in cases]
-        characters = (min(sizes), sum(sizes) / len(sizes), max(sizes))
-        found.append(LengthScore(dates, characters, sum(right[index] for index in cases), len(cases)))
-    return found
 
 
 def exact_matches(translate: Callable[[list[str]], list[str]], texts: list[str], expected: list[str]) -> list[bool]:
@@ -267,10 +256,6 @@ def dates_score_of(bundle: LoadedBundle) -> Accuracy:
 
 def date_lists_score_of(bundle: LoadedBundle) -> Accuracy:
     return date_lists_score(greedy(bundle))
-
-
-def list_scores_by_length(bundle: LoadedBundle) -> list[LengthScore]:
-    return date_lists_by_length(greedy(bundle))
 
 
 def greedy(bundle: LoadedBundle) -> Callable[[list[str]], list[str]]:

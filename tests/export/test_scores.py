@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from transom.export.datasets import (
     masked_text,
     wordnet_pairs,
 )
-from transom.export.metrics import Accuracy, Rate
+from transom.export.metrics import Accuracy, LengthAccuracy, Rate
 from transom.export.reference_models import reference_folder, score_both
 from transom.export.scores import (
     BLOCK_BYTES,
@@ -31,7 +32,6 @@ from transom.export.scores import (
     date_lists_score_of,
     dates_score,
     digits_score,
-    list_scores_by_length,
     masked_score,
     retrieval_score,
 )
@@ -253,15 +253,29 @@ def test_lists_are_counted_by_their_number_of_dates() -> None:
         return [answers[text][:32] for text in asked]
 
     side: Any = SimpleNamespace(translate=translate)
-    found = list_scores_by_length(side)
-    assert [(score.dates, score.right, score.cases) for score in found] == [
+    score = date_lists_score_of(side)
+    assert [(each.parts, each.accuracy.correct, each.accuracy.n) for each in score.by_length] == [
         (1, 150, 150), (2, 150, 150), (3, 150, 150), (4, 0, 150), (5, 0, 150), (6, 0, 150)
     ]  # fmt: skip
-    assert date_lists_score_of(side).correct == sum(score.right for score in found)
-    for score in found:
-        sizes = sorted(len(text) for text in answers if text.count("; ") == score.dates - 1)
-        assert score.characters == (sizes[0], pytest.approx(sum(sizes) / 150), sizes[-1])
-    assert found[5].characters[2] == 141
+    assert (score.correct, score.n) == (450, 900)
+    for each in score.by_length:
+        sizes = sorted(len(text) for text in answers if text.count("; ") == each.parts - 1)
+        assert each.characters == (sizes[0], pytest.approx(sum(sizes) / 150), sizes[-1])
+    assert score.by_length[5].characters[2] == 141
+
+
+def test_a_score_is_recorded_by_length() -> None:
+    """Nine of ten right, lists of one date and of two: 5 of 5 and 4 of 5."""
+    parts = [Accuracy.of_each("exact match", "lists", [True] * 4 + [last]) for last in (True, False)]
+    lengths = (LengthAccuracy(1, (8, 12.5, 20), parts[0]), LengthAccuracy(2, (18, 27.0, 44), parts[1]))
+    every = Accuracy.of_each("exact match", "lists", [True] * 9 + [False])
+    fields = json.loads(json.dumps(replace(every, by_length=lengths).side_fields()))
+    assert (fields["correct"], fields["value"]) == (9, 0.9)
+    assert [
+        (each["parts"], each["characters"], each["n"], each["correct"], each["value"]) for each in fields["by_length"]
+    ] == [(1, [8, 12.5, 20], 5, 5, 1.0), (2, [18, 27.0, 44], 5, 4, 0.8)]
+    assert fields["by_length"][1]["interval"] == list(parts[1].interval)
+    assert "by_length" not in every.side_fields()
 
 
 # ---- both sides
