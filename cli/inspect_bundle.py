@@ -112,14 +112,16 @@ def layer_of(tensor: Tensor) -> tuple[str, str, str]:
 
 def tensor_text(tensor: Tensor, name: str) -> str:
     """Return ``input_ids int64 (B, S), values below 30522``."""
-    from transom.runtime.graph_spec import ARANGE
+    from transom.runtime.graph_spec import ARANGE, is_cache
 
     text = f"{name} {tensor.dtype} ({', '.join(map(str, tensor.shape))})"
     if tensor.exclusive_max is not None:
         text += f", values below {tensor.exclusive_max}"
     if tensor.default is not None:
         text += f", {'0, 1, 2, ...' if tensor.default == ARANGE else tensor.default} if left out"
-    return text + (", in place" if tensor.aliases else "")
+    if tensor.aliases is None:
+        return text
+    return f"{text}, {'in place' if is_cache(tensor) else f'replaces {layer_of(tensor)[0]}*'}"
 
 
 def generation_text(manifest: Manifest) -> str | None:

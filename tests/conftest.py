@@ -32,7 +32,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 if os.environ.get("TRANSOM_KERNEL_DEVICE", "cpu") == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 pytest.register_assert_rewrite(
-    "attention_reference", "command_line", "decoder_definitions", "encoder_family", "row_independence", "tiny_models"
+    "attention_reference",
+    "command_line",
+    "decoder_definitions",
+    "encoder_family",
+    "recurrent_family",
+    "row_independence",
+    "tiny_models",
 )
 
 WORDS = """

@@ -34,7 +34,8 @@ def ask_generator(bundle: Any, prompts: Sequence[str], options: RunOptions) -> l
 
 def text_or_ids(bundle: Any, tokens: list[int]) -> Result:
     """Return generated tokens as text, or as ids where the bundle has no tokenizer."""
-    return {"text": bundle.target_tokenizer().decode(tokens)} if has_tokenizer(bundle) else {"ids": tokens}
+    writes_text = has_tokenizer(bundle) or bundle.manifest.target_tokenizer is not None
+    return {"text": bundle.target_tokenizer().decode(tokens)} if writes_text else {"ids": tokens}
 
 
 def score(bundle: Any, text: str) -> Result:
