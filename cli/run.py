@@ -118,8 +118,8 @@ def run(
         given = expanded(inputs, whole=task.whole)
         if task.pair is not None and len(given) != 2:
             raise typer.BadParameter(f"{manifest.task} takes {task.pair}; received {len(given)} INPUTs.")
-        if task.generates and not as_json and can_stream(loaded, given, options):
-            print_stream(loaded, given[0], options)
+        if task.prompt is not None and not as_json and can_stream(loaded, given, options):
+            print_stream(loaded, task.prompt(loaded, given[0], options), options)
             return
         results = task.ask(loaded, given, options)
     if out is not None and task.array is not None:

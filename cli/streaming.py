@@ -21,11 +21,9 @@ def can_stream(bundle: Any, prompts: Sequence[str], options: RunOptions) -> bool
     return with_keywords(stored, **options.keywords).rows(1) == 1
 
 
-def print_stream(bundle: Any, prompt: str, options: RunOptions) -> None:
+def print_stream(bundle: Any, prompt: Any, options: RunOptions) -> None:
     """Print the new text of a prompt while it is generated; end its line also where it is interrupted."""
-    from transom.runtime.tasks.generator_task import prompt_ids
-
-    tokens = bundle.stream(prompt_ids(bundle, prompt, truncate=options.truncate), **options.keywords)
+    tokens = bundle.stream(prompt, **options.keywords)
     started = False
     try:
         for piece in pieces(bundle, tokens):
@@ -40,7 +38,9 @@ def print_stream(bundle: Any, prompt: str, options: RunOptions) -> None:
 
 def pieces(bundle: Any, tokens: Iterator[int]) -> Iterator[str]:
     """Yield tokens as they are printed: whole characters, or ids with spaces between them."""
-    if bundle.manifest.tokenizer is None:
+    from transom.runtime.tasks.generator_task import writes_text
+
+    if not writes_text(bundle):
         for number, token in enumerate(tokens):
             yield f" {token}" if number else str(token)
         return

@@ -10,6 +10,7 @@ from typing import Any
 from transom.runtime.errors import InputError
 from transom.runtime.tasks.task import Result, RunOptions, subject
 
+EMPTY = "{} is empty; expected a text, or token ids for a bundle without a tokenizer."
 ID = re.compile(r"-?[0-9]{1,18}")  # int64; the runtime says which ids the model has
 
 
@@ -18,37 +19,46 @@ def ask_generator(bundle: Any, prompts: Sequence[str], options: RunOptions) -> l
 
     Raises InputError for an empty prompt, by its place.
     """
-    if "" in prompts:
-        which = "a prompt" if len(prompts) == 1 else f"prompt {list(prompts).index('')}"
-        raise InputError(f"{which} is empty; expected a text, or token ids for a bundle without a tokenizer.")
+    if "" in prompts and len(prompts) > 1:
+        raise InputError(EMPTY.format(f"prompt {list(prompts).index('')}"))
     if options.score:
         return [score(bundle, text) for text in prompts]
-    rows = [prompt_ids(bundle, prompt, truncate=options.truncate) for prompt in prompts]
-    found = bundle.generate(rows, **options.keywords)
+    rows = [prompt_of(bundle, prompt, options) for prompt in prompts]
+    return generated(bundle, "prompt", prompts, bundle.generate(rows, **options.keywords))
+
+
+def generated(bundle: Any, kind: str, inputs: Sequence[str], answers: Sequence[Any]) -> list[Result]:
+    """Return one result per answer, of which an INPUT may have several; ``kind`` is what an INPUT is."""
     results: list[Result] = []
-    for prompt, answer in zip(prompts, found, strict=True):
+    for given, answer in zip(inputs, answers, strict=True):
         for tokens in answer if answer and isinstance(answer[0], list) else [answer]:
-            results.append({"prompt": prompt, **text_or_ids(bundle, tokens), "tokens": len(tokens)})
+            results.append({kind: given, **text_or_ids(bundle, tokens), "tokens": len(tokens)})
     return results
 
 
 def text_or_ids(bundle: Any, tokens: list[int]) -> Result:
     """Return generated tokens as text, or as ids where the bundle has no tokenizer."""
-    writes_text = has_tokenizer(bundle) or bundle.manifest.target_tokenizer is not None
-    return {"text": bundle.target_tokenizer().decode(tokens)} if writes_text else {"ids": tokens}
+    return {"text": bundle.target_tokenizer().decode(tokens)} if writes_text(bundle) else {"ids": tokens}
 
 
 def score(bundle: Any, text: str) -> Result:
     """Return the perplexity of a text over its tokens but the first, which nothing precedes."""
-    row = prompt_ids(bundle, text, truncate=False)
+    row = ids_of(bundle, text, truncate=False)
     return {"text": text, "perplexity": bundle.score(row), "tokens": len(row)}
 
 
-def prompt_ids(bundle: Any, prompt: str, *, truncate: bool) -> list[int]:
+def prompt_of(bundle: Any, prompt: str, options: RunOptions) -> list[int]:
+    """Return the ids of a prompt, as ``generate`` and ``stream`` take them."""
+    return ids_of(bundle, prompt, truncate=options.truncate)
+
+
+def ids_of(bundle: Any, prompt: str, *, truncate: bool) -> list[int]:
     """Return the ids of a prompt: of its text or, for a bundle without a tokenizer, those that it spells.
 
-    Raises InputError for one that is no ids where ids are needed.
+    Raises InputError for an empty prompt, and for one that is no ids where ids are needed.
     """
+    if not prompt:
+        raise InputError(EMPTY.format("a prompt"))
     if has_tokenizer(bundle):
         (row,) = bundle.tokenizer().encode([prompt], truncate=truncate).rows
         return list(row.ids)
@@ -59,6 +69,11 @@ def prompt_ids(bundle: Any, prompt: str, *, truncate: bool) -> list[int]:
             "expected token ids, such as '1 2 3'."
         )
     return [int(word) for word in words]
+
+
+def writes_text(bundle: Any) -> bool:
+    """Return whether generated tokens can be decoded."""
+    return has_tokenizer(bundle) or bundle.manifest.target_tokenizer is not None
 
 
 def has_tokenizer(bundle: Any) -> bool:

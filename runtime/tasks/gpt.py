@@ -14,7 +14,7 @@ from transom.runtime.feeds import LOGITS_POSITIONS, WRITE_INDICES
 from transom.runtime.finite import check_finite
 from transom.runtime.numeric import token_log_probabilities
 from transom.runtime.tasks.generator import Generator, PrefillResult
-from transom.runtime.tasks.generator_task import ask_generator, generated_lines
+from transom.runtime.tasks.generator_task import ask_generator, generated_lines, prompt_of
 from transom.runtime.tasks.prompts import Row, padded
 from transom.runtime.tasks.task import FamilyTasks, Task
 
@@ -100,6 +100,7 @@ FAMILY = FamilyTasks(
             ask_generator,
             generated_lines,
             generates=True,
+            prompt=prompt_of,
             scores=True,
             example="'It is a truth universally acknowledged'",
         ),

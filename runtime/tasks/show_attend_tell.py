@@ -11,7 +11,7 @@ from transom.runtime.errors import BundleError
 from transom.runtime.image_preprocess import ImagePreprocess
 from transom.runtime.tasks.encoder_decoder import EncoderDecoder
 from transom.runtime.tasks.generator import PrefillResult
-from transom.runtime.tasks.generator_task import generated_lines, text_or_ids
+from transom.runtime.tasks.generator_task import generated, generated_lines
 from transom.runtime.tasks.image_prompts import ImagePromptReader, Pixels, stacked
 from transom.runtime.tasks.task import FamilyTasks, Result, RunOptions, Task
 
@@ -71,15 +71,16 @@ class ShowAttendTell(EncoderDecoder):
 def ask_caption(bundle: ShowAttendTell, images: Sequence[str], options: RunOptions) -> list[Result]:
     """Return one result per caption: as many as images, times ``--num-return-sequences``."""
     pixels = list(bundle.preprocess()(list(images)))
-    found = bundle.generate(pixels, **options.keywords)
-    results: list[Result] = []
-    for image, answer in zip(images, found, strict=True):
-        for tokens in answer if answer and isinstance(answer[0], list) else [answer]:
-            results.append({"image": image, **text_or_ids(bundle, tokens), "tokens": len(tokens)})
-    return results
+    return generated(bundle, "image", images, bundle.generate(pixels, **options.keywords))
+
+
+def prompt_of(bundle: ShowAttendTell, image: str, options: RunOptions) -> Pixels:
+    """Return the pixels of an image, as ``generate`` and ``stream`` take them."""
+    pixels: Pixels = bundle.preprocess()([image])[0]
+    return pixels
 
 
 FAMILY = FamilyTasks(
     ShowAttendTell,
-    {"image-to-text": Task(ask_caption, generated_lines, generates=True, example="photo.png")},
+    {"image-to-text": Task(ask_caption, generated_lines, generates=True, prompt=prompt_of, example="photo.png")},
 )

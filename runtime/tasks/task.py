@@ -35,6 +35,7 @@ class Task:
     example    INPUTs to try, as typed after `transom run BUNDLE`
     ranks      whether ``--top-k`` means something
     generates  whether it takes the options of generation
+    prompt     of a task that generates: bundle, INPUT, options -> what ``stream`` takes
     scores     whether it takes ``--score``
     array      the result's key that holds a vector, for ``--out``
     labelled   whether it chooses among ``--label``
@@ -46,6 +47,7 @@ class Task:
     example: str
     ranks: bool = False
     generates: bool = False
+    prompt: Callable[[Any, str, RunOptions], Any] | None = None
     scores: bool = False
     array: str | None = None
     labelled: bool = False

@@ -10,7 +10,7 @@ import numpy as np
 from transom.runtime.feeds import LOGITS_POSITIONS, WRITE_INDICES
 from transom.runtime.tasks.encoder_decoder import EncoderDecoder
 from transom.runtime.tasks.generator import PrefillResult
-from transom.runtime.tasks.generator_task import ask_generator, generated_lines
+from transom.runtime.tasks.generator_task import ask_generator, generated_lines, prompt_of
 from transom.runtime.tasks.prompts import Row, padded
 from transom.runtime.tasks.task import FamilyTasks, Task
 from transom.runtime.text.batch import row_length
@@ -51,5 +51,5 @@ class Transformer(EncoderDecoder):
 
 FAMILY = FamilyTasks(
     Transformer,
-    {"translation": Task(ask_generator, generated_lines, generates=True, example="'3 May 1921'")},
+    {"translation": Task(ask_generator, generated_lines, generates=True, prompt=prompt_of, example="'3 May 1921'")},
 )

@@ -49,7 +49,7 @@ class TestShowAttendTell(RecurrentFamily):
 
     def prompts(self, count: int) -> list[Any]:
         pixels = np.random.default_rng(1).standard_normal((count, 3, HEIGHT, WIDTH), np.float32)
-        return list(pixels)
+        return [row * np.float32(3**place) for place, row in enumerate(pixels)]  # so far apart that captions differ
 
     def test_images_of_any_kind_get_one_caption(self, once: Once, tmp_path: Path) -> None:
         image = picture(0)

@@ -136,7 +136,6 @@ class RecurrentFamily:
             answers = bundle.generate(
                 prompts, num_beams=BEAMS, max_new_tokens=NEW, suppress_tokens=[END], length_penalty=1.0, do_sample=False
             )
-            assert answers[0] != answers[1]
             for prompt, answer in zip(prompts, answers, strict=True):
                 assert answer == beam_search(theirs, prompt)
 
