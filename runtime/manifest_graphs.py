@@ -122,9 +122,10 @@ def decoder_problems(graph: Graph, axes: Mapping[str, Axis]) -> list[str]:
 
 def recurrent_problems(graph: Graph, axes: Mapping[str, Axis]) -> list[str]:
     """Return what is wrong with a graph whose state is all recurrent: it reads one token of each row."""
-    tokens, logits = graph.inputs[0], graph.outputs[0]
+    tokens, logits = next(iter(graph.inputs), None), graph.outputs[0]
     if (
-        tokens.dtype != "int64"
+        tokens is None
+        or tokens.dtype != "int64"
         or tokens.exclusive_max is None
         or len(tokens.shape) != 2
         or not isinstance(tokens.shape[1], str)

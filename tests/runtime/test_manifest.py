@@ -158,6 +158,7 @@ CLAIMS: tuple[tuple[str, str, Change, str], ...] = (
     ("a cache of another size", "gpt-fp32", tensors("key_cache.0", shape=["B", 2, "C", 9]), "is no input of its shape"),
     ("caches of rank 3", "gpt-fp32", caches("B", 2, "C"), "is no input of its shape: (B, H, C, D), or"),
     ("caches along another axis", "gpt-fp32", caches("B", 2, "S", 8), "is no input of its shape: (B, H, C, D), or"),
+    ("caches along the first axis", "gpt-fp32", caches("C", 2, 9, 8), "is no input of its shape: (B, H, C, D), or"),
     ("two write one", "gpt-fp32", tensors("key_cache.0.written", writes="value_cache.0"), "two outputs write 'value_c"),
     ("logits of rank 2", "gpt-fp32", tensors("logits", shape=["B", "P"]), LOGITS),
     ("logits along another axis", "gpt-fp32", tensors("logits", shape=["B", "S", 32]), LOGITS),
