@@ -77,18 +77,18 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class LengthAccuracy:
-    """The accuracy on the inputs of one length: ``parts`` in each, such as the dates of a list.
+    """The accuracy on the inputs of one length, which ``name`` says: "3 dates".
 
     ``characters`` are those of the inputs: fewest, mean and most.
     """
 
-    parts: int
+    name: str
     characters: tuple[int, float, int]
     accuracy: Accuracy
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry of bundle.json."""
-        counts = {"parts": self.parts, "characters": list(self.characters), "n": self.accuracy.n}
+        counts = {"name": self.name, "characters": list(self.characters), "n": self.accuracy.n}
         return counts | self.accuracy.side_fields()
 
 

@@ -166,9 +166,9 @@ def accuracies_by_dates(every: Accuracy, texts: list[str]) -> Iterator[LengthAcc
     for dates in sorted(set(numbers)):
         chosen = [index for index, number in enumerate(numbers) if number == dates]
         sizes = [len(texts[index]) for index in chosen]
-        right = (bool(every.right[index]) for index in chosen)
-        characters = (min(sizes), sum(sizes) / len(sizes), max(sizes))
-        yield LengthAccuracy(dates, characters, Accuracy.of_each(every.name, every.data, right))
+        accuracy = Accuracy.of_each(every.name, every.data, (bool(every.right[index]) for index in chosen))
+        name = f"{dates} date{'s' if dates > 1 else ''}"
+        yield LengthAccuracy(name, (min(sizes), sum(sizes) / len(sizes), max(sizes)), accuracy)
 
 
 def captions_score(caption: Callable[[list[NDArray[np.uint8]]], list[str]]) -> Accuracy:

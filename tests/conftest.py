@@ -318,6 +318,38 @@ def dates_bundle(once: Once) -> Path:
 
 
 @pytest.fixture(scope="session")
+def random_seq2seq_bundle(once: Once) -> Path:
+    """A tiny random seq2seq with attention, of words; up to 80 of them in a source."""
+    return once("random-seq2seq", lambda folder: export_recurrent(folder, "seq2seq")) / "bundle"
+
+
+@pytest.fixture(scope="session")
+def random_fixed_bundle(once: Once) -> Path:
+    """The same without attention."""
+    return once("random-fixed", lambda folder: export_recurrent(folder, "seq2seq", attention=False)) / "bundle"
+
+
+@pytest.fixture(scope="session")
+def random_captioner_bundle(once: Once) -> Path:
+    """A tiny random Show, Attend and Tell, of words, for images of 20x12 pixels and a grid of 10x6."""
+    return once("random-captioner", lambda folder: export_recurrent(folder, "captioner")) / "bundle"
+
+
+def export_recurrent(folder: Path, kind: str, new_tokens: int = 12, **settings: Any) -> None:
+    """Export a random seq2seq or captioner that writes ``new_tokens`` tokens, whatever they are."""
+    from recurrent_models import write_captioner, write_seq2seq
+
+    checkpoint = folder / "checkpoint"
+    if kind == "captioner":
+        write_captioner(checkpoint, **settings)
+    else:
+        write_seq2seq(checkpoint, **{"tokenizer": True, "max_source_positions": 80, **settings})
+    generation = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "eos_token_id": 2, "pad_token_id": 0}
+    (checkpoint / "generation_config.json").write_text(json.dumps({**generation, "decoder_start_token_id": 1}))
+    export_to(folder, checkpoint, max_sizes={"B": 3})
+
+
+@pytest.fixture(scope="session")
 def gpt_bundle(once: Once) -> Path:
     """The reference GPT, which goes on from a prompt, FP32; exported as a folder, so without its score."""
     return once("gpt", lambda folder: export_to(folder, reference("gpt"))) / "bundle"

@@ -34,9 +34,11 @@ def run_raw(bundle: ShowAttendTell, feeds: Mapping[str, Array]) -> None:
 def prompt_of(bundle: ShowAttendTell, sample: Sample) -> Pixels:
     """Return a sample's pixels, float32 (C, H, W): of its image, or its raw ``pixel_values``."""
     if sample.image is None:
-        return pixels_of(sample)[0]
+        pixels: Pixels = pixels_of(sample)[0]
+        return pixels
     with naming([sample]):
-        return bundle.preprocess()([sample.image])[0]
+        pixels = bundle.preprocess()([sample.image])[0]
+    return pixels
 
 
 def caption_cases(fp32: ShowAttendTell, samples: Sequence[Sample], most: int) -> EvaluationCases:

@@ -59,9 +59,9 @@ def score_value(score: Any, side: str) -> float | None:
     return bounded(at(score, side, "value"))
 
 
-def interval(score: Any, side: str) -> tuple[float, float] | None:
-    """Return (low, high) of the 95 % interval; None where it is not two numbers in order."""
-    ends = at(score, side, "interval")
+def interval_of(figures: Any) -> tuple[float, float] | None:
+    """Return (low, high) of the 95 % interval of one side's figures; None where it is not two numbers in order."""
+    ends = at(figures, "interval")
     low, high = (bounded(end) for end in ends) if isinstance(ends, list) and len(ends) == 2 else (None, None)
     return None if low is None or high is None or high < low else (low, high)
 
@@ -76,7 +76,7 @@ def score_section(score: Mapping[str, Any] | None) -> Markup:
     sides = [(key, label, value) for key, label in SIDES if (value := score_value(score, key)) is not None]
     if score is None or not sides:
         return Markup("")
-    ends = [end for key, _, _ in sides for end in interval(score, key) or ()]
+    ends = [end for key, _, _ in sides for end in interval_of(at(score, key)) or ()]
     axis = axis_around([*(value for _, _, value in sides), *ends])
     ticks = [tick_label(axis.at(tick), 12, short(tick)) for tick in axis.ticks()]
     return render(
@@ -91,7 +91,7 @@ def score_section(score: Mapping[str, Any] | None) -> Markup:
 
 
 def side_row(score: Mapping[str, Any], key: str, label: str, value: float, axis: LinearAxis) -> dict[str, Any]:
-    ends, correct = interval(score, key), at(score, key, "correct")
+    ends, correct = interval_of(at(score, key)), at(score, key, "correct")
     within = f"95 % {score_text(ends[0])} to {score_text(ends[1])}" if ends else "no interval"
     parts = [vertical(axis.at(tick), 0, ROW, "rule") for tick in axis.ticks()]
     if ends:

@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from transom.export.families.base import export_family
-from transom.export.report.accuracy import gate_records, interval, score_text, score_value
+from transom.export.report.accuracy import gate_records, interval_of, score_text, score_value
 from transom.export.report.graphs import running_bytes
 from transom.export.report.parity import tolerance_of
 from transom.export.report.rendering import render, sizes_text, visible
@@ -90,7 +90,7 @@ def tiles_of(bundle: Bundle, parameters: int, bench: BenchReport) -> list[Tile]:
     tiles = [Tile("worst error", error_text(at(worst, "error")), note)]
     value = score_value(score, "bundle")
     if value is not None:
-        within = interval(score, "bundle")
+        within = interval_of(at(score, "bundle"))
         ends = f"95 % {score_text(within[0])} to {score_text(within[1])}, " if within else ""
         note = f"{ends}n = {count_text(at(score, 'n'))}; PyTorch {score_text(score_value(score, 'pytorch'))}"
         tiles.append(Tile(visible(at(score, "name"), 60), score_text(value), note))

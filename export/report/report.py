@@ -22,6 +22,7 @@ from transom.export.report.overview import (
 )
 from transom.export.report.parity import parity_section
 from transom.export.report.rendering import render
+from transom.export.report.score_by_length import score_by_length_section
 from transom.runtime.atomic_write import write_bytes
 from transom.runtime.bench import BenchReport, bench
 from transom.runtime.bundle import Bundle
@@ -53,6 +54,7 @@ def page(bundle: Bundle, figure: Markup, measured: BenchReport) -> str:
         figure,
         parity_section(manifest),
         score_section(manifest.score),
+        score_by_length_section(manifest.score),
         quantization_section(manifest),
         engines_section(manifest),
         sizes_section(bundle, weights_of(bundle, models), parameters),

@@ -254,12 +254,13 @@ def test_lists_are_counted_by_their_number_of_dates() -> None:
 
     side: Any = SimpleNamespace(translate=translate)
     score = date_lists_score_of(side)
-    assert [(each.parts, each.accuracy.correct, each.accuracy.n) for each in score.by_length] == [
-        (1, 150, 150), (2, 150, 150), (3, 150, 150), (4, 0, 150), (5, 0, 150), (6, 0, 150)
+    assert [(each.name, each.accuracy.correct, each.accuracy.n) for each in score.by_length] == [
+        ("1 date", 150, 150), ("2 dates", 150, 150), ("3 dates", 150, 150),
+        ("4 dates", 0, 150), ("5 dates", 0, 150), ("6 dates", 0, 150),
     ]  # fmt: skip
     assert (score.correct, score.n) == (450, 900)
-    for each in score.by_length:
-        sizes = sorted(len(text) for text in answers if text.count("; ") == each.parts - 1)
+    for separators, each in enumerate(score.by_length):
+        sizes = sorted(len(text) for text in answers if text.count("; ") == separators)
         assert each.characters == (sizes[0], pytest.approx(sum(sizes) / 150), sizes[-1])
     assert score.by_length[5].characters[2] == 141
 
@@ -267,13 +268,13 @@ def test_lists_are_counted_by_their_number_of_dates() -> None:
 def test_a_score_is_recorded_by_length() -> None:
     """Nine of ten right, lists of one date and of two: 5 of 5 and 4 of 5."""
     parts = [Accuracy.of_each("exact match", "lists", [True] * 4 + [last]) for last in (True, False)]
-    lengths = (LengthAccuracy(1, (8, 12.5, 20), parts[0]), LengthAccuracy(2, (18, 27.0, 44), parts[1]))
+    lengths = (LengthAccuracy("1 date", (8, 12.5, 20), parts[0]), LengthAccuracy("2 dates", (18, 27.0, 44), parts[1]))
     every = Accuracy.of_each("exact match", "lists", [True] * 9 + [False])
     fields = json.loads(json.dumps(replace(every, by_length=lengths).side_fields()))
     assert (fields["correct"], fields["value"]) == (9, 0.9)
     assert [
-        (each["parts"], each["characters"], each["n"], each["correct"], each["value"]) for each in fields["by_length"]
-    ] == [(1, [8, 12.5, 20], 5, 5, 1.0), (2, [18, 27.0, 44], 5, 4, 0.8)]
+        (each["name"], each["characters"], each["n"], each["correct"], each["value"]) for each in fields["by_length"]
+    ] == [("1 date", [8, 12.5, 20], 5, 5, 1.0), ("2 dates", [18, 27.0, 44], 5, 4, 0.8)]
     assert fields["by_length"][1]["interval"] == list(parts[1].interval)
     assert "by_length" not in every.side_fields()
 

@@ -46,6 +46,7 @@ def report(tmp_path: Path) -> Report:
 
 
 BUNDLES = ["bert_bundle", "vit_bundle", "gpt_bundle", "dates_bundle", "clip_bundle"]
+BUNDLES += ["random_seq2seq_bundle", "random_fixed_bundle", "random_captioner_bundle"]
 
 
 @pytest.mark.parametrize("name", BUNDLES)
@@ -147,6 +148,17 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], object]] = {
     "another odd score": lambda w: w.update(
         score={"pytorch": {"value": 10**400}, "bundle": {"value": 0.0, "interval": [3, 2, 1]}}
     ),
+    "odd lengths of a score": lambda w: w.update(
+        score={
+            "bundle": {
+                "by_length": [
+                    {"name": EVIL, "characters": [0, size, 0], "value": value, "n": 10**400, "interval": [0, 1e308]}
+                    for size, value in ((1e308, 0.5), (-1e12, 1.0), (5e-324, 0.0), (1e12, 0.3))
+                ]
+                + [{"name": EVIL * 99, "characters": [0, size, 0], "value": 0.1, "n": 2**62} for size in (1e12, -1e12)]
+            }
+        }
+    ),
     "no score at all": lambda w: w.update(score={}),
     "odd operators": lambda w: w.update(operators={"model": {EVIL: EVIL, "Add": -5, "Mul": 10**40, "a::b": 3}}),
     "other odd operators": lambda w: w.update(operators={"model": [EVIL]}),
@@ -172,7 +184,7 @@ def test_a_hostile_bundle_gives_a_harmless_page(
 
 
 # Odd, but sound.
-@pytest.mark.parametrize("name", ["bert_bundle", "gpt_bundle", "dates_bundle"])
+@pytest.mark.parametrize("name", ["bert_bundle", "gpt_bundle", "dates_bundle", "random_seq2seq_bundle"])
 def test_without_a_tokenizer_there_is_no_picture(
     name: str, report: Report, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -223,6 +235,10 @@ def test_the_command(vit_bundle: Path, tmp_path: Path) -> None:
         ("clip_bundle", ["no such file.png"], "is not a file that is there"),
         ("clip_bundle", ["--prompt", "word " * 100], "tokens"),
         ("clip_bundle", ["--prompt", ""], "has no tokens"),
+        ("random_seq2seq_bundle", ["water " * 64], "has 65 tokens; attention over at most 64 is drawn"),
+        ("random_seq2seq_bundle", [""], "has no tokens"),
+        ("random_fixed_bundle", ["water " * 80], "a source is 81 tokens"),
+        ("random_captioner_bundle", ["no such file.png"], "is not a file that is there"),
     ],
 )
 def test_what_does_not_fit_leaves_no_file(
