@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transom.runtime.image_loading import ImageSource
 
 MOST_WORDS = 32  # tokens of a caption that are drawn, the first
-VEIL = 0.92  # opacity over a place without attention
+DENSEST = 0.8  # opacity over the place of the largest weight: the image stays visible below
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def figure_of(caption: Caption, pixels: Pixels, preprocess: ImagePreprocess) -> 
         "text": caption.text,
         "tokens": len(caption.tokens),
         "words": [
-            {"token": token, "largest": float(shares.max()), "veil": veil(shares.reshape(rows, columns))}
+            {"token": token, "largest": float(shares.max()), "tint": tint(shares.reshape(rows, columns))}
             for token, shares in words
         ],
     }
@@ -90,10 +90,9 @@ def grid_of(height: int, width: int, places: int) -> tuple[int, int]:
     return height // side, width // side
 
 
-def veil(shares: Matrix) -> Markup:
-    """Draw a grey square per place (rows, columns): none where the weight is largest, the densest where it is zero."""
-    largest = float(shares.max()) or 1.0
-    opacity = VEIL * (1 - shares / largest)
+def tint(shares: Matrix) -> Markup:
+    """Draw a square per place (rows, columns), the denser the larger its share of the largest weight."""
+    opacity = DENSEST * shares / (float(shares.max()) or 1.0)
     levels = np.round(opacity * LEVELS).astype(int)
-    drawn = [squares(np.argwhere(levels == level).tolist(), "veil", level) for level in range(1, LEVELS + 1)]
+    drawn = [squares(np.argwhere(levels == level).tolist(), "warm", level) for level in range(1, LEVELS + 1)]
     return Markup("").join(drawn)

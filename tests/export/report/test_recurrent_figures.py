@@ -20,7 +20,7 @@ from report_pages import Page
 from transom.export.checkpoint import load_checkpoint
 from transom.export.report.figures.decoder_steps import weights_along
 from transom.export.report.figures.seq2seq import alignment, draw_alignments
-from transom.export.report.figures.show_attend_tell import MOST_WORDS, caption_of, draw_captions, grid_of, veil
+from transom.export.report.figures.show_attend_tell import MOST_WORDS, caption_of, draw_captions, grid_of, tint
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import BundleError, InputError
 from transom.runtime.tasks.seq2seq import Seq2Seq
@@ -154,20 +154,20 @@ def test_each_word_has_the_image_under_its_attention(random_captioner_bundle: Pa
     for (token, svg), shares in zip(drawn, found.weights, strict=True):
         row, column = divmod(int(shares.argmax()), 6)
         assert token in found.tokens
-        assert f"M{column} {row}h" not in svg  # the largest weight is clear
+        assert f"M{column} {row}h" in re.findall(r'fill-opacity="0.83" d="(.*?)"', svg)[0]  # the largest weight
     assert found.text in "".join(page.text)
     assert "all 60 together, 10 rows of 6, add up to 1" in "".join(page.text)
 
 
-def test_a_veil_by_pencil() -> None:
-    """Opacity 0.92 times one less the share of the largest, in twelfths: 0, 0.46 -> 6, 0.69 -> 8, 0.92 -> 11."""
-    svg = veil(np.array([[0.5, 0.25], [0.125, 0.0]], np.float32))
-    assert re.findall(r'<path class="veil" fill-opacity="([\d.]+)" d="([^"]*)"/>', svg) == [
-        ("0.50", "M1 0h1v1h-1z"),
-        ("0.67", "M0 1h1v1h-1z"),
-        ("0.92", "M1 1h1v1h-1z"),
+def test_a_tint_by_pencil() -> None:
+    """Opacity 0.8 times the share of the largest weight, in twelfths: 0.8 -> 10, 0.4 -> 5, 0.2 -> 2, and nothing."""
+    svg = tint(np.array([[0.5, 0.25], [0.125, 0.0]], np.float32))
+    assert re.findall(r'<path class="warm" fill-opacity="([\d.]+)" d="([^"]*)"/>', svg) == [
+        ("0.17", "M0 1h1v1h-1z"),
+        ("0.42", "M1 0h1v1h-1z"),
+        ("0.83", "M0 0h1v1h-1z"),
     ]
-    assert veil(np.zeros((1, 1), np.float32)).count("veil") == 1
+    assert tint(np.zeros((1, 1), np.float32)) == ""
 
 
 def test_a_grid_by_pencil() -> None:
