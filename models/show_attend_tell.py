@@ -91,11 +91,13 @@ class Encoder(nn.Module):
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Encode ``pixel_values`` (B, C, height, width): annotations (B, L, D), first state and cell (B, H).
 
-        State and cell come from the mean annotation by a perceptron each: section 3.1.2.
+        State and cell come from the mean annotation by a perceptron each: section 3.1.2. Here the mean of the
+        projections, which is the same: as integers, the projection's input then has the range of an annotation, which
+        one object in the image sets, and not the range of their mean, which depends on how much else is there.
         """
-        features = self.convolutions(pixel_values).flatten(2)  # (B, D, L), row by row
-        mean = features.mean(2)
-        return features.transpose(1, 2), torch.tanh(self.hidden_state(mean)), torch.tanh(self.cell_state(mean))
+        annotations = self.convolutions(pixel_values).flatten(2).transpose(1, 2)  # (B, L, D), row by row
+        hidden, cell = self.hidden_state(annotations).mean(1), self.cell_state(annotations).mean(1)  # (B, H)
+        return annotations, torch.tanh(hidden), torch.tanh(cell)
 
 
 class Decoder(nn.Module):
