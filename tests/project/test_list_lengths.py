@@ -40,9 +40,9 @@ def test_a_column_for_each_form(
         "| 1 dates | 20 | 10 | 100.0 % (50.0 to 100.0) | 80.0 % (40.0 to 100.0) |",
         "| 2 dates | 41 | 10 | 90.0 % (45.0 to 100.0) | 0.0 % (0.0 to 100.0) |",
     ]
-    with pytest.raises(SystemExit, match="is another bundle with attention. Give one of each form"):
+    with pytest.raises(SystemExit, match=r"is another bundle with attention\. Give one of each form"):
         benchmark.lines_of([with_attention, with_attention])
-    with pytest.raises(SystemExit, match="has no score by length. Export seq2seq or seq2seq-fixed by its name"):
+    with pytest.raises(SystemExit, match=r"has no score by length\. Export seq2seq or seq2seq-fixed by its name"):
         benchmark.lines_of([random_fixed_bundle])
 
 
