@@ -77,8 +77,8 @@ def draw(lines: Mapping[str, Sequence[Point]], path: Path) -> None:
         for (form, found), colour, mark in zip(lines.items(), COLOURS, MARKS, strict=False):
             sizes, values = [point.characters for point in found], [point.value for point in found]
             ends = [point.interval or (point.value, point.value) for point in found]
-            below = [value - low for value, (low, _) in zip(values, ends, strict=True)]
-            above = [high - value for value, (_, high) in zip(values, ends, strict=True)]
+            below = [max(value - low, 0.0) for value, (low, _) in zip(values, ends, strict=True)]
+            above = [max(high - value, 0.0) for value, (_, high) in zip(values, ends, strict=True)]
             axes.errorbar(sizes, values, (below, above), color=colour, marker=mark, markersize=5, linewidth=1.8,
                           elinewidth=1.1, label=form)  # fmt: skip
             for size, value, (low, high) in zip(sizes, values, ends, strict=True):
@@ -98,7 +98,7 @@ def draw(lines: Mapping[str, Sequence[Point]], path: Path) -> None:
         axes.grid(axis="y", color="#e4e8ec", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(loc="lower left", frameon=False, labelcolor=INK)
+        axes.legend(loc="center right", frameon=False, labelcolor=INK)
         axes.set_title(
             f"held-out lists of dates, greedy, n = {first[0].n} for each length; 95 % intervals",
             loc="right", fontsize=8.5, color=FAINT,
