@@ -9,8 +9,10 @@ import onnx_ir as ir
 
 from transom.export.bundle_graphs import stored_graphs
 from transom.export.engine.profiles import cache_sizes, require_tables
+from transom.export.passes._match import body_of
 from transom.export.passes.decompose_attention import decompose_attention
 from transom.export.passes.freeze_axes import freeze_dynamic_axes
+from transom.export.passes.gru_scan import gru_scan
 from transom.export.passes.plugin_attention import is_attention, plugin_attention
 from transom.export.passes.split_fused_matmul import split_fused_matmul
 from transom.export.passes.trt_attention import OPERATOR, trt_attention
@@ -35,8 +37,10 @@ class TensorRTGraph:
 
     @property
     def operators(self) -> dict[str, str]:
-        """Return the operator of each node, by the node's name."""
-        return {str(node.name): node.op_type for node in self.model.graph}
+        """Return the operator of each node by its name, as TensorRT's parser has it: ``scan.node`` in a loop's body."""
+        found = {str(node.name): node.op_type for node in self.model.graph}
+        loops = ((node, body) for node in self.model.graph if (body := body_of(node)) is not None)
+        return found | {f"{loop.name}.{node.name}": node.op_type for loop, body in loops for node in body}
 
     @property
     def integer_products(self) -> tuple[str, ...]:
@@ -64,9 +68,10 @@ def tensorrt_graphs(
 
     A KV cache gets its greatest length, the only one that TensorRT writes to. Attention without a TensorRT kernel is
     decomposed, or with ``plugins``, which full TensorRT supports, becomes a function that Transom's kernel computes. A
-    fused integer product that is split becomes a product for each output, for TensorRT dequantises the fused one. With
-    ``attention`` LENGTHS a cache is read by lengths instead of a mask. ``axes`` are the engine's bounds, by default the
-    bundle's. All else is unchanged. Raises BundleError for axes beyond the graph's tables, ExportError for LENGTHS
+    fused integer product that is split becomes a product for each output, for TensorRT dequantises the fused one. A
+    GRU becomes a loop of one product a step, for the parser does not read it in half precision. With ``attention``
+    LENGTHS a cache is read by lengths instead of a mask. ``axes`` are the engine's bounds, by default the bundle's. All
+    else is unchanged. Raises BundleError for axes beyond the graph's tables, ExportError for LENGTHS
     without a cache to read.
     """
     models = stored_graphs(bundle, "default")
@@ -87,6 +92,7 @@ def tensorrt_graphs(
             decomposed = {name: f"{decomposed[name]}, and ours none {reason}" for name, reason in left.items()}
         decompose_attention(model, refused.__contains__)
         split_fused_matmul(model)
+        gru_scan(model)
         masked = trt_attention(model) if attention == LENGTHS else {}
         graphs[file.graph.name] = TensorRTGraph(model, decomposed, ours, masked)
     if attention == LENGTHS and not any(OPERATOR in graph.operators.values() for graph in graphs.values()):

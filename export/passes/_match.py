@@ -21,6 +21,11 @@ def is_weight(value: ir.Value) -> bool:
     return value.is_initializer() and value.const_value is not None
 
 
+def body_of(node: ir.Node) -> ir.Graph | None:
+    """Return the body of a ``Scan``; None for any other node."""
+    return node.attributes["body"].as_graph() if is_standard(node, "Scan") else None
+
+
 def is_unused(value: ir.Value) -> bool:
     """Return whether no node reads the value and the graph does not output it."""
     return not value.is_graph_output() and not list(value.uses())

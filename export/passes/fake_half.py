@@ -11,6 +11,7 @@ Cases:
 3. A node that only moves values (MOVES) needs no rounding: its inputs were rounded.
 4. An input in half precision (state) becomes FP32, case 2 there; its values were rounded where they were computed.
 5. A Cast to half keeps rounding and is cast back; a Cast from half reads the rounded FP32.
+6. In the body of a ``Scan`` likewise, whose inputs in half precision become FP32 as those of the graph.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from transom.export.passes._builder import cast_of
+from transom.export.passes._match import body_of
 from transom.export.passes.compute_in_fp32 import HALVES, cast_weights_to_fp32, make_constant_fp32, make_inputs_fp32
 
 MOVES = {"Reshape", "Transpose", "Gather", "Slice", "Concat", "Expand", "Squeeze", "Unsqueeze", "Split", "Flatten"}
@@ -26,10 +28,10 @@ MOVES |= {"Identity", "ConstantOfShape", "TensorScatter", "GatherND"}
 
 def fake_half(model: ir.Model) -> bool:
     """Rewrite ``model`` in place; return whether it had anything in half precision."""
-    graph = model.graph
-    results = [(node, output) for node in graph for output in node.outputs if output.dtype in HALVES]
-    changed = any((cast_weights_to_fp32(graph), make_inputs_fp32(graph), results))  # cases 1 and 4
-    for node, output in results:
+    graphs = [model.graph, *filter(None, map(body_of, model.graph))]
+    results = [(graph, node, o) for graph in graphs for node in graph for o in node.outputs if o.dtype in HALVES]
+    changed = any((cast_weights_to_fp32(model.graph), *map(make_inputs_fp32, graphs), results))  # cases 1, 4 and 6
+    for graph, node, output in results:
         round_output(graph, node, output)
     return changed
 

@@ -265,6 +265,8 @@ class EmulatedEngine:
         self._written = {n.output[0]: n.input[0] for n in model.graph.node if n.op_type == "TensorScatter"}
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = 1, 4
+        # Above, making a session of some FP16 graphs ends the process in version 1.32.
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         self.session = onnxruntime.InferenceSession(plan.model, options, providers=["CPUExecutionProvider"])
 
     @property
