@@ -19,7 +19,7 @@ from transom.cli.describe import (
 )
 from transom.cli.options import BundlePath, Json
 from transom.cli.output import print_fields, print_json, print_table
-from transom.runtime.format import at, bytes_text, figure, folder_bytes, list_of
+from transom.runtime.format import at, bytes_text, figure, folder_bytes, list_of, loops_text
 
 if TYPE_CHECKING:
     from transom.runtime.graph_spec import Tensor
@@ -185,6 +185,7 @@ def fusion_text(profile: Any) -> str:
         )
         if at(profile, key, "of")
     ]
+    parts += filter(None, [loops_text(at(profile, "loops"))])
     return f"{figure(at(profile, 'profile'))}: {', '.join([*parts, figure(at(profile, 'kernels')) + ' kernels'])}"
 
 

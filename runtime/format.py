@@ -56,6 +56,16 @@ def sizes_text(sizes: Mapping[str, int]) -> str:
     return ",".join(f"{name}={size}" for name, size in sizes.items())
 
 
+def loops_text(recorded: Any) -> str:
+    """Return ``2 loops of 2.1 kernels a step`` for an engine's loops as bundle.json has them; nothing for none."""
+    passes = [(natural(at(loop, "kernels")), natural(at(loop, "steps"))) for loop in list_of(recorded)]
+    known = [(kernels, steps) for kernels, steps in passes if kernels is not None and steps]
+    if not known:
+        return ""
+    kernels, steps = (sum(numbers) for numbers in zip(*known, strict=True))
+    return f"{f'{len(known)} loops' if len(known) > 1 else 'a loop'} of {kernels / steps:.1f} kernels a step"
+
+
 def folder_bytes(folder: Path) -> int:
     """Return the size of all files of a folder together, in bytes."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -13,10 +13,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transom.export.passes.plugin_attention import INPUTS as PLUGINS
+from transom.runtime.format import loops_text
 
 LAYER = re.compile(r"^Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: .*, Metadata: ?(?P<nodes>.*)$")
 NODE = re.compile(r"\[ONNX Layer: (.*?)\](?=\x1f|$)")
@@ -25,14 +26,23 @@ MARK = re.compile(r"\[profile (\d+)\]")
 MEMORY = re.compile(r"^Total (Activation|Weights) Memory: (\d+) bytes")
 FUSED_ATTENTION = re.compile(r"_mha_v\d")  # _gemm_mha_v2 of many queries, _gemv_mha_v1 of one
 SERIAL = re.compile(r"( \[profile \d+\])?(_myl\d+_\d+)?$")
+UNROLLED = re.compile(r"^(__mye)\d+(_unroll)\d+$")  # a product in one of the steps of an unrolled loop
 PRODUCTS = ("gemm", "correlation")  # kinds of layers that multiply matrices or convolve
 GENERATED = re.compile(r"^__myl_")  # a kernel generated from single steps: pointwise, moves, reductions, products
 PLUGIN = re.compile("plugin", re.IGNORECASE)  # in the kind of its layer: PluginV3 in TensorRT's own inspector
 ATTENTIONS = ("Attention", "TRT_Attention", *PLUGINS)
-COMPUTES = (*ATTENTIONS, "MatMul", "Gemm", "Conv", None)  # operators with enough work for a kernel of their own
+COMPUTES = (*ATTENTIONS, "MatMul", "Gemm", "Conv", "GRU", None)  # operators with enough work for a kernel of their own
 NOT_UNDERSTOOD = "not_understood"  # in bundle.json
 MOST_LAYERS = 3  # of a node, in a message
 SHAPES = ("shape_call", "ShapeHostToDevice")  # kinds of layers that only compute sizes
+# Kinds of layers that count the steps of a loop, compute the addresses of each, and jump. What is computed of tensors,
+# elementwise too, is of other kinds. A copy between host and device is a layer of its own, which has that name.
+LOOP_CONTROL = ("add", "cast", "cjmp", "copy", "div", "memset", "mul", "reshape", "sub")
+COPY = re.compile(r"^copy_[dh]2[dh]")
+JUMP = "cjmp"  # kind of a layer that enters a loop, leaves it, or goes back to its first step
+GOES_BACK = re.compile(r"^clp_|_cloop")
+SINGLE_STEPS = "_remaining_"  # in the name of the jump of a loop over the steps that an unrolled one leaves
+PRODUCT = re.compile(r"^__myl_\w*Fc")  # a generated kernel with a product in it
 
 
 @dataclass(frozen=True)
@@ -43,11 +53,12 @@ class Kernel:
     kind: str
     nodes: tuple[str, ...]
     int8: bool  # its inputs are integers
+    loop: str = ""  # the name of the jump that ends the loop around it
 
     @property
     def title(self) -> str:
-        """The name without its serial number: equal for equal kernels."""
-        return SERIAL.sub("", self.name)
+        """The name without its serial numbers: equal for equal kernels."""
+        return UNROLLED.sub(r"\1\2", SERIAL.sub("", self.name))
 
     @property
     def is_known(self) -> bool:
@@ -59,9 +70,15 @@ class Kernel:
             or PLUGIN.search(self.kind)
         )
 
+    @property
+    def is_product(self) -> bool:
+        return self.kind in PRODUCTS or bool(PRODUCT.search(self.name))
+
 
 def kernels_of(log: Iterable[str], profiles: int) -> list[list[Kernel]]:
     """Return the layers of the engine that compute, by profile, in execution order; last those outside of subgraphs.
+
+    The body of a loop is there once, however many steps it takes; what counts its steps is left out.
 
     A compiled subgraph belongs to one profile, given by a mark in any of its layers. A layer outside of subgraphs, such
     as a plugin, belongs to the profile of its own mark; without marks, layers of one name are divided among the
@@ -70,9 +87,18 @@ def kernels_of(log: Iterable[str], profiles: int) -> list[list[Kernel]]:
     groups: dict[str, list[Kernel]] = {}
     ungrouped: list[tuple[Kernel, str | None]] = []
     marks: dict[str, int] = {}
+    jumped: dict[str, int] = {}  # how many kernels of a subgraph there were at its last jump
     for line in log:
         match = LAYER.match(line)
         if match is None or match["kind"] in SHAPES:
+            continue
+        if match["kind"] in LOOP_CONTROL and not COPY.search(match["name"]):
+            if match["kind"] == JUMP and (serial := GROUP.search(match["name"])) is not None:
+                kernels = groups.setdefault(serial[1], [])
+                if GOES_BACK.search(match["name"]):
+                    body = slice(jumped.get(serial[1], 0), None)
+                    kernels[body] = [replace(kernel, loop=match["name"]) for kernel in kernels[body]]
+                jumped[serial[1]] = len(kernels)
             continue
         serial, mark = GROUP.search(match["name"]), MARK.search(match["name"])
         nodes = tuple(dict.fromkeys(NODE.findall(match["nodes"])))
@@ -122,6 +148,36 @@ def memory_of(log: Iterable[str]) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
+class Loop:
+    """A recurrence: the kernels of one pass through its loop, and how many steps a pass takes."""
+
+    kernels: int
+    steps: int
+
+
+def loops_of(kernels: Sequence[Kernel]) -> tuple[Loop, ...]:
+    """Return the loops of a profile in execution order.
+
+    The builder unrolls a loop and has another one behind it for the steps that are left, one by one. How many steps
+    are unrolled is the ratio of their products.
+    """
+    bodies: dict[str, list[Kernel]] = {}
+    for kernel in kernels:
+        if kernel.loop:
+            bodies.setdefault(kernel.loop, []).append(kernel)
+    loops: list[Loop] = []
+    products = 0  # of the loop before
+    for name, body in bodies.items():
+        single = sum(kernel.is_product for kernel in body)
+        if SINGLE_STEPS in name and loops:
+            loops[-1] = replace(loops[-1], steps=max(products // max(single, 1), 1))
+        else:
+            loops.append(Loop(len(body), 1))
+            products = single
+    return tuple(loops)
+
+
+@dataclass(frozen=True)
 class Fusion:
     """Fusions of a graph in one profile of an engine.
 
@@ -130,6 +186,7 @@ class Fusion:
     int8           how many of ``linears`` integer products multiply integers; the others are ``dequantized`` first
     kernels        how many there are, and ``kernel_counts`` by name
     unfused_nodes  nodes that are a kernel by themselves, without products and convolutions
+    loops          recurrences
 
     ``unrecognized_attention``, ``unrecognized_gelus`` and ``unrecognized_linears`` hold the nodes whose layers this
     version does not know, with what the log has instead: they count neither as fused nor as unfused.
@@ -148,6 +205,7 @@ class Fusion:
     unrecognized_attention: Mapping[str, str] = field(default_factory=dict)
     unrecognized_gelus: Mapping[str, str] = field(default_factory=dict)
     unrecognized_linears: Mapping[str, str] = field(default_factory=dict)
+    loops: tuple[Loop, ...] = ()
 
     @property
     def attention(self) -> int:
@@ -163,7 +221,7 @@ class Fusion:
         return {**self.unrecognized_attention, **self.unrecognized_gelus, **self.unrecognized_linears}
 
     def to_json(self) -> dict[str, Any]:
-        """Return the profile for bundle.json; "not_understood" only where there is some."""
+        """Return the profile for bundle.json; "not_understood" and "loops" only where there are some."""
 
         def with_unrecognized(section: dict[str, Any], nodes: Mapping[str, str]) -> dict[str, Any]:
             return {**section, **({NOT_UNDERSTOOD: dict(nodes)} if nodes else {})}
@@ -178,7 +236,11 @@ class Fusion:
             "kernels": self.kernels,
             "alike": dict(self.kernel_counts),
             "alone": list(self.unfused_nodes),
+            **({"loops": self.loops_to_json()} if self.loops else {}),
         }
+
+    def loops_to_json(self) -> list[dict[str, int]]:
+        return [{"kernels": loop.kernels, "steps": loop.steps} for loop in self.loops]
 
     def summary(self) -> str:
         """Return one line: ``decode: attention 4 of 4, GELU 4 of 4, INT8 17 of 17, 54 kernels``."""
@@ -191,6 +253,7 @@ class Fusion:
             )
             if of
         ]
+        parts += filter(None, [loops_text(self.loops_to_json())])
         return f"{self.profile}: {', '.join([*parts, f'{self.kernels} kernels'])}"
 
 
@@ -239,6 +302,7 @@ def fusion_of(
         unrecognized_attention=unrecognized_attention,
         unrecognized_gelus={name: unrecognized[name] for name in gelus if name not in named},
         unrecognized_linears=unrecognized_linears,
+        loops=loops_of(kernels),
     )
 
 

@@ -26,7 +26,7 @@ from transom.export.report.kernels import (
 )
 from transom.export.report.rendering import render, visible
 from transom.export.report.svg import LinearAxis, bar, chart, text
-from transom.runtime.format import at, list_of, natural, object_of
+from transom.runtime.format import at, list_of, loops_text, natural, object_of
 from transom.runtime.manifest import Manifest
 
 MOST_PROFILES = 64  # rows of the table: profiles of graphs for targets
@@ -80,6 +80,7 @@ class EngineProfile:
     unrecognized: Mapping[str, tuple[str, ...]]  # nodes whose layers the builder's log did not explain, by section
     unfused_nodes: tuple[str, ...]
     without_kernel: tuple[str, ...]  # attention that TensorRT has no kernel of: how often, why, what replaces it
+    loops: str  # how many there are, and how many kernels a step takes; "" for none
     kernels: Kernels
 
     @property
@@ -130,6 +131,7 @@ def engines_section(manifest: Manifest) -> Markup:
         profiles=profiles,
         cut=len(profiles) == MOST_PROFILES,
         without_kernel=[group for group in groups if group.profile.without_kernel],
+        loops=[group for group in groups if group.profile.loops],
         bars=[(group, stacked_bar(group.profile, axis)) for group in drawn],
         looks=[(kind, KEYS[LOOKS[kind][0]], LOOKS[kind][1]) for kind in used],
         all_fused="" if missing else counted_text(profiles),
@@ -170,6 +172,7 @@ def profile_from_json(manifest: Manifest, target: str, engine: Any, graph: str, 
         unrecognized={key: names_of(at(profile, key, NOT_UNDERSTOOD)) for key in COUNTED},
         unfused_nodes=texts(at(profile, "alone")),
         without_kernel=tuple(line for key in WITHOUT_KERNEL for line in reasons(key, at(built, key))),
+        loops=loops_text(at(profile, "loops")),
         kernels=kernels_from_json(profile),
     )
 
@@ -204,7 +207,7 @@ def grouped(profiles: Sequence[EngineProfile]) -> list[ProfileGroup]:
     groups: dict[Any, ProfileGroup] = {}
     for each in sorted(profiles, key=lambda each: places.index(each.place)):
         fusion = (each.attention, each.gelu, each.int8, each.unfused, each.dequantized, each.unfused_nodes)
-        kernels = (each.without_kernel, *each.unrecognized.values(), each.kernels.named, each.kernels.total)
+        kernels = (each.without_kernel, each.loops, *each.unrecognized.values(), each.kernels.named, each.kernels.total)
         groups.setdefault((each.place, fusion, kernels), ProfileGroup(each)).targets.append(each.target)
     return list(groups.values())
 

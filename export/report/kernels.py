@@ -24,6 +24,7 @@ PRODUCT_STEP = "Fc"
 MOVING_STEPS = {"Resh", "Tran", "Move", "Repl", "Conc", "Slic", "Gath", "Scat", "Cast"}
 PROFILE = re.compile(r" \[profile \d+\]")
 SERIAL = re.compile(r"__mye\d+")  # differs from build to build
+POOL = "max_pool"  # in the name of a maximum over patches
 INTEGER_PRODUCT = ".product"  # suffix of the export's quantised products
 
 
@@ -32,7 +33,7 @@ def kind_of(name: str, dequantized: Collection[str]) -> str:
 
     1. Attention has names of its own.
     2. ``__myl_`` and steps: a product if one of them is; else only moves and casts, or a single step, or several.
-    3. A copy.
+    3. A copy, and a maximum over patches.
     4. Any other name lists the nodes it computes, separated by "+": only products and convolutions have such names.
     """
     if FUSED_ATTENTION.search(name):
@@ -46,6 +47,8 @@ def kind_of(name: str, dequantized: Collection[str]) -> str:
         return SINGLE if len(steps) == 1 else CHAINS
     if name.startswith(COPY):
         return MOVES
+    if POOL in name:
+        return SINGLE
     nodes = PROFILE.sub("", name).split("+")
     return INTEGERS if all(node.endswith(INTEGER_PRODUCT) and node not in dequantized for node in nodes) else PRODUCTS
 

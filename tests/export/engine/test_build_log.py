@@ -8,7 +8,7 @@ from builder_logs import layer
 from transom.cli.build import print_kernels
 from transom.cli.inspect_bundle import fusion_text
 from transom.export.engine.build import Engine, require_fused
-from transom.export.engine.build_log import Fusion, fusion_of, kernels_of, memory_of
+from transom.export.engine.build_log import Fusion, Loop, fusion_of, kernels_of, memory_of
 from transom.export.engine.profiles import cache_sizes, profiles_of
 from transom.export.engine.targets import TARGETS, find_targets, require_precision
 from transom.runtime.errors import EngineError, ExportError
@@ -54,6 +54,55 @@ def test_layers_are_counted_by_profile() -> None:
     assert "up.product" in decode.kernel_counts
     assert decode.to_json()["attention"] == {"fused": 0, "of": 1, "unfused": ["attend"]}
     assert memory_of(LOG) == {"activation": 300, "weights": 7}
+
+
+UNROLLED = "__myl_SlicAddSigmTanhSele"
+LOOP = [  # of two steps a pass, and of one for what is left; before it a product, behind it a copy of its output
+    layer("copy_d2h___mye3_myl0_0", kind="copy"),
+    layer("__myl_FcAdd_myl0_1", "products", kind="runtime_fusion"),
+    layer("cbr__mye9_myl0_2", kind="cjmp"),
+    layer("init_hvar^7i64_myl0_3", kind="memset"),
+    layer("__mye8_zero_trip_check_myl0_4", kind="cjmp"),
+    layer("__myl_Cast_myl0_5"),
+    layer("__mye14_unroll0_myl0_6", kind="gemm"),
+    layer(f"{UNROLLED}_myl0_7"),
+    layer("__mye15_unroll1_myl0_8", kind="gemm"),
+    layer(f"{UNROLLED}_myl0_9"),
+    layer("adv_off^hvar^7i64_myl0_10", kind="add"),
+    layer("clp___mye9_myl0_11", kind="cjmp"),
+    layer("__mye8_zero_trip_myl0_12", kind="cjmp"),
+    layer("__mye11_init_myl0_13", kind="copy"),
+    layer("__myl_FcCast_myl0_14", "scan.recurrent", kind="runtime_fusion"),
+    layer(f"{UNROLLED}_myl0_15", "scan.gate", "scan.sum"),
+    layer("__mye8_remaining_cloop_myl0_16", kind="cjmp"),
+    layer("__myl_Slic_myl0_17", "outputs"),
+]
+
+
+def test_a_loop_is_counted_once_and_without_what_counts_its_steps() -> None:
+    """Five kernels for two steps; jumps, addresses and the step's number are none."""
+    (kernels,) = kernels_of(LOOP, 1)
+    operators = {"products": "MatMul", "scan": "Scan", "scan.recurrent": "MatMul", "outputs": "Slice"}
+    found = fusion_of("all", kernels, operators, [])
+    assert found.loops == (Loop(kernels=5, steps=2),)
+    assert found.summary() == "all: a loop of 2.5 kernels a step, 10 kernels"
+    assert found.to_json()["loops"] == [{"kernels": 5, "steps": 2}]
+    assert found.kernel_counts["__mye_unroll"] == 2  # products of two steps are equal kernels
+    assert found.unfused_nodes == ("outputs",)
+    assert fusion_text(found.to_json()) == found.summary()
+    assert "loops" not in fusion_of("all", kernels[:2], operators, []).to_json()
+
+
+def test_a_loop_that_is_not_unrolled_takes_one_step_a_pass() -> None:
+    """As of a GRU that stays one: two products a step. A second loop is not counted as the rest of the first."""
+    body = [layer(f"loop^{n} [Matrix Multiply]_myl0_{n}", kind="gemm") for n in range(2)]
+    jumps = [
+        layer(f"{name}__mye{n}_myl0_9", kind="cjmp") for n, name in ((1, "cbr"), (2, "clp_"), (3, "cbr"), (4, "clp_"))
+    ]
+    (kernels,) = kernels_of([jumps[0], *body, jumps[1], jumps[2], *body[:1], jumps[3]], 1)
+    found = fusion_of("all", kernels, {"gru": "GRU"}, [])
+    assert found.loops == (Loop(2, 1), Loop(1, 1))
+    assert found.summary() == "all: 2 loops of 1.5 kernels a step, 3 kernels"
 
 
 def renamed(log: list[str], **names: str) -> list[str]:

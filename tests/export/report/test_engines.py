@@ -102,6 +102,9 @@ def drawn(change: Callable[[Words], object] = lambda fields: None) -> str:
         ("MatMul_wide.product [profile 1]+MatMul_val_2.product", PRODUCTS),
         ("__mye45644+__mye45632", PRODUCTS),
         ("node_conv2d", PRODUCTS),
+        ("node_max_pool2d_1", SINGLE),
+        ("__mye_unroll", PRODUCTS),
+        ("$$myelin$$(Unnamed Loop* 0)^MatMul_gru.step.recurrent", PRODUCTS),
         ("MatMul_attention.scores", PRODUCTS),
         ("__myl_FcAddMulTanh", PRODUCTS),
         ("__myl_Fc", PRODUCTS),
@@ -199,6 +202,18 @@ def test_everything_fused_and_fp32() -> None:
     assert "is fused" not in html
     assert Page(html).table("TensorRT engines")[1][6:] == ["–", "–", "–", "10"]
     assert engines_section(manifest({})) == ""
+
+
+def test_loops_are_shown_with_their_kernels_a_step() -> None:
+    """Of loops that no build wrote nothing is shown."""
+    fused = profile("all", int8={"products": 6, "of": 6, "dequantized": []}, alone=[])
+    looped = {**fused, "loops": [{"kernels": 17, "steps": 8}, {"kernels": 16, "steps": 8}]}
+    html = engines_section(manifest({"rtx-sm89": engine("rtx-sm89", looped, fused)}))
+    assert Page(html).headings == ["TensorRT engines", "Loops"]
+    assert "<div>2 loops of 2.1 kernels a step</div>" in html
+    for strange in (EVIL, [EVIL], [{"kernels": EVIL, "steps": 1}], [{"kernels": 3, "steps": 0}], {"kernels": 3}):
+        html = engines_section(manifest({"rtx-sm89": engine("rtx-sm89", {**fused, "loops": strange}, fused)}))
+        assert Page(html).headings == ["TensorRT engines"]
 
 
 def test_a_bar_has_its_kinds_side_by_side_on_one_scale() -> None:
