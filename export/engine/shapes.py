@@ -6,12 +6,12 @@ Sizes that an engine does not have to accept cost it neither memory nor a worse 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from transom.export.engine.profiles import cache_sizes, step_axes
 from transom.runtime.errors import ExportError
-from transom.runtime.graph_spec import Axis, Graph, is_decoder, token_input
+from transom.runtime.graph_spec import Axis, Graph, cache_inputs, is_decoder, token_input
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,10 @@ def narrowed(axes: Mapping[str, Axis], graphs: Sequence[Graph], shapes: Shapes) 
     out of order, and bounds of a decoder that its steps do not have.
     """
     decoders = [graph for graph in graphs if is_decoder(graph)]
+    fixed = {name for graph in decoders if not cache_inputs(graph) for name in step_axes(graph)}
     caches = {name for graph in decoders for name in cache_sizes(graph, axes)}
     steps = {name for graph in decoders for name in step_axes(graph)}
-    problems = [problem for each in vars(shapes) for problem in out_of_range(each, getattr(shapes, each), axes)]
+    problems = [problem for each in vars(shapes) for problem in out_of_range(each, getattr(shapes, each), axes, fixed)]
     problems += [
         f"--{each} {name}={getattr(shapes, each)[name]}: a cache has one length in an engine; give --max {name}"
         for each in ("min", "opt")
@@ -45,7 +46,7 @@ def narrowed(axes: Mapping[str, Axis], graphs: Sequence[Graph], shapes: Shapes) 
     ]
     problems += [
         f"--min {name}={shapes.min[name]}: a step has one new token in each row, so it has to be 1"
-        for name in sorted(steps & shapes.min.keys())
+        for name in sorted((steps - fixed) & shapes.min.keys())
         if shapes.min[name] > 1
     ]
     require_none(problems)
@@ -60,8 +61,10 @@ def narrowed(axes: Mapping[str, Axis], graphs: Sequence[Graph], shapes: Shapes) 
     return bounds
 
 
-def out_of_range(option: str, requested: Mapping[str, int], axes: Mapping[str, Axis]) -> list[str]:
-    """Return the problems of one option's sizes with the bundle's axes."""
+def out_of_range(
+    option: str, requested: Mapping[str, int], axes: Mapping[str, Axis], fixed: Collection[str]
+) -> list[str]:
+    """Return the problems of one option's sizes with the bundle's axes; no export widens the ``fixed`` ones."""
     problems = []
     for name, size in requested.items():
         axis = axes.get(name)
@@ -69,6 +72,8 @@ def out_of_range(option: str, requested: Mapping[str, int], axes: Mapping[str, A
             problems.append(f"--{option} names the axis {name!r:.40}; this bundle has {', '.join(axes)}")
         elif not axis.min <= size <= axis.max:
             again = f"; export again with --max {name}={size}" if size > axis.max else ""
+            if name in fixed:
+                again = "; a recurrent state is moved by one token at a time"
             problems.append(
                 f"--{option} {name}={size} is out of range; this bundle allows {axis.min}..{axis.max}{again}"
             )

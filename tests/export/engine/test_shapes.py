@@ -42,6 +42,17 @@ DECODER = Graph(
     (Tensor("key_cache.0.written", "float32", ("B", 3, "C", 8), state=True, aliases="key_cache.0"),),
 )
 
+STEPS = {"B": Axis(1, 1, 4), "S": Axis(1, 8, 64), "T": Axis(1, 1, 1)}
+RECURRENT = Graph(
+    "decoder",
+    (
+        Tensor("decoder_input_ids", "int64", ("B", "T")),
+        Tensor("cross_key", "float32", ("B", "S", 7), state=True),
+        Tensor("hidden_state.0", "float32", ("B", 8), state=True),
+    ),
+    (Tensor("hidden_state.0.next", "float32", ("B", 8), state=True, aliases="hidden_state.0"),),
+)
+
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,6 +87,18 @@ def test_prompts_and_positions_of_a_decoder_follow_its_cache() -> None:
     assert decode.shapes["input_ids"] == ((1, 1), (1, 1), (4, 1))
 
 
+def test_a_recurrent_decoder_has_one_profile_of_single_steps() -> None:
+    found = narrowed(STEPS, [RECURRENT], Shapes({"S": 2}, {"S": 5}, {"S": 9, "B": 2}))
+    assert sizes_of(found) == {"B": (1, 1, 2), "S": (2, 5, 9), "T": (1, 1, 1)}
+    (profile,) = profiles_of(RECURRENT, found)
+    assert profile.name == "decode"
+    assert profile.shapes == {
+        "decoder_input_ids": ((1, 1), (1, 1), (2, 1)),
+        "cross_key": ((1, 2, 7), (1, 5, 7), (2, 9, 7)),
+        "hidden_state.0": ((1, 8), (1, 8), (2, 8)),
+    }
+
+
 @pytest.mark.parametrize(
     ("axes", "graph", "shapes", "said"),
     [
@@ -88,6 +111,10 @@ def test_prompts_and_positions_of_a_decoder_follow_its_cache() -> None:
         (CACHED, DECODER, Shapes({"C": 8}), "--min C=8: a cache has one length in an engine; give --max C"),
         (CACHED, DECODER, Shapes(opt={"C": 8}), "--opt C=8: a cache has one length"),
         (CACHED, DECODER, Shapes({"S": 2}), "--min S=2: a step has one new token in each row, so it has to be 1"),
+        (STEPS, RECURRENT, Shapes(max={"T": 2}), r"--max T=2 is out of range; .* allows 1..1; a recurrent state"),
+        (STEPS, RECURRENT, Shapes({"T": 2}), r"allows 1\.\.1; a recurrent state is moved by one token at a time\."),
+        (STEPS, RECURRENT, Shapes(max={"C": 5}), r"--max names the axis 'C'; this bundle has B, S, T\. Nothing was"),
+        (STEPS, RECURRENT, Shapes(max={"S": 65}), r"--max S=65 is out of range; this bundle allows 1\.\.64; export"),
         (CACHED, DECODER, Shapes(max={"C": 8, "S": 9}), "axis S would reach 9, and C 8, which bounds it"),
         (CACHED, DECODER, Shapes(opt={"S": 9}, max={"C": 8}), "axis S would reach 64, and C 8, which bounds it"),
     ],
