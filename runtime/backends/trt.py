@@ -1,6 +1,7 @@
 """Execute a bundle's plans with TensorRT: contexts, streams and buffers for a few calls at once.
 
-Outputs are copied to the host before a call returns, a decoder's caches stay on the GPU and are written in place.
+Outputs are copied to the host before a call returns, a decoder's caches stay on the GPU and are written in place. A
+recurrent state, some kilobytes a row, goes to the GPU and back at every step.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from transom.runtime.backends.trt_memory import DeviceArray, Pool, Staging, TrtD
 from transom.runtime.backends.trt_plans import kind_of, pick_plan, require_version
 from transom.runtime.errors import BackendError, BundleError, ShapeError, one_line
 from transom.runtime.feeds import check_positions, storage
-from transom.runtime.graph_spec import Tensor, cache_inputs, is_cache, token_input
+from transom.runtime.graph_spec import Tensor, cache_inputs, is_cache, is_decoder, token_input
 from transom.runtime.manifest_graphs import GraphFile
 from transom.runtime.process_bound import ProcessBound
 
@@ -57,6 +58,8 @@ class Engine(ProcessBound):
         self.graph = with_dtypes(file.graph, tensor_dtypes(self.engine), plan.file, "Build the engine again.")
         self.kernels = KernelCache(self.engine, data, f"{kind}-{self.trt.__version__}-{self.gpu.sm}-{self.gpu.driver}")
         self.profiles = [self._bounds(index) for index in range(self.engine.num_optimization_profiles)]
+        # The profile of a decoder's steps, which repeat: the last, and the only one where the state is recurrent
+        self.steps = len(self.profiles) - 1 if is_decoder(self.graph) else None
         self.lock = threading.Lock()
         written = cache_inputs(self.graph)
         self.caches, self.length = written, int(self.engine.get_tensor_shape(written[0].name)[2]) if written else 0
@@ -213,12 +216,12 @@ class CallContext(ProcessBound):
             in_place = tensor.aliases is not None and is_cache(tensor)
             bind(tensor.name, bound[str(tensor.aliases)] if in_place else staging.reserve_bytes(size))
         kept = all(isinstance(feeds[tensor.name], DeviceArray) for tensor in engine.caches)
-        self._execute(context, (*bound.items(), *sizes.items()), repeats=profile > 0 and kept)
+        self._execute(context, (*bound.items(), *sizes.items()), repeats=profile == engine.steps and kept)
         return self._fetched(feeds, shapes, made)
 
     def _context(self, profile: int) -> Any:
         if profile not in self._contexts:
-            whole = self._use_graphs and profile > 0
+            whole = self._use_graphs and profile == self._engine.steps
             self._contexts[profile] = self._engine.context(profile, self._stream, whole_graph=whole)
         return self._contexts[profile]
 

@@ -30,6 +30,7 @@ from emulated_gpu import (
 from transom.runtime import load, session
 from transom.runtime.backends import trt
 from transom.runtime.errors import BackendError, ParityError, ShapeError
+from transom.runtime.greedy_check import logits_along
 from transom.runtime.selftest import selftest
 
 
@@ -49,7 +50,10 @@ def test_the_emulation_has_no_name_of_its_own(real_cuda: Any, real_trt: Any) -> 
     assert [name for name in functions if not callable(getattr(real_cuda, name, None))] == []
 
 
-@pytest.mark.parametrize("name", ["vit", "gpt", "dates", "clip", "bert"])
+RECURRENT = ("random_seq2seq", "random_fixed", "random_captioner")  # with attention, without, and of images
+
+
+@pytest.mark.parametrize("name", ["vit", "gpt", "dates", "clip", "bert", *RECURRENT])
 def test_every_family_computes_its_golden_values(name: str, put: Put, request: pytest.FixtureRequest) -> None:
     """Encoders, two towers, decoders through whole generations, one with an encoder: all within FP32's 2e-5."""
     folder = put(request.getfixturevalue(f"{name}_bundle"))
@@ -117,6 +121,84 @@ def test_a_step_is_one_launch_where_it_repeats(
             assert ours.generate("It is", max_new_tokens=20) == theirs.generate("It is", max_new_tokens=20)
     # The second generation has the first one's memory again, and so its recording
     assert gpu.cuda.launches == (18 + 19 if recorded else 0)
+
+
+def prompts_of(name: str) -> list[Any]:
+    """Three sources of different lengths, or three images whose captions differ."""
+    if name != "random_captioner":
+        return [[5, 9, 4, 17, 3, 2], [7, 2], [11, 12, 13, 2]]
+    pixels = np.random.default_rng(1).standard_normal((3, 3, 20, 12), np.float32)
+    return [row * np.float32(3**place) for place, row in enumerate(pixels)]
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_a_recurrent_state_is_replaced_at_every_step(name: str, put: Put, request: pytest.FixtureRequest) -> None:
+    """Greedy tokens and beams, whose rows are forked and change places between steps, are those of the CPU."""
+    bundle = request.getfixturevalue(f"{name}_bundle")
+    with load(put(bundle), device="tensorrt") as ours, load(bundle) as theirs:
+        for options in ({"num_beams": 1}, {"num_beams": 3}, {"do_sample": True, "seed": 3, "num_return_sequences": 3}):
+            asked = {"max_new_tokens": 12, **options}
+            prompts = prompts_of(name)[: 3 if "num_return_sequences" not in asked else 1]
+            assert ours.generate(prompts, **asked) == theirs.generate(prompts, **asked)
+        tokens = np.random.default_rng(0).integers(0, 19, (3, 9))
+        found, expected = (logits_along(side, prompts_of(name), tokens) for side in (ours, theirs))
+        np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
+        assert np.abs(np.diff(expected, axis=0)).max() > 1e-2  # no row is another one
+
+
+def test_steps_over_a_recurrent_state_are_one_launch(
+    put: Put, gpu: EmulatedTensorRT, random_seq2seq_bundle: Path
+) -> None:
+    """Of twelve steps the first is never recorded; the second generation has the memory of the first."""
+    gpu.records_graphs = False
+    folder = put(random_seq2seq_bundle, target="tensorrt", library="TensorRT", sm="sm89")
+    with load(folder, device="tensorrt") as ours, load(random_seq2seq_bundle) as theirs:
+        for launches in (11, 11 + 12):
+            assert ours.generate([[5, 9, 2]], max_new_tokens=12) == theirs.generate([[5, 9, 2]], max_new_tokens=12)
+            assert gpu.cuda.launches == launches
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+def test_a_raw_step_replaces_the_callers_state(name: str, put: Put, request: pytest.FixtureRequest) -> None:
+    """Two steps by hand from a state of ones: the fed arrays hold what follows, the others stay as they are."""
+    bundle = request.getfixturevalue(f"{name}_bundle")
+    with load(put(bundle), device="tensorrt") as ours, load(bundle) as theirs:
+        graph = ours.backend("decoder").graph
+        state = [str(tensor.aliases) for tensor in graph.outputs if tensor.aliases]
+        sizes: dict[Any, int] = {"B": 2, "T": 1, "S": 4}
+        sides = []
+        for side in (ours, theirs):
+            feeds = {t.name: np.ones([sizes.get(n, n) for n in t.shape], t.dtype) for t in graph.inputs}
+            for _ in range(2):
+                logits = side.run(feeds, ["logits"])["logits"]
+            sides.append((logits, feeds))
+        (logits, found), (expected, fed) = sides
+        np.testing.assert_allclose(logits, expected, atol=2e-5 * np.abs(expected).max())
+        for tensor in graph.inputs:
+            np.testing.assert_allclose(found[tensor.name], fed[tensor.name], atol=1e-5)
+            assert (np.abs(found[tensor.name] - 1).max() > 0) == (tensor.name in state)
+
+
+def test_a_step_that_fails_leaves_the_state_as_it_was(
+    put: Put, random_seq2seq_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It can be repeated, as a call without memory is."""
+    with load(put(random_seq2seq_bundle), device="tensorrt") as seq2seq:
+        graph = seq2seq.backend("decoder").graph
+        sizes: dict[Any, int] = {"B": 1, "T": 1, "S": 2}
+        feeds = {t.name: np.ones([sizes.get(n, n) for n in t.shape], t.dtype) for t in graph.inputs}
+        wait = trt.Stream.wait
+
+        def interrupted(stream: Any) -> None:
+            wait(stream)
+            raise KeyboardInterrupt
+
+        seq2seq.run({name: array.copy() for name, array in feeds.items()}, ["logits"])  # makes the contexts
+        monkeypatch.setattr(trt.Stream, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            seq2seq.run(feeds, ["logits"])
+        monkeypatch.setattr(trt.Stream, "wait", wait)
+        assert all(np.array_equal(array, np.ones_like(array)) for array in feeds.values())
 
 
 def test_a_raw_run_writes_the_callers_own_caches(put: Put, gpt_bundle: Path) -> None:
