@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from transom.models.seq2seq import Seq2Seq, Seq2SeqConfig
 
 SEED = 20
-STEPS, DATES_PER_BATCH = 2400, 192
-FIRST_OF_ALL_LENGTHS = 0.3  # of the steps: until then the longest list grows from one date to MOST
+STEPS, DATES_PER_BATCH = 1600, 192
+GROWING = 0.3  # of the steps, in MOST equal parts: lists of one date, then of one or two, and so on
 PEAK_LR, WARMUP = 3e-3, 100
 AVERAGE = 0.99  # decay of the weight average that ships, per step
 LISTS_AT_ONCE = 150  # lists that are translated together
@@ -143,9 +143,7 @@ def train(model: Seq2Seq, tokenizer: Tokenizer, steps: int, *, dev: bool) -> Non
         source, expected = encode(tokenizer, list(texts)), encode(tokenizer, list(isos))
         target = torch.roll(expected, 1, dims=1)  # lists of as many dates are as long in ISO 8601: no padding
         target[:, 0] = GENERATION["decoder_start_token_id"]
-        loss = nn.functional.cross_entropy(
-            logits_of(model, source, target).transpose(1, 2), expected, ignore_index=VOCABULARY[PAD]
-        )
+        loss = nn.functional.cross_entropy(logits_of(model, source, target).transpose(1, 2), expected)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -180,7 +178,7 @@ def initial(*, attention: bool) -> Seq2Seq:
 
 def longest(step: int, steps: int) -> int:
     """How many dates a list may have at this step."""
-    return min(MOST, 1 + int(MOST * step / (FIRST_OF_ALL_LENGTHS * steps)))
+    return min(MOST, 1 + int(MOST * step / (GROWING * steps)))
 
 
 def learning_rate(step: int, steps: int) -> float:

@@ -20,6 +20,7 @@ from transom.calib.samples import Sample
 from transom.export import scores
 from transom.export.datasets import (
     digit_prompts,
+    heldout_date_lists,
     heldout_dates,
     heldout_digits,
     heldout_text,
@@ -170,6 +171,28 @@ REFERENCE_MODELS = {
             score=scores.dates_score_of,
             held_out=lambda: texts(heldout_dates()[0]),
             examples=lambda: Examples(texts=heldout_dates()[0]),
+        ),
+        ReferenceModel(
+            "seq2seq",
+            "GRUs of 0.3 M parameters with attention: lists of dates into ISO 8601, by examples/train_seq2seq_dates.py",
+            shipped("seq2seq"),
+            "230ff9e910f67c481717a67b3563e98a52d83bbbbc14d3786715490a69a70dba",
+            calibration_set="date-lists",
+            task="translation",
+            score=scores.date_lists_score_of,
+            held_out=lambda: texts(heldout_date_lists()[0]),
+            examples=lambda: Examples(texts=heldout_date_lists()[0]),
+        ),
+        ReferenceModel(
+            "seq2seq-fixed",
+            "the same GRUs without attention: one vector per source, by examples/train_seq2seq_dates.py --no-attention",
+            shipped("seq2seq-fixed"),
+            "6d4b20b312705fa0f88b7c464ed02778b362bd94dbdd8c21543ea3603e2cf243",
+            calibration_set="date-lists",
+            task="translation",
+            score=scores.date_lists_score_of,
+            held_out=lambda: texts(heldout_date_lists()[0]),
+            examples=lambda: Examples(texts=heldout_date_lists()[0]),
         ),
         ReferenceModel(
             "clip",

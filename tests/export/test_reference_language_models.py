@@ -1,9 +1,10 @@
-"""The data, tasks and baselines behind the reference GPT, BERT and Transformer, and what their cards claim."""
+"""The data, tasks and baselines behind the reference GPT, BERT, Transformer and seq2seq; what their cards claim."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import re
 import zlib
 from datetime import date
 from pathlib import Path
@@ -289,6 +290,19 @@ def test_the_scripts_would_train_these_models() -> None:
     assert json.loads(stored) == json.loads(dates.make_tokenizer().to_str())
 
 
+@pytest.mark.parametrize(("name", "attention"), [("seq2seq", True), ("seq2seq-fixed", False)])
+def test_the_script_would_train_this_seq2seq(name: str, attention: bool) -> None:
+    training = script("train_seq2seq_dates")
+    sizes = training.config(attention=attention)
+    assert config(name) == training.config_json(sizes)
+    assert config(name, "generation_config.json") == training.GENERATION
+    assert config(name, "tokenizer_config.json") == training.tokenizer_config(sizes)
+    stored = (reference_folder(name) / "tokenizer.json").read_text(encoding="utf-8")
+    assert json.loads(stored) == json.loads(training.make_tokenizer().to_str())
+    longest = "; ".join(["Wednesday, the 30th of September 1998"] * 6)
+    assert len(training.make_tokenizer().encode(longest).ids) == 233 <= sizes.max_source_positions
+
+
 def test_digits_and_letters_of_the_task_are_tokens() -> None:
     from transformers import GPT2Tokenizer
 
@@ -347,3 +361,20 @@ def test_the_reference_transformer_is_what_its_card_says() -> None:
     assert "**1,000 of 1,000 = 100.0 %**" in card("transformer")
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert f"{parameters:,} parameters" in card("transformer")
+
+
+@pytest.mark.parametrize(("name", "attention"), [("seq2seq", True), ("seq2seq-fixed", False)])
+def test_the_reference_seq2seq_is_what_its_card_says(name: str, attention: bool) -> None:
+    from safetensors.torch import load_file
+
+    training = script("train_seq2seq_dates")
+    model = training.initial(attention=attention)
+    stored = load_file(reference_folder(name) / "model.safetensors")
+    model.load_state_dict({name.removeprefix("model."): weight.float() for name, weight in stored.items()})
+    assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in card(name)
+    cases = list(zip(*heldout_date_lists(), strict=True))
+    rows = dict(re.findall(r"^\| (\d) \| \d+ to \d+ \| (\d+) \|$", card(name), re.MULTILINE))
+    assert [*rows] == ["1", "2", "3", "4", "5", "6"]
+    counted = [training.correct(model.eval(), training.make_tokenizer(), cases[dates::6]) for dates in range(6)]
+    assert counted == [int(right) for right in rows.values()]
+    assert f"**{sum(counted)} of 900 = {sum(counted) / 900:.1%}**".replace("%", " %") in card(name)
