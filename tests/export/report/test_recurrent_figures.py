@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from command_line import changed_bundle
-from conftest import Once, export_recurrent
+from conftest import Once, export_recurrent, export_to, reference
 from recurrent_models import END, START
 from report_pages import Page
 from transom.export.checkpoint import load_checkpoint
@@ -102,6 +102,19 @@ def test_without_attention_there_is_source_and_output(random_fixed_bundle: Path)
     assert (rows[0][0], rows[1][0][-1], rows[2][0]) == (TEXT, "…", "<b><script>\"'&U+202E")
     assert "<svg" not in html
     assert "<script" not in html
+
+
+def test_each_date_of_a_list_is_read_where_it_is_written(once: Once) -> None:
+    """The reference model: the letters of an ISO date look at its own source, the last two of a year at themselves."""
+    folder = once("lists-of-dates", lambda folder: export_to(folder, reference("seq2seq"))) / "bundle"
+    first, second = "22 Oct 1977", "06/06/2051"
+    with Seq2Seq(Bundle(folder)) as model:
+        found, weights = alignment(model, f"{first}; {second}")
+    assert found.answer == "1977-10-22 2051-06-06"
+    assert found.source[8:11] == ["9", "7", "7"]
+    assert weights[:10, : len(first)].sum(1).min() > 0.9
+    assert weights[11:21, len(first) + 2 :].sum(1).min() > 0.7
+    assert [int(row.argmax()) for row in weights[[2, 3, 8, 9, 13, 14]]] == [9, 10, 0, 1, 21, 22]  # 77, 22, 51
 
 
 def test_an_answer_too_long_to_be_read(once: Once) -> None:
