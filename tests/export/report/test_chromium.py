@@ -19,7 +19,7 @@ FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-
 FLAGS += ["--disable-background-networking", "--disable-component-update", "--enable-logging=stderr"]
 FLAGS += ["--window-size=400,2000"]  # a phone's width
 BUNDLES = ["bert_bundle", "vit_bundle", "gpt_bundle", "dates_bundle", "clip_bundle"]
-BUNDLES += ["random_seq2seq_bundle", "random_fixed_bundle", "random_captioner_bundle"]
+BUNDLES += ["random_seq2seq_bundle", "random_fixed_bundle", "random_captioner_bundle", "captions_bundle"]
 
 # Told to the console by a script that the test adds: how far the page is wider than the window, images that failed.
 PROBE = """<script>addEventListener("load", () => {

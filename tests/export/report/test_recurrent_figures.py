@@ -18,6 +18,7 @@ from conftest import Once, export_recurrent, export_to, reference
 from recurrent_models import END, START
 from report_pages import Page
 from transom.export.checkpoint import load_checkpoint
+from transom.export.datasets import heldout_compositions
 from transom.export.report.figures.decoder_steps import weights_along
 from transom.export.report.figures.seq2seq import alignment, draw_alignments
 from transom.export.report.figures.show_attend_tell import MOST_WORDS, caption_of, draw_captions, grid_of, tint
@@ -149,6 +150,18 @@ def test_a_captions_attention_is_that_of_the_definition(random_captioner_bundle:
         best, expected = steps_of(module, [keys, values], state, [START, *ids[:-1]])
     np.testing.assert_allclose(found.weights, expected, atol=1e-5)
     assert best == ids
+
+
+def test_the_name_of_a_digit_looks_at_its_scan(captions_bundle: Path) -> None:
+    """The reference model: of a digit's 4 to 9 of 64 places, each of 16 pixels, while its name is written."""
+    scans, compositions = heldout_compositions()
+    composition = compositions[246]
+    with ShowAttendTell(Bundle(captions_bundle)) as model:
+        found = caption_of(model, pixels_of(model, composition.draw(scans)))
+    assert found.tokens == ["a", "seven", "above", "a", "three", "</s>"]
+    for word, (_, row, column) in zip((1, 4), composition.places, strict=True):
+        places = found.weights[word].reshape(8, 8)
+        assert places[row // 4 : -(-(row + 8) // 4), column // 4 : -(-(column + 8) // 4)].sum() > 0.8
 
 
 def test_each_word_has_the_image_under_its_attention(random_captioner_bundle: Path, tmp_path: Path) -> None:

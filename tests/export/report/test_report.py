@@ -46,7 +46,7 @@ def report(tmp_path: Path) -> Report:
 
 
 BUNDLES = ["bert_bundle", "vit_bundle", "gpt_bundle", "dates_bundle", "clip_bundle"]
-BUNDLES += ["random_seq2seq_bundle", "random_fixed_bundle", "random_captioner_bundle"]
+BUNDLES += ["random_seq2seq_bundle", "random_fixed_bundle", "random_captioner_bundle", "captions_bundle"]
 
 
 @pytest.mark.parametrize("name", BUNDLES)
