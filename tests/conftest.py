@@ -372,6 +372,12 @@ def clip_bundle(once: Once) -> Path:
 
 
 @pytest.fixture(scope="session")
+def lists_bundle(once: Once) -> Path:
+    """The reference seq2seq with attention, which turns lists of dates into ISO 8601, FP32; without its score."""
+    return once("lists", lambda folder: export_to(folder, reference("seq2seq"))) / "bundle"
+
+
+@pytest.fixture(scope="session")
 def captions_bundle(once: Once) -> Path:
     """The reference Show, Attend and Tell, FP32; exported as a folder, so without its score."""
     return once("captions", lambda folder: export_to(folder, reference("show_attend_tell"))) / "bundle"

@@ -16,7 +16,8 @@ from transom.calib.data import CalibrationData, Sample, open_calibration_data
 from transom.calib.run_samples import check_reach, run_sample
 from transom.export.families.base import export_family
 from transom.export.families.bert import text_row
-from transom.export.families.transformer import NEW_TOKENS, translation_cases
+from transom.export.families.greedy_tokens import NEW_TOKENS
+from transom.export.families.transformer import translation_cases
 from transom.runtime.backends import open_backend
 from transom.runtime.backends.base import Array, Backend
 from transom.runtime.bundle import Bundle
@@ -321,9 +322,15 @@ def test_arrays_that_no_graph_takes_are_found_before_anything_runs(tmp_path: Pat
 
 
 def test_each_reference_model_takes_its_own_set(
-    vit_bundle: Path, gpt_bundle: Path, dates_bundle: Path, clip_bundle: Path
+    vit_bundle: Path,
+    gpt_bundle: Path,
+    dates_bundle: Path,
+    lists_bundle: Path,
+    clip_bundle: Path,
+    captions_bundle: Path,
 ) -> None:
     own = {"digits": vit_bundle, "austen": gpt_bundle, "dates": dates_bundle, "digit-captions": clip_bundle}
+    own |= {"date-lists": lists_bundle, "digit-compositions": captions_bundle}
     for name, folder in own.items():
         data = open_calibration_data([name])
         calls: list[Call] = []

@@ -25,6 +25,7 @@ from transom.calib.builtin_sets import NAMES
 from transom.calib.scales import METHODS
 from transom.calib.table import RANGES
 from transom.cli.main import app
+from transom.export.datasets import heldout_compositions
 from transom.runtime.bundle import Bundle
 from transom.runtime.families import FAMILIES
 
@@ -61,15 +62,25 @@ def of_engines(command: list[str]) -> bool:
 
 @pytest.fixture(scope="module")
 def desk(
-    tmp_path_factory: pytest.TempPathFactory, vit_bundle: Path, clip_bundle: Path, gpt_bundle: Path, dates_bundle: Path
+    tmp_path_factory: pytest.TempPathFactory,
+    vit_bundle: Path,
+    clip_bundle: Path,
+    gpt_bundle: Path,
+    dates_bundle: Path,
+    lists_bundle: Path,
+    captions_bundle: Path,
 ) -> Path:
     """A folder in which somebody ran `make export`, minilm left out, then the README's commands but those of INT8."""
     folder = tmp_path_factory.mktemp("desk")
     (folder / "bundles").mkdir()
     made = {"vit": vit_bundle, "clip": clip_bundle, "gpt": gpt_bundle, "transformer": dates_bundle}
+    made |= {"seq2seq": lists_bundle, "show_attend_tell": captions_bundle}
     for name, bundle in made.items():
         (folder / "bundles" / name).symlink_to(bundle)
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 30, 3), np.uint8)).save(folder / "digit.png")
+    scans, compositions = heldout_compositions()
+    shown = next(each for each in compositions if each.caption == "a seven above a three")
+    Image.fromarray(shown.draw(scans)).save(folder / "digits.png")
     plain = [command for command in commands() if not (of_integers(command) or of_engines(command))]
     assert [command[1] for command in plain] == ["export", "selftest", *["run"] * 4, "report", "bench"]
     with pytest.MonkeyPatch.context() as patch:
@@ -99,6 +110,8 @@ def test_the_commands_and_the_code_of_the_readme_run(desk: Path, monkeypatch: py
     assert isinstance(logits, np.ndarray)
     assert (vectors.dtype, vectors.shape, logits.shape) == (np.float32, (2, 384), (1, 10))
     assert names["dates"] == ["1979-05-03", "1921-03-02"]
+    assert names["lists"] == "1979-05-03 1921-03-02"
+    assert names["caption"] == "a seven above a three"
     assert isinstance(names["text"], str)
     assert -1 <= float(str(names["similar"])) <= 1
     assert 1 < float(str(names["perplexity"])) < 1000
