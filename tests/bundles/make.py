@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from typer.testing import CliRunner
@@ -78,10 +79,36 @@ def clip(folder: Path) -> None:
     write_processor(folder, {"image_processor_type": "CLIPImageProcessor", **pixels})
 
 
+def electra(folder: Path) -> None:
+    """Write a discriminator of tokens with BERT's vocabulary of 23 tokens, its embeddings half as wide."""
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, "##s", ".", "!"]
+    sizes = {**SIZES, "embedding_size": HIDDEN // 2, "max_position_embeddings": 8}
+    save(folder, "ElectraForPreTraining", vocab_size=len(tokens), kind=("ElectraConfig", {}), **sizes)
+    (folder / "vocab.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text('{"do_lower_case": true}')
+
+
 def gpt(folder: Path) -> None:
     """Write a GPT-2 without a tokenizer: it takes token ids."""
     sizes = {"n_embd": HIDDEN, "n_inner": INTERMEDIATE, "n_layer": 1, "n_head": 2, "n_positions": 16}
     save(folder, "GPT2LMHeadModel", vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=VOCABULARY - 1, **sizes)
+
+
+def seq2seq(folder: Path) -> None:
+    """Write one with attention and without a tokenizer: it takes token ids."""
+    sys.path[:0] = [str(TESTS / "support"), str(TESTS)]
+    from recurrent_models import write_seq2seq
+
+    sizes = {"vocab_size": VOCABULARY, "decoder_vocab_size": VOCABULARY, "max_target_positions": 16}
+    write_seq2seq(folder, encoder_layers=1, decoder_layers=1, max_source_positions=16, **sizes)
+
+
+def show_attend_tell(folder: Path) -> None:
+    """Write a captioner of images of 8x8 pixels, with its tokenizer of words."""
+    sys.path[:0] = [str(TESTS / "support"), str(TESTS)]
+    from recurrent_models import write_captioner
+
+    write_captioner(folder, image_size=(SIDE, SIDE), max_target_positions=16)
 
 
 def transformer(folder: Path) -> None:
@@ -101,21 +128,27 @@ def vit(folder: Path) -> None:
 CHECKPOINTS: dict[str, Callable[[Path], None]] = {
     "bert": bert,
     "clip": clip,
+    "electra": electra,
     "gpt": gpt,
+    "seq2seq": seq2seq,
+    "show_attend_tell": show_attend_tell,
     "transformer": transformer,
     "vit": vit,
 }
-BOUNDS = {"vit": ["B=2"]}  # of axes; the others' are B=2 and S
+BOUNDS = {"vit": ["B=2"], "show_attend_tell": ["B=2"]}  # of axes; the others' are B=2 and S
 DATA = {  # files of ``write_data``
     "bert": ["sentences.txt"],
     "clip": ["words.txt", "pixels.npz"],
+    "electra": ["sentences.txt"],
     "gpt": ["ids.npz"],
+    "seq2seq": ["ids.npz"],
+    "show_attend_tell": ["pixels.npz"],
     "transformer": ["ids.npz"],
     "vit": ["pixels.npz"],
 }
 
 
-def save(folder: Path, architecture: str, **config: object) -> None:
+def save(folder: Path, architecture: str, **config: Any) -> None:
     """Write a checkpoint with random weights as the tests do, then raise them.
 
     In layers this narrow, weights of deviation 0.2 would make outputs that hardly depend on the inputs: matrices are

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from paths import TESTS
 from transom.runtime import load
@@ -23,7 +24,9 @@ from transom.runtime.saturation import SaturationWarning
 from transom.runtime.selftest import selftest
 
 KEPT = TESTS / "bundles"
-FAMILIES_OF = {"0.1.0": ("bert", "clip", "gpt", "transformer", "vit")}  # of each version
+FAMILIES_OF = {
+    "0.1.0": ("bert", "clip", "electra", "gpt", "seq2seq", "show_attend_tell", "transformer", "vit")
+}  # of each version
 BUNDLES = sorted(path.parent.relative_to(KEPT).as_posix() for path in KEPT.glob("*/*/bundle.json"))
 SATURATED = "0.1.0/vit-int8-saturated"  # its golden values are of saturated sums, which nothing computes any more
 MACHINE_PATH = re.compile(rb"/(?:home|root|tmp|usr|opt|var|mnt|Users)/")
@@ -45,11 +48,26 @@ ANSWERS: dict[str, tuple[object, float]] = {
     "0.1.0/clip-bf16": ("dog", 0.2339),
     "0.1.0/clip-int8": ("dog", 0.2200),
     "0.1.0/clip-int4": ("dog", 0.2190),
+    "0.1.0/electra-fp32": (3, 0.9644),
+    "0.1.0/electra-fp16": (3, 0.9643),
+    "0.1.0/electra-bf16": (3, 0.9638),
+    "0.1.0/electra-int8": (3, 0.9671),
+    "0.1.0/electra-int4": (3, 0.9617),
     "0.1.0/gpt-fp32": ([14, 23, 23], 4.9423),
     "0.1.0/gpt-fp16": ([14, 23, 23], 4.9429),
     "0.1.0/gpt-bf16": ([14, 23, 23], 4.9487),
     "0.1.0/gpt-int8": ([14, 23, 23], 4.9232),
     "0.1.0/gpt-int4": ([14, 23, 23], 4.9221),
+    "0.1.0/seq2seq-fp32": ([21, 2], -0.5456),
+    "0.1.0/seq2seq-fp16": ([21, 2], -0.5455),
+    "0.1.0/seq2seq-bf16": ([21, 2], -0.5508),
+    "0.1.0/seq2seq-int8": ([21, 2], -0.5443),
+    "0.1.0/seq2seq-int4": ([21, 2], -0.5631),
+    "0.1.0/show_attend_tell-fp32": ("him him him him", 0.7089),
+    "0.1.0/show_attend_tell-fp16": ("him him him him", 0.7088),
+    "0.1.0/show_attend_tell-bf16": ("him him him him", 0.7059),
+    "0.1.0/show_attend_tell-int8": ("him him him him", 0.7059),
+    "0.1.0/show_attend_tell-int4": ("him him him him", 0.7106),
     "0.1.0/transformer-fp32": ([6, 6, 6, 0], -1.5996),
     "0.1.0/transformer-fp16": ([6, 6, 6, 0], -1.6006),
     "0.1.0/transformer-bf16": ([6, 6, 6, 0], -1.6094),
@@ -89,9 +107,36 @@ def answer_clip(clip: Any) -> tuple[object, float]:
     return nearest, float(cosines.max())
 
 
+def answer_electra(electra: Any) -> tuple[object, float]:
+    """Label the tokens of a text: the number of replaced ones, and the first one's probability."""
+    found = electra.tag("paris is blue")
+    return sum(token.label == "replaced" for token in found), float(found[0].probability)
+
+
 def answer_gpt(gpt: Any) -> tuple[object, float]:
     """Continue a prompt greedily, and give the mean surprisal of six tokens in nats."""
     return gpt.generate([20, 24, 26], max_new_tokens=3), math.log(gpt.score([20, 24, 26, 14, 5, 9]))
+
+
+def answer_seq2seq(seq2seq: Any) -> tuple[object, float]:
+    """Translate three tokens with two beams, and give one element of the encoder's state."""
+    state = seq2seq.run({"input_ids": np.array([[3, 5, 7]])}, ["hidden_state.0"])["hidden_state.0"]
+    return seq2seq.generate([19, 9, 28], max_new_tokens=4, num_beams=2), float(as_floats(state)[0, 3])
+
+
+def answer_show_attend_tell(captioner: Any) -> tuple[object, float]:
+    """Caption an image, and give one element of the encoder's state."""
+    pixels = captioner.preprocess()([PATTERN])
+    state = captioner.run({"pixel_values": pixels}, ["hidden_state.0"])["hidden_state.0"]
+    return captioner.caption(PATTERN, max_new_tokens=4), float(as_floats(state)[0, 3])
+
+
+def as_floats(state: NDArray[Any]) -> NDArray[np.float32]:
+    """Return a state as float32; BF16 comes as the upper half of its bits, in uint16."""
+    if state.dtype != np.uint16:
+        return state.astype(np.float32)
+    bits: NDArray[np.uint32] = state.astype(np.uint32) << 16
+    return bits.view(np.float32)
 
 
 def answer_transformer(transformer: Any) -> tuple[object, float]:
@@ -110,7 +155,10 @@ def answer_vit(vit: Any) -> tuple[object, float]:
 ANSWER: dict[str, Callable[[Any], tuple[object, float]]] = {
     "bert": answer_bert,
     "clip": answer_clip,
+    "electra": answer_electra,
     "gpt": answer_gpt,
+    "seq2seq": answer_seq2seq,
+    "show_attend_tell": answer_show_attend_tell,
     "transformer": answer_transformer,
     "vit": answer_vit,
 }
