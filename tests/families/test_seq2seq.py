@@ -22,6 +22,9 @@ class TestWithAttention(RecurrentFamily):
     task = "translation"
     linears = 10  # encoder: bridge, attention's keys; decoder: query, score, two of each cell, readout, head
     others: ClassVar = {"GRU": 2}
+    loops = 2  # of two layers
+    products = (2, 16)
+    kernels: ClassVar = {"fp32": (60, 20), "fp16": (60, 23), "bf16": (60, 23), "int8": (59, 23)}
     attention = True
 
     def checkpoint(self, folder: Path) -> Path:
@@ -81,6 +84,8 @@ class TestWithAttention(RecurrentFamily):
 
 class TestWithoutAttention(TestWithAttention):
     linears = 7  # without attention's three
+    products = (1, 14)
+    kernels: ClassVar = {"fp32": (57, 13), "fp16": (57, 17), "bf16": (57, 17), "int8": (56, 17)}
     attention = False
 
 

@@ -30,6 +30,9 @@ class TestShowAttendTell(RecurrentFamily):
     task = "image-to-text"
     linears = 11
     others: ClassVar = {"Conv": 3}
+    loops = 0
+    products = (3, 8)
+    kernels: ClassVar = {"fp32": (14, 15), "fp16": (16, 15), "bf16": (16, 15), "int8": (17, 17)}
 
     def checkpoint(self, folder: Path) -> Path:
         return write_captioner(folder)

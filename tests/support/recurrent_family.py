@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections import Counter
+from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +16,7 @@ import pytest
 from command_line import changed_bundle, document, error_line, transom
 from conftest import Once, export_to
 from recurrent_models import END, VOCABULARY
+from rtx import counted, needs_rtx
 from transom.export.checkpoint import load_checkpoint
 from transom.export.parity.backends import open_pytorch
 from transom.export.quantization.options import QuantizeOptions
@@ -27,6 +30,7 @@ from transom.runtime.selftest import selftest
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 WORST = 1e-5  # max|ours - theirs| / max|theirs|, of two FP32 implementations
 BEAMS, NEW = 3, 5
+TARGETS = ("rtx-sm86", "rtx-sm89", "rtx-sm120")
 
 
 class RecurrentFamily:
@@ -36,12 +40,18 @@ class RecurrentFamily:
     linears     linear layers of both graphs, all of which become integers
     others      operators with weights that stay as they are
     steps       teacher-forced steps of the longest parity case: at most 64, and less than max_target_positions
+    loops       recurrences over a source, each in a loop of an engine of the encoder
+    products    integer products of the engines of encoder and decoder: a layer that is split has one for each part
+    kernels     of the engines of encoder and decoder, by precision
     """
 
     task: ClassVar[str]
     linears: ClassVar[int]
     others: ClassVar[dict[str, int]]
     steps: ClassVar[int] = 64
+    loops: ClassVar[int]
+    products: ClassVar[tuple[int, int]]
+    kernels: ClassVar[dict[str, tuple[int, int]]]
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Run a test in every precision where it names one as an argument."""
@@ -224,6 +234,39 @@ class RecurrentFamily:
         folder = self.bundle(once)
         assert "replaces hidden_state.*" in transom("inspect", folder).stdout
         assert json.loads(transom("inspect", folder, "--json").stdout)["family"]
+
+    @needs_rtx
+    def test_engines_of_every_precision(
+        self, precision: str, once: Once, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Every integer product multiplies integers, a step over the source is two kernels, on three GPUs alike."""
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        folder = Path(shutil.copytree(self.bundle(once, precision), tmp_path / "bundle"))
+        if precision == "int4":
+            assert "holds MatMulNBits" in error_line(transom("build", folder, "--target", "rtx-sm86"))
+            return
+        targets = TARGETS if precision in ("fp16", "int8") else TARGETS[:1]
+        options = [word for target in targets for word in ("--target", target)]
+        built = document(transom("build", folder, *options, "--json"))["engines"]
+        assert [(engine["target"], engine["graph"]) for engine in built] == [*product(targets, ("encoder", "decoder"))]
+        counts = {}
+        for engine in built:
+            (profile,) = engine["profiles"]
+            number, name = (0, "all") if engine["graph"] == "encoder" else (1, "decode")
+            products = self.products[number] if precision == "int8" else 0
+            loops = profile.get("loops", [])
+            assert (profile["profile"], profile["int8"]["products"], profile["int8"]["of"]) == (
+                name,
+                products,
+                products,
+            )
+            assert [2 <= loop["kernels"] / loop["steps"] < 3 for loop in loops] == [True] * (self.loops * (1 - number))
+            counts[engine["target"], engine["graph"]] = profile["kernels"]
+        kernels = dict(zip(("encoder", "decoder"), map(counted, self.kernels[precision]), strict=True))
+        assert counts == {(target, graph): kernels[graph] for target in targets for graph in kernels}
+        fused = ("a loop of" if self.loops == 1 else f"{self.loops} loops of") if self.loops else "kernels"
+        assert fused in transom("inspect", folder).stdout
+        assert selftest(folder).worst.error <= selftest(folder).tolerance  # the bundle is sound as before
 
 
 def beam_search(bundle: Any, prompt: Any) -> list[int]:
