@@ -29,6 +29,7 @@ from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks.bert import Bert
 from transom.runtime.tasks.clip import Clip
 from transom.runtime.tasks.gpt import GPT
+from transom.runtime.tasks.show_attend_tell import ShowAttendTell
 from transom.runtime.tasks.transformer import Transformer
 from transom.runtime.tasks.vit import ViT
 
@@ -264,4 +265,4 @@ def greedy(bundle: LoadedBundle) -> Callable[[list[str]], list[str]]:
 
 
 def captions_score_of(bundle: LoadedBundle) -> Accuracy:
-    return captions_score(cast(Any, bundle).caption)
+    return captions_score(lambda images: cast(ShowAttendTell, bundle).caption(images, num_beams=1))
