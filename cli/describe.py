@@ -8,7 +8,6 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from transom.runtime.format import at, digits, figure, folder_bytes, list_of, perplexity
-from transom.runtime.manifest_sections import unquantized_operators
 
 if TYPE_CHECKING:
     from transom.runtime.manifest import Manifest
@@ -80,6 +79,8 @@ def quantization_fields(
     quantization: Mapping[str, Any], operators: Mapping[str, Any] = MappingProxyType({})
 ) -> Iterator[tuple[str, str]]:
     """Yield how a bundle was quantised and calibrated, its layers in higher precision, and its gate results."""
+    from transom.runtime.manifest_sections import unquantized_operators
+
     modes = ", ".join(f"{mode} in {graph}" for graph, mode in quantization["activations"].items())
     block, data = quantization.get("block_size"), quantization.get("data")
     yield "weights", f"{quantization['weight_bits']} bits" + ("" if block is None else f" in blocks of {figure(block)}")
