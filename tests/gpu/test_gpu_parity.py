@@ -19,8 +19,10 @@ from transom.runtime.errors import BackendError, ExportError
 from transom.runtime.greedy_check import logits_along
 
 Ready = Callable[..., Path]
-FAMILIES = ("vit", "minilm", "bert", "gpt", "transformer", "clip")
+RECURRENT = ("seq2seq", "seq2seq-fixed", "show_attend_tell")  # their decoders' state is replaced at every step
+FAMILIES = ("vit", "minilm", "bert", "gpt", "transformer", "clip", *RECURRENT)
 STEPS = 256
+RECURRENT_STEPS = 60  # or as many as a model may write
 
 
 @pytest.fixture(scope="session")
@@ -81,6 +83,52 @@ def test_steps(
     error = float(np.abs(found - expected).max() / np.abs(expected).max())
     results.add(f"{STEPS} steps, CUDA graphs {'on' if recorded == '1' else 'off'}", backend, "fp16", f"{error:.1e}")
     assert error <= TOLERANCES["fp16"]
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("recorded", ["1", "0"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("model", RECURRENT)
+def test_steps_over_a_recurrent_state(
+    model: str,
+    precision: str,
+    recorded: str,
+    backend: str,
+    ready: Ready,
+    results: Any,
+    gpu: Gpu,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Three rows, sources of different lengths or images: tokens one by one, then beams that change places.
+
+    The encoder's loop runs over padding too; FP32's beams are those of the CPU.
+    """
+    require_precision(precision, gpu)
+    if backend != "tensorrt" and recorded == "0":
+        pytest.skip("CUDA graphs are of the TensorRT backend alone")
+    monkeypatch.setenv("TRANSOM_CUDA_GRAPHS", recorded)
+    with load(ready(model, precision), device=backend) as ours, load(ready(model, "fp32"), device="cpu") as theirs:
+        prompts = recurrent_prompts(theirs)
+        vocabulary = theirs.backend("decoder").graph.outputs[0].shape[2]
+        steps = min(RECURRENT_STEPS, theirs.context - 1)
+        tokens = np.random.default_rng(0).integers(0, vocabulary, (len(prompts), steps))
+        found, expected = logits_along(ours, prompts, tokens), logits_along(theirs, prompts, tokens)
+        error = float(np.abs(found - expected).max() / np.abs(expected).max())
+        graphs = "on" if recorded == "1" else "off"
+        results.add(f"{steps} steps of {model}, CUDA graphs {graphs}", backend, precision, f"{error:.1e}")
+        assert error <= TOLERANCES[precision]
+        if precision == "fp32":
+            asked = {"num_beams": 4, "num_return_sequences": 2, "max_new_tokens": min(20, steps)}
+            assert ours.generate(prompts, **asked) == theirs.generate(prompts, **asked)
+
+
+def recurrent_prompts(bundle: Any) -> list[Any]:
+    """Three sources of 40, 1 and 7 tokens, or three images of noise."""
+    source = bundle.backend("encoder").graph.inputs[0]
+    rng = np.random.default_rng(1)
+    if source.dtype == "float32":
+        return [*rng.standard_normal((3, *source.shape[1:]), np.float32)]
+    return [rng.integers(3, source.exclusive_max, length).tolist() for length in (40, 1, 7)]
 
 
 @pytest.mark.timeout(900)

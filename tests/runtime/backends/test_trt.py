@@ -27,6 +27,7 @@ from emulated_gpu import (
     Put,
     names_of,
 )
+from paths import KEPT
 from transom.runtime import load, session
 from transom.runtime.backends import trt
 from transom.runtime.errors import BackendError, ParityError, ShapeError
@@ -91,6 +92,20 @@ def test_half_precision_caches_stay_half(put: Put, half_gpt_bundle: Path) -> Non
     assert selftest(folder, device="tensorrt").worst.error < 1e-2
     with load(folder, device="tensorrt") as gpt:
         assert {t.dtype for t in gpt.backend("decoder").graph.inputs if "cache" in t.name} == {"float16"}
+
+
+@pytest.mark.skipif(not KEPT.is_dir(), reason="the repository is not at hand")
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+@pytest.mark.parametrize("family", ["seq2seq", "show_attend_tell"])
+def test_a_recurrent_state_stays_half(family: str, precision: str, put: Put) -> None:
+    """From encoder to decoder, and from step to step."""
+    folder = put(KEPT / f"{family}-{precision}")
+    report = selftest(folder, device="tensorrt")
+    assert 0 < report.worst.error <= report.tolerance
+    assert "generation" in {case.name for case in report.cases}
+    with load(folder, device="tensorrt") as bundle:
+        graph = bundle.backend("decoder").graph
+        assert {tensor.dtype for tensor in graph.outputs if tensor.aliases} == {"float16"}
 
 
 def test_beams_and_samples_are_those_of_the_cpu(put: Put, gpt_bundle: Path, dates_bundle: Path) -> None:
