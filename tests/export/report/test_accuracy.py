@@ -27,7 +27,7 @@ def drawn(change: Callable[[Words], object] = lambda fields: None) -> str:
     """The section alone; ``change`` is done to ``quantization``."""
     fields = copy.deepcopy(QUANTIZATION)
     change(fields)
-    manifest: Any = SimpleNamespace(quantization=fields)
+    manifest: Any = SimpleNamespace(quantization=fields, operators={})
     return quantization_section(manifest)
 
 
@@ -169,7 +169,7 @@ def test_damaged_figures_give_harmless_markup() -> None:
     for _ in range(300):
         fields = mutated(QUANTIZATION, rng)
         if isinstance(fields, dict):
-            manifest: Any = SimpleNamespace(quantization=fields)
+            manifest: Any = SimpleNamespace(quantization=fields, operators={})
             assert not re.search(r'"-?(nan|inf)', Page(quantization_section(manifest)).html)
 
 
