@@ -38,7 +38,7 @@ class Prompts:
 
 
 class Reader(Protocol):
-    """What reads the prompts of a family: PromptReader, or ImagePromptReader."""
+    """Reader of a family's prompts: PromptReader, or ImagePromptReader."""
 
     def read(self, prompts: Any) -> Prompts: ...
 

@@ -60,6 +60,8 @@ KEPT_CALLS: dict[tuple[str, str], tuple[Callable[[Any], object], str]] = {
     ("gpt", "score"): (lambda g: g.score([[1, 2], [3, 4]]), "logits for prompt 0"),
     ("gpt", "log_probabilities"): (lambda g: g.log_probabilities([1, 2]), "logits for prompt 0"),
     ("transformer", "generate"): (lambda t: t.generate([1, 2], max_new_tokens=2), "logits for prompt 0"),
+    ("seq2seq", "generate"): (lambda s: s.generate([3, 4], max_new_tokens=2), "logits for prompt 0"),
+    ("show_attend_tell", "caption"): (lambda c: c.caption(IMAGE, max_new_tokens=2), "logits for prompt 0"),
     ("transformer", "stream"): (lambda t: list(t.stream([1, 2], max_new_tokens=2, num_beams=1)), "logits for prompt 0"),
 }
 HEADS = {
