@@ -62,11 +62,18 @@ PINS = (
     Pin("clip", "image", "all", 3, 0, 19, 43, 43, 43),
     Pin("clip", "text", "all", 2, 0, 13, 30, 30, 31),
     Pin("minilm", "model", "all", 6, 6, 37, 81, 81, 88),
+    Pin("seq2seq", "encoder", "all", 0, 0, 2, 33, 33, 34),
+    Pin("seq2seq", "decoder", "decode", 0, 0, 10, 15, 15, 16),
+    Pin("seq2seq-fixed", "encoder", "all", 0, 0, 1, 30, 30, 31),
+    Pin("seq2seq-fixed", "decoder", "decode", 0, 0, 8, 8, 8, 9),
+    Pin("show_attend_tell", "encoder", "all", 0, 0, 3, 13, 15, 14),
+    Pin("show_attend_tell", "decoder", "decode", 0, 0, 8, 15, 15, 17),
 )
 MORE = {("rtx-sm86", "transformer", "prefill"): 2}  # kernels than elsewhere
 FP32 = Pin("vit", "model", "all", 0, 3, 0, 53, 53, 53)  # products and a softmax, in which there is nothing to fuse
 TARGETS = ("rtx-sm86", "rtx-sm89", "rtx-sm120")
-ONE_TARGET = ("minilm",)  # 22 million parameters, and no kind of layer that BERT lacks
+# MiniLM has 22 million parameters, and no kind of layer that BERT lacks; tests/families builds the others for all three
+ONE_TARGET = ("minilm", "seq2seq", "seq2seq-fixed", "show_attend_tell")
 
 BUNDLES = {"vit": "vit_bundle", "gpt": "gpt_bundle", "transformer": "dates_bundle", "clip": "clip_bundle"}
 SMALLER = {"minilm": {"S": 128, "B": 2}}  # its export is held against PyTorch at its greatest sizes
