@@ -53,13 +53,13 @@ def test_an_export_does_each_piece_of_work_once(
         written.append(path.name)
         write(path, data)
 
-    folder = make_checkpoint("BertForMaskedLM")
+    folder = make_checkpoint("BertForMaskedLM", num_hidden_layers=1)
     monkeypatch.setattr(hashlib, "sha256", hash_and_count)
     monkeypatch.setattr(bundle_writer, "write_bytes", write_and_note)
     counted(monkeypatch, calls, bundle_reader, "check_file")
     counted(monkeypatch, calls, Checkpoint, "sha256")
     counted(monkeypatch, calls, text_tokenizer, "parse_tokenizer")
-    pipeline.export(str(folder), tmp_path / "out", precision="fp16")
+    pipeline.export(str(folder), tmp_path / "out", precision="fp16", max_sizes={"B": 3})
     monkeypatch.undo()
     assert calls == {"sha256": 1, "parse_tokenizer": 1}
     assert written.count(MANIFEST) == 1

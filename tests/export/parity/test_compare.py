@@ -158,9 +158,9 @@ def test_fp16_that_overflows_is_refused_with_the_tensor(make_checkpoint: MakeChe
     tensors["vit.encoder.layer.1.output.dense.weight"] *= 3e4
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(PrecisionError, match=r"fp16 cannot hold .* \(module encoder\.layer\.\d.*--precision bf16"):
-        pipeline.export(str(folder), tmp_path / "fp16", precision="fp16")
+        pipeline.export(str(folder), tmp_path / "fp16", precision="fp16", max_sizes={"B": 3})
     assert list(tmp_path.iterdir()) == []
-    pipeline.export(str(folder), tmp_path / "bf16", precision="bf16")
+    pipeline.export(str(folder), tmp_path / "bf16", precision="bf16", max_sizes={"B": 3})
 
 
 @pytest.mark.usefixtures("traced_once")
@@ -170,7 +170,7 @@ def test_every_precision_exports_verifies_and_passes_its_selftest(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, architecture: str, precision: str
 ) -> None:
     folder = make_checkpoint(architecture)
-    manifest = pipeline.export(str(folder), tmp_path / "out", precision=precision)
+    manifest = pipeline.export(str(folder), tmp_path / "out", precision=precision, max_sizes={"B": 5})
     assert manifest.precision == precision
     assert 0 < manifest.parity["worst"]["error"] <= TOLERANCES[precision]
     cases = verify(tmp_path / "out").cases
@@ -248,7 +248,7 @@ def test_the_smallest_bounds_export(make_checkpoint: MakeCheckpoint, tmp_path: P
 def test_an_image_processor_that_does_not_resize(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     folder = make_checkpoint("ViTForImageClassification", num_hidden_layers=1)
     (folder / "preprocessor_config.json").write_text(json.dumps({"do_resize": False}))
-    pipeline.export(str(folder), tmp_path / "out")
+    pipeline.export(str(folder), tmp_path / "out", max_sizes={"B": 3})
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -256,8 +256,8 @@ def test_one_logit_near_zero_has_the_scale_of_the_others(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, seed: int
 ) -> None:
     """A single logit has no scale of its own: at one shape it may happen to be a thousandth of what it is elsewhere."""
-    folder = make_checkpoint("BertForSequenceClassification", num_labels=1, seed=seed)
-    manifest = pipeline.export(str(folder), tmp_path / "out", precision="fp16")
+    folder = make_checkpoint("BertForSequenceClassification", num_labels=1, seed=seed, num_hidden_layers=1)
+    manifest = pipeline.export(str(folder), tmp_path / "out", precision="fp16", max_sizes={"B": 3})
     assert set(manifest.parity["scales"]) == {"logits", "last_hidden_state", "sentence_embedding"}
     selftest(tmp_path / "out")
 
