@@ -59,11 +59,12 @@ def sizes_text(sizes: Mapping[str, int]) -> str:
 def loops_text(recorded: Any) -> str:
     """Return ``2 loops of 2.1 kernels a step`` for an engine's loops as bundle.json has them; nothing for none."""
     passes = [(natural(at(loop, "kernels")), natural(at(loop, "steps"))) for loop in list_of(recorded)]
-    known = [(kernels, steps) for kernels, steps in passes if kernels is not None and steps]
-    if not known:
-        return ""
-    kernels, steps = (sum(numbers) for numbers in zip(*known, strict=True))
-    return f"{f'{len(known)} loops' if len(known) > 1 else 'a loop'} of {kernels / steps:.1f} kernels a step"
+    loops = [(kernels, steps) for kernels, steps in passes if kernels]
+    steps = [number for _, number in loops if number]
+    many = f"{len(loops)} loops" if len(loops) > 1 else "a loop"
+    if not loops or len(steps) < len(loops):
+        return many if loops else ""
+    return f"{many} of {sum(kernels for kernels, _ in loops) / sum(steps):.1f} kernels a step"
 
 
 def folder_bytes(folder: Path) -> int:

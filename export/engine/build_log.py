@@ -149,32 +149,39 @@ def memory_of(log: Iterable[str]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Loop:
-    """A recurrence: the kernels of one pass through its loop, and how many steps a pass takes."""
+    """A recurrence: the kernels of one pass through its loop, and how many steps a pass takes; None if not known."""
 
     kernels: int
-    steps: int
+    steps: int | None
 
 
 def loops_of(kernels: Sequence[Kernel]) -> tuple[Loop, ...]:
     """Return the loops of a profile in execution order.
 
-    The builder unrolls a loop and has another one behind it for the steps that are left, one by one. How many steps
-    are unrolled is the ratio of their products.
+    The builder unrolls a loop and has another one behind it for the steps that are left, one by one.
     """
     bodies: dict[str, list[Kernel]] = {}
     for kernel in kernels:
         if kernel.loop:
             bodies.setdefault(kernel.loop, []).append(kernel)
     loops: list[Loop] = []
-    products = 0  # of the loop before
+    unrolled: list[Kernel] = []
     for name, body in bodies.items():
-        single = sum(kernel.is_product for kernel in body)
         if SINGLE_STEPS in name and loops:
-            loops[-1] = replace(loops[-1], steps=max(products // max(single, 1), 1))
+            loops[-1] = replace(loops[-1], steps=steps_of(unrolled, body))
         else:
             loops.append(Loop(len(body), 1))
-            products = single
+            unrolled = body
     return tuple(loops)
+
+
+def steps_of(unrolled: Sequence[Kernel], single: Sequence[Kernel]) -> int | None:
+    """Return how many steps are in an unrolled body, from that of a single step: the ratio of their products.
+
+    None where they have none: a small product is a part of the kernel of what follows it.
+    """
+    many, one = (sum(kernel.is_product for kernel in body) for body in (unrolled, single))
+    return max(many // one, 1) if one else None
 
 
 @dataclass(frozen=True)
@@ -239,7 +246,7 @@ class Fusion:
             **({"loops": self.loops_to_json()} if self.loops else {}),
         }
 
-    def loops_to_json(self) -> list[dict[str, int]]:
+    def loops_to_json(self) -> list[dict[str, int | None]]:
         return [{"kernels": loop.kernels, "steps": loop.steps} for loop in self.loops]
 
     def summary(self) -> str:

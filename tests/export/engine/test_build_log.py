@@ -8,7 +8,7 @@ from builder_logs import layer
 from transom.cli.build import print_kernels
 from transom.cli.inspect_bundle import fusion_text
 from transom.export.engine.build import Engine, require_fused
-from transom.export.engine.build_log import Fusion, Loop, fusion_of, kernels_of, memory_of
+from transom.export.engine.build_log import Fusion, Loop, fusion_of, kernels_of, loops_of, memory_of
 from transom.export.engine.profiles import cache_sizes, profiles_of
 from transom.export.engine.targets import TARGETS, find_targets, require_precision
 from transom.runtime.errors import EngineError, ExportError
@@ -91,6 +91,16 @@ def test_a_loop_is_counted_once_and_without_what_counts_its_steps() -> None:
     assert found.unfused_nodes == ("outputs",)
     assert fusion_text(found.to_json()) == found.summary()
     assert "loops" not in fusion_of("all", kernels[:2], operators, []).to_json()
+
+
+def test_a_loop_whose_product_is_no_kernel_of_its_own() -> None:
+    """How many steps a pass takes is then not known."""
+    log = [line for line in LOOP if "unroll" not in line and "FcCast" not in line]
+    (kernels,) = kernels_of(log, 1)
+    assert loops_of(kernels) == (Loop(3, None),)
+    found = fusion_of("all", kernels, {}, [])
+    assert found.to_json()["loops"] == [{"kernels": 3, "steps": None}]
+    assert found.summary() == fusion_text(found.to_json()) == "all: a loop, 7 kernels"
 
 
 def test_a_loop_that_is_not_unrolled_takes_one_step_a_pass() -> None:

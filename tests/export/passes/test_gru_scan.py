@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,18 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
+from rtx import counted, needs_rtx
 from tiny_graphs import graph_of, normal, operators, weights_of
+from transom.export.engine.build_log import Loop, kernels_of, loops_of
+from transom.export.engine.build_process import build_engine
+from transom.export.engine.profiles import Profile
+from transom.export.engine.targets import find_targets
+from transom.export.engine.trt_graphs import TensorRTGraph
 from transom.export.passes._match import body_of
 from transom.export.passes.fake_half import fake_half
 from transom.export.passes.gru_scan import gru_scan
 from transom.export.passes.half_precision import convert_precision
+from transom.runtime.errors import EngineError
 
 E, H = 5, 3
 ATTRIBUTES = 'hidden_size = 3, direction = "bidirectional", linear_before_reset = 1'
@@ -124,6 +132,37 @@ def test_in_half_precision_products_are_half_and_the_recurrence_is_fp32(precisio
     assert [node.op_type for node in step if node.outputs[0].dtype in HALVES] == ["Cast", "Cast"]  # they round
     for found, theirs in zip(run(model, x), exact, strict=True):
         assert 0 < np.abs(found - theirs).max() <= 8 * roundoff
+
+
+@needs_rtx
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_what_tensorrt_makes_of_the_operator_and_of_the_scan(
+    precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In half precision its parser refuses the operator; in FP32 a step is 16 kernels, of the Scan eight are 8 or 17.
+
+    Eight where a product of three features is a part of the gates' kernel, so that nothing shows the steps.
+    """
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (target,) = find_targets(["rtx-sm86"])
+    sizes = {"x": ((1, 1, E), (9, 1, E), (64, 4, E)), "lengths": ((1,), (1,), (4,))}
+    model = gru()
+    convert_precision(model, precision)
+
+    def loops() -> tuple[Loop, ...]:
+        built = build_engine("encoder", TensorRTGraph(model).serialized(), (Profile("all", sizes),), target)
+        return loops_of(kernels_of(built.log, 1)[0])
+
+    if precision == "fp32":
+        assert loops() == (Loop(counted(16), 1),)
+    else:
+        with pytest.raises(EngineError, match=r"cannot read the node .*\(GRU\) of the graph 'encoder'.* same types"):
+            loops()
+    assert gru_scan(model) == 1
+    ((kernels, steps),) = [(loop.kernels, loop.steps) for loop in loops()]
+    assert (steps, kernels) == {"fp32": (None, counted(8)), "fp16": (None, counted(8)), "bf16": (8, counted(17))}[
+        precision
+    ]
 
 
 def test_two_layers_in_one_graph() -> None:

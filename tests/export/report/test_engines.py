@@ -205,13 +205,16 @@ def test_everything_fused_and_fp32() -> None:
 
 
 def test_loops_are_shown_with_their_kernels_a_step() -> None:
-    """Of loops that no build wrote nothing is shown."""
+    """Without its steps a loop is named alone; of what is no loop nothing is shown."""
     fused = profile("all", int8={"products": 6, "of": 6, "dequantized": []}, alone=[])
     looped = {**fused, "loops": [{"kernels": 17, "steps": 8}, {"kernels": 16, "steps": 8}]}
     html = engines_section(manifest({"rtx-sm89": engine("rtx-sm89", looped, fused)}))
     assert Page(html).headings == ["TensorRT engines", "Loops"]
     assert "<div>2 loops of 2.1 kernels a step</div>" in html
-    for strange in (EVIL, [EVIL], [{"kernels": EVIL, "steps": 1}], [{"kernels": 3, "steps": 0}], {"kernels": 3}):
+    for steps in (None, 0, EVIL):
+        unknown = {**fused, "loops": [{"kernels": 17, "steps": steps}]}
+        assert "<div>a loop</div>" in engines_section(manifest({"rtx-sm89": engine("rtx-sm89", unknown, fused)}))
+    for strange in (EVIL, [EVIL], [{"kernels": EVIL, "steps": 1}], [{"steps": 4}], {"kernels": 3}):
         html = engines_section(manifest({"rtx-sm89": engine("rtx-sm89", {**fused, "loops": strange}, fused)}))
         assert Page(html).headings == ["TensorRT engines"]
 
