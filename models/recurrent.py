@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from transom.runtime.errors import CheckpointError
 from transom.runtime.graph_spec import Tensor as TensorSpec
 
-MASKED = -3e4  # a score that no other comes near, and that FP16 holds
+MASKED = -3e4  # far below any score of a trained model, and a number that FP16 holds
+MOST_POSITIONS = 1_000_000
 GRU_VERSION = 22  # of the ONNX operator: the first with bfloat16
 
 
@@ -138,6 +140,15 @@ class AdditiveAttention(nn.Module):
             scores = scores.masked_fill(~mask, MASKED)
         weights = torch.softmax(scores, dim=1)
         return (weights[:, None] @ values).squeeze(1), weights
+
+
+def check_positions(name: str, value: int, least: int) -> None:
+    """Raise CheckpointError for a number of positions that nothing stored bounds.
+
+    An output has at least two: the start token and one more.
+    """
+    if not least <= value <= MOST_POSITIONS:
+        raise CheckpointError(f"config.json: {name} is {value}, expected {least}..{MOST_POSITIONS}. Correct it.")
 
 
 def state_inputs(name: str, layers: int, size: int) -> tuple[TensorSpec, ...]:

@@ -15,13 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from transom.models.family import Family, GraphModule, Source, config_fields
-from transom.models.recurrent import AdditiveAttention, BidirectionalGRU, GRUCell, state_inputs, state_outputs
+from transom.models.recurrent import (
+    AdditiveAttention,
+    BidirectionalGRU,
+    GRUCell,
+    check_positions,
+    state_inputs,
+    state_outputs,
+)
 from transom.runtime.errors import CheckpointError
 from transom.runtime.graph_spec import Axis, Graph
 from transom.runtime.graph_spec import Tensor as TensorSpec
 
 PREFIX = "model."
-MOST_POSITIONS = 1_000_000
 ATTENTION = "decoder.attention."  # how the names of weights begin that only the form with attention has
 
 
@@ -157,11 +163,8 @@ def config_from_source(source: Source) -> Seq2SeqConfig:
             f"{forms[stored]}: {'there are' if stored else 'there are no'} weights {ATTENTION}*. Set attention to "
             f"{str(stored).lower()}, or give the checkpoint's own weights."
         )
-    for name in ("max_source_positions", "max_target_positions"):
-        if getattr(config, name) > MOST_POSITIONS:  # nothing stored has this size, so that nothing contradicts it
-            raise CheckpointError(
-                f"config.json: {name} is {getattr(config, name)}, expected at most {MOST_POSITIONS}. Correct it."
-            )
+    check_positions("max_source_positions", config.max_source_positions, least=1)
+    check_positions("max_target_positions", config.max_target_positions, least=2)
     return config
 
 

@@ -18,14 +18,13 @@ from torch import Tensor, nn
 
 from transom.models.family import MAX_LAYERS, MAX_SIZE, Family, GraphModule, Source, config_fields
 from transom.models.patches import size_pair
-from transom.models.recurrent import AdditiveAttention, LSTMCell, state_inputs, state_outputs
+from transom.models.recurrent import AdditiveAttention, LSTMCell, check_positions, state_inputs, state_outputs
 from transom.runtime.errors import CheckpointError
 from transom.runtime.graph_spec import Axis, Graph
 from transom.runtime.graph_spec import Tensor as TensorSpec
 
 PREFIX = "model."
 POOLING = 2  # pixels a side, between stages
-MOST_POSITIONS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -208,11 +207,7 @@ def config_from_source(source: Source) -> ShowAttendTellConfig:
                 f"{name} is {size[0]}x{size[1]}; {len(config.depths)} stages need a multiple of {cell}, which is "
                 "halved between two stages. Give such a size."
             )
-    if config.max_target_positions > MOST_POSITIONS:  # nothing stored has this size, so that nothing contradicts it
-        raise CheckpointError(
-            f"config.json: max_target_positions is {config.max_target_positions}, expected at most {MOST_POSITIONS}. "
-            "Correct it."
-        )
+    check_positions("max_target_positions", config.max_target_positions, least=2)
     return config
 
 

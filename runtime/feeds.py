@@ -116,7 +116,7 @@ def allowed_sizes(name: str, axis: Axis, size: int) -> str:
     hint = f" {wider({name: axis}, {name: size})}." if beyond else ""
     ceiling = exported(axis).ceiling
     if ceiling is not None and size > ceiling:
-        hint = f" The model has {ceiling} position{'s' if ceiling > 1 else ''}; give no more."
+        hint = f" The model has {ceiling} positions; give no more." if ceiling > 1 else " Give one at a time."
     return f"{axis.min}..{axis.max}{where}.{hint}"
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
@@ -26,6 +26,8 @@ from transom.runtime.manifest_graphs import (
     axis_to_json,
     every_field,
     graph_from_json,
+    one_token_axes,
+    shared_state_problems,
 )
 from transom.runtime.manifest_sections import engines_from_json, parity_from_json, quantization_from_json
 
@@ -97,6 +99,7 @@ def manifest_from_json(value: dict[str, Any]) -> Manifest:
     if not graphs:
         top.problems.append("graphs is empty")
     names = [str(file.graph.name) for file in graphs]
+    top.problems += shared_state_problems([file.graph for file in graphs])
     top.problems += [f"two graphs are called {name[:60]!r}" for name in sorted(set(names)) if names.count(name) > 1]
     top.problems += [
         f"axes.{name} is like {repr(axis.same_as)[:60]}, which is no axis"
@@ -107,7 +110,9 @@ def manifest_from_json(value: dict[str, Any]) -> Manifest:
     config = top.mapping("config")
     precision = top.text("precision", among=PRECISIONS)
     quantization = quantization_from_json(top.mapping("quantization", None), precision, names, top.problems)
+    single: set[str] = set()
     if not top.problems:
+        single = {name for file in graphs for name in one_token_axes(file.graph)}
         graphs = tuple(
             replace(file, plans=plans_of(file.graph.name, engines), integers=integers_of(file, quantization))
             for file in graphs
@@ -118,7 +123,7 @@ def manifest_from_json(value: dict[str, Any]) -> Manifest:
         task=top.text("task"),
         precision=precision,
         config=config,
-        axes=with_ceilings(axes, config),
+        axes=with_ceilings(axes, config, single),
         graphs=graphs,
         labels=tuple(top.take("labels", _strings, "an array of strings", [])),
         options=top.mapping("options", {}),
@@ -141,8 +146,11 @@ def manifest_from_json(value: dict[str, Any]) -> Manifest:
     return manifest
 
 
-def with_ceilings(axes: Mapping[str, Axis], config: Mapping[str, Any]) -> dict[str, Axis]:
-    """Return the axes with the model's number of positions as the ceiling of those that count tokens: all but B."""
+def with_ceilings(axes: Mapping[str, Axis], config: Mapping[str, Any], single: Collection[str]) -> dict[str, Axis]:
+    """Return the axes with the model's number of positions as the ceiling of those that count tokens: all but B.
+
+    That of the axes in ``single`` is 1.
+    """
     found = [
         words[name]
         for words in (config, config.get("text_config"))
@@ -151,7 +159,8 @@ def with_ceilings(axes: Mapping[str, Axis], config: Mapping[str, Any]) -> dict[s
         if type(words.get(name)) is int
     ]
     positions = found[0] if found else None
-    return {name: axis if name == ROWS else replace(axis, ceiling=positions) for name, axis in axes.items()}
+    ceilings = dict.fromkeys(axes, positions) | dict.fromkeys(single, 1)
+    return {name: axis if name == ROWS else replace(axis, ceiling=ceilings[name]) for name, axis in axes.items()}
 
 
 def plans_of(graph: str, engines: Mapping[str, Any]) -> dict[str, Plan]:

@@ -9,12 +9,23 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from transom.runtime.graph_spec import ARANGE, CACHE, Axis, Graph, Tensor, is_cache
+from transom.runtime.graph_spec import (
+    ARANGE,
+    CACHE,
+    Axis,
+    Graph,
+    Tensor,
+    cache_inputs,
+    is_cache,
+    is_decoder,
+    token_input,
+)
 from transom.runtime.json_reader import Fields
 
 MAX_AXIS = 2**31 - 1
 DTYPES = ("int64", "float32")  # half precision stays inside the graph: the edges are the same in every bundle
 STATE_DTYPES = ("float32", "float16", "bfloat16")  # but for state, which is the graph's own
+NEXT = ".next"  # the end of an output's name that replaces the state of the rest of its name
 ARANGE_JSON = "count"  # ARANGE, as bundle.json calls it
 KEYS = {"same_as": "like", "exclusive_max": "below", "aliases": "writes"}  # field of Axis or Tensor -> key
 # What a CPU session makes of the integers of a graph: products of U8 x S8; weights in blocks (MatMulNBits); or Q/DQ
@@ -99,6 +110,11 @@ def decoder_problems(graph: Graph, axes: Mapping[str, Axis]) -> list[str]:
         for output in written
         if inputs.get(str(output.aliases)) != output.shape or not is_state_shape(output.shape)
     ]
+    problems += [
+        f"{str(output.name)[:60]!r} writes {str(output.aliases)[:60]!r}, expected the input of its name"
+        for output in graph.outputs
+        if str(output.name).endswith(NEXT) and output.aliases != str(output.name).removesuffix(NEXT)
+    ]
     targets = [str(output.aliases) for output in written]
     problems += [f"two outputs write {name[:60]!r}" for name in sorted(set(targets)) if targets.count(name) > 1]
     if not any(is_cache(output) for output in written):
@@ -139,6 +155,24 @@ def recurrent_problems(graph: Graph, axes: Mapping[str, Axis]) -> list[str]:
             "(B, T, vocabulary) first"
         ]
     return []
+
+
+def one_token_axes(graph: Graph) -> tuple[str, ...]:
+    """Return the axes of a graph that are always 1: the tokens of one whose state is all recurrent."""
+    return (str(token_input(graph).shape[1]),) if is_decoder(graph) and not cache_inputs(graph) else ()
+
+
+def shared_state_problems(graphs: Sequence[Graph]) -> list[str]:
+    """Return where graphs disagree about a state tensor that passes from one to the other."""
+    tensors = [tensor for graph in graphs for tensor in (*graph.inputs, *graph.outputs)]
+    passed = {tensor.name for tensor in tensors if tensor.state}
+    known: dict[str, tuple[object, ...]] = {}
+    problems = []
+    for tensor in tensors:
+        described = (tensor.state, tensor.dtype, tensor.shape)
+        if tensor.name in passed and known.setdefault(tensor.name, described) != described:
+            problems.append(f"two graphs have other shapes or dtypes of {str(tensor.name)[:60]!r}")
+    return problems
 
 
 def is_state_shape(shape: Sequence[str | int]) -> bool:

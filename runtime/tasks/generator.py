@@ -75,7 +75,7 @@ class Generator(LoadedBundle, ABC):
 
     def _token_reader(self) -> PromptReader:
         if not isinstance(self._prompt_reader, PromptReader):
-            raise InputError(f"this bundle is a {self.manifest.family}, whose prompts are images; give those.")
+            raise InputError(f"a {self.manifest.family} reads images and has no tokens of prompts; give images.")
         return self._prompt_reader
 
     @property

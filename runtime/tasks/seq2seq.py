@@ -36,12 +36,15 @@ def check_mask(mask: Array) -> None:
     """Raise InputError for a row without a token, and for one with padding before or between its tokens."""
     if mask.ndim != 2 or mask.dtype.kind not in "iu":
         return  # an error of its own
-    real = mask != 0
-    lengths = real.sum(1)
-    wrong = np.flatnonzero((lengths == 0) | (real != (np.arange(mask.shape[1]) < lengths[:, None])).any(1))
+    lengths = (mask != 0).sum(1)
+    wrong = np.flatnonzero((lengths == 0) | (mask != (np.arange(mask.shape[1]) < lengths[:, None])).any(1))
     if wrong.size:
         row = int(wrong[0])
-        found = "has no token" if lengths[row] == 0 else "has padding before a token"
+        others = mask[row][(mask[row] != 0) & (mask[row] != 1)]
+        if others.size:  # the graph adds them up
+            found = f"holds {int(others[0])}"
+        else:
+            found = "has no token" if lengths[row] == 0 else "has padding before a token"
         raise InputError(
             f"input {MASK!r}: row {row} of {len(mask)} {found}; expected at least one 1, then zeros for padding. Pad "
             "on the right, and leave empty rows out."

@@ -75,6 +75,8 @@ class TestWithAttention(RecurrentFamily):
             ([[1, 1, 1], [0, 0, 0]], "row 1 of 2 has no token; expected at least one 1"),
             ([[0, 1, 1], [1, 1, 1]], "row 0 of 2 has padding before a token"),
             ([[1, 1, 1], [1, 0, 1]], "row 1 of 2 has padding before a token"),
+            ([[1, 1, 1], [2, 0, 0]], "row 1 of 2 holds 2; expected at least one 1, then zeros"),
+            ([[1, 1, -1], [1, 1, 1]], "row 0 of 2 holds -1; expected at least one 1, then zeros"),
         ],
     )
     def test_a_batch_with_a_row_that_no_recurrence_reads(self, once: Once, mask: Any, words: str) -> None:

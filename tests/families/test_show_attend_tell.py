@@ -86,7 +86,10 @@ class TestShowAttendTell(RecurrentFamily):
             bundle.run({"pixel_values": np.zeros((1, 3, HEIGHT + 1, WIDTH), np.float32)})
 
     def test_images_for_ids_are_asked_for_by_name(self, once: Once) -> None:
-        with load(self.bundle(once)) as bundle, pytest.raises(InputError, match="whose prompts are images"):
+        with (
+            load(self.bundle(once)) as bundle,
+            pytest.raises(InputError, match="reads images"),
+        ):
             bundle.tokenizer()
 
     def test_the_command_line_names_a_missing_image(self, once: Once) -> None:

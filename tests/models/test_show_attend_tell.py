@@ -226,7 +226,7 @@ STAGES = "expected a list of integers in 1.."
         ({"decoder_vocab_size": 0}, "decoder_vocab_size is 0, expected an integer in 1.."),
         ({"decoder_hidden_size": "13"}, "decoder_hidden_size is '13'"),
         ({"attention_size": 8.0}, "attention_size is 8.0"),
-        ({"max_target_positions": 1_000_001}, "max_target_positions is 1000001, expected at most 1000000"),
+        ({"max_target_positions": 1_000_001}, "max_target_positions is 1000001, expected 2..1000000"),
     ],
     ids=str,
 )

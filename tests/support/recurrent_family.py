@@ -186,6 +186,9 @@ class RecurrentFamily:
             ("decoder_input_ids", {"below": None}, "takes bounded tokens (B, T) first, T at most 1"),
             ("decoder_input_ids", {"shape": ["B", "B"]}, "T at most 1"),
             ("hidden_state.0", {"shape": ["B", 12]}, "is no input of its shape"),
+            ("hidden_state.0", {"dtype": "float16"}, "two graphs have other shapes or dtypes of 'hidden_state.0'"),
+            ("hidden_state.0.next", {"writes": None}, "writes 'None', expected the input of its name"),
+            ("hidden_state.0.next", {"writes": "cross_key"}, "writes 'cross_key', expected the input of its name"),
         ],
     )
     def test_a_manifest_that_no_step_graph_has(
@@ -195,8 +198,8 @@ class RecurrentFamily:
             graph = next(graph for graph in manifest["graphs"] if graph["name"] == "decoder")
             tensor = next(each for each in (*graph["inputs"], *graph["outputs"]) if each["name"] == name)
             tensor.update(fields)
-            if fields.get("below", 1) is None:
-                del tensor["below"]
+            for field in [field for field, value in fields.items() if value is None]:
+                del tensor[field]
 
         copy = changed_bundle(self.bundle(once), tmp_path, change)
         with pytest.raises(BundleError) as raised:
@@ -224,7 +227,7 @@ class RecurrentFamily:
             for name in state:
                 assert found[name] is feeds[name]
                 assert np.abs(feeds[name] - before[name]).max() > 0
-            with pytest.raises(InputError, match=r"axis T allows 1\.\.1"):
+            with pytest.raises(InputError, match=r"axis T allows 1\.\.1\. Give one at a time"):
                 bundle.run({**feeds, "decoder_input_ids": np.ones((2, 2), np.int64)})
             missing = {name: array for name, array in feeds.items() if name != state[0]}
             with pytest.raises(InputError, match=f"input {state[0]!r} is missing"):
