@@ -65,6 +65,11 @@ def interval(point: Point) -> str:
     return f" ({low:.1f} to {high:.1f})"
 
 
+def at(line: Sequence[Point], characters: float) -> float:
+    """Return the line's value at this length, or -1 if it has none there."""
+    return next((point.value for point in line if point.characters == characters), -1.0)
+
+
 def draw(lines: Mapping[str, Sequence[Point]], path: Path) -> None:
     """Write the SVG: a line per form, its numbers at the points, its 95 % intervals upright."""
     import matplotlib
@@ -82,9 +87,7 @@ def draw(lines: Mapping[str, Sequence[Point]], path: Path) -> None:
             axes.errorbar(sizes, values, (below, above), color=colour, marker=mark, markersize=5, linewidth=1.8,
                           elinewidth=1.1, label=form)  # fmt: skip
             for size, value, (low, high) in zip(sizes, values, ends, strict=True):
-                best = value == max(
-                    other.value for line in lines.values() for other in line if other.characters == size
-                )
+                best = form == max(lines, key=lambda name: at(lines[name], size))  # the first of equal ones
                 axes.annotate(f"{value:.3f}", (size, high if best else low), xytext=(0, 3 if best else -3),
                               textcoords="offset points", ha="center", va="bottom" if best else "top", color=colour,
                               fontsize=8.5)  # fmt: skip

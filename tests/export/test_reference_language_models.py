@@ -299,6 +299,8 @@ def test_the_script_would_train_this_seq2seq(name: str, attention: bool) -> None
     assert config(name, "tokenizer_config.json") == training.tokenizer_config(sizes)
     stored = (reference_folder(name) / "tokenizer.json").read_text(encoding="utf-8")
     assert json.loads(stored) == json.loads(training.make_tokenizer().to_str())
+    steps = training.STEPS if attention else training.STEPS_WITHOUT_ATTENTION
+    assert f"{steps:,} steps" in card(name)
     longest = "; ".join(["Wednesday, the 30th of September 1998"] * 6)
     assert len(training.make_tokenizer().encode(longest).ids) == 233 <= sizes.max_source_positions
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -58,3 +59,17 @@ def test_the_same_scores_give_the_same_image(random_seq2seq_bundle: Path, benchm
         images.append((tmp_path / name).read_bytes())
     assert images[0] == images[1]
     assert images[0].count(b"<!-- 0.900 -->") == 1  # what letters drawn as paths say
+
+
+def test_equal_scores_have_their_numbers_apart(
+    random_seq2seq_bundle: Path, random_fixed_bundle: Path, benchmark: Any, tmp_path: Path
+) -> None:
+    """The first form's number stands above its point, the second's below."""
+    folders = [
+        scored(bundle, tmp_path / name, 10)
+        for bundle, name in ((random_seq2seq_bundle, "a"), (random_fixed_bundle, "b"))
+    ]
+    benchmark.draw(benchmark.lines_of(folders), tmp_path / "both.svg")
+    places = re.findall(r"<!-- 1\.000 -->\s*<g [^>]*translate\([\d.]+ ([\d.]+)\)", (tmp_path / "both.svg").read_text())
+    first, second = map(float, places)
+    assert second - first > 10
