@@ -206,6 +206,11 @@ class RecurrentFamily:
             Bundle(copy)
         assert words in str(raised.value)
 
+    def test_a_step_graph_of_several_tokens(self, once: Once, tmp_path: Path) -> None:
+        copy = changed_bundle(self.bundle(once), tmp_path, lambda manifest: manifest["axes"]["T"].update(max=3))
+        with pytest.raises(BundleError, match="T at most 1"):
+            Bundle(copy)
+
     def test_a_bundle_that_does_not_say_how_long_an_output_may_be(self, once: Once, tmp_path: Path) -> None:
         copy = changed_bundle(self.bundle(once), tmp_path, lambda manifest: manifest.update(options={}))
         with pytest.raises(BundleError, match=r"options\.max_target_positions is None, expected a positive integer"):
