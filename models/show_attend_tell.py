@@ -95,8 +95,19 @@ class Encoder(nn.Module):
         one object in the image sets, and not the range of their mean, which depends on how much else is there.
         """
         annotations = self.convolutions(pixel_values).flatten(2).transpose(1, 2)  # (B, L, D), row by row
-        hidden, cell = self.hidden_state(annotations).mean(1), self.cell_state(annotations).mean(1)  # (B, H)
+        hidden, cell = mean_of(self.hidden_state(annotations)), mean_of(self.cell_state(annotations))  # (B, H)
         return annotations, torch.tanh(hidden), torch.tanh(cell)
+
+
+def mean_of(vectors: Tensor) -> Tensor:
+    """Return the mean over an image's vectors: (B, L, H) -> (B, H).
+
+    A product of two equal rows, one of which is taken: ONNX Runtime adds up a ReduceMean, and a product of one row, in
+    an order that depends on the batch size, and this one in the order of the vectors.
+    """
+    L = vectors.shape[1]
+    mean: Tensor = (torch.full((2, L), 1 / L, dtype=vectors.dtype) @ vectors)[:, 0]
+    return mean
 
 
 class Decoder(nn.Module):

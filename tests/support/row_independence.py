@@ -68,13 +68,16 @@ def check_encoders(bundle: LoadedBundle, bound: Callable[[str], float]) -> None:
 
 
 def check_decoder(bundle: Generator, bound: float) -> None:
-    """Prompts of several lengths, then tokens one by one: in a batch whose caches are as long as the longest needs."""
+    """Prompts of several lengths, or images, then tokens one by one: caches are as long as the longest of a batch needs."""
     random = np.random.default_rng(1)
     rows, context = min(8, bundle.max_size("B")), min(bundle.context, 80)
-    prompt_below = bundle.prompt_tokens().exclusive_max or 100
     token_below = bundle.backend("decoder").graph.inputs[0].exclusive_max or 100
-    most = min(context // 2, bundle.max_size(str(bundle.prompt_tokens().shape[1])))
-    prompts = [random.integers(1, prompt_below, max(1, min(length, most))).tolist() for length in LENGTHS[:rows]]
+    axis = bundle.prompt_axis()
+    if axis is None:
+        prompts = bundle.random_prompts(random, rows, 1)
+    else:
+        below, most = bundle.prompt_tokens().exclusive_max or 100, min(context // 2, bundle.max_size(axis))
+        prompts = [random.integers(1, below, max(1, min(length, most))).tolist() for length in LENGTHS[:rows]]
     chunks = [random.integers(1, token_below, (rows, 1)) for _ in range(min(6, context // 2 - 1))]
 
     def logits(chosen: Sequence[int]) -> list[NDArray[np.float32]]:
