@@ -32,7 +32,7 @@ class TestShowAttendTell(RecurrentFamily):
     others: ClassVar = {"Conv": 3}
     loops = 0
     products = (3, 8)
-    kernels: ClassVar = {"fp32": (14, 15), "fp16": (16, 15), "bf16": (16, 15), "int8": (17, 17)}
+    kernels: ClassVar = {"fp32": (18, 15), "fp16": (20, 15), "bf16": (20, 15), "int8": (21, 17)}
 
     def checkpoint(self, folder: Path) -> Path:
         return write_captioner(folder)

@@ -68,7 +68,7 @@ def check_encoders(bundle: LoadedBundle, bound: Callable[[str], float]) -> None:
 
 
 def check_decoder(bundle: Generator, bound: float) -> None:
-    """Prompts of several lengths, or images, then tokens one by one: caches are as long as the longest of a batch needs."""
+    """Prompts of several lengths, or images, then tokens one by one, with caches as long as the longest row needs."""
     random = np.random.default_rng(1)
     rows, context = min(8, bundle.max_size("B")), min(bundle.context, 80)
     token_below = bundle.backend("decoder").graph.inputs[0].exclusive_max or 100

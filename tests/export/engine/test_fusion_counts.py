@@ -66,7 +66,7 @@ PINS = (
     Pin("seq2seq", "decoder", "decode", 0, 0, 10, 15, 15, 16),
     Pin("seq2seq-fixed", "encoder", "all", 0, 0, 1, 30, 30, 31),
     Pin("seq2seq-fixed", "decoder", "decode", 0, 0, 8, 8, 8, 9),
-    Pin("show_attend_tell", "encoder", "all", 0, 0, 3, 13, 15, 14),
+    Pin("show_attend_tell", "encoder", "all", 0, 0, 3, 15, 17, 16),
     Pin("show_attend_tell", "decoder", "decode", 0, 0, 8, 15, 15, 17),
 )
 MORE = {("rtx-sm86", "transformer", "prefill"): 2}  # kernels than elsewhere
