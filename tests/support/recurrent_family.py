@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from abc import ABC, abstractmethod
 from collections import Counter
 from itertools import product
 from pathlib import Path
@@ -33,7 +34,7 @@ BEAMS, NEW = 3, 5
 TARGETS = ("rtx-sm86", "rtx-sm89", "rtx-sm120")
 
 
-class RecurrentFamily:
+class RecurrentFamily(ABC):
     """What every family with a recurrent decoder has to show.
 
     task        that it is exported for
@@ -58,21 +59,21 @@ class RecurrentFamily:
         if "precision" in metafunc.fixturenames:
             metafunc.parametrize("precision", PRECISIONS)
 
+    @abstractmethod
     def checkpoint(self, folder: Path) -> Path:
         """Write a random checkpoint."""
-        raise NotImplementedError
 
+    @abstractmethod
     def calibration_data(self, folder: Path) -> Path:
         """Write samples of the family's kind; at least 8 are asked for."""
-        raise NotImplementedError
 
+    @abstractmethod
     def inputs(self, folder: Path) -> list[Any]:
         """Return three inputs of different kinds or lengths, as a user gives them: texts, or images' paths."""
-        raise NotImplementedError
 
+    @abstractmethod
     def prompts(self, count: int) -> list[Any]:
         """Return inputs that get token ids for an answer: ids, or pixels."""
-        raise NotImplementedError
 
     def bundle(self, once: Once, precision: str = "fp32") -> Path:
         """Export once per run, of at most 3 rows a call."""
