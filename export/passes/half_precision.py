@@ -8,6 +8,8 @@ Cases:
    types whatever the precision of the bundle.
 5. State (a KV cache, the encoder's keys and values) enters and leaves in half precision: it is large, is passed from
    call to call, and no app reads it in between.
+6. A recurrence stays in FP32 in BF16: over hundreds of steps the rounding of its weights to 8 bits may lead the state
+   elsewhere, and so may that of the embeddings it reads. FP16, with 11 bits, takes it.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from transom.runtime.errors import PrecisionError
 HALF = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 NUMPY = {ir.DataType.FLOAT16: np.dtype(np.float16), ir.DataType.BFLOAT16: np.dtype(ml_dtypes.bfloat16)}
 FP16_MAX = 65504.0  # IEEE 754 binary16
+RECURRENCES = ("GRU", "LSTM", "RNN")
+MOVES = ("Gather", "Transpose", "Reshape")  # from the embedding to a recurrence, and from one layer's to the next
 KEEP_FP32 = ("sentence_pooling", "unit_length")  # sums over hundreds of tokens or features
 
 
@@ -37,14 +41,14 @@ def convert_precision(model: ir.Model, precision: str, state: Collection[str] = 
         return False
     half = HALF[precision]
     for value in list(model.graph.initializers.values()):
-        if value.dtype == ir.DataType.FLOAT and not all(keeps_fp32(node) for node in value.consumers()):
+        if value.dtype == ir.DataType.FLOAT and not all(keeps_fp32(node, half) for node in value.consumers()):
             convert_weight(value, half)
     for entering in model.graph.inputs:
         if entering.name in state:  # case 5
             entering.type = ir.TensorType(half)
     casts: dict[tuple[str | None, ir.DataType], ir.Value] = {}
     for node in list(model.graph):
-        wanted = ir.DataType.FLOAT if keeps_fp32(node) else half
+        wanted = ir.DataType.FLOAT if keeps_fp32(node, half) else half
         convert_inputs(model.graph, node, wanted, casts)
         convert_node(node, half, wanted)
     for index, output in enumerate(list(model.graph.outputs)):
@@ -53,9 +57,20 @@ def convert_precision(model: ir.Model, precision: str, state: Collection[str] = 
     return True
 
 
-def keeps_fp32(node: ir.Node) -> bool:
-    """Return whether the node is of case 3."""
+def keeps_fp32(node: ir.Node, half: ir.DataType) -> bool:
+    """Return whether the node is of case 3, or a recurrence of case 6."""
+    if half == ir.DataType.BFLOAT16 and feeds_recurrence(node):
+        return True
     return node.metadata_props.get(MODULE, "").split(".")[0] in KEEP_FP32
+
+
+def feeds_recurrence(node: ir.Node) -> bool:
+    """Return whether the node is a recurrence, or moves values that nothing else reads into one: an embedding's."""
+    if node.op_type in RECURRENCES:
+        return True
+    readers = [reader for output in node.outputs for reader in output.consumers()]
+    moves = node.op_type in MOVES and not any(output.is_graph_output() for output in node.outputs)
+    return moves and bool(readers) and all(map(feeds_recurrence, readers))
 
 
 def convert_weight(value: ir.Value, half: ir.DataType) -> None:
