@@ -65,7 +65,7 @@ class Decoder:
         self._limit = limit
         self._cached = bool(cache_inputs(graph))
         self._chunk = CHUNK if self._cached else 1  # a recurrent graph reads one token of each row
-        self._most_logits = min(self._chunk if not self._cached else limit, most_logits or limit)
+        self._most_logits = min(limit, most_logits or limit) if self._cached else 1
         self._ends: Ids = np.zeros(rows, np.int64)  # tokens read, per row
 
     @property
