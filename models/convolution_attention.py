@@ -26,7 +26,8 @@ SHARPNESS = 1024.0
 class QuadraticAttention(nn.Module):
     """Multi-head self-attention over the pixels of an image, with the quadratic relative encoding of section 3.
 
-    The score of query q and key k in head h is the content's plus the position's, for k - q = delta (equations 8 and 9):
+    The score of query q and key k in head h, delta = k - q, has a part of the content and one of the position
+    (equations 8 and 9):
 
         (W_qry x_q) (W_key x_k) / sqrt(C) - alpha_h |delta - center_h|^2
 
