@@ -59,8 +59,19 @@ class UnitLength(nn.Module):
     """Vectors divided by their length, in FP32 whatever the precision of the graph, as ``SentencePooling`` is."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``x`` (B, E): float32 (B, E)."""
-        return F.normalize(x.float(), dim=-1)
+        """Normalise ``x`` (..., E): float32."""
+        x = x.float()
+        length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x / length.clamp(min=1e-12)  # F.normalize would expand the length
+
+
+class TokenMean(nn.Module):
+    """The mean of all tokens of a map, in FP32 whatever the precision of the graph, as ``SentencePooling`` is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pool ``x`` (B, S, E): float32 (B, E). A product of two equal rows, as in SentencePooling."""
+        S = x.shape[1]
+        return (torch.ones(2, S) @ x.float())[:, 0] / S
 
 
 class SentencePooling(nn.Module):

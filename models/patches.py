@@ -26,11 +26,21 @@ def resized_positions(stored: Tensor, old: Size, new: Size) -> Tensor:
     does. Returned as they are where the grids are equal, or where ``stored`` is not of the grid ``old``: load_weights
     reports the shape.
     """
-    if old == new or len(stored) != old[0] * old[1] + 1:
+    if len(stored) != old[0] * old[1] + 1:
         return stored
-    patches = stored[1:].reshape(1, *old, -1).permute(0, 3, 1, 2)  # (1, E, rows, columns)
+    return torch.cat((stored[:1], resized_map(stored[1:], old, new)))
+
+
+def resized_map(stored: Tensor, old: Size, new: Size) -> Tensor:
+    """Resize learned positions (P, E) from grid ``old`` to ``new``, bicubic without aligned corners.
+
+    Returned as they are where the grids are equal, or where ``stored`` is not of the grid ``old``.
+    """
+    if old == new or len(stored) != old[0] * old[1]:
+        return stored
+    patches = stored.reshape(1, *old, -1).permute(0, 3, 1, 2)  # (1, E, rows, columns)
     patches = F.interpolate(patches.float(), size=new, mode="bicubic", align_corners=False)
-    return torch.cat((stored[:1].float(), patches.permute(0, 2, 3, 1).flatten(0, 2)))
+    return patches.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def size_pair(config_json: Mapping[str, Any], name: str, default: int) -> Size:

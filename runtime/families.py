@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-FAMILIES = ("bert", "vit", "gpt", "transformer", "clip", "electra", "seq2seq", "show_attend_tell")
+FAMILIES = ("bert", "vit", "gpt", "transformer", "clip", "electra", "seq2seq", "show_attend_tell", "swin", "swinv2")
 
 
 def family_record(package: str, family: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 from transom.calib.run_samples import PIXELS, SampleRunner
@@ -12,6 +12,7 @@ from transom.export.families.evaluation import (
     NEIGHBOUR,
     NO_CHOICE,
     EvaluationCases,
+    Floats,
     GateLimits,
     Outputs,
     choice_of_head,
@@ -28,8 +29,18 @@ def run_image(bundle: ViT, sample: Sample) -> None:
     bundle.image_rows([cast(Any, sample.image)], bundle.backend("model").graph.outputs[0].name)
 
 
-def image_cases(fp32: ViT, samples: Sequence[Sample], tokens: int) -> EvaluationCases:
-    """Compare the label of each image; of features, whole in the error, the nearest other image by its class token."""
+def class_token(hidden: Floats) -> Floats:
+    """Return the features of an image, (E,), of its last hidden state (S, E)."""
+    return cast(Floats, hidden[0])
+
+
+def image_cases(
+    fp32: ViT, samples: Sequence[Sample], tokens: int, pooled: Callable[[Floats], Floats] = class_token
+) -> EvaluationCases:
+    """Compare the label of each image; of features, whole in the error, the nearest other image by what is ``pooled``.
+
+    A relative's features may be pooled otherwise than by the class token.
+    """
     options = fp32.manifest.options
     features = fp32.manifest.task != "image-classification"
     output = "last_hidden_state" if features else "logits"
@@ -37,7 +48,7 @@ def image_cases(fp32: ViT, samples: Sequence[Sample], tokens: int) -> Evaluation
     def run(bundle: LoadedBundle) -> Iterator[Outputs]:
         for sample, values in image_rows(cast(ViT, bundle), samples, output):
             if features:
-                yield Outputs(sample.name, values, NO_CHOICE, values[0])
+                yield Outputs(sample.name, values, NO_CHOICE, pooled(values))
             else:
                 yield Outputs(sample.name, values, choice_of_head(values, options))
 

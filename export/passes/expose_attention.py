@@ -12,6 +12,7 @@ import onnx_ir as ir
 from transom.calib.graph_hash import MODULE
 
 SCORES, WEIGHTS = 0, 3  # Attention's qk_matmul_output_mode in the operator specification, opset 23
+WEIGHTS_NAME = ".weights"  # of the outputs of case 2, after the path of the module
 
 
 def expose_scores(node: ir.Node) -> ir.Value:
@@ -27,7 +28,7 @@ def expose_weights(model: ir.Model, module: str) -> list[str]:
     names = []
     for node in model.graph:
         if node.op_type == "Attention" and node.metadata_props.get(MODULE, "").endswith(module):
-            weights = fourth_output(node, WEIGHTS, f"{node.metadata_props[MODULE]}.weights")
+            weights = fourth_output(node, WEIGHTS, node.metadata_props[MODULE] + WEIGHTS_NAME)
             model.graph.outputs.append(weights)
             names.append(str(weights.name))
     return names

@@ -29,7 +29,7 @@ NUMPY = {ir.DataType.FLOAT16: np.dtype(np.float16), ir.DataType.BFLOAT16: np.dty
 FP16_MAX = 65504.0  # IEEE 754 binary16
 RECURRENCES = ("GRU", "LSTM", "RNN")
 MOVES = ("Gather", "Transpose", "Reshape")  # from the embedding to a recurrence, and from one layer's to the next
-KEEP_FP32 = ("sentence_pooling", "unit_length")  # sums over hundreds of tokens or features
+KEEP_FP32 = {"sentence_pooling", "unit_length", "mean_pooling"}  # sums over hundreds of tokens or features
 
 
 def convert_precision(model: ir.Model, precision: str, state: Collection[str] = ()) -> bool:
@@ -61,7 +61,7 @@ def keeps_fp32(node: ir.Node, half: ir.DataType) -> bool:
     """Return whether the node is of case 3, or a recurrence of case 6."""
     if half == ir.DataType.BFLOAT16 and feeds_recurrence(node):
         return True
-    return node.metadata_props.get(MODULE, "").split(".")[0] in KEEP_FP32
+    return not KEEP_FP32.isdisjoint(node.metadata_props.get(MODULE, "").split("."))
 
 
 def feeds_recurrence(node: ir.Node) -> bool:

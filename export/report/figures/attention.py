@@ -10,7 +10,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from transom.export.bundle_graphs import parse_graph
-from transom.export.passes.expose_attention import expose_weights
+from transom.export.passes.expose_attention import WEIGHTS_NAME, expose_weights
 from transom.export.report.graphs import DEVICE
 from transom.export.report.svg import shade, thumbnail
 from transom.runtime.backends.base import Array
@@ -53,6 +53,12 @@ class ExposedAttention:
         if len({layer.shape for layer in layers}) != 1 or layers[0].ndim != 3:
             raise BundleError("the layers of the graph differ in their heads, which cannot be drawn.")
         return np.stack(layers), dict(zip(outputs, arrays[len(self.names) :], strict=True))
+
+    def by_layer(self, feeds: Mapping[str, Array]) -> dict[str, Weights]:
+        """Return the weights of all rows by the path of their layer's module, float32 (B, H, queries, keys) each."""
+        arrays = self._run(self.names, feeds)
+        paths = [name.removesuffix(WEIGHTS_NAME) for name in self.names]
+        return {path: array.astype(np.float32) for path, array in zip(paths, arrays, strict=True)}
 
     def _run(self, names: Sequence[str], feeds: Mapping[str, Array]) -> list[Array]:
         try:
