@@ -170,7 +170,7 @@ def calibration_feeds(case: Case, folder: Path, samples: int) -> dict[str, list[
 
     data = open_calibration_data([case.data]).samples
     with open_side(case, folder) as side:
-        runner = export_family(side.loaded.manifest.family).samples
+        runner = export_family(side.loaded.manifest.family, side.loaded.manifest.task).samples
         side.recorder.on = True
         for index in np.linspace(0, len(data) - 1, min(samples, len(data))).astype(int):
             run_sample(side.loaded, data[int(index)], runner)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 SEED = 20  # of the split, the first weights and the augmentation alike
 HELD_OUT_PER_DIGIT = 54
@@ -87,11 +88,11 @@ def jitter(images: Tensor, rng: torch.Generator) -> Tensor:
     return nn.functional.grid_sample(images[:, None].float(), grid, align_corners=False)[:, 0]
 
 
-def train(images: Tensor, labels: Tensor) -> ViTForImageClassification:
-    """The averaged weights after EPOCHS passes over ``images`` (N, 8, 8); the last step ships, none is picked."""
+def train(images: Tensor, labels: Tensor, make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """The averaged weights of a new model after EPOCHS passes over ``images`` (N, 8, 8); the last step ships."""
     torch.manual_seed(SEED)
     rng = torch.Generator().manual_seed(SEED)
-    model = ViTForImageClassification(CONFIG).train()
+    model = make().train()
     averaged = torch.optim.swa_utils.AveragedModel(
         model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(AVERAGE)
     )
@@ -103,7 +104,7 @@ def train(images: Tensor, labels: Tensor) -> ViTForImageClassification:
     for epoch in range(EPOCHS):
         order = torch.randperm(len(images), generator=rng)
         for batch in order[: steps * BATCH].split(BATCH):
-            logits = model(pixel_values(jitter(images[batch], rng))).logits
+            logits = model(pixel_values=pixel_values(jitter(images[batch], rng))).logits
             loss = nn.functional.cross_entropy(logits, labels[batch], label_smoothing=LABEL_SMOOTHING)
             optimizer.zero_grad()
             loss.backward()
@@ -117,13 +118,14 @@ def train(images: Tensor, labels: Tensor) -> ViTForImageClassification:
 
 
 @torch.no_grad()
-def correct(model: ViTForImageClassification, images: Tensor, labels: Tensor) -> int:
-    return int((model(pixel_values(images)).logits.argmax(-1) == labels).sum())
+def correct(model: PreTrainedModel, images: Tensor, labels: Tensor) -> int:
+    return int((model(pixel_values=pixel_values(images)).logits.argmax(-1) == labels).sum())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="folder for the checkpoint and digits_heldout.safetensors")
+def run(description: str | None, make: Callable[[], PreTrainedModel], preprocessor: dict[str, object]) -> Path | None:
+    """Train and score what ``make`` returns as the command line asks; return the folder of its checkpoint, if any."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder for the checkpoint")
     parser.add_argument("--dev", action="store_true", help="train on 4/5 of the training scans, score on the rest")
     arguments = parser.parse_args()
     if arguments.dev == (arguments.out is not None):
@@ -138,7 +140,7 @@ def main() -> None:
         fitted, scored = np.delete(training, slice(0, None, 5)), training[::5]
 
     began = time.perf_counter()
-    model = train(torch.from_numpy(images[fitted]), torch.from_numpy(labels[fitted]))
+    model = train(torch.from_numpy(images[fitted]), torch.from_numpy(labels[fitted]), make)
     seconds = time.perf_counter() - began
     right = correct(model, torch.from_numpy(images[scored]), torch.from_numpy(labels[scored]))
     parameters = sum(p.numel() for p in model.parameters())
@@ -146,14 +148,23 @@ def main() -> None:
 
     if arguments.out is not None:
         model.save_pretrained(arguments.out)
-        (arguments.out / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2) + "\n")
+        (arguments.out / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
+    out: Path | None = arguments.out
+    return out
+
+
+def main() -> None:
+    out = run(__doc__, lambda: ViTForImageClassification(CONFIG), PREPROCESSOR)
+    if out is not None:
+        images, labels = scans()
+        _, held_out = split(labels)
         save_file(
             {
                 "images": images[held_out],
                 "labels": labels[held_out].astype(np.uint8),
                 "indices": held_out.astype(np.int16),
             },
-            arguments.out / "digits_heldout.safetensors",
+            out / "digits_heldout.safetensors",
         )
 
 

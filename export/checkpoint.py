@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from transom.export.processors.generation_config import generation_from_checkpoint
-from transom.export.processors.image import image_preprocess_from_checkpoint
+from transom.export.processors.image import image_preprocess_from_checkpoint, processor_size
 from transom.export.processors.tokenizer import (
     LoadedTokenizer,
     TokenizerFiles,
@@ -91,7 +91,8 @@ def load_checkpoint(
     family = find_family(checkpoint.config_json)
     chosen = find_task(family, checkpoint.config_json, task)
     names = stored_names(checkpoint.weight_files)
-    config = family.config(Source(checkpoint.config_json, names, chosen, checkpoint.pooling, image_size))
+    stored_size = processor_size(checkpoint.folder)
+    config = family.config(Source(checkpoint.config_json, names, chosen, checkpoint.pooling, image_size, stored_size))
     graphs = family.graphs(config, chosen)
     longest = family.axes(config)  # the model's own bounds: a tokenizer says what an export with others would take
     axes = with_bounds(longest, max_sizes)

@@ -11,6 +11,8 @@ from transom.calib.digit_compositions import Composition, read_compositions
 
 DATA = files("transom.export").joinpath("data")
 PHOTOS = ("photo_china.jpg", "photo_flower.jpg")
+BYTES_OF_PASSAGE = 126  # two less than the reference Perceiver reads
+BYTE_GAP_EVERY = 7  # bytes of a passage that a model of bytes is asked for: about the 15 % of BERT's paper
 
 
 def passage() -> list[str]:
@@ -60,6 +62,47 @@ def masked_text() -> list[tuple[str, list[str]]]:
     lines = DATA.joinpath("austen_masked.tsv").read_text(encoding="utf-8").splitlines()
     passages = (line.split("\t") for line in lines)
     return [(text, words.split(" ")) for text, words in passages]
+
+
+def masked_bytes() -> list[tuple[str, str]]:
+    """Read the same chapters in passages with a [MASK] for every seventh byte, and the characters that were there."""
+    return byte_gaps(heldout_text(), BYTES_OF_PASSAGE)
+
+
+def byte_gaps(text: str, most: int) -> list[tuple[str, str]]:
+    """Cut a text into passages of at most ``most`` bytes, and put [MASK] for every BYTE_GAP_EVERY-th byte of each.
+
+    Return each passage and the characters that were there. A byte of a character beyond ASCII has no text of its own
+    and stays; so does a passage without a gap.
+    """
+    found = []
+    for paragraph in text.splitlines():
+        for passage in pieces(paragraph, most):
+            parts = [*passage]
+            ends = np.cumsum([len(character.encode()) for character in parts])
+            gaps = [
+                place
+                for place, end in enumerate(ends)
+                if end % BYTE_GAP_EVERY == BYTE_GAP_EVERY // 2 and parts[place].isascii()
+            ]
+            answers = "".join(parts[place] for place in gaps)
+            for place in gaps:
+                parts[place] = "[MASK]"
+            if gaps:
+                found.append(("".join(parts), answers))
+    return found
+
+
+def pieces(paragraph: str, most: int) -> list[str]:
+    """Cut a paragraph at spaces into pieces of at most ``most`` bytes; a longer word is left out."""
+    found = [""]
+    for word in paragraph.split(" "):
+        longer = f"{found[-1]} {word}".strip()
+        if len(longer.encode()) <= most:
+            found[-1] = longer
+        elif len(word.encode()) <= most:
+            found.append(word)
+    return [piece for piece in found if piece]
 
 
 def heldout_dates() -> tuple[list[str], list[str]]:

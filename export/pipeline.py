@@ -76,7 +76,7 @@ class Calibration:
         tokenizer, preprocess = loaded.tokenizer is not None, loaded.preprocess is not None
         check_reach(
             loaded.family.name,
-            export_family(loaded.family.name).samples,
+            export_family(loaded.family.name, loaded.task).samples,
             self.data,
             tokenizer=tokenizer,
             preprocess=preprocess,

@@ -229,6 +229,17 @@ REFERENCE_MODELS = {
             ],
             examples=lambda: Examples(images=[compositions()[index] for index in CAPTIONS_SHOWN]),
         ),
+        ReferenceModel(
+            "perceiver",
+            "Perceiver of 0.1 M parameters for the pixels of the same scans, by examples/train_perceiver_digits.py",
+            shipped("perceiver"),
+            "b2cebebdb668db7c843a5573296cce08e331dddc86930b450a91f63e31ee1a2a",
+            calibration_set="digits",
+            task="image-classification",
+            score=scores.digits_score_of,
+            held_out=scans,
+            examples=lambda: Examples(images=one_scan_each(DIGITS_SHOWN)),
+        ),
     )
 }
 

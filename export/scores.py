@@ -20,13 +20,14 @@ from transom.export.datasets import (
     heldout_dates,
     heldout_digits,
     heldout_text,
+    masked_bytes,
     masked_text,
     wordnet_pairs,
 )
 from transom.export.metrics import Accuracy, LengthAccuracy, Rate
 from transom.runtime.errors import ExportError
 from transom.runtime.session import LoadedBundle
-from transom.runtime.tasks.bert import Bert
+from transom.runtime.tasks.bert import Bert, TextHeads
 from transom.runtime.tasks.clip import Clip
 from transom.runtime.tasks.gpt import GPT
 from transom.runtime.tasks.show_attend_tell import ShowAttendTell
@@ -129,9 +130,21 @@ def masked_score(fill: Callable[[str], list[str]]) -> Accuracy:
 
     ``fill`` takes a text with one or more [MASK] and gives one word for each. Raises ExportError for another number.
     """
+    return gaps_score("masked-word accuracy", masked_text(), fill)
+
+
+def masked_bytes_score(fill: Callable[[str], list[str]]) -> Accuracy:
+    """Return the fraction of the masked bytes of held-out text that the model thinks most probable in their gaps.
+
+    As ``masked_score``, with a character of one byte for each gap.
+    """
+    return gaps_score("masked-byte accuracy", [(text, [*answers]) for text, answers in masked_bytes()], fill)
+
+
+def gaps_score(name: str, passages: list[tuple[str, list[str]]], fill: Callable[[str], list[str]]) -> Accuracy:
     right: list[int] = []
     cases: list[int] = []
-    for text, words in masked_text():
+    for text, words in passages:
         found = fill(text)
         if len(found) != len(words):
             raise ExportError(
@@ -139,7 +152,7 @@ def masked_score(fill: Callable[[str], list[str]]) -> Accuracy:
             )
         right.append(sum(guess == word for guess, word in zip(found, words, strict=True)))
         cases.append(len(words))
-    return Accuracy("masked-word accuracy", "held-out chapters of Jane Austen", tuple(right), tuple(cases))
+    return Accuracy(name, "held-out chapters of Jane Austen", tuple(right), tuple(cases))
 
 
 def dates_score(translate: Callable[[list[str]], list[str]]) -> Accuracy:
@@ -243,12 +256,22 @@ def bits_per_byte_of(bundle: LoadedBundle) -> Rate:
 
 
 def masked_score_of(bundle: LoadedBundle) -> Accuracy:
+    return masked_score(filled_by(bundle))
+
+
+def masked_bytes_score_of(bundle: LoadedBundle) -> Accuracy:
+    return masked_bytes_score(filled_by(bundle))
+
+
+def filled_by(bundle: LoadedBundle) -> Callable[[str], list[str]]:
+    """Return what fills each gap of a text with the most probable token."""
+
     def fill(text: str) -> list[str]:
-        ranked = cast(Bert, bundle).fill_mask(text, top_k=1)
+        ranked = cast(TextHeads, bundle).fill_mask(text, top_k=1)
         gaps = [ranked] if text.count(MASK) == 1 else ranked  # one gap's answer comes without a list around it
         return [gap[0][0] for gap in gaps]
 
-    return masked_score(fill)
+    return fill
 
 
 def dates_score_of(bundle: LoadedBundle) -> Accuracy:

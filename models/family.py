@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ class Source:
     task: str
     pooling: Mapping[str, Any]  # sentence-transformers' modules: {"mode", "normalize"}, or empty
     image_size: tuple[int, int] | None = None  # asked for by the user
+    processor_size: tuple[int, int] | None = None  # that the checkpoint's image processor resizes to
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Family:
     parts             module -> the module behind each graph, by the graph's name
     options           module -> numbers of the checkpoint that the runtime needs beside the graphs
     labels            config -> names of the labels where the head itself decides them; empty: config.json's
+    undefined         transformers' class name -> what differs, of architectures that are not defined
     unprefixed_heads  how the names of heads begin that checkpoints store without the prefix; for messages
     """
 
@@ -65,6 +67,7 @@ class Family:
     options: Callable[[nn.Module], dict[str, Any]] = lambda module: {}
     labels: Callable[[Any], tuple[str, ...]] = lambda config: ()
     unprefixed_heads: tuple[str, ...] = ()
+    undefined: Mapping[str, str] = field(default_factory=dict)
 
 
 class GraphModule(nn.Module):

@@ -65,8 +65,15 @@ def find_family(config_json: Mapping[str, Any]) -> Family:
 def find_task(family: Family, config_json: Mapping[str, Any], asked: str | None) -> str:
     """Return the task asked for, else the one of the head that ``architectures`` names.
 
-    Raises CheckpointError when the family has no such task, or the architecture is unknown.
+    Raises CheckpointError when the family has no such task, or the architecture is unknown or not defined.
     """
+    names = architectures(config_json)
+    for name in names:
+        if name in family.undefined:
+            raise CheckpointError(
+                f"config.json names the architecture {name!r}, which {family.undefined[name]}. Transom defines "
+                f"{', '.join(family.architectures)}. Use such a checkpoint."
+            )
     if asked is not None:
         task = TASK_ALIASES.get(asked, asked)
         if task not in family.tasks:
@@ -74,7 +81,6 @@ def find_task(family: Family, config_json: Mapping[str, Any], asked: str | None)
                 f"--task is {asked!r}; a checkpoint of {family.name} offers {', '.join(family.tasks)}."
             )
         return task
-    names = architectures(config_json)
     if not names:
         return "feature-extraction" if "feature-extraction" in family.tasks else family.tasks[0]
     for name in names:

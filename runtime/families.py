@@ -9,7 +9,19 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-FAMILIES = ("bert", "vit", "gpt", "transformer", "clip", "electra", "seq2seq", "show_attend_tell", "swin", "swinv2")
+FAMILIES = (
+    "bert",
+    "vit",
+    "gpt",
+    "transformer",
+    "clip",
+    "electra",
+    "seq2seq",
+    "show_attend_tell",
+    "swin",
+    "swinv2",
+    "perceiver",
+)
 
 
 def family_record(package: str, family: str) -> Any:

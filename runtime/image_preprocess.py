@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from transom.runtime.image_loading import ImageSource
 
+MAX_FRACTION = 16  # of the shorter side; a crop beyond 1 adds zeros around the image
 MAX_SIDE = 8192  # pixels of a model's input or of a resize target; far past any ViT
 
 FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # index: PIL's Resampling number
@@ -59,6 +60,19 @@ class ShortestEdge:
 
 
 @dataclass(frozen=True)
+class Fractions:
+    """Height and width of a crop, as fractions of the image's shorter side; Perceiver's processor has 224/256 each."""
+
+    height: float
+    width: float
+
+    def size_for(self, height: int, width: int) -> tuple[int, int]:
+        """Return (height, width) of the crop of an image of that size, cut off as transformers does."""
+        shorter = min(height, width)
+        return int(self.height * shorter), int(self.width * shorter)
+
+
+@dataclass(frozen=True)
 class ImagePreprocess:
     """The object ``preprocess`` of bundle.json: settings that turn an image into (channels, height, width) floats.
 
@@ -70,6 +84,7 @@ class ImagePreprocess:
     channels  3 (RGB), or 1 (luma, ITU-R 601-2)
     transparent_to_white  paint white what a file marks as its transparent colour (PNG's tRNS, GIF); an
               alpha channel is dropped either way
+    crop_first  centre crop before the resize, zeros around an image that is smaller; or None
     """
 
     resize: ExactSize | ShortestEdge | None
@@ -82,6 +97,7 @@ class ImagePreprocess:
     height: int
     width: int
     transparent_to_white: bool = False
+    crop_first: Fractions | None = None
 
     @classmethod
     def from_json(cls, obj: object) -> ImagePreprocess:
@@ -102,6 +118,9 @@ class ImagePreprocess:
             "crop", lambda value: value is None or _is_sides(value, EXACT), f"{{height, width}}, {sides}"
         )
         mean, std = (fields.take(name, _are_numbers, numbers) for name in ("mean", "std"))
+        first = fields.take(
+            "crop_first", _is_fractions, f"{{height, width}}, each a number in 0..{MAX_FRACTION}, or null", None
+        )
         made = cls(
             resize=resize and (ExactSize(**resize) if resize.keys() == EXACT else ShortestEdge(**resize)),
             resample=fields.text("resample", among=FILTERS),
@@ -115,6 +134,7 @@ class ImagePreprocess:
             height=fields.integer("height", 1, MAX_SIDE),
             width=fields.integer("width", 1, MAX_SIDE),
             transparent_to_white=fields.boolean("transparent_to_white"),
+            crop_first=first and Fractions(**first),
         )
         if not fields.problems:
             fields.problems += made._contradictions()
@@ -129,6 +149,8 @@ class ImagePreprocess:
     def _contradictions(self) -> list[str]:
         """Return what keeps these settings from giving (channels, height, width) for every image."""
         final = self.crop or self.resize
+        if self.crop_first is not None and not isinstance(final, ExactSize):
+            return ["a crop to a part of the image without a resize or crop behind it gives images of any size"]
         if isinstance(final, ShortestEdge):
             return ["a resize to a shortest edge without a crop gives another size for every image"]
         if final is not None and (final.height, final.width) != (self.height, self.width):
@@ -148,6 +170,8 @@ class ImagePreprocess:
             found[name] = found[name] and {k: v for k, v in found[name].items() if v is not None}
         for name in ("mean", "std"):
             found[name] = found[name] and list(found[name])
+        if self.crop_first is None:  # versions before it know no such key
+            del found["crop_first"]
         return found
 
     @cached_property
@@ -191,6 +215,8 @@ class ImagePreprocess:
             image = _on_white(image)
         if self.channels == 1:
             image = image.convert("L")
+        if self.crop_first is not None:
+            image = _cropped(image, *self.crop_first.size_for(image.height, image.width))
         if self.resize is not None:
             height, width = self.resize.size_for(image.height, image.width)
             if not 0 < height * width <= MAX_IMAGE_PIXELS:
@@ -225,6 +251,19 @@ def centre_crop(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray[n
     return np.pad(pixels[top : top + height, left : left + width], [*margins, (0, 0)])
 
 
+def _cropped(image: Image, height: int, width: int) -> Image:
+    """Return the middle of an image as ``centre_crop`` does."""
+    from PIL.Image import fromarray
+
+    if not 0 < height * width <= MAX_IMAGE_PIXELS:
+        raise InputError(
+            f"it is {image.width}x{image.height} pixels (width x height), of which the middle {width}x{height} is "
+            "used. Hand over a larger image."
+        )
+    pixels = centre_crop(np.atleast_3d(np.asarray(image)), height, width)
+    return fromarray(pixels[:, :, 0] if image.mode == "L" else pixels)
+
+
 def _on_white(image: Image) -> Image:
     """Convert as ``transformers.image_transforms.convert_to_rgb``: the transparent colour of RGB becomes white."""
     from PIL.Image import alpha_composite, new
@@ -243,6 +282,13 @@ def _is_sides(value: object, keys: set[str]) -> bool:
 
 def _is_resize(value: object) -> bool:
     return value is None or any(_is_sides(value, keys) for keys in (EXACT, EDGE, EDGES))
+
+
+def _is_fractions(value: object) -> bool:
+    if value is None:
+        return True
+    sides = value.values() if isinstance(value, dict) and value.keys() == EXACT else [0]
+    return all(_is_number(side) and 0 < side <= MAX_FRACTION for side in sides)
 
 
 def _is_number(value: object) -> bool:

@@ -38,12 +38,12 @@ def load(path: str | PathLike[str], device: str = "cpu", threads: int | None = N
 
 def open_bundle(bundle: Bundle, device: str = "cpu", threads: int | None = None) -> LoadedBundle:
     """Open a bundle that was read, as ``load`` does; no warning of saturating sums."""
-    return task_class(bundle.manifest.family)(bundle, device, threads)
+    return task_class(bundle.manifest.family, bundle.manifest.task)(bundle, device, threads)
 
 
 def load_with_backends(bundle: Bundle, backends: Mapping[str, Backend]) -> LoadedBundle:
     """Load a bundle around ``backends``, by name of the graph that each executes in place of the bundle's own."""
-    return task_class(bundle.manifest.family)(bundle, backends=backends)
+    return task_class(bundle.manifest.family, bundle.manifest.task)(bundle, backends=backends)
 
 
 def choice_for(bundle: str | PathLike[str] | None) -> Choice:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from transom.export.bundle_graphs import stored_graphs
 from transom.export.engine.profiles import cache_sizes, require_tables
-from transom.export.passes._match import body_of
+from transom.export.passes._match import ATTENTION_INPUTS, body_of, inputs_of
 from transom.export.passes.decompose_attention import decompose_attention
 from transom.export.passes.freeze_axes import freeze_dynamic_axes
 from transom.export.passes.gru_scan import gru_scan
@@ -108,16 +108,21 @@ def without_kernel(node: ir.Node, graph: Graph) -> str | None:
 
     Determined by building one of each (docs/tensorrt.md has the table): TensorRT-RTX 1.7.1.
     """
-    query, mask = node.inputs[0], [*node.inputs, None, None][3]
+    query, _, value, mask = inputs_of(node, len(ATTENTION_INPUTS))
     if query is None or query.shape is None:
         return None
-    _, heads, _, size = query.shape
+    _, heads, queries, size = query.shape
+    width = size if value is None or value.shape is None else value.shape[3]
     if query.dtype == ir.DataType.FLOAT:
         return "in FP32"
     if isinstance(size, int) and not LEAST_SIZE <= size <= MOST_SIZE:
         return f"of heads of {size}, which is not {LEAST_SIZE} to {MOST_SIZE}"
     if isinstance(size, int) and mask is not None and size % MASKED_SIZES:
         return f"of heads of {size} with a mask, which is no multiple of {MASKED_SIZES}"
+    if isinstance(size, int) and isinstance(width, int) and size != width:
+        return f"of heads of {size} for queries and of {width} for values"
+    if isinstance(heads, int) and heads < STEP_HEADS and queries == 1:
+        return f"of fewer than {STEP_HEADS} heads for a single query"
     if heads == 1 and mask is not None:
         return "of one head with a mask"
     if isinstance(heads, int) and heads < STEP_HEADS and is_decoder(graph):

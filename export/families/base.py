@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from transom.calib.run_samples import SampleRunner
@@ -46,6 +46,8 @@ class ExportFamily:
     cases    FP32 bundle, held-out samples, tokens at most -> the cases on which a quantised bundle is compared with it
     gate     how much a quantised bundle may lose
     figure   what its report shows
+    by_task  the record of a task that takes other inputs than those above; empty but for families of both texts and
+             images
     """
 
     title: str
@@ -53,9 +55,10 @@ class ExportFamily:
     cases: Callable[[Any, Sequence[Sample], int], EvaluationCases]
     gate: GateLimits
     figure: Figure
+    by_task: Mapping[str, ExportFamily] = field(default_factory=dict)
 
 
-def export_family(name: str) -> ExportFamily:
-    """Return the export's record of a family, one of ``transom.runtime.families.FAMILIES``."""
+def export_family(name: str, task: str | None = None) -> ExportFamily:
+    """Return the export's record of a family, one of ``transom.runtime.families.FAMILIES``, for a ``task`` of it."""
     record: ExportFamily = family_record("export.families", name)
-    return record
+    return record if task is None else record.by_task.get(task, record)

@@ -88,7 +88,7 @@ class ParityCases:
             if not is_decoder(graph):
                 named = {size for tensor in graph.inputs for size in tensor.shape if isinstance(size, str)}
                 self._grids[name] = grid({size: axis for size, axis in manifest.axes.items() if size in named})
-        generates = "decoder" in graphs and issubclass(task_class(manifest.family), Generator)
+        generates = "decoder" in graphs and issubclass(task_class(manifest.family, manifest.task), Generator)
         self._scenarios = scenarios(manifest, inputs) if generates else []
         covered = {*self._grids, *(["decoder"] if self._scenarios else [])}
         missed = [name for name in graphs if name not in covered]

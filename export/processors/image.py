@@ -12,9 +12,10 @@ from typing import Any
 
 from transom.models.json_files import read_optional
 from transom.runtime.errors import CheckpointError
-from transom.runtime.image_preprocess import FILTERS, ExactSize, ImagePreprocess, ShortestEdge
+from transom.runtime.image_preprocess import FILTERS, ExactSize, Fractions, ImagePreprocess, ShortestEdge
 
 HALF = (0.5, 0.5, 0.5)  # transformers' IMAGENET_STANDARD_MEAN and _STD
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -28,10 +29,12 @@ class Defaults:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     convert_rgb: bool = False
+    crop_first: bool = False  # ``crop`` against ``size`` is the part of the image that is kept, before the resize
 
 
 VIT = Defaults(ExactSize(224, 224), "bilinear", None, HALF, HALF)
 DEIT = Defaults(ExactSize(256, 256), "bicubic", ExactSize(224, 224), HALF, HALF)
+PERCEIVER = Defaults(ExactSize(224, 224), "bicubic", ExactSize(256, 256), IMAGENET_MEAN, IMAGENET_STD, crop_first=True)
 CLIP = Defaults(ShortestEdge(224), "bicubic", ExactSize(224, 224), CLIP_MEAN, CLIP_STD, convert_rgb=True)
 
 PROCESSORS = {
@@ -39,8 +42,10 @@ PROCESSORS = {
     "DeiTImageProcessor": DEIT,
     "CLIPImageProcessor": CLIP,
     "BitImageProcessor": CLIP,
+    "PerceiverImageProcessor": PERCEIVER,
 }
-PROCESSOR_OF = {"clip": "CLIPImageProcessor"}  # by config.json's model_type; the others' is ViTImageProcessor
+# By config.json's model_type; the others' is ViTImageProcessor
+PROCESSOR_OF = {"clip": "CLIPImageProcessor", "perceiver": "PerceiverImageProcessor"}
 
 
 def image_preprocess_from_checkpoint(folder: Path, height: int, width: int, channels: int = 3) -> ImagePreprocess:
@@ -59,7 +64,11 @@ def image_preprocess_from_checkpoint(folder: Path, height: int, width: int, chan
             raise _refusal(path, f"{name} is true, which Transom does not define")
     resize = _size(settings, defaults, path) if _flag(settings, "do_resize", True, path) else None
     cropping = _flag(settings, "do_center_crop", defaults.crop is not None, path)
-    resize, crop = _scaled(resize, _crop(settings, defaults, path) if cropping else None, height, width, path)
+    crop = _crop(settings, defaults, path) if cropping else None
+    first = None
+    if defaults.crop_first:
+        first, crop = _first(settings, defaults, crop, path), None
+    resize, crop = _scaled(resize, crop, height, width, path)
     rescaling = _flag(settings, "do_rescale", True, path)
     normalising = _flag(settings, "do_normalize", True, path)
     made = ImagePreprocess(
@@ -73,11 +82,25 @@ def image_preprocess_from_checkpoint(folder: Path, height: int, width: int, chan
         height=height,
         width=width,
         transparent_to_white=_flag(settings, "do_convert_rgb", defaults.convert_rgb, path),
+        crop_first=first,
     )
     problems = made.problems()  # the reader's own checks, before anything is written
     if problems:
         raise _refusal(path, "; ".join(problems))
     return made
+
+
+def processor_size(folder: Path) -> tuple[int, int] | None:
+    """Return (height, width) that the checkpoint's image processor resizes to; None where its file gives no such size.
+
+    Another size of the model is settled by ``image_preprocess_from_checkpoint``.
+    """
+    size = _read(folder)[0].get("size")
+    if _is_side(size):
+        size = {"height": size, "width": size}
+    if not isinstance(size, dict) or size.keys() != {"height", "width"} or not all(map(_is_side, size.values())):
+        return None
+    return size["height"], size["width"]
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], Path]:
@@ -133,6 +156,16 @@ def _crop(settings: Mapping[str, Any], defaults: Defaults, path: Path) -> ExactS
     if isinstance(target, ShortestEdge):
         raise _refusal(path, f"crop_size is {value!r}, expected an integer or height and width")
     return target
+
+
+def _first(settings: Mapping[str, Any], defaults: Defaults, crop: ExactSize | None, path: Path) -> Fractions | None:
+    """Return the part of an image that Perceiver's processor keeps: size against crop_size, of the shorter side."""
+    if crop is None:
+        return None
+    size = _size(settings, defaults, path)
+    if not isinstance(size, ExactSize):
+        raise _refusal(path, f"size is {settings.get('size')!r}, expected an integer or height and width")
+    return Fractions(size.height / crop.height, size.width / crop.width)
 
 
 def _target(value: object, name: str, path: Path) -> ExactSize | ShortestEdge:

@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transom.export.processors.byte_bpe import clip_tokenizer, gpt2_tokenizer, set_clip_template, set_gpt2_template
+from transom.export.processors.byte_tokenizer import CLASS as BYTES
+from transom.export.processors.byte_tokenizer import MAX_LENGTH as MAX_BYTES
+from transom.export.processors.byte_tokenizer import byte_tokenizer, set_byte_template
 from transom.export.processors.marian import (
     SOURCE,
     TARGET,
@@ -102,7 +105,7 @@ def read_tokenizer(files: TokenizerFiles, max_positions: int, rows: int | None =
     CheckpointError when the files are damaged, contradict each other or the table, or hold a vocabulary
     that only another library can turn into a tokenizer.
     """
-    if not files.exist():
+    if not files.exist() and class_name(files.folder, {}) != BYTES:  # which has no files of its own
         return None
     folder, sentence = files.folder, files.sentence
     with damaged(folder):
@@ -117,6 +120,9 @@ def read_tokenizer(files: TokenizerFiles, max_positions: int, rows: int | None =
             set_clip_template(tokenizer, named)
         elif class_name(folder, given) == "GPT2Tokenizer" and files.tokenizer_json is None:
             set_gpt2_template(tokenizer, named, given)
+        elif class_name(folder, given) == BYTES:
+            set_byte_template(tokenizer, named)
+            given = {"model_max_length": MAX_BYTES, **given}
         if sentence.get("do_lower_case"):
             lower_case_first(tokenizer)
         pad, mask = (str(named[name]) if name in named else None for name in ("pad_token", "mask_token"))
@@ -186,6 +192,8 @@ def build(files: TokenizerFiles, given: dict[str, Any], rows: int | None) -> tup
         return gpt2_tokenizer(folder, stored, given, rows)
     if name == "CLIPTokenizer":
         return clip_tokenizer(folder, stored, given, rows)
+    if name == BYTES:
+        return byte_tokenizer(folder, given, rows)
     if stored is None:
         raise no_stand_in(folder, name)
     return parse_tokenizer((folder / FILE).read_bytes()), special_tokens(given)

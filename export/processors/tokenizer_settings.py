@@ -24,7 +24,12 @@ SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.js
 # Model types whose tokenizer is transformers' BertTokenizer, and the class names that mean it
 BERT_TYPES = ("bert", "convbert", "distilbert", "electra", "layoutlm", "lxmert", "mobilebert", "squeezebert")
 BERT_CLASSES = ("Bert", "ConvBert", "DistilBert", "Electra", "LayoutLM", "Lxmert", "MobileBert", "SqueezeBert")
-OTHER_TYPES = {"gpt2": "GPT2Tokenizer", "marian": "MarianTokenizer", "clip": "CLIPTokenizer"}
+OTHER_TYPES = {
+    "gpt2": "GPT2Tokenizer",
+    "marian": "MarianTokenizer",
+    "clip": "CLIPTokenizer",
+    "perceiver": "PerceiverTokenizer",
+}
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 

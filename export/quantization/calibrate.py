@@ -55,7 +55,7 @@ def calibrate_bundle(
     data = open_calibration_data(options.data_for(source))
     check_reach(
         manifest.family,
-        export_family(manifest.family).samples,
+        export_family(manifest.family, manifest.task).samples,
         data,
         tokenizer=manifest.tokenizer is not None,
         preprocess=manifest.preprocess is not None,
@@ -192,7 +192,7 @@ def run_all(
     before_each: Callable[[], None],
 ) -> None:
     """Run every sample by the family's own code around ``backends``, one per graph."""
-    runner = export_family(bundle.manifest.family).samples
+    runner = export_family(bundle.manifest.family, bundle.manifest.task).samples
     with load_with_backends(bundle, backends) as loaded:
         for sample in samples:
             before_each()

@@ -101,7 +101,7 @@ class Fp32Outputs:
     def __init__(self, fp32: LoadedBundle, samples: Sequence[Sample], data: str, most: int = MAX_SAMPLES) -> None:
         self._data = data
         self._task = fp32.manifest.family, fp32.manifest.task
-        family = export_family(fp32.manifest.family)
+        family = export_family(fp32.manifest.family, fp32.manifest.task)
         self._cases = family.cases(fp32, drawn(samples, most), TOKENS_PER_SAMPLE * most)
         self._kept: list[Outputs] = []
         self._values: list[Floats | None] = []

@@ -42,7 +42,7 @@ class Gate:
         data: str,
         score: Callable[[LoadedBundle], Measured] | None = None,
     ) -> None:
-        self._limits = export_family(fp32.manifest.family).gate
+        self._limits = export_family(fp32.manifest.family, fp32.manifest.task).gate
         self._fp32_outputs = Fp32Outputs(fp32, held_out, data)
         self._score = score
         self._tokens: tuple[int, ...] = ()

@@ -73,7 +73,7 @@ def draw_figure(bundle: Bundle, inputs: Sequence[str], prompts: Sequence[str]) -
     with the reason, and one of an unknown family nothing.
     """
     family = bundle.manifest.family
-    figure: Figure | None = export_family(family).figure if family in FAMILIES else None
+    figure: Figure | None = export_family(family, bundle.manifest.task).figure if family in FAMILIES else None
     missing = "picture of its family" if figure is None else figure.missing(bundle)
     if prompts and not (figure and figure.prompts):
         raise InputError(f"--prompt is for CLIP, whose images are compared with texts; this is a {family[:40]} bundle.")

@@ -23,6 +23,7 @@ def family_tasks(family: str) -> FamilyTasks:
     return tasks
 
 
-def task_class(family: str) -> type[LoadedBundle]:
-    """Return the class that serves a family; BundleError for one that this version does not know."""
-    return family_tasks(family).bundle
+def task_class(family: str, task: str) -> type[LoadedBundle]:
+    """Return the class that serves a family's ``task``; BundleError for a family that this version does not know."""
+    found = family_tasks(family)
+    return found.by_task.get(task, found.bundle)

@@ -35,22 +35,14 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float32]
 
 
-class Bert(TextBundle):
-    """A loaded BERT. Each method belongs to a task; InputError for one that the bundle was not exported for.
+class TextHeads(TextBundle):
+    """The tasks that heads on texts answer. Each method belongs to one; InputError where the bundle has another.
 
-    Methods take one text or a list of them: a list gets a list. A text longer than the bundle's S is
-    an error, unless ``truncate``; only ``embed`` always truncates, as sentence-transformers does. A
-    text without a single token (empty, blank) is an error.
+    Methods take one text or a list of them: a list gets a list. A text longer than the bundle's S is an error, unless
+    ``truncate``. A text without a single token (empty, blank) is an error.
     """
 
     GRAPHS: ClassVar = {"model": ("input_ids", "attention_mask")}
-
-    def embed(self, texts: str | Sequence[str]) -> Floats:
-        """Return a vector per text, pooled as the checkpoint defines: float32 (E,) for one text, (N, E) for a list."""
-        single, batch = as_list(texts)
-        prompt = str(self.manifest.options.get("prompt", ""))
-        vectors = self.text_rows(batch, "sentence_embedding", truncate=True, prefix=prompt)
-        return vectors[0] if single else vectors
 
     def classify(
         self,
@@ -178,6 +170,20 @@ class Bert(TextBundle):
         return values
 
 
+class Bert(TextHeads):
+    """A loaded BERT: the tasks of its head, and embeddings."""
+
+    def embed(self, texts: str | Sequence[str]) -> Floats:
+        """Return a vector per text, pooled as the checkpoint defines: float32 (E,) for one text, (N, E) for a list.
+
+        A text longer than the bundle's S is always truncated, as sentence-transformers does.
+        """
+        single, batch = as_list(texts)
+        prompt = str(self.manifest.options.get("prompt", ""))
+        vectors = self.text_rows(batch, "sentence_embedding", truncate=True, prefix=prompt)
+        return vectors[0] if single else vectors
+
+
 def entities(text: str, encoding: Encoding, probabilities: Floats, labels: Sequence[str]) -> list[Entity]:
     """Return each token that covers characters of the text, with its most probable label."""
     found = []
@@ -194,7 +200,7 @@ def ask_embed(bundle: Bert, texts: Sequence[str], options: RunOptions) -> list[R
     return [{"text": text, "embedding": vector} for text, vector in zip(texts, vectors, strict=True)]
 
 
-def ask_fill_mask(bundle: Bert, texts: Sequence[str], options: RunOptions) -> list[Result]:
+def ask_fill_mask(bundle: TextHeads, texts: Sequence[str], options: RunOptions) -> list[Result]:
     results: list[Result] = []
     for text in texts:
         found = bundle.fill_mask(text, top_k=options.top_k or TOP_K, truncate=options.truncate)
@@ -203,12 +209,12 @@ def ask_fill_mask(bundle: Bert, texts: Sequence[str], options: RunOptions) -> li
     return results
 
 
-def ask_classify(bundle: Bert, texts: Sequence[str], options: RunOptions) -> list[Result]:
+def ask_classify(bundle: TextHeads, texts: Sequence[str], options: RunOptions) -> list[Result]:
     found = bundle.classify(list(texts), top_k=options.top_k, truncate=options.truncate)
     return [{"text": text, "labels": ranked_json("label", ranked)} for text, ranked in zip(texts, found, strict=True)]
 
 
-def ask_tag(bundle: Bert, texts: Sequence[str], options: RunOptions) -> list[Result]:
+def ask_tag(bundle: TextHeads, texts: Sequence[str], options: RunOptions) -> list[Result]:
     found = bundle.tag(list(texts), truncate=options.truncate)
     return [
         {"text": text, "entities": [entity._asdict() for entity in entities]}
@@ -216,13 +222,13 @@ def ask_tag(bundle: Bert, texts: Sequence[str], options: RunOptions) -> list[Res
     ]
 
 
-def ask_answer(bundle: Bert, texts: Sequence[str], options: RunOptions) -> list[Result]:
+def ask_answer(bundle: TextHeads, texts: Sequence[str], options: RunOptions) -> list[Result]:
     question, context = texts
     found = bundle.answer(question, context, top_k=options.top_k or 1)  # reads a long context in windows
     return [{"question": question, "context": context, "answers": [answer._asdict() for answer in found]}]
 
 
-def ask_next_sentence(bundle: Bert, texts: Sequence[str], options: RunOptions) -> list[Result]:
+def ask_next_sentence(bundle: TextHeads, texts: Sequence[str], options: RunOptions) -> list[Result]:
     first, second = texts
     probability = bundle.next_sentence(first, second, truncate=options.truncate)
     return [{"first": first, "second": second, "probability": probability}]

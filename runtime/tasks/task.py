@@ -61,10 +61,14 @@ class Task:
 
 @dataclass(frozen=True)
 class FamilyTasks:
-    """The class that loads bundles of a family, and their tasks by the hub's names."""
+    """The class that loads bundles of a family, and their tasks by the hub's names.
+
+    ``by_task`` has the class of a task that takes other inputs, for families of both texts and images.
+    """
 
     bundle: type[LoadedBundle]
     tasks: Mapping[str, Task]
+    by_task: Mapping[str, type[LoadedBundle]] = field(default_factory=dict)
 
 
 def ranked_json(name: str, ranked: Sequence[tuple[str, float]]) -> list[dict[str, Any]]:

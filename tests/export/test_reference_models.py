@@ -57,9 +57,7 @@ def heldout_indices() -> Any:
 # ---- the pins
 
 
-@pytest.mark.parametrize(
-    "name", ["vit", "minilm", "gpt", "bert", "transformer", "seq2seq", "seq2seq-fixed", "clip", "show_attend_tell"]
-)
+@pytest.mark.parametrize("name", REFERENCE_MODELS)
 def test_weights_are_the_pinned_ones(name: str) -> None:
     weights = reference_folder(name) / "model.safetensors"
     assert hashlib.sha256(weights.read_bytes()).hexdigest() == REFERENCE_MODELS[name].sha256

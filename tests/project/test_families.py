@@ -18,7 +18,7 @@ from transom.export.reference_models import REFERENCE_MODELS, reference_folder
 from transom.models.family import Family
 from transom.models.registry import FAMILIES as DEFINITIONS
 from transom.runtime.families import FAMILIES
-from transom.runtime.tasks import family_tasks
+from transom.runtime.tasks import family_tasks, task_class
 from transom.runtime.tasks.task import FamilyTasks
 
 PACKAGES = {"models": Family, "runtime.tasks": FamilyTasks, "export.families": ExportFamily}
@@ -63,9 +63,17 @@ def test_architectures_lead_to_tasks(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_calibration_runs_graphs_that_the_family_has(name: str) -> None:
-    graphs = export_family(name).samples.graphs
-    assert graphs
-    assert graphs.keys() <= family_tasks(name).bundle.GRAPHS.keys()
+    for task in DEFINITIONS[name].tasks:
+        graphs = export_family(name, task).samples.graphs
+        assert graphs
+        assert graphs.keys() <= task_class(name, task).GRAPHS.keys()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_records_by_task_are_of_the_familys_tasks(name: str) -> None:
+    tasks = set(DEFINITIONS[name].tasks)
+    assert export_family(name).by_task.keys() <= tasks
+    assert family_tasks(name).by_task.keys() <= tasks
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -87,6 +95,6 @@ def test_every_reference_model_has_data_for_each_graph(name: str) -> None:
     assert model.task in DEFINITIONS[family].tasks
     data = open_calibration_data([model.calibration_set])
     held_out = [sample.kinds for sample in model.held_out()]
-    for graph, kinds in export_family(family).samples.graphs.items():
+    for graph, kinds in export_family(family, model.task).samples.graphs.items():
         assert data.kinds & {*kinds}, graph
         assert any(found & {*kinds} for found in held_out), graph
