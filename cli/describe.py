@@ -93,9 +93,10 @@ def quantization_fields(
     yield "excluded layers", f"{len(excluded)} of {len(layers)}"
     for layer in excluded[:MOST_EXCLUDED]:
         yield "excluded", f"{figure(at(layer, 'name'))}: {figure(at(layer, 'why'))}"
-    others = unquantized_operators(operators)
+    others = unquantized_operators(operators, quantization)
     if others:
-        yield "not quantised", f"{', '.join(f'{count} {name}' for name, count in others.items())}: no linear layers"
+        counts = ", ".join(f"{count} {name}" for name, count in others.items())
+        yield "not quantised", f"{counts}: no linear layers, nor convolutions that gain"
     for variant, result in gate_results(quantization):
         yield f"gate {variant}", gate_result_text(result)
 

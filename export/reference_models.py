@@ -240,6 +240,17 @@ REFERENCE_MODELS = {
             held_out=scans,
             examples=lambda: Examples(images=one_scan_each(DIGITS_SHOWN)),
         ),
+        ReferenceModel(
+            "vit_hybrid",
+            "hybrid ViT of 0.2 M parameters for the same scans at 32x32, by examples/train_vit_hybrid_digits.py",
+            shipped("vit_hybrid"),
+            "b1f8221049faf8076f629e1083ee1f44b571ded5f66cdbda7823cecc168796b6",
+            calibration_set="digits",
+            task="image-classification",
+            score=scores.digits_score_of,
+            held_out=scans,
+            examples=lambda: Examples(images=one_scan_each(DIGITS_SHOWN)),
+        ),
     )
 }
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transom.models.attention import Attention
 from transom.models.family import Family, Source, config_fields, label_count
 from transom.models.layers import ACTIVATIONS, Dense
-from transom.models.patches import grid, require_patch, resized_positions, size_pair
+from transom.models.patches import Size, grid, require_patch, resized_positions, size_pair
 from transom.runtime.graph_spec import Axis, Graph
 from transom.runtime.graph_spec import Tensor as TensorSpec
 
@@ -39,22 +39,36 @@ class ViTConfig:
     pooler_output_size: int = 768
     pooler_act: str = "tanh"
 
+    @property
+    def grid(self) -> Size:
+        """The rows and columns of patches."""
+        return grid(self.image_size, self.patch_size)
+
+    @property
+    def trained_grid(self) -> Size:
+        """The rows and columns that the stored position embeddings are of."""
+        return grid(self.trained_image_size, self.patch_size)
+
 
 class Embeddings(nn.Module):
     """Patches by a strided convolution, the class token in front, learned positions added: equation 1."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
-        E, (rows, columns) = config.hidden_size, grid(config.image_size, config.patch_size)
+        E, (rows, columns) = config.hidden_size, config.grid
         self.cls_token = nn.Parameter(torch.zeros(1, 1, E))
         self.position_embeddings = nn.Parameter(torch.zeros(1, rows * columns + 1, E))
         projection = nn.Conv2d(config.num_channels, E, kernel_size=config.patch_size, stride=config.patch_size)
         self.patch_embeddings = nn.ModuleDict({"projection": projection})
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        patches = self.patch_embeddings["projection"](pixel_values).flatten(2).transpose(1, 2)  # (B, P, E)
+        patches = self.patches(pixel_values).flatten(2).transpose(1, 2)  # (B, P, E)
         cls = self.cls_token.expand(pixel_values.shape[0], -1, -1)  # (B, 1, E)
         return torch.cat((cls, patches), dim=1) + self.position_embeddings  # (B, S, E)
+
+    def patches(self, pixel_values: Tensor) -> Tensor:
+        """Return the embedding of each patch: (B, E, rows, columns)."""
+        return self.patch_embeddings["projection"](pixel_values)  # type: ignore[no-any-return]
 
 
 class SelfAttention(nn.Module):
@@ -124,8 +138,7 @@ def convert(name: str, stored: Tensor, config: ViTConfig) -> Tensor:
     """Resize learned positions (1, 1 + P, E) from the trained grid to the exported one; keep the rest."""
     if name != "embeddings.position_embeddings" or stored.ndim != 3:
         return stored
-    old, new = (grid(size, config.patch_size) for size in (config.trained_image_size, config.image_size))
-    return resized_positions(stored[0], old, new)[None]
+    return resized_positions(stored[0], config.trained_grid, config.grid)[None]
 
 
 # transformers 5 renamed its modules but writes files with the older names, which are used here; both load.
@@ -181,7 +194,7 @@ def config_from_source(source: Source) -> ViTConfig:
 
 def graphs(config: ViTConfig, task: str) -> tuple[Graph, ...]:
     """Return the one graph, with transformers' tensor names; the image size is fixed at export."""
-    rows, columns = grid(config.image_size, config.patch_size)
+    rows, columns = config.grid
     pixels = TensorSpec("pixel_values", "float32", ("B", config.num_channels, *config.image_size))
     outputs = [TensorSpec("last_hidden_state", "float32", ("B", rows * columns + 1, config.hidden_size))]
     if task == "image-classification":

@@ -21,6 +21,7 @@ FAMILIES = (
     "swin",
     "swinv2",
     "perceiver",
+    "vit_hybrid",
 )
 
 

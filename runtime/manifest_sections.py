@@ -12,7 +12,7 @@ from transom.runtime.graph_spec import Axis
 
 MODES = ("static", "dynamic", "none")  # how the activations before integer weights become integers
 SUMS = EXACT, SATURATED = "exact", "saturated"  # of 8-bit products, as they were added up at the export
-UNQUANTIZED = ("Conv", "GRU", "LSTM", "RNN")  # what is quantised are linear layers
+UNQUANTIZED = ("Conv", "GRU", "LSTM", "RNN")  # all, or those convolutions that do not gain by it
 WEIGHT_BITS = {"int8": (7, 8), "int4": (4,)}
 
 
@@ -57,15 +57,20 @@ def quantization_from_json(
     return value
 
 
-def unquantized_operators(operators: Mapping[str, Any]) -> dict[str, int]:
-    """Count the operators whose weights no quantisation makes integers, of bundle.json's ``operators``."""
+def unquantized_operators(operators: Mapping[str, Any], quantization: Mapping[str, Any]) -> dict[str, int]:
+    """Count the operators with weights that are no layers of bundle.json's ``quantization``, of its ``operators``."""
+    layers = quantization.get("layers")
+    listed = (
+        [layer.get("operator") for layer in layers if isinstance(layer, Mapping)] if isinstance(layers, list) else []
+    )
     found: dict[str, int] = {}
     for counts in operators.values():
         for name in UNQUANTIZED:
             count = counts.get(name) if isinstance(counts, Mapping) else None
             if type(count) is int and count > 0:
                 found[name] = found.get(name, 0) + count
-    return found
+    left = {name: count - listed.count(name) for name, count in found.items()}
+    return {name: count for name, count in left.items() if count > 0}
 
 
 def engines_from_json(

@@ -44,11 +44,11 @@ class TensorRTGraph:
 
     @property
     def integer_products(self) -> tuple[str, ...]:
-        """Return the names of the products of two dequantised tensors, which TensorRT makes integer products."""
+        """Return the names of products and convolutions of dequantised tensors, which TensorRT computes in integers."""
         return tuple(
             str(node.name)
             for node in self.model.graph
-            if node.op_type in ("MatMul", "Gemm") and all(is_dequantized(value) for value in node.inputs[:2])
+            if node.op_type in ("MatMul", "Gemm", "Conv") and all(is_dequantized(value) for value in node.inputs[:2])
         )
 
     def serialized(self) -> bytes:

@@ -4,8 +4,8 @@ One new input, SWITCHES, int64 (n,), says which of the n layers compute in FP32.
 combination of them, where a session for each would load and pack the weights anew.
 
 Cases:
-1. A linear layer of a quantised graph: the passes kept the name of its result, and of the activation it reads. Where
-   its switch is on, its readers get the FP32 product of that activation, not quantised.
+1. A linear layer or a convolution of a quantised graph: the passes kept the name of its result, and of the activation
+   it reads. Where its switch is on, its readers get the FP32 product of that activation, not quantised.
 2. A node of a half-precision graph, as ``fake_half`` rounds it: where the switch of its module is on it computes with
    the FP32 weights, and its result is not rounded. Nodes that only move values need no switch.
 3. Nodes of no module share one switch, TOP.
@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from transom.calib.graph_hash import MODULE
 from transom.export.passes._builder import NodeBuilder
 from transom.export.passes._match import is_weight
+from transom.export.passes.convolutions import Convolution, find_layers
 from transom.export.passes.fake_half import fake_half
-from transom.export.passes.linear_layers import find_linears
 from transom.runtime.errors import BundleError
 
 SWITCHES = "fp32_layers"
@@ -35,25 +35,31 @@ WIDE = "_wide"  # ends the name that ``fake_half`` gives a value that was rounde
 WeightViews = dict[ir.Value, tuple[str, Sequence[int]]]  # an initializer's name and the order of its axes
 
 
-def add_linear_switches(model: ir.Model, fp32: ir.Model) -> list[str]:
+def add_layer_switches(model: ir.Model, fp32: ir.Model) -> list[str]:
     """Apply case 1 to ``model`` in place; return the names of the layers in the order of their switches.
 
     ``fp32`` is the graph that was quantised, smoothing folded in. Where ``model`` is in FP16 beside its integers it
-    rounds as a GPU would. Raises BundleError where it does not have a layer of ``fp32``.
+    rounds as a GPU would. A convolution that reads its FP32 weight is no layer: where weights alone are quantised none
+    is, nor did earlier versions. Raises BundleError where ``model`` does not have a layer of ``fp32``.
     """
     fake_half(model)
     values = values_by_name(model.graph)
     switches = Fp32Switches(model.graph)
-    for linear in find_linears(fp32):
-        result = counterpart(values, linear.node.outputs[0], linear.name)
-        inputs = [counterpart(values, linear.activation, linear.name)]
-        inputs.append(switches.weight(linear.weight_name, linear.kernel()))
-        if linear.bias is not None and is_weight(linear.bias):
-            inputs.append(switches.weight(str(linear.bias.name), array_of(linear.bias)))
-        elif linear.bias is not None:
-            inputs.append(counterpart(values, linear.bias, linear.name))
+    for layer in find_layers(fp32):
+        convolves = isinstance(layer, Convolution)
+        if convolves and layer.weight_name in model.graph.initializers:
+            continue
+        result = counterpart(values, layer.node.outputs[0], layer.name)
+        inputs = [counterpart(values, layer.activation, layer.name)]
+        kernel = array_of(layer.weight) if convolves else layer.kernel()
+        inputs.append(switches.weight(layer.weight_name, kernel))
+        if layer.bias is not None and is_weight(layer.bias):
+            inputs.append(switches.weight(str(layer.bias.name), array_of(layer.bias)))
+        elif layer.bias is not None:
+            inputs.append(counterpart(values, layer.bias, layer.name))
+        node = ir.node(layer.node.op_type, inputs, layer.node.attributes if convolves else {})
         name = str(result.name)
-        (values[name],) = switches.add(linear.name, ir.node(linear.node.op_type, inputs), [result])
+        (values[name],) = switches.add(layer.name, node, [result])
     switches.finish()
     return switches.names
 

@@ -1,12 +1,11 @@
-"""Find the linear layers of a graph, which are what can be quantised.
+"""Find the linear layers of a graph, all of which can be quantised; convolutions are found in convolutions.py.
 
 Cases:
 1. ``MatMul`` of an activation and a weight (K, N).
 2. ``MatMul`` of an activation and a transposed weight (N, K): a head tied to the embedding.
 3. ``Gemm`` with a weight, either way round, alpha and beta 1; its bias may be None.
 
-No linear layers: residual Add, LayerNormalization, Softmax, products of two activations, the convolution that cuts
-patches.
+No linear layers: residual Add, LayerNormalization, Softmax, products of two activations, convolutions.
 """
 
 from __future__ import annotations
@@ -72,12 +71,17 @@ def find_linears(model: ir.Model) -> list[Linear]:
     for node in model.graph:
         weight = weight_of(node)
         if weight is not None:
-            name = name_of(node)
-            if name in names:  # a module that is called twice
-                name = f"{name}:{node.outputs[0].name}"
-            names.add(name)
-            linears.append(Linear(name, node, *weight))
+            linears.append(Linear(unique_name(node, names), node, *weight))
     return linears
+
+
+def unique_name(node: ir.Node, names: set[str]) -> str:
+    """Return the layer's name, which is none of ``names``, and add it to them."""
+    name = name_of(node)
+    if name in names:  # a module that is called twice
+        name = f"{name}:{node.outputs[0].name}"
+    names.add(name)
+    return name
 
 
 def weight_of(node: ir.Node) -> tuple[ir.Value, bool] | None:

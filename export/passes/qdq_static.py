@@ -1,4 +1,4 @@
-"""Put Q/DQ around the linear layers of an FP32 graph, with scales fixed by calibration.
+"""Put Q/DQ around the linear layers and convolutions of an FP32 graph, with scales fixed by calibration.
 
 ``x -> QuantizeLinear -> DequantizeLinear -> MatMul <- DequantizeLinear <- W in int8``, which ONNX Runtime and
 TensorRT each fuse into one integer product. There is no Q/DQ behind a layer: its sums stay in full precision, and so
@@ -14,9 +14,12 @@ Cases:
 3. ``Gemm`` becomes ``MatMul`` and ``Sub`` of the negated bias: an integer Gemm would need a quantised result, and
    of two-dimensional ``MatMul`` and ``Add`` ONNX Runtime makes a Gemm in FP32, before it looks for integers.
 
+4. ``Conv`` keeps its attributes and its bias. For uint8 its result goes through a Q/DQ pair of its own, without which
+   ONNX Runtime computes it in FP32; TensorRT needs none, and has none.
+
 Optional sites, not quantised by default:
-4. "attention": query, key and value of each ``Attention``. The probabilities inside stay in full precision.
-5. "residual": the two sides of each residual Add: an Add of two activations of one shape whose sum, or what a
+5. "attention": query, key and value of each ``Attention``. The probabilities inside stay in full precision.
+6. "residual": the two sides of each residual Add: an Add of two activations of one shape whose sum, or what a
    LayerNormalization makes of it, goes on to further layers. On Transformers this is what costs the accuracy:
    the residual stream carries outliers that int8 cannot.
 """
@@ -32,43 +35,52 @@ from transom.calib.quantized_weights import QuantizedWeights
 from transom.calib.scales import Scale
 from transom.export.passes._builder import NodeBuilder, clean_up
 from transom.export.passes._match import ATTENTION_INPUTS, is_weight, rank_of
+from transom.export.passes.convolutions import Convolution, QuantizableLayer
 from transom.export.passes.linear_layers import Linear
 
 QdqSite = tuple[ir.Node, int]  # a node and the index of its input
-OPTIONAL_SITES = ("attention", "residual")  # cases 4 and 5
+OPTIONAL_SITES = ("attention", "residual")  # cases 5 and 6
 
 
 def quantize_static(
     model: ir.Model,
-    linears: Sequence[Linear],
+    layers: Sequence[QuantizableLayer],
     weights: QuantizedWeights,
     scales: Mapping[str, Scale],
     *,
     signed: bool,
     sites: Collection[QdqSite] = (),
 ) -> bool:
-    """Quantise ``linears`` and the optional ``sites`` of ``model`` in place; return whether anything changed.
+    """Quantise ``layers`` and the optional ``sites`` of ``model`` in place; return whether anything changed.
 
-    ``scales`` are by the activation's name, for int8 if ``signed``, else for uint8.
+    ``scales`` are by the name of an activation, or of the result of case 4; for int8 if ``signed``, else for uint8.
     """
     pairs: dict[str, ir.Value] = {}
-    for linear in linears:
-        builder = NodeBuilder(model.graph, linear.node)
-        activation = qdq_pair(builder, linear.activation, scales, pairs, signed=signed)
-        weight = dequantized_weight(builder, linear, weights, signed=signed)
-        replace_product(builder, linear, builder.add("MatMul", [activation, weight], f"{name_of_product(linear)}"))
+    for layer in layers:
+        builder = NodeBuilder(model.graph, layer.node)
+        activation = qdq_pair(builder, layer.activation, scales, pairs, signed=signed)
+        weight = dequantized_weight(builder, layer, weights, signed=signed)
+        if isinstance(layer, Convolution):
+            replace_convolution(builder, layer, activation, weight, scales, signed=signed)
+        else:
+            replace_product(builder, layer, builder.add("MatMul", [activation, weight], name_of_product(layer)))
     for node, index in sites:
         value = node.inputs[index]
         assert value is not None
         node.replace_input_with(index, qdq_pair(NodeBuilder(model.graph, node), value, scales, pairs, signed=signed))
     clean_up(model)
-    return bool(linears or sites)
+    return bool(layers or sites)
 
 
-def dequantized_weight(builder: NodeBuilder, linear: Linear, weights: QuantizedWeights, *, signed: bool) -> ir.Value:
+def dequantized_weight(
+    builder: NodeBuilder, layer: QuantizableLayer, weights: QuantizedWeights, *, signed: bool
+) -> ir.Value:
     """Return the int8 weight of case 1 behind its DQ, for int8 activations if ``signed``, else for uint8."""
-    stored, scale = weights.int8(linear)
-    name, result = linear.weight_name, f"{linear.node.outputs[0].name}.weight"
+    stored, scale = weights.int8(layer)
+    axis = 1  # of the output channels
+    if isinstance(layer, Convolution):
+        stored, axis = layer.stored_form(stored), 0
+    name, result = layer.weight_name, f"{layer.node.outputs[0].name}.weight"
     if signed:
         inputs = [builder.weight(f"{name}.int8", stored), builder.weight(f"{name}.scale", scale)]
     else:
@@ -79,7 +91,7 @@ def dequantized_weight(builder: NodeBuilder, linear: Linear, weights: QuantizedW
             builder.weight(f"{name}.scale", scale),
             builder.weight(f"{own}.int8_zero", zeros),
         ]
-    return builder.add("DequantizeLinear", inputs, result, {"axis": 1})
+    return builder.add("DequantizeLinear", inputs, result, {"axis": axis})
 
 
 def qdq_pair(
@@ -99,8 +111,8 @@ def qdq_pair(
     return pairs[name]
 
 
-def name_of_product(linear: Linear) -> str:
-    return f"{linear.node.outputs[0].name}.product"
+def name_of_product(layer: QuantizableLayer) -> str:
+    return f"{layer.node.outputs[0].name}.product"
 
 
 def replace_product(builder: NodeBuilder, linear: Linear, product: ir.Value) -> None:
@@ -112,6 +124,25 @@ def replace_product(builder: NodeBuilder, linear: Linear, product: ir.Value) -> 
     builder.replace_node(product)
 
 
+def replace_convolution(
+    builder: NodeBuilder,
+    layer: Convolution,
+    activation: ir.Value,
+    weight: ir.Value,
+    scales: Mapping[str, Scale],
+    *,
+    signed: bool,
+) -> None:
+    """Replace the layer's node as in case 4."""
+    inputs = [activation, weight, *([] if layer.bias is None else [layer.bias])]
+    result = builder.add("Conv", inputs, name_of_product(layer), layer.node.attributes)
+    result.shape = layer.result.shape
+    if not signed:
+        scale = scales[str(layer.result.name)]
+        result = qdq_pair(builder, result, {str(result.name): scale}, {}, signed=False)
+    builder.replace_node(result)
+
+
 def bias_operation(builder: NodeBuilder, bias: ir.Value) -> tuple[str, ir.Value]:
     """Return the operator that applies a bias to a product, and its second input: case 3."""
     if not is_weight(bias) or bias.const_value is None:
@@ -120,7 +151,7 @@ def bias_operation(builder: NodeBuilder, bias: ir.Value) -> tuple[str, ir.Value]
 
 
 def optional_sites(model: ir.Model, names: Collection[str]) -> list[QdqSite]:
-    """Return the float32 inputs of cases 4 and 5 that ``names``, some of OPTIONAL_SITES, ask for."""
+    """Return the float32 inputs of cases 5 and 6 that ``names``, some of OPTIONAL_SITES, ask for."""
     sites: list[QdqSite] = []
     for node in model.graph:
         if "attention" in names and node.op_type == "Attention":
@@ -135,7 +166,7 @@ def is_float32(value: ir.Value | None) -> bool:
 
 
 def is_residual(node: ir.Node) -> bool:
-    """Return whether the node is of case 5: neither side is a weight or a position table, both have three axes."""
+    """Return whether the node is of case 6: neither side is a weight or a position table, both have three axes."""
     if node.op_type != "Add":
         return False
     sides = [value for value in node.inputs if value is not None]

@@ -43,9 +43,13 @@ PROCESSORS = {
     "CLIPImageProcessor": CLIP,
     "BitImageProcessor": CLIP,
     "PerceiverImageProcessor": PERCEIVER,
+    "ViTHybridImageProcessor": CLIP,
 }
-# By config.json's model_type; the others' is ViTImageProcessor
-PROCESSOR_OF = {"clip": "CLIPImageProcessor", "perceiver": "PerceiverImageProcessor"}
+PROCESSOR_OF = {  # by config.json's model_type; the others' is ViTImageProcessor
+    "clip": "CLIPImageProcessor",
+    "perceiver": "PerceiverImageProcessor",
+    "vit-hybrid": "ViTHybridImageProcessor",
+}
 
 
 def image_preprocess_from_checkpoint(folder: Path, height: int, width: int, channels: int = 3) -> ImagePreprocess:

@@ -88,7 +88,7 @@ def calibrate(
         smoothing = search_smoothing(bundle, canonical, config.method, spread(data.samples), report)
     smoothing = smoothing or {name: {} for name in canonical}
     backends = {
-        name: CollectingBackend(model, graph_file(bundle, name).graph, calibrated_tensors(model, config))
+        name: CollectingBackend(model, graph_file(bundle, name).graph, calibrated_tensors(model, config, name))
         for name, model in smoothed(canonical, smoothing).items()
     }
     run_all(bundle, backends, data.samples, lambda: report(f"calibrating on {data.name}"))
@@ -162,7 +162,8 @@ def require_fitting(table: RangeTable, canonical: Mapping[str, ir.Model], config
     if config.weights_only:
         return
     for name, model in smoothed(canonical, {name: table.graphs[name].smoothing for name in canonical}).items():
-        missing = [tensor for tensor in calibrated_tensors(model, config) if tensor not in table.graphs[name].tensors]
+        needed = calibrated_tensors(model, config, name)
+        missing = [tensor for tensor in needed if tensor not in table.graphs[name].tensors]
         if missing:
             step = "Leave out --also, or leave out --ranges" if config.optional_sites else "Leave out --ranges"
             raise CalibrationError(

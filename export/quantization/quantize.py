@@ -174,6 +174,7 @@ def quantization_record(
             {
                 "name": name,
                 "graph": graph,
+                **({"operator": "Conv"} if (graph, name) in candidate.quantizer.convolutions else {}),
                 "sensitivity": found.sensitivities[graph, name],
                 "kept": (graph, name) in found.high_precision,
                 "why": found.why.get((graph, name)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from math import prod
 from typing import Any
 
 import onnx_ir as ir
@@ -10,9 +11,10 @@ import onnx_ir as ir
 from transom.calib.histogram import Histogram
 from transom.calib.quantized_weights import QuantizedWeights
 from transom.calib.scales import Scale, activation_scale, clip_range
+from transom.export.passes.convolutions import Convolution, QuantizableLayer, find_layers
 from transom.export.passes.fp16_embeddings import fp16_embeddings
 from transom.export.passes.half_precision import convert_precision
-from transom.export.passes.linear_layers import Linear, find_linears
+from transom.export.passes.linear_layers import Linear
 from transom.export.passes.qdq_dynamic import quantize_dynamic
 from transom.export.passes.qdq_static import optional_sites, quantize_static
 from transom.export.passes.weight_only import quantize_weights
@@ -23,7 +25,7 @@ from transom.runtime.manifest_graphs import BLOCKS, PRODUCTS
 
 SMALLEST_FP16_SCALE = 2.0**-14  # the smallest normal number: a scale below it would lose digits, or vanish
 
-Layer = tuple[str, str]  # graph, name of the linear layer
+Layer = tuple[str, str]  # graph, name of the linear layer or convolution
 
 
 class Quantizer:
@@ -32,8 +34,9 @@ class Quantizer:
     ``models`` are FP32, smoothed where they are to be, and are not changed; ``ranges`` are the histograms of
     their tensors, by graph and name. ``half`` says whether the graphs for TensorRT are in FP16 beside int8.
 
-    layers  the linear layers of all graphs, in their order
-    sizes   how many weights each layer has
+    layers        the linear layers and convolutions of all graphs, in their order
+    convolutions  those of them that are convolutions
+    sizes         how many weights each layer has
     """
 
     def __init__(
@@ -49,12 +52,14 @@ class Quantizer:
         self._half = half
         self._weights = {name: QuantizedWeights(config.weight_bits) for name in models}
         self._scales: dict[bool, dict[str, dict[str, Scale]]] = {}
-        self.sizes: dict[Layer, int] = {
-            (name, linear.name): linear.kernel_shape[0] * linear.kernel_shape[1]
+        found = {
+            (name, layer.name): layer
             for name, model in models.items()
-            for linear in find_linears(model)
+            for layer in quantized_layers(model, config, name)
         }
+        self.sizes: dict[Layer, int] = {key: prod(layer.kernel_shape) for key, layer in found.items()}
         self.layers: list[Layer] = [*self.sizes]
+        self.convolutions = {key for key, layer in found.items() if isinstance(layer, Convolution)}
 
     def scales(self, *, signed: bool) -> dict[str, dict[str, Scale]]:
         """Return the scales of all activations that have ranges, by graph and name."""
@@ -77,14 +82,17 @@ class Quantizer:
         models = {}
         for graph in self._graphs:
             model = self.models[graph.name].clone()
-            linears = self._linears(graph.name, model, high_precision)
+            layers = self._layers(graph.name, model, high_precision)
+            linears = [layer for layer in layers if isinstance(layer, Linear)]
             weights, mode = self._weights[graph.name], self.config.activations[graph.name]
             if mode == NONE:
                 quantize_weights(model, linears, weights, self._block_bits, self.config.block_size)
             elif mode == DYNAMIC:
                 quantize_dynamic(model, linears, weights)
+                convolutions = [layer for layer in layers if isinstance(layer, Convolution)]
+                quantize_static(model, convolutions, weights, self.scales(signed=False)[graph.name], signed=False)
             else:
-                self._quantize_static(graph.name, model, linears, signed=False)
+                self._quantize_static(graph.name, model, layers, signed=False)
             fp16_embeddings(model)
             models[graph.name] = model
         return models
@@ -94,18 +102,19 @@ class Quantizer:
         models = {}
         for graph in self._graphs:
             model = self.models[graph.name].clone()
-            self._quantize_static(graph.name, model, self._linears(graph.name, model, high_precision), signed=True)
+            self._quantize_static(graph.name, model, self._layers(graph.name, model, high_precision), signed=True)
             if self._half:
                 convert_precision(model, "fp16", state_names(graph))
             models[graph.name] = model
         return models
 
-    def _linears(self, graph: str, model: ir.Model, high_precision: Collection[Layer]) -> list[Linear]:
-        return [linear for linear in find_linears(model) if (graph, linear.name) not in high_precision]
+    def _layers(self, graph: str, model: ir.Model, high_precision: Collection[Layer]) -> list[QuantizableLayer]:
+        layers = quantized_layers(model, self.config, graph)
+        return [layer for layer in layers if (graph, layer.name) not in high_precision]
 
-    def _quantize_static(self, graph: str, model: ir.Model, linears: list[Linear], *, signed: bool) -> None:
+    def _quantize_static(self, graph: str, model: ir.Model, layers: list[QuantizableLayer], *, signed: bool) -> None:
         scales, sites = self.scales(signed=signed)[graph], optional_sites(model, self.config.optional_sites)
-        quantize_static(model, linears, self._weights[graph], scales, signed=signed, sites=sites)
+        quantize_static(model, layers, self._weights[graph], scales, signed=signed, sites=sites)
 
     @property
     def _block_bits(self) -> int:
@@ -134,8 +143,23 @@ class Quantizer:
         return {name: BLOCKS if mode == NONE else PRODUCTS for name, mode in self.config.activations.items()}
 
 
-def calibrated_tensors(model: ir.Model, config: QuantizationConfig) -> list[str]:
-    """Return the names of the activations of an FP32 graph whose ranges ``config`` needs."""
-    values: list[Any] = [linear.activation for linear in find_linears(model)]
+def quantized_layers(model: ir.Model, config: QuantizationConfig, graph: str) -> list[QuantizableLayer]:
+    """Return the layers of an FP32 graph that ``config`` quantises: of weights alone the linear ones.
+
+    Blocks of weights are for matrices, and convolutions use each weight many times: reading them is not what they wait
+    for.
+    """
+    layers = find_layers(model)
+    return [layer for layer in layers if isinstance(layer, Linear) or config.activations[graph] != NONE]
+
+
+def calibrated_tensors(model: ir.Model, config: QuantizationConfig, graph: str) -> list[str]:
+    """Return the names of the tensors of an FP32 graph whose ranges ``config`` needs.
+
+    They are the activations of its layers, and the results of convolutions, which are quantised as well.
+    """
+    layers = quantized_layers(model, config, graph)
+    values: list[Any] = [layer.activation for layer in layers]
+    values += [layer.result for layer in layers if isinstance(layer, Convolution)]
     values += [node.inputs[index] for node, index in optional_sites(model, config.optional_sites)]
     return list(dict.fromkeys(str(value.name) for value in values))

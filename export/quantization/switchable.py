@@ -10,7 +10,7 @@ from typing import Self
 import numpy as np
 import onnx_ir as ir
 
-from transom.export.passes.layer_switches import SWITCHES, add_linear_switches, add_module_switches
+from transom.export.passes.layer_switches import SWITCHES, add_layer_switches, add_module_switches
 from transom.export.quantization.fidelity import Fidelity, Fp32Outputs
 from transom.export.quantization.quantizer import Layer
 from transom.export.variants import pack, with_integers
@@ -42,7 +42,8 @@ class SwitchableBundle:
 
     ``models`` are consumed. ``integers`` says how a CPU session computes the integers of each graph, where there are
     any. ``fp32`` are the graphs that ``models`` were made of, by name: for quantised ones with smoothing folded in, and
-    then the layers are the linear ones; for ``half`` precision the canonical graphs, and the layers are the modules.
+    then the layers are those that were quantised; for ``half`` precision the canonical graphs, and the layers are the
+    modules.
     Raises BundleError where ``models`` are not made of them.
     """
 
@@ -56,7 +57,7 @@ class SwitchableBundle:
         integers: Mapping[str, str] | None = None,
         threads: int | None = None,
     ) -> None:
-        add_switches = add_module_switches if half else add_linear_switches
+        add_switches = add_module_switches if half else add_layer_switches
         self._names = {name: add_switches(model, fp32[name]) for name, model in models.items()}
         self.layers: list[Layer] = [(graph, name) for graph, names in self._names.items() for name in names]
         graphs = tuple(with_switches(file.graph, len(self._names[file.graph.name])) for file in bundle.manifest.graphs)

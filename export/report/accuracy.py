@@ -202,7 +202,7 @@ def quantization_section(manifest: Manifest) -> Markup:
         observed=f" from {count_text(at(data, 'samples'))} samples of {visible(at(data, 'name'), 80)}" if data else "",
         measured_with=[quantization[key] for key in ("processor", "instruction_set") if key in quantization],
         exact=quantization.get("integer_sums") == "exact",
-        others=unquantized_operators(manifest.operators),
+        others=unquantized_operators(manifest.operators, quantization),
         results=results,
         curves=curves(quantization, results[0] if results else None),
         sensitivity=sensitivity(quantization),

@@ -84,9 +84,9 @@ def test_an_absent_package_is_named_with_its_install_line(monkeypatch: pytest.Mo
 
 
 def test_an_unknown_name_lists_ours() -> None:
-    names = "vit, minilm, gpt, bert, transformer, seq2seq, seq2seq-fixed, clip, show_attend_tell"
-    with pytest.raises(CheckpointError, match=f"'swin' is no reference model; expected one of {names}"):
-        reference_folder("swin")
+    names = "vit, minilm, gpt, bert, transformer, seq2seq, seq2seq-fixed, clip, show_attend_tell, vit_hybrid"
+    with pytest.raises(CheckpointError, match=f"'resnet' is no reference model; expected one of {names}"):
+        reference_folder("resnet")
 
 
 def test_what_ships_is_small() -> None:

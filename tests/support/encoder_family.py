@@ -53,6 +53,7 @@ class EncoderFamily:
     config      transformers' config class, and sizes that no kernel could like: a prime width, three layers
     heads       architecture -> its outputs, named as transformers names them; the first is exported in each precision
     linears     linear layers of the first architecture, all of which become integers
+    convolutions  of it that gain by integers: all of them become such
     layers      of attention
     wordpiece   whether the checkpoint gets a WordPiece vocabulary
     labels      config of an architecture that classifies
@@ -63,6 +64,7 @@ class EncoderFamily:
     config: ClassVar[tuple[str, dict[str, Any]]]
     heads: ClassVar[Mapping[str, tuple[str, ...]]]
     linears: ClassVar[int]
+    convolutions: ClassVar[int] = 0
     layers: ClassVar[int] = 3
     wordpiece: ClassVar[bool] = True
     labels: ClassVar[Mapping[str, dict[str, Any]]] = {}
@@ -100,6 +102,12 @@ class EncoderFamily:
         path.write_text("\n".join(f"{words[row % 5]} {'and ' * row}the city" for row in range(TEXTS)) + "\n")
         return path
 
+    def load_theirs(self, architecture: str, folder: Path) -> Any:
+        """Return transformers' model of a checkpoint; families that transformers does not define override this."""
+        import transformers
+
+        return getattr(transformers, architecture).from_pretrained(folder).eval()
+
     def call_theirs(self, model: Any, feeds: Mapping[str, torch.Tensor]) -> Any:
         """Call transformers' model; families whose model takes more override this."""
         return model(**feeds)
@@ -107,10 +115,8 @@ class EncoderFamily:
     # ---- the tests
 
     def test_the_definition_equals_transformers(self, architecture: str, tmp_path: Path) -> None:
-        import transformers
-
         folder = self.checkpoint(tmp_path, architecture)
-        theirs = getattr(transformers, architecture).from_pretrained(folder).eval()
+        theirs = self.load_theirs(architecture, folder)
         loaded = load_checkpoint(str(folder), task=None, max_sizes={}, image_size=None, ignore_unused=False)
         (graph,) = loaded.graphs
         inputs = parity_inputs(loaded.graphs, loaded.open_tokenizer(), loaded.preprocess)[graph.name]
@@ -160,7 +166,8 @@ class EncoderFamily:
         manifest = Bundle(self.bundle(once, next(iter(self.heads)), "int8")).manifest
         assert manifest.quantization is not None
         layers = manifest.quantization["layers"]
-        assert len(layers) == self.linears
+        assert len(layers) == self.linears + self.convolutions
+        assert sum(layer.get("operator") == "Conv" for layer in layers) == self.convolutions
         assert not any(layer["kept"] for layer in layers)
 
     def test_a_row_does_not_depend_on_its_neighbours(self, once: Once) -> None:

@@ -127,7 +127,9 @@ class RecurrentFamily(ABC):
             counts.update({name: count for name, count in operators.items() if name in self.others})
         assert counts == self.others
         words = ", ".join(f"{count} {name}" for name, count in self.others.items())
-        assert re.search(rf"not quantised +{words}: no linear layers", transom("inspect", folder).stdout)
+        assert re.search(
+            rf"not quantised +{words}: no linear layers, nor convolutions that gain", transom("inspect", folder).stdout
+        )
 
     def test_a_row_does_not_depend_on_its_neighbours(self, once: Once) -> None:
         prompts, rng = self.prompts(3), np.random.default_rng(2)

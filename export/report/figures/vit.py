@@ -58,15 +58,19 @@ def draw_attention_rollout(bundle: Bundle, images: Sequence[str]) -> Markup:
 
 
 def patch_grid(file: GraphFile, config: Any) -> Grid | None:
-    """Return rows and columns of patches of a graph that takes images; None where bundle.json does not say."""
+    """Return rows and columns of patches of a graph that takes images; None where bundle.json does not say.
+
+    What is cut into patches is the image, or the ``feature_map`` of a hybrid ViT.
+    """
     shape = next((t.shape for t in file.graph.inputs if t.name == "pixel_values"), ())
     patch = config.get("patch_size") if isinstance(config, dict) else None
     if len(shape) != 4 or not isinstance(patch, list | tuple) or len(patch) != 2:
         return None
+    cut = config.get("feature_map", shape[2:])
+    if not isinstance(cut, list | tuple) or len(cut) != 2:
+        return None
     sides = [
-        size // side
-        for size, side in zip(shape[2:], patch, strict=True)
-        if type(size) is type(side) is int and side > 0
+        size // side for size, side in zip(cut, patch, strict=True) if type(size) is type(side) is int and side > 0
     ]
     return (sides[0], sides[1]) if len(sides) == 2 and min(sides) > 0 else None
 

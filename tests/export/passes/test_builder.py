@@ -13,7 +13,7 @@ from tiny_graphs import graph_of, normal, run, weights_of
 from transom.calib.quantized_weights import QuantizedWeights
 from transom.calib.scales import Scale
 from transom.export.passes._builder import NodeBuilder
-from transom.export.passes.layer_switches import SWITCHES, add_linear_switches
+from transom.export.passes.layer_switches import SWITCHES, add_layer_switches
 from transom.export.passes.linear_layers import find_linears
 from transom.export.passes.qdq_static import quantize_static
 from transom.export.passes.smoothquant import fold_smoothing
@@ -140,7 +140,7 @@ def test_fp32_weights_are_those_of_their_layer() -> None:
     fp32 = with_transposed()
     model = fp32.clone()
     quantize_static(model, find_linears(model), QuantizedWeights(8), {"x": Scale(4 / 127, 0)}, signed=True)
-    layers = add_linear_switches(model, fp32)
+    layers = add_layer_switches(model, fp32)
     feeds = {"x": normal(3, 2, seed=2)}
     expected = run(fp32, **feeds)
     proto = ir.to_proto(model)

@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 from onnx import numpy_helper
 
-from transom.export.passes.layer_switches import SWITCHES, add_linear_switches, add_module_switches
+from transom.export.passes.layer_switches import SWITCHES, add_layer_switches, add_module_switches
 from transom.runtime.backends.ort_library import onnxruntime
 from transom.runtime.errors import BundleError
 
@@ -43,7 +43,7 @@ def outputs(model: ir.Model, *in_fp32: int) -> list[float]:
 
 def test_a_linear_layer_is_switched_to_fp32_while_the_graph_runs() -> None:
     shipped = tiny(WRONG)
-    assert add_linear_switches(shipped, tiny(RIGHT)) == ["dense"]
+    assert add_layer_switches(shipped, tiny(RIGHT)) == ["dense"]
     assert outputs(shipped, 0) == [6, 1]  # 5 + 1, 0 + 1
     assert outputs(shipped, 1) == [11, 6]  # 2 * 5 + 1, 1 * 5 + 1
 
@@ -64,4 +64,4 @@ def test_a_graph_of_something_else_is_refused() -> None:
     other = tiny(RIGHT)
     other.graph.node(1).outputs[0].name = "other"
     with pytest.raises(BundleError, match="no product, which belongs to the layer dense"):
-        add_linear_switches(other, tiny(RIGHT))
+        add_layer_switches(other, tiny(RIGHT))
