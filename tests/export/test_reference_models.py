@@ -84,7 +84,7 @@ def test_an_absent_package_is_named_with_its_install_line(monkeypatch: pytest.Mo
 
 
 def test_an_unknown_name_lists_ours() -> None:
-    names = "vit, minilm, gpt, bert, transformer, seq2seq, seq2seq-fixed, clip, show_attend_tell, vit_hybrid"
+    names = ", ".join(REFERENCE_MODELS)
     with pytest.raises(CheckpointError, match=f"'resnet' is no reference model; expected one of {names}"):
         reference_folder("resnet")
 
@@ -92,7 +92,7 @@ def test_an_unknown_name_lists_ours() -> None:
 def test_what_ships_is_small() -> None:
     shipped = reference_folder("vit").parent
     assert {folder.name for folder in shipped.iterdir()} == REFERENCE_MODELS.keys() - {"minilm"}
-    assert sum(file.stat().st_size for file in shipped.rglob("*") if file.is_file()) < 7_500_000
+    assert sum(file.stat().st_size for file in shipped.rglob("*") if file.is_file()) < 9_000_000
 
 
 def test_finding_minilm_imports_neither_it_nor_torch() -> None:
