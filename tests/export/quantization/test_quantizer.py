@@ -172,7 +172,7 @@ def table(**changes: Any) -> RangeTable:
 
 def test_a_table_must_hold_what_the_config_needs() -> None:
     """A pair around the second layer's input needs its range; factors must be one per channel of a linear input."""
-    assert calibrated_tensors(model(), STATIC) == ["n", "a"]
+    assert calibrated_tensors(model(), STATIC, "model") == ["n", "a"]
     require_fitting(table(), {"model": model()}, STATIC)
     require_fitting(table(smoothing={"n": Smoothing(0.5, np.ones(64, np.float32))}), {"model": model()}, STATIC)
     require_fitting(table(tensors={}), {"model": model()}, QuantizationConfig({"model": "none"}, weight_bits=4))
