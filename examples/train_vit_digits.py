@@ -88,8 +88,8 @@ def jitter(images: Tensor, rng: torch.Generator) -> Tensor:
     return nn.functional.grid_sample(images[:, None].float(), grid, align_corners=False)[:, 0]
 
 
-def train(images: Tensor, labels: Tensor, make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-    """The averaged weights of a new model after EPOCHS passes over ``images`` (N, 8, 8); the last step ships."""
+def train(images: Tensor, labels: Tensor, make: Callable[[], PreTrainedModel], epochs: int = EPOCHS) -> PreTrainedModel:
+    """The averaged weights of a new model after ``epochs`` passes over ``images`` (N, 8, 8); the last step ships."""
     torch.manual_seed(SEED)
     rng = torch.Generator().manual_seed(SEED)
     model = make().train()
@@ -99,9 +99,9 @@ def train(images: Tensor, labels: Tensor, make: Callable[[], PreTrainedModel]) -
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=WEIGHT_DECAY)
     steps = len(images) // BATCH
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, PEAK_LR, total_steps=EPOCHS * steps, pct_start=WARMUP_EPOCHS / EPOCHS, cycle_momentum=False
+        optimizer, PEAK_LR, total_steps=epochs * steps, pct_start=WARMUP_EPOCHS / epochs, cycle_momentum=False
     )
-    for epoch in range(EPOCHS):
+    for epoch in range(epochs):
         order = torch.randperm(len(images), generator=rng)
         for batch in order[: steps * BATCH].split(BATCH):
             logits = model(pixel_values=pixel_values(jitter(images[batch], rng))).logits
@@ -122,7 +122,12 @@ def correct(model: PreTrainedModel, images: Tensor, labels: Tensor) -> int:
     return int((model(pixel_values=pixel_values(images)).logits.argmax(-1) == labels).sum())
 
 
-def run(description: str | None, make: Callable[[], PreTrainedModel], preprocessor: dict[str, object]) -> Path | None:
+def run(
+    description: str | None,
+    make: Callable[[], PreTrainedModel],
+    preprocessor: dict[str, object],
+    epochs: int = EPOCHS,
+) -> Path | None:
     """Train and score what ``make`` returns as the command line asks; return the folder of its checkpoint, if any."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder for the checkpoint")
@@ -140,7 +145,7 @@ def run(description: str | None, make: Callable[[], PreTrainedModel], preprocess
         fitted, scored = np.delete(training, slice(0, None, 5)), training[::5]
 
     began = time.perf_counter()
-    model = train(torch.from_numpy(images[fitted]), torch.from_numpy(labels[fitted]), make)
+    model = train(torch.from_numpy(images[fitted]), torch.from_numpy(labels[fitted]), make, epochs)
     seconds = time.perf_counter() - began
     right = correct(model, torch.from_numpy(images[scored]), torch.from_numpy(labels[scored]))
     parameters = sum(p.numel() for p in model.parameters())

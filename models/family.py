@@ -47,6 +47,7 @@ class Family:
     options           module -> numbers of the checkpoint that the runtime needs beside the graphs
     labels            config -> names of the labels where the head itself decides them; empty: config.json's
     undefined         transformers' class name -> what differs, of architectures that are not defined
+    unread_heads      transformers' class name -> what differs, of heads alone: another task of the checkpoint is read
     unprefixed_heads  how the names of heads begin that checkpoints store without the prefix; for messages
     """
 
@@ -68,6 +69,7 @@ class Family:
     labels: Callable[[Any], tuple[str, ...]] = lambda config: ()
     unprefixed_heads: tuple[str, ...] = ()
     undefined: Mapping[str, str] = field(default_factory=dict)
+    unread_heads: Mapping[str, str] = field(default_factory=dict)
 
 
 class GraphModule(nn.Module):

@@ -37,6 +37,9 @@ RELATIVES = {
     "runs either tower alone",
     "siglip": "SigLIP pools its images by attention, reads texts both ways and adds a bias to its logits",
     "chinese_clip": "Chinese-CLIP's text tower is a BERT",
+    "swin2sr": "Swin2SR enlarges images: Swin v2's layers between convolutions, without stages",
+    "maskformer-swin": "MaskFormer's Swin gives the maps of all its stages, each with a norm of its own",
+    "donut-swin": "Donut's Swin has no LayerNorm after its last stage",
     "dinov2": "DINOv2 scales each residual branch and orders its patches' positions differently",
 }
 
@@ -52,6 +55,12 @@ def find_family(config_json: Mapping[str, Any]) -> Family:
             return FAMILIES[owners.pop()]
     if isinstance(model_type, str) and model_type in known:
         return known[model_type]
+    if model_type is None and isinstance(config_json.get("architecture"), str):
+        raise CheckpointError(
+            f"config.json is timm's, of {config_json['architecture']!r}: timm names and packs weights otherwise than "
+            "transformers, whose checkpoints are read. Convert it with a conversion script of transformers, or use the "
+            "checkpoint that transformers has of it."
+        )
     ours = "; ".join(f"{f.name} ({', '.join(f.architectures)})" for f in FAMILIES.values())
     relative = RELATIVES.get(str(model_type))
     reason = f" {relative}, so its weights would compute something else in our definitions." if relative else ""
@@ -86,8 +95,10 @@ def find_task(family: Family, config_json: Mapping[str, Any], asked: str | None)
     for name in names:
         if name in family.architectures:
             return family.architectures[name]
+    differs = family.unread_heads.get(names[0])
+    reason = f", whose head {differs}" if differs else ""
     raise CheckpointError(
-        f"config.json names the architecture {names[0]!r}; of the family {family.name} Transom defines "
+        f"config.json names the architecture {names[0]!r}{reason}; of the family {family.name} Transom defines "
         f"{', '.join(family.architectures)}. Choose a head with --task: {', '.join(family.tasks)}."
     )
 

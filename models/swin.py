@@ -83,6 +83,7 @@ class WindowAttention(nn.Module):
         """Return what is added to the scores of each query and key: (H, N, N)."""
         return self.relative_position_bias_table[relative_index(self.windows.side)].permute(2, 0, 1)
 
+    @torch.no_grad()
     def prepare(self) -> None:
         """Compute the order of tokens and the mask, which depend on the image size and on weights alone."""
         self.order, self.places = self.windows.order(), self.windows.places()
@@ -313,6 +314,9 @@ def axes(config: SwinConfig) -> dict[str, Axis]:
     return {"B": Axis(1, 1, 16)}
 
 
+STAGES = "gives the maps of several stages, each with a norm of its own"  # a Backbone
+MASKED = "gives back pixels that were masked"
+
 FAMILY = Family(
     name="swin",
     model_types=("swin",),
@@ -326,4 +330,6 @@ FAMILY = Family(
     convert=convert,
     graphs=graphs,
     axes=axes,
+    undefined={"SwinBackbone": STAGES},
+    unread_heads={"SwinForMaskedImageModeling": MASKED},
 )

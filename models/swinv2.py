@@ -77,6 +77,7 @@ class CosineAttention(swin.WindowAttention):
         bias: Tensor = self.continuous_position_bias_mlp(table).flatten(0, 1)[relative_index(M)].permute(2, 0, 1)
         return MAX_BIAS * bias.sigmoid()
 
+    @torch.no_grad()
     def prepare(self) -> None:
         """Compute the scale of each head, too."""
         super().prepare()
@@ -153,4 +154,6 @@ FAMILY = Family(
     convert=swin.convert,
     graphs=swin.graphs,
     axes=swin.axes,
+    undefined={"Swinv2Backbone": swin.STAGES},
+    unread_heads={"Swinv2ForMaskedImageModeling": swin.MASKED},
 )
