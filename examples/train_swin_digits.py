@@ -62,7 +62,9 @@ def main() -> None:
     if name not in ("swin", "swinv2"):
         sys.exit("give swin or swinv2 first, then --out DIR or --dev")
     preprocessor = {**PREPROCESSOR, "size": {"height": SIDE, "width": SIDE}}
-    run(__doc__, lambda: make(name), preprocessor, EPOCHS)
+    out = run(__doc__, lambda: make(name), preprocessor, EPOCHS)
+    if out is not None:
+        make(name).from_pretrained(out).half().save_pretrained(out)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,15 @@ SIZES = {
     "num_attention_heads": 2,
 }
 VISION = {**SIZES, "image_size": SIDE, "patch_size": 4}
+WINDOWS = {
+    "image_size": SIDE,
+    "patch_size": 2,
+    "embed_dim": HIDDEN,
+    "depths": [2, 1],
+    "num_heads": [2, 2],
+    "window_size": 2,
+    "mlp_ratio": INTERMEDIATE / HIDDEN,
+}
 HEAD = {"id2label": dict(enumerate(LABELS)), "label2id": {name: number for number, name in enumerate(LABELS)}}
 
 # The reference ViT in INT8: options of its export, and whether sums of 8-bit products saturate on the processor that
@@ -111,6 +120,19 @@ def show_attend_tell(folder: Path) -> None:
     write_captioner(folder, image_size=(SIDE, SIDE), max_target_positions=16)
 
 
+def swin(folder: Path) -> None:
+    """Write a classifier of images of 8x8 pixels: 4x4 patches in windows of 2, one layer of them shifted, then 2x2."""
+    save(folder, "SwinForImageClassification", kind=("SwinConfig", {}), **WINDOWS, **HEAD)
+    write_processor(folder, {"image_processor_type": "ViTImageProcessor", "size": {"height": SIDE, "width": SIDE}})
+
+
+def swinv2(folder: Path) -> None:
+    """Write the same of Swin v2."""
+    sizes = {**WINDOWS, "pretrained_window_sizes": [0, 0]}
+    save(folder, "Swinv2ForImageClassification", kind=("Swinv2Config", {}), **sizes, **HEAD)
+    write_processor(folder, {"image_processor_type": "ViTImageProcessor", "size": {"height": SIDE, "width": SIDE}})
+
+
 def transformer(folder: Path) -> None:
     """Write a Marian without a tokenizer: it takes token ids."""
     layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
@@ -132,10 +154,12 @@ CHECKPOINTS: dict[str, Callable[[Path], None]] = {
     "gpt": gpt,
     "seq2seq": seq2seq,
     "show_attend_tell": show_attend_tell,
+    "swin": swin,
+    "swinv2": swinv2,
     "transformer": transformer,
     "vit": vit,
 }
-BOUNDS = {"vit": ["B=2"], "show_attend_tell": ["B=2"]}  # of axes; the others' are B=2 and S
+BOUNDS = {name: ["B=2"] for name in ("vit", "show_attend_tell", "swin", "swinv2")}  # of axes; the others' are B=2 and S
 DATA = {  # files of ``write_data``
     "bert": ["sentences.txt"],
     "clip": ["words.txt", "pixels.npz"],
@@ -143,6 +167,8 @@ DATA = {  # files of ``write_data``
     "gpt": ["ids.npz"],
     "seq2seq": ["ids.npz"],
     "show_attend_tell": ["pixels.npz"],
+    "swin": ["pixels.npz"],
+    "swinv2": ["pixels.npz"],
     "transformer": ["ids.npz"],
     "vit": ["pixels.npz"],
 }

@@ -25,7 +25,9 @@ from transom.runtime.selftest import selftest
 
 KEPT = TESTS / "bundles"
 FAMILIES_OF = {
-    "0.1.0": ("bert", "clip", "electra", "gpt", "seq2seq", "show_attend_tell", "transformer", "vit")
+    "0.1.0": (
+        *("bert", "clip", "electra", "gpt", "seq2seq", "show_attend_tell", "swin", "swinv2", "transformer", "vit"),
+    )
 }  # of each version
 BUNDLES = sorted(path.parent.relative_to(KEPT).as_posix() for path in KEPT.glob("*/*/bundle.json"))
 SATURATED = "0.1.0/vit-int8-saturated"  # its golden values are of saturated sums, which nothing computes any more
@@ -68,6 +70,16 @@ ANSWERS: dict[str, tuple[object, float]] = {
     "0.1.0/show_attend_tell-bf16": ("him him him him", 0.7059),
     "0.1.0/show_attend_tell-int8": ("him him him him", 0.7059),
     "0.1.0/show_attend_tell-int4": ("him him him him", 0.7106),
+    "0.1.0/swin-fp32": ("good", 0.7030),
+    "0.1.0/swin-fp16": ("good", 0.7031),
+    "0.1.0/swin-bf16": ("good", 0.7002),
+    "0.1.0/swin-int8": ("good", 0.6876),
+    "0.1.0/swin-int4": ("good", 0.5521),
+    "0.1.0/swinv2-fp32": ("good", 0.6688),
+    "0.1.0/swinv2-fp16": ("good", 0.6690),
+    "0.1.0/swinv2-bf16": ("good", 0.6681),
+    "0.1.0/swinv2-int8": ("good", 0.6584),
+    "0.1.0/swinv2-int4": ("good", 0.6327),
     "0.1.0/transformer-fp32": ([6, 6, 6, 0], -1.5996),
     "0.1.0/transformer-fp16": ([6, 6, 6, 0], -1.6006),
     "0.1.0/transformer-bf16": ([6, 6, 6, 0], -1.6094),
@@ -159,6 +171,8 @@ ANSWER: dict[str, Callable[[Any], tuple[object, float]]] = {
     "gpt": answer_gpt,
     "seq2seq": answer_seq2seq,
     "show_attend_tell": answer_show_attend_tell,
+    "swin": answer_vit,
+    "swinv2": answer_vit,
     "transformer": answer_transformer,
     "vit": answer_vit,
 }
