@@ -137,7 +137,10 @@ def test_an_image_smaller_than_a_window_is_refused(tmp_path: Path) -> None:
         ({"mlp_ratio": "4"}, "mlp_ratio is '4', expected a number"),
         ({"mlp_ratio": 0.01}, "mlp_ratio is 0.01, expected a number"),
         ({"hidden_act": "sinus"}, "hidden_act is 'sinus'"),
-        ({"architectures": ["SwinForMaskedImageModeling"]}, "pixels that were masked.*Choose a head with --task: .*feature-extraction"),
+        (
+            {"architectures": ["SwinForMaskedImageModeling"]},
+            "pixels that were masked.*Choose a head with --task: .*feature-extraction",
+        ),
         ({"architectures": ["SwinBackbone"]}, "maps of several stages, each with a norm of its own"),
         ({"model_type": "swin2sr"}, "Swin2SR enlarges images"),
         ({"model_type": "maskformer-swin"}, "MaskFormer's Swin"),
