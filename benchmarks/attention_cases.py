@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from transom.export.plugins.flash_attention import BOOLEAN, NO_MASK
+from transom.export.plugins.flash_attention import ADDITIVE, BOOLEAN, NO_MASK
 from transom.export.plugins.kernel_spec import TileSizes, Variant, padded_size
-from transom.export.plugins.tile_sizes import ADDED, PROMPT, STEP
+from transom.export.plugins.tile_sizes import ADDED, PROMPT, STEP, fitted
 
 TOKENS = 16384  # of a batch: as many rows of S as that gives
 WIDTH = 2048  # of a model: 32 heads of 64, 16 of 128
@@ -26,6 +26,13 @@ MODELS = (  # name, kind, causal, heads of 64, pairs of S and T, batches
     ("GPT-2", "prompt", True, 12, ((128, 128), (1024, 1024)), (1, 8)),
     ("GPT-2", "step", False, 12, ((1, 1024),), (1, 8)),
 )
+WINDOWS = (  # name, heads of 32, pixels of a window, batches; Swin's rows are windows, and of a shifted layer images
+    ("Swin-T, stage 1", 3, 49, (64, 512, 2048)),
+    ("Swin-T, stage 1, shifted", 64 * 3, 49, (1, 8, 32)),
+    ("Swin-T, stage 3", 12, 49, (4, 32, 128)),
+    ("Swin-B/384, stage 1", 4, 144, (64, 512)),
+)
+WINDOW_SIZE = 32  # of a head
 AIMS = {"halves": 0.9, "fp32 and biased": 1.5}  # times the speed of the best backend
 MOST_SPLITS, LEAST_SPLIT = 128, 128  # splits of a cache, and keys in one
 COLUMNS = {PROMPT: "prompt", ADDED: "added", STEP: "step"}
@@ -33,9 +40,11 @@ COLUMNS = {PROMPT: "prompt", ADDED: "added", STEP: "step"}
 
 @dataclass(frozen=True)
 class Case:
-    """One attention case: "prompt", "masked", "biased" or "step", in a precision, of B rows of S queries and T keys.
+    """One attention case, of ``kind``, in a precision, of B rows of S queries and T keys.
 
-    The mask is boolean, of shape (B, 1, 1, T). ``model`` names the model whose shape it is, if any.
+    "prompt" and "step" have no mask; "masked" has a boolean one, (B, 1, 1, T); "biased" a bias, (H, S, T); "windows"
+    the same as an additive mask, (1, H, S, T), and tiles for windows, as an engine's plugin has them of Swin.
+    ``model`` names the model whose shape it is, if any.
     """
 
     kind: str
@@ -75,7 +84,7 @@ class Case:
         mask = self.B * self.T if self.kind == "masked" else 0
         queries = 2 * self.B * self.heads * self.S * self.size * element  # and the output
         keys = 2 * self.B * shared * self.T * (self.size + 4 if self.int8 else self.size * element)
-        bias = self.heads * self.S * self.T * element if self.kind == "biased" else 0
+        bias = self.heads * self.S * self.T * element if self.kind in ("biased", "windows") else 0
         return queries + keys + bias + mask
 
     @property
@@ -87,7 +96,7 @@ class Case:
             self.heads,
             self.groups,
             causal=self.causal,
-            mask=BOOLEAN if self.kind == "masked" else NO_MASK,
+            mask={"masked": BOOLEAN, "windows": ADDITIVE}.get(self.kind, NO_MASK),
             bias=self.kind == "biased",
             int8=self.int8,
             split=self.kind == "step",
@@ -97,14 +106,19 @@ class Case:
     @property
     def column(self) -> int:
         """Return the column of the table of tile sizes; a split INT8 cache belongs to a step."""
-        return {"prompt": PROMPT, "masked": ADDED, "biased": ADDED, "step": STEP}[self.kind]
+        return {"prompt": PROMPT, "masked": ADDED, "biased": ADDED, "windows": ADDED, "step": STEP}[self.kind]
+
+    def tiles(self, entry: TileSizes) -> TileSizes:
+        """Return the tile sizes that an engine's plugin makes of the table's."""
+        return fitted(entry, self.S, self.T) if self.kind == "windows" else entry
 
     @property
     def aim(self) -> float | None:
         """Return the ratio to the best backend to aim at; None for a case that no backend supports."""
         if self.int8:
             return None
-        return AIMS["halves" if self.precision in ("fp16", "bf16") and self.kind != "biased" else "fp32 and biased"]
+        biased = self.kind in ("biased", "windows")
+        return AIMS["halves" if self.precision in ("fp16", "bf16") and not biased else "fp32 and biased"]
 
 
 def cases(*, quick: bool, only: Sequence[str] = ()) -> list[Case]:
@@ -120,6 +134,9 @@ def model_cases() -> Iterator[Case]:
             for S, T in shapes:
                 for B in batches:
                     yield Case(kind, precision, B, S, T, heads, 64, causal=causal, model=model)
+        for model, heads, pixels, batches in WINDOWS:
+            for B in batches:
+                yield Case("windows", precision, B, pixels, pixels, heads, WINDOW_SIZE, model=model)
 
 
 def all_cases() -> Iterator[Case]:
@@ -144,6 +161,7 @@ def quick_cases() -> Iterator[Case]:
     yield Case("prompt", "tf32", 16, 1024, 1024, 32, 64)
     yield Case("prompt", "fp32", 16, 1024, 1024, 32, 64)
     yield Case("biased", "fp16", 16, 1024, 1024, 32, 64)
+    yield Case("windows", "fp16", 512, 49, 49, 3, WINDOW_SIZE, model="Swin-T, stage 1")
     for int8 in (False, True):
         yield Case("step", "fp16", 8, 1, 4096, STEP_HEADS, 128, 4, int8=int8)
 

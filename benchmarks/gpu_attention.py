@@ -28,6 +28,7 @@ from attention_tables import Roofline, better_rows, markdown, number, ratio_of, 
 
 from transom.export.plugins.aot import Compiled, attention_ptx, combine_ptx
 from transom.export.plugins.cuda_launcher import Kernel
+from transom.export.plugins.flash_attention import ADDITIVE
 from transom.export.plugins.kernel_spec import TileSizes, Variant, padded_size
 from transom.export.plugins.layout import Layout
 from transom.export.plugins.tile_sizes import portable, tile_sizes_for
@@ -98,7 +99,7 @@ class Bench:
     def kernel(self, variant: Variant, tiles: TileSizes | None) -> Kernel:
         """Return the kernel with these tile sizes, or for None the combine kernel; compiled and loaded once."""
         if (variant, tiles) not in self.kernels:
-            layout = Layout(mask="b")
+            layout = Layout(mask="hm" if variant.mask == ADDITIVE else "b")
             made: Compiled = (
                 combine_ptx(self.sm, variant, layout)
                 if tiles is None
@@ -124,12 +125,12 @@ class Bench:
                 given[f"{name}_scale"] = largest / 127
                 given[name] = (given[name] / given[f"{name}_scale"][..., None]).round().clamp(-127, 127).to(torch.int8)
             k, v = ((given[name] * given[f"{name}_scale"][..., None]).to(q.dtype) for name in ("key", "value"))
-        bias = normal(case.heads, case.S, case.T) if case.kind == "biased" else None
+        bias = normal(case.heads, case.S, case.T) if case.kind in ("biased", "windows") else None
         mask = None
         if case.kind == "masked":  # padding: from row to row fewer keys, at least half of them
             lengths = torch.linspace(case.T, (case.T + 1) // 2, case.B, device=self.device).long()
             mask = (torch.arange(case.T, device=self.device) < lengths[:, None])[:, None, None, :].contiguous()
-        added = {"bias": bias, "mask": mask}
+        added = {"mask": bias} if case.kind == "windows" else {"bias": bias, "mask": mask}
         given |= {name: tensor for name, tensor in added.items() if tensor is not None}
         return Tensors(given, q, k, v, bias, mask)
 
@@ -334,8 +335,8 @@ class Bench:
 
     def makers(self, case: Case, tensors: Tensors) -> Iterator[tuple[str, Callable[[], Side]]]:
         """Yield Transom's kernel by the table and as tuned, PyTorch's backends, and for models eager attention."""
-        entry = tile_sizes_for(self.sm, case.variant)
-        tried = {"ours": entry, "ours, tuned": self.best.get(key_of(case), entry)}
+        entry = case.tiles(tile_sizes_for(self.sm, case.variant))
+        tried = {"ours": entry, "ours, tuned": case.tiles(self.best.get(key_of(case), entry))}
         for name, tiles in tried.items():
             if name == "ours" or tiles != entry:
                 yield name, lambda name=name, tiles=tiles: self.in_best_splits(case, tensors, tiles, name)

@@ -46,8 +46,9 @@ def build(
     plugin: Annotated[
         bool,
         typer.Option(
-            help="For --target tensorrt: compute attention that TensorRT has no fused kernel for, such as FP32's, by "
-            "Transom's plugin, which no GPU has executed yet; without it, by matrix products and a softmax."
+            help="For --target tensorrt: compute attention that TensorRT has no fused kernel for, such as FP32's, and "
+            "attention with a bias per head, by Transom's plugin, which no GPU has executed yet; without it, by matrix "
+            "products and a softmax, or by TensorRT's own kernel."
         ),
     ] = True,
     repository: Annotated[
@@ -130,11 +131,15 @@ def print_kernels(engine: Engine) -> None:
     """Print the kernels of one graph, how often each occurs, and what did not fuse."""
     for reasons, what in (
         (engine.decomposed, "are decomposed, TensorRT has no kernel"),
-        (engine.plugins, "are our plugin, TensorRT has no kernel"),
+        (engine.plugins, "are our plugin:"),
         (engine.masked, "read a mask instead of lengths:"),
     ):
         for reason, count in Counter(reasons.values()).items():
             print(printable(f"\n{engine.target}, {engine.graph}: {count} attentions {what} {reason}"))
+    print()
+    for what, lines in (("executed", engine.evidence.executed), ("compiled only", engine.evidence.compiled)):
+        for line in lines:
+            print(printable(f"{engine.target}, {engine.graph}, {what}: {line}"))
     for fusion in engine.fusions:
         print(printable(f"\n{engine.target}, {engine.graph}, {fusion.summary()}"))
         for title, count in fusion.kernel_counts.items():

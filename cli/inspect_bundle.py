@@ -18,7 +18,7 @@ from transom.cli.describe import (
     score_line,
 )
 from transom.cli.options import BundlePath, Json
-from transom.cli.output import print_fields, print_json, print_table
+from transom.cli.output import print_fields, print_json, print_table, printable
 from transom.runtime.format import at, bytes_text, figure, folder_bytes, list_of, loops_text
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 FP16_MAX = 65504.0  # IEEE 754 binary16
 ENGINE_COLUMNS = ("target", "library", "graph", "plan", "size", "takes", "fused")
 MOST_PROFILES = 8  # of a graph
+MOST_EVIDENCE, MOST_LINE = 8, 200  # lines about a graph, and characters of one
 
 
 def inspect(bundle: BundlePath, as_json: Json = False) -> None:
@@ -50,6 +51,8 @@ def inspect(bundle: BundlePath, as_json: Json = False) -> None:
     if manifest.engines:
         print()
         print_table(ENGINE_COLUMNS, engine_rows(manifest), right=("size",))
+        for line in evidence_lines(manifest):
+            print(printable(line))
 
 
 def summary(path: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
@@ -167,6 +170,15 @@ def engine_rows(manifest: Manifest) -> list[tuple[str, ...]]:
         for target, engine in manifest.engines.items()
         for graph, plan in engine["plans"].items()
     ]
+
+
+def evidence_lines(manifest: Manifest) -> Iterator[str]:
+    """Yield what the build of each engine executed and what it compiled only; nothing of an older version's."""
+    for target, engine in manifest.engines.items():
+        for graph in engine["plans"]:
+            for key, what in (("executed", "executed"), ("compiled", "compiled only")):
+                for line in list_of(at(engine, "graphs", graph, key))[:MOST_EVIDENCE]:
+                    yield f"{target}, {graph}, {what}: {str(line)[:MOST_LINE]}"
 
 
 def bounds_text(axes: Mapping[str, Mapping[str, int]]) -> str:

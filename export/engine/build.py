@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from transom.export.bundle_writer import add_to_bundle
 from transom.export.engine.build_log import Fusion, fusion_of, kernels_of, memory_of
 from transom.export.engine.build_process import EngineResult, build_engine
+from transom.export.engine.evidence import COMPILER, Evidence, engine_evidence, graph_evidence, plugin_evidence
 from transom.export.engine.profiles import Profile, profiles_of
 from transom.export.engine.shapes import Shapes, bounds_to_json, narrowed
 from transom.export.engine.targets import Target, require_precision
@@ -27,16 +28,16 @@ from transom.runtime.graph_spec import Axis
 from transom.runtime.manifest import QUANTIZED, Manifest
 
 FOLDER = "engines"  # in the bundle
-COMPILER = "triton"
 KNOWN_LOG = "1.7"  # the version whose layer names build_log.py knows
 
 
 @dataclass(frozen=True)
 class Engine:
-    """One graph built for one target: the plan's size in bytes, seconds, and its fusions in each profile.
+    """One graph built for one target: the plan's size in bytes, seconds, its fusions in each profile, its evidence.
 
     Attentions by node, each with a reason: ``decomposed`` without a fused kernel, ``plugins`` computed by Transom's
-    plugin because TensorRT has no kernel, ``masked`` that read a mask though lengths were requested.
+    plugin because TensorRT has no kernel or they add a bias per head, ``masked`` that read a mask though lengths were
+    requested.
     """
 
     target: str
@@ -48,6 +49,7 @@ class Engine:
     decomposed: Mapping[str, str]
     plugins: Mapping[str, str]
     masked: Mapping[str, str]
+    evidence: Evidence = field(default_factory=Evidence)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -59,6 +61,7 @@ class Engine:
             "written_out": dict(self.decomposed),
             "plugins": dict(self.plugins),
             "by_mask": dict(self.masked),
+            **self.evidence.to_json(),
             "profiles": [fusion.to_json() for fusion in self.fusions],
         }
 
@@ -77,9 +80,10 @@ def build(
     """Build every graph of ``bundle`` for every target, and put the plans into it.
 
     The graphs are TensorRT's variant, whose outputs are first compared with the bundle's in ONNX Runtime. Nothing is
-    written before all engines of all targets are built. For full TensorRT, attention without a kernel becomes the
-    ``plugin``, or is decomposed without it; its plans also go into a ``repository`` of Triton Inference Server.
-    ``shapes`` are the bounds of the engines, within the bundle's; bundle.json records them for the runtime.
+    written before all engines of all targets are built. For full TensorRT, attention without a kernel or with a bias
+    per head becomes the ``plugin``; without it, it is decomposed or TensorRT's own. Its plans also go into a
+    ``repository`` of Triton Inference Server. ``shapes`` are the bounds of the engines, within the bundle's;
+    bundle.json records them for the runtime, and what was executed on the way.
 
     Raises ExportError for an option that a target or the bundle does not support, BackendError where a library is
     missing, EngineError for a graph that cannot be built, or, unless ``allow_unfused``, one whose attention did not
@@ -97,10 +101,11 @@ def build(
         require_servable(repository, bundle_name, served_as, targets)
     for target in targets:
         library(target.library)
-    graphs = {
+    checked = {
         kind: checked_trt_graphs(bundle, kind, attention, axes, plugin=plugin, tell=tell)
         for kind in dict.fromkeys(target.library for target in targets)
     }
+    graphs = {kind: variant for kind, (variant, _) in checked.items()}
     models = {kind: {name: graph.serialized() for name, graph in variant.items()} for kind, variant in graphs.items()}
     profiles = {file.graph.name: profiles_of(file.graph, axes) for file in manifest.graphs}
     engines: list[Engine] = []
@@ -112,7 +117,10 @@ def build(
             tell(f"building {name} for {target.name}")
             started = time.perf_counter()
             result = build_engine(name, models[target.library][name], profiles[name], target, tuple(graph.plugins))
-            engine = engine_of(target, name, graph, result, profiles[name], time.perf_counter() - started)
+            evidence = checked[target.library][1][name] + engine_evidence(
+                target, str(library(target.library).__version__), find_gpu() if target.capability is None else None
+            )
+            engine = engine_of(target, name, graph, result, profiles[name], time.perf_counter() - started, evidence)
             if not allow_unfused:
                 require_fused(engine)
             engines.append(engine)
@@ -151,14 +159,23 @@ def require_attention(target: Target, attention: str) -> None:
 
 def checked_trt_graphs(
     bundle: Bundle, kind: str, attention: str, axes: Mapping[str, Axis], *, plugin: bool, tell: Callable[[str], None]
-) -> dict[str, TensorRTGraph]:
-    """Return the graphs of ``bundle`` for a library, after their outputs were compared with the bundle's."""
+) -> tuple[dict[str, TensorRTGraph], dict[str, Evidence]]:
+    """Return the graphs of ``bundle`` for a library, and what was executed to check them.
+
+    Their outputs are compared with the bundle's; plugins are compiled for the GPU present and interpreted.
+    """
     tell(f"making {NAMES[kind]}'s variant of the graphs")
     graphs = tensorrt_graphs(bundle, attention, plugins=plugin and kind == FULL, axes=axes)
     require_compiler(graphs)
     tell("comparing it with the bundle")
-    require_trt_parity(bundle, graphs, axes)
-    return graphs
+    compared = graph_evidence(require_trt_parity(bundle, graphs, axes))
+    evidence = dict.fromkeys(graphs, compared)
+    if any(graph.plugins for graph in graphs.values()):
+        tell("compiling our attention, and running it in Triton's interpreter")
+        major, minor = find_gpu().capability
+        for name, found in plugin_evidence(graphs, 10 * major + minor).items():
+            evidence[name] += found
+    return graphs, evidence
 
 
 def require_compiler(graphs: Mapping[str, TensorRTGraph]) -> None:
@@ -167,8 +184,8 @@ def require_compiler(graphs: Mapping[str, TensorRTGraph]) -> None:
     if count and find_spec(COMPILER) is None:
         reason = next(reason for graph in graphs.values() for reason in graph.plugins.values())
         raise BackendError(
-            f"TensorRT has no fused kernel of {count} attentions {reason}; Transom's is compiled by {COMPILER}, which "
-            "is not installed. Run `pip install 'transom[plugin]'`, or give --no-plugin to decompose them."
+            f"{count} attentions {reason} are Transom's kernel, which is compiled by {COMPILER}, and {COMPILER} is not "
+            "installed. Run `pip install 'transom[plugin]'`, or give --no-plugin to leave them to TensorRT."
         )
 
 
@@ -186,7 +203,13 @@ def plan_name(manifest: Manifest, target: Target, graph: str) -> str:
 
 
 def engine_of(
-    target: Target, name: str, graph: TensorRTGraph, result: EngineResult, profiles: Sequence[Profile], seconds: float
+    target: Target,
+    name: str,
+    graph: TensorRTGraph,
+    result: EngineResult,
+    profiles: Sequence[Profile],
+    seconds: float,
+    evidence: Evidence,
 ) -> Engine:
     """Describe a built graph: size, fusions per profile, memory, and how each attention is computed."""
     kernels = kernels_of(result.log, len(profiles))
@@ -195,7 +218,7 @@ def engine_of(
         for profile, layers in zip(profiles, kernels, strict=True)
     )
     reasons = (graph.decomposed, graph.plugins, graph.masked)
-    return Engine(target.name, name, len(result.plan), seconds, fusions, memory_of(result.log), *reasons)
+    return Engine(target.name, name, len(result.plan), seconds, fusions, memory_of(result.log), *reasons, evidence)
 
 
 def require_fused(engine: Engine) -> None:

@@ -111,7 +111,7 @@ def failure(folder: Path, graph: str, target: Target, status: int, stderr: str) 
         )
     if problem.get("kind") == "plugin":
         reason = message.rstrip(". ") + "."
-        advice = "" if "--no-plugin" in reason else " Build with --no-plugin, which decomposes it, and report this."
+        advice = "" if "--no-plugin" in reason else " Build with --no-plugin, and report this."
         return EngineError(f"{what} build the graph {graph!r} for {target.name} with our attention: {reason}{advice}")
     if not problem:
         last = " ".join([*lines_of(folder / LOG)[-LAST_LINES:], *stderr.split()[-40:]])

@@ -13,7 +13,7 @@ from transom.export.passes._match import ATTENTION_INPUTS, body_of, inputs_of
 from transom.export.passes.decompose_attention import decompose_attention
 from transom.export.passes.freeze_axes import freeze_dynamic_axes
 from transom.export.passes.gru_scan import gru_scan
-from transom.export.passes.plugin_attention import is_attention, plugin_attention
+from transom.export.passes.plugin_attention import has_head_bias, is_attention, plugin_attention
 from transom.export.passes.split_fused_matmul import split_fused_matmul
 from transom.export.passes.trt_attention import OPERATOR, trt_attention
 from transom.runtime.bundle import Bundle
@@ -21,6 +21,7 @@ from transom.runtime.errors import ExportError
 from transom.runtime.graph_spec import Axis, Graph, is_decoder
 
 MASK, LENGTHS = "mask", "lengths"  # how attention knows which positions of a cache are filled
+HEAD_BIAS = "with a bias per head"  # why an attention is Transom's plugin though TensorRT has a kernel
 # Limits of TensorRT's attention kernels: heads for a single query, sizes of a head, multiple with a mask
 STEP_HEADS = 4
 LEAST_SIZE, MOST_SIZE, MASKED_SIZES = 9, 256, 8
@@ -32,7 +33,7 @@ class TensorRTGraph:
 
     model: ir.Model
     decomposed: Mapping[str, str] = field(default_factory=dict)  # attentions without a kernel
-    plugins: Mapping[str, str] = field(default_factory=dict)  # those of Transom's kernel
+    plugins: Mapping[str, str] = field(default_factory=dict)  # those of Transom's kernel; HEAD_BIAS by choice
     masked: Mapping[str, str] = field(default_factory=dict)  # those with a mask though lengths were requested
 
     @property
@@ -67,7 +68,8 @@ def tensorrt_graphs(
     """Return the default graphs by name, rewritten for TensorRT's builder.
 
     A KV cache gets its greatest length, the only one that TensorRT writes to. Attention without a TensorRT kernel is
-    decomposed, or with ``plugins``, which full TensorRT supports, becomes a function that Transom's kernel computes. A
+    decomposed, or with ``plugins``, which full TensorRT supports, becomes a function that Transom's kernel computes;
+    so does attention with a bias per head, which otherwise stays TensorRT's (docs/decisions.md has the reasons). A
     fused integer product that is split becomes a product for each output, for TensorRT dequantises the fused one. A
     GRU becomes a loop of one product a step, for the parser does not read it in half precision. With ``attention``
     LENGTHS a cache is read by lengths instead of a mask. ``axes`` are the engine's bounds, by default the bundle's. All
@@ -87,9 +89,11 @@ def tensorrt_graphs(
         decomposed = {str(node.name): reason for node, reason in refused.items()}
         ours: dict[str, str] = {}
         if plugins:
-            left = plugin_attention(model, refused.__contains__)
-            ours = {name: reason for name, reason in decomposed.items() if name not in left}
-            decomposed = {name: f"{decomposed[name]}, and ours none {reason}" for name, reason in left.items()}
+            chosen = {node: HEAD_BIAS for node in reasons if has_head_bias(node)} | refused
+            left = plugin_attention(model, chosen.__contains__)
+            ours = {str(node.name): reason for node, reason in chosen.items() if str(node.name) not in left}
+            lost = {name: reason for name, reason in left.items() if name in decomposed}
+            decomposed = {name: f"{decomposed[name]}, and ours none {reason}" for name, reason in lost.items()}
         decompose_attention(model, refused.__contains__)
         split_fused_matmul(model)
         gru_scan(model)

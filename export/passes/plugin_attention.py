@@ -40,6 +40,7 @@ ATTRIBUTES: Mapping[str, Mapping[str, type]] = {
     CAUSAL: {SCALE: float},
 }
 AXES = "bhmn"  # of the scores: rows, heads, queries, keys
+HEADS = AXES.index("h")
 DTYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 ATTRIBUTE_TYPES = {float: ir.AttributeType.FLOAT, str: ir.AttributeType.STRING, int: ir.AttributeType.INT}
 MAX_HEAD_SIZE = 256
@@ -67,6 +68,14 @@ def plugin_attention(model: ir.Model, chosen: Callable[[ir.Node], bool]) -> Mapp
 def is_attention(node: ir.Node) -> bool:
     """Return whether the node is ONNX's own ``Attention``."""
     return is_standard(node, "Attention")
+
+
+def has_head_bias(node: ir.Node) -> bool:
+    """Return whether an ``Attention`` adds numbers of each head to its scores: a relative position bias."""
+    query, _, _, mask = inputs_of(node, len(ATTENTION_INPUTS))
+    if query is None or mask is None or mask.shape is None or len(mask.shape) != len(AXES):
+        return False
+    return mask.dtype in DTYPES and size_along(mask, HEADS) != 1 and size_along(mask, HEADS) == size_along(query, HEADS)
 
 
 def reason_against_plugin(node: ir.Node) -> str | None:

@@ -10,10 +10,10 @@ operands are held in registers, and tiles are small.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transom.export.plugins.flash_attention import NO_MASK
-from transom.export.plugins.kernel_spec import TileSizes, Variant, padded_size
+from transom.export.plugins.kernel_spec import LEAST, TileSizes, Variant, padded_size
 from transom.runtime.errors import EngineError
 
 KIB = 1024
@@ -44,6 +44,7 @@ GPUS = {  # by compute capability (CUDA C++ Programming Guide, "Technical Specif
     100: Gpu(64, 32, 228 * KIB),
     120: Gpu(48, 24, 100 * KIB),
 }
+FEWEST_QUERIES = 64  # that a program is halved to for the last of many queries; fewer where there are no more
 FIRST_ARCH_SPECIFIC = 90  # from here on Triton's PTX is architecture-specific ("sm_90a"): no later GPU runs it
 AMPERE, HOPPER, BLACKWELL = "mma", "wgmma", "tcgen05"  # tensor-core instructions that Triton uses
 FAMILIES = {80: AMPERE, 86: AMPERE, 87: AMPERE, 89: AMPERE, 120: AMPERE, 90: HOPPER, 100: BLACKWELL}
@@ -102,6 +103,22 @@ def tile_sizes_for(capability: int, variant: Variant) -> TileSizes:
     else:
         table = TURING if capability == 75 else HALVES[FAMILIES[capability]]
     return table[row][column]
+
+
+def fitted(tiles: TileSizes, queries: int | None, keys: int | None) -> TileSizes:
+    """Return ``tiles`` for the number of queries and of keys, which windows of an image fix; None for an unknown one.
+
+    Queries are halved while fewer are then computed for nothing: 49 take 64 instead of 128, 144 three times 64 instead
+    of twice 128. Keys are halved while one block holds them all. Warps are halved with each: a thread keeps its work.
+    """
+    m, n = tiles.m, tiles.n
+    while queries is not None and m > LEAST and (m > FEWEST_QUERIES or queries <= m // 2):
+        if -(-queries // m) * m == -(-queries // (m // 2)) * (m // 2):
+            break
+        m //= 2
+    while keys is not None and n > LEAST and keys <= n // 2:
+        n //= 2
+    return replace(tiles, m=m, n=n, warps=max(1, tiles.warps * m * n // (tiles.m * tiles.n)))
 
 
 def portable(capability: int) -> int:

@@ -20,7 +20,7 @@ from transom.export.plugins.aot import Compiled, attention_ptx
 from transom.export.plugins.flash_attention import ADDITIVE, BOOLEAN, NO_MASK
 from transom.export.plugins.kernel_spec import TileSizes, Variant
 from transom.export.plugins.layout import Layout
-from transom.export.plugins.tile_sizes import SHARED, portable, tile_sizes_for
+from transom.export.plugins.tile_sizes import SHARED, fitted, portable, tile_sizes_for
 from transom.runtime.errors import EngineError
 
 DTYPES = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16"}  # of trt.DataType, by the names of its members
@@ -77,18 +77,21 @@ def layout_of(operator: str, shapes: Sequence[Sizes], mask_axes: str = AXES) -> 
     return Layout(mask=mask_axes.removesuffix(AXES[-1]))
 
 
-def candidates(sm: int, variant: Variant) -> tuple[TileSizes, ...]:
-    """Return the tile sizes that TensorRT times on the GPU: those for many queries, and those for a decoding step."""
+def candidates(sm: int, variant: Variant, queries: int | None = None, keys: int | None = None) -> tuple[TileSizes, ...]:
+    """Return the tile sizes that TensorRT times on the GPU: those for many queries, and those for a decoding step.
+
+    Both are fitted to the numbers of ``queries`` and ``keys`` where the graph fixes them.
+    """
     sm = portable(sm)
-    return tuple(dict.fromkeys((tile_sizes_for(sm, variant), tile_sizes_for(sm, replace(variant, split=True)))))
+    both = tile_sizes_for(sm, variant), tile_sizes_for(sm, replace(variant, split=True))
+    return tuple(dict.fromkeys(fitted(tiles, queries, keys) for tiles in both))
 
 
-def kernel_of(variant: Variant, layout: Layout, sm: int, tactic: int) -> Compiled:
-    """Compile the kernel of a ``tactic``, the index into ``candidates``, from 1.
+def kernel_of(variant: Variant, layout: Layout, sm: int, tiles: TileSizes) -> Compiled:
+    """Compile the kernel with one of ``candidates``.
 
     Raises EngineError for one that needs more shared memory than a launch gets without opting in.
     """
-    tiles = candidates(sm, variant)[max(tactic, 1) - 1]
     compiled = attention_ptx(portable(sm), variant, layout, tiles)
     if compiled.shared > SHARED:
         raise EngineError(
@@ -118,7 +121,7 @@ def register_plugin(trtp: Any, operator: str, sm: int, failed: Callable[[Excepti
     def combinations(*given: Any) -> list[Any]:
         dtypes, shapes = dtypes_and_shapes(given[:count])
         variant = variant_of(operator, dtypes, shapes, 1.0)
-        tactics = list(range(1, len(candidates(sm, variant)) + 1))
+        tactics = list(range(1, len(candidates(sm, variant, shapes[0][2], shapes[1][2])) + 1))
         types = [TYPES[dtype] for dtype in (*dtypes, dtypes[0])]
         return [trtp.AutoTuneCombination(", ".join(types), "LINEAR", tactics)]
 
@@ -126,7 +129,9 @@ def register_plugin(trtp: Any, operator: str, sm: int, failed: Callable[[Excepti
         scale, *axes, _, tactic = given[count:]
         dtypes, shapes = dtypes_and_shapes(given[:count])
         layout = layout_of(operator, shapes, *axes)
-        compiled = kernel_of(variant_of(operator, dtypes, shapes, scale), layout, sm, tactic)
+        variant = variant_of(operator, dtypes, shapes, scale)
+        tiles = candidates(sm, variant, shapes[0][2], shapes[1][2])[max(tactic, 1) - 1]
+        compiled = kernel_of(variant, layout, sm, tiles)
         query, key = (tensor.shape_expr for tensor in given[:2])
         B, S, T = query[0], query[2], key[2]
         launch = trtp.KernelLaunchParams()

@@ -54,7 +54,9 @@ LOOKS = {  # of a kind of kernel: class of its colour, opacity, class of the let
 }
 KEYS = {"mark": "", "warm": "w", "veil": "v"}  # classes of the legend, by colour
 COUNTED = {"attention": "attention", "gelu": "GELU", "int8": "integer product"}  # sections of a profile in bundle.json
-WITHOUT_KERNEL = {  # what replaces attention that TensorRT has no kernel of, by the key of bundle.json
+EVIDENCE = {"executed": "Executed", "compiled": "Compiled only"}  # of a graph, by the key of bundle.json
+MOST_EVIDENCE, MOST_LINE = 8, 200  # lines about a graph, and characters of one
+WITHOUT_KERNEL = {  # what replaces TensorRT's attention, by the key of bundle.json
     "written_out": "two products and a softmax",
     "plugins": "a kernel of our own",
 }
@@ -79,7 +81,7 @@ class EngineProfile:
     dequantized: tuple[str, ...]
     unrecognized: Mapping[str, tuple[str, ...]]  # nodes whose layers the builder's log did not explain, by section
     unfused_nodes: tuple[str, ...]
-    without_kernel: tuple[str, ...]  # attention that TensorRT has no kernel of: how often, why, what replaces it
+    without_kernel: tuple[str, ...]  # attention that is not TensorRT's own: how often, why, what replaces it
     loops: str  # how many there are, and how many kernels a step takes; "" for none
     kernels: Kernels
 
@@ -130,6 +132,7 @@ def engines_section(manifest: Manifest) -> Markup:
         libraries=list(dict.fromkeys(f"{name(at(e, 'library'))} {name(at(e, 'version'))}" for _, e in engines)),
         profiles=profiles,
         cut=len(profiles) == MOST_PROFILES,
+        evidence=evidence_rows(manifest),
         without_kernel=[group for group in groups if group.profile.without_kernel],
         loops=[group for group in groups if group.profile.loops],
         bars=[(group, stacked_bar(group.profile, axis)) for group in drawn],
@@ -140,6 +143,19 @@ def engines_section(manifest: Manifest) -> Markup:
         kernel_lists=kernel_lists(groups),
         most_nodes=MOST_NODES,
     )
+
+
+def evidence_rows(manifest: Manifest) -> list[tuple[str, str, str]]:
+    """Return (target and graph, "Executed" or "Compiled only", a line) for what the build of each engine recorded."""
+    rows = (
+        (f"{visible(target, 40)}, {visible(graph, 40)}", title, visible(line, MOST_LINE))
+        for target, engine in object_of(manifest.engines).items()
+        for graph in object_of(at(engine, "plans"))
+        for key, title in EVIDENCE.items()
+        for line in list_of(at(engine, "graphs", graph, key))[:MOST_EVIDENCE]
+        if isinstance(line, str)
+    )
+    return list(islice(rows, MOST_LISTED))
 
 
 def engine_profiles(manifest: Manifest) -> list[EngineProfile]:
@@ -189,7 +205,7 @@ def names_of(recorded: Any) -> tuple[str, ...]:
 
 
 def reasons(key: str, recorded: Any) -> list[str]:
-    """Return why TensorRT has no kernel, how often, and what replaces it. Such attention does not count as unfused."""
+    """Return why an attention is not TensorRT's own, how often, and what replaces it. It does not count as unfused."""
     values = recorded.values() if isinstance(recorded, Mapping) else ()
     counts = Counter(visible(reason, 80) for reason in islice(values, MOST_LISTED) if isinstance(reason, str))
     return [f"{count:,} {reason}: {WITHOUT_KERNEL[key]}" for reason, count in counts.most_common(MOST_NODES)]

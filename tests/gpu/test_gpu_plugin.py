@@ -23,8 +23,9 @@ from emulated_driver import TYPES, compile_elsewhere
 from transom.export.plugins import tile_sizes as tables
 from transom.export.plugins.aot import Compiled
 from transom.export.plugins.cuda_launcher import Kernel
-from transom.export.plugins.kernel_spec import TileSizes, padded_size
+from transom.export.plugins.kernel_spec import TileSizes, Variant, padded_size
 from transom.export.plugins.tile_sizes import portable
+from transom.export.plugins.trt_plugin import candidates
 from transom.runtime.backends.cuda import Gpu
 
 # Units of roundoff of max|exact|, as in test_flash_attention.py, with more for what a GPU does besides: ex2.approx is
@@ -78,6 +79,7 @@ SPLIT_CASES = (
     case("bshd", mask="b", split=True, mask_kind=1, bias=True),
 )
 CAUSAL = (UNSPLIT[1], UNSPLIT[3], UNSPLIT[6])
+WINDOWS = ((32, 49), (16, 64), (24, 16), (32, 144), (32, 256))  # sizes of heads, pixels of a window
 FEW = (case(causal=True, lengths=True), case(mask="bm", mask_kind=2, bias=True))
 
 
@@ -245,6 +247,26 @@ def test_blocks(size: int, precision: str, gpu: Gpu, results: Any, tmp_path: Pat
     found = f"worst: {worst:.1f} units of roundoff, at most {ROUNDOFF[precision][1]}"
     results.add(f"fused attention, head size {size}, {len(candidates)} blocks", "PTX", precision, found)
     assert not wrong, "; ".join(wrong)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("size", "pixels"), WINDOWS)
+def test_windows(size: int, pixels: int, precision: str, gpu: Gpu, results: Any, tmp_path: Path) -> None:
+    """A bias of each head, as an engine's plugin has it of Swin, in every tile that TensorRT chooses from."""
+    dtype, product_of = ("fp32", "tf32") if precision == "tf32" else (precision, "ieee")
+    offered = candidates(
+        10 * gpu.capability[0] + gpu.capability[1],
+        Variant(dtype, size, HEADS, mask=2, precision=product_of),
+        pixels,
+        pixels,
+    )
+    cases = tuple(Case((("mask_kind", 2),), mask="hm", tiles=tiles) for tiles in offered)
+    for each, pair in compiled(cases, precision, size, gpu, tmp_path).items():
+        given, expected = inputs(pair[0], pixels, pixels)
+        units = units_of(launched((Kernel(pair[0]),), given, pixels, 1), expected, precision)
+        found = f"{each.tiles}: {units:.1f} units of roundoff, at most {ROUNDOFF[precision][1]}"
+        results.add(f"fused attention with a bias, windows of {pixels}, head size {size}", "PTX", precision, found)
+        assert units <= ROUNDOFF[precision][1], found
 
 
 def entries(precision: str, size: int) -> Iterator[TileSizes]:

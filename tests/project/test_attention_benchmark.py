@@ -33,6 +33,11 @@ def test_the_benchmark_s_arithmetic_by_hand(benchmark: Any) -> None:
     assert whole.bytes == 2 * (2 * 3 * 4 * 64) * 4  # Q, K, V, O
     assert replace(whole, kind="biased").bytes == whole.bytes + 2 * 3 * 16
     assert replace(whole, kind="masked").bytes == whole.bytes + 2 * 4
+    windows = Case("windows", "fp16", 64, 49, 49, 3, 32)
+    assert windows.bytes == 4 * 64 * 3 * 49 * 32 * 2 + 3 * 49 * 49 * 2
+    assert (windows.aim, replace(windows, kind="prompt").aim) == (1.5, 0.9)
+    assert windows.tiles(TileSizes(128, 32, 8, 2)) == TileSizes(64, 32, 4, 2)  # of a plugin; all else has the table's
+    assert replace(windows, kind="biased").tiles(TileSizes(128, 32, 8, 2)) == TileSizes(128, 32, 8, 2)
     step = Case("step", "fp16", 1, 1, 100, 4, 64, groups=2)
     assert step.bytes == 2 * 2 * 4 * 64 + 2 * 2 * 2 * 100 * 64
     assert replace(step, int8=True).bytes == 2 * 2 * 4 * 64 + 2 * 2 * 100 * (64 + 4)
@@ -49,7 +54,7 @@ def test_the_benchmark_s_arithmetic_by_hand(benchmark: Any) -> None:
     assert benchmark.ratio_of(sides[:1]) == (None, "none")
     assert benchmark.splits_of(replace(step, T=1100)) == [1, 2, 4, 8]
     names = [case.name for case in benchmark.cases(quick=False)]
-    assert len(names) == len({*names}) == 4 * (6 + 3 + 3 + 3 + 4 + 2) + 4 * 2 * (2 * 7 + 3) + 2 * 2 * 4 * 3
+    assert len(names) == len({*names}) == 4 * (6 + 3 + 3 + 3 + 4 + 2 + 11) + 4 * 2 * (2 * 7 + 3) + 2 * 2 * 4 * 3
     assert [case.name for case in benchmark.cases(quick=True, only=["biased"])] == [
         "biased fp16 head 64 B=16 S=1024 T=1024"
     ]

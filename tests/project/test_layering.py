@@ -39,6 +39,7 @@ THEIRS = {
     "cli": {"typer", "rich", "numpy", "PIL"},
 }
 TORCH_TOO = {"export/onnx_export.py", "export/parity/backends.py"}
+TORCH_TOO |= {"export/plugins/interpreter.py"}  # inside functions: Triton's interpreter takes torch's tensors
 # Only inside functions: `transom --help` must not wait for them, nor a local checkpoint for the hub's client.
 LAZY = {"models": ("huggingface_hub",), "cli": ("transom", "numpy", "PIL")}
 LIGHT = ("errors", "format", "probe", "progress")  # of the runtime: they import the standard library alone

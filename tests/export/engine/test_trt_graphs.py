@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from biased_attention import biased_graph, mask_of
 from rtx import needs_rtx
 from tiny_graphs import graph_of, normal, operators, relative_error
 from transom.export.engine.build import build
@@ -75,6 +76,34 @@ def test_what_has_a_kernel(heads: int, size: int, mask: bool, step: bool, fuses:
             build_engine("model", data, (Profile("all", shapes),), target)  # type: ignore[arg-type]
         return
     built = build_engine("model", data, (Profile("all", shapes),), target)  # type: ignore[arg-type]
+    assert sum(bool(FUSED_ATTENTION.search(kernel.name)) for kernel in kernels_of(built.log, 1)[0]) == 1
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("heads", "side", "size", "windows", "precision", "fuses"),
+    [
+        (3, 7, 32, 0, "fp16", True),
+        (3, 7, 32, 2, "bf16", True),
+        (6, 12, 32, 0, "fp16", True),
+        (1, 7, 32, 0, "fp16", False),
+    ],
+)
+def test_a_bias_per_head_has_a_kernel(
+    heads: int, side: int, size: int, windows: int, precision: str, fuses: bool
+) -> None:
+    """Swin's attention, of windows as rows and, shifted, as heads."""
+    mask = mask_of(heads, side, windows)
+    model = biased_graph(mask, size, precision)
+    (node,) = (node for node in model.graph if node.op_type == "Attention")
+    assert (without_kernel(node, ENCODER) is None) == fuses
+    shapes = {name: tuple((B, mask.shape[1], side * side, size) for B in ROWS) for name in "qkv"}
+    (target,) = find_targets(["rtx-sm86"])
+    if not fuses:
+        with pytest.raises(EngineError, match="cannot build the graph"):
+            build_engine("model", TensorRTGraph(model).serialized(), (Profile("all", shapes),), target)  # type: ignore[arg-type]
+        return
+    built = build_engine("model", TensorRTGraph(model).serialized(), (Profile("all", shapes),), target)  # type: ignore[arg-type]
     assert sum(bool(FUSED_ATTENTION.search(kernel.name)) for kernel in kernels_of(built.log, 1)[0]) == 1
 
 

@@ -232,7 +232,7 @@ def test_the_report_says_why(capsys: pytest.CaptureFixture[str]) -> None:
     print_kernels(build.Engine("tensorrt", "decoder", 1, 0.0, (), {}, *reasons))
     assert [line.strip() for line in capsys.readouterr().out.splitlines() if line.strip()] == [
         "tensorrt, decoder: 2 attentions are decomposed, TensorRT has no kernel in FP32",
-        "tensorrt, decoder: 1 attentions are our plugin, TensorRT has no kernel in FP32",
+        "tensorrt, decoder: 1 attentions are our plugin: in FP32",
         "tensorrt, decoder: 1 attentions read a mask instead of lengths: it has no mask",
     ]
 
@@ -261,7 +261,7 @@ def test_the_parser_must_have_taken_the_plugin(tmp_path: Path) -> None:
 def test_without_triton_the_build_says_what_to_do(vit_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = tensorrt_graphs(Bundle(vit_bundle), plugins=True)
     monkeypatch.setattr(build, "find_spec", lambda name: None)
-    match = r"3 attentions in FP32; Transom.s is compiled by triton, which is not installed"
+    match = r"3 attentions in FP32 are Transom.s kernel, which is compiled by triton, and triton is not installed"
     with pytest.raises(BackendError, match=match):
         build.require_compiler(graphs)
     build.require_compiler(tensorrt_graphs(Bundle(vit_bundle)))  # decomposed: nothing is compiled

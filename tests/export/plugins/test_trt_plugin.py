@@ -34,19 +34,21 @@ from transom.export.passes import plugin_attention
 from transom.export.passes.plugin_attention import CAUSAL, DOMAIN, INPUTS, MASKED, PLAIN, function_of
 from transom.export.plugins import kernel_spec as launch
 from transom.export.plugins.aot import compiled_from_json
-from transom.export.plugins.kernel_spec import Variant
-from transom.export.plugins.tile_sizes import SPILLED, portable, tile_sizes_for
+from transom.export.plugins.kernel_spec import TileSizes, Variant
+from transom.export.plugins.tile_sizes import SPILLED, fitted, portable, tile_sizes_for
 from transom.export.plugins.trt_plugin import candidates, layout_of, variant_of
 from transom.runtime.backends import cuda
 from transom.runtime.errors import EngineError
 
 QKV = [["B", 12, "S", 64]] * 3
 CACHE = [["B", 12, "S", 64], ["B", 4, 1024, 64], ["B", 4, 1024, 64]]
-# (operator, trt.DataType of the inputs, their shapes, the mask's axes): as bert, vit and gpt have them in engines
+# (operator, trt.DataType of the inputs, their shapes, the mask's axes): as bert, vit, gpt and swin have them in engines
+WINDOWS = [["B", 6, 49, 32]] * 3
 CASES: list[tuple[str, list[str], list[Any], str]] = [
     (MASKED, ["FLOAT"] * 3 + ["BOOL"], [*QKV, ["B", 1, 1, "S"]], "bn"),
     (PLAIN, ["BF16"] * 3, QKV, ""),
     (CAUSAL, ["HALF"] * 3 + ["INT32"], [*CACHE, ["B"]], ""),
+    (MASKED, ["BF16"] * 4, [*WINDOWS, [1, 6, 49, 49]], "hmn"),
     (MASKED, ["HALF"] * 4, [*QKV[:1], ["B", 12, "T", 64], ["B", 12, "T", 64], [1, 12, "S", "T"]], "hmn"),
 ]
 SIZES = {"B": 3, "S": 50, "T": 70}
@@ -54,7 +56,7 @@ SCRIPT = """
 import json, sys
 import emulated_tensorrt as emulated
 from transom.export.plugins.aot import json_from_compiled
-from transom.export.plugins.trt_plugin import kernel_of, layout_of, register_plugins, variant_of
+from transom.export.plugins.trt_plugin import candidates, kernel_of, layout_of, register_plugins, variant_of
 failed = []
 register_plugins(emulated.install(), 89, failed.append)
 sizes = json.loads(sys.argv[2])
@@ -65,16 +67,16 @@ for operator, dtypes, shapes, axes in json.loads(sys.argv[1]):
     about = variant_of(operator, dtypes, fixed, 0.125), layout_of(operator, fixed, *([axes] if axes else []))
     print(json.dumps([
         {
-            "source": json_from_compiled(kernel_of(*about, 89, tactic)),
+            "source": json_from_compiled(kernel_of(*about, 89, tiles)),
             "name": each["name"], "ptx": each["ptx"],
             "launch": {name: getattr(each["launch"], name).expr.value(sizes) for name in launch},
             "integers": each["integers"].values_for(sizes), "output": [size.value(sizes) for size in each["output"]],
         }
-        for tactic, each in enumerate(made, start=1)
+        for tiles, each in zip(candidates(89, about[0], fixed[0][2], fixed[1][2]), made, strict=True)
     ]))
 steps = []
 for sm in (75, 80, 90, 100, 120):
-    made = kernel_of(*about, sm, 2)
+    made = kernel_of(*about, sm, candidates(sm, about[0])[1])
     steps.append([sm, made.capability, made.shared, *made.assembled])
 print(json.dumps(steps))
 try:
@@ -108,23 +110,29 @@ def test_nvidias_package_takes_our_plugins(planned: Any) -> None:
         assert [each["name"] for each in tactics] == ["attention", "attention"]
         assert tactics[0]["ptx"] != tactics[1]["ptx"]
         for each in tactics:
-            assert each["output"] == [SIZES.get(str(size), size) for size in shapes[0]] == [3, 12, 50, 64]
+            assert each["output"] == [SIZES.get(str(size), size) for size in shapes[0]]
             assert ".target sm_89\n" in each["ptx"]
             assert f".reqntid {each['launch']['block_x']}\n" in each["ptx"]
 
 
 def test_the_launch_by_hand(planned: Any) -> None:
-    """B = 3, S = 50, 12 heads: 36 programs of 64 queries in FP32, of 128 in halves; a step's are of 16."""
+    """B = 3, S = 50, 12 heads: 36 programs of 64 queries in FP32, of 128 in halves; a step's are of 16.
+
+    Windows of 49 pixels, whose number the graph fixes, take 64.
+    """
     cases, *_ = planned
     tiles = [
-        candidates(89, variant_of(operator, dtypes, numbers(shapes), 0.125)) for operator, dtypes, shapes, _ in CASES
+        candidates(
+            89, variant_of(operator, dtypes, numbers(shapes), 0.125), numbers(shapes)[0][2], numbers(shapes)[1][2]
+        )
+        for operator, dtypes, shapes, _ in CASES
     ]
-    assert [[each.m for each in both] for both in tiles] == [[64, 16], [128, 16], [128, 16], [64, 16]]
-    for both, tactics in zip(tiles, cases, strict=True):
+    assert [[each.m for each in both] for both in tiles] == [[64, 16], [128, 16], [128, 16], [64, 16], [64, 16]]
+    for both, tactics, (_, _, shapes, _) in zip(tiles, cases, CASES, strict=True):
         for each, made in zip(both, tactics, strict=True):
             launch = made["launch"]
-            tiles = -(-50 // each.m)
-            assert [launch[f"grid_{axis}"] for axis in "xyz"] == [tiles * 3 * 12, 1, 1]
+            tiles = -(-SIZES.get(shapes[0][2], 49) // each.m)
+            assert [launch[f"grid_{axis}"] for axis in "xyz"] == [tiles * 3 * shapes[0][1], 1, 1]
             assert [launch[f"block_{axis}"] for axis in "xyz"] == [32 * each.warps, 1, 1]
             assert 0 < launch["shared_mem"] <= 48 * 1024
 
@@ -138,6 +146,7 @@ def test_the_integers_by_hand(planned: Any) -> None:
         [50, 50, *q, *q, *q, 50, *q],  # a mask (B, 1, 1, T) moves by T from row to row
         [50, 50, *q, *q, *q, *q],
         [50, 1024, *q, *cache, *cache, *q],
+        [49, 49, *[6 * 49 * 32, 49 * 32] * 3, 49 * 49, 49, 6 * 49 * 32, 49 * 32],
         [50, 70, *q, *k, *k, 50 * 70, 70, *q],  # (1, H, S, T): by S T from head to head, by T from query to query
     ]
     for integers, tactics in zip(expected, cases, strict=True):
@@ -235,8 +244,8 @@ def test_variants_by_hand() -> None:
     masked = variant_of(MASKED, ["FLOAT"] * 3 + ["BOOL"], numbers(CASES[0][2]), 0.5)
     assert masked == Variant("fp32", 64, 12, 1, 0.5, mask=1)
     assert layout_of(MASKED, numbers(CASES[0][2]), "bn").mask == "b"
-    assert variant_of(MASKED, ["HALF"] * 4, numbers(CASES[3][2]), 0.5).mask == 2
-    assert layout_of(MASKED, numbers(CASES[3][2]), "hmn").mask == "hm"
+    assert variant_of(MASKED, ["HALF"] * 4, numbers(CASES[4][2]), 0.5).mask == 2
+    assert layout_of(MASKED, numbers(CASES[4][2]), "hmn").mask == "hm"
     fixed = [[1, 4, 1, 8], [1, 4, 1, 8], [1, 4, 1, 8], [1, 4, 1, 1]]  # sizes of one are axes all the same
     assert layout_of(MASKED, fixed, "bhmn").mask == "bhm"
     causal = variant_of(CAUSAL, ["HALF"] * 3 + ["INT32"], numbers(CASES[2][2]), 0.5)
@@ -278,6 +287,23 @@ def test_inputs_that_do_not_fit_together(operator: str, dtypes: list[str], shape
 def test_heads_that_the_pass_takes_have_a_kernel() -> None:
     """One bound in two places: the pass needs no compiler, the kernel no graph."""
     assert plugin_attention.MAX_HEAD_SIZE == launch.MOST_SIZE == 256
+
+
+def test_tiles_for_windows_by_hand() -> None:
+    """Windows of 4, 7, 8, 12 and 16 pixels a side: queries and keys that are computed for nothing are few."""
+    halves, step = tile_sizes_for(89, Variant("fp16", 32, mask=2)), tile_sizes_for(89, Variant("fp16", 32, split=True))
+    found = {
+        N: [(t.m, t.n, t.warps) for t in (fitted(halves, N, N), fitted(step, N, N))] for N in (16, 49, 64, 144, 256)
+    }
+    assert found == {
+        16: [(16, 16, 1), (16, 16, 1)],
+        49: [(64, 32, 4), (16, 64, 2)],
+        64: [(64, 32, 4), (16, 64, 2)],
+        144: [(64, 32, 4), (16, 128, 4)],
+        256: [(128, 32, 8), (16, 128, 4)],
+    }
+    assert fitted(halves, None, None) == halves
+    assert candidates(89, Variant("fp16", 32, mask=2), 16, 16) == (TileSizes(16, 16, 1, 2),)  # one, not the same twice
 
 
 def test_gpus_that_the_table_does_not_have() -> None:
