@@ -22,6 +22,7 @@ from transom.export.bundle_graphs import canonical_graphs
 from transom.export.bundle_writer import BundleWriter
 from transom.export.engine.build import Engine, engine_of
 from transom.export.engine.build_process import build_engine
+from transom.export.engine.evidence import Evidence
 from transom.export.engine.profiles import profiles_of
 from transom.export.engine.targets import find_targets
 from transom.export.engine.trt_graphs import tensorrt_graphs
@@ -127,7 +128,9 @@ def engines_of(bundle: Bundle, targets: Sequence[str]) -> list[Engine]:
         name, graph = file.graph.name, graphs[file.graph.name]
         profiles, model = profiles_of(file.graph, bundle.manifest.axes), graph.serialized()
         for target in find_targets(targets):
-            engines.append(engine_of(target, name, graph, build_engine(name, model, profiles, target), profiles, 0.0))
+            engines.append(
+                engine_of(target, name, graph, build_engine(name, model, profiles, target), profiles, 0.0, Evidence())
+            )
     return engines
 
 
