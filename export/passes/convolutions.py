@@ -104,8 +104,12 @@ def gains(node: ir.Node, weight: ir.Value) -> bool:
     shape = weight_shape(weight)
     if len(shape) != 4 or node.inputs[0] is None or is_weight(node.inputs[0]):
         return False
-    outputs, inputs, *_ = shape
-    groups = integer_attribute(node, "group", 1)
+    return shape[1] >= LEAST_INPUTS and multiply_adds_per_value(node, weight) >= LEAST_PRODUCTS
+
+
+def multiply_adds_per_value(node: ir.Node, weight: ir.Value) -> float:
+    """Return how many multiply-adds a ``Conv`` makes for each value that it reads or writes: rule 2."""
+    outputs, inputs, *_ = weight_shape(weight)
     strides = node.attributes.get("strides")
-    moved = inputs * groups * prod(strides.as_ints() if strides is not None else (1, 1)) + outputs
-    return inputs >= LEAST_INPUTS and prod(shape) >= LEAST_PRODUCTS * moved
+    read = inputs * integer_attribute(node, "group", 1) * prod(strides.as_ints() if strides is not None else (1, 1))
+    return prod(weight_shape(weight)) / (read + outputs)
