@@ -147,6 +147,19 @@ def vit(folder: Path) -> None:
     write_processor(folder, {"image_processor_type": "ViTImageProcessor", "size": {"height": SIDE, "width": SIDE}})
 
 
+def vit_hybrid(folder: Path) -> None:
+    """Write a classifier of images of 8x8 pixels, whose feature map of 2x2 makes four patches.
+
+    The 3x3 convolution of the one stage has 32 channels: INT8 takes it.
+    """
+    sys.path[:0] = [str(TESTS / "support"), str(TESTS)]
+    from vit_hybrid_models import save_hybrid
+
+    backbone = {"embedding_size": 8, "hidden_sizes": [128], "depths": [1], "out_features": ["stage1"]}
+    sizes = {**SIZES, **HEAD, "image_size": SIDE}
+    save_hybrid(folder, "ViTHybridForImageClassification", backbone_config=backbone, **sizes)
+
+
 CHECKPOINTS: dict[str, Callable[[Path], None]] = {
     "bert": bert,
     "clip": clip,
@@ -158,8 +171,10 @@ CHECKPOINTS: dict[str, Callable[[Path], None]] = {
     "swinv2": swinv2,
     "transformer": transformer,
     "vit": vit,
+    "vit_hybrid": vit_hybrid,
 }
-BOUNDS = {name: ["B=2"] for name in ("vit", "show_attend_tell", "swin", "swinv2")}  # of axes; the others' are B=2 and S
+IMAGES = ("vit", "vit_hybrid", "show_attend_tell", "swin", "swinv2")
+BOUNDS = {name: ["B=2"] for name in IMAGES}  # of axes; the others' are B=2 and S
 DATA = {  # files of ``write_data``
     "bert": ["sentences.txt"],
     "clip": ["words.txt", "pixels.npz"],
@@ -171,6 +186,7 @@ DATA = {  # files of ``write_data``
     "swinv2": ["pixels.npz"],
     "transformer": ["ids.npz"],
     "vit": ["pixels.npz"],
+    "vit_hybrid": ["pixels.npz"],
 }
 
 

@@ -27,6 +27,7 @@ KEPT = TESTS / "bundles"
 FAMILIES_OF = {
     "0.1.0": (
         *("bert", "clip", "electra", "gpt", "seq2seq", "show_attend_tell", "swin", "swinv2", "transformer", "vit"),
+        "vit_hybrid",
     )
 }  # of each version
 BUNDLES = sorted(path.parent.relative_to(KEPT).as_posix() for path in KEPT.glob("*/*/bundle.json"))
@@ -93,6 +94,11 @@ ANSWERS: dict[str, tuple[object, float]] = {
     "0.1.0/vit-int8-exact": ("0", 0.9130),
     "0.1.0/vit-int8-saturated": ("0", 0.9130),
     "0.1.0/vit-int8-7bits": ("0", 0.9120),
+    "0.1.0/vit_hybrid-fp32": ("bad", 0.4012),
+    "0.1.0/vit_hybrid-fp16": ("bad", 0.4013),
+    "0.1.0/vit_hybrid-bf16": ("bad", 0.4017),
+    "0.1.0/vit_hybrid-int8": ("bad", 0.4011),
+    "0.1.0/vit_hybrid-int4": ("bad", 0.3989),
 }
 
 DIGIT = ("005d9100", "00dfaf50", "03f20b80", "04c00880", "05800980", "04b01c70", "02e5ac00", "006da000")  # a zero, / 16
@@ -175,6 +181,7 @@ ANSWER: dict[str, Callable[[Any], tuple[object, float]]] = {
     "swinv2": answer_vit,
     "transformer": answer_transformer,
     "vit": answer_vit,
+    "vit_hybrid": answer_vit,
 }
 
 

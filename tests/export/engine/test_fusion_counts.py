@@ -67,8 +67,9 @@ PINS = (
     Pin("seq2seq", "decoder", "decode", 0, 0, 10, 15, 15, 16),
     Pin("seq2seq-fixed", "encoder", "all", 0, 0, 1, 30, 28, 31),
     Pin("seq2seq-fixed", "decoder", "decode", 0, 0, 8, 8, 8, 9),
-    Pin("show_attend_tell", "encoder", "all", 0, 0, 3, 15, 17, 16),
+    Pin("show_attend_tell", "encoder", "all", 0, 0, 4, 15, 17, 16),
     Pin("show_attend_tell", "decoder", "decode", 0, 0, 8, 15, 15, 17),
+    Pin("vit_hybrid", "model", "all", 2, 2, 15, 70, 71, 75),  # 13 linear layers and two convolutions
 )
 MORE = {("rtx-sm86", "transformer", "prefill"): 2}  # kernels than elsewhere
 FP32 = Pin("vit", "model", "all", 0, 3, 0, 53, 53, 53)  # products and a softmax, in which there is nothing to fuse
