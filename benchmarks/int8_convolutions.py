@@ -9,7 +9,7 @@ its FP32 input and return FP32, in blocks that alternate:
 - result in floats: the same without the Q/DQ pair behind it, as linear layers are quantised;
 - ConvInteger: the operator that returns sums in 32 bits, scaled afterwards.
 
-The shapes are those of R50+ViT-B/16 at 384 pixels, small maps such as the reference models have, and ViT-B/16's patches.
+The shapes are those of R50+ViT-B/16 at 384 pixels, small maps as of the reference models, and ViT-B/16's patches.
 """
 
 from __future__ import annotations
@@ -173,7 +173,10 @@ def main() -> None:
         rows.append(row)
         speeds = " | ".join(f"{row[form]['speed']:.2f}" for form in FORMS)  # type: ignore[index]
         rule = "INT8" if row["quantised"] else "FP32"
-        print(f"| {shape.title} | {row['multiply_adds_per_value']} | {row['fp32_ms']:.2f} | {speeds} | {rule} |", flush=True)
+        print(
+            f"| {shape.title} | {row['multiply_adds_per_value']} | {row['fp32_ms']:.2f} | {speeds} | {rule} |",
+            flush=True,
+        )
     if options.json is not None:
         options.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
 
