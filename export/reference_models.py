@@ -251,6 +251,28 @@ REFERENCE_MODELS = {
             held_out=scans,
             examples=lambda: Examples(images=one_scan_each(DIGITS_SHOWN)),
         ),
+        ReferenceModel(
+            "swin",
+            "Swin of 0.1 M parameters for the same scans at 32x32, by examples/train_swin_digits.py",
+            shipped("swin"),
+            "8d9a14f22b5dd4b92da6bdc6f5572fb6100d4af62aa067ce61526a5c3a5e20e0",
+            calibration_set="digits",
+            task="image-classification",
+            score=scores.digits_score_of,
+            held_out=scans,
+            examples=lambda: Examples(images=one_scan_each(DIGITS_SHOWN)),
+        ),
+        ReferenceModel(
+            "swinv2",
+            "Swin v2 of 0.1 M parameters for the same scans at 32x32, by examples/train_swin_digits.py",
+            shipped("swinv2"),
+            "c1febdca23097eb77f7c97154fba42c48acf987e0a8075cb7b441e3cd6dc0a75",
+            calibration_set="digits",
+            task="image-classification",
+            score=scores.digits_score_of,
+            held_out=scans,
+            examples=lambda: Examples(images=one_scan_each(DIGITS_SHOWN)),
+        ),
     )
 }
 
