@@ -16,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from command_line import document, transom
 from conftest import Once
 from encoder_family import TEXTS, WORST, EncoderFamily
+from row_independence import check_encoders
 from tiny_graphs import operators
 from transom.export.checkpoint import LoadedCheckpoint, load_checkpoint
 from transom.models.bit import Window, converted_weight
+from transom.runtime import load
 from transom.runtime.backends.ort import session_entries
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import CheckpointError
@@ -71,6 +73,11 @@ class TestViTHybrid(EncoderFamily):
         assert (counts["QLinearConv"], left) == (2, 1 + 4 + 2 + 1)
         text = transom("inspect", bundle.folder).stdout
         assert "8 Conv: no linear layers, nor convolutions that gain" in text
+
+
+def test_rows_of_integer_convolutions_do_not_depend_on_their_neighbours(once: Once) -> None:
+    with load(TestViTHybrid().bundle(once, HEAD, "int8"), threads=2) as bundle:
+        check_encoders(bundle, lambda output: 0.0)
 
 
 def read(folder: Path, **options: Any) -> LoadedCheckpoint:
