@@ -40,6 +40,7 @@ RELATIVES = {
     "swin2sr": "Swin2SR enlarges images: Swin v2's layers between convolutions, without stages",
     "maskformer-swin": "MaskFormer's Swin gives the maps of all its stages, each with a norm of its own",
     "donut-swin": "Donut's Swin has no LayerNorm after its last stage",
+    "bit": "BiT classifies by the mean of its feature map; defined here is its backbone alone, within a hybrid ViT",
     "dinov2": "DINOv2 scales each residual branch and orders its patches' positions differently",
 }
 

@@ -149,7 +149,7 @@ def test_every_other_setting_equals_transformers(settings: dict[str, Any], tmp_p
 @pytest.mark.parametrize("size", [(33, 33), (47, 47), (64, 64)])
 @pytest.mark.parametrize("padding", ["same", None])
 def test_positions_are_interpolated_to_the_map(size: tuple[int, int], padding: str | None, tmp_path: Path) -> None:
-    """transformers 4 interpolated to the pixels, not the map, and failed; its ViT on the map is the reference."""
+    """transformers 4's code interpolates to the pixels, whose number does not fit; the reference is ViT's."""
     assert_equal(save_hybrid(tmp_path, HEAD, backbone_config={"global_padding": padding}), size)
 
 
