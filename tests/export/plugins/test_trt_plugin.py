@@ -14,9 +14,6 @@ import sys
 from importlib.util import find_spec
 from typing import Any
 
-import numpy as np
-import onnx_ir as ir
-import onnxruntime
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'transom[plugin]'")
@@ -31,10 +28,11 @@ from attention_reference import normal, require_close
 from emulated_driver import EmulatedDriver, Memories, to_gpu
 from paths import TESTS
 from transom.export.passes import plugin_attention
-from transom.export.passes.plugin_attention import CAUSAL, DOMAIN, INPUTS, MASKED, PLAIN, function_of
+from transom.export.passes.plugin_attention import CAUSAL, MASKED, PLAIN
 from transom.export.plugins import kernel_spec as launch
 from transom.export.plugins.aot import compiled_from_json
 from transom.export.plugins.kernel_spec import TileSizes, Variant
+from transom.export.plugins.plugin_calls import PluginCall, by_the_body
 from transom.export.plugins.tile_sizes import SPILLED, fitted, portable, tile_sizes_for
 from transom.export.plugins.trt_plugin import candidates, layout_of, variant_of
 from transom.runtime.backends import cuda
@@ -170,7 +168,7 @@ def test_what_the_plugin_launches_is_what_the_function_computes(
     """The kernel, with the grid and the integers that TensorRT was told, against the body in ONNX Runtime."""
     operator, dtypes, shapes, _ = CASES[case]
     given = inputs(operator, dtypes, shapes)
-    expected = torch.from_numpy(by_the_body(operator, given)).double()
+    expected = torch.from_numpy(body_of(operator, given)).double()
     for made in planned[0][case]:
         source = compiled_from_json(made["source"])
         emulated = EmulatedDriver(real_driver, Memories(real_runtime), [source])
@@ -203,22 +201,10 @@ def inputs(operator: str, dtypes: list[str], shapes: list[Any]) -> list[torch.Te
     return given
 
 
-def by_the_body(operator: str, given: list[torch.Tensor]) -> Any:
-    """In FP32."""
-    names = INPUTS[operator]
-    feeds = {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in zip(names, given, strict=True)}
-    values = []
-    for name, array in feeds.items():
-        dtype = ir.DataType.from_numpy(array.dtype)
-        values.append(ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(array.shape)))
-    call = ir.node(operator, values, {"scale": 0.125}, domain=DOMAIN)
-    call.outputs[0].name, call.outputs[0].type = "y", ir.TensorType(ir.DataType.FLOAT)
-    call.outputs[0].shape = values[0].shape
-    graph = ir.Graph(values, call.outputs, nodes=[call], opset_imports={"": 24, DOMAIN: 1}, name="g")
-    model = ir.Model(graph, ir_version=10, functions=[function_of(operator, 24)])
-    data = ir.to_proto(model).SerializeToString()
-    (found,) = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"]).run(None, feeds)
-    return np.asarray(found)
+def body_of(operator: str, given: list[torch.Tensor]) -> Any:
+    """What the function's body gives in ONNX Runtime, in FP32."""
+    arrays = [(tensor.float() if tensor.is_floating_point() else tensor).numpy() for tensor in given]
+    return by_the_body(PluginCall(operator, (), (), 0.125), arrays)
 
 
 def test_the_kernel_of_a_step_for_other_gpus(planned: Any) -> None:
