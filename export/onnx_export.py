@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from transom.calib.graph_hash import MODULE
+from transom.export.passes.share_initializers import share_initializers
 from transom.runtime.errors import ExportError, one_line
 from transom.runtime.graph_spec import Axis, Graph, cache_inputs, shape_of
 
@@ -60,6 +61,7 @@ def onnx_from_module(module: nn.Module, graph: Graph, axes: Mapping[str, Axis]) 
         ) from error
     assert program is not None
     model = program.model
+    share_initializers(model)
     model.producer_name, model.producer_version, model.doc_string = "transom", None, None
     model.graph.name, model.graph.doc_string = graph.name, None
     keep_module_paths(model)
