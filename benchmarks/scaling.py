@@ -20,7 +20,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -157,27 +157,45 @@ def measure(work: Path, threads: int) -> dict[str, Any]:
         for series in SERIES
         for size in series.sizes
     }
-    layer_ms: dict[tuple[str, int], list[float]] = {key: [] for key in calls}
-    order = random.Random(0)
-    for number in range(ROUNDS):
-        print(f"round {number + 1} of {ROUNDS} ...", file=sys.stderr, flush=True)
-        for key in order.sample(sorted(calls), len(calls)):
-            layer_ms[key].append(one_round(calls[key]) * 1e3 / LAYERS)
+    ms = timed(calls, ROUNDS)
     for bundle in loaded.values():
         bundle.close()
     figures = {
         series.name: [
-            {
-                "size": size,
-                "tokens": series.tokens(size),
-                "ms": round(statistics.median(layer_ms[series.name, size]), 5),
-                "quartiles_ms": [round(q, 5) for q in statistics.quantiles(layer_ms[series.name, size])[::2]],
-                "multiply_adds": series.multiply_adds(size),
-            }
+            point(
+                size, series.tokens(size), [one / LAYERS for one in ms[series.name, size]], series.multiply_adds(size)
+            )
             for size in series.sizes
         ]
         for series in SERIES
     }
+    return {**circumstances(threads, ROUNDS), "layers": LAYERS, "ms_of_one_layer": figures}
+
+
+def timed(calls: Mapping[tuple[str, int], Callable[[], object]], rounds: int) -> dict[tuple[str, int], list[float]]:
+    """Time every call once a round, in an order of its own: milliseconds of each round."""
+    found: dict[tuple[str, int], list[float]] = {key: [] for key in calls}
+    order = random.Random(0)
+    for number in range(rounds):
+        print(f"round {number + 1} of {rounds} ...", file=sys.stderr, flush=True)
+        for key in order.sample(sorted(calls), len(calls)):
+            found[key].append(one_round(calls[key]) * 1e3)
+    return found
+
+
+def point(size: int, tokens: int, ms: Sequence[float], multiply_adds: int) -> dict[str, Any]:
+    """Describe one size: the median of the rounds' milliseconds and their quartiles."""
+    return {
+        "size": size,
+        "tokens": tokens,
+        "ms": round(statistics.median(ms), 5),
+        "quartiles_ms": [round(q, 5) for q in statistics.quantiles(ms)[::2]],
+        "multiply_adds": multiply_adds,
+    }
+
+
+def circumstances(threads: int, rounds: int) -> dict[str, Any]:
+    """Describe what the figures were measured on."""
     return {
         "cpu": cpu_name(),
         "threads": threads,
@@ -185,9 +203,7 @@ def measure(work: Path, threads: int) -> dict[str, Any]:
         "numpy": np.__version__,
         "python": platform.python_version(),
         "date": date.today().isoformat(),
-        "rounds": ROUNDS,
-        "layers": LAYERS,
-        "ms_of_one_layer": figures,
+        "rounds": rounds,
     }
 
 
@@ -252,19 +268,28 @@ def shown(ms: float) -> str:
 
 def write(results: dict[str, Any]) -> None:
     """Update the figures' file, the plot, and the page between its markers."""
-    name = re.sub(r"[^a-z0-9]+", "-", results["cpu"].lower()).strip("-")
-    path = DOCS / "results" / f"scaling-{name}.json"
-    for folder in (path.parent, PICTURE.parent):
+    write_results(results, "scaling", PICTURE)
+    draw(results, SERIES, PICTURE)
+    replace_block(PAGE, MARKERS, tables(results))
+
+
+def write_results(results: dict[str, Any], name: str, picture: Path) -> None:
+    """Write the figures to docs/results, in a file named by the processor, and make the picture's folder."""
+    processor = re.sub(r"[^a-z0-9]+", "-", results["cpu"].lower()).strip("-")
+    path = DOCS / "results" / f"{name}-{processor}.json"
+    for folder in (path.parent, picture.parent):
         folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    draw(results, SERIES, PICTURE)
-    page = PAGE.read_text(encoding="utf-8")
-    begin, end = MARKERS
-    head, _, rest = page.partition(begin)
+
+
+def replace_block(path: Path, markers: tuple[str, str], block: str) -> None:
+    """Put ``block`` between the two markers of a page; SystemExit where it lacks them."""
+    begin, end = markers
+    head, _, rest = path.read_text(encoding="utf-8").partition(begin)
     _, found, tail = rest.partition(end)
     if not found:
-        sys.exit(f"scaling.py: {PAGE} lacks the lines {begin} and {end}; put them where the tables belong.")
-    PAGE.write_text(f"{head}{begin}\n{tables(results)}\n{end}{tail}", encoding="utf-8")
+        sys.exit(f"{path} lacks the lines {begin} and {end}; put them where the tables belong.")
+    path.write_text(f"{head}{begin}\n{block}\n{end}{tail}", encoding="utf-8")
 
 
 def main() -> None:

@@ -20,8 +20,10 @@ COLOURS = {  # after Okabe and Ito (2008), whom colour-blind readers can tell ap
     "GPT-2 124M, one token": "#a8497a",
     "ViT-B/16": "#0072b2",
     "CLIP ViT-B/32, image": "#b07900",
+    "ViT": "#0072b2",
+    "Perceiver": "#d55e00",
 }
-MARKS = {"encoder": "o", "prefill": "s", "decode": "D", "image": "o"}
+MARKS = {"encoder": "o", "prefill": "s", "decode": "D", "image": "o", "latents": "s"}
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "transom",
     "svg.fonttype": "path",  # the same letters everywhere
