@@ -12,6 +12,7 @@ from transom.calib.digit_compositions import Composition, read_compositions
 DATA = files("transom.export").joinpath("data")
 PHOTOS = ("photo_china.jpg", "photo_flower.jpg")
 BYTES_OF_PASSAGE = 126  # two less than the reference Perceiver reads
+PASSAGE_EVERY = 6  # of the passages, for each is a run of its own
 BYTE_GAP_EVERY = 7  # bytes of a passage that a model of bytes is asked for: about the 15 % of BERT's paper
 
 
@@ -65,15 +66,15 @@ def masked_text() -> list[tuple[str, list[str]]]:
 
 
 def masked_bytes() -> list[tuple[str, str]]:
-    """Read the same chapters in passages with a [MASK] for every seventh byte, and the characters that were there."""
+    """Read passages of the same chapters with a [MASK] for every seventh byte, and the characters that were there."""
     return byte_gaps(heldout_text(), BYTES_OF_PASSAGE)
 
 
 def byte_gaps(text: str, most: int) -> list[tuple[str, str]]:
-    """Cut a text into passages of at most ``most`` bytes, and put [MASK] for every BYTE_GAP_EVERY-th byte of each.
+    """Cut a text into passages of at most ``most`` bytes, and put [MASK] for every BYTE_GAP_EVERY-th byte of some.
 
-    Return each passage and the characters that were there. A byte of a character beyond ASCII has no text of its own
-    and stays; so does a passage without a gap.
+    Return each PASSAGE_EVERY-th passage and the characters that were there. A byte of a character beyond ASCII has no
+    text of its own and stays; a passage without a gap is left out.
     """
     found = []
     for paragraph in text.splitlines():
@@ -90,7 +91,7 @@ def byte_gaps(text: str, most: int) -> list[tuple[str, str]]:
                 parts[place] = "[MASK]"
             if gaps:
                 found.append(("".join(parts), answers))
-    return found
+    return found[::PASSAGE_EVERY]
 
 
 def pieces(paragraph: str, most: int) -> list[str]:

@@ -25,6 +25,7 @@ from transom.export.datasets import (
     heldout_dates,
     heldout_digits,
     heldout_text,
+    masked_bytes,
     masked_text,
     passage,
     photos,
@@ -272,6 +273,18 @@ REFERENCE_MODELS = {
             score=scores.digits_score_of,
             held_out=scans,
             examples=lambda: Examples(images=one_scan_each(DIGITS_SHOWN)),
+        ),
+        ReferenceModel(
+            "perceiver_bytes",
+            "Perceiver IO of 0.7 M parameters for gaps of bytes in Jane Austen's prose, by "
+            "examples/train_perceiver_bytes.py",
+            shipped("perceiver_bytes"),
+            "f60e4391cb4a1333f8a63fa0b7828672b93947671974d132d7e83dd6fcf3d241",
+            calibration_set="austen",
+            task="fill-mask",
+            score=scores.masked_bytes_score_of,
+            held_out=lambda: texts([text for text, _ in masked_bytes()]),
+            examples=lambda: Examples(texts=heldout_text().splitlines()),
         ),
     )
 }

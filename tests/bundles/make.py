@@ -103,6 +103,33 @@ def gpt(folder: Path) -> None:
     save(folder, "GPT2LMHeadModel", vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=VOCABULARY - 1, **sizes)
 
 
+PERCEIVER = {
+    "num_latents": 4,
+    "d_latents": HIDDEN,
+    "d_model": HIDDEN,
+    "num_self_attends_per_block": 1,
+    "num_blocks": 2,
+    "num_self_attention_heads": 2,
+    "num_cross_attention_heads": 2,
+    "qk_channels": HIDDEN,
+    "v_channels": HIDDEN,
+    "max_position_embeddings": 8,
+}
+
+
+def perceiver(folder: Path) -> None:
+    """Write a classifier of the pixels of images of 8x8, with Fourier features."""
+    kind = ("PerceiverConfig", PERCEIVER)
+    save(folder, "PerceiverForImageClassificationFourier", kind=kind, **HEAD)
+    size = {"height": SIDE, "width": SIDE}
+    write_processor(folder, {"image_processor_type": "PerceiverImageProcessor", "size": size, "crop_size": size})
+
+
+def perceiver_bytes(folder: Path) -> None:
+    """Write a masked language model on bytes, whose tokenizer has no files."""
+    save(folder, "PerceiverForMaskedLM", kind=("PerceiverConfig", PERCEIVER))
+
+
 def seq2seq(folder: Path) -> None:
     """Write one with attention and without a tokenizer: it takes token ids."""
     sys.path[:0] = [str(TESTS / "support"), str(TESTS)]
@@ -165,6 +192,8 @@ CHECKPOINTS: dict[str, Callable[[Path], None]] = {
     "clip": clip,
     "electra": electra,
     "gpt": gpt,
+    "perceiver": perceiver,
+    "perceiver-bytes": perceiver_bytes,
     "seq2seq": seq2seq,
     "show_attend_tell": show_attend_tell,
     "swin": swin,
@@ -173,13 +202,15 @@ CHECKPOINTS: dict[str, Callable[[Path], None]] = {
     "vit": vit,
     "vit_hybrid": vit_hybrid,
 }
-IMAGES = ("vit", "vit_hybrid", "show_attend_tell", "swin", "swinv2")
+IMAGES = ("vit", "vit_hybrid", "show_attend_tell", "swin", "swinv2", "perceiver")
 BOUNDS = {name: ["B=2"] for name in IMAGES}  # of axes; the others' are B=2 and S
 DATA = {  # files of ``write_data``
     "bert": ["sentences.txt"],
     "clip": ["words.txt", "pixels.npz"],
     "electra": ["sentences.txt"],
     "gpt": ["ids.npz"],
+    "perceiver": ["pixels.npz"],
+    "perceiver-bytes": ["words.txt"],
     "seq2seq": ["ids.npz"],
     "show_attend_tell": ["pixels.npz"],
     "swin": ["pixels.npz"],
@@ -259,19 +290,21 @@ def make(name: str, out: Path) -> None:
             sys.exit(f"{name}: this processor has {instruction_set()}, expected {kind}; make it on such a one.")
         export("vit", out, "--max", "B=2", "--precision", "int8", "--calibration-data", "digits", *options)
         return
-    family, _, precision = name.rpartition("-")
-    checkpoint = Path("checkpoints", family)
+    family, precision, *form = name.split("-")
+    kind = "-".join([family, *form])
+    checkpoint = Path("checkpoints", kind)
     if not checkpoint.exists():
-        CHECKPOINTS[family](checkpoint)
-    options = [word for bound in BOUNDS.get(family, ["B=2", f"S={LENGTH}"]) for word in ("--max", bound)]
+        CHECKPOINTS[kind](checkpoint)
+    options = [word for bound in BOUNDS.get(kind, ["B=2", f"S={LENGTH}"]) for word in ("--max", bound)]
     if precision in QUANTIZED:
-        options += [word for file in DATA[family] for word in ("--calibration-data", file)] + ["--no-gate"]
+        options += [word for file in DATA[kind] for word in ("--calibration-data", file)] + ["--no-gate"]
     export(checkpoint.as_posix(), out, "--precision", precision, *options)
     forget_folder(out, Path())
 
 
 def main() -> None:
-    small = [f"{family}-{precision}" for family in FAMILIES if family in CHECKPOINTS for precision in PRECISIONS]
+    kinds = [kind.partition("-") for family in FAMILIES for kind in CHECKPOINTS if kind.partition("-")[0] == family]
+    small = [f"{family}-{precision}{dash}{form}" for family, dash, form in kinds for precision in PRECISIONS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of the bundles, called like the version: tests/bundles/0.2.0")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join([*small, *REFERENCE])}")

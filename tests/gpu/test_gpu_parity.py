@@ -20,7 +20,19 @@ from transom.runtime.greedy_check import logits_along
 
 Ready = Callable[..., Path]
 RECURRENT = ("seq2seq", "seq2seq-fixed", "show_attend_tell")  # their decoders' state is replaced at every step
-FAMILIES = ("vit", "minilm", "bert", "gpt", "transformer", "clip", "swin", "swinv2", *RECURRENT)
+FAMILIES = (
+    "vit",
+    "minilm",
+    "bert",
+    "gpt",
+    "transformer",
+    "clip",
+    "swin",
+    "swinv2",
+    "perceiver",
+    "perceiver_bytes",
+    *RECURRENT,
+)
 STEPS = 256
 RECURRENT_STEPS = 60  # or as many as a model may write
 

@@ -27,7 +27,7 @@ KEPT = TESTS / "bundles"
 FAMILIES_OF = {
     "0.1.0": (
         *("bert", "clip", "electra", "gpt", "seq2seq", "show_attend_tell", "swin", "swinv2", "transformer", "vit"),
-        "vit_hybrid",
+        *("perceiver", "vit_hybrid"),
     )
 }  # of each version
 BUNDLES = sorted(path.parent.relative_to(KEPT).as_posix() for path in KEPT.glob("*/*/bundle.json"))
@@ -61,6 +61,16 @@ ANSWERS: dict[str, tuple[object, float]] = {
     "0.1.0/gpt-bf16": ([14, 23, 23], 4.9487),
     "0.1.0/gpt-int8": ([14, 23, 23], 4.9232),
     "0.1.0/gpt-int4": ([14, 23, 23], 4.9221),
+    "0.1.0/perceiver-fp32": ("good", -4.0699),
+    "0.1.0/perceiver-fp16": ("good", -4.0583),
+    "0.1.0/perceiver-bf16": ("good", -4.0938),
+    "0.1.0/perceiver-int8": ("good", -3.9420),
+    "0.1.0/perceiver-int4": ("good", -0.6349),
+    "0.1.0/perceiver-fp32-bytes": ("\x0b", 0.2492),
+    "0.1.0/perceiver-fp16-bytes": ("\x0b", 0.2492),
+    "0.1.0/perceiver-bf16-bytes": ("\x0b", 0.2561),
+    "0.1.0/perceiver-int8-bytes": ("\x0b", 0.2351),
+    "0.1.0/perceiver-int4-bytes": ("\x0b", 0.2730),
     "0.1.0/seq2seq-fp32": ([21, 2], -0.5456),
     "0.1.0/seq2seq-fp16": ([21, 2], -0.5455),
     "0.1.0/seq2seq-bf16": ([21, 2], -0.5508),
@@ -136,6 +146,15 @@ def answer_gpt(gpt: Any) -> tuple[object, float]:
     return gpt.generate([20, 24, 26], max_new_tokens=3), math.log(gpt.score([20, 24, 26, 14, 5, 9]))
 
 
+def answer_perceiver(perceiver: Any) -> tuple[object, float]:
+    """Classify an image, and give one element of its latents; of the one that reads bytes, fill a gap."""
+    if perceiver.manifest.task == "fill-mask":
+        ((byte, probability),) = perceiver.fill_mask("o[MASK]l", top_k=1)
+        return byte, probability
+    ((label, _),) = perceiver.classify(PATTERN, top_k=1)
+    return label, float(perceiver.features(PATTERN)[1, 3])
+
+
 def answer_seq2seq(seq2seq: Any) -> tuple[object, float]:
     """Translate three tokens with two beams, and give one element of the encoder's state."""
     state = seq2seq.run({"input_ids": np.array([[3, 5, 7]])}, ["hidden_state.0"])["hidden_state.0"]
@@ -175,6 +194,7 @@ ANSWER: dict[str, Callable[[Any], tuple[object, float]]] = {
     "clip": answer_clip,
     "electra": answer_electra,
     "gpt": answer_gpt,
+    "perceiver": answer_perceiver,
     "seq2seq": answer_seq2seq,
     "show_attend_tell": answer_show_attend_tell,
     "swin": answer_vit,

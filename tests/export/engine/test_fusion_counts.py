@@ -67,6 +67,7 @@ PINS = (
     Pin("seq2seq", "decoder", "decode", 0, 0, 10, 15, 15, 16),
     Pin("seq2seq-fixed", "encoder", "all", 0, 0, 1, 30, 28, 31),
     Pin("seq2seq-fixed", "decoder", "decode", 0, 0, 8, 8, 8, 9),
+    Pin("perceiver", "model", "all", 5, 6, 35, 68, 68, 75),  # beside the single query of the output, decomposed
     Pin("show_attend_tell", "encoder", "all", 0, 0, 4, 15, 17, 16),
     Pin("show_attend_tell", "decoder", "decode", 0, 0, 8, 15, 15, 17),
     Pin("vit_hybrid", "model", "all", 2, 2, 15, 70, 71, 75),  # 13 linear layers and two convolutions

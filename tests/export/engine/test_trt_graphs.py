@@ -107,6 +107,40 @@ def test_a_bias_per_head_has_a_kernel(
     assert sum(bool(FUSED_ATTENTION.search(kernel.name)) for kernel in kernels_of(built.log, 1)[0]) == 1
 
 
+@needs_rtx
+@pytest.mark.parametrize(
+    ("heads", "values", "message"),
+    [
+        (1, 64, "cannot build the graph"),
+        (3, 64, "cannot build the graph"),
+        (4, 64, ""),
+        (4, 32, "cannot read the node"),
+    ],
+)
+def test_what_has_a_kernel_for_a_single_query(heads: int, values: int, message: str) -> None:
+    """As a Perceiver's output asks; of values narrower than the queries, too, which the parser does not read."""
+    model = graph_of(
+        f"model (float16[B, {heads}, 1, 64] q, float16[B, {heads}, T, 64] k, float16[B, {heads}, T, {values}] v) => "
+        f"(float16[B, {heads}, 1, {values}] y) {{\n"
+        "    d = Add (q, q)\n    a = Attention (d, k, v)\n    y = Add (a, a)\n}"
+    )
+    (node,) = (node for node in model.graph if node.op_type == "Attention")
+    assert (without_kernel(node, ENCODER) is None) == (not message)
+    widths = {"q": 64, "k": 64, "v": values}
+    shapes = {
+        name: tuple((B, heads, 1 if name == "q" else n, width) for B, n in zip(ROWS, (1, 64, 128), strict=True))
+        for name, width in widths.items()
+    }
+    data = TensorRTGraph(model).serialized()
+    (target,) = find_targets(["rtx-sm86"])
+    if message:
+        with pytest.raises(EngineError, match=message):
+            build_engine("model", data, (Profile("all", shapes),), target)  # type: ignore[arg-type]
+        return
+    built = build_engine("model", data, (Profile("all", shapes),), target)  # type: ignore[arg-type]
+    assert sum(bool(FUSED_ATTENTION.search(kernel.name)) for kernel in kernels_of(built.log, 1)[0]) == 1
+
+
 def test_fp32_never_has_one() -> None:
     model = attention(4, 64, mask=False, dtype="float")
     assert [without_kernel(node, ENCODER) for node in model.graph if node.op_type == "Attention"] == ["in FP32"]
