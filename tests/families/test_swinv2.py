@@ -53,7 +53,7 @@ class TestSwinv2(EncoderFamily):
             {"window_size": 3, "num_heads": [1, 1]},
             {"patch_size": [2, 3], "image_size": [20, 31]},
             {"depths": [1, 3, 1], "num_heads": [2, 4, 6], "pretrained_window_sizes": [0, 0, 0]},
-            {"hidden_act": "relu", "layer_norm_eps": 1e-3, "mlp_ratio": 4},
+            {"hidden_act": "relu", "layer_norm_eps": 1e-3, "mlp_ratio": 4.0},
         ],
         ids=str,
     )
@@ -85,6 +85,16 @@ def test_padded_keys_of_length_0_are_finite(precision: str, once: Once) -> None:
         for pixels in (np.zeros((1, 3, 18, 25), np.float32), np.full((1, 3, 18, 25), 1e3, np.float32)):
             outputs = model.run({"pixel_values": pixels})
             assert all(np.isfinite(output).all() for output in outputs.values())
+
+
+def test_the_largest_bias_of_each_query_is_0(tmp_path: Path) -> None:
+    """A softmax does not see it, and BF16, whose steps are of 1/16 where biases are about 8, keeps those that count."""
+    module = read(SUITE.checkpoint(tmp_path, "Swinv2Model")).module
+    attention = module.encoder["layers"][0].blocks[0].attention.self
+    bias = attention.bias()
+    assert 7 < float(bias.mean()) < 9
+    assert not attention.mask.amax(-1).any()
+    torch.testing.assert_close(attention.mask[0], bias - bias.max(-1, keepdim=True).values)
 
 
 def test_the_biases_are_constants_of_the_graph(once: Once) -> None:
