@@ -70,6 +70,8 @@ PINS = (
     Pin("perceiver", "model", "all", 5, 6, 35, 68, 68, 75),  # beside the single query of the output, decomposed
     Pin("show_attend_tell", "encoder", "all", 0, 0, 4, 15, 17, 16),
     Pin("show_attend_tell", "decoder", "decode", 0, 0, 8, 15, 15, 17),
+    Pin("swin", "model", "all", 4, 4, 26, 56, 56, 61),
+    Pin("swinv2", "model", "all", 4, 4, 26, 65, 65, 70),
     Pin("vit_hybrid", "model", "all", 2, 2, 15, 70, 71, 75),  # 13 linear layers and two convolutions
 )
 MORE = {("rtx-sm86", "transformer", "prefill"): 2}  # kernels than elsewhere
