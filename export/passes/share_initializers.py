@@ -2,7 +2,7 @@
 
 The exporter transposes the weight of a linear layer wherever it is used, and shares no result of more than 1,024
 elements. onnx-ir 1.1 has such a pass (``DeduplicateHashedInitializersPass``); it raises ValueError at an array that is
-not contiguous, as a transposed one.
+not contiguous, as a transposed one (findings/onnx_ir_dedup_of_transposed_arrays.sh).
 
 Cases:
 1. Equal dtype, shape and bytes: all but the first are replaced and removed.

@@ -68,6 +68,7 @@ PINS = (
     Pin("seq2seq-fixed", "encoder", "all", 0, 0, 1, 30, 28, 31),
     Pin("seq2seq-fixed", "decoder", "decode", 0, 0, 8, 8, 8, 9),
     Pin("perceiver", "model", "all", 5, 6, 35, 68, 68, 75),  # beside the single query of the output, decomposed
+    Pin("perceiver_bytes", "model", "all", 5, 6, 35, 80, 80, 86),  # beside the output's, whose heads have two sizes
     Pin("show_attend_tell", "encoder", "all", 0, 0, 4, 15, 17, 16),
     Pin("show_attend_tell", "decoder", "decode", 0, 0, 8, 15, 15, 17),
     Pin("swin", "model", "all", 4, 4, 26, 56, 56, 61),
@@ -78,7 +79,7 @@ MORE = {("rtx-sm86", "transformer", "prefill"): 2}  # kernels than elsewhere
 FP32 = Pin("vit", "model", "all", 0, 3, 0, 53, 53, 53)  # products and a softmax, in which there is nothing to fuse
 TARGETS = ("rtx-sm86", "rtx-sm89", "rtx-sm120")
 # MiniLM has 22 million parameters, and no kind of layer that BERT lacks; tests/families builds the others for all three
-ONE_TARGET = ("minilm", "seq2seq", "seq2seq-fixed", "show_attend_tell")
+ONE_TARGET = ("minilm", "perceiver_bytes", "seq2seq", "seq2seq-fixed", "show_attend_tell")
 
 BUNDLES = {"vit": "vit_bundle", "gpt": "gpt_bundle", "transformer": "dates_bundle", "clip": "clip_bundle"}
 SMALLER = {"minilm": {"S": 128, "B": 2}}  # its export is held against PyTorch at its greatest sizes
