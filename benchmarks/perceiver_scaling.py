@@ -125,8 +125,9 @@ def table(results: Mapping[str, Any]) -> str:
     """Return the text between the markers of docs/performance.md."""
     lines = [
         f"Milliseconds of one image, FP32, on {threads_of(dict(results))} of an {results['cpu']}; onnxruntime "
-        f"{results['onnxruntime']}, {results['date']}, medians of {results['rounds']} rounds. Width "
-        f"{results['width']}, {results['layers']} layers, {results['latents']} latents.",
+        f"{results['onnxruntime']}, {results['date']},",
+        f"medians of {results['rounds']} rounds. Width {results['width']}, {results['layers']} layers, "
+        f"{results['latents']} latents.",
         "",
         f"| pixels | {' | '.join(str(pixels) for pixels in IMAGES)} | slope, all | slope, 4k to 16k |",
         f"|---|{'---|' * (len(IMAGES) + 2)}",
