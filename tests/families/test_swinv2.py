@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 import transformers
@@ -14,7 +15,10 @@ import transformers
 from conftest import Once
 from encoder_family import WORST, EncoderFamily
 from swin_cases import SWIN, edit_config, read, worst_error, write_pixels
+from transom.export.bundle_graphs import canonical_graphs
+from transom.export.passes.half_precision import convert_precision
 from transom.runtime import load
+from transom.runtime.bundle import Bundle
 from transom.runtime.errors import CheckpointError
 
 
@@ -85,6 +89,19 @@ def test_padded_keys_of_length_0_are_finite(precision: str, once: Once) -> None:
         for pixels in (np.zeros((1, 3, 18, 25), np.float32), np.full((1, 3, 18, 25), 1e3, np.float32)):
             outputs = model.run({"pixel_values": pixels})
             assert all(np.isfinite(output).all() for output in outputs.values())
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_lengths_are_computed_in_fp32(precision: str, once: Once) -> None:
+    """In each layer: FP16 has no 1e-12, and squares pass its end from 256 on."""
+    model = canonical_graphs(Bundle(SUITE.bundle(once, "Swinv2Model")))["model"]
+    convert_precision(model, precision)
+    nodes = list(model.graph)
+    lengths = [node for node in nodes if node.op_type in ("ReduceL2", "Clip")]
+    assert len(lengths) == 2 * 2 * SUITE.layers  # of queries and of keys
+    assert {node.outputs[0].dtype for node in lengths} == {ir.DataType.FLOAT}
+    halves = {node.inputs[0].dtype for node in nodes if node.op_type == "Attention" and node.inputs[0] is not None}
+    assert halves == {ir.DataType.FLOAT16 if precision == "fp16" else ir.DataType.BFLOAT16}
 
 
 def test_the_largest_bias_of_each_query_is_0(tmp_path: Path) -> None:
