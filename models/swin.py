@@ -251,7 +251,7 @@ NEWER_NAMES = (
     (r"mlp\.fc1\.", "intermediate.dense."),
     (r"mlp\.fc2\.", "output.dense."),
 )
-COMPUTED = ("relative_position_index", "relative_coords_table")  # stored by older versions of transformers
+COMPUTED = ("relative_position_index", "relative_coords_table", ".attn_mask")  # buffers that older versions stored
 
 
 def rename(name: str, config: SwinConfig, task: str) -> str | None:

@@ -97,11 +97,12 @@ def swin_fields(source: Source) -> dict[str, Any]:
     trained = size_pair(config_json, "image_size", 224)
     depths = per_stage(config_json, "depths", (2, 2, 6, 2))
     heads = per_stage(config_json, "num_heads", (3, 6, 12, 24))
-    if len(depths) != len(heads) or sum(depths) > MAX_LAYERS:
+    if len(depths) > len(heads) or sum(depths) > MAX_LAYERS:
         raise CheckpointError(
             f"config.json: depths are {list(depths)} and num_heads {list(heads)}; expected one of each for every "
             f"stage, and at most {MAX_LAYERS} layers in all. Correct these fields."
         )
+    heads = heads[: len(depths)]  # depths count the stages: transformers writes its four defaults beside two depths
     divided = [(fields["embed_dim"] * 2**index, count) for index, count in enumerate(heads)]
     for width, count in divided:
         if width % count:

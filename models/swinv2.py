@@ -125,7 +125,7 @@ def config_from_source(source: Source) -> Swinv2Config:
             "patches and cannot add them, so that no checkpoint shows what they mean. Use one without, or a Swin."
         )
     stages = len(fields["depths"])
-    pretrained = per_stage(source.config_json, "pretrained_window_sizes", (0,) * stages, least=0)
+    pretrained = per_stage(source.config_json, "pretrained_window_sizes", (0,) * stages, least=0)[:stages]
     if len(pretrained) != stages or 1 in pretrained:
         raise CheckpointError(
             f"config.json: pretrained_window_sizes are {list(pretrained)}; expected one for each of the {stages} "

@@ -204,10 +204,11 @@ def _scaled(
         resize = ExactSize(round(rows), round(columns))
     elif resize is not None and crop != ExactSize(height, width):
         if crop.height * width != crop.width * height:
-            raise _refusal(
-                path,
-                f"resizes the shortest edge and crops to {crop.height}x{crop.width}, which cannot be scaled "
-                f"to a model of other proportions, {height}x{width}",
+            source = f"{path}:" if path.is_file() else f"{path.parent} has no {path.name}; its model type's default"
+            raise CheckpointError(
+                f"{source} resizes the shortest edge and crops to {crop.height}x{crop.width}, which cannot be scaled "
+                f"to a model of other proportions, {height}x{width}. Ask for an --image-size of the same proportions, "
+                f"or write a {path.name} whose crop_size is the model's."
             )
         longest = resize.longest_edge
         resize = replace(

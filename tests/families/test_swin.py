@@ -55,6 +55,7 @@ class TestSwin(EncoderFamily):
             {"patch_size": [2, 3], "image_size": [20, 31]},
             {"depths": [1, 3, 1], "num_heads": [2, 4, 6], "window_size": 3},
             {"depths": [1], "num_heads": [2]},
+            {"num_heads": [3, 6, 12, 24]},  # of four stages, where there are two
             {"num_channels": 1, "layer_norm_eps": 1e-3, "mlp_ratio": 4},
             {"use_absolute_embeddings": True, "image_size": [20, 28]},
             *({"hidden_act": name} for name in ("gelu_new", "quick_gelu", "relu", "silu")),
@@ -173,8 +174,9 @@ def test_names_of_other_versions_load(tmp_path: Path) -> None:
     theirs = transformers.SwinModel.from_pretrained(folder).state_dict()
     theirs = {name: value for name, value in theirs.items() if not name.endswith("index")}
     assert sum("q_proj" in name or "relative_position_bias." in name for name in theirs) == 12
-    index = {"encoder.layers.0.blocks.0.attention.self.relative_position_index": relative_index(4)}
-    for stored in (theirs, {**tensors, **index}):
+    layer = "encoder.layers.0.blocks.1."
+    buffers = {f"{layer}attention.self.relative_position_index": relative_index(4), f"{layer}attn_mask": torch.zeros(1)}
+    for stored in (theirs, {**tensors, **buffers}):
         save_file({name: value.contiguous() for name, value in stored.items()}, folder / "model.safetensors")
         after = read(folder).module.state_dict()
         assert all(torch.equal(before[name], value) for name, value in after.items())

@@ -57,6 +57,7 @@ class TestSwinv2(EncoderFamily):
             {"window_size": 3, "num_heads": [1, 1]},
             {"patch_size": [2, 3], "image_size": [20, 31]},
             {"depths": [1, 3, 1], "num_heads": [2, 4, 6], "pretrained_window_sizes": [0, 0, 0]},
+            {"num_heads": [3, 6, 12, 24], "pretrained_window_sizes": [0] * 4},  # of four stages, where there are two
             {"hidden_act": "relu", "layer_norm_eps": 1e-3, "mlp_ratio": 4.0},
         ],
         ids=str,

@@ -214,6 +214,10 @@ def test_contradictions_with_the_model(tmp_path: Path) -> None:
     clip = {"image_processor_type": "CLIPImageProcessor"}
     with pytest.raises(CheckpointError, match="cannot be scaled to a model of other proportions, 224x448"):
         from_words(tmp_path, clip, 224, 448)
+    (tmp_path / "preprocessor_config.json").unlink()
+    (tmp_path / "config.json").write_text('{"model_type": "vit-hybrid"}')
+    with pytest.raises(CheckpointError, match=r"has no preprocessor_config.json; its model type's default resizes"):
+        image_preprocess_from_checkpoint(tmp_path, 224, 448)
     with pytest.raises(CheckpointError, match=r"mean .* need one number for each of 1 channels"):
         from_words(tmp_path, {"image_mean": [0.5, 0.5, 0.5]}, channels=1)
 
