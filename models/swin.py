@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transom.models.family import Family, Source
 from transom.models.layers import Dense, TokenMean
 from transom.models.patches import grid, resized_map
-from transom.models.swin_config import Stage, SwinConfig, swin_fields
+from transom.models.swin_config import Stage, SwinConfig, require_masks, swin_fields
 from transom.models.windows import relative_index
 from transom.runtime.errors import CheckpointError
 from transom.runtime.graph_spec import Axis, Graph
@@ -280,6 +280,7 @@ def config_from_source(source: Source) -> SwinConfig:
                 f"one window of {side} x {side}, whose biases then fit nothing. Ask for a larger one: --image-size "
                 f"{'x'.join(map(str, whole))} fits every stage."
             )
+    require_masks(config)
     require_positions(config)
     return config
 

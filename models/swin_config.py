@@ -13,6 +13,7 @@ from transom.models.windows import Windows
 from transom.runtime.errors import CheckpointError
 
 MAX_STAGES = 16  # a map of 2^16 patches a side is one token then
+MAX_MASK = 2**29  # numbers in a layer's mask, 2 GiB; those of published checkpoints have at most 2^25
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,19 @@ def swin_fields(source: Source) -> dict[str, Any]:
         "mlp_ratio": float(ratio),
         "num_labels": label_count(config_json),
     }
+
+
+def require_masks(config: SwinConfig) -> None:
+    """Raise CheckpointError where a layer's mask, of all pairs of a window's tokens for each head, is too large."""
+    for index, stage in enumerate(config.stages):
+        apart = stage.shift > 0 or stage.heads == 1  # see WindowAttention: a mask for each window
+        numbers = (stage.windows(shifted=True).count if apart else 1) * stage.heads * stage.side**4
+        if numbers > MAX_MASK:
+            raise CheckpointError(
+                f"windows of {stage.side} x {stage.side} tokens at the image size {config.image_size} give stage "
+                f"{index + 1} masks of {numbers} numbers, expected at most {MAX_MASK}. Ask for a smaller --image-size, "
+                "or correct window_size in config.json."
+            )
 
 
 def per_stage(config_json: Mapping[str, Any], name: str, default: Iterable[int], least: int = 1) -> tuple[int, ...]:

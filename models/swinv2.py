@@ -17,7 +17,7 @@ from transom.models import swin
 from transom.models.family import Family, Source
 from transom.models.layers import UnitLength
 from transom.models.patches import grid
-from transom.models.swin_config import Stage, SwinConfig, per_stage, swin_fields
+from transom.models.swin_config import Stage, SwinConfig, per_stage, require_masks, swin_fields
 from transom.models.windows import relative_index
 from transom.runtime.errors import CheckpointError
 
@@ -138,6 +138,7 @@ def config_from_source(source: Source) -> Swinv2Config:
                 f"config.json: image_size {config.trained_image_size} leaves no row of tokens to stage {index + 1}, "
                 "whose windows follow it. Use a checkpoint of larger images, or of fewer stages."
             )
+    require_masks(config)
     return config
 
 

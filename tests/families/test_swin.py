@@ -135,6 +135,7 @@ def test_an_image_smaller_than_a_window_is_refused(tmp_path: Path) -> None:
         ({"num_heads": 3}, "num_heads is 3, expected"),
         ({"num_heads": [3, 5]}, "a stage of width 96 has 5 heads"),
         ({"window_size": 0}, "window_size is 0"),
+        ({"image_size": 4096, "window_size": 1024}, "stage 1 masks of 13194139533312 numbers, expected at most"),
         ({"mlp_ratio": "4"}, "mlp_ratio is '4', expected a number"),
         ({"mlp_ratio": 0.01}, "mlp_ratio is 0.01, expected a number"),
         ({"hidden_act": "sinus"}, "hidden_act is 'sinus'"),

@@ -136,6 +136,7 @@ def test_the_biases_are_constants_of_the_graph(once: Once) -> None:
         ({"pretrained_window_sizes": [6, 1]}, "pretrained_window_sizes are .*0, or 2 or more"),
         ({"pretrained_window_sizes": 6}, "pretrained_window_sizes is 6, expected"),
         ({"image_size": [3, 40]}, "leaves no row of tokens to stage 2"),
+        ({"image_size": 4096, "window_size": 1024}, "stage 1 masks of 13194139533312 numbers, expected at most"),
         (
             {"architectures": ["Swinv2ForMaskedImageModeling"]},
             "pixels that were masked.*Choose a head with --task: .*feature-extraction",
