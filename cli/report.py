@@ -19,8 +19,8 @@ def report(
         list[str] | None,
         typer.Argument(
             metavar="[INPUT]...",
-            help="Inputs of the figure: texts, or image files for ViT, Swin, CLIP and Show, Attend and Tell. Built-in "
-            "examples where none is given.",
+            help="Inputs of the figure: texts, or image files where the model takes images. Built-in examples where "
+            "none is given.",
             show_default=False,
         ),
     ] = None,
@@ -44,8 +44,9 @@ def report(
     The figure is computed by the bundle's own graph: which tokens attend to which (BERT), the source
     positions that each output attends to (translation), the surprisal of each token (GPT), the parts of an
     image that the result depends on (ViT), what a token sees through windows and their shift (Swin), what each
-    word of a caption attends to (Show, Attend and Tell), which text fits which image (CLIP). The report is one
-    HTML file that needs no network. Latency is measured on this machine, for a few seconds.
+    latent reads (Perceiver), what each word of a caption attends to (Show, Attend and Tell), which text fits
+    which image (CLIP). The report is one HTML file that needs no network. Latency is measured on this machine,
+    for a few seconds.
     """
     named = bundle if bundle.name not in ("", "..") else bundle.resolve()
     target = out or named.with_name(f"{named.name}.html")

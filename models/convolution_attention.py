@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transom.runtime.errors import InputError
 
 # A pixel at distance d from the head's centre scores -alpha d^2, the centre itself exactly 0, and all others at most
-# -alpha. exp(-1024) is zero in every format, for float64 ends at exp(-746), float32 and bfloat16 at exp(-104), float16
-# at exp(-18). So the softmax is one-hot, not nearly so. Scores that overflow float16 are -inf, which is zero as well.
+# -alpha. exp(-1024) is zero in every format, for float64 ends at exp(-746), float32 at exp(-104), bfloat16 at exp(-93),
+# float16 at exp(-18). So the softmax is one-hot, not nearly so. Scores that overflow float16 are -inf, which is zero
+# as well.
 SHARPNESS = 1024.0
 
 
@@ -94,10 +95,10 @@ def attention_from_convolution(convolution: nn.Conv2d, alpha: float = SHARPNESS)
     docs/attention_as_convolution.md.
 
     Raises InputError for a convolution whose output is not of its input's height and width, or that pads with other
-    than zeros: an even kernel, a stride.
+    than zeros: an even kernel, a stride; and for other modules, a transposed convolution too.
     """
-    C, heads = convolution.in_channels, convolution.kernel_size[0] * convolution.kernel_size[1]
     padding = require_same_size(convolution)
+    C, heads = convolution.in_channels, convolution.kernel_size[0] * convolution.kernel_size[1]
     K, dilation = convolution.kernel_size[0], convolution.dilation[0]
     attention = QuadraticAttention(C, convolution.out_channels, heads, padding).to(convolution.weight)
     taps = ungrouped(convolution.weight.detach(), convolution.groups)  # (out, C, K, K)
@@ -117,6 +118,8 @@ def attention_from_convolution(convolution: nn.Conv2d, alpha: float = SHARPNESS)
 
 def require_same_size(convolution: nn.Conv2d) -> int:
     """Return the padding of a convolution that keeps height and width. Raises InputError for any other."""
+    if not isinstance(convolution, nn.Conv2d):  # a ConvTranspose2d has all that is read below, and other weights
+        raise InputError(f"the convolution is {convolution}; expected a torch.nn.Conv2d. Hand over one.")
     (rows, columns), dilation = convolution.kernel_size, convolution.dilation[0]
     padding = dilation * (rows // 2)
     square = rows == columns and rows % 2 == 1 and convolution.stride == (1, 1)

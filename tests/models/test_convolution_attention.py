@@ -145,6 +145,17 @@ def test_convolutions_of_another_size_are_refused(settings: dict[str, Any]) -> N
         attention_from_convolution(nn.Conv2d(2, 3, **settings))
 
 
+@pytest.mark.parametrize(
+    "module",
+    [nn.ConvTranspose2d(3, 3, 3, padding=1), nn.Conv1d(3, 3, 3, padding=1), nn.Linear(3, 3)],
+    ids=["transposed", "of a sequence", "linear"],
+)
+def test_other_modules_are_refused(module: Any) -> None:
+    """A transposed convolution has a Conv2d's attributes, and weights that mean something else."""
+    with pytest.raises(InputError, match=r"the convolution is \w+\(.*; expected a torch\.nn\.Conv2d"):
+        attention_from_convolution(module)
+
+
 @pytest.fixture(scope="module")
 def convolution() -> nn.Conv2d:
     return random_convolution(*CHANNELS, 3, 1, 1)
