@@ -33,14 +33,20 @@ class QuantizedWeights:
         self._levels = LEVELS.get(bits, LEVELS[8])  # of 4 bits there are blocks alone
         self._known: dict[Hashable, tuple[NDArray[Any], NDArray[np.float32]]] = {}
 
-    def int8(self, weight: Kernel) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-        """Return the weight as int8 (K, N) and its scales (N,)."""
+    def int8(
+        self, weight: Kernel, least: NDArray[np.float32] | None = None
+    ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+        """Return the weight as int8 (K, N) and its scales (N,), none of them below ``least`` (N,) if that is given."""
         key = weight.kernel_id
         if key not in self._known:
             kernel = weight.kernel()
             scales = weight_scales(kernel, self._levels)
             self._known[key] = quantize_weight(kernel, scales, self._levels), scales
-        return self._known[key]
+        integers, scales = self._known[key]
+        if least is not None and (scales < least).any():
+            scales = np.maximum(scales, least)
+            integers = quantize_weight(weight.kernel(), scales, self._levels)
+        return integers, scales
 
     def blocks(self, weight: Kernel, bits: int, block_size: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
         """Return the weight as ``MatMulNBits`` takes it: uint8 (N, blocks, bytes) and the scales (N, blocks)."""

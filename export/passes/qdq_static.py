@@ -15,7 +15,9 @@ Cases:
    of two-dimensional ``MatMul`` and ``Add`` ONNX Runtime makes a Gemm in FP32, before it looks for integers.
 
 4. ``Conv`` keeps its attributes and its bias. For uint8 its result goes through a Q/DQ pair of its own, without which
-   ONNX Runtime computes it in FP32; TensorRT needs none, and has none.
+   ONNX Runtime computes it in FP32; TensorRT needs none, and has none. ONNX Runtime makes the bias int32 in steps of
+   activation scale times weight scale, and what is beyond int32 becomes any number: in a channel of small weights, as
+   batch normalisation leaves dead ones. Such a channel has a weight scale in which its bias takes at most 30 bits.
 
 Optional sites, not quantised by default:
 5. "attention": query, key and value of each ``Attention``. The probabilities inside stay in full precision.
@@ -30,6 +32,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from transom.calib.quantized_weights import QuantizedWeights
 from transom.calib.scales import Scale
@@ -40,6 +43,7 @@ from transom.export.passes.linear_layers import Linear
 
 QdqSite = tuple[ir.Node, int]  # a node and the index of its input
 OPTIONAL_SITES = ("attention", "residual")  # cases 5 and 6
+LARGEST_BIAS = 2.0**30  # steps of a convolution's bias: the other half of int32 is for the products
 
 
 def quantize_static(
@@ -59,7 +63,8 @@ def quantize_static(
     for layer in layers:
         builder = NodeBuilder(model.graph, layer.node)
         activation = qdq_pair(builder, layer.activation, scales, pairs, signed=signed)
-        weight = dequantized_weight(builder, layer, weights, signed=signed)
+        least = None if signed or isinstance(layer, Linear) else least_scales(layer, scales)
+        weight = dequantized_weight(builder, layer, weights, least, signed=signed)
         if isinstance(layer, Convolution):
             replace_convolution(builder, layer, activation, weight, scales, signed=signed)
         else:
@@ -73,10 +78,18 @@ def quantize_static(
 
 
 def dequantized_weight(
-    builder: NodeBuilder, layer: QuantizableLayer, weights: QuantizedWeights, *, signed: bool
+    builder: NodeBuilder,
+    layer: QuantizableLayer,
+    weights: QuantizedWeights,
+    least: NDArray[np.float32] | None = None,
+    *,
+    signed: bool,
 ) -> ir.Value:
-    """Return the int8 weight of case 1 behind its DQ, for int8 activations if ``signed``, else for uint8."""
-    stored, scale = weights.int8(layer)
+    """Return the int8 weight of case 1 behind its DQ, for int8 activations if ``signed``, else for uint8.
+
+    No scale is below those of ``least`` (N,).
+    """
+    stored, scale = weights.int8(layer, least)
     axis = 1  # of the output channels
     if isinstance(layer, Convolution):
         stored, axis = layer.stored_form(stored), 0
@@ -92,6 +105,14 @@ def dequantized_weight(
             builder.weight(f"{own}.int8_zero", zeros),
         ]
     return builder.add("DequantizeLinear", inputs, result, {"axis": axis})
+
+
+def least_scales(layer: Convolution, scales: Mapping[str, Scale]) -> NDArray[np.float32] | None:
+    """Return the weight scales (O,) in which the bias of case 4 fits; None without one that ONNX Runtime quantises."""
+    if layer.bias is None or not is_weight(layer.bias) or layer.bias.const_value is None:
+        return None
+    step = scales[str(layer.activation.name)].scale
+    return np.asarray(np.abs(layer.bias.const_value.numpy()) / (step * LARGEST_BIAS), np.float32)
 
 
 def qdq_pair(

@@ -132,6 +132,25 @@ def test_sums_are_exact_on_every_processor() -> None:
     np.testing.assert_allclose(y, np.broadcast_to(np.rint(signs * taps * 127) * step, y.shape), rtol=1e-6)
 
 
+@pytest.mark.parametrize("bits", [8, 7])
+def test_a_bias_beyond_int32_in_steps_of_its_channel_is_kept(bits: int) -> None:
+    """Weights that batch normalisation made small beside their bias: 4e9 steps of 2 ** -24, and as many below zero."""
+    weight = normal(64, 32, 3, 3)
+    weight[::2] *= 1e-7
+    bias = np.where(np.arange(64) % 4, 250.0, -250.0)
+    model = graph_of(
+        "g (float[B, 32, 5, 5] x) => (float[B, 64, 5, 5] y) { y = Conv <pads = [1, 1, 1, 1]> (x, W, b) }",
+        {"W": weight, "b": bias},
+    )
+    x = np.asarray(normal(2, 32, 5, 5, seed=2), np.float32)
+    scales = {"x": Scale(1 / 32, 128), "y": Scale(4.0, 128)}
+    expected = run(model.clone(), x=x)["y"]
+    assert quantize_static(model, find_layers(model), QuantizedWeights(bits), scales, signed=False)
+    found = run(model, x=x)["y"]
+    np.testing.assert_allclose(found[:, ::2], expected[:, ::2], atol=2.01)  # half a step of the result
+    np.testing.assert_allclose(found[:, 1::2], expected[:, 1::2], atol=8)
+
+
 def test_rows_do_not_depend_on_their_neighbours() -> None:
     model, x = small()
     model = quantized(model, {"x": Scale(1.0, 100), "y": Scale(64.0, 128)}, signed=False)
