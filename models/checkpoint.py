@@ -202,5 +202,6 @@ def refuse_pickles(source: str, names: Iterable[str]) -> None:
             f"{source} has its weights only as {', '.join(pickles[:3])}, a format that can run code when it is opened, "
             'so Transom never opens it. Convert it where you trust it: python -c "from transformers import AutoModel; '
             f"AutoModel.from_pretrained('{source}').save_pretrained('{Path(source).name}-safe')\" "
-            "(with the class that config.json's architectures names), then export that folder."
+            "(with the class that config.json's architectures names, in a version of transformers that has it: 4 for "
+            "vit-hybrid), then export that folder."
         )

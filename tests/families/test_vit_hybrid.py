@@ -215,6 +215,14 @@ def test_settings_that_are_refused(changes: dict[str, Any], message: str, tmp_pa
         read(folder)
 
 
+def test_what_converts_pickled_weights_is_named(tmp_path: Path) -> None:
+    """transformers 5 has no class of these checkpoints."""
+    folder = save_hybrid(tmp_path, HEAD)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin.*of transformers that has it: 4 for vit-hybrid"):
+        read(folder)
+
+
 def test_an_image_too_small_for_the_backbone_is_refused(tmp_path: Path) -> None:
     """8 pixels are 4, 2 and 1 behind the stem's two halvings and the second stage's."""
     folder = save_hybrid(tmp_path, HEAD, patch_size=2)
