@@ -383,6 +383,12 @@ def captions_bundle(once: Once) -> Path:
     return once("captions", lambda folder: export_to(folder, reference("show_attend_tell"))) / "bundle"
 
 
+@pytest.fixture(scope="session")
+def bytes_bundle(once: Once) -> Path:
+    """The reference Perceiver on bytes, FP32; exported as a folder, so without its score."""
+    return once("bytes", lambda folder: export_to(folder, reference("perceiver_bytes"))) / "bundle"
+
+
 def reference(name: str) -> Path:
     from transom.export.reference_models import reference_folder
 

@@ -69,12 +69,13 @@ def desk(
     dates_bundle: Path,
     lists_bundle: Path,
     captions_bundle: Path,
+    bytes_bundle: Path,
 ) -> Path:
     """A folder in which somebody ran `make export`, minilm left out, then the README's commands but those of INT8."""
     folder = tmp_path_factory.mktemp("desk")
     (folder / "bundles").mkdir()
     made = {"vit": vit_bundle, "clip": clip_bundle, "gpt": gpt_bundle, "transformer": dates_bundle}
-    made |= {"seq2seq": lists_bundle, "show_attend_tell": captions_bundle}
+    made |= {"seq2seq": lists_bundle, "show_attend_tell": captions_bundle, "perceiver_bytes": bytes_bundle}
     for name, bundle in made.items():
         (folder / "bundles" / name).symlink_to(bundle)
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 30, 3), np.uint8)).save(folder / "digit.png")
@@ -112,6 +113,8 @@ def test_the_commands_and_the_code_of_the_readme_run(desk: Path, monkeypatch: py
     assert names["dates"] == ["1979-05-03", "1921-03-02"]
     assert names["lists"] == "1979-05-03 1921-03-02"
     assert names["caption"] == "a seven above a three"
+    byte, probability = names["gap"][0]
+    assert (byte, round(probability, 2)) == ("o", 0.95)
     assert isinstance(names["text"], str)
     assert -1 <= float(str(names["similar"])) <= 1
     assert 1 < float(str(names["perplexity"])) < 1000
