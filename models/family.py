@@ -147,6 +147,8 @@ def label_names(config_json: Mapping[str, Any]) -> tuple[str, ...]:
     names = tuple(f"LABEL_{i}" for i in range(label_count(config_json)))
     if not labels:
         return names
+    if not isinstance(labels, dict):
+        raise CheckpointError(f"config.json: id2label is {labels!r:.80}, expected an object of names by id. Fix it.")
     if sorted(labels, key=str) != sorted((str(i) for i in range(len(names))), key=str):
         raise CheckpointError(
             f"config.json: id2label has the ids {', '.join(sorted(map(str, labels))[:8])}, "

@@ -143,6 +143,10 @@ def test_an_image_smaller_than_a_window_is_refused(tmp_path: Path) -> None:
             {"architectures": ["SwinForMaskedImageModeling"]},
             "pixels that were masked.*Choose a head with --task: .*feature-extraction",
         ),
+        *(
+            ({"architectures": ["SwinForImageClassification"], "id2label": value}, "id2label is .*expected an object")
+            for value in (True, 2, ["0", "1"])
+        ),
         ({"architectures": ["SwinBackbone"]}, "maps of several stages, each with a norm of its own"),
         ({"model_type": "swin2sr"}, "Swin2SR enlarges images"),
         ({"model_type": "maskformer-swin"}, "MaskFormer's Swin"),
