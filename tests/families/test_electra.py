@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 
 from command_line import document, transom
 from conftest import BERT, CITIES, Once
+from edited_checkpoints import edit_config, edit_weights, read
 from encoder_family import EncoderFamily
-from transom.export.checkpoint import LoadedCheckpoint, load_checkpoint
 from transom.export.pipeline import export
 from transom.export.report.report import write_report
 from transom.export.verification import verify
@@ -93,24 +92,6 @@ class TestElectra(EncoderFamily):
 
 
 SUITE = TestElectra()
-
-
-def read(folder: Path, **options: Any) -> LoadedCheckpoint:
-    defaults: dict[str, Any] = {"task": None, "max_sizes": {}, "image_size": None, "ignore_unused": False}
-    return load_checkpoint(str(folder), **{**defaults, **options})
-
-
-def edit_config(folder: Path, **changes: Any) -> Path:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    return folder
-
-
-def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors")
-    return folder
 
 
 # Settings

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from command_line import document, transom
 from conftest import Once, export_to
+from edited_checkpoints import edit_config, edit_weights, read
 from encoder_family import WORST, EncoderFamily
 from image_cases import PHOTOS, small_photo, their_pixels
 from rtx import needs_rtx
-from transom.export.checkpoint import LoadedCheckpoint, load_checkpoint
 from transom.export.engine.trt_graphs import tensorrt_graphs
 from transom.export.onnx_export import onnx_from_module
 from transom.export.processors.image import image_preprocess_from_checkpoint
@@ -164,23 +164,6 @@ def count_batches(tensors: dict[str, torch.Tensor]) -> None:
     for name, tensor in tensors.items():
         if "running" in name:
             tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
-
-
-def read(folder: Path, **options: Any) -> LoadedCheckpoint:
-    defaults: dict[str, Any] = {"task": None, "max_sizes": {}, "image_size": None, "ignore_unused": False}
-    return load_checkpoint(str(folder), **{**defaults, **options})
-
-
-def edit_config(folder: Path, **changes: Any) -> Path:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    return folder
-
-
-def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors")
 
 
 # ---- what is refused

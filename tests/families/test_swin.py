@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from command_line import document, transom
 from conftest import Once
+from edited_checkpoints import edit_config, read
 from encoder_family import WORST, EncoderFamily
-from swin_cases import SWIN, edit_config, read, worst_error, write_pixels
+from swin_cases import SWIN, worst_error, write_pixels
 from transom.models.windows import Windows, relative_index
 from transom.runtime import load
 from transom.runtime.errors import CheckpointError

@@ -13,8 +13,9 @@ import torch
 import transformers
 
 from conftest import Once
+from edited_checkpoints import edit_config, read
 from encoder_family import WORST, EncoderFamily
-from swin_cases import SWIN, edit_config, read, worst_error, write_pixels
+from swin_cases import SWIN, worst_error, write_pixels
 from transom.export.bundle_graphs import canonical_graphs
 from transom.export.passes.half_precision import convert_precision
 from transom.runtime import load

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from command_line import document, transom
 from conftest import Once
+from edited_checkpoints import read
 from encoder_family import TEXTS, WORST, EncoderFamily
 from row_independence import check_encoders
 from tiny_graphs import operators
-from transom.export.checkpoint import LoadedCheckpoint, load_checkpoint
 from transom.models.bit import Window, converted_weight
 from transom.runtime import load
 from transom.runtime.backends.ort import session_entries
@@ -78,11 +78,6 @@ class TestViTHybrid(EncoderFamily):
 def test_rows_of_integer_convolutions_do_not_depend_on_their_neighbours(once: Once) -> None:
     with load(TestViTHybrid().bundle(once, HEAD, "int8"), threads=2) as bundle:
         check_encoders(bundle, lambda output: 0.0)
-
-
-def read(folder: Path, **options: Any) -> LoadedCheckpoint:
-    defaults: dict[str, Any] = {"task": None, "max_sizes": {}, "image_size": None, "ignore_unused": False}
-    return load_checkpoint(str(folder), **{**defaults, **options})
 
 
 def edit_config(folder: Path, **changes: Any) -> Path:

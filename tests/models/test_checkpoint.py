@@ -9,29 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
+from edited_checkpoints import edit_weights, read
 from transom.export.checkpoint import load_checkpoint
 from transom.runtime.errors import CheckpointError, ExportError
 
 MakeCheckpoint = Callable[..., Path]
 
 
-def read(folder: Path, **options: Any) -> Any:
-    defaults: dict[str, Any] = {"task": None, "max_sizes": {}, "image_size": None, "ignore_unused": False}
-    return load_checkpoint(str(folder), **{**defaults, **options})
-
-
 def edit(folder: Path, change: Callable[[dict[str, Any]], object], name: str = "config.json") -> None:
     words = json.loads((folder / name).read_text())
     change(words)
     (folder / name).write_text(json.dumps(words))
-
-
-def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors")
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ from decoder_definitions import (
     assert_close,
     decode,
     edit,
-    edit_weights,
     empty_caches,
     logits_of,
     ours_of,
 )
+from edited_checkpoints import edit_weights
 from transom.runtime.errors import CheckpointError
 
 SMALL = {"n_embd": 26, "n_layer": 2, "n_head": 2, "n_inner": 31}  # for what needs no awkward size

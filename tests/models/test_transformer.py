@@ -18,11 +18,11 @@ from decoder_definitions import (
     MakeCheckpoint,
     assert_close,
     edit,
-    edit_weights,
     logits_of,
     ours_of,
     translate,
 )
+from edited_checkpoints import edit_weights
 from transom.models.transformer import sinusoids
 from transom.runtime.errors import CheckpointError
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from transom.export.checkpoint import load_checkpoint
 
@@ -29,12 +28,6 @@ def edit(folder: Path, **changes: Any) -> None:
     """Change fields of config.json; None takes one out."""
     words = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps({name: value for name, value in words.items() if value != "absent"}))
-
-
-def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 def empty_caches(loaded: Any, B: int, C: int) -> list[torch.Tensor]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from transom.export.checkpoint import LoadedCheckpoint, load_checkpoint
+from transom.export.checkpoint import LoadedCheckpoint
 
 # 9 x 13 patches, the last of a row halved; windows of 4 padded to 12 x 16, then 5 x 7 tokens, padded to 8 x 8
 SWIN: dict[str, Any] = {
@@ -30,17 +29,6 @@ def write_pixels(folder: Path, size: tuple[int, int] = (18, 25)) -> Path:
     path = folder / "pixels.npz"
     np.savez(path, pixel_values=pixels.astype(np.float32))
     return path
-
-
-def read(folder: Path, **options: Any) -> LoadedCheckpoint:
-    defaults: dict[str, Any] = {"task": None, "max_sizes": {}, "image_size": None, "ignore_unused": False}
-    return load_checkpoint(str(folder), **{**defaults, **options})
-
-
-def edit_config(folder: Path, **changes: Any) -> Path:
-    path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-    return folder
 
 
 def worst_error(loaded: LoadedCheckpoint, theirs: Any, rows: int = 2, **options: Any) -> float:
