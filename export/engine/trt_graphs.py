@@ -9,11 +9,13 @@ import onnx_ir as ir
 
 from transom.export.bundle_graphs import stored_graphs
 from transom.export.engine.profiles import cache_sizes, require_tables
-from transom.export.passes._match import ATTENTION_INPUTS, body_of, inputs_of
+from transom.export.passes._match import ATTENTION_INPUTS, body_of, inputs_of, size_along
+from transom.export.passes.cached_attention import HEAD_SIZE
 from transom.export.passes.decompose_attention import decompose_attention
 from transom.export.passes.freeze_axes import freeze_dynamic_axes
 from transom.export.passes.gru_scan import gru_scan
-from transom.export.passes.plugin_attention import has_head_bias, is_attention, plugin_attention
+from transom.export.passes.pad_heads import pad_heads
+from transom.export.passes.plugin_attention import MAX_HEAD_SIZE, has_head_bias, is_attention, plugin_attention
 from transom.export.passes.split_fused_matmul import split_fused_matmul
 from transom.export.passes.trt_attention import OPERATOR, trt_attention
 from transom.runtime.bundle import Bundle
@@ -69,12 +71,12 @@ def tensorrt_graphs(
 
     A KV cache gets its greatest length, the only one that TensorRT writes to. Attention without a TensorRT kernel is
     decomposed, or with ``plugins``, which full TensorRT supports, becomes a function that Transom's kernel computes;
-    so does attention with a bias per head, which otherwise stays TensorRT's (docs/decisions.md has the reasons). A
-    fused integer product that is split becomes a product for each output, for TensorRT dequantises the fused one. A
-    GRU becomes a loop of one product a step, for the parser does not read it in half precision. With ``attention``
-    LENGTHS a cache is read by lengths instead of a mask. ``axes`` are the engine's bounds, by default the bundle's. All
-    else is unchanged. Raises BundleError for axes beyond the graph's tables, ExportError for LENGTHS
-    without a cache to read.
+    so does attention with a bias per head, which otherwise stays TensorRT's (docs/decisions.md has the reasons). Heads
+    of two widths are padded to one where that gives them a kernel. A fused integer product that is split becomes a
+    product for each output, for TensorRT dequantises the fused one. A GRU becomes a loop of one product a step, for the
+    parser does not read it in half precision. With ``attention`` LENGTHS a cache is read by lengths instead of a mask.
+    ``axes`` are the engine's bounds, by default the bundle's. All else is unchanged. Raises BundleError for axes beyond
+    the graph's tables, ExportError for LENGTHS without a cache to read.
     """
     models = stored_graphs(bundle, "default")
     axes = bundle.manifest.axes if axes is None else axes
@@ -84,6 +86,7 @@ def tensorrt_graphs(
         require_tables(model, file.graph, axes)
         if is_decoder(file.graph):
             freeze_dynamic_axes(model, cache_sizes(file.graph, axes))
+        pad_heads(model, lambda node, graph=file.graph: gains_by_padding(node, graph, plugins))  # type: ignore[misc]
         reasons = {node: without_kernel(node, file.graph) for node in model.graph if is_attention(node)}
         refused = {node: reason for node, reason in reasons.items() if reason is not None}
         decomposed = {str(node.name): reason for node, reason in refused.items()}
@@ -107,16 +110,29 @@ def tensorrt_graphs(
     return graphs
 
 
-def without_kernel(node: ir.Node, graph: Graph) -> str | None:
+def gains_by_padding(node: ir.Node, graph: Graph, plugins: bool) -> bool:
+    """Return whether an ``Attention`` whose heads have two widths has a kernel once the narrower ones are padded."""
+    query, _, value, _ = inputs_of(node, len(ATTENTION_INPUTS))
+    widths = [size_along(each, HEAD_SIZE) for each in (query, value)]
+    if widths[0] == widths[1] or not all(isinstance(width, int) for width in widths):
+        return False
+    ours = plugins and max(widths) <= MAX_HEAD_SIZE  # type: ignore[type-var, operator]
+    return ours or without_kernel(node, graph, padded=True) is None
+
+
+def without_kernel(node: ir.Node, graph: Graph, *, padded: bool = False) -> str | None:
     """Return why TensorRT has no fused kernel for an ``Attention``; None where it has one.
 
-    Determined by building one of each (docs/tensorrt.md has the table): TensorRT-RTX 1.7.1.
+    Determined by building one of each (docs/tensorrt.md has the table): TensorRT-RTX 1.7.1. With ``padded`` as if
+    its heads had one width, the larger.
     """
     query, _, value, mask = inputs_of(node, len(ATTENTION_INPUTS))
     if query is None or query.shape is None:
         return None
     _, heads, queries, size = query.shape
     width = size if value is None or value.shape is None else value.shape[3]
+    if padded and isinstance(size, int) and isinstance(width, int):
+        size = width = max(size, width)
     if query.dtype == ir.DataType.FLOAT:
         return "in FP32"
     if isinstance(size, int) and not LEAST_SIZE <= size <= MOST_SIZE:

@@ -68,7 +68,7 @@ PINS = (
     Pin("seq2seq-fixed", "encoder", "all", 0, 0, 1, 30, 28, 31),
     Pin("seq2seq-fixed", "decoder", "decode", 0, 0, 8, 8, 8, 9),
     Pin("perceiver", "model", "all", 5, 6, 35, 68, 68, 75),  # beside the single query of the output, decomposed
-    Pin("perceiver_bytes", "model", "all", 5, 6, 35, 80, 80, 86),  # beside the output's, whose heads have two sizes
+    Pin("perceiver_bytes", "model", "all", 6, 6, 35, 78, 78, 84),  # the output's heads are padded to one width
     Pin("show_attend_tell", "encoder", "all", 0, 0, 4, 15, 17, 16),
     Pin("show_attend_tell", "decoder", "decode", 0, 0, 8, 15, 15, 17),
     Pin("swin", "model", "all", 4, 4, 26, 56, 56, 61),
