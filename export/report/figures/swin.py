@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from transom.calib.graph_hash import MODULE
 from transom.export.bundle_graphs import graph_file, load_external, parse_graph
-from transom.export.passes._match import is_standard, is_weight
+from transom.export.passes._match import is_standard, is_weight, made_by
 from transom.export.reference_models import examples_for
 from transom.export.report.figures.attention import ExposedAttention, Weights
 from transom.export.report.graphs import DEVICE
@@ -192,8 +192,15 @@ def gathered_by(attention: ir.Node) -> ir.Node | None:
     """Return the node that gathers an attention's tokens into windows, on the way of its queries; None for none."""
     node = attention.inputs[0].producer() if attention.inputs[0] is not None else None
     while node is not None and not is_standard(node, "Gather", "LayerNormalization"):
-        others = [value for value in node.inputs[1:] if value is not None and not is_weight(value)]
+        others = [value for value in node.inputs[1:] if value is not None and not is_stored(value)]
         if is_standard(node, "Add") and others:  # the residual, which was not cut into windows
             return None
         node = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
     return node if node is not None and is_standard(node, "Gather") else None
+
+
+def is_stored(value: ir.Value) -> bool:
+    """Return whether a value is a weight, or a weight in half precision that is cast for a CPU."""
+    cast = made_by(value, "Cast")
+    stored = value if cast is None else cast.inputs[0]
+    return stored is not None and is_weight(stored)

@@ -13,8 +13,9 @@ import transformers
 from command_line import changed_bundle
 from conftest import Once, export_to, save_checkpoint
 from report_pages import Page
-from swin_cases import SWIN
+from swin_cases import SWIN, write_pixels
 from transom.export.bundle_graphs import graph_file
+from transom.export.quantization.options import QuantizeOptions
 from transom.export.report.figures.attention import ExposedAttention
 from transom.export.report.figures.swin import (
     Map,
@@ -113,3 +114,19 @@ def test_a_bundle_without_patches_cannot_be_drawn(bundle: Path, tmp_path: Path) 
     changed = changed_bundle(bundle, tmp_path, lambda fields: fields["config"].update(patch_size=[2, 0]))
     with pytest.raises(BundleError, match=r"patch_size is \[2, 0\], expected two sides"):
         draw_window_attention(Bundle(changed), ())
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int4"])
+def test_windows_are_found_in_every_precision(precision: str, bundle: Path, tmp_path: Path) -> None:
+    """Weights in half precision are cast for a CPU, integers are dequantised there; neither is a residual."""
+    options: dict[str, Any] = {}
+    if precision == "int4":
+        data = write_pixels(tmp_path, (16, 16))
+        options["quantize"] = QuantizeOptions(calibration_data=(str(data),), gate=False)
+    export_to(tmp_path, bundle.parent / "checkpoint", precision=precision, **options)
+    orders = [
+        token_orders(opened, graph_file(opened, "model")) for opened in map(Bundle, (bundle, tmp_path / "bundle"))
+    ]
+    for path, order in orders[0].items():
+        np.testing.assert_array_equal(orders[1][path], order)  # type: ignore[arg-type]
+    assert orders[0]["encoder.layers.0.blocks.1.attention.self"] is not None
