@@ -9,12 +9,11 @@ import onnx_ir as ir
 
 from transom.export.bundle_graphs import stored_graphs
 from transom.export.engine.profiles import cache_sizes, require_tables
-from transom.export.passes._match import ATTENTION_INPUTS, body_of, inputs_of, size_along
-from transom.export.passes.cached_attention import HEAD_SIZE
+from transom.export.passes._match import ATTENTION_INPUTS, body_of, inputs_of
 from transom.export.passes.decompose_attention import decompose_attention
 from transom.export.passes.freeze_axes import freeze_dynamic_axes
 from transom.export.passes.gru_scan import gru_scan
-from transom.export.passes.pad_heads import pad_heads
+from transom.export.passes.pad_heads import head_widths, pad_heads
 from transom.export.passes.plugin_attention import MAX_HEAD_SIZE, has_head_bias, is_attention, plugin_attention
 from transom.export.passes.split_fused_matmul import split_fused_matmul
 from transom.export.passes.trt_attention import OPERATOR, trt_attention
@@ -112,11 +111,10 @@ def tensorrt_graphs(
 
 def gains_by_padding(node: ir.Node, graph: Graph, plugins: bool) -> bool:
     """Return whether an ``Attention`` whose heads have two widths has a kernel once the narrower ones are padded."""
-    query, _, value, _ = inputs_of(node, len(ATTENTION_INPUTS))
-    widths = [size_along(each, HEAD_SIZE) for each in (query, value)]
-    if widths[0] == widths[1] or not all(isinstance(width, int) for width in widths):
+    widths = head_widths(node)
+    if widths is None or widths[0] == widths[1]:
         return False
-    ours = plugins and max(widths) <= MAX_HEAD_SIZE  # type: ignore[type-var, operator]
+    ours = plugins and max(widths) <= MAX_HEAD_SIZE
     return ours or without_kernel(node, graph, padded=True) is None
 
 
