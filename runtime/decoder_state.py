@@ -35,6 +35,13 @@ class DecoderState(Protocol):
         """Replace row i by what row ``rows[i]`` was; there are ``len(rows)`` from now on."""
         ...
 
+    def set_constants(self, arrays: Mapping[str, Array]) -> None:
+        """Let the graph read these arrays, by name of the input, in place of those that were set before.
+
+        ``reorder`` leaves them alone, and no step writes them: what is on a device was copied there once.
+        """
+        ...
+
 
 @runtime_checkable
 class SupportsDeviceCache(Protocol):
@@ -49,6 +56,7 @@ class HostDecoderState:
     def __init__(self, caches: Sequence[Tensor], rows: int, limit: int, encoder_outputs: Mapping[str, Array]) -> None:
         self.cache = KVCache(caches, rows, limit)
         self._encoder_outputs = EncoderOutputs(encoder_outputs, rows)
+        self._constants: dict[str, Array] = {}
 
     @property
     def capacity(self) -> int:
@@ -56,7 +64,7 @@ class HostDecoderState:
 
     @property
     def feeds(self) -> dict[str, Array]:
-        return {**self._encoder_outputs.arrays, **self.cache.buffers}
+        return {**self._encoder_outputs.arrays, **self._constants, **self.cache.buffers}
 
     def reserve(self, tokens: int) -> None:
         self.cache.reserve(tokens)
@@ -64,6 +72,9 @@ class HostDecoderState:
     def reorder(self, rows: NDArray[np.intp]) -> None:
         self.cache.reorder(rows)
         self._encoder_outputs.reorder(rows, lambda array, chosen: array[chosen])
+
+    def set_constants(self, arrays: Mapping[str, Array]) -> None:
+        self._constants = dict(arrays)
 
 
 class EncoderOutputs:
@@ -113,6 +124,9 @@ class RecurrentDecoderState:
     def reorder(self, rows: NDArray[np.intp]) -> None:
         self._others.reorder(rows)
         self._arrays = {name: array[rows] for name, array in self._arrays.items()}
+
+    def set_constants(self, arrays: Mapping[str, Array]) -> None:
+        self._others.set_constants(arrays)
 
 
 def new_decoder_state(backend: Backend, rows: int, limit: int, encoder_outputs: Mapping[str, Array]) -> DecoderState:

@@ -13,6 +13,7 @@ from transom.runtime.errors import InputError, ShapeError
 from transom.runtime.graph_spec import (
     ARANGE,
     CACHE,
+    IMAGES,
     Axis,
     EngineAxis,
     Graph,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 WRITE_INDICES = "write_indices"  # int64 (B,): where each row's new tokens go in its caches
 LOGITS_POSITIONS = "logits_positions"  # int64 (B, P): which of the new tokens get logits
+IMAGE_INDICES = "image_indices"  # int64 (B, S): which of the row's images a token sees, from 1; 0 is none
 
 
 def checked_feeds(
@@ -36,7 +38,8 @@ def checked_feeds(
 
     Raises InputError for an unknown or missing name, a wrong type or dtype, an index out of its
     range, or a buffer that cannot be written in place; ShapeError for a wrong rank, a wrong fixed
-    size, an axis out of bounds, two inputs that disagree about one, or a cache that is too short.
+    size, an axis out of bounds or that does not divide another one, two inputs that disagree about one, or a cache
+    that is too short.
     """
     known = {tensor.name: tensor for tensor in graph.inputs}
     strangers = [name for name in inputs if name not in known]
@@ -50,20 +53,40 @@ def checked_feeds(
     check_buffers([output.aliases for output in graph.outputs if output.aliases is not None], inputs)
     feeds = {name: np.asarray(value) for name, value in inputs.items()}
     complete_sizes(graph, axes, sizes)
+    check_groups(axes, sizes)
     for tensor in sorted(graph.inputs, key=lambda tensor: tensor.default is not None):  # first those one must give
         if tensor.name not in feeds:
             feeds[tensor.name] = filled(tensor, sizes)
     if cache_inputs(graph):
         check_positions(sizes[str(token_input(graph).shape[1])], sizes[CACHE], feeds)
+    if IMAGE_INDICES in feeds:
+        check_images(feeds[IMAGE_INDICES], sizes[IMAGES])
     return feeds, sizes
 
 
 def complete_sizes(graph: Graph, axes: Mapping[str, Axis], sizes: dict[str, int]) -> None:
-    """Add to ``sizes`` the axes that no given input has: each is as long as the one it is ``same_as``."""
+    """Add to ``sizes`` the axes that no given input has: each is as long as the one it is ``same_as``.
+
+    One that is like no other is as short as it may be, where all inputs that have it may be left out.
+    """
+    required = {size for tensor in graph.inputs if tensor.default is None for size in tensor.shape}
     for name in {size for tensor in graph.inputs for size in tensor.shape if isinstance(size, str)} - sizes.keys():
         other = axes[name].same_as
         if other in sizes:
             sizes[name] = sizes[other]
+        elif other is None and name not in required:
+            sizes[name] = axes[name].min
+
+
+def check_groups(axes: Mapping[str, Axis], sizes: Mapping[str, int]) -> None:
+    """Raise ShapeError where an axis of groups does not divide the axis of what is grouped."""
+    for name, size in sizes.items():
+        whole = axes[name].divides
+        if whole is not None and whole in sizes and sizes[whole] % size:
+            raise ShapeError(
+                f"axis {name} is {size} and axis {whole} is {sizes[whole]}, which is no multiple of it. Give each of "
+                f"the {name} groups as many rows, or {name}={sizes[whole]}."
+            )
 
 
 def check_type(tensor: Tensor, value: Any) -> None:
@@ -147,7 +170,13 @@ def engine_axes(axes: Mapping[str, Axis], plan: Plan) -> dict[str, Axis]:
     """Return the bundle's ``axes`` within the bounds of an engine; those that it does not narrow are unchanged."""
     narrowed = {
         name: EngineAxis(
-            axis.min, axis.opt, axis.max, same_as=axes[name].same_as, target=plan.target, exported=axes[name]
+            axis.min,
+            axis.opt,
+            axis.max,
+            same_as=axes[name].same_as,
+            divides=axes[name].divides,
+            target=plan.target,
+            exported=axes[name],
         )
         for name, axis in plan.axes.items()
         if (axis.min, axis.max) != (axes[name].min, axes[name].max)
@@ -215,6 +244,16 @@ def check_positions(new: int, capacity: int, feeds: Mapping[str, Array]) -> None
         raise InputError(
             f"input {LOGITS_POSITIONS!r} holds {int(wanted.min())}..{int(wanted.max())}; expected positions among the "
             f"{new} tokens of this call, 0..{new - 1}."
+        )
+
+
+def check_images(indices: Array, images: int) -> None:
+    """Raise InputError where a token is to see an image that the call does not have: the graph does not check it."""
+    low, high = int(indices.min(initial=0)), int(indices.max(initial=0))
+    if low < 0 or high > images:
+        raise InputError(
+            f"input {IMAGE_INDICES!r} holds {low if low < 0 else high}; expected 0 for no image, or 1..{images}, the "
+            f"images of this call (axis {IMAGES}). Give the keys and values of as many images."
         )
 
 

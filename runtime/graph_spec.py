@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 CACHE = "C"  # the axis of a cache's positions
+IMAGES = "I"  # the axis of the images that the tokens of a call can see
 ARANGE = "arange"  # a Tensor.default: 0, 1, 2, ... along the last axis
 
 
@@ -17,7 +18,8 @@ ARANGE = "arange"  # a Tensor.default: 0, 1, 2, ... along the last axis
 class Axis:
     """Bounds of a named dynamic axis, in elements; ``opt`` is the size to tune for.
 
-    ``same_as`` names the axis whose size this one takes where no given input has it. ``ceiling`` is the largest
+    ``same_as`` names the axis whose size this one takes where no given input has it. ``divides`` names the axis whose
+    size must be a multiple of this one's: of groups, say, of rows that share something. ``ceiling`` is the largest
     ``max`` that another export of the model could have, None where nothing but memory limits it.
     """
 
@@ -25,6 +27,7 @@ class Axis:
     opt: int
     max: int
     same_as: str | None = None
+    divides: str | None = None
     ceiling: int | None = field(default=None, compare=False)  # read from the model's config, no bound of this export
 
 

@@ -99,12 +99,13 @@ def manifest_from_json(value: dict[str, Any]) -> Manifest:
     if not graphs:
         top.problems.append("graphs is empty")
     names = [str(file.graph.name) for file in graphs]
-    top.problems += shared_state_problems([file.graph for file in graphs])
+    top.problems += shared_state_problems([file.graph for file in graphs], axes)
     top.problems += [f"two graphs are called {name[:60]!r}" for name in sorted(set(names)) if names.count(name) > 1]
     top.problems += [
-        f"axes.{name} is like {repr(axis.same_as)[:60]}, which is no axis"
+        f"axes.{name} {word} {repr(other)[:60]}, which is no axis"
         for name, axis in axes.items()
-        if axis.same_as is not None and axis.same_as not in axes
+        for word, other in (("is like", axis.same_as), ("divides", axis.divides))
+        if other is not None and other not in axes
     ]
     engines = engines_from_json(top.mapping("engines", {}), names, files, axes, top.problems)
     config = top.mapping("config")
@@ -147,9 +148,9 @@ def manifest_from_json(value: dict[str, Any]) -> Manifest:
 
 
 def with_ceilings(axes: Mapping[str, Axis], config: Mapping[str, Any], single: Collection[str]) -> dict[str, Axis]:
-    """Return the axes with the model's number of positions as the ceiling of those that count tokens: all but B.
+    """Return the axes with the model's number of positions as the ceiling of those that count tokens.
 
-    That of the axes in ``single`` is 1.
+    That is all but B and what divides B; an image takes the position of its mark. That of the axes in ``single`` is 1.
     """
     found = [
         words[name]
@@ -160,7 +161,10 @@ def with_ceilings(axes: Mapping[str, Axis], config: Mapping[str, Any], single: C
     ]
     positions = found[0] if found else None
     ceilings = dict.fromkeys(axes, positions) | dict.fromkeys(single, 1)
-    return {name: axis if name == ROWS else replace(axis, ceiling=ceilings[name]) for name, axis in axes.items()}
+    return {
+        name: axis if ROWS in (name, axis.divides) else replace(axis, ceiling=ceilings[name])
+        for name, axis in axes.items()
+    }
 
 
 def plans_of(graph: str, engines: Mapping[str, Any]) -> dict[str, Plan]:

@@ -65,12 +65,12 @@ class GraphFile:
 
 def axis_from_json(name: str, value: Any, problems: list[str]) -> Axis:
     fields = Fields(value, f"axes.{name}", problems)
-    like = fields.text("like", None)
+    like, divides = fields.text("like", None), fields.text("divides", None)
     low, opt, high = (fields.integer(key, 1, MAX_AXIS) or 1 for key in ("min", "opt", "max"))
     if not low <= opt <= high:
         problems.append(f"axes.{name} has min {low}, opt {opt}, max {high}, expected them in this order")
     fields.done()
-    return Axis(low, opt, high, like)
+    return Axis(low, opt, high, like, divides)
 
 
 def axis_to_json(axis: Axis) -> dict[str, Any]:
@@ -162,17 +162,42 @@ def one_token_axes(graph: Graph) -> tuple[str, ...]:
     return (str(token_input(graph).shape[1]),) if is_decoder(graph) and not cache_inputs(graph) else ()
 
 
-def shared_state_problems(graphs: Sequence[Graph]) -> list[str]:
-    """Return where graphs disagree about a state tensor that passes from one to the other."""
+def shared_state_problems(graphs: Sequence[Graph], axes: Mapping[str, Axis]) -> list[str]:
+    """Return where graphs disagree about a state tensor that passes from one to the other.
+
+    One graph may give a tensor row by row and piece by piece, and another take it in groups of rows and with several
+    pieces: an axis of one fits an axis that divides it, and a size of 1 any axis that may be 1.
+    """
     tensors = [tensor for graph in graphs for tensor in (*graph.inputs, *graph.outputs)]
     passed = {tensor.name for tensor in tensors if tensor.state}
-    known: dict[str, tuple[object, ...]] = {}
+    known: dict[str, Tensor] = {}
     problems = []
     for tensor in tensors:
-        described = (tensor.state, tensor.dtype, tensor.shape)
-        if tensor.name in passed and known.setdefault(tensor.name, described) != described:
-            problems.append(f"two graphs have other shapes or dtypes of {str(tensor.name)[:60]!r}")
+        other = known.setdefault(tensor.name, tensor) if tensor.name in passed else tensor
+        fits = len(tensor.shape) == len(other.shape) and all(
+            sizes_fit(*pair, axes) for pair in zip(tensor.shape, other.shape, strict=True)
+        )
+        if not fits or (tensor.state, tensor.dtype) != (other.state, other.dtype):
+            problems.append(
+                f"two graphs have other shapes or dtypes of {str(tensor.name)[:60]!r}: {other.dtype} "
+                f"{shape_text(other)} and {tensor.dtype} {shape_text(tensor)}"
+            )
     return problems
+
+
+def sizes_fit(one: str | int, other: str | int, axes: Mapping[str, Axis]) -> bool:
+    """Return whether a tensor of size ``one`` in one graph can be of size ``other`` in the next."""
+    if one == other:
+        return True
+    found = {name: axes[name] for name in (one, other) if isinstance(name, str) and name in axes}
+    if len(found) == 2:
+        return any(axis.divides in found for axis in found.values())
+    return 1 in (one, other) and any(axis.min == 1 for axis in found.values())
+
+
+def shape_text(tensor: Tensor) -> str:
+    """Return a shape for a message: ``(B, 2, C, 80)``."""
+    return f"({', '.join(map(str, tensor.shape))})"[:80]
 
 
 def is_state_shape(shape: Sequence[str | int]) -> bool:

@@ -20,7 +20,7 @@ from transom.runtime.process_bound import ProcessBound
 
 
 class OrtDecoderState(ProcessBound):
-    """Caches and encoder outputs as OrtValues on ``device``, "cuda" or "cpu"."""
+    """Caches, encoder outputs and constants as OrtValues on ``device``, "cuda" or "cpu"."""
 
     def __init__(
         self,
@@ -35,6 +35,7 @@ class OrtDecoderState(ProcessBound):
         self._host = KVCache(caches, rows, limit)  # between _pull and _push it holds the caches' values
         self._rows = rows
         self._caches: dict[str, Any] = {}
+        self._constants: dict[str, Any] = {}
         self._encoder_outputs = EncoderOutputs(
             {name: self._on_device(array) for name, array in encoder_outputs.items()}, rows
         )
@@ -47,7 +48,7 @@ class OrtDecoderState(ProcessBound):
     @property
     def feeds(self) -> dict[str, Any]:
         """Return OrtValues by name of the input."""
-        return {**self._encoder_outputs.arrays, **self._caches}
+        return {**self._encoder_outputs.arrays, **self._constants, **self._caches}
 
     def reserve(self, tokens: int) -> None:
         """Make room for ``tokens`` in every row, which will be used."""
@@ -67,6 +68,11 @@ class OrtDecoderState(ProcessBound):
         self._push()
         self._encoder_outputs.reorder(rows, lambda value, chosen: self._on_device(value.numpy()[chosen]))
         self._rows = len(rows)
+
+    def set_constants(self, arrays: Mapping[str, Array]) -> None:
+        """Copy arrays to the device, where every step reads them; what was there before is freed first."""
+        self._constants = {}
+        self._constants = {name: self._on_device(array) for name, array in arrays.items()}
 
     def _pull(self) -> None:
         for name, value in self._caches.items():

@@ -153,7 +153,7 @@ def as_bytes(array: Array) -> NDArray[np.uint8]:
 
 
 class TrtDecoderState(ProcessBound):
-    """A decoder's state on the GPU: caches written in place, and the encoder's outputs beside them.
+    """A decoder's state on the GPU: caches written in place, the encoder's outputs and constants beside them.
 
     A cache (rows, H, C, D) has the one length C that the engine was built for. Every method waits for its own work, so
     that any thread may go on.
@@ -173,6 +173,7 @@ class TrtDecoderState(ProcessBound):
         weakref.finalize(self, give_back, pool, self._held)
         self.capacity = min(limit, length)  # tokens that fit in a row
         self._used, self._rows = 0, rows
+        self._constants: dict[str, DeviceArray] = {}
         try:
             self._caches = {tensor.name: self._empty(tensor, rows, length) for tensor in caches}
             self._encoder_outputs = EncoderOutputs(
@@ -187,7 +188,7 @@ class TrtDecoderState(ProcessBound):
     @property
     def feeds(self) -> dict[str, DeviceArray]:
         """Return the graph's inputs besides the tokens, by name."""
-        return {**self._encoder_outputs.arrays, **self._caches}
+        return {**self._encoder_outputs.arrays, **self._constants, **self._caches}
 
     def reserve(self, tokens: int) -> None:
         """Note that positions up to ``tokens`` will be written. BackendError past the end: TensorRT would drop them."""
@@ -201,6 +202,17 @@ class TrtDecoderState(ProcessBound):
             self._caches = {name: self._cache_of(old, rows) for name, old in self._caches.items()}
             self._encoder_outputs.reorder(rows, self._rows_of)
             self._rows = len(rows)
+
+    def set_constants(self, arrays: Mapping[str, Array]) -> None:
+        """Copy arrays to the GPU, where every step reads them; the memory of those before is taken again where it fits.
+
+        Arrays of the sizes of those before so lie where these did, and what was recorded of the steps stays of use.
+        """
+        for old in reversed(self._constants.values()):
+            self._held.remove(old.memory)
+            self._pool.give(old.memory)
+        self._constants = {}
+        self._constants = {name: self._uploaded(array) for name, array in arrays.items()}
 
     def _cache_of(self, old: DeviceArray, rows: NDArray[np.intp]) -> DeviceArray:
         """Make a cache of the chosen rows: the positions in use are copied, the rest are zeros."""

@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from transom.runtime.backends.ort_cache import OrtDecoderState
+from transom.runtime.backends.ort_library import onnxruntime
 from transom.runtime.decoder import Decoder, context_length
-from transom.runtime.decoder_state import new_decoder_state
+from transom.runtime.decoder_state import HostDecoderState, new_decoder_state
 from transom.runtime.errors import BundleError, InputError
 from transom.runtime.graph_spec import Axis, Graph, Tensor, cache_inputs, recurrent_inputs
 
@@ -99,3 +101,25 @@ def test_the_context_of_a_recurrent_graph_is_an_option_of_the_bundle() -> None:
     for wrong in ({}, {"max_target_positions": 0}, {"max_target_positions": True}, {"max_target_positions": "9"}):
         with pytest.raises(BundleError, match=r"options.max_target_positions is .*, expected a positive integer"):
             context_length(STEPS, axes, wrong)
+
+
+@pytest.mark.parametrize("device", ["host", "onnxruntime"])
+def test_constants_are_read_by_every_step_and_no_reordering_touches_them(device: str) -> None:
+    caches = [Tensor("key_cache.0", "float32", ("B", 1, "C", 2), default=0, state=True)]
+    state: Any = (
+        HostDecoderState(caches, 2, 9, {})
+        if device == "host"
+        else OrtDecoderState(onnxruntime(), "cpu", caches, 2, 9, {})
+    )
+    state.reserve(3)
+    images = {"image_key.0": np.ones((1, 1, 2, 3, 4), np.float32)}
+    state.set_constants(images)
+    first = state.feeds["image_key.0"]
+    assert set(state.feeds) == {"image_key.0", "key_cache.0"}
+    assert (first is images["image_key.0"]) == (device == "host")
+    state.reorder(np.array([1, 1, 0]))
+    state.reserve(8)
+    assert state.feeds["image_key.0"] is first  # neither copied nor uploaded again
+    state.set_constants({"image_key.0": np.zeros((1, 1, 1, 3, 4), np.float32)})
+    second = state.feeds["image_key.0"]
+    assert (second if device == "host" else second.numpy()).shape == (1, 1, 1, 3, 4)
