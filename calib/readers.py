@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from transom.calib.samples import Sample, printable
+from transom.calib.samples import Part, Sample, printable
 from transom.runtime.errors import CalibrationError, one_line
 from transom.runtime.image_loading import SIGNATURES
 
 MAX_LINE_BYTES = 16 << 20  # a model reads some thousand tokens of a text: a longer line is no text
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-KEYS = ("text", "text_pair", "image")  # of a line of JSON; others are ignored
+KEYS = ("text", "text_pair", "image", "parts", "answer")  # of a line of JSON; others are ignored
 
 
 class TextLines:
@@ -54,8 +54,10 @@ class TextLines:
 class JsonLines(TextLines):
     """A .jsonl file: an object per line with "text", "text_pair" and "image", a path relative to the file.
 
-    A line has "text" or "image", or both; a key whose value is null counts as absent. An image outside of the file's
-    folder is refused, as a link out of an ``ImageFolder`` is: an untrusted file could have any file read.
+    A line has "text" or "image", or both; or "parts", a list of texts, images ``{"image": path}`` and examples
+    ``[question, answer]`` in the order in which a model reads them. "answer" is what it should say, where that is
+    known. A key whose value is null counts as absent. An image outside of the file's folder is refused, as a link out
+    of an ``ImageFolder`` is: an untrusted file could have any file read.
     """
 
     def parse(self, line: str, where: str) -> Sample:
@@ -67,15 +69,45 @@ class JsonLines(TextLines):
         if not isinstance(value, dict):
             refuse(where, f"is JSON of a {type(value).__name__}")
         found = {key: value[key] for key in KEYS if value.get(key) is not None}
+        parts = found.pop("parts", None)
         for key, text in found.items():
-            if not isinstance(text, str) or not text.strip():
-                refuse(where, f"has {key} {printable(repr(text)[:60])}, no text")
-            if not is_unicode(text) or (key == "image" and "\0" in text):
-                refuse(where, f"has {key} {printable(repr(text)[:60])}, which is no Unicode text")
-        if "text" not in found and ("image" not in found or "text_pair" in found):
+            self._check(key, text, where)
+        if parts is not None:
+            complete = found.keys() <= {"answer"}
+        else:
+            complete = "text" in found or ("image" in found and "text_pair" not in found)
+        if not complete:
             refuse(where, f"has the keys {printable(', '.join(map(str, value))[:100]) or 'none'}")
         image = self._inside(found["image"], where) if "image" in found else None
-        return Sample(where, found.get("text"), found.get("text_pair"), image)
+        interleaved = None if parts is None else self._parts(parts, where)
+        answer = found.get("answer")
+        return Sample(where, found.get("text"), found.get("text_pair"), image, parts=interleaved, answer=answer)
+
+    def _check(self, key: str, text: object, where: str) -> None:
+        """Raise CalibrationError unless the value of ``key`` is a text."""
+        if not isinstance(text, str) or not text.strip():
+            refuse(where, f"has {key} {printable(repr(text)[:60])}, no text")
+        if not is_unicode(text) or (key == "image" and "\0" in text):
+            refuse(where, f"has {key} {printable(repr(text)[:60])}, which is no Unicode text")
+
+    def _parts(self, given: object, where: str) -> tuple[Part, ...]:
+        """Read texts, images and examples in their order."""
+        if not isinstance(given, list) or not given:
+            refuse(where, f"has parts {printable(repr(given)[:60])}, no list of parts")
+        found: list[Part] = []
+        for part in given:
+            if isinstance(part, dict) and part.keys() == {"image"}:
+                self._check("image", part["image"], where)
+                found.append(self._inside(part["image"], where))
+            elif isinstance(part, list) and len(part) == 2:
+                for text in part:
+                    self._check("part", text, where)
+                question, answer = part
+                found.append((question, answer))
+            else:
+                self._check("part", part, where)
+                found.append(part)
+        return tuple(found)
 
     def _inside(self, image: str, where: str) -> Path:
         folder = self._path.parent
@@ -191,6 +223,7 @@ def is_unicode(text: str) -> bool:
 
 def refuse(where: str, what: str) -> NoReturn:
     raise CalibrationError(
-        f'{where} {what}; expected an object such as {{"text": "..."}}, {{"text": "...", "text_pair": "..."}} or '
-        '{"image": "a path relative to the file"} on each line. Correct the line, or take it out.'
+        f'{where} {what}; expected an object such as {{"text": "..."}}, {{"text": "...", "text_pair": "..."}}, '
+        '{"image": "a path relative to the file"} or {"parts": [{"image": "..."}, ["question", "answer"], "..."]} on '
+        "each line. Correct the line, or take it out."
     )

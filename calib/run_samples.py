@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from transom.calib.data import CalibrationData
-from transom.calib.samples import IMAGE, TEXT, Sample
+from transom.calib.samples import IMAGE, PARTS, TEXT, Sample
 from transom.runtime.backends.base import Array
 from transom.runtime.errors import CalibrationError, InputError
 from transom.runtime.session import LoadedBundle
@@ -32,11 +32,15 @@ class SampleRunner:
              runs whenever these do
     run      bundle, sample of texts and images -> nothing; answers are dropped
     run_raw  bundle, raw inputs by name -> nothing
+    also     kinds that a sample may hold beside those, or without them, that make no graph run which these do not
+    interleaved  whether ``run`` takes samples of parts
     """
 
     graphs: Mapping[str, tuple[str, str]]
     run: Callable[[Any, Sample], None]
     run_raw: Callable[[Any, Mapping[str, Array]], None] = run_as_given
+    also: tuple[tuple[str, str], ...] = ()
+    interleaved: bool = False
 
 
 def run_sample(bundle: LoadedBundle, sample: Sample, runner: SampleRunner) -> None:
@@ -78,8 +82,8 @@ def check_kinds(
     family: str, runner: SampleRunner, name: str, kinds: frozenset[str], *, tokenizer: bool, preprocess: bool
 ) -> None:
     """Raise CalibrationError where nothing of a sample is what the family takes."""
-    wanted = runner.graphs.values()
-    if not any(kinds & {*pair} for pair in wanted):
+    wanted = [*runner.graphs.values(), *runner.also]
+    if not any(kinds & {*pair} for pair in wanted) or (PARTS in kinds and not runner.interleaved):
         takes = " and ".join(f"{kind}s (or a .npz file with {raw})" for kind, raw in wanted)
         raise CalibrationError(
             f"{name} holds {listed(kinds)}: samples that don't fit the graph. This {family} takes {takes}. "
@@ -102,5 +106,5 @@ def require_no_pair(sample: Sample) -> None:
 
 def listed(kinds: frozenset[str]) -> str:
     """Return kinds of samples in words: ``an image and a text``, ``input_ids``."""
-    words = {TEXT: "a text", IMAGE: "an image"}
+    words = {TEXT: "a text", IMAGE: "an image", PARTS: "parts in their order"}
     return " and ".join(words.get(kind, kind) for kind in sorted(kinds)) or "nothing"

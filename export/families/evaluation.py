@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.calib.samples import Sample
+from transom.calib.samples import IMAGE, Part, Sample
 from transom.runtime.errors import CalibrationError, TransomError, one_line
 from transom.runtime.session import LoadedBundle
 
@@ -79,13 +79,14 @@ def drawn(samples: Sequence[Sample], most: int = MAX_SAMPLES) -> list[Sample]:
     A text that is there twice would be its own nearest neighbour, and count twice. Raises CalibrationError for none.
     """
     found: list[Sample] = []
-    texts: set[tuple[str | None, str | None]] = set()
+    texts: set[tuple[str | None, str | None, tuple[Part, ...] | None]] = set()
     left = {True: most, False: most}
     for index in np.random.RandomState(0).permutation(len(samples)):  # a stream that no version of numpy changes
         if not any(left.values()):
             break
         sample = samples[int(index)]
-        pictured, text = sample.image is not None, (sample.text, sample.text_pair)
+        pictured = IMAGE in sample.kinds
+        text = sample.text, sample.text_pair, None if pictured else sample.parts  # arrays of images have no hash
         repeated = not pictured and sample.feeds is None and text in texts
         if left[pictured] and not repeated:
             texts.add(text)

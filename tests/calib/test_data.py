@@ -175,6 +175,37 @@ def test_objects_per_line(tmp_path: Path, photos: Path) -> None:
     assert len({entry.digest for entry in data.entries}) == len(rows)
 
 
+def test_interleaved_texts_and_images_per_line(tmp_path: Path, photos: Path) -> None:
+    """A part is a text, an image, or an example of a question and its answer; their order counts."""
+    image = {"image": "photos/0.PNG"}
+    rows: list[dict[str, object]] = [
+        {"parts": [image, ["how many?", "two"], {"image": "photos/cat/1.PNG"}, "how many now?"], "answer": "one"},
+        {"image": "photos/0.PNG", "text": "how many?", "answer": "two"},
+        {"parts": [image, "how many?"], "answer": "two"},
+        {"parts": ["how many?", image], "answer": "two"},
+        {"parts": [image, "how many?"], "answer": "three"},
+        {"parts": [image, "how", "many?"]},
+        {"parts": [image, ["how", "many?"]]},
+        {"parts": [{"image": "photos/4.PNG"}]},
+        *({"parts": [f"text {number}"]} for number in range(8)),
+    ]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    data = open_calibration_data([str(path)])
+    first, second = photos / "0.PNG", photos / "cat" / "1.PNG"
+    assert data.samples[0] == Sample(
+        "questions.jsonl:1", parts=(first, ("how many?", "two"), second, "how many now?"), answer="one"
+    )
+    assert data.samples[1] == Sample("questions.jsonl:2", text="how many?", image=first, answer="two")
+    assert [sorted(entry.kinds) for entry in data.entries[:2]] == [["image", "parts", "text"], ["image", "text"]]
+    assert data.entries[-1].kinds == {"parts", "text"}
+    assert len({entry.digest for entry in data.entries}) == len(rows)
+    (photos / "0.PNG").write_bytes((photos / "2.PNG").read_bytes())
+    again = open_calibration_data([str(path)])
+    changed = [entry.digest != other.digest for entry, other in zip(data.entries, again.entries, strict=True)]
+    assert changed == [True] * 7 + [False] * 9
+
+
 def test_a_folder_of_images_in_the_order_of_their_paths(photos: Path) -> None:
     data = open_calibration_data([str(photos)])
     assert [sample.name for sample in data.samples] == [

@@ -90,6 +90,12 @@ IMAGE = Sample("photos/1.png", image=SCAN)
 # ---- the inputs of the graphs
 
 
+def test_interleaved_samples_are_for_models_that_read_them(bert_bundle: Path) -> None:
+    """Their texts alone would be other inputs than the user gave."""
+    message = refused(bert_bundle, Sample("a.jsonl:1", parts=("a", "b")))
+    assert "holds parts in their order and a text: samples that don't fit the graph. This bert takes texts" in message
+
+
 def test_bert_reads_one_text_without_padding_and_cut_to_its_length(bert_bundle: Path) -> None:
     calls = calls_of(bert_bundle, TEXT, Sample("b", text="water " * 500), Sample("c", text="a", text_pair="b"))
     assert [name for name, _ in calls] == ["model"] * 3

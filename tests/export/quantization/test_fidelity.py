@@ -339,6 +339,9 @@ def test_drawn_samples() -> None:
     assert sum(sample.image is not None for sample in found) == MAX_SAMPLES
     assert len({sample.text for sample in found if sample.image is None}) == MAX_SAMPLES
     assert len(drawn(texts("a", "b", "a"))) == 2
+    parts = [Sample("c", parts=("a", "b")), Sample("d", parts=("b", "a")), Sample("e", parts=("a", "b"))]
+    shown = [Sample("f", parts=("a", np.zeros((2, 2), np.uint8)))] * 2
+    assert sorted(sample.name for sample in drawn([*parts, *shown])) in (["c", "d", "f", "f"], ["d", "e", "f", "f"])
     with pytest.raises(CalibrationError, match="no held-out samples"):
         drawn([])
 
