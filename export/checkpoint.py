@@ -171,16 +171,24 @@ def image_size_of(manifest: Manifest) -> tuple[int, int] | None:
     return None
 
 
+BY_MEMORY = ("B", "G", "I")  # rows, groups of rows and images, whose number no part of a model bounds
+
+
 def with_bounds(axes: Mapping[str, Axis], max_sizes: Mapping[str, int]) -> dict[str, Axis]:
-    """Return the family's axes with the maxima that the user asked for."""
+    """Return the family's axes with the maxima that the user asked for; an axis that divides another is no larger."""
     bounded = dict(axes)
     for name, size in max_sizes.items():
         if name not in axes:
             raise ExportError(f"--max names the axis {name!r}; this model has {', '.join(axes)}.")
-        ceiling = axes[name].max if name != "B" else 65_536  # rows are bounded by memory alone
+        ceiling = 65_536 if name in BY_MEMORY else axes[name].max
         if not axes[name].min <= size <= ceiling:
             raise ExportError(f"--max {name}={size} is out of range; this model allows {axes[name].min}..{ceiling}.")
         bounded[name] = replace(axes[name], opt=min(axes[name].opt, size), max=size)
+    for name, axis in axes.items():
+        if axis.divides is not None:
+            most = bounded[axis.divides].max
+            size = min(max_sizes.get(name, most), most)
+            bounded[name] = replace(axis, opt=min(axis.opt, size), max=size)
     return bounded
 
 

@@ -7,6 +7,7 @@ import contextlib
 import inspect
 import itertools
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -80,15 +81,22 @@ def grouped(module: nn.Module, shapes: list[dict[int, Any]]) -> tuple[Any, ...]:
 def example_sizes(graph: Graph, axes: Mapping[str, Axis]) -> dict[str, int]:
     """Choose distinct sizes of at least 2, so that the tracer can neither specialise an axis nor equate two.
 
-    Axes of one are constants and stay 1. Where bounds leave fewer sizes than there are axes, one is traced beyond its
-    bound, which is not part of the graph; the batch first, for positions are looked up in tables that may
-    end there. Returns a size for each axis of the graph's inputs.
+    Axes of one are constants and stay 1; one that ``divides`` another does. Where bounds leave fewer sizes than there
+    are axes, one is traced beyond its bound, which is not part of the graph; the batch first, for positions are looked
+    up in tables that may end there. Returns a size for each axis of the graph's inputs.
     """
     named = [size for tensor in graph.inputs for size in tensor.shape if isinstance(size, str)]
     batches = {tensor.shape[0] for tensor in graph.inputs if tensor.shape}
     sizes: dict[str, int] = {}
-    for name in sorted(dict.fromkeys(named), key=lambda name: (axes[name].max, name in batches)):
-        free = (size for size in itertools.count(max(2, axes[name].min)) if size not in sizes.values())
+
+    def place(name: str) -> tuple[int, bool, bool]:
+        """An axis that divides another comes in front of it."""
+        whole = axes[name].divides
+        return axes[whole or name].max, name in batches, whole is None
+
+    for name in sorted(dict.fromkeys(named), key=place):
+        step = math.prod(sizes[other] for other in sizes if axes[other].divides == name)
+        free = (n for n in itertools.count(max(2, axes[name].min)) if n not in sizes.values() and n % step == 0)
         sizes[name] = 1 if axes[name].max == 1 else next(free)
     return sizes
 

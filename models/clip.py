@@ -174,10 +174,13 @@ class VisionModel(nn.Module):
         self.encoder = Encoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
+    def hidden_states(self, pixel_values: Tensor) -> Tensor:
+        """Encode pixels, float32 (B, C, height, width), to what the last layer gives: (B, S, E)."""
+        return self.encoder(self.pre_layrnorm(self.embeddings(pixel_values)))  # type: ignore[no-any-return]
+
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Encode pixels, float32 (B, C, height, width): (B, E)."""
-        x = self.encoder(self.pre_layrnorm(self.embeddings(pixel_values)))
-        return self.post_layernorm(x[:, 0])  # type: ignore[no-any-return]
+        return self.post_layernorm(self.hidden_states(pixel_values)[:, 0])  # type: ignore[no-any-return]
 
 
 class CLIP(nn.Module):
@@ -249,7 +252,11 @@ def convert(name: str, stored: Tensor, config: CLIPConfig) -> Tensor:
         return stored.reshape(())
     if name != "vision_model.embeddings.position_embedding.weight":
         return stored
-    vision = config.vision_config
+    return vision_positions(stored, config.vision_config)
+
+
+def vision_positions(stored: Tensor, vision: VisionConfig) -> Tensor:
+    """Resize the positions (1 + P, E) of an image's tower from the trained grid to the exported one."""
     old, new = (grid(size, vision.patch_size) for size in (vision.trained_image_size, vision.image_size))
     return resized_positions(stored, old, new)
 
@@ -278,16 +285,18 @@ def config_from_source(source: Source) -> CLIPConfig:
         raise CheckpointError(
             f"config.json: text_config's eos_token_id is {eos!r}, expected a token in 0..{text['vocab_size'] - 1}."
         )
-    vision = config_fields(visions, VISION_SIZES, OTHERS, ACTIVATIONS, where="config.json: vision_config")
     both = config_fields(config_json, {"projection_dim": 512}, {}, ACTIVATIONS, heads=())
-    trained, patch = (size_pair(visions, name, default) for name, default in VISION_SIDES.items())
-    size = source.image_size or trained
+    vision = vision_config(visions, source.image_size)
+    return CLIPConfig(TextConfig(**text, eos_token_id=eos), vision, both["projection_dim"])
+
+
+def vision_config(fields: Mapping[str, Any], image_size: tuple[int, int] | None) -> VisionConfig:
+    """Read the fields of an image's tower; the image size is theirs unless the user asked for another."""
+    sizes = config_fields(fields, VISION_SIZES, OTHERS, ACTIVATIONS, where="config.json: vision_config")
+    trained, patch = (size_pair(fields, name, default) for name, default in VISION_SIDES.items())
+    size = image_size or trained
     require_patch(patch, {"image_size": trained, "image size asked for": size})
-    return CLIPConfig(
-        TextConfig(**text, eos_token_id=eos),
-        VisionConfig(**vision, image_size=size, trained_image_size=trained, patch_size=patch),
-        both["projection_dim"],
-    )
+    return VisionConfig(**sizes, image_size=size, trained_image_size=trained, patch_size=patch)
 
 
 def tower(config_json: Mapping[str, Any], name: str, defaults: Mapping[str, Any]) -> dict[str, Any]:

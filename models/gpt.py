@@ -5,6 +5,7 @@ Shape letters as in attention.py and cache.py; P positions whose logits are want
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -121,11 +122,23 @@ class GPT(nn.Module):
     def forward(
         self, input_ids: Tensor, write_indices: Tensor, logits_positions: Tensor, *caches: Tensor
     ) -> tuple[Tensor, ...]:
+        return self.run(input_ids, write_indices, logits_positions, caches, lambda layer, x: x)
+
+    def run(
+        self,
+        input_ids: Tensor,
+        write_indices: Tensor,
+        logits_positions: Tensor,
+        caches: Sequence[Tensor],
+        before_block: Callable[[int, Tensor], Tensor],
+    ) -> tuple[Tensor, ...]:
+        """Compute ``forward`` with ``before_block(layer, x)`` (B, S, E) in front of each block."""
         S, C = input_ids.shape[1], caches[0].shape[2]
         mask = causal_mask(write_indices, S, C)
         x = self.wte(input_ids) + self.wpe(positions(write_indices, S))  # (B, S, E)
         updated: list[Tensor] = []
         for layer, block in enumerate(self.h):
+            x = before_block(layer, x)
             x, keys, values = block(x, caches[2 * layer], caches[2 * layer + 1], write_indices, mask)
             updated += (keys, values)
         x = self.ln_f(select_positions(x, logits_positions))  # (B, P, E)

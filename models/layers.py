@@ -15,6 +15,11 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
+def relu2(x: Tensor) -> Tensor:
+    """Compute max(x, 0) squared: So et al. (2021, arXiv:2109.08668), section 3.1."""
+    return F.relu(x) * F.relu(x)
+
+
 # Names as in transformers' configs; gelu_new, gelu_fast and gelu_pytorch_tanh are one tanh approximation.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -24,6 +29,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_fast": partial(F.gelu, approximate="tanh"),
     "quick_gelu": quick_gelu,
     "relu": F.relu,
+    "relu2": relu2,
     "silu": F.silu,
     "swish": F.silu,
     "tanh": torch.tanh,
@@ -41,6 +47,26 @@ class Dense(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.dense(x)
         return x if self.activation is None else self.activation(x)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers without biases around an activation; with ``gated`` a third one's output multiplies it.
+
+    Gated it is the GLU of Shazeer (2020, arXiv:2002.05202), equation 6: SwiGLU where the activation is "silu".
+    """
+
+    def __init__(self, width: int, intermediate: int, activation: str, *, gated: bool = False) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, intermediate, bias=False) if gated else None
+        self.up_proj = nn.Linear(width, intermediate, bias=False)
+        self.down_proj = nn.Linear(intermediate, width, bias=False)
+        self.activation = ACTIVATIONS[activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute each of the rows (..., E) alone."""
+        up = self.up_proj(x)
+        inner = self.activation(up) if self.gate_proj is None else self.activation(self.gate_proj(x)) * up
+        return self.down_proj(inner)  # type: ignore[no-any-return]
 
 
 class DenseAddNorm(nn.Module):

@@ -22,6 +22,7 @@ FAMILIES = (
     "swinv2",
     "perceiver",
     "vit_hybrid",
+    "flamingo",
 )
 
 
