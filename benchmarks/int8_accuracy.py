@@ -24,6 +24,7 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
+from earlier_figures import figures_with
 from int8_cases import CASES, THREADS, Case, HeldOut, bundle_of, in_place, open_side, source_of
 from int8_measures import HEAD, Row, first_line, line, machine, measured
 
@@ -199,7 +200,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="where bundles go")
     parser.add_argument("--outliers", action="store_true", help="with injected outlier channels")
     parser.add_argument("--ungated", action="store_true", help="leave the whole exports out, which take minutes each")
-    parser.add_argument("--peers", type=Path, help="what int8_peers.py wrote with --json")
+    parser.add_argument("--peers", type=figures_with("rows"), help="what int8_peers.py wrote with --json")
     parser.add_argument("--json", type=Path, help="the figures as JSON as well")
     options = parser.parse_args()
     about = {**machine(), "threads": THREADS, "onnxruntime": version("onnxruntime"), "outliers": options.outliers}
@@ -210,7 +211,7 @@ def main() -> None:
         if options.json is not None:
             options.json.write_text(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1))
     if options.peers is not None:
-        print("", *beside_peers(rows, json.loads(options.peers.read_text())["rows"]), sep="\n")
+        print("", *beside_peers(rows, options.peers["rows"]), sep="\n")
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ One column per model: score and relative error of every way and every peer, then
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+
+from earlier_figures import figures_with
 
 MODELS = ("vit", "bert", "minilm", "clip", "gpt", "transformer")
 MIB = 2**20
@@ -47,17 +47,13 @@ def table(title: str, rows: Rows, cell: Callable[[dict[str, Any]], str], mark: s
     ]
 
 
-def read(path: Path) -> Rows:
-    return list(json.loads(path.read_text())["rows"])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("accuracy", type=Path, help="what int8_accuracy.py wrote")
-    parser.add_argument("peers", type=Path, help="what int8_peers.py wrote")
+    parser.add_argument("accuracy", type=figures_with("rows"), help="what int8_accuracy.py wrote")
+    parser.add_argument("peers", type=figures_with("rows"), help="what int8_peers.py wrote")
     arguments = parser.parse_args()
-    ours = read(arguments.accuracy)
-    peers = [row for row in read(arguments.peers) if row["who"] != "FP32"]
+    ours = arguments.accuracy["rows"]
+    peers = [row for row in arguments.peers["rows"] if row["who"] != "FP32"]
     print("\n".join([*table("score / relative error", ours, accuracy), *table("", peers, accuracy, mark="*")]))
     print("\n".join(["", *table("MiB of the CPU's graph and weights", ours, size)]))
     print("\n".join(["", *table("times as fast as FP32", ours, speed)]))

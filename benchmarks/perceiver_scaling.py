@@ -12,13 +12,13 @@ parity and all; the ViT takes some GB of memory at 16k. Rounds are as those of s
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from earlier_figures import figures_with
 from scaling import (
     DOCS,
     circumstances,
@@ -167,12 +167,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--work", type=Path, help="a folder for checkpoints and bundles")
-    source.add_argument("--results", type=Path, help="figures of an earlier run")
+    source.add_argument("--results", type=figures_with("ms"), help="a file of figures of an earlier run")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--write", action="store_true", help="renew docs/performance.md, its picture, its figures")
     options = parser.parse_args()
     if options.results:
-        results = json.loads(options.results.read_text(encoding="utf-8"))
+        results = options.results
     else:
         options.work.mkdir(parents=True, exist_ok=True)
         results = measure(options.work, options.threads)

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from earlier_figures import figures_with
 from scaling_models import LAYERS, save_checkpoint
 from scaling_plot import draw
 
@@ -296,12 +297,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--work", type=Path, help="a folder for checkpoints and bundles, about 2 GB")
-    source.add_argument("--results", type=Path, help="figures of an earlier run")
+    source.add_argument("--results", type=figures_with("ms_of_one_layer"), help="a file of figures of an earlier run")
     parser.add_argument("--threads", type=int, default=1, help="more than one wait for each other, and for the machine")
     parser.add_argument("--write", action="store_true", help="renew docs/performance.md, its picture, its figures")
     options = parser.parse_args()
     if options.results:
-        results = json.loads(options.results.read_text(encoding="utf-8"))
+        results = options.results
     else:
         options.work.mkdir(parents=True, exist_ok=True)
         results = measure(options.work, options.threads)

@@ -1,4 +1,4 @@
-"""Perceiver: what every family shows, its inputs and settings, its tokenizer and image processor, its engines."""
+"""Perceiver: what every family shows, its inputs and settings, its answers, its engines."""
 
 from __future__ import annotations
 
@@ -17,48 +17,24 @@ from command_line import document, transom
 from conftest import Once, export_to
 from edited_checkpoints import edit_config, edit_weights, read
 from encoder_family import WORST, EncoderFamily
-from image_cases import PHOTOS, small_photo, their_pixels
+from image_cases import small_photo
+from perceiver_cases import SIZES
 from rtx import needs_rtx
 from transom.export.engine.build import build
 from transom.export.engine.targets import find_targets
 from transom.export.engine.trt_graphs import tensorrt_graphs
 from transom.export.onnx_export import onnx_from_module
-from transom.export.processors.image import image_preprocess_from_checkpoint
 from transom.export.quantization.options import QuantizeOptions
 from transom.export.report.report import write_report
 from transom.export.verification import verify
 from transom.runtime import load
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import CheckpointError, InputError
-from transom.runtime.image_preprocess import ImagePreprocess
 from transom.runtime.selftest import selftest
 from transom.runtime.tasks.perceiver import visible
 
-SIZES = {  # seven latents; the masked language model's heads have one size, so that its attentions can fuse
-    "num_latents": 7,
-    "d_latents": 64,
-    "d_model": 256,
-    "num_blocks": 2,
-    "num_self_attends_per_block": 2,
-    "num_self_attention_heads": 2,
-    "num_cross_attention_heads": 2,
-    "qk_channels": 64,
-    "v_channels": 64,
-    "self_attention_widening_factor": 3,
-    "max_position_embeddings": 67,
-    "image_size": 20,
-}
 LEARNED, FOURIER, CONV = (f"PerceiverForImageClassification{kind}" for kind in ("Learned", "Fourier", "ConvProcessing"))
 MASKED, TEXTS = "PerceiverForMaskedLM", "PerceiverForSequenceClassification"
-ODD = [
-    "naïve café",
-    "日本語 ☃",
-    "\u0000\x7f\t\n",
-    "👩‍👩‍👧 \ufeffÅ",
-    "a [MASK] b[MASK][MASK]",
-    "[CLS]x[SEP] [UNK] é[PAD]",
-    "  ",
-]
 
 
 class TestPerceiver(EncoderFamily):
@@ -298,48 +274,7 @@ def test_heads_of_two_widths_are_one_kernel(tmp_path: Path, monkeypatch: pytest.
         assert list(graph.operators.values()).count("Pad") == 5 * 2  # queries and keys
 
 
-# ---- bytes
-
-
-def bytes_of(folder: Path, **settings: Any) -> Any:
-    """Save transformers' tokenizer to the folder, and return it."""
-    tokenizer = transformers.PerceiverTokenizer(**settings)
-    tokenizer.save_pretrained(folder)
-    return tokenizer
-
-
-@pytest.mark.parametrize("settings", [{}, {"mask_token": "<gap>", "cls_token": "<s>"}], ids=str)
-def test_ids_equal_transformers(settings: dict[str, Any], tmp_path: Path) -> None:
-    folder = SUITE.checkpoint(tmp_path, MASKED)
-    theirs = bytes_of(folder, **settings)
-    ours = read(folder).open_tokenizer()
-    assert ours is not None
-    for text in [*ODD, "<gap>x<s>", *(chr(code) for code in range(1, 0x300, 7))]:
-        assert ours.encode([text], truncate=False).input_ids[0].tolist() == theirs(text)["input_ids"], text
-        assert ours.decode(theirs(text)["input_ids"]) == theirs.decode(theirs(text)["input_ids"], True)
-    pair = ours.encode(["é"], ["two"], truncate=False)
-    assert pair.input_ids[0].tolist() == theirs("é", "two")["input_ids"]
-    assert not pair.token_type_ids.any()
-
-
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_truncation_equals_transformers(side: str, tmp_path: Path) -> None:
-    folder = SUITE.checkpoint(tmp_path, MASKED)
-    theirs = bytes_of(folder, model_max_length=9, truncation_side=side)
-    loaded = read(folder)
-    assert loaded.tokenizer is not None
-    assert loaded.tokenizer.spec.max_length == 9
-    found = loaded.tokenizer.opened.encode(["日本語"], truncate=True).input_ids[0]
-    assert found.tolist() == theirs("日本語", truncation=True)["input_ids"]
-    assert len(found) == 9
-
-
-def test_a_checkpoint_without_tokenizer_files_has_its_bytes(tmp_path: Path) -> None:
-    """There is no vocabulary to store."""
-    tokenizer = read(SUITE.checkpoint(tmp_path, MASKED)).tokenizer
-    assert tokenizer is not None
-    assert tokenizer.opened.encode(["ab"], truncate=False).input_ids.tolist() == [[4, 103, 104, 5]]
-    assert tokenizer.spec.mask_id == 3
+# ---- what a bundle answers
 
 
 def test_bytes_beyond_the_vocabulary(once: Once, tmp_path: Path) -> None:
@@ -352,22 +287,6 @@ def test_bytes_beyond_the_vocabulary(once: Once, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"vocabulary of 200, and the bytes from 0xC2 on have ids beyond it"):
         read(folder)
     assert read(SUITE.checkpoint(tmp_path / "more", MASKED, vocab_size=300)).graphs[0].inputs[0].exclusive_max == 300
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"mask_token": None}, "mask_token is null"),
-        ({"mask_token": "[PAD]"}, "are not 6 of their own"),
-        ({"mask_token": "x"}, "are not 6 of their own"),
-    ],
-    ids=str,
-)
-def test_special_tokens_that_cannot_be(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
-    folder = SUITE.checkpoint(tmp_path, MASKED)
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    with pytest.raises(CheckpointError, match=message):
-        read(folder)
 
 
 def test_gaps_are_filled_as_by_transformers_logits(once: Once) -> None:
@@ -404,37 +323,6 @@ def test_latents_are_features(once: Once) -> None:
         assert bundle.features([small_photo()]).shape == (1, 7, 64)
 
 
-# ---- images
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        {},
-        {"size": {"height": 20, "width": 20}, "crop_size": {"height": 20, "width": 20}},
-        {"size": {"height": 21, "width": 34}, "crop_size": {"height": 30, "width": 40}},
-        {"size": 20, "crop_size": 16},  # zeros around the image
-        {"do_center_crop": False, "size": 24, "resample": 2},
-        {"do_rescale": False, "do_normalize": False, "size": [11, 20], "crop_size": [13, 40]},
-    ],
-    ids=str,
-)
-def test_pixels_equal_transformers(words: dict[str, Any], tmp_path: Path) -> None:
-    """The crop comes before the resize, in proportion to the image's shorter side; bit for bit."""
-    theirs = transformers.PerceiverImageProcessorPil(**words)
-    settings = {"image_processor_type": "PerceiverImageProcessor", **words}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
-    ours = image_preprocess_from_checkpoint(tmp_path, theirs.size["height"], theirs.size["width"])
-    assert ImagePreprocess.from_json(json.loads(json.dumps(ours.to_json()))) == ours
-    for image in (
-        small_photo(),
-        small_photo().rotate(90, expand=True),
-        small_photo().convert("L"),
-        PHOTOS / "flower.jpg",
-    ):
-        assert np.array_equal(ours([image]), their_pixels(theirs, image))
-
-
 def test_another_size_keeps_the_part_of_the_image(tmp_path: Path) -> None:
     folder = SUITE.checkpoint(tmp_path, FOURIER)
     words = {"image_processor_type": "PerceiverImageProcessor", "size": 20, "crop_size": 25}
@@ -444,26 +332,3 @@ def test_another_size_keeps_the_part_of_the_image(tmp_path: Path) -> None:
     assert (made.height, made.width) == (10, 12)
     assert made.crop_first is not None
     assert (made.crop_first.height, made.crop_first.width) == (0.8, 0.8)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ({"size": {"shortest_edge": 20}}, "size is {'shortest_edge': 20}, expected an integer or height and width"),
-        ({"do_resize": False}, "without a resize or crop behind it gives images of any size"),
-        ({"size": 2000, "crop_size": 1}, "crop_first is .*each a number in 0..16"),
-    ],
-    ids=str,
-)
-def test_crops_that_are_refused(words: dict[str, Any], message: str, tmp_path: Path) -> None:
-    settings = {"image_processor_type": "PerceiverImageProcessor", **words}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
-    with pytest.raises(CheckpointError, match=message):
-        image_preprocess_from_checkpoint(tmp_path, 20, 20)
-
-
-def test_an_image_of_which_nothing_is_left(tmp_path: Path) -> None:
-    (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "PerceiverImageProcessor"}')
-    ours = image_preprocess_from_checkpoint(tmp_path, 20, 20)
-    with pytest.raises(InputError, match=r"it is 9x1 pixels \(width x height\), of which the middle 0x0 is used"):
-        ours([np.zeros((1, 9, 3), np.uint8)])

@@ -62,3 +62,24 @@ def test_the_same_figures_give_the_same_image(benchmark: Any, tmp_path: Path) ->
         benchmark.draw(results(benchmark), benchmark.SERIES, tmp_path / name)
         images.append((tmp_path / name).read_bytes())
     assert images[0] == images[1]
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        (None, "cannot be read: No such file"),
+        ("{", "holds no JSON; expected the figures of a run"),
+        ('{"cpu": "a processor"}', "has no 'ms'; expected the figures of such a run"),
+    ],
+)
+def test_figures_that_cannot_be_read(
+    contents: str | None, message: str, benchmark: Any, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "figures.json"
+    if contents is not None:
+        path.write_text(contents)
+    monkeypatch.setattr("sys.argv", ["perceiver_scaling.py", "--results", str(path)])
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main()
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
