@@ -119,6 +119,10 @@ class Decoder:
         self._state.reorder(rows)
         self._ends = self._ends[rows]
 
+    def _inputs(self, tokens: Ids) -> dict[str, Any]:
+        """Return what the graph reads beside positions: the tokens (R, S), and the state."""
+        return {self._tokens: np.ascontiguousarray(tokens, np.int64), **self._state.feeds}
+
     def _step(self, tokens: Ids, write_indices: Ids, positions: NDArray[np.intp]) -> Floats:
         """Run the graph once: (R, S) tokens at ``write_indices`` (R,), logits at ``positions`` (R, P)."""
         R, S = tokens.shape
@@ -126,7 +130,7 @@ class Decoder:
         if end > self._limit:
             raise InputError(f"row {int(write_indices.argmax())} has {end} tokens; the context holds {self._limit}.")
         self._state.reserve(end)
-        feeds = {self._tokens: np.ascontiguousarray(tokens, np.int64), **self._state.feeds}
+        feeds = self._inputs(tokens)
         if self._cached:
             feeds[WRITE_INDICES] = np.ascontiguousarray(write_indices, np.int64)
             feeds[LOGITS_POSITIONS] = np.ascontiguousarray(positions, np.int64)

@@ -11,13 +11,17 @@ TransomError
 ├── BundleError         a bundle is damaged, hostile, or of a format this version does not know
 ├── InputError          a value handed to a loaded bundle cannot be used
 │   ├── ShapeError      ... because of its rank or one of its axes
-│   └── NotFiniteError  ... because the model gives NaN or infinity for it
+│   ├── NotFiniteError  ... because the model gives NaN or infinity for it
+│   └── RowsError       ... among others that can: their answers are in it
 └── BackendError        the device or library that was asked for is not there, or not any more
 
 A message says what was received, what was expected, and what to do next, on one line.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 class TransomError(Exception):
@@ -66,6 +70,24 @@ class ShapeError(InputError):
 
 class NotFiniteError(InputError):
     """An output that a task reads from the model is NaN or infinite."""
+
+
+class RowsError(InputError):
+    """Some rows of a batch cannot be used; the others were answered.
+
+    ``answers`` are those of all rows in their order, None where a row failed; ``errors`` has the errors by place.
+    """
+
+    def __init__(self, answers: Sequence[Any], errors: Mapping[int, InputError]) -> None:
+        super().__init__(answers, errors)
+        self.answers, self.errors = answers, errors
+
+    def __str__(self) -> str:
+        first = min(self.errors)
+        return (
+            f"{len(self.errors)} of {len(self.answers)} rows failed, the first at place {first}: {self.errors[first]} "
+            "The answers of the others are in .answers; return_exceptions=True returns errors among the answers."
+        )
 
 
 class BackendError(TransomError):

@@ -57,19 +57,15 @@ def open_image(source: ImageSource) -> Image:
     image, or a uint8 array (H, W), (H, W, 3) or (H, W, 4). Raises InputError for anything else, for a
     file that is missing, damaged or no image, and for more than MAX_IMAGE_PIXELS by the header.
     """
-    from PIL.Image import Image
+    from PIL.Image import Image, fromarray
 
+    check_source(source)
     if isinstance(source, Image):
         return _upright_rgb(source, "the PIL image")
     if isinstance(source, np.ndarray):
-        return _upright_rgb(_image_from_array(source), "the array")
+        return _upright_rgb(fromarray(np.ascontiguousarray(source)), "the array")
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _decode(io.BytesIO(source), f"the image of {len(source)} bytes")
-    if not isinstance(source, (str, os.PathLike)):
-        raise InputError(
-            f"an image is a {type(source).__name__}, expected a path, the bytes of an image file, a PIL "
-            "image or a uint8 array."
-        )
     path = os.fspath(source)
     shown = repr(path if len(path) <= 200 else f"{path[:200]}...")
     if not os.path.isfile(path):  # a pipe or a device would block, or never end
@@ -80,6 +76,26 @@ def open_image(source: ImageSource) -> Image:
             return _decode(file, shown)
     except OSError as error:
         raise InputError(f"{shown} cannot be read ({error.strerror}). Check its permissions.") from None
+
+
+def check_source(source: Any) -> None:
+    """Raise InputError for what is no image whatever it holds: neither path, bytes nor PIL image, nor such an array."""
+    if isinstance(source, np.ndarray):
+        shaped = source.ndim == 2 or (source.ndim == 3 and source.shape[2] in (3, 4))
+        if source.dtype != np.uint8 or not shaped or 0 in source.shape:
+            raise InputError(
+                f"an image is an array of {source.dtype} {source.shape}, expected uint8 (height, width), "
+                "(height, width, 3) or (height, width, 4). Convert floats in 0..1 with "
+                "(x * 255).round().astype('uint8') and channels-first with x.transpose(1, 2, 0)."
+            )
+    elif not isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)):
+        from PIL.Image import Image
+
+        if not isinstance(source, Image):
+            raise InputError(
+                f"an image is a {type(source).__name__}, expected a path, the bytes of an image file, a PIL "
+                "image or a uint8 array."
+            )
 
 
 def _decode(file: BinaryIO, shown: str) -> Image:
@@ -129,16 +145,3 @@ def _damaged(shown: str, error: Exception) -> InputError:
     if isinstance(error, DecompressionBombError):  # WebP and GIF: PIL checks by its limit as it opens
         return InputError(f"{shown} is refused by PIL ({reason}). Scale it down.")
     return InputError(f"{shown} cannot be decoded: it is damaged or cut short ({reason}). Replace it.")
-
-
-def _image_from_array(array: NDArray[Any]) -> Image:
-    from PIL.Image import fromarray
-
-    shaped = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
-    if array.dtype != np.uint8 or not shaped or 0 in array.shape:
-        raise InputError(
-            f"an image is an array of {array.dtype} {array.shape}, expected uint8 (height, width), "
-            "(height, width, 3) or (height, width, 4). Convert floats in 0..1 with "
-            "(x * 255).round().astype('uint8') and channels-first with x.transpose(1, 2, 0)."
-        )
-    return fromarray(np.ascontiguousarray(array))

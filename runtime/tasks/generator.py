@@ -99,27 +99,39 @@ class Generator(LoadedBundle, ABC):
         """
         read = self._prompt_reader.read(prompts)
         config = self._config(keywords, read)
+        size = self.prompts_at_once(config)
+        answers: list[Any] = []
+        for first in range(0, len(read.given), size):
+            rows = self._prompt_reader.rows(read, first, first + size)
+            answers += self._generated(rows, config, first, text=read.text)
+        return in_kind(answers, single=read.single, each=config.num_return_sequences)
+
+    def prompts_at_once(self, config: GenerationConfig) -> int:
+        """Return how many prompts the bundle takes in one batch; InputError where one has too many rows."""
         each = config.rows(1)
         if each > self.max_size("B"):
             raise InputError(
                 f"num_beams or num_return_sequences asks for {each} rows; this bundle allows {self.max_size('B')}. "
                 f"{self.wider(B=each)}."
             )
-        size = self.max_size("B") // each
-        answers: list[Any] = []
-        for first in range(0, len(read.given), size):
-            prefilled = self.prefill(self._prompt_reader.rows(read, first, first + size))
-            found = generate(
-                prefilled.starts,
-                prefilled.logits,
-                prefilled.decoder,
-                config,
-                decode=self._decode_all if self._writes_text else None,
-                positions=self.context,
-                first=first,
-            )
-            answers += [self.target_tokenizer().decode(row) for row in found] if read.text else found
-        return in_kind(answers, single=read.single, each=config.num_return_sequences)
+        return self.max_size("B") // each
+
+    def _generated(self, prompts: Sequence[Prompt], config: GenerationConfig, first: int, *, text: bool) -> list[Any]:
+        """Return ids, or with ``text`` texts, for a batch of prompts, ``first`` the number of the first of them."""
+        found = self.continued(self.prefill(prompts), config, first)
+        return [self.target_tokenizer().decode(row) for row in found] if text else list(found)
+
+    def continued(self, prefilled: PrefillResult, config: GenerationConfig, first: int = 0) -> list[list[int]]:
+        """Return the new ids of a prefilled batch, as ``generation.generate`` does."""
+        return generate(
+            prefilled.starts,
+            prefilled.logits,
+            prefilled.decoder,
+            config,
+            decode=self._decode_all if self._writes_text else None,
+            positions=self.context,
+            first=first,
+        )
 
     def stream(self, prompt: Any, **keywords: Any) -> Stream:
         """Yield what ``generate`` returns for one prompt, piece by piece: whole characters, or ids for ids.
@@ -203,12 +215,15 @@ class Generator(LoadedBundle, ABC):
             if length + new > self.context:
                 which = "a prompt" if alone else f"prompt {index}"
                 room = f" Ask for max_new_tokens={self.context - length} at most," if length < self.context else ""
-                axes = CACHE, str(self._decoder_tokens().shape[1])
                 raise InputError(
                     f"{which} of {length} tokens and {new} new ones make {length + new}; the context holds "
-                    f"{self.context}.{room or ' Shorten the prompt,'} or {self._longer(length + new, *axes)}."
+                    f"{self.context}.{room or ' Shorten the prompt,'} or {self.longer(length + new)}."
                 )
         return config
+
+    def longer(self, tokens: int) -> str:
+        """Return advice that makes room for ``tokens`` in the context: ``export again with --max C=512``."""
+        return self._longer(tokens, CACHE, str(self._decoder_tokens().shape[1]))
 
     def _longer(self, tokens: int, *axes: str) -> str:
         """Return advice that makes room for ``tokens``: other bounds of the axes, or a model with as many positions.

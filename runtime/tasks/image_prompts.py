@@ -41,7 +41,7 @@ class ImagePromptReader:
             raise InputError("images holds both images and pixel_values; give one kind in one call.")
         if kinds == {True}:
             for place, pixels in enumerate(batch):
-                self._check(pixels, place)
+                self.check(pixels, f"image {place}")
         else:
             self.preprocess()
         return Prompts(single, kinds == {False}, batch, [1] * len(batch))
@@ -54,14 +54,15 @@ class ImagePromptReader:
         names = f"image {{}} of {len(prompts.given)}"
         return list(self.preprocess()(batch, lambda index: names.format(start + index)))
 
-    def _check(self, pixels: Pixels, place: int) -> None:
+    def check(self, pixels: Pixels, name: str) -> None:
+        """Raise InputError unless these are finite pixel values of the model's shape."""
         if pixels.shape != self.shape:
             raise InputError(
-                f"image {place} has pixel_values {pixels.shape}; expected (channels, height, width) {self.shape}. "
+                f"{name} has pixel_values {pixels.shape}; expected (channels, height, width) {self.shape}. "
                 "Give images, or what preprocess() returns of each."
             )
         if not np.isfinite(pixels).all():
-            raise InputError(f"image {place} has pixel_values that are NaN or infinite; expected finite numbers.")
+            raise InputError(f"{name} has pixel_values that are NaN or infinite; expected finite numbers.")
 
 
 def is_pixels(image: Any) -> bool:

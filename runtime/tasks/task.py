@@ -24,6 +24,7 @@ class RunOptions:
     score: bool = False
     labels: Sequence[str] = ()
     templates: Sequence[str] = ()
+    images: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Task:
     array      the result's key that holds a vector, for ``--out``
     labelled   whether it chooses among ``--label``
     pair       what the two INPUTs are, where the task takes exactly two
+    asks       whether INPUTs may be questions about the files of ``--image``; blanks around an answer are not printed
     """
 
     ask: Callable[[Any, Sequence[str], RunOptions], list[Result]]
@@ -52,6 +54,7 @@ class Task:
     array: str | None = None
     labelled: bool = False
     pair: str | None = None
+    asks: bool = False
 
     @property
     def whole(self) -> bool:
