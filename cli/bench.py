@@ -47,7 +47,8 @@ def bench(
     Prints latency as p50, p95 and p99, throughput, load time, and peak memory. Inputs are generated from the
     tensors that the bundle declares, the same ones every time; checking and copying them is part of
     the time. A bundle that generates text is measured by whole generations: prefill reads B prompts
-    of S tokens (of a translation: sources), decode makes one token for each of the B rows.
+    of S tokens (of a translation: sources), decode makes one token for each of the B rows. Where it reads
+    images, encoder has the time of B images apart; I of the S tokens of a prompt stand for one each.
     """
     shapes = [sizes(text, "--shape") for text in shape or ()]
     with progress(quiet=as_json) as report:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-GENERATION = "Generation (text-generation, translation)"
+GENERATION = "Generation (text-generation, translation, image-to-text, image-text-to-text)"
 SAMPLING = "Sampling (with --do-sample, and --top-k above)"
 BEAMS = "Beam search (with --num-beams of 2 or more)"
 

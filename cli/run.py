@@ -13,7 +13,7 @@ import typer
 from transom.cli.arrays import array_json, array_line, read_arrays, write_arrays
 from transom.cli.generation_options import GenerationOptions, option_of, with_generation_options
 from transom.cli.options import BundlePath, Device, Json, Threads
-from transom.cli.output import print_json, printable
+from transom.cli.output import print_json, printable, say
 from transom.cli.streaming import can_stream, print_stream
 from transom.runtime.errors import InputError
 
@@ -61,6 +61,15 @@ def run(
             show_default=False,
         ),
     ] = None,
+    images: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--image",
+            metavar="FILE",
+            help="An image that an INPUT asks about: where it has <image>, else in front of it; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
     truncate: Annotated[
         bool, typer.Option("--truncate", help="Truncate texts that are too long; embeddings always do.")
     ] = False,
@@ -87,6 +96,9 @@ def run(
       zero-shot-image-classification image files, --label ...  -> labels
       text-generation                prompts                   -> new text
       translation                    texts                     -> texts
+      image-to-text                  image files               -> captions
+      image-text-to-text             image files, or questions
+                                     with --image FILE ...     -> captions, answers
 
     One INPUT that ends in .npz is a raw run: its arrays are the graph's inputs by name. Put a text that
     begins with a dash after `--`. All of stdin is one text for text-generation, and where a task takes two
@@ -100,8 +112,8 @@ def run(
     with load(bundle, device, threads) as loaded:
         if len(inputs) == 1 and inputs[0].endswith(".npz"):
             refuse_generation(generation, "a raw run")
-            if labels or templates:
-                raise typer.BadParameter("--label and --template are for image files; a raw run takes arrays.")
+            if labels or templates or images:
+                raise typer.BadParameter("--label, --template and --image are for image files; a raw run takes arrays.")
             arrays = loaded.run(read_arrays(Path(inputs[0])))
             if out is not None:
                 write_arrays(out, arrays)
@@ -115,22 +127,28 @@ def run(
             )
         options = checked_options(task, manifest.task, top_k, truncate, out, generation)
         options = with_labels(options, task, manifest.task, labels or [], templates or [])
+        options = with_images(options, task, manifest.task, images or [])
         given = expanded(inputs, whole=task.whole)
         if task.pair is not None and len(given) != 2:
             raise typer.BadParameter(f"{manifest.task} takes {task.pair}; received {len(given)} INPUTs.")
         if task.prompt is not None and not as_json and can_stream(loaded, given, options):
-            print_stream(loaded, task.prompt(loaded, given[0], options), options)
+            print_stream(loaded, task.prompt(loaded, given[0], options), options, trimmed=task.asks)
             return
         results = task.ask(loaded, given, options)
     if out is not None and task.array is not None:
         write_vectors(out, task.array, results)
+    failed = [result["error"] for result in results if "error" in result]
     if as_json:
         print_json({"bundle": bundle, "task": manifest.task, "results": results, **written(out)})
-        return
-    for line in task.lines(results):
-        print(printable(line))
-    if out is not None:
-        print(printable(f"written to {out}"))
+    else:
+        for line in task.lines(results):
+            print(printable(line))
+        if out is not None:
+            print(printable(f"written to {out}"))
+    for error in failed:  # the other INPUTs have their answers
+        say(f"transom.runtime.errors.{error['type']}: {error['message']}")
+    if failed:
+        raise typer.Exit(1)
 
 
 def checked_options(
@@ -150,7 +168,7 @@ def checked_options(
         return RunOptions(top_k, truncate)
     if generation.score and not task.scores:
         raise typer.BadParameter(f"--score is for text-generation; this bundle is for {name}.")
-    if truncate and task.scores:
+    if truncate and (task.scores or task.asks):
         raise typer.BadParameter(f"--truncate is given; {name} truncates no prompt, since it continues its end.")
     keywords = generation.keywords() | ({} if top_k is None else {"top_k": top_k})
     if generation.score and keywords:
@@ -166,6 +184,13 @@ def with_labels(options: RunOptions, task: Task, name: str, labels: list[str], t
         given = "--label" if labels else "--template"
         raise typer.BadParameter(f"{given} is given; {name} does not choose among labels of yours.")
     return replace(options, labels=labels, templates=templates)
+
+
+def with_images(options: RunOptions, task: Task, name: str, images: Sequence[Path]) -> RunOptions:
+    """Return the options with the images that the INPUTs ask about; BadParameter for a task that has no such."""
+    if images and not task.asks:
+        raise typer.BadParameter(f"--image is given; {name} takes no question about an image. Leave it out.")
+    return replace(options, images=[str(image) for image in images])
 
 
 def refuse_generation(generation: GenerationOptions, what: str) -> None:

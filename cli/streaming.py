@@ -21,12 +21,15 @@ def can_stream(bundle: Any, prompts: Sequence[str], options: RunOptions) -> bool
     return with_keywords(stored, **options.keywords).rows(1) == 1
 
 
-def print_stream(bundle: Any, prompt: Any, options: RunOptions) -> None:
-    """Print the new text of a prompt while it is generated; end its line also where it is interrupted."""
+def print_stream(bundle: Any, prompt: Any, options: RunOptions, *, trimmed: bool = False) -> None:
+    """Print the new text of a prompt while it is generated; end its line also where it is interrupted.
+
+    ``trimmed`` leaves out blanks around the text.
+    """
     tokens = bundle.stream(prompt, **options.keywords)
     started = False
     try:
-        for piece in pieces(bundle, tokens):
+        for piece in trim(pieces(bundle, tokens)) if trimmed else pieces(bundle, tokens):
             print("\n".join(map(printable, piece.split("\n"))), end="", flush=True)
             started = True
     except BaseException:
@@ -34,6 +37,17 @@ def print_stream(bundle: Any, prompt: Any, options: RunOptions) -> None:
             print()
         raise
     print()
+
+
+def trim(pieces: Iterator[str]) -> Iterator[str]:
+    """Yield pieces without the blanks around the text that they make."""
+    held = ""  # blanks, which nothing has followed yet
+    begun = False
+    for piece in pieces:
+        text = held + piece if begun else piece.lstrip()
+        begun = begun or bool(text)
+        yield text.rstrip()
+        held = text[len(text.rstrip()) :]
 
 
 def pieces(bundle: Any, tokens: Iterator[int]) -> Iterator[str]:

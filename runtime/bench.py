@@ -19,7 +19,7 @@ from transom.runtime.backends.base import Array
 from transom.runtime.backends.ort_library import onnxruntime
 from transom.runtime.errors import InputError, ShapeError
 from transom.runtime.feeds import allowed_sizes, filled
-from transom.runtime.graph_spec import Axis, Graph, Tensor, shape_of
+from transom.runtime.graph_spec import IMAGES, Axis, Graph, Tensor, is_decoder, shape_of
 from transom.runtime.host import cpu_name, instruction_set, peak_memory_mib, usable_cores
 from transom.runtime.loading import load
 from transom.runtime.progress import Progress, silent
@@ -116,7 +116,10 @@ def measurements(
 ) -> list[Callable[[Effort], list[Timing]]]:
     """Return the measurements, one per graph; the sizes ``asked`` for are checked before anything runs."""
     if isinstance(loaded, Generator):
-        return [partial(measure_generation, loaded, generation_sizes(loaded, asked, new_tokens))]
+        sizes = generation_sizes(loaded, asked, new_tokens)
+        encoders = [file.graph for file in loaded.manifest.graphs if is_image_encoder(file.graph)]
+        images = [partial(measure, loaded, graph, {"B": sizes["B"]}, items="images") for graph in encoders]
+        return [*images, partial(measure_generation, loaded, sizes)]
     if new_tokens is not None:
         raise InputError(f"new_tokens is {new_tokens}, but a bundle for {loaded.manifest.task} generates nothing.")
     axes = loaded.axes
@@ -142,8 +145,15 @@ def check_size(axes: Mapping[str, Axis], name: str, size: int) -> None:
         raise ShapeError(f"axis {name} is {size}; this bundle allows {allowed_sizes(name, axes[name], size)}")
 
 
-def measure(loaded: LoadedBundle, graph: Graph, sizes: Mapping[str, int], effort: Effort) -> list[Timing]:
-    """Time one graph of a loaded bundle at one size, on inputs of ``example_feeds``."""
+def is_image_encoder(graph: Graph) -> bool:
+    """Return whether a graph of a generator encodes images, from pixels alone: what an image costs, each time."""
+    return not is_decoder(graph) and [tensor.name for tensor in graph.inputs] == ["pixel_values"]
+
+
+def measure(
+    loaded: LoadedBundle, graph: Graph, sizes: Mapping[str, int], effort: Effort, items: str = "items"
+) -> list[Timing]:
+    """Time one graph of a loaded bundle at one size, on inputs of ``example_feeds``; ``items`` is what B counts."""
     feeds = example_feeds(graph, sizes)
     label = " ".join([graph.name, *(f"{name}={size}" for name, size in sizes.items())])
     effort.progress(label, 0, effort.runs)
@@ -159,7 +169,7 @@ def measure(loaded: LoadedBundle, graph: Graph, sizes: Mapping[str, int], effort
         effort.progress(label, len(times_ms), effort.runs)
         if ended > deadline:
             break
-    return [timing_of(graph.name, sizes, times_ms, sizes.get("B", 1), "items")]
+    return [timing_of(graph.name, sizes, times_ms, sizes.get("B", 1), items)]
 
 
 def timing_of(name: str, sizes: Mapping[str, int], times_ms: Sequence[float], each: int, items: str) -> Timing:
@@ -199,7 +209,7 @@ def example_feeds(graph: Graph, sizes: Mapping[str, int]) -> dict[str, Array]:
 
 
 def generation_sizes(loaded: Generator, asked: Mapping[str, int], new_tokens: int | None) -> dict[str, int]:
-    """Return rows B, tokens S of each prompt or source where it has any, and "new" ones.
+    """Return rows B, tokens S of each prompt or source where it has any, images I of those tokens, and "new" ones.
 
     What is not ``asked`` for is the axis' opt.
     Raises InputError for another axis and for more tokens than the context holds, ShapeError for a size out
@@ -207,9 +217,10 @@ def generation_sizes(loaded: Generator, asked: Mapping[str, int], new_tokens: in
     """
     axes, context = loaded.axes, loaded.context
     for name, size in asked.items():
-        known = ("B",) if loaded.prompt_axis() is None else ("B", "S")
+        known = ("B",) if loaded.prompt_axis() is None else ("B", "S", *({IMAGES} & axes.keys()))
         if name not in known:
             words = "B, its images" if len(known) == 1 else "B and S, the tokens of each prompt"
+            words += ", and I, the images among them" if IMAGES in known else ""
             raise InputError(f"unknown axis {name!r}; a generation has {words}.")
         check_size(axes, name, size)
     B = asked.get("B", axes["B"].opt)
@@ -225,25 +236,36 @@ def generation_sizes(loaded: Generator, asked: Mapping[str, int], new_tokens: in
             f"a prompt of {length} tokens and {new} new ones make {length + new}; the context holds {context}. "
             "Ask for fewer of either."
         )
-    return {"B": B, "new": new} if loaded.prompt_axis() is None else {"B": B, "S": S, "new": new}
+    if loaded.prompt_axis() is None:
+        return {"B": B, "new": new}
+    if IMAGES not in axes:
+        return {"B": B, "S": S, "new": new}
+    images = asked.get(IMAGES, axes[IMAGES].opt)
+    if images >= S:
+        raise InputError(
+            f"{images} images take as many of the {S} tokens of a prompt, and a text follows them. Ask for fewer "
+            f"images, or S={images + 1} at least."
+        )
+    return {"B": B, "S": S, IMAGES: images, "new": new}
 
 
 def measure_generation(loaded: Generator, sizes: Mapping[str, int], effort: Effort) -> list[Timing]:
     """Time whole generations of random tokens: "prefill" ms a call, "decode" ms a token of each of the B rows.
 
     The first new token comes from the prefill, so that ``new`` tokens take ``new - 1`` steps; a generation of one
-    token has no "decode". Warm-up is one prompt and ``effort.warmup`` steps at most. A generation that runs when the
-    time is over is finished: its last steps, over the fullest cache, are the slowest.
+    token has no "decode". Images among the tokens are encoded before: "encoder" has their time. Warm-up is one prompt
+    and ``effort.warmup`` steps at most. A generation that runs when the time is over is finished: its last steps, over
+    the fullest cache, are the slowest.
     """
     B, S, new = sizes["B"], sizes.get("S", 1), sizes["new"]
     rng = np.random.default_rng(SEED)
-    prompts = loaded.random_prompts(rng, B, S)
+    prefill = loaded.prefill_call(loaded.random_prompts(rng, B, S, sizes.get(IMAGES, 0)))
     vocabulary = int(loaded.backend("decoder").graph.outputs[0].shape[2])
     steps = rng.integers(0, vocabulary, (new - 1, B))
     label = " ".join(["generation", *(f"{name}={size}" for name, size in sizes.items())])
     effort.progress(label, 0, effort.runs)
     if effort.warmup:
-        decoder = loaded.prefill(prompts).decoder
+        decoder = prefill().decoder
         for tokens in steps[: effort.warmup]:
             decoder.decode_step(tokens)
     prefill_ms: list[float] = []
@@ -251,7 +273,7 @@ def measure_generation(loaded: Generator, sizes: Mapping[str, int], effort: Effo
     deadline = time.perf_counter() + effort.seconds
     while len(prefill_ms) < effort.runs:
         started = time.perf_counter()
-        decoder = loaded.prefill(prompts).decoder
+        decoder = prefill().decoder
         ended = time.perf_counter()
         prefill_ms.append((ended - started) * 1e3)
         for tokens in steps:

@@ -8,6 +8,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
+
 from transom.runtime.errors import BundleError, InputError, RowsError
 from transom.runtime.feeds import IMAGE_INDICES, LOGITS_POSITIONS, WRITE_INDICES
 from transom.runtime.graph_spec import IMAGES, shape_of
@@ -282,6 +284,17 @@ class Flamingo(Generator):
             self.max_size(IMAGES),
             most_logits=self.max_size("P"),
         )
+
+    def random_prompts(
+        self, rng: np.random.Generator, rows: int, length: int, images: int = 1
+    ) -> list[InterleavedPrompt]:
+        reader = self.reader()
+        images = min(images, length - 1)  # no prompt ends in an image
+        ids = rng.integers(0, reader.vocabulary, (rows, length))
+        ids[ids == reader.mark] = (reader.mark + 1) % reader.vocabulary
+        ids[:, [place * length // images for place in range(images)]] = reader.mark
+        pixels = rng.standard_normal((rows, images, *reader.images.shape), np.float32)
+        return [InterleavedPrompt(row.tolist(), list(own)) for row, own in zip(ids, pixels, strict=True)]
 
     def decoder_length(self, prompt: Sequence[Any]) -> int:
         return len(prompt)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Generator as Pieces
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -249,8 +250,15 @@ class Generator(LoadedBundle, ABC):
         """Return the axis of a prompt's tokens; None where prompts are images."""
         return str(self.prompt_tokens().shape[1])
 
-    def random_prompts(self, rng: np.random.Generator, rows: int, length: int) -> list[Prompt]:
-        """Make prompts of random tokens, ``rows`` of ``length`` each, for a benchmark."""
+    def prefill_call(self, prompts: Sequence[Prompt]) -> Callable[[], PrefillResult]:
+        """Return ``prefill`` of these prompts as a call, which a benchmark times; what comes before it is done here."""
+        return partial(self.prefill, prompts)
+
+    def random_prompts(self, rng: np.random.Generator, rows: int, length: int, images: int = 0) -> list[Prompt]:
+        """Make prompts of random tokens, ``rows`` of ``length`` each, for a benchmark.
+
+        ``images`` of the tokens stand for random images where the family reads images among its text.
+        """
         ids: list[Prompt] = rng.integers(0, self.prompt_tokens().exclusive_max or 1, (rows, length)).tolist()
         return ids
 

@@ -92,7 +92,9 @@ def generated_lines(results: Sequence[Result]) -> Iterator[str]:
 
 
 def text_lines(result: Result) -> list[str]:
-    """Return one generated text, ids or perplexity as lines."""
+    """Return one generated text, ids or perplexity as lines; none of an INPUT that failed."""
+    if "error" in result:
+        return []
     if "perplexity" in result:
         return [f"perplexity {result['perplexity']:.4f}, {result['tokens']} tokens"]
     return str(result["text"]).split("\n") if "text" in result else [" ".join(map(str, result["ids"]))]

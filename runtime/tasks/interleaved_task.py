@@ -23,7 +23,10 @@ def ask_about_images(bundle: Flamingo, inputs: Sequence[str], options: RunOption
     """
     kind = "prompt" if options.images or not has_tokenizer(bundle) else "image"
     prompts = marked_prompts(bundle, inputs, options)
-    answers = bundle.generate(prompts, return_exceptions=len(prompts) > 1, **options.keywords)
+    if len(prompts) == 1:
+        answers = [bundle.generate(prompts[0], **options.keywords)]
+    else:
+        answers = bundle.generate(prompts, return_exceptions=True, **options.keywords)
     results: list[Result] = []
     for given, answer in zip(inputs, answers, strict=True):
         if isinstance(answer, InputError):
@@ -79,8 +82,8 @@ def dealt(needed: Sequence[int], images: Sequence[str], word: str) -> list[list[
     """Deal the files of ``--image`` out to the INPUTs, ``needed`` each; InputError where they are not as many."""
     if sum(needed) != len(images):
         raise InputError(
-            f"{len(images)} --image files were given for {sum(needed)} places: one for each {word} of an INPUT, one "
-            "for an INPUT without it. Give as many."
+            f"--image was given {len(images)} times, but the places of images are {sum(needed)}: one for each {word} "
+            "of an INPUT, one for an INPUT without it. Give as many files."
         )
     files = iter(images)
     return [[Path(next(files)) for _ in range(count)] for count in needed]

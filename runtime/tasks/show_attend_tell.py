@@ -62,7 +62,7 @@ class ShowAttendTell(EncoderDecoder):
     def prompt_axis(self) -> None:
         return None
 
-    def random_prompts(self, rng: np.random.Generator, rows: int, length: int) -> list[Any]:
+    def random_prompts(self, rng: np.random.Generator, rows: int, length: int, images: int = 1) -> list[Any]:
         reader = self._prompt_reader
         assert isinstance(reader, ImagePromptReader)
         return list(rng.standard_normal((rows, *reader.shape), np.float32))
