@@ -80,9 +80,10 @@ class HostDecoderState:
 class EncoderOutputs:
     """Arrays that rows read and never write, one row of each per row: the encoder's keys and values, and its mask."""
 
-    def __init__(self, arrays: Mapping[str, Any], rows: int) -> None:
+    def __init__(self, arrays: Mapping[str, Any], rows: int, alike: int = 1) -> None:
+        """Begin with ``arrays`` of ``rows`` rows, of which ``alike`` neighbours each have the same values."""
         self.arrays = dict(arrays)
-        self._origin = np.arange(rows)  # the original row that each row reads
+        self._origin = np.arange(rows) // alike  # the original row that each row reads
 
     def reorder(self, rows: NDArray[np.intp], take: Callable[[Any, NDArray[np.intp]], Any]) -> None:
         """Replace row i by what row ``rows[i]`` was; ``take(array, rows)`` returns an array of those rows."""

@@ -103,6 +103,16 @@ def recurrent_inputs(graph: Graph) -> list[Tensor]:
     return [tensor for tensor in state_inputs(graph) if not is_cache(tensor)]
 
 
+def grouped_inputs(graph: Graph) -> list[Tensor]:
+    """Return the inputs of a decoder that groups of rows share: their first axis is another than the tokens'."""
+    rows = token_input(graph).shape[0]
+    return [
+        tensor
+        for tensor in graph.inputs
+        if tensor.state and isinstance(tensor.shape[0], str) and tensor.shape[0] != rows
+    ]
+
+
 def is_cache(tensor: Tensor) -> bool:
     """Return whether a state tensor is a cache, which grows with every token."""
     return CACHE in tensor.shape

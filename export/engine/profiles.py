@@ -48,8 +48,12 @@ def profiles_of(graph: Graph, axes: Mapping[str, Axis]) -> tuple[Profile, ...]:
 
 
 def profile(name: str, graph: Graph, axes: Mapping[str, Axis]) -> Profile:
+    """Return a profile of the bounds of ``axes``; an axis of groups of rows has the rows' (one_row_per_group.py)."""
+
     def shape(sizes: tuple[str | int, ...], bound: str) -> Sizes:
-        return tuple(size if isinstance(size, int) else getattr(axes[size], bound) for size in sizes)
+        return tuple(
+            size if isinstance(size, int) else getattr(axes[axes[size].divides or size], bound) for size in sizes
+        )
 
     return Profile(
         name, {t.name: (shape(t.shape, "min"), shape(t.shape, "opt"), shape(t.shape, "max")) for t in graph.inputs}

@@ -30,6 +30,7 @@ def narrowed(axes: Mapping[str, Axis], graphs: Sequence[Graph], shapes: Shapes) 
     2. A decoder's cache has one length in an engine, its max.
     3. A prompt is no longer than the cache that it is written to, and logits are computed at no more positions than it
        has: these axes follow where they are not named themselves.
+    4. An axis that divides another has its max at most: no more groups of rows than rows.
 
     Raises ExportError, for all problems at once, for an axis that the bundle does not have, sizes out of its bounds or
     out of order, and bounds of a decoder that its steps do not have.
@@ -49,8 +50,18 @@ def narrowed(axes: Mapping[str, Axis], graphs: Sequence[Graph], shapes: Shapes) 
         for name in sorted((steps - fixed) & shapes.min.keys())
         if shapes.min[name] > 1
     ]
+    problems += [
+        f"--{each} {name}={getattr(shapes, each)[name]}: an engine has one for each row; give --{each} {axis.divides}"
+        for each in vars(shapes)
+        for name, axis in axes.items()
+        if axis.divides is not None and name in getattr(shapes, each)
+    ]
     require_none(problems)
     bounds = {name: bounded(name, axis, shapes, problems) for name, axis in axes.items()}
+    for name, axis in axes.items():
+        if axis.divides is not None:
+            most = min(axis.max, bounds[axis.divides].max)
+            bounds[name] = replace(axis, opt=min(axis.opt, most), max=most)
     for graph in decoders:
         for cache in cache_sizes(graph, axes):
             bounds[cache] = replace(bounds[cache], opt=bounds[cache].max)

@@ -13,6 +13,7 @@ from transom.export.passes._match import ATTENTION_INPUTS, body_of, inputs_of
 from transom.export.passes.decompose_attention import decompose_attention
 from transom.export.passes.freeze_axes import freeze_dynamic_axes
 from transom.export.passes.gru_scan import gru_scan
+from transom.export.passes.one_row_per_group import one_row_per_group
 from transom.export.passes.pad_heads import head_widths, pad_heads
 from transom.export.passes.plugin_attention import MAX_HEAD_SIZE, has_head_bias, is_attention, plugin_attention
 from transom.export.passes.split_fused_matmul import split_fused_matmul
@@ -68,14 +69,15 @@ def tensorrt_graphs(
 ) -> dict[str, TensorRTGraph]:
     """Return the default graphs by name, rewritten for TensorRT's builder.
 
-    A KV cache gets its greatest length, the only one that TensorRT writes to. Attention without a TensorRT kernel is
-    decomposed, or with ``plugins``, which full TensorRT supports, becomes a function that Transom's kernel computes;
-    so does attention with a bias per head, which otherwise stays TensorRT's (docs/decisions.md has the reasons). Heads
-    of two widths are padded to one where that gives them a kernel. A fused integer product that is split becomes a
-    product for each output, for TensorRT dequantises the fused one. A GRU becomes a loop of one product a step, for the
-    parser does not read it in half precision. With ``attention`` LENGTHS a cache is read by lengths instead of a mask.
-    ``axes`` are the engine's bounds, by default the bundle's. All else is unchanged. Raises BundleError for axes beyond
-    the graph's tables, ExportError for LENGTHS without a cache to read.
+    A KV cache gets its greatest length, the only one that TensorRT writes to. Groups of rows that share images become
+    single rows (export/passes/one_row_per_group.py). Attention without a TensorRT kernel is decomposed, or with
+    ``plugins``, which full TensorRT supports, becomes a function that Transom's kernel computes; so does attention with
+    a bias per head, which otherwise stays TensorRT's (docs/decisions.md has the reasons). Heads of two widths are
+    padded to one where that gives them a kernel. A fused integer product that is split becomes a product for each
+    output, for TensorRT dequantises the fused one. A GRU becomes a loop of one product a step, for the parser does not
+    read it in half precision. With ``attention`` LENGTHS a cache is read by lengths instead of a mask. ``axes`` are the
+    engine's bounds, by default the bundle's. All else is unchanged. Raises BundleError for axes beyond the graph's
+    tables, ExportError for LENGTHS without a cache to read.
     """
     models = stored_graphs(bundle, "default")
     axes = bundle.manifest.axes if axes is None else axes
@@ -85,6 +87,7 @@ def tensorrt_graphs(
         require_tables(model, file.graph, axes)
         if is_decoder(file.graph):
             freeze_dynamic_axes(model, cache_sizes(file.graph, axes))
+            one_row_per_group(model, axes)
         pad_heads(model, lambda node, graph=file.graph: gains_by_padding(node, graph, plugins))  # type: ignore[misc]
         reasons = {node: without_kernel(node, file.graph) for node in model.graph if is_attention(node)}
         refused = {node: reason for node, reason in reasons.items() if reason is not None}

@@ -19,11 +19,11 @@ from transom.runtime.backends.base import Array, Read, with_dtypes
 from transom.runtime.backends.cuda import CapturedGraph, OutOfMemory, Stream, find_gpu
 from transom.runtime.backends.trt_kernel_cache import KernelCache
 from transom.runtime.backends.trt_library import NAMES, library
-from transom.runtime.backends.trt_memory import DeviceArray, Pool, Staging, TrtDecoderState
+from transom.runtime.backends.trt_memory import DeviceArray, Pool, Staging, TrtDecoderState, repeated_rows
 from transom.runtime.backends.trt_plans import kind_of, pick_plan, require_version
 from transom.runtime.errors import BackendError, BundleError, ShapeError, one_line
 from transom.runtime.feeds import check_positions, storage
-from transom.runtime.graph_spec import Tensor, cache_inputs, is_cache, is_decoder, token_input
+from transom.runtime.graph_spec import Tensor, cache_inputs, grouped_inputs, is_cache, is_decoder, token_input
 from transom.runtime.manifest_graphs import GraphFile
 from transom.runtime.process_bound import ProcessBound
 
@@ -61,6 +61,7 @@ class Engine(ProcessBound):
         # The profile of a decoder's steps, which repeat: the last, and the only one where the state is recurrent
         self.steps = len(self.profiles) - 1 if is_decoder(self.graph) else None
         self.lock = threading.Lock()
+        self.grouped = grouped_inputs(self.graph) if is_decoder(self.graph) else []  # it takes a group for each row
         written = cache_inputs(self.graph)
         self.caches, self.length = written, int(self.engine.get_tensor_shape(written[0].name)[2]) if written else 0
         for output in self.graph.outputs:
@@ -194,6 +195,7 @@ class CallContext(ProcessBound):
         if engine.caches:
             new = feeds[token_input(self._graph).name].shape[1]
             check_positions(new, min(feeds[tensor.name].shape[2] for tensor in engine.caches), feeds)
+        feeds = {**feeds, **self._ungrouped(feeds)}
         sizes = {tensor.name: self._size(tensor, feeds[tensor.name]) for tensor in self._graph.inputs}
         profile = engine.profile_for(sizes)
         context = self._context(profile)
@@ -218,6 +220,12 @@ class CallContext(ProcessBound):
         kept = all(isinstance(feeds[tensor.name], DeviceArray) for tensor in engine.caches)
         self._execute(context, (*bound.items(), *sizes.items()), repeats=profile == engine.steps and kept)
         return self._fetched(feeds, shapes, made)
+
+    def _ungrouped(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what groups of rows share with a copy for each row; on the GPU it is so already."""
+        rows = feeds[token_input(self._graph).name].shape[0] if self._engine.grouped else 0
+        found = {tensor.name: feeds[tensor.name] for tensor in self._engine.grouped}
+        return {name: repeated_rows(value, rows) for name, value in found.items() if not isinstance(value, DeviceArray)}
 
     def _context(self, profile: int) -> Any:
         if profile not in self._contexts:

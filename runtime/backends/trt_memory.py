@@ -144,6 +144,14 @@ def rows_of(cache: Array, length: int) -> tuple[int, int, int]:
     return B * H, C * D * cache.dtype.itemsize, length * D * cache.dtype.itemsize
 
 
+def repeated_rows(array: Array, rows: int) -> Array:
+    """Return ``array`` with each row repeated, so that there are ``rows``, a multiple; itself where it has them.
+
+    Row b is row b // K of the array then, as groups of K neighbours share it.
+    """
+    return array if len(array) == rows else np.repeat(array, rows // len(array), axis=0)
+
+
 def grown(size: int) -> int:
     return -(-max(size, 1) // GRAIN) * GRAIN
 
@@ -173,7 +181,7 @@ class TrtDecoderState(ProcessBound):
         weakref.finalize(self, give_back, pool, self._held)
         self.capacity = min(limit, length)  # tokens that fit in a row
         self._used, self._rows = 0, rows
-        self._constants: dict[str, DeviceArray] = {}
+        self._constants = EncoderOutputs({}, rows)
         try:
             self._caches = {tensor.name: self._empty(tensor, rows, length) for tensor in caches}
             self._encoder_outputs = EncoderOutputs(
@@ -188,7 +196,7 @@ class TrtDecoderState(ProcessBound):
     @property
     def feeds(self) -> dict[str, DeviceArray]:
         """Return the graph's inputs besides the tokens, by name."""
-        return {**self._encoder_outputs.arrays, **self._constants, **self._caches}
+        return {**self._encoder_outputs.arrays, **self._constants.arrays, **self._caches}
 
     def reserve(self, tokens: int) -> None:
         """Note that positions up to ``tokens`` will be written. BackendError past the end: TensorRT would drop them."""
@@ -201,18 +209,33 @@ class TrtDecoderState(ProcessBound):
         if not np.array_equal(rows, np.arange(self._rows)):
             self._caches = {name: self._cache_of(old, rows) for name, old in self._caches.items()}
             self._encoder_outputs.reorder(rows, self._rows_of)
+            self._constants.reorder(rows, self._rows_of)
             self._rows = len(rows)
 
     def set_constants(self, arrays: Mapping[str, Array]) -> None:
         """Copy arrays to the GPU, where every step reads them; the memory of those before is taken again where it fits.
 
-        Arrays of the sizes of those before so lie where these did, and what was recorded of the steps stays of use.
+        The engine reads a row of its own for every row: one of an array stands for as many neighbours as there are
+        times more rows, and is repeated. ``reorder`` copies on the GPU where they get the images of other rows, or
+        where their number changes. Arrays of the sizes of those before lie where these did, and what was recorded of
+        the steps stays of use.
         """
-        for old in reversed(self._constants.values()):
+        self._give_back_constants()
+        alike = self._rows // max(map(len, arrays.values()), default=self._rows)
+        self._constants = EncoderOutputs({}, self._rows, alike)
+        try:
+            for name, array in arrays.items():
+                self._constants.arrays[name] = self._uploaded(repeated_rows(array, self._rows))
+        except BaseException:
+            self._give_back_constants()
+            raise
+
+    def _give_back_constants(self) -> None:
+        """Give their memory back, the first array's last: it is the first that is taken again."""
+        for old in reversed(self._constants.arrays.values()):
             self._held.remove(old.memory)
             self._pool.give(old.memory)
-        self._constants = {}
-        self._constants = {name: self._uploaded(array) for name, array in arrays.items()}
+        self._constants = EncoderOutputs({}, self._rows)
 
     def _cache_of(self, old: DeviceArray, rows: NDArray[np.intp]) -> DeviceArray:
         """Make a cache of the chosen rows: the positions in use are copied, the rest are zeros."""

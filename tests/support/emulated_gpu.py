@@ -368,12 +368,22 @@ class EmulatedContext:
         }
         return tuple(int(sizes.get(dim, dim)) for dim in self._engine.dims(name))
 
+    def _one_size_per_name(self) -> bool:
+        """TensorRT's rule for the axes of inputs that have a name."""
+        sizes: dict[str, int] = {}
+        return all(
+            sizes.setdefault(dim, size) == size
+            for name, shape in self._shapes.items()
+            for dim, size in zip(self._engine.dims(name), shape, strict=True)
+            if isinstance(dim, str)
+        )
+
     def set_tensor_address(self, name: str, memory: int) -> bool:
         self._addresses[name] = memory
         return True
 
     def execute_async_v3(self, stream_handle: int) -> bool:
-        if {*self._engine.inputs, *self._engine.outputs} - self._addresses.keys():
+        if {*self._engine.inputs, *self._engine.outputs} - self._addresses.keys() or not self._one_size_per_name():
             return False
         addresses, engine = dict(self._addresses), self._engine
         shapes = {name: self.get_tensor_shape(name) for name in addresses}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,11 @@ DECODER = Graph(
     (Tensor("key_cache.0.written", "float32", ("B", 3, "C", 8), state=True, aliases="key_cache.0"),),
 )
 
+GROUPS = {**CACHED, "I": Axis(1, 1, 6), "G": Axis(1, 1, 4, same_as="B", divides="B")}
+READS_IMAGES = replace(
+    DECODER, inputs=(*DECODER.inputs, Tensor("image_key.0", "float32", ("G", 3, "I", 5, 8), default=0, state=True))
+)
+
 STEPS = {"B": Axis(1, 1, 4), "S": Axis(1, 8, 64), "T": Axis(1, 1, 1)}
 RECURRENT = Graph(
     "decoder",
@@ -65,6 +71,30 @@ def stored(name: str, tmp_path: Path) -> Path:
 
 def sizes_of(axes: dict[str, Axis]) -> dict[str, tuple[int, int, int]]:
     return {name: (axis.min, axis.opt, axis.max) for name, axis in axes.items()}
+
+
+def test_an_engine_has_a_group_for_each_row() -> None:
+    """Corners of a profile hold together, as B = K * G with K = 1; fewer groups are the runtime's to spread."""
+    for shapes, rows, groups in (
+        (Shapes(), (1, 1, 4), (1, 1, 4)),
+        (Shapes(max={"B": 2}), (1, 1, 2), (1, 1, 2)),
+        (Shapes({"B": 2}, {"B": 3}, {"B": 3, "I": 2}), (2, 3, 3), (1, 1, 3)),
+    ):
+        found = narrowed(GROUPS, [READS_IMAGES], shapes)
+        assert (sizes_of(found)["B"], sizes_of(found)["G"]) == (rows, groups)
+        for profile in profiles_of(READS_IMAGES, found):
+            for corner, size in enumerate(rows):
+                images, tokens = profile.shapes["image_key.0"][corner], profile.shapes["input_ids"][corner]
+                assert (images[0], tokens[0]) == (size, size)
+            assert profile.shapes["image_key.0"][2][2] == found["I"].max
+    recorded = bounds_to_json(narrowed(GROUPS, [READS_IMAGES], Shapes(max={"B": 2, "I": 3})), [READS_IMAGES])
+    assert (recorded["G"], recorded["I"]) == ({"min": 1, "opt": 1, "max": 2}, {"min": 1, "opt": 1, "max": 3})
+
+
+@pytest.mark.parametrize("option", ["min", "opt", "max"])
+def test_groups_are_not_asked_for(option: str) -> None:
+    with pytest.raises(ExportError, match=rf"--{option} G=2: an engine has one for each row; give --{option} B"):
+        narrowed(GROUPS, [READS_IMAGES], Shapes(**{option: {"G": 2}}))
 
 
 def test_an_axis_that_is_not_named_keeps_the_bundles_bounds() -> None:
