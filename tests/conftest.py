@@ -335,6 +335,19 @@ def random_captioner_bundle(once: Once) -> Path:
     return once("random-captioner", lambda folder: export_recurrent(folder, "captioner")) / "bundle"
 
 
+@pytest.fixture(scope="session")
+def random_flamingo_bundle(once: Once) -> Path:
+    """A small random Flamingo with half-open gates, of words, for images of 20x12 pixels; at most 4 rows a call."""
+    return once("random-flamingo", export_flamingo) / "bundle"
+
+
+def export_flamingo(folder: Path) -> None:
+    from flamingo_models import write_flamingo
+
+    write_flamingo(folder / "checkpoint", gates=1.0)
+    export_to(folder, folder / "checkpoint", max_sizes={"B": 4})
+
+
 def export_recurrent(folder: Path, kind: str, new_tokens: int = 12, **settings: Any) -> None:
     """Export a random seq2seq or captioner that writes ``new_tokens`` tokens, whatever they are."""
     from recurrent_models import write_captioner, write_seq2seq

@@ -199,6 +199,11 @@ class Flamingo(Generator):
         reader = self.reader()
         return reader.open(reader.read([self.question_parts(parts)]).given[0])
 
+    def caption_prompt(self, image: Any) -> InterleavedPrompt:
+        """Return what ``caption`` feeds for an image, opened."""
+        reader = self.reader()
+        return reader.open(reader.read([self.caption_parts(image)]).given[0])
+
     def answer_text(self, ids: Sequence[int]) -> str:
         """Return what ``answer`` makes of generated ids."""
         return self.target_tokenizer().decode(ids).strip()

@@ -132,7 +132,7 @@ class InterleavedPromptReader(PromptReader):
         given = prompts.tolist() if is_id_array(prompts) else prompts
         if not isinstance(images, list | tuple):
             raise InputError(
-                f"images is a {type(images).__name__}; expected a list of them, in the order of the marks."
+                f"images is a {type(images).__name__}; expected a list of images, in the order of their marks."
             )
         single = isinstance(given, str) or (isinstance(given, list | tuple) and are_ids(given))
         if single:
