@@ -3,10 +3,11 @@
 A block stands in front of a frozen block of a language model and lets each token read an image. Two gates, tanh of a
 learned number, scale what its attention and its MLP add: at zero the language model computes what it did without it.
 
-transformers' Idefics has the same block, and the settings here cover it: RMSNorm and a gated MLP with SiLU where the
-paper has LayerNorm and a dense MLP with squared ReLU; its gates may be one number per channel (``gate`` "vector"); it
-may normalise queries and keys. In Idefics a token may see several images, here, as in the paper, one: ``attend_images``
-takes any mask. No linear layer has a bias.
+transformers' Idefics has the same block, and the settings here cover it. Where it differs from the paper: RMSNorm, and
+a gated MLP with SiLU, as in its Llama, where the paper has a dense MLP with squared ReLU (the defaults here, with
+LayerNorm); gates that may be one number per channel (``gate`` "vector"), where the paper has one number; queries and
+keys that may be normalised (``qk_layer_norms``); tokens that may see several images, where the paper's see the latest.
+The block takes any mask; ``flamingo.py`` makes the paper's. No linear layer has a bias, as in Idefics.
 
 Shape letters as in attention.py; G groups of K consecutive rows that share their images, B = G * K; N latents of an
 image, M columns of keys, V the images' width, T the text's.
@@ -29,7 +30,7 @@ GATES = ("float", "vector")
 
 @dataclass(frozen=True)
 class CrossAttentionConfig:
-    """The paper's block for a language model of width 768 by default (section A.1.2: MLPs of four times the width)."""
+    """The paper's block for a language model of width 768 by default: the MLP is four times as wide."""
 
     num_heads: int = 8
     head_dim: int = 64

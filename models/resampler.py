@@ -3,11 +3,11 @@
 A few learned latents read what a vision encoder gives of one image, of any size, and themselves; they are all that a
 language model sees of it.
 
-transformers' Idefics has the same blocks, and the settings here cover it: its MLP has ReLU where the paper's has
-squared ReLU ("relu2", table 5), and it may normalise queries and keys (``qk_layer_norms``), of which the paper says
-nothing. Both normalise what the attention and the MLP read; Idefics normalises the output too, which the paper's figure
-does not show and which is done here. The paper adds learned embeddings of time to the frames of a video: an image is
-one frame, and they are left out here as in Idefics. No linear layer has a bias.
+transformers' Idefics has the same blocks, and the settings here cover it. Where it differs from the paper: its MLP has
+ReLU, the paper's squared ReLU ("relu2", the default here); it may normalise queries and keys (``qk_layer_norms``); it
+has norms in front of attention and MLP and one at the end, and no linear layer has a bias, of which the paper's figure
+shows nothing: done here as there. The paper adds learned embeddings of time to the frames of a video; an image is one
+frame, and they are left out, as in Idefics.
 
 Shape letters as in attention.py; N latents, P rows of the vision encoder, E their width, which the latents have too.
 """
