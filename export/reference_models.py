@@ -46,13 +46,14 @@ class Examples:
     """The inputs of a report's figure where the user gives none.
 
     ``texts`` are candidates, of which a figure takes those of a fitting length. ``labels`` and the ``template`` they
-    stand in are a zero-shot model's.
+    stand in are a zero-shot model's; ``prompts`` are questions with their images, as Flamingo's ``answer`` takes them.
     """
 
     texts: Sequence[str] = ()
     images: Sequence[Any] = ()
     labels: Sequence[str] = ()
     template: str | None = None
+    prompts: Sequence[Sequence[Any]] = ()
 
 
 @dataclass(frozen=True)

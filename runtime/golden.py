@@ -133,17 +133,34 @@ def is_generation(
 
 
 def are_prompts(given: Mapping[str, Array]) -> bool:
-    """Return whether arrays are what ``prompts_to_arrays`` makes: token ids and their lengths, or pixels."""
+    """Return whether arrays are what ``prompts_to_arrays`` makes: token ids, their lengths and images, or pixels."""
     prompts, lengths = given.get("prompts"), given.get("lengths")
     if prompts is None:
         return False
     if lengths is None:
         return prompts.dtype == np.float32 and prompts.ndim == 4
-    return (
+    return are_images(given, len(prompts)) and (
         prompts.dtype == lengths.dtype == np.int64
         and (prompts.ndim, lengths.ndim) == (2, 1)
         and 0 < len(prompts) == len(lengths)
         and 0 < int(lengths.min()) <= int(lengths.max()) <= prompts.shape[1]
+    )
+
+
+def are_images(given: Mapping[str, Array], rows: int) -> bool:
+    """Return whether the images beside the tokens of ``rows`` prompts fit their numbers; prompts may have none."""
+    images, pixels = given.get("images"), given.get("pixel_values")
+    if images is None:
+        return pixels is None
+    if images.dtype != np.int64 or images.shape != (rows,) or int(images.min(initial=0)) < 0:
+        return False
+    if pixels is None:
+        return not images.any()
+    return (
+        pixels.dtype == np.float32
+        and pixels.ndim == 5
+        and len(pixels) == rows
+        and int(images.max(initial=0)) <= pixels.shape[1]
     )
 
 

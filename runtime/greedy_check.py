@@ -8,14 +8,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from transom.runtime.backends.base import Array
+from transom.runtime.decoder import Decoder
 from transom.runtime.errors import ParityError
 from transom.runtime.tasks.generator import Generator
+from transom.runtime.tasks.image_prompts import Pixels
+from transom.runtime.tasks.interleaved_prompts import InterleavedPrompt
 from transom.runtime.tasks.prompts import Prompt, padded
+
+Chunk = NDArray[np.int64] | list[InterleavedPrompt]  # tokens (R, n), or R rows of n tokens with new images among them
 
 PAD = -1  # fills rows of tokens that ended early
 TOP = 16  # logits of each step that golden values keep: a side that chose another token chose one of these
@@ -23,12 +29,31 @@ SLACK = 1e-3  # of the largest logit: what a row's logits differ by between a ge
 PYTORCH = "PyTorch's"  # the generation that ours is compared with, in words
 
 
-def forced_logits(bundle: Generator, prompts: Sequence[Prompt], chunks: Sequence[NDArray[np.int64]]) -> Iterator[Array]:
-    """Yield logits under teacher forcing: those of the prompts' last tokens (R, 1, V), then (R, n, V) of each chunk."""
+class AppendsImages(Protocol):
+    """A generator whose rows get new images between tokens."""
+
+    def append_images(self, decoder: Decoder, images: Sequence[Sequence[Pixels]]) -> None:
+        """Give each row the images of the marks among its next tokens."""
+
+
+def forced_logits(
+    bundle: Generator, prompts: Sequence[Prompt], chunks: Sequence[Chunk], beams: int = 1
+) -> Iterator[Array]:
+    """Yield logits under teacher forcing: those of the prompts' last tokens (R, 1, V), then (R, n, V) of each chunk.
+
+    With several ``beams`` each prompt has that many rows from its prefill on, one behind another.
+    """
     prefilled = bundle.prefill(prompts)
-    yield prefilled.logits[:, None]
+    rows = np.repeat(np.arange(len(prompts)), beams)
+    if beams > 1:
+        prefilled.decoder.reorder(rows)
+    yield prefilled.logits[rows, None]
     for chunk in chunks:
-        yield prefilled.decoder.forward_logits(chunk)
+        tokens = chunk
+        if isinstance(tokens, list):
+            cast(AppendsImages, bundle).append_images(prefilled.decoder, [row.pixels for row in tokens])
+            tokens = np.array([row.ids for row in tokens])
+        yield prefilled.decoder.forward_logits(tokens)
 
 
 @dataclass(frozen=True)
@@ -62,7 +87,7 @@ class GreedyGeneration:
 def greedy(bundle: Generator, prompts: Sequence[Prompt], new_tokens: int) -> GreedyGeneration:
     """Generate up to ``new_tokens`` for each prompt, all prompts in one batch."""
     rows = bundle.generate(
-        [prompt if isinstance(prompt, np.ndarray) else list(prompt) for prompt in prompts],
+        list(prompts),
         max_new_tokens=new_tokens,
         do_sample=False,
         num_beams=1,
@@ -75,6 +100,9 @@ def greedy(bundle: Generator, prompts: Sequence[Prompt], new_tokens: int) -> Gre
     chosen = np.maximum(tokens, 0)[:, :, None]
     others = logits.copy()
     np.put_along_axis(others, chosen, -np.inf, axis=2)
+    mark = bundle.manifest.options.get("image_token_id")
+    if mark is not None:
+        others[:, :, mark] = -np.inf  # the mark of an image is never generated, however large its logit is
     margins = np.take_along_axis(logits, chosen, axis=2)[:, :, 0] - others.max(2)
     top_ids = np.argsort(-logits, axis=2, kind="stable")[:, :, :TOP]
     top_logits = np.take_along_axis(logits, top_ids, axis=2)
@@ -163,16 +191,33 @@ def require_same_tokens(
 def prompts_to_arrays(prompts: Sequence[Prompt]) -> dict[str, Array]:
     """Return prompts as golden values hold them: ``prompts`` (R, S) and their ``lengths`` (R,), or pixels (R, C, H, W).
 
-    Pixels have no lengths.
+    Pixels have no lengths. Those of interleaved prompts stand beside their tokens: ``images`` int64 (R,), how many a
+    row has, and ``pixel_values`` float32 (R, I, C, H, W), I the most of them, zeros behind a row's last one.
     """
     if isinstance(prompts[0], np.ndarray):
         return {"prompts": np.stack(prompts)}
-    ids, lengths = padded(prompts)
-    return {"prompts": ids, "lengths": lengths}
+    if not isinstance(prompts[0], InterleavedPrompt):
+        ids, lengths = padded(prompts)
+        return {"prompts": ids, "lengths": lengths}
+    ids, lengths = padded([prompt.ids for prompt in prompts])
+    images = np.array([len(prompt.pixels) for prompt in prompts])
+    found = {"prompts": ids, "lengths": lengths, "images": images}
+    shape = next((pixels.shape for prompt in prompts for pixels in prompt.pixels), None)
+    if shape is not None:
+        found["pixel_values"] = np.zeros((len(prompts), int(images.max()), *shape), np.float32)
+        for row, prompt in zip(found["pixel_values"], prompts, strict=True):
+            for place, pixels in enumerate(prompt.pixels):
+                row[place] = pixels
+    return found
 
 
 def prompts_from_arrays(arrays: Mapping[str, Array]) -> list[Prompt]:
     """Return the prompts that ``prompts_to_arrays`` took."""
     if "lengths" not in arrays:
         return list(arrays["prompts"])
-    return [row[:length].tolist() for row, length in zip(arrays["prompts"], arrays["lengths"], strict=True)]
+    rows = [row[:length].tolist() for row, length in zip(arrays["prompts"], arrays["lengths"], strict=True)]
+    if "images" not in arrays:
+        return rows
+    pixels = arrays.get("pixel_values", np.empty((len(rows), 0)))
+    images = [list(row[:count]) for row, count in zip(pixels, arrays["images"], strict=True)]
+    return [InterleavedPrompt(ids, own) for ids, own in zip(rows, images, strict=True)]

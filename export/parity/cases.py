@@ -7,27 +7,24 @@ token, so that each case depends on the state that those before it left.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from transom.export.parity.inputs import ParityInputs, single_rows
+from transom.export.parity.interleaved_scenarios import interleaved_scenarios
+from transom.export.parity.scenarios import Scenario, prompt_length, scenarios
 from transom.runtime.backends.base import Array
-from transom.runtime.decoder import context_length
 from transom.runtime.errors import ExportError
+from transom.runtime.feeds import IMAGE_INDICES
 from transom.runtime.graph_spec import Axis, Graph, is_decoder
 from transom.runtime.greedy_check import forced_logits
-from transom.runtime.kv_cache import STEP
 from transom.runtime.manifest import Manifest
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks import task_class
 from transom.runtime.tasks.generator import Generator
 from transom.runtime.tasks.prompts import Prompt
-
-FORCED_STEPS = 64  # tokens fed one by one
-LONG_CHUNK = 300  # tokens, all with logits: of a vocabulary of 50,000, 60 MB on each side
 
 
 def grid(axes: Mapping[str, Axis]) -> list[dict[str, int]]:
@@ -62,18 +59,6 @@ class Run:
     outputs: Mapping[str, Array]
 
 
-@dataclass(frozen=True)
-class Scenario:
-    """Prompts, ids or pixels, that are read in one call, then chunks of tokens (R, n)."""
-
-    prompts: list[Prompt]
-    chunks: list[NDArray[np.int64]]
-
-    @property
-    def steps(self) -> int:
-        return 1 + len(self.chunks)
-
-
 class ParityCases:
     """Every case for the bundle that ``manifest`` describes, known before anything runs.
 
@@ -89,7 +74,10 @@ class ParityCases:
                 named = {size for tensor in graph.inputs for size in tensor.shape if isinstance(size, str)}
                 self._grids[name] = grid({size: axis for size, axis in manifest.axes.items() if size in named})
         generates = "decoder" in graphs and issubclass(task_class(manifest.family, manifest.task), Generator)
-        self._scenarios = scenarios(manifest, inputs) if generates else []
+        self._scenarios: list[Scenario] = []
+        if generates:
+            interleaved = IMAGE_INDICES in {tensor.name for tensor in graphs["decoder"].inputs}
+            self._scenarios = (interleaved_scenarios if interleaved else scenarios)(manifest, inputs)
         covered = {*self._grids, *(["decoder"] if self._scenarios else [])}
         missed = [name for name in graphs if name not in covered]
         if missed:
@@ -122,10 +110,10 @@ class ParityCases:
             graph = bundle.backend("decoder").graph
             for scenario in self._scenarios:
                 longest = max(map(prompt_length, scenario.prompts))
-                logits = forced_logits(bundle, scenario.prompts, scenario.chunks)
+                logits = forced_logits(bundle, scenario.prompts, scenario.chunks, scenario.beams)
                 for step, found in enumerate(logits):
                     new = longest if step == 0 else found.shape[1]
-                    sizes = {"B": len(scenario.prompts), "prompt": longest, "chunk": step, "tokens": new}
+                    sizes = {"B": len(found), "prompt": longest, "chunk": step, "tokens": new}
                     yield Run(sizes, graph, {}, {graph.outputs[0].name: found})
 
 
@@ -133,53 +121,3 @@ def run_rows(bundle: LoadedBundle, feeds: Mapping[str, Array]) -> dict[str, Arra
     """Run a batch row by row: where rows cannot affect each other, this takes a fraction of the memory."""
     rows = [bundle.run(row) for row in single_rows(feeds)]
     return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
-
-
-def prompt_length(prompt: Prompt) -> int:
-    """Return the tokens of a prompt; an image counts as one."""
-    return 1 if isinstance(prompt, np.ndarray) else len(prompt)
-
-
-def scenarios(manifest: Manifest, inputs: Mapping[str, ParityInputs]) -> list[Scenario]:
-    """Make prompts from one token to the longest, of one row up to the most rows, then chunks to the context's end.
-
-    Without an encoder the prompts go to the decoder, and share its context with the tokens that are generated. Where
-    they are images, each has one length.
-    """
-    graphs = [file.graph for file in manifest.graphs]
-    decoder = next(graph for graph in graphs if graph.name == "decoder")
-    tokens = decoder.inputs[0]
-    encoders = [graph for graph in graphs if not is_decoder(graph)]
-    prompted, shares = (encoders[0], False) if encoders else (decoder, True)
-    largest = {name: axis.max for name, axis in manifest.axes.items()}
-    context = context_length(decoder, manifest.axes, manifest.options)
-    images = prompted.inputs[0].dtype == "float32"
-    longest = 1 if images else min(largest["S"], context) if shares else largest["S"]
-
-    def prompts(lengths: Sequence[int]) -> list[Prompt]:
-        if images:
-            return list(inputs[prompted.name].feeds({"B": len(lengths)})[prompted.inputs[0].name])
-        below = prompted.inputs[0].exclusive_max or 1
-        return [inputs["decoder"].ids((1, length), below)[0].tolist() for length in lengths]
-
-    def scenario(lengths: Sequence[int], chunks: Sequence[int]) -> Scenario:
-        lengths = [max(1, min(length, longest)) for length in lengths[: largest["B"]]]
-        left = context - (max(lengths) if shares else 1)
-        kept = []
-        for chunk in chunks:
-            chunk = min(chunk, left)
-            if chunk > 0:
-                kept.append(inputs["decoder"].ids((len(lengths), chunk), tokens.exclusive_max or 1))
-            left -= chunk
-        return Scenario(prompts(lengths), kept)
-
-    forced = min(FORCED_STEPS, context - 1)
-    before = min(max(STEP - forced // 2, 1), context - forced)  # so that the steps cross a growth of the buffers
-    return [
-        scenario([1], [1]),
-        scenario([context - 3 if shares else longest], [1, 1, 1]),
-        scenario([67 - 7 * row for row in range(largest["B"])], [1, 1, 1]),
-        scenario([5, 2], [5, 1, 7, 3]),
-        scenario([7], [LONG_CHUNK]),
-        scenario([before, before // 2], [1] * forced),
-    ]
