@@ -74,10 +74,19 @@ HEADS = {
     "answer": ("BertForQuestionAnswering", lambda b: b.answer("who", "the water"), "start_logits for question"),
     "next_sentence": ("BertForNextSentencePrediction", lambda b: b.next_sentence("a", "b"), "logits for text 0"),
 }
+FLAMINGO = {
+    "answer": (lambda f: f.answer([["a"], [IMAGE, "how many"]], max_new_tokens=2), "logits for prompt 1"),
+    "generate": (lambda f: f.generate([[IMAGE, "a"], [IMAGE, "how"]], num_beams=2), "logits for prompt 1"),
+    "caption": (lambda f: f.caption([IMAGE, IMAGE], max_new_tokens=2), "logits for prompt 1"),
+    "stream": (lambda f: list(f.stream([IMAGE, "a"], max_new_tokens=2)), "logits for prompt 0"),
+    "dialogue": (lambda f: f.dialogue().answer([IMAGE, "a"], max_new_tokens=2), "logits for prompt 0"),
+}
 NO_READING = {  # public methods of families that read no numbers themselves, or call one that is above
-    "decoder_length", "image_batches", "image_rows", "new_decoder", "open_prompt_reader", "open_tokenizer",
-    "prefill", "prefill_encoded", "prefill_masked", "preprocess", "prompt_axis", "prompt_tokens", "random_prompts",
-    "run", "run_texts", "target_tokenizer", "text_batches", "text_rows", "tokenizer", "translate",
+    "answer_text", "append_images", "caption_parts", "caption_prompt", "continued", "decoder_length", "encode",
+    "image_batches", "image_rows", "longer", "new_decoder", "open_prompt_reader", "open_tokenizer", "prefill",
+    "prefill_call", "prefill_encoded", "prefill_masked", "preprocess", "prompt_axis", "prompt_of", "prompt_tokens",
+    "prompts_at_once", "question_parts", "random_prompts", "reader", "run", "run_texts", "target_tokenizer",
+    "text_batches", "text_rows", "tokenizer", "translate",
 }  # fmt: skip
 
 
@@ -112,9 +121,22 @@ def test_a_head_of_bert_never_answers_from_nan(name: str, exported: Exported) ->
                 call(bert)
 
 
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+@pytest.mark.parametrize("name", FLAMINGO)
+def test_a_flamingo_never_answers_from_nan(name: str, part: str, random_flamingo_bundle: Path) -> None:
+    call, named = FLAMINGO[name]
+    with load(random_flamingo_bundle, threads=1) as flamingo:
+        call(flamingo)
+        flamingo._backends = [
+            Spoilt(backend, np.nan) if backend.graph.name == part else backend for backend in flamingo._backends
+        ]
+        with pytest.raises(NotFiniteError, match=f"the model's {named} are NaN"):
+            call(flamingo)
+
+
 def test_every_task_of_every_family_is_above() -> None:
     """A method that is added has to come into one of the tables."""
-    known = {name for _, name in KEPT_CALLS} | set(HEADS) | NO_READING
+    known = {name for _, name in KEPT_CALLS} | set(HEADS) | set(FLAMINGO) | NO_READING
     classes = {c for family in FAMILIES for c in (family_tasks(family).bundle, *family_tasks(family).by_task.values())}
     for each in classes:
         own = {

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -343,3 +346,20 @@ def test_a_closed_dialogue_and_a_closed_bundle(random_flamingo_bundle: Path) -> 
             dialogue.answer("how")
     with pytest.raises(BackendError, match="this bundle is closed"):
         other.answer("how")
+
+
+@pytest.mark.parametrize("way", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_a_dialogue_belongs_to_its_process(flamingo: Any, way: Any) -> None:
+    with pytest.raises(BackendError, match="Dialogue can be neither pickled nor copied"):
+        way(flamingo.dialogue())
+
+
+def test_threads_share_a_bundle_and_have_dialogues_of_their_own(flamingo: Any) -> None:
+    def talk(number: int) -> list[str]:
+        with flamingo.dialogue() as dialogue:
+            first = dialogue.answer([picture(number), "how many sevens?"], **LONG)
+            return [first, dialogue.answer([picture(number + 1), "and now?"], **LONG)]
+
+    one_by_one = [talk(number) for number in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(talk, range(4))) == one_by_one
