@@ -17,7 +17,7 @@ PROCESSOR_ARGS ?=
 STUB_ARGS  ?=
 
 PACKAGES   := models export runtime calib cli
-REFERENCES := vit minilm bert gpt transformer seq2seq seq2seq-fixed clip show_attend_tell perceiver perceiver_bytes vit_hybrid swin swinv2
+REFERENCES := vit minilm bert gpt transformer seq2seq seq2seq-fixed clip show_attend_tell flamingo perceiver perceiver_bytes vit_hybrid swin swinv2
 VENV       := .venv
 WHEEL_VENV := build/wheel-venv
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from transom.calib.digit_compositions import read_compositions
+from transom.calib.digit_questions import read_questions
 from transom.calib.samples import Sample
 
 DATA = files("transom.calib").joinpath("datasets")
@@ -72,11 +73,26 @@ def digit_compositions() -> list[Sample]:
     return [Sample(f"digit-compositions[{index}]", image=each.draw(available)) for index, each in enumerate(found)]
 
 
+def digit_questions() -> list[Sample]:
+    """Read questions about images of one to four of these scans, and examples, as the reference Flamingo trained on."""
+    found, available = read_questions(DATA.joinpath("digit_questions.tsv").read_text(encoding="ascii")), scans()
+    images = [each.draw(available) for each in found]
+    samples = []
+    for index, each in enumerate(found):
+        shown = [(images[other], (found[other].question, found[other].answer)) for other in each.examples]
+        parts = [part for example in shown for part in example]
+        samples.append(
+            Sample(f"digit-questions[{index}]", parts=(*parts, images[index], each.question), answer=each.answer)
+        )
+    return samples
+
+
 SETS: dict[str, Callable[[], list[Sample]]] = {
     "austen": austen,
     "digits": digits,
     "digit-captions": digit_captions,
     "digit-compositions": digit_compositions,
+    "digit-questions": digit_questions,
     "wordnet": wordnet,
     "dates": dates,
     "date-lists": date_lists,

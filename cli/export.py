@@ -74,8 +74,8 @@ CalibrationData = Annotated[
     typer.Option(
         metavar="FILE|NAME",
         help="Inputs like those in production: a .txt, .jsonl or .npz, a folder of images, or one of austen, "
-        "digits, digit-captions, digit-compositions, wordnet, dates, date-lists; repeatable. A quarter is held out for "
-        "the gate.",
+        "digits, digit-captions, digit-compositions, digit-questions, wordnet, dates, date-lists; repeatable. A "
+        "quarter is held out for the gate.",
         show_default="a reference model's own training inputs",
         rich_help_panel=INTEGERS,
     ),

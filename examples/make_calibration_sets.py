@@ -13,6 +13,7 @@ digits.safetensors   scans that train: ``images`` uint8 (512, 8, 8), ``labels`` 
                      ``load_digits()``
 digit_captions.txt   a caption for each of these scans
 digit_compositions.tsv    images of one or two of them, in captions that train
+digit_questions.tsv       questions about images of one to four of them, and examples of each kind
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import austen
 import date_lists
 import dates
 import digit_compositions
+import digit_questions
 import numpy as np
 import torch
 from make_wordnet_pairs import PAIRS, candidates
@@ -35,11 +37,14 @@ from train_clip_digits import captions
 from train_vit_digits import scans, split
 from transformers import CLIPTokenizer
 
+from transom.calib.digit_questions import DigitQuestion
+
 SEED = 21  # not that of the held-out samples
 PASSAGES, SHORTEST = 400, 100  # characters
 LONGEST = (200, 300, 400, 900)  # of passages in turn; GPT's 256 tokens are some 700 characters
 WORDNET_PAIRS = 250  # two texts each
 DATES, LISTS, SCANS, COMPOSITIONS = 500, 420, 512, 400
+QUESTIONS = 70  # of each kind
 CLIP = Path(__file__).resolve().parents[1] / "models" / "reference" / "clip"
 
 
@@ -87,6 +92,20 @@ def compositions(labels: np.ndarray) -> list[str]:
     return [each.line() for each in islice(found, COMPOSITIONS)]
 
 
+def questions(labels: np.ndarray) -> list[str]:
+    """Questions of every kind in turn, with none to four examples of their kind before them."""
+    rng = np.random.RandomState(SEED)
+    pick = digit_questions.training_scans(labels, rng)
+    made = [digit_questions.questions(kind, pick, rng) for kind in digit_questions.KINDS]
+    kinds, found = len(made), []
+    for number in range(kinds * QUESTIONS):
+        each = next(made[number % kinds])
+        others = [other for other in range(number % kinds, kinds * QUESTIONS, kinds) if other != number]
+        shown = tuple(int(other) for other in rng.permutation(others)[: number // kinds % 5])
+        found.append(DigitQuestion(each.question, each.answer, each.places, shown).line())
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("janeausten", type=Path, help="the unpacked r-cran-janeaustenr")
@@ -107,6 +126,7 @@ def main() -> None:
         "date_lists.txt": [text for text, _ in written_lists()],
         "digit_captions.txt": described,
         "digit_compositions.tsv": compositions(digits["labels"]),
+        "digit_questions.tsv": questions(digits["labels"]),
     }
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name, found in texts.items():

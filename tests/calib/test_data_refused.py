@@ -40,8 +40,8 @@ def test_nothing_is_refused() -> None:
         open_calibration_data("austen")
     for absent in ("", "austin", "x" * 5000, "a\0b", "/dev/null"):
         assert (
-            "expected one of austen, digits, digit-captions, digit-compositions, wordnet, dates, date-lists, or a .txt"
-            in refused(absent)
+            "expected one of austen, digits, digit-captions, digit-compositions, digit-questions, wordnet, dates, "
+            "date-lists, or a .txt" in refused(absent)
         )
 
 

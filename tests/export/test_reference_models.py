@@ -92,7 +92,7 @@ def test_an_unknown_name_lists_ours() -> None:
 def test_what_ships_is_small() -> None:
     shipped = reference_folder("vit").parent
     assert {folder.name for folder in shipped.iterdir()} == REFERENCE_MODELS.keys() - {"minilm"}
-    assert sum(file.stat().st_size for file in shipped.rglob("*") if file.is_file()) < 10_500_000
+    assert sum(file.stat().st_size for file in shipped.rglob("*") if file.is_file()) < 11_000_000
 
 
 def test_finding_minilm_imports_neither_it_nor_torch() -> None:
