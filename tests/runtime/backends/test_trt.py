@@ -54,9 +54,9 @@ def test_the_emulation_has_no_name_of_its_own(real_cuda: Any, real_trt: Any) -> 
 RECURRENT = ("random_seq2seq", "random_fixed", "random_captioner")  # with attention, without, and of images
 
 
-@pytest.mark.parametrize("name", ["vit", "gpt", "dates", "clip", "bert", *RECURRENT])
+@pytest.mark.parametrize("name", ["vit", "gpt", "dates", "clip", "bert", *RECURRENT, "random_flamingo"])
 def test_every_family_computes_its_golden_values(name: str, put: Put, request: pytest.FixtureRequest) -> None:
-    """Encoders, two towers, decoders through whole generations, one with an encoder: all within FP32's 2e-5."""
+    """Encoders, two towers, decoders through whole generations, with an encoder or images: all within FP32's 2e-5."""
     folder = put(request.getfixturevalue(f"{name}_bundle"))
     assert selftest(folder, device="tensorrt").worst.error < 2e-5
     with load(folder, device="auto") as loaded:
