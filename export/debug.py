@@ -6,10 +6,12 @@ graph gets a switch per layer (export/passes/layer_switches.py), and export/bise
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from transom.calib.data import Sample
 from transom.calib.graph_hash import graph_sha256
@@ -18,7 +20,7 @@ from transom.export.bisect import bisect_layers
 from transom.export.bundle_graphs import stored_graphs
 from transom.export.checkpoint import LoadedCheckpoint, reload_checkpoint
 from transom.export.onnx_export import onnx_from_module
-from transom.export.parity.inputs import parity_inputs, single_rows
+from transom.export.parity.inputs import ParityInputs, parity_inputs, single_rows
 from transom.export.quantization.calibrate import smoothed
 from transom.export.quantization.candidate import CPU, RANKING_SAMPLES
 from transom.export.quantization.data_split import held_out_part
@@ -214,8 +216,15 @@ def held_out_samples(manifest: Manifest, data: Sequence[str]) -> tuple[Sequence[
 
 
 def parity_samples(loaded: LoadedCheckpoint) -> tuple[list[Sample], str]:
-    """Return rows of the passage and photographs of the parity inputs, for every graph that takes some."""
+    """Return rows of the passage and photographs of the parity inputs, for every graph that takes some.
+
+    Where tokens see images, each row of the passage has a photograph in front.
+    """
+    data = "passages and photographs of the parity runs"
     made = parity_inputs(loaded.graphs, loaded.open_tokenizer(), loaded.preprocess)
+    mark = loaded.options.get("image_token_id")
+    if mark is not None:
+        return pictured_rows(loaded, made, mark), data
     found: list[Sample] = []
     for graph in loaded.graphs:
         inputs = {tensor.name: tensor for tensor in graph.inputs}
@@ -227,4 +236,16 @@ def parity_samples(loaded: LoadedCheckpoint) -> tuple[list[Sample], str]:
             feeds["input_ids"] = made[graph.name].ids(shape, inputs["input_ids"].exclusive_max or 1)
         rows = single_rows(feeds) if feeds else ()
         found += [Sample(f"row {row} of {graph.name}", feeds=fed) for row, fed in enumerate(rows)]
-    return found, "passages and photographs of the parity runs"
+    return found, data
+
+
+def pictured_rows(loaded: LoadedCheckpoint, made: Mapping[str, ParityInputs], mark: int) -> list[Sample]:
+    """Return rows of the passage, each with a photograph at its first token, ``mark``, and room for an answer."""
+    decoder = next(graph for graph in loaded.graphs if graph.name == "decoder")
+    vocabulary = decoder.inputs[0].exclusive_max or 1
+    ids = made["decoder"].ids((DEBUG_SAMPLES, max(2, min(TOKENS, loaded.axes["S"].max // 2))), vocabulary)
+    ids = np.where(ids == mark, (mark + 1) % vocabulary, ids)
+    ids[:, 0] = mark
+    pixels = made["encoder"].feeds({"B": DEBUG_SAMPLES})["pixel_values"]
+    rows = single_rows({"input_ids": ids, "pixel_values": pixels})
+    return [Sample(f"row {row}", feeds=fed) for row, fed in enumerate(rows)]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from transom.export.checkpoint import LoadedCheckpoint
+from transom.export.parity.cases import PYTORCH
 from transom.runtime.backends.base import Array
 from transom.runtime.backends.ort import OrtBackend
 from transom.runtime.bundle import Bundle
@@ -22,7 +23,7 @@ from transom.runtime.session import LoadedBundle
 class PyTorchBackend:
     """The PyTorch module in FP32 as a backend."""
 
-    device = "pytorch"
+    device = PYTORCH
 
     def __init__(self, module: nn.Module, graph: Graph) -> None:
         self._module, self.graph = module, graph.with_state_dtype("float32")

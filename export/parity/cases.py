@@ -15,6 +15,7 @@ import numpy as np
 from transom.export.parity.inputs import ParityInputs, single_rows
 from transom.export.parity.interleaved_scenarios import interleaved_scenarios
 from transom.export.parity.scenarios import Scenario, prompt_length, scenarios
+from transom.export.parity.whole_sequences import whole_logits
 from transom.runtime.backends.base import Array
 from transom.runtime.errors import ExportError
 from transom.runtime.feeds import IMAGE_INDICES
@@ -25,6 +26,8 @@ from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks import task_class
 from transom.runtime.tasks.generator import Generator
 from transom.runtime.tasks.prompts import Prompt
+
+PYTORCH = "pytorch"  # the device of a bundle around the PyTorch module
 
 
 def grid(axes: Mapping[str, Axis]) -> list[dict[str, int]]:
@@ -75,9 +78,9 @@ class ParityCases:
                 self._grids[name] = grid({size: axis for size, axis in manifest.axes.items() if size in named})
         generates = "decoder" in graphs and issubclass(task_class(manifest.family, manifest.task), Generator)
         self._scenarios: list[Scenario] = []
+        self._interleaved = generates and IMAGE_INDICES in {tensor.name for tensor in graphs["decoder"].inputs}
         if generates:
-            interleaved = IMAGE_INDICES in {tensor.name for tensor in graphs["decoder"].inputs}
-            self._scenarios = (interleaved_scenarios if interleaved else scenarios)(manifest, inputs)
+            self._scenarios = (interleaved_scenarios if self._interleaved else scenarios)(manifest, inputs)
         covered = {*self._grids, *(["decoder"] if self._scenarios else [])}
         missed = [name for name in graphs if name not in covered]
         if missed:
@@ -110,11 +113,17 @@ class ParityCases:
             graph = bundle.backend("decoder").graph
             for scenario in self._scenarios:
                 longest = max(map(prompt_length, scenario.prompts))
-                logits = forced_logits(bundle, scenario.prompts, scenario.chunks, scenario.beams)
+                logits = self._logits(bundle, scenario)
                 for step, found in enumerate(logits):
                     new = longest if step == 0 else found.shape[1]
                     sizes = {"B": len(found), "prompt": longest, "chunk": step, "tokens": new}
                     yield Run(sizes, graph, {}, {graph.outputs[0].name: found})
+
+    def _logits(self, bundle: Generator, scenario: Scenario) -> Iterator[Array]:
+        """Yield the logits of a scenario's steps; PyTorch computes those of interleaved prompts without any cache."""
+        if self._interleaved and bundle.device == PYTORCH:
+            return whole_logits(bundle, scenario)
+        return forced_logits(bundle, scenario.prompts, scenario.chunks, scenario.beams)
 
 
 def run_rows(bundle: LoadedBundle, feeds: Mapping[str, Array]) -> dict[str, Array]:
