@@ -42,8 +42,10 @@ class ImageCache:
     def append(self, images: Sequence[Sequence[EncodedImage]]) -> None:
         """Give each row further images, behind those that it has; InputError for more than the limit.
 
-        From then on no rows share.
+        From then on no rows share; where there is none for any row, all stays as it is.
         """
+        if not any(images):
+            return
         joined = [[*self._images[source], *new] for source, new in zip(self._sources.tolist(), images, strict=True)]
         for row, found in enumerate(joined):
             if len(found) > self._limit:
@@ -52,7 +54,8 @@ class ImageCache:
 
     def truncate(self, count: int) -> None:
         """Keep the first ``count`` images of each row."""
-        self._set([self._images[source][:count] for source in self._sources])
+        if (self.counts() > count).any():
+            self._set([self._images[source][:count] for source in self._sources])
 
     def reorder(self, rows: NDArray[np.intp]) -> None:
         """Let row i read the images of what row ``rows[i]`` was; there are ``len(rows)`` from now on."""

@@ -63,3 +63,33 @@ def test_a_step_writes_the_values_themselves(gpt_bundle: Path) -> None:
             array = value.numpy()
             assert array[:, :, :3].any()
             assert not array[:, :, 3:].any()
+
+
+def test_images_are_values_of_the_device_that_beams_share(
+    random_flamingo_bundle: Path, monkeypatch: pytest.MonkeyPatch, as_on_a_gpu: list[OrtDecoderState]
+) -> None:
+    """Uploaded once for the prompts and once for all steps; beams fork, change places and end."""
+    uploads: list[int] = []
+    set_constants = OrtDecoderState.set_constants
+
+    def noted(self: OrtDecoderState, arrays: Any) -> None:
+        uploads.append(len(arrays))
+        set_constants(self, arrays)
+
+    monkeypatch.setattr(OrtDecoderState, "set_constants", noted)
+    random = np.random.default_rng(0)
+    images = [random.integers(0, 256, (20, 12, 3)).astype(np.uint8) for _ in range(3)]
+    prompts = [[images[0], ("how many sevens?", "two"), images[1], "and now?"], [images[2], "how many ones?"]]
+    found = []
+    for _ in range(2):
+        with load(random_flamingo_bundle, threads=1) as flamingo:
+            long = {"max_new_tokens": 6, "eos_token_id": None}
+            found.append([flamingo.answer(prompts, num_beams=2, **long), flamingo.answer(prompts, **long)])
+            with flamingo.dialogue() as dialogue:
+                found[-1] += [dialogue.answer(question, **long) for question in (prompts[1], "and now?", prompts[0])]
+        if as_on_a_gpu:
+            assert uploads == [4, 4] + [4, 4] + [4] + [4, 4]  # the second question sees the image of the first
+        monkeypatch.undo()
+        uploads.clear()
+    assert found[0] == found[1]
+    assert len(as_on_a_gpu) == 3
