@@ -397,6 +397,12 @@ def captions_bundle(once: Once) -> Path:
 
 
 @pytest.fixture(scope="session")
+def flamingo_bundle(once: Once) -> Path:
+    """The reference Flamingo, which answers questions about images of digits, FP32; without its score."""
+    return once("flamingo", lambda folder: export_to(folder, reference("flamingo"))) / "bundle"
+
+
+@pytest.fixture(scope="session")
 def bytes_bundle(once: Once) -> Path:
     """The reference Perceiver on bytes, FP32; exported as a folder, so without its score."""
     return once("bytes", lambda folder: export_to(folder, reference("perceiver_bytes"))) / "bundle"

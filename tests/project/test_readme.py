@@ -25,7 +25,7 @@ from transom.calib.builtin_sets import NAMES
 from transom.calib.scales import METHODS
 from transom.calib.table import RANGES
 from transom.cli.main import app
-from transom.export.datasets import heldout_compositions
+from transom.export.datasets import heldout_compositions, heldout_questions
 from transom.runtime.bundle import Bundle
 from transom.runtime.families import FAMILIES
 
@@ -70,20 +70,25 @@ def desk(
     lists_bundle: Path,
     captions_bundle: Path,
     bytes_bundle: Path,
+    flamingo_bundle: Path,
 ) -> Path:
     """A folder in which somebody ran `make export`, minilm left out, then the README's commands but those of INT8."""
     folder = tmp_path_factory.mktemp("desk")
     (folder / "bundles").mkdir()
     made = {"vit": vit_bundle, "clip": clip_bundle, "gpt": gpt_bundle, "transformer": dates_bundle}
     made |= {"seq2seq": lists_bundle, "show_attend_tell": captions_bundle, "perceiver_bytes": bytes_bundle}
+    made["flamingo"] = flamingo_bundle
     for name, bundle in made.items():
         (folder / "bundles" / name).symlink_to(bundle)
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 30, 3), np.uint8)).save(folder / "digit.png")
     scans, compositions = heldout_compositions()
     shown = next(each for each in compositions if each.caption == "a seven above a three")
     Image.fromarray(shown.draw(scans)).save(folder / "digits.png")
+    scans, questions = heldout_questions()
+    for name, number in (("threes", 17), ("sevens", 2)):
+        Image.fromarray(questions[number].draw(scans)).save(folder / f"{name}.png")
     plain = [command for command in commands() if not (of_integers(command) or of_engines(command))]
-    assert [command[1] for command in plain] == ["export", "selftest", *["run"] * 4, "report", "bench"]
+    assert [command[1] for command in plain] == ["export", "selftest", *["run"] * 6, "report", "bench"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr("transom.export.pipeline.score_both", lambda *sides: None)  # 4,000 texts; test_scores.py has some
@@ -113,6 +118,9 @@ def test_the_commands_and_the_code_of_the_readme_run(desk: Path, monkeypatch: py
     assert names["dates"] == ["1979-05-03", "1921-03-02"]
     assert names["lists"] == "1979-05-03 1921-03-02"
     assert names["caption"] == "a seven above a three"
+    assert [names[name] for name in ("count", "shown", "first", "then")] == ["three", "three", "three", "zero"]
+    assert names["batch"] == ["three", "two"]
+    assert names["told"] == ["top one three, bottom three three", "top seven nothing, bottom seven nothing"]
     byte, probability = names["gap"][0]
     assert (byte, round(probability, 2)) == ("o", 0.95)
     assert isinstance(names["text"], str)
