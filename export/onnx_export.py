@@ -90,7 +90,7 @@ def example_sizes(graph: Graph, axes: Mapping[str, Axis]) -> dict[str, int]:
     sizes: dict[str, int] = {}
 
     def place(name: str) -> tuple[int, bool, bool]:
-        """An axis that divides another comes in front of it."""
+        """Return what sorts the axes: one that divides another comes in front of it."""
         whole = axes[name].divides
         return axes[whole or name].max, name in batches, whole is None
 

@@ -62,7 +62,7 @@ class Flamingo(nn.Module):
         if isinstance(self.vision_model, clip.VisionModel):
             found = self.vision_model.hidden_states(pixel_values)
         else:
-            found = self.vision_model(pixel_values)[0]
+            found = self.vision_model(pixel_values)[-1]
         return found if self.config.vision_feature_select_strategy == "full" else found[:, 1:]
 
     def keys_values(self, latents: Tensor) -> tuple[Tensor, ...]:
@@ -110,7 +110,7 @@ class Flamingo(nn.Module):
         B, S = input_ids.shape
         text = self.config.text_config
         shape = B, text.n_head, S, text.n_embd // text.n_head
-        caches = [torch.zeros(shape, device=input_ids.device) for _ in range(2 * text.n_layer)]
+        caches = [torch.zeros(shape, dtype=images[0].dtype, device=input_ids.device) for _ in range(2 * text.n_layer)]
         start = torch.zeros(B, dtype=torch.int64, device=input_ids.device)
         every_token = torch.arange(S, device=input_ids.device).expand(B, S)
         seen = latest_images(input_ids, self.config.image_token_id)
