@@ -35,8 +35,8 @@ RELATIVES = {
     "either tower alone",
     "clip_vision_model": "CLIP's image tower on its own has other outputs than the one in a CLIPModel, whose bundle "
     "runs either tower alone",
-    "idefics": "Idefics lets a Llama, which rotates its positions, read several images at once; Flamingo is defined here "
-    "with a GPT-2",
+    "idefics": "Idefics lets a Llama, which rotates its positions, read several images at once; Flamingo is defined "
+    "here with a GPT-2",
     "siglip": "SigLIP pools its images by attention, reads texts both ways and adds a bias to its logits",
     "chinese_clip": "Chinese-CLIP's text tower is a BERT",
     "swin2sr": "Swin2SR enlarges images: Swin v2's layers between convolutions, without stages",
