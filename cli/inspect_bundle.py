@@ -19,7 +19,6 @@ from transom.cli.describe import (
 )
 from transom.cli.options import BundlePath, Json
 from transom.cli.output import print_fields, print_json, print_table, printable
-from transom.runtime.feeds import IMAGE_INDICES
 from transom.runtime.format import at, bytes_text, figure, folder_bytes, list_of, loops_text
 
 if TYPE_CHECKING:
@@ -76,6 +75,8 @@ def summary(path: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield "labels", f"{len(manifest.labels)}: {', '.join(manifest.labels[:8])}{more}"
     generation = generation_text(manifest)
     if generation is not None:
+        from transom.runtime.feeds import IMAGE_INDICES
+
         reads = {tensor.name for file in manifest.graphs for tensor in file.graph.inputs}
         among = " with images among them" if IMAGE_INDICES in reads else ""
         yield "prompts", f"texts{among}" if manifest.tokenizer else f"token ids{among}: the checkpoint had no tokenizer"

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from transom.runtime.generation import GenerationConfig
     from transom.runtime.interleaved_decoder import InterleavedDecoder
-    from transom.runtime.tasks.flamingo import Flamingo
     from transom.runtime.tasks.interleaved_prompts import MarkedPrompt
 
 
@@ -28,8 +27,8 @@ class Dialogue(ProcessBound):
     the bundle may be shared.
     """
 
-    def __init__(self, bundle: Flamingo) -> None:
-        self._bundle = bundle
+    def __init__(self, bundle: Any) -> None:
+        self._bundle = bundle  # a Flamingo
         self._decoder: InterleavedDecoder | None = bundle.new_decoder(1)
         self._ids: Row = []  # all that was said
         self._read = self._images = 0  # tokens and images that the decoder has read
@@ -56,7 +55,8 @@ class Dialogue(ProcessBound):
         self._read, self._images = len(ids), self._images + len(pixels)
         decoder.rewind(self._read, self._images)  # beams may have ended elsewhere: the answer is read with what follows
         self._ids = [*ids, *(token for token in new if token not in config.eos_token_id)]
-        return self._bundle.answer_text(new)
+        answer: str = self._bundle.answer_text(new)
+        return answer
 
     def _asked(self, prompt: Any, images: Any) -> MarkedPrompt:
         """Return the tokens and images of the next question, behind the separator where something was said."""
@@ -68,7 +68,7 @@ class Dialogue(ProcessBound):
         if not self._ids:
             first: MarkedPrompt = reader.read([parts]).given[0]
             return first
-        asked = reader.continuing([bundle.templates.separator, *parts])
+        asked: MarkedPrompt = reader.continuing([bundle.templates.separator, *parts])
         total = self._images + len(asked.images)
         if total > reader.most:
             raise InputError(
@@ -79,7 +79,7 @@ class Dialogue(ProcessBound):
 
     def _config(self, keywords: dict[str, Any], ids: Row, length: int) -> GenerationConfig:
         """Return the generation config of a question of ``ids`` that makes the dialogue ``length`` tokens long."""
-        config = self._bundle._config(keywords, Prompts(True, True, [ids], [len(ids)]))
+        config: GenerationConfig = self._bundle._config(keywords, Prompts(True, True, [ids], [len(ids)]))
         if config.num_return_sequences != 1:
             raise InputError(
                 f"num_return_sequences is {config.num_return_sequences}, but a dialogue goes on from one answer. Leave "

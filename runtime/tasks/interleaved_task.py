@@ -5,18 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transom.runtime.errors import InputError
 from transom.runtime.tasks.generator_task import has_tokenizer, ids_of
 from transom.runtime.tasks.interleaved_prompts import InterleavedPrompt, MarkedPrompt
 from transom.runtime.tasks.task import Result, RunOptions
 
-if TYPE_CHECKING:
-    from transom.runtime.tasks.flamingo import Flamingo
 
-
-def ask_about_images(bundle: Flamingo, inputs: Sequence[str], options: RunOptions) -> list[Result]:
+def ask_about_images(bundle: Any, inputs: Sequence[str], options: RunOptions) -> list[Result]:
     """Return one result per text made; of an INPUT whose image cannot be read its "error".
 
     Raises InputError as ``marked_prompts`` does, and that of the image where there is one INPUT alone.
@@ -38,12 +35,13 @@ def ask_about_images(bundle: Flamingo, inputs: Sequence[str], options: RunOption
     return results
 
 
-def prompt_of_input(bundle: Flamingo, given: str, options: RunOptions) -> InterleavedPrompt:
+def prompt_of_input(bundle: Any, given: str, options: RunOptions) -> InterleavedPrompt:
     """Return what ``stream`` takes for an INPUT: ids, and the images opened."""
-    return bundle.reader().open(marked_prompts(bundle, [given], options)[0])
+    prompt: InterleavedPrompt = bundle.reader().open(marked_prompts(bundle, [given], options)[0])
+    return prompt
 
 
-def marked_prompts(bundle: Flamingo, inputs: Sequence[str], options: RunOptions) -> list[MarkedPrompt]:
+def marked_prompts(bundle: Any, inputs: Sequence[str], options: RunOptions) -> list[MarkedPrompt]:
     """Return a prompt for each INPUT: an image file to describe, or with ``--image`` a question about such files.
 
     The files are dealt out in their order: one for each mark of an INPUT, one in front of an INPUT without a mark. A
@@ -71,11 +69,12 @@ def marked_prompts(bundle: Flamingo, inputs: Sequence[str], options: RunOptions)
     return prompts
 
 
-def about(bundle: Flamingo, given: str, files: Sequence[Path]) -> list[Any]:
+def about(bundle: Any, given: str, files: Sequence[Path]) -> list[Any]:
     """Return the parts of a question with its files: at its marks, or in front where it has none."""
     reader = bundle.reader()
     parts = reader.placed(given, files) if reader.word() in given else [*files, given]
-    return bundle.question_parts(parts)
+    asked: list[Any] = bundle.question_parts(parts)
+    return asked
 
 
 def dealt(needed: Sequence[int], images: Sequence[str], word: str) -> list[list[Path]]:
