@@ -136,7 +136,7 @@ class Batch:
 class Batches:
     """Draws batches of ``rows`` dialogues without end, those of a batch alike in length, in random order.
 
-    One batch in eight is of a quarter as many that fill the context.
+    One batch in eight is of a quarter as many rows with several dialogues each, up to the whole context.
     """
 
     def __init__(self, tokenizer: Tokenizer, look: Look, rng: np.random.RandomState, rows: int, talks: float) -> None:
@@ -149,14 +149,14 @@ class Batches:
                 (dialogue(self.look, self.rng, self.talks) for _ in range(POOL * self.rows)), key=self.length
             )
             parts = [drawn[first : first + self.rows] for first in range(0, len(drawn), self.rows)]
-            parts.append([self.filled() for _ in range(self.rows // 4)])
+            parts.append([self.joined() for _ in range(self.rows // 4)])
             yield from (self.batch(parts[number]) for number in self.rng.permutation(len(parts)))
 
     def length(self, turns: list[Turn]) -> int:
         return sum(len(self.encode(part)) for turn in turns for part in turn.parts)
 
-    def filled(self) -> list[Turn]:
-        """Talks and few-shot prompts one after another, of eight images at most."""
+    def joined(self) -> list[Turn]:
+        """Dialogues one after another, as long as they have eight images and CONTEXT tokens at most."""
         found: list[Turn] = []
         while True:
             more = dialogue(self.look, self.rng, self.talks)

@@ -32,6 +32,7 @@ CONFIG = ViTConfig(
     num_hidden_layers=3,
     num_attention_heads=4,
     intermediate_size=128,
+    pooler_output_size=64,  # as a checkpoint without a pooler is read
 )
 CONFIG_JSON = {
     "model_type": "vit",

@@ -37,7 +37,7 @@ from transom.export.datasets import heldout_questions, question_examples
 from transom.models.flamingo import Flamingo
 
 SEED = 22
-STEPS, ROWS, WARMUP = 1200, 48, 60
+STEPS, ROWS, WARMUP = 3000, 48, 60
 TALKS = 0.15  # of the dialogues
 GATES_LR = 0.02  # they begin at zero, and nothing else is learned until they open
 POOL, DRAWN = 16_000, 64  # images of stage 3, whose features are computed once; so many at a time

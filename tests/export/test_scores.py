@@ -17,6 +17,7 @@ from transom.export.datasets import (
     heldout_date_lists,
     heldout_dates,
     heldout_digits,
+    heldout_questions,
     heldout_text,
     masked_text,
     wordnet_pairs,
@@ -33,6 +34,7 @@ from transom.export.scores import (
     dates_score,
     digits_score,
     masked_score,
+    questions_score,
     retrieval_score,
 )
 from transom.runtime.errors import ExportError
@@ -379,3 +381,17 @@ def test_the_reference_bundle_scores_what_the_card_says(vit_bundle: Path) -> Non
     score = Bundle(vit_bundle).manifest.score
     assert score is not None
     assert (score["pytorch"]["correct"], score["bundle"]["correct"], score["n"]) == (535, 535, 540)
+
+
+def test_an_answer_must_match_in_every_word() -> None:
+    scans, questions = heldout_questions()
+    right = {(each.draw(scans).tobytes(), each.question): each.answer for each in questions}
+
+    def answer(prompts: list[list[Any]]) -> list[str]:
+        return [right[image.tobytes(), question] for image, question in prompts]
+
+    assert (questions_score(answer).correct, questions_score(answer).n) == (400, 400)
+    assert questions_score(lambda prompts: ["nothing" for _ in prompts]).correct == 32
+    assert questions_score(lambda prompts: [f"{text} " for text in answer(prompts)]).correct == 0
+    with pytest.raises(ExportError, match="answer gave 1 texts for 400 questions; expected one each"):
+        questions_score(lambda prompts: answer(prompts)[:1])
