@@ -75,6 +75,7 @@ def desk(
     """A folder in which somebody ran `make export`, minilm left out, then the README's commands but those of INT8."""
     folder = tmp_path_factory.mktemp("desk")
     (folder / "bundles").mkdir()
+    (folder / "docs").symlink_to(REPO / "docs")
     made = {"vit": vit_bundle, "clip": clip_bundle, "gpt": gpt_bundle, "transformer": dates_bundle}
     made |= {"seq2seq": lists_bundle, "show_attend_tell": captions_bundle, "perceiver_bytes": bytes_bundle}
     made["flamingo"] = flamingo_bundle
@@ -104,12 +105,18 @@ def test_the_make_targets_of_the_readme_exist() -> None:
     assert {"export", "test"} <= set(named) <= targets
 
 
-def test_the_commands_and_the_code_of_the_readme_run(desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_and_the_code_of_the_readme_run(
+    desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(desk)
     names: dict[str, object] = {"pixels": np.zeros((1, 3, 8, 8), np.float32)}
-    first, rest = blocks("python")
-    assert len([line for line in first.splitlines() if line]) <= 5  # on the first screen
-    exec(first, dict(names))
+    first, second, rest = blocks("python")
+    for block in (first, second):
+        assert len([line for line in block.splitlines() if line]) <= 5  # on the first screen
+    exec(first, {})
+    capsys.readouterr()
+    exec(second, {})
+    assert capsys.readouterr().out == "two\nsix\n"  # as the README says
     exec(rest, names)
     vectors, logits = names["vectors"], names["logits"]
     assert isinstance(vectors, np.ndarray)
