@@ -19,6 +19,7 @@ from transom.runtime.manifest import QUANTIZED
 from transom.runtime.manifest_graphs import SIMULATED
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks.generator import Generator
+from transom.runtime.tasks.interleaved_prompts import InterleavedPrompt
 
 # max|ours - theirs| / max|theirs| per output tensor. The unit roundoff u is 2^-24 for FP32, 2^-11 for FP16
 # and 2^-8 for BF16; errors of n roundings grow between sqrt(n) and n.
@@ -150,7 +151,8 @@ def check_greedy(
     if new_tokens == 0:  # a context of one token: nothing to generate, and one token's logits to remember
         tokens = ours.prompt_tokens()
         if tokens in ours.backend("decoder").graph.inputs:
-            feeds = {tokens.name: np.array([prompts[0][:1]])}
+            row = prompts[0].ids if isinstance(prompts[0], InterleavedPrompt) else prompts[0]
+            feeds = {tokens.name: np.array([row[:1]])}
             runs = {name: side.run(feeds, ["logits"]) for name, side in sides.items()}
             golden.offer("one token", feeds, runs, always=True)
         return []

@@ -1,4 +1,4 @@
-"""What a generator that sees images reads in a parity run: images anywhere in prompts, and new ones between tokens.
+"""Make what a generator that sees images reads in a parity run: images anywhere in prompts, new ones between tokens.
 
 Each token sees the latest image before it. So the scenarios differ in where marks of images stand: at the start, in the
 middle, nowhere, in other places and numbers in the rows of one batch, as many as the bundle takes, and in tokens that

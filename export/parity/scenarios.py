@@ -1,4 +1,4 @@
-"""What a generator reads in a parity run: prompts of every kind in one call, then chunks of tokens or single ones."""
+"""Make what a generator reads in a parity run: prompts of every kind in one call, then chunks and single tokens."""
 
 from __future__ import annotations
 

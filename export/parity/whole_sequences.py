@@ -1,4 +1,4 @@
-"""Logits of an interleaved scenario without anything that a generation keeps: the side that cached steps are held to.
+"""Compute the logits of an interleaved scenario without caches: the side that cached steps are compared with.
 
 Every row runs alone, all of its tokens and all of its images in one call. So neither a KV cache, nor an image cache
 that feeds only what is seen, nor rows that share images have a part in it: what one of them does wrong is a difference.

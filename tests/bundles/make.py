@@ -97,6 +97,23 @@ def electra(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text('{"do_lower_case": true}')
 
 
+def flamingo(folder: Path) -> None:
+    """Write a ViT of images of 8x8 pixels and a GPT-2 with one gated block between them, and a tokenizer of words."""
+    sys.path[:0] = [str(TESTS / "support"), str(TESTS)]
+    from flamingo_models import write_flamingo
+
+    write_flamingo(
+        folder,
+        gates=1.0,
+        seed=8,
+        text_config={"n_embd": HIDDEN, "n_inner": INTERMEDIATE, "n_layer": 1, "n_positions": 16},
+        vision_config={"image_size": [SIDE, SIDE], "num_hidden_layers": 1},
+        resampler_config={"depth": 1},
+        cross_attention_every_n_layers=1,
+        max_images=2,
+    )
+
+
 def gpt(folder: Path) -> None:
     """Write a GPT-2 without a tokenizer: it takes token ids."""
     sizes = {"n_embd": HIDDEN, "n_inner": INTERMEDIATE, "n_layer": 1, "n_head": 2, "n_positions": 16}
@@ -191,6 +208,7 @@ CHECKPOINTS: dict[str, Callable[[Path], None]] = {
     "bert": bert,
     "clip": clip,
     "electra": electra,
+    "flamingo": flamingo,
     "gpt": gpt,
     "perceiver": perceiver,
     "perceiver-bytes": perceiver_bytes,
@@ -203,11 +221,12 @@ CHECKPOINTS: dict[str, Callable[[Path], None]] = {
     "vit_hybrid": vit_hybrid,
 }
 IMAGES = ("vit", "vit_hybrid", "show_attend_tell", "swin", "swinv2", "perceiver")
-BOUNDS = {name: ["B=2"] for name in IMAGES}  # of axes; the others' are B=2 and S
+BOUNDS = {name: ["B=2"] for name in (*IMAGES, "flamingo")}  # of axes; the others' are B=2 and S
 DATA = {  # files of ``write_data``
     "bert": ["sentences.txt"],
     "clip": ["words.txt", "pixels.npz"],
     "electra": ["sentences.txt"],
+    "flamingo": ["questions.npz"],
     "gpt": ["ids.npz"],
     "perceiver": ["pixels.npz"],
     "perceiver-bytes": ["words.txt"],
@@ -262,6 +281,8 @@ def write_data(folder: Path) -> None:
     pixels = random.standard_normal((SAMPLES, 3, SIDE, SIDE)).cumsum(3) / 2
     np.savez(folder / "pixels.npz", pixel_values=pixels.astype(np.float32))
     np.savez(folder / "ids.npz", input_ids=random.integers(2, VOCABULARY - 1, (SAMPLES, LENGTH)))
+    questions = np.concatenate([np.ones((SAMPLES, 1), int), random.integers(3, VOCABULARY - 1, (SAMPLES, 3))], axis=1)
+    np.savez(folder / "questions.npz", input_ids=questions, pixel_values=pixels.astype(np.float32))  # 1 marks the image
 
 
 def export(source: str, out: Path, *options: str) -> None:

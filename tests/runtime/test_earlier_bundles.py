@@ -27,7 +27,7 @@ KEPT = TESTS / "bundles"
 FAMILIES_OF = {
     "0.1.0": (
         *("bert", "clip", "electra", "gpt", "seq2seq", "show_attend_tell", "swin", "swinv2", "transformer", "vit"),
-        *("perceiver", "vit_hybrid"),
+        *("flamingo", "perceiver", "vit_hybrid"),
     )
 }  # of each version
 BUNDLES = sorted(path.parent.relative_to(KEPT).as_posix() for path in KEPT.glob("*/*/bundle.json"))
@@ -141,6 +141,13 @@ def answer_electra(electra: Any) -> tuple[object, float]:
     return sum(token.label == "replaced" for token in found), float(found[0].probability)
 
 
+def answer_flamingo(flamingo: Any) -> tuple[object, float]:
+    """Answer a question about an image, and give one element of the image's latents."""
+    pixels = flamingo.preprocess()([PATTERN])
+    latents = flamingo.run({"pixel_values": pixels}, ["image_hidden_states"])["image_hidden_states"]
+    return flamingo.answer([PATTERN, "how many sevens?"], max_new_tokens=4), float(latents[0, 1, 3])
+
+
 def answer_gpt(gpt: Any) -> tuple[object, float]:
     """Continue a prompt greedily, and give the mean surprisal of six tokens in nats."""
     return gpt.generate([20, 24, 26], max_new_tokens=3), math.log(gpt.score([20, 24, 26, 14, 5, 9]))
@@ -193,6 +200,7 @@ ANSWER: dict[str, Callable[[Any], tuple[object, float]]] = {
     "bert": answer_bert,
     "clip": answer_clip,
     "electra": answer_electra,
+    "flamingo": answer_flamingo,
     "gpt": answer_gpt,
     "perceiver": answer_perceiver,
     "seq2seq": answer_seq2seq,
