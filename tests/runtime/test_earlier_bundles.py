@@ -56,6 +56,11 @@ ANSWERS: dict[str, tuple[object, float]] = {
     "0.1.0/electra-bf16": (3, 0.9638),
     "0.1.0/electra-int8": (3, 0.9671),
     "0.1.0/electra-int4": (3, 0.9617),
+    "0.1.0/flamingo-fp32": ("nine nine", 0.1424),
+    "0.1.0/flamingo-fp16": ("nine nine", 0.1435),
+    "0.1.0/flamingo-bf16": ("nine nine", 0.1445),
+    "0.1.0/flamingo-int8": ("nine nine", 0.1385),
+    "0.1.0/flamingo-int4": ("nine nine", 0.0721),
     "0.1.0/gpt-fp32": ([14, 23, 23], 4.9423),
     "0.1.0/gpt-fp16": ([14, 23, 23], 4.9429),
     "0.1.0/gpt-bf16": ([14, 23, 23], 4.9487),
@@ -145,7 +150,7 @@ def answer_flamingo(flamingo: Any) -> tuple[object, float]:
     """Answer a question about an image, and give one element of the image's latents."""
     pixels = flamingo.preprocess()([PATTERN])
     latents = flamingo.run({"pixel_values": pixels}, ["image_hidden_states"])["image_hidden_states"]
-    return flamingo.answer([PATTERN, "how many sevens?"], max_new_tokens=4), float(latents[0, 1, 3])
+    return flamingo.answer([PATTERN, "how many sevens?"], max_new_tokens=2), float(latents[0, 1, 3])
 
 
 def answer_gpt(gpt: Any) -> tuple[object, float]:
