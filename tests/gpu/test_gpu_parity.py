@@ -31,6 +31,7 @@ FAMILIES = (
     "swinv2",
     "perceiver",
     "perceiver_bytes",
+    "flamingo",
     *RECURRENT,
 )
 STEPS = 256

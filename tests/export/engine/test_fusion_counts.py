@@ -71,6 +71,9 @@ PINS = (
     Pin("perceiver_bytes", "model", "all", 6, 6, 35, 78, 78, 84),  # the output's heads are padded to one width
     Pin("show_attend_tell", "encoder", "all", 0, 0, 4, 15, 17, 16),
     Pin("show_attend_tell", "decoder", "decode", 0, 0, 8, 15, 15, 17),
+    Pin("flamingo", "encoder", "all", 5, 3, 34, 69, 69, 74),
+    Pin("flamingo", "decoder", "prefill", 6, 4, 33, 81, 81, 88),  # two of them gated cross-attention
+    Pin("flamingo", "decoder", "decode", 6, 4, 33, 55, 55, 68),
     Pin("swin", "model", "all", 4, 4, 26, 56, 56, 61),
     Pin("swinv2", "model", "all", 4, 4, 26, 65, 65, 70),
     Pin("vit_hybrid", "model", "all", 2, 2, 15, 70, 71, 75),  # 13 linear layers and two convolutions
@@ -82,6 +85,7 @@ TARGETS = ("rtx-sm86", "rtx-sm89", "rtx-sm120")
 ONE_TARGET = ("minilm", "perceiver_bytes", "seq2seq", "seq2seq-fixed", "show_attend_tell")
 
 BUNDLES = {"vit": "vit_bundle", "gpt": "gpt_bundle", "transformer": "dates_bundle", "clip": "clip_bundle"}
+BUNDLES |= {"flamingo": "flamingo_bundle"}
 SMALLER = {"minilm": {"S": 128, "B": 2}}  # its export is held against PyTorch at its greatest sizes
 
 
@@ -177,6 +181,10 @@ def test_everything_fuses(
     bundle = converted(Bundle(fp32_bundle(family, request, once)), family, precision, tmp_path)
     pins = {(pin.graph, pin.profile): pin for pin in PINS if pin.family == family}
     one = family in ONE_TARGET or precision == "bf16"  # whose kernels are those of FP16 on each of them
+    one |= (family, precision) == (
+        "flamingo",
+        "int8",
+    )  # docs/results/flamingo_engines.md has the others, which are alike
     require_pinned(bundle, pins, precision, TARGETS[:1] if one else TARGETS)
 
 
