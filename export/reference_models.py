@@ -30,6 +30,7 @@ from transom.export.datasets import (
     masked_text,
     passage,
     photos,
+    question_examples,
     wordnet_pairs,
 )
 from transom.export.metrics import Accuracy, Rate
@@ -136,9 +137,12 @@ def questions() -> list[Sample]:
 
 
 def questions_shown() -> Examples:
-    """Return the images and the questions of a few held-out questions."""
-    shown = [questions()[index] for index in QUESTIONS_SHOWN]
-    return Examples(texts=[str(each.text) for each in shown], images=[each.image for each in shown])
+    """Return a few held-out questions, the last of them once more behind an example."""
+    found, asked = heldout_questions()
+    shown = [asked[index] for index in QUESTIONS_SHOWN]
+    prompts: list[list[Any]] = [[each.draw(found), each.question] for each in shown]
+    image, question, answer = question_examples()[shown[-1].examples[0]]
+    return Examples(prompts=[*prompts, [image, (question, answer), *prompts[-1]]])
 
 
 REFERENCE_MODELS = {

@@ -157,7 +157,7 @@ class Flamingo(Generator):
         single, batch = reader.batch(reader.placed(prompts, images))
         names = ["a prompt"] if single else [f"prompt {place}" for place in range(len(batch))]
         asked = [self.question_parts(prompt, name) for prompt, name in zip(batch, names, strict=True)]
-        return self._answers(replace(reader.read(asked), single=single), keywords, return_exceptions, strip=True)
+        return self._answers(reader.read(asked[0] if single else asked), keywords, return_exceptions, strip=True)
 
     def stream(self, prompt: Any, *, images: Any = None, **keywords: Any) -> Stream:
         """Yield what ``generate`` returns for one prompt, piece by piece: whole characters, or ids for ids.
@@ -185,6 +185,7 @@ class Flamingo(Generator):
         if is_example(question):
             raise InputError(f"{name} ends in an example, a question with its answer; expected a question behind it.")
         if not isinstance(question, str):
+            self.reader().check_image(question, f"the last part of {name}")
             raise InputError(after_the_last_text(name))
         if not question.strip():
             raise InputError(f"{name} ends in an empty text; expected a question.")

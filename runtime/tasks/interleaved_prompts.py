@@ -197,7 +197,7 @@ class InterleavedPromptReader(PromptReader):
             raise InputError(f"{name} is empty; expected at least one text or image.")
         ids = self._checked(prompt.ids)
         for number, image in enumerate(prompt.images):
-            self._check_image(image, f"image {number} of {name}")
+            self.check_image(image, f"image {number} of {name}")
         self._compare(ids.count(self.mark), len(prompt.images), name)
         if len(prompt.images) > self.most:
             raise InputError(
@@ -222,7 +222,7 @@ class InterleavedPromptReader(PromptReader):
         text = "".join(part if isinstance(part, str) else self.word() for part in parts)
         return MarkedPrompt(list(self.tokenizer().row(text, truncate=False, name=name).ids), images)
 
-    def _check_image(self, image: Any, name: str) -> None:
+    def check_image(self, image: Any, name: str) -> None:
         """Raise InputError for what is no image, whatever a file of that name holds."""
         if is_pixels(image):
             self.images.check(image, name)

@@ -104,6 +104,18 @@ REFUSED: list[tuple[str, Ask, str]] = [
         "array.",
     ),
     (
+        "a question that is neither text nor image",
+        lambda f: f.answer([IMAGE, 3]),
+        "the last part of a prompt: an image is a int, expected a path, the bytes of an image file, a PIL image or a "
+        "uint8 array.",
+    ),
+    (
+        "a mark without its image in a question",
+        lambda f: f.answer("<image> how many"),
+        "a prompt has 1 image marks (<image>) and 0 images; expected as many. Give an image for each mark, in their "
+        "order.",
+    ),
+    (
         "floats that are no pixel values",
         lambda f: f.generate([["how"], [np.zeros((20, 12, 3)), "how"]]),
         "image 0 of prompt 1: an image is an array of float64 (20, 12, 3), expected uint8 (height, width), (height, "
