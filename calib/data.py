@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from transom.calib.builtin_sets import NAMES, builtin_set
 from transom.calib.npz_reader import NpzRows
 from transom.calib.readers import ImageFolder, JsonLines, TextLines
-from transom.calib.samples import IMAGE, TEXT, Sample, Source, printable
+from transom.calib.samples import IMAGE, PARTS, TEXT, Sample, Source, printable
 from transom.runtime.errors import CalibrationError
 
 __all__ = ["MIN_SAMPLES", "NAMES", "CalibrationData", "Sample", "open_calibration_data"]
@@ -167,7 +167,7 @@ def open_source(given: str) -> tuple[str, Source]:
 
 def require_enough(name: str, entries: Sequence[Entry]) -> None:
     """Raise CalibrationError unless there are MIN_SAMPLES distinct samples of each kind that there is."""
-    kinds = frozenset().union(*(entry.kinds for entry in entries))
+    kinds = frozenset().union(*(entry.kinds for entry in entries)) - {PARTS}  # which are counted as texts and images
     for kind in sorted(kinds) or ["sample"]:
         distinct = len({entry.digest for entry in entries if kind in entry.kinds})
         if distinct < MIN_SAMPLES:

@@ -29,7 +29,8 @@ def report(
         typer.Option(
             "--prompt",
             metavar="TEXT",
-            help="A text that CLIP compares the images with; once for each text.",
+            help="A text that CLIP compares the images with, or a question that Flamingo answers about them; once for "
+            "each.",
             show_default=False,
         ),
     ] = None,
@@ -44,9 +45,9 @@ def report(
     The figure is computed by the bundle's own graph: which tokens attend to which (BERT), the source
     positions that each output attends to (translation), the surprisal of each token (GPT), the parts of an
     image that the result depends on (ViT), what a token sees through windows and their shift (Swin), what each
-    latent reads (Perceiver), what each word of a caption attends to (Show, Attend and Tell), which text fits
-    which image (CLIP). The report is one HTML file that needs no network. Latency is measured on this machine,
-    for a few seconds.
+    latent reads (Perceiver), what each word of a caption attends to (Show, Attend and Tell), where each word of a
+    question and its answer looks (Flamingo), which text fits which image (CLIP). The report is one HTML file that
+    needs no network. Latency is measured on this machine, for a few seconds.
     """
     named = bundle if bundle.name not in ("", "..") else bundle.resolve()
     target = out or named.with_name(f"{named.name}.html")

@@ -33,9 +33,9 @@ from transom.runtime.families import FAMILIES
 def write_report(folder: Path, inputs: Sequence[str], out: Path, prompts: Sequence[str] = ()) -> None:
     """Write the report of the bundle in ``folder`` to ``out``, whole or not at all.
 
-    ``inputs`` are the texts or image files of its figure, ``prompts`` the texts that CLIP compares its images with;
-    examples where there are none. Raises BundleError for a bundle that cannot be loaded, InputError for inputs that
-    cannot be drawn, ExportError where ``out`` cannot be written.
+    ``inputs`` are the texts or image files of its figure, ``prompts`` the texts that CLIP compares its images with, or
+    questions about them; examples where there are none. Raises BundleError for a bundle that cannot be loaded,
+    InputError for inputs that cannot be drawn, ExportError where ``out`` cannot be written.
     """
     bundle = Bundle(folder)
     figure = draw_figure(bundle, inputs, prompts)
@@ -76,7 +76,10 @@ def draw_figure(bundle: Bundle, inputs: Sequence[str], prompts: Sequence[str]) -
     figure: Figure | None = export_family(family, bundle.manifest.task).figure if family in FAMILIES else None
     missing = "picture of its family" if figure is None else figure.missing(bundle)
     if prompts and not (figure and figure.prompts):
-        raise InputError(f"--prompt is for CLIP, whose images are compared with texts; this is a {family[:40]} bundle.")
+        raise InputError(
+            "--prompt is for CLIP, whose images are compared with texts, and for Flamingo, which is asked about them; "
+            f"this is a {family[:40]} bundle."
+        )
     if (inputs or prompts) and missing:
         raise InputError(f"inputs are given, but there is nothing to draw of them: this bundle has no {missing}.")
     if figure is None:

@@ -186,7 +186,7 @@ def test_interleaved_texts_and_images_per_line(tmp_path: Path, photos: Path) -> 
         {"parts": [image, "how many?"], "answer": "three"},
         {"parts": [image, "how", "many?"]},
         {"parts": [image, ["how", "many?"]]},
-        {"parts": [{"image": "photos/4.PNG"}]},
+        {"image": "photos/4.PNG"},
         *({"parts": [f"text {number}"]} for number in range(8)),
     ]
     path = tmp_path / "questions.jsonl"

@@ -92,7 +92,7 @@ def test_every_kind_of_sample_is_read_as_the_bundle_reads_it(once: Once) -> None
     read = dict(zip(samples, (prompts[0] for prompts in runs), strict=True))
     assert {name: (len(prompt.ids), len(prompt.pixels)) for name, prompt in read.items()} == {
         "a question": (6, 1),
-        "a dialogue": (15, 2),
+        "a dialogue": (16, 2),
         "a caption": (2, 1),
         "a text": (5, 0),
         "raw": (5, 2),
