@@ -121,14 +121,13 @@ def test_the_gate_counts_answers_equal_to_fp32s_or_right_ones(once: Once) -> Non
         judged = Gate(fp32, [replace(sample, answer=said) for sample in samples_of(None)], "four").evaluate(
             fp32, "dynamic"
         )
-    assert found.top1 is not None
-    assert (found.criterion, found.allowed, found.top1.n) == ("same top-1 as FP32", 0.010, 4)
-    assert found.top1.name == "same top-1 as FP32, answers"
+    assert found.agreement is not None
+    assert (found.measure, found.allowed, found.n) == ("same top-1 as FP32", 0.010, 4)
+    assert found.agreement.name == "same top-1 as FP32, answers"
     assert 0 < found.error.value < 0.2
-    assert judged.after is not None
-    assert (judged.criterion, judged.after.name) == ("score", "accuracy of answers")
-    assert judged.after.value >= 0.25  # the first answer is the true one
-    assert judged.holds
+    assert judged.score_int8 is not None
+    assert (judged.measure, judged.found, judged.n) == ("accuracy of answers", 0.0, 4)
+    assert judged.score_int8.value >= 0.25  # the first answer is the true one
 
 
 # ---- the command line and the report
