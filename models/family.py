@@ -108,7 +108,7 @@ def config_fields(
     problems = []
     for name, value in found.items():
         if name in sizes:
-            limit = MAX_LAYERS if "layer" in name else MAX_SIZE
+            limit = MAX_LAYERS if "layer" in name or name == "depth" else MAX_SIZE
             if type(value) is not int or not 1 <= value <= limit:
                 problems.append(f"{name} is {value!r}, expected an integer in 1..{limit}")
         elif isinstance(others[name], str):

@@ -153,12 +153,19 @@ def cross_attention_config(fields: Mapping[str, Any], width: int) -> CrossAttent
     return CrossAttentionConfig(**found)
 
 
+def is_template(value: Any, holes: int) -> bool:
+    """Return whether this is text that a tokenizer can read, with ``holes`` {} and no other braces."""
+    if not isinstance(value, str) or any("\ud800" <= letter <= "\udfff" for letter in value):  # lone surrogates
+        return False
+    return value.count("{}") == holes and not set("{}") & set(value.replace("{}", ""))
+
+
 def templates(config_json: Mapping[str, Any]) -> dict[str, Any]:
     """Read the words around a question, a caption and an example; a question stands where its template has ``{}``."""
     found = {name: config_json.get(name, default) for name, default in TEMPLATES.items()}
     for name, value in found.items():
         holes = int(name == "question_template")
-        if not isinstance(value, str) or value.count("{}") != holes or set("{}") & set(value.replace("{}", "")):
+        if not is_template(value, holes) or (name == "caption_template" and not value):
             place = "with one {} where the question goes" if holes else "without braces"
             raise CheckpointError(f"config.json: {name} is {value!r:.80}, expected a text {place}. Correct it.")
     return found

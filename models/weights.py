@@ -48,8 +48,13 @@ def build_module(
 
     Raises CheckpointError listing every missing, unused, misshapen and non-finite weight.
     """
-    with torch.device("meta"):
-        module = family.build(config, task)
+    try:
+        with torch.device("meta"):
+            module = family.build(config, task)
+    except RuntimeError as error:  # of one weight: no module of "meta" takes memory
+        raise CheckpointError(
+            f"config.json asks for a weight that no memory holds ({one_line(error)}). Correct its sizes."
+        ) from None
     expected = {name: parameter.shape for name, parameter in module.named_parameters()}
     tensors, sources, unused, left_out, problems = {}, {}, [], [], []  # type: ignore[var-annotated]
     repeated: list[tuple[str, str, Tensor]] = []  # stored name, the weight that it repeats, its tensor

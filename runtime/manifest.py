@@ -107,6 +107,11 @@ def manifest_from_json(value: dict[str, Any]) -> Manifest:
         for word, other in (("is like", axis.same_as), ("divides", axis.divides))
         if other is not None and other not in axes
     ]
+    top.problems += [
+        f"axes.{name} divides {axis.divides!r}, which divides an axis itself"
+        for name, axis in axes.items()
+        if axis.divides in axes and axes[axis.divides].divides is not None
+    ]
     engines = engines_from_json(top.mapping("engines", {}), names, files, axes, top.problems)
     config = top.mapping("config")
     precision = top.text("precision", among=PRECISIONS)

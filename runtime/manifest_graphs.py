@@ -12,6 +12,7 @@ from typing import Any
 from transom.runtime.graph_spec import (
     ARANGE,
     CACHE,
+    IMAGES,
     Axis,
     Graph,
     Tensor,
@@ -94,7 +95,7 @@ def graph_from_json(value: Any, axes: Mapping[str, Axis], files: Collection[str]
     problems += [f"two tensors are called {n[:60]!r}" for n in sorted(set(tensors)) if tensors.count(n) > 1]
     given = {size for tensor in graph.inputs for size in tensor.shape if isinstance(size, str)}
     asked = {size for tensor in graph.outputs for size in tensor.shape if isinstance(size, str)}
-    problems += decoder_problems(graph, axes)
+    problems += decoder_problems(graph, axes) + interleaved_problems(graph, axes)
     if not asked <= given:
         problems.append(f"graphs[] has outputs with the axes {sorted(asked - given)}, which no input has")
     return GraphFile(graph, targets, weights)
@@ -155,6 +156,34 @@ def recurrent_problems(graph: Graph, axes: Mapping[str, Axis]) -> list[str]:
             "(B, T, vocabulary) first"
         ]
     return []
+
+
+def interleaved_problems(graph: Graph, axes: Mapping[str, Axis]) -> list[str]:
+    """Return what is wrong with a graph whose tokens see images: the runtime counts and joins these along I."""
+    seen = [tensor for tensor in graph.inputs if tensor.name == "image_indices"]
+    if not seen:
+        return []
+    tokens = token_input(graph).shape
+    groups = [name for name, axis in axes.items() if (axis.divides,) == tokens[:1]]
+    images = [tensor for tensor in graph.inputs if any(size in (IMAGES, *groups) for size in tensor.shape)]
+    if (
+        seen[0].shape != tokens
+        or seen[0].dtype != "int64"
+        or not images
+        or not all(tensor.state and is_images_shape(tensor.shape, groups) for tensor in images)
+    ):
+        return [
+            "a graph with image_indices takes them of its tokens' shape (B, S), and keys and values of images "
+            "(G, H, I, N, D), G dividing B"
+        ]
+    return []
+
+
+def is_images_shape(shape: Sequence[int | str], groups: Collection[str]) -> bool:
+    """Return whether this is (G, H, I, N, D), G one of the axes ``groups``."""
+    if len(shape) != 5 or shape[2] != IMAGES or shape[0] not in groups:
+        return False
+    return all(isinstance(shape[place], int) for place in (1, 3, 4))
 
 
 def one_token_axes(graph: Graph) -> tuple[str, ...]:

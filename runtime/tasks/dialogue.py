@@ -66,7 +66,7 @@ class Dialogue(ProcessBound):
             raise InputError("a dialogue takes one question at a time, received a list of prompts; ask one by one.")
         parts = bundle.question_parts(given)
         if not self._ids:
-            first: MarkedPrompt = reader.read([parts]).given[0]
+            first: MarkedPrompt = reader.read_batch(True, [parts]).given[0]
             return first
         asked: MarkedPrompt = reader.continuing([bundle.templates.separator, *parts])
         total = self._images + len(asked.images)

@@ -24,8 +24,8 @@ from transom.runtime.tasks.image_prompts import ImagePromptReader, Pixels, stack
 from transom.runtime.tasks.interleaved_prompts import (
     InterleavedPrompt,
     InterleavedPromptReader,
-    MarkedPrompt,
     after_the_last_text,
+    is_text,
 )
 from transom.runtime.tasks.interleaved_task import ask_about_images, prompt_of_input
 from transom.runtime.tasks.prompts import Prompts, padded
@@ -57,9 +57,9 @@ class Flamingo(Generator):
 
     A prompt is a list of parts, texts and images in any order: a str is text, anything else an image, namely a path,
     bytes, a PIL image, a uint8 array (height, width, 3), or pixel values, float32 (channels, height, width). Or it is a
-    text with ``<image>`` where an image stands, with ``images=[...]``; or ids with the token of that mark, which get
-    ids for an answer. A text sees the latest image before it; text before the first image sees none. A list of prompts
-    is a batch: ``[[image, "a question"], [image, "another"]]``.
+    text with ``<image>`` where an image stands, with ``images=[...]``, where a str is a path; or ids with the token of
+    that mark, which get ids for an answer. A text sees the latest image before it; text before the first image sees
+    none. A list of prompts is a batch: ``[[image, "a question"], [image, "another"]]``.
 
     An image that cannot be read fails its own row. The other rows of the batch are answered, then RowsError is raised,
     which has their answers; with ``return_exceptions=True`` errors stand among the answers instead. All else that is
@@ -98,7 +98,8 @@ class Flamingo(Generator):
         """Return the mark's token and the templates; BundleError lists what is wrong with the bundle's options."""
         fields = Fields(self.manifest.options, "bundle.json: options")
         mark = fields.integer("image_token_id", 0, 2**31 - 1)
-        fields.take("gates", are_gates, "pairs of numbers in -1..1")
+        blocks = len(image_inputs(self.backend("decoder").graph)) // 2  # keys and values of each
+        fields.take("gates", are_gates_of(blocks), f"{blocks} pairs of numbers in -1..1, one for each block")
         templates = Templates(
             *(
                 fields.take(f"{name}_template", has_places(places), f"a text with {places} {{}}, and no other braces")
@@ -143,8 +144,7 @@ class Flamingo(Generator):
         if not batch:
             raise InputError("the list of images is empty; give at least one.")
         prompts = [self.caption_parts(image) for image in batch]
-        read = self.reader().read(prompts)
-        return self._answers(replace(read, single=single), keywords, return_exceptions, strip=True)
+        return self._answers(self.reader().read_batch(single, prompts), keywords, return_exceptions, strip=True)
 
     def answer(self, prompts: Any, *, images: Any = None, return_exceptions: bool = False, **keywords: Any) -> Any:
         """Answer questions about images: a str for one prompt, a list for a list.
@@ -157,7 +157,7 @@ class Flamingo(Generator):
         single, batch = reader.batch(reader.placed(prompts, images))
         names = ["a prompt"] if single else [f"prompt {place}" for place in range(len(batch))]
         asked = [self.question_parts(prompt, name) for prompt, name in zip(batch, names, strict=True)]
-        return self._answers(reader.read(asked[0] if single else asked), keywords, return_exceptions, strip=True)
+        return self._answers(reader.read_batch(single, asked), keywords, return_exceptions, strip=True)
 
     def stream(self, prompt: Any, *, images: Any = None, **keywords: Any) -> Stream:
         """Yield what ``generate`` returns for one prompt, piece by piece: whole characters, or ids for ids.
@@ -176,7 +176,7 @@ class Flamingo(Generator):
 
     def question_parts(self, prompt: Any, name: str = "a prompt") -> list[Any]:
         """Return the parts of a prompt of ``answer`` with the words around its question and its examples."""
-        if isinstance(prompt, InterleavedPrompt | MarkedPrompt):
+        if not is_text(prompt):
             raise InputError(f"{name} is of ids; answer() takes texts. Call generate().")
         parts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
         if not parts:
@@ -198,12 +198,12 @@ class Flamingo(Generator):
     def prompt_of(self, parts: Any) -> InterleavedPrompt:
         """Return what ``answer`` feeds for a prompt, its images opened."""
         reader = self.reader()
-        return reader.open(reader.read([self.question_parts(parts)]).given[0])
+        return reader.open(reader.read_batch(True, [self.question_parts(parts)]).given[0])
 
     def caption_prompt(self, image: Any) -> InterleavedPrompt:
         """Return what ``caption`` feeds for an image, opened."""
         reader = self.reader()
-        return reader.open(reader.read([self.caption_parts(image)]).given[0])
+        return reader.open(reader.read_batch(True, [self.caption_parts(image)]).given[0])
 
     def answer_text(self, ids: Sequence[int]) -> str:
         """Return what ``answer`` makes of generated ids."""
@@ -311,14 +311,22 @@ def is_example(part: Any) -> bool:
     return isinstance(part, tuple) and len(part) == 2 and all(isinstance(text, str) for text in part)
 
 
-def are_gates(value: object) -> bool:
-    """Return whether this is what bundle.json has of the gates: two numbers for each cross-attention block."""
-    return isinstance(value, list) and all(
-        isinstance(pair, list)
-        and len(pair) == 2
-        and all(type(gate) in (int, float) and abs(gate) <= 1 for gate in pair)
-        for pair in value
-    )
+def are_gates_of(blocks: int) -> Callable[[object], bool]:
+    """Return the check of the gates: two numbers for each of the ``blocks`` of cross-attention."""
+
+    def check(value: object) -> bool:
+        return (
+            isinstance(value, list)
+            and len(value) == blocks
+            and all(isinstance(pair, list) and len(pair) == 2 and all(map(is_gate, pair)) for pair in value)
+        )
+
+    return check
+
+
+def is_gate(value: object) -> bool:
+    """Return whether this is tanh of something."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1
 
 
 def has_places(places: int) -> Callable[[object], bool]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -92,7 +93,10 @@ class InterleavedPromptReader(PromptReader):
         Texts become ids here; an image is opened when its batch comes. All that is wrong with a prompt but an image
         that cannot be read is found here, before anything runs.
         """
-        single, batch = self.batch(prompts)
+        return self.read_batch(*self.batch(prompts))
+
+    def read_batch(self, single: bool, batch: Sequence[Any]) -> Prompts:
+        """Check prompts as ``read`` does, ``batch`` what ``batch`` gave: of a single prompt, it alone."""
         named = [("a prompt" if single else f"prompt {place}", given) for place, given in enumerate(batch)]
         kinds = {is_text(given) for _, given in named}
         if len(kinds) == 2:
@@ -102,7 +106,7 @@ class InterleavedPromptReader(PromptReader):
 
     def batch(self, prompts: Any) -> tuple[bool, list[Any]]:
         """Return whether this is a single prompt, and the prompts as a list."""
-        given = prompts.tolist() if is_id_array(prompts) else prompts
+        given = prompts.tolist() if is_id_array(prompts, 1, 2) else prompts
         if not isinstance(given, list | tuple):
             return True, [given]
         if not given:
@@ -124,12 +128,12 @@ class InterleavedPromptReader(PromptReader):
     def placed(self, prompts: Any, images: Any) -> Any:
         """Return prompts with ``images`` at their marks: a list of images for one prompt, a list of those for several.
 
-        Prompts are texts with marks, which become lists of parts, or ids. Raises InputError where there are not as many
-        images as marks.
+        Prompts are texts with marks, which become lists of parts, or ids. A str among the images is a path. Raises
+        InputError where there are not as many images as marks, and for what is no image.
         """
         if images is None:
             return prompts
-        given = prompts.tolist() if is_id_array(prompts) else prompts
+        given = prompts.tolist() if is_id_array(prompts, 1, 2) else prompts
         if not isinstance(images, list | tuple):
             raise InputError(
                 f"images is a {type(images).__name__}; expected a list of images, in the order of their marks."
@@ -153,7 +157,10 @@ class InterleavedPromptReader(PromptReader):
         if isinstance(prompt, str):
             texts = prompt.split(self.word())
             self._compare(len(texts) - 1, len(images), name)
-            return [part for pair in zip(texts, [*images, ""], strict=True) for part in pair if not is_blank(part)]
+            sources = [Path(image) if isinstance(image, str) else image for image in images]  # a part would be text
+            for number, image in enumerate(sources):
+                self.check_image(image, f"image {number} of {name}")
+            return [part for pair in zip(texts, [*sources, ""], strict=True) for part in pair if not is_blank(part)]
         ids = prompt.tolist() if isinstance(prompt, np.ndarray) else prompt
         if not (isinstance(ids, list | tuple) and are_ids(ids)):
             raise InputError(
@@ -261,9 +268,10 @@ def are_ids(parts: Sequence[Any]) -> bool:
     return len(parts) > 0 and all(isinstance(part, int | np.integer) for part in parts)
 
 
-def is_id_array(prompt: Any) -> bool:
-    """Return whether this is an array of ids, and not of an image: those are of uint8, or floats."""
-    return isinstance(prompt, np.ndarray) and prompt.dtype.kind in "iu" and prompt.dtype != np.uint8
+def is_id_array(prompt: Any, *dimensions: int) -> bool:
+    """Return whether this is an array of ids, by default of one dimension; of uint8 or floats it is an image."""
+    ids = isinstance(prompt, np.ndarray) and prompt.dtype.kind in "iu" and prompt.dtype != np.uint8
+    return ids and prompt.ndim in (dimensions or (1,))
 
 
 def is_blank(part: Any) -> bool:

@@ -139,6 +139,9 @@ def test_parts_that_disagree_about_width(
         ({"question_template": "{} {0}"}, "question_template is '{} {0}', expected a text with one {}"),
         ({"question_template": None}, "question_template is None, expected a text with one {}"),
         ({"caption_template": "Caption {}:"}, "caption_template is 'Caption {}:', expected a text without braces"),
+        ({"caption_template": ""}, "caption_template is '', expected a text without braces"),
+        ({"caption_template": "\ud800"}, "caption_template is '\\ud800', expected a text without braces"),
+        ({"resampler_config": {"depth": 1001}}, "depth is 1001, expected an integer in 1..1000"),
         ({"example_separator": "}"}, "example_separator is '}', expected a text without braces"),
     ],
 )
@@ -146,6 +149,12 @@ def test_settings_that_are_refused(settings: dict[str, Any], message: str) -> No
     with pytest.raises(CheckpointError) as caught:
         read_config(config_json(**settings))
     assert message in str(caught.value)
+
+
+def test_heads_whose_product_no_memory_holds() -> None:
+    config = read_config(config_json(cross_attention_config={"num_heads": 2**31 - 1, "head_dim": 2**31 - 1}))
+    with pytest.raises(CheckpointError, match=r"config.json asks for a weight that no memory holds \(Storage size"):
+        build_module(FAMILY, config, TASK, [])
 
 
 def test_sizes_that_are_left_out() -> None:

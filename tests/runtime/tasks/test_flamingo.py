@@ -61,6 +61,7 @@ def test_all_forms_of_a_prompt_get_one_answer(flamingo: Any, tmp_path: Path) -> 
     for image in (path.read_bytes(), Image.open(path), picture(0), pixels):
         assert flamingo.generate([image, text], **LONG) == expected
     assert flamingo.generate(f"<image>{text}", images=[path], **LONG) == expected
+    assert flamingo.reader().placed(f"<image>{text}", [str(path)]) == [path, text]  # here a str is a path
     assert flamingo.generate([f"<image> {text}", "how"], images=[[path], []], **LONG)[0] == expected
     assert flamingo.generate([path, "Question: how", " many sevens? Answer:"], **LONG) == expected
     assert flamingo.answer([path, "how many sevens?"], **LONG) == expected.strip()

@@ -125,7 +125,7 @@ REFUSED: list[tuple[str, Ask, str]] = [
     (
         "pixel values of another size",
         lambda f: f.caption(np.zeros((3, 12, 20), np.float32)),
-        "image 0 of prompt 0 has pixel_values (3, 12, 20); expected (channels, height, width) (3, 20, 12). Give "
+        "image 0 of a prompt has pixel_values (3, 12, 20); expected (channels, height, width) (3, 20, 12). Give "
         "images, or what preprocess() returns of each.",
     ),
     (
@@ -153,6 +153,30 @@ REFUSED: list[tuple[str, Ask, str]] = [
         "ids to answer",
         lambda f: f.answer([MarkedPrompt([5], [])]),
         "prompt 0 is of ids; answer() takes texts. Call generate().",
+    ),
+    (
+        "ids alone to answer",
+        lambda f: f.answer(np.array([5, 6])),
+        "a prompt is of ids; answer() takes texts. Call generate().",
+    ),
+    (
+        "an image of other integers",
+        lambda f: f.answer([IMAGE.astype(np.int32)[:, :, 0], "how"]),
+        "image 0 of a prompt: an image is an array of int32 (20, 12), expected uint8 (height, width), (height, width, "
+        "3) or (height, width, 4). Convert floats in 0..1 with (x * 255).round().astype('uint8') and channels-first "
+        "with x.transpose(1, 2, 0).",
+    ),
+    (
+        "a list among the images",
+        lambda f: f.generate("<image> how", images=[["how"]]),
+        "image 0 of a prompt: an image is a list, expected a path, the bytes of an image file, a PIL image or a uint8 "
+        "array.",
+    ),
+    (
+        "an example among the images",
+        lambda f: f.answer("<image> how", images=[("how", "two")]),
+        "image 0 of a prompt: an image is a tuple, expected a path, the bytes of an image file, a PIL image or a uint8 "
+        "array.",
     ),
     ("nothing to answer", lambda f: f.answer([[]]), "prompt 0 is empty; expected a question, with images before it."),
     (
@@ -242,7 +266,22 @@ def with_token_35(words: Words) -> None:
     decoder["inputs"][0]["below"] = 36
 
 
-GATES = "bundle.json: options.gates is {}, expected pairs of numbers in -1..1"
+def of_decoder(name: str, place: int, size: int | str) -> Change:
+    """Another size of one input of the decoder."""
+
+    def change(words: Words) -> None:
+        (decoder,) = [graph for graph in words["graphs"] if graph["name"] == "decoder"]
+        (tensor,) = [tensor for tensor in decoder["inputs"] if tensor["name"] == name]
+        tensor["shape"][place] = size
+
+    return change
+
+
+GATES = "bundle.json: options.gates is {}, expected 2 pairs of numbers in -1..1, one for each block"
+TOGETHER = (
+    "a graph with image_indices takes them of its tokens' shape (B, S), and keys and values of images (G, H, I, N, D), "
+    "G dividing B"
+)
 TWO_PARTS = (
     "two graphs have other shapes or dtypes of 'image_key.0': float32 {} and float32 (G, 4, I, 5, 8); two graphs have "
     "other shapes or dtypes of 'image_value.0'"
@@ -300,6 +339,20 @@ CLAIMS: list[tuple[str, Change, str]] = [
         lambda w: w["axes"]["G"].update(divides="R"),
         "axes.G divides 'R', which is no axis",
     ),
+    (
+        "groups of themselves",
+        lambda w: w["axes"]["G"].update(divides="G"),
+        "axes.G divides 'G', which divides an axis itself",
+    ),
+    (
+        "groups of groups",
+        lambda w: w["axes"]["B"].update(divides="G"),
+        "axes.G divides 'B', which divides an axis itself",
+    ),
+    ("tokens that are counted as images", of_decoder("image_indices", 1, "I"), TOGETHER),
+    ("images that are not along I", of_decoder("image_key.0", 2, "S"), TOGETHER),
+    ("images of each row", of_decoder("image_value.1", 0, "B"), TOGETHER),
+    ("gates of other blocks", option("gates", [[0.5, 0.5]]), GATES.format("[[0.5, 0.5]]")),
 ]
 
 
