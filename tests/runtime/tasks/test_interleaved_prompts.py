@@ -349,7 +349,7 @@ CLAIMS: list[tuple[str, Change, str]] = [
         lambda w: w["axes"]["B"].update(divides="G"),
         "axes.G divides 'B', which divides an axis itself",
     ),
-    ("tokens that are counted as images", of_decoder("image_indices", 1, "I"), TOGETHER),
+    ("indices of other tokens", of_decoder("image_indices", 1, 3), TOGETHER),
     ("images that are not along I", of_decoder("image_key.0", 2, "S"), TOGETHER),
     ("images of each row", of_decoder("image_value.1", 0, "B"), TOGETHER),
     ("gates of other blocks", option("gates", [[0.5, 0.5]]), GATES.format("[[0.5, 0.5]]")),
