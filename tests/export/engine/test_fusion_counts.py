@@ -81,7 +81,7 @@ PINS = (
 MORE = {("rtx-sm86", "transformer", "prefill"): 2}  # kernels than elsewhere
 FP32 = Pin("vit", "model", "all", 0, 3, 0, 53, 53, 53)  # products and a softmax, in which there is nothing to fuse
 TARGETS = ("rtx-sm86", "rtx-sm89", "rtx-sm120")
-# MiniLM has 22 million parameters, and no kind of layer that BERT lacks; tests/families builds the others for all three,
+# MiniLM has 22 million parameters, and no kind of layer that BERT lacks; tests/families builds others for all three,
 # and docs/results/flamingo_engines.md has Flamingo's, which are alike
 ONE_TARGET = ("minilm", "perceiver_bytes", "seq2seq", "seq2seq-fixed", "show_attend_tell", "flamingo")
 
