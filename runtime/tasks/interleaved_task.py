@@ -52,11 +52,11 @@ def marked_prompts(bundle: Any, inputs: Sequence[str], options: RunOptions) -> l
     if not has_tokenizer(bundle):
         rows = [ids_of(bundle, given, truncate=False) for given in inputs]
         needed = [row.count(reader.mark) for row in rows]
-        files = dealt(needed, options.images, f"token {reader.mark}")
+        files = dealt(needed, options.images, f"one for each token {reader.mark} of an INPUT")
         return [MarkedPrompt(row, own) for row, own in zip(rows, files, strict=True)]
     if options.images:
         needed = [given.count(reader.word()) or 1 for given in inputs]
-        files = dealt(needed, options.images, reader.word())
+        files = dealt(needed, options.images, f"one for each {reader.word()} of an INPUT, one for an INPUT without it")
         parts = [about(bundle, given, own) for given, own in zip(inputs, files, strict=True)]
     else:
         if not any(map(os.path.exists, inputs)):
@@ -77,12 +77,15 @@ def about(bundle: Any, given: str, files: Sequence[Path]) -> list[Any]:
     return asked
 
 
-def dealt(needed: Sequence[int], images: Sequence[str], word: str) -> list[list[Path]]:
-    """Deal the files of ``--image`` out to the INPUTs, ``needed`` each; InputError where they are not as many."""
+def dealt(needed: Sequence[int], images: Sequence[str], places: str) -> list[list[Path]]:
+    """Deal the files of ``--image`` out to the INPUTs, ``needed`` each; InputError where they are not as many.
+
+    ``places`` describes where images stand.
+    """
     if sum(needed) != len(images):
         raise InputError(
-            f"--image was given {len(images)} times, but the places of images are {sum(needed)}: one for each {word} "
-            "of an INPUT, one for an INPUT without it. Give as many files."
+            f"--image was given {len(images)} times, but the places of images are {sum(needed)}: {places}. Give "
+            "as many files."
         )
     files = iter(images)
     return [[Path(next(files)) for _ in range(count)] for count in needed]
