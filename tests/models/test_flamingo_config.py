@@ -139,6 +139,7 @@ def test_parts_that_disagree_about_width(
         ({"question_template": "{} {0}"}, "question_template is '{} {0}', expected a text with one {}"),
         ({"question_template": None}, "question_template is None, expected a text with one {}"),
         ({"caption_template": "Caption {}:"}, "caption_template is 'Caption {}:', expected a text without braces"),
+        ({"caption_template": 7}, "caption_template is 7, expected a text without braces"),
         ({"caption_template": ""}, "caption_template is '', expected a text without braces"),
         ({"caption_template": "\ud800"}, "caption_template is '\\ud800', expected a text without braces"),
         ({"resampler_config": {"depth": 1001}}, "depth is 1001, expected an integer in 1..1000"),
