@@ -98,7 +98,7 @@ def run(
       translation                    texts                     -> texts
       image-to-text                  image files               -> captions
       image-text-to-text             image files, or questions
-                                     with --image FILE ...     -> captions, answers
+                                     with --image FILE ...     -> new text
 
     One INPUT that ends in .npz is a raw run: its arrays are the graph's inputs by name. Put a text that
     begins with a dash after `--`. All of stdin is one text for text-generation, and where a task takes two

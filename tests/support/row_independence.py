@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from transom.runtime.graph_spec import Graph, is_decoder
 from transom.runtime.greedy_check import forced_logits
 from transom.runtime.session import LoadedBundle
+from transom.runtime.tasks.flamingo import Flamingo
 from transom.runtime.tasks.generator import Generator
 
 LENGTHS = (1, 7, 3, 12, 2, 30, 5, 16)  # tokens of the rows
@@ -77,7 +78,12 @@ def check_decoder(bundle: Generator, bound: float) -> None:
         prompts = bundle.random_prompts(random, rows, 1)
     else:
         below, most = bundle.prompt_tokens().exclusive_max or 100, min(context // 2, bundle.max_size(axis))
-        prompts = [random.integers(1, below, max(1, min(length, most))).tolist() for length in LENGTHS[:rows]]
+        lengths = [max(1, min(length, most)) for length in LENGTHS[:rows]]
+        prompts = [random.integers(1, below, length).tolist() for length in lengths]
+        if isinstance(bundle, Flamingo):  # of no image, one and two
+            prompts = [
+                bundle.random_prompts(random, 1, length, images=row % 3)[0] for row, length in enumerate(lengths)
+            ]
     chunks = [random.integers(1, token_below, (rows, 1)) for _ in range(min(6, context // 2 - 1))]
 
     def logits(chosen: Sequence[int]) -> list[NDArray[np.float32]]:

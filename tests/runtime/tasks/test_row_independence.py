@@ -1,8 +1,8 @@
 """A row's result does not depend on its neighbours in a batch, bit for bit, on whatever processor runs this.
 
 Not so weights in blocks (INT4): of a single row MatMulNBits adds up otherwise where the processor has no VNNI, by
-BLOCKS_BOUND of the largest value at most. And not sentence embeddings of bundles of version 0.1.0, whose graphs pool in
-an order that depends on the batch.
+BLOCKS_BOUND of the largest value at most; or by ROUNDED, where an activation so becomes another integer. And not
+sentence embeddings of bundles of version 0.1.0, whose graphs pool in an order that depends on the batch.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from transom.runtime.text.batch import row_length
 
 EARLIER = sorted(path.name for path in KEPT.iterdir() if path.name.count("-") == 1 or path.name.endswith("-bytes"))
 BLOCKS_BOUND = 1e-5
+ROUNDED = {"perceiver-int4-bytes": 2e-2}  # 1.1e-2 on AVX2
 POOLED = "sentence_embedding"
 FRESH = ("bert_bundle", "vit_bundle", "clip_bundle", "gpt_bundle", "dates_bundle", "half_gpt_bundle", "int8_bundle")
 
@@ -36,7 +37,7 @@ def test_rows_of_new_bundles(name: str, threads: int, request: pytest.FixtureReq
 
 @pytest.mark.parametrize("name", EARLIER)
 def test_rows_of_every_family_and_precision(name: str) -> None:
-    blocks = BLOCKS_BOUND if "-int4" in name else 0.0
+    blocks = ROUNDED.get(name, BLOCKS_BOUND) if "-int4" in name else 0.0
     with load(KEPT / name, threads=2) as bundle:
         check_encoders(bundle, lambda output: max(blocks, 1e-6 if output == POOLED else 0.0))
         if isinstance(bundle, Generator):
