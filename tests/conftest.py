@@ -337,7 +337,7 @@ def random_captioner_bundle(once: Once) -> Path:
 
 @pytest.fixture(scope="session")
 def random_flamingo_bundle(once: Once) -> Path:
-    """A small random Flamingo with half-open gates, of words, for images of 20x12 pixels; at most 4 rows a call."""
+    """A small random Flamingo with its gates wide open, of words, for images of 20x12 pixels; at most 4 rows a call."""
     return once("random-flamingo", export_flamingo) / "bundle"
 
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from image_processors import write_image_processor
 from transom.models.family import Source
 from transom.models.flamingo import Flamingo
 from transom.models.flamingo_config import FlamingoConfig, config_from_source
@@ -110,19 +111,3 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(
         json.dumps({**settings, "tokenizer_class": "PreTrainedTokenizerFast"})
     )
-
-
-def write_image_processor(folder: Path, height: int, width: int) -> None:
-    """Write the settings of a ViTImageProcessor that resizes to ``height`` x ``width`` pixels."""
-    processor = {
-        "image_processor_type": "ViTImageProcessor",
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-        "resample": 2,
-        "rescale_factor": 1 / 255,
-        "size": {"height": height, "width": width},
-    }
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor))

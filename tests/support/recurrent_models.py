@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 
+from image_processors import write_image_processor
 from transom.models.seq2seq import Seq2Seq, Seq2SeqConfig
 from transom.models.show_attend_tell import ShowAttendTell, ShowAttendTellConfig
 
@@ -60,19 +61,7 @@ def write_captioner(folder: Path, **settings: Any) -> Path:
     described = {"model_type": "show_attend_tell", "architectures": ["ShowAttendTellForImageToText"]}
     write(folder, ShowAttendTell(config, "image-to-text"), {**asdict(config), **described})
     write_tokenizer(folder)
-    height, width = config.image_size
-    processor = {
-        "image_processor_type": "ViTImageProcessor",
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-        "resample": 2,
-        "rescale_factor": 1 / 255,
-        "size": {"height": height, "width": width},
-    }
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    write_image_processor(folder, *config.image_size)
     return folder
 
 
