@@ -26,6 +26,8 @@ def print_stream(bundle: Any, prompt: Any, options: RunOptions, *, trimmed: bool
 
     ``trimmed`` leaves out blanks around the text.
     """
+    from transom.runtime.tasks.generator_task import trim
+
     tokens = bundle.stream(prompt, **options.keywords)
     started = False
     try:
@@ -37,17 +39,6 @@ def print_stream(bundle: Any, prompt: Any, options: RunOptions, *, trimmed: bool
             print()
         raise
     print()
-
-
-def trim(pieces: Iterator[str]) -> Iterator[str]:
-    """Yield pieces without the blanks around the text that they make."""
-    held = ""  # blanks, which nothing has followed yet
-    begun = False
-    for piece in pieces:
-        text = held + piece if begun else piece.lstrip()
-        begun = begun or bool(text)
-        yield text.rstrip()
-        held = text[len(text.rstrip()) :]
 
 
 def pieces(bundle: Any, tokens: Iterator[int]) -> Iterator[str]:

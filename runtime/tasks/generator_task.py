@@ -98,3 +98,14 @@ def text_lines(result: Result) -> list[str]:
     if "perplexity" in result:
         return [f"perplexity {result['perplexity']:.4f}, {result['tokens']} tokens"]
     return str(result["text"]).split("\n") if "text" in result else [" ".join(map(str, result["ids"]))]
+
+
+def trim(pieces: Iterator[str]) -> Iterator[str]:
+    """Yield pieces without the blanks around the text that they make."""
+    held = ""  # blanks, which nothing has followed yet
+    begun = False
+    for piece in pieces:
+        text = held + piece if begun else piece.lstrip()
+        begun = begun or bool(text)
+        yield text.rstrip()
+        held = text[len(text.rstrip()) :]
