@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from command_line import changed_bundle, document, error_line, transom
-from transom.cli.streaming import trim
+from transom.runtime.tasks.generator_task import trim
 from transom.runtime import load
 
 LONG = ("--max-new-tokens", "6", "--min-new-tokens", "6")
@@ -141,7 +141,7 @@ def test_an_image_for_a_task_that_has_none(gpt_bundle: Path, images: list[Path])
 
 def test_the_help_teaches_both_ways() -> None:
     shown = " ".join(transom("run", "--help").stdout.replace("│", " ").split())
-    assert "image-text-to-text image files, or questions with --image FILE ... -> captions, answers" in shown
+    assert "image-text-to-text image files, or questions with --image FILE ... -> new text" in shown
     assert "An image that an INPUT asks about: where it has <image>, else in front of it; repeatable." in shown
 
 
