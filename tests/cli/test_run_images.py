@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from command_line import changed_bundle, document, error_line, transom
-from transom.runtime.tasks.generator_task import trim
 from transom.runtime import load
+from transom.runtime.tasks.generator_task import trim
 
 LONG = ("--max-new-tokens", "6", "--min-new-tokens", "6")
 KEYWORDS: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6}
