@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,7 +34,7 @@ class Operation:
     outputs: tuple[Port, ...]
     answer: Callable[[Sequence[Row], Parameters], Sequence[Row]]
     parameters: Mapping[str, FieldSpec] = field(default_factory=dict)
-    stream: Callable[[Row, Parameters], Iterator[Row]] | None = None
+    stream: Callable[[Row, Parameters], Generator[Row, None, None]] | None = None
     alone: Callable[[Parameters], bool] = together
     key: Callable[[Row], object] = lambda row: None
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
@@ -88,7 +89,7 @@ class Service:
         for entry, answer in zip(entries, found, strict=True):
             answers[entry.place][entry.number] = answer
 
-    def stream(self, request: Request) -> Iterator[dict[str, Array]]:
+    def stream(self, request: Request) -> Generator[dict[str, Array], None, None]:
         """Yield the answer to a request of one row in pieces; closing the iterator ends the generation.
 
         Raises InputError, at once, for a request that cannot be used, and for an operation that does not stream.
@@ -100,7 +101,12 @@ class Service:
         rows = self.operation.read(request.inputs)
         if len(rows) != 1:
             raise InputError(f"a stream answers one row, received {len(rows)}; send a request for each.")
-        return (self.operation.write([piece]) for piece in stream(rows[0], parameters))
+        return self._written(stream(rows[0], parameters))
+
+    def _written(self, pieces: Generator[Row, None, None]) -> Generator[dict[str, Array], None, None]:
+        with closing(pieces):
+            for piece in pieces:
+                yield self.operation.write([piece])
 
 
 def parsed(specs: Mapping[str, FieldSpec], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ served without a line here. Parameters are the keywords of the bundle's method.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 from transom.runtime.errors import InputError
@@ -201,17 +201,20 @@ def generated(
         several = with_keywords(stored, **keywords).num_return_sequences > 1
         return single(found if several else [[each] for each in found])
 
-    def pieces(row: Row, keywords: Parameters) -> Iterator[Row]:
-        stream = bundle.stream(prompt(row), **keywords)
-        found = trim(stream) if trimmed else stream
+    def stream(row: Row, keywords: Parameters) -> Generator[Row, None, None]:
+        return pieces(bundle.stream(prompt(row), **keywords))  # which checks everything before the first piece
+
+    def pieces(stream: Any) -> Generator[Row, None, None]:
         try:
-            yield from (([piece] if text else [[piece]],) for piece in found if piece != "")
+            for piece in trim(stream) if trimmed else stream:
+                if piece != "":
+                    yield ([piece] if text else [[piece]],)
         finally:
             stream.close()  # frees its cache where the caller leaves early
 
     made = Port("generated_text", BYTES, (None,), text=True) if text else Port("generated_ids", "int64", (None, None))
     return Operation(
-        inputs, (made,), answer, KEYWORDS, pieces, alone=lambda keywords: with_keywords(stored, **keywords).do_sample
+        inputs, (made,), answer, KEYWORDS, stream, alone=lambda keywords: with_keywords(stored, **keywords).do_sample
     )
 
 

@@ -38,11 +38,12 @@ def graph_operation(bundle: LoadedBundle, name: str) -> Operation:
     inputs = tuple(port_of(graph, tensor) for tensor in graph.inputs)
     outputs = tuple(port_of(graph, tensor) for tensor in graph.outputs)
     names = [port.name for port in inputs]
+    returned = [tensor.aliases or tensor.name for tensor in graph.outputs]  # ``run`` calls a state as its input
 
     def run(arrays: Sequence[Array | None]) -> Row:
         given = {key: array for key, array in zip(names, arrays, strict=True) if array is not None}
         found = bundle.run(given)
-        return tuple(found[port.name] for port in outputs)
+        return tuple(found[key] for key in returned)
 
     if not by_rows(graph):
         # Copies, since caches are written in place and a request's arrays may be read-only
