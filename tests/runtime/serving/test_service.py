@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from paths import KEPT
@@ -20,6 +22,7 @@ from transom.runtime.serving.service import Request, Service, parsed
 from transom.runtime.serving.tasks import OPERATIONS, task_operation
 from transom.runtime.serving.tensors import WholeOperation, graph_operation
 from transom.runtime.tasks import family_tasks
+from transom.runtime.tasks.generator import Stream
 
 FAMILY_BUNDLES = sorted(path.name for path in KEPT.iterdir() if "-fp32" in path.name)
 
@@ -186,6 +189,34 @@ def test_more_rows_than_a_batch_holds() -> None:
         np.testing.assert_array_equal(answer["logits"][4:], vit.run({"pixel_values": pixels[4:]})["logits"])
 
 
+def test_requests_of_other_parameters() -> None:
+    with load(KEPT / "vit-fp32", threads=1) as vit:
+        image = of_bytes([[png(np.random.default_rng(0))]])
+        found = Service(task_operation(vit)).answer([Request({"image": image}, {"top_k": count}) for count in (1, 3)])
+        assert [answer["label"].shape for answer in found if isinstance(answer, dict)] == [(1, 1), (1, 3)]
+
+
+def test_tensors_of_other_sizes() -> None:
+    with load(KEPT / "bert-fp32", threads=1) as bert:
+        requests = [Request({"input_ids": np.ones((1, length), np.int64)}) for length in (3, 5)]
+        found = Service(graph_operation(bert, "model")).answer(requests)
+        for request, answer in zip(requests, found, strict=True):
+            assert isinstance(answer, dict)
+            same(bert.run(request.inputs), answer)
+
+
+def test_images_with_labels_of_their_own() -> None:
+    image = png(np.random.default_rng(0))
+    labels = ([b"the", b"city"], [b"him"])
+    with load(KEPT / "clip-fp32", threads=1) as clip:
+        requests = [Request({"image": of_bytes([[image]]), "candidate_label": of_bytes([own])}) for own in labels]
+        found = Service(task_operation(clip)).answer(requests)
+        for own, answer in zip(labels, found, strict=True):
+            expected = clip.zero_shot(image, [label.decode() for label in own])
+            assert isinstance(answer, dict)
+            assert [label.decode() for label in answer["label"][0]] == [label for label, _ in expected]
+
+
 def test_random_numbers_are_a_requests_own() -> None:
     """With a seed a request gets what it would get alone, whoever asks beside it."""
     with load(KEPT / "gpt-fp32", threads=1) as gpt:
@@ -215,11 +246,15 @@ def test_sequences_of_different_lengths_are_padded() -> None:
         assert answer["generated_ids"][:, 0].tolist() == [rows[0], rows[1] + [PADDING] * (4 - len(rows[1]))]
 
 
-def test_closing_a_stream_ends_the_generation() -> None:
+def test_closing_a_stream_ends_the_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     with load(KEPT / "gpt-fp32", threads=1) as gpt:
         pieces = Service(task_operation(gpt)).stream(Request({"input_ids": np.array([[1, 2]])}, {"max_new_tokens": 4}))
-        next(iter(pieces))
+        ended: list[bool] = []
+        monkeypatch.setattr(Stream, "close", lambda self: ended.append(True))
+        next(pieces)
+        assert ended == []
         pieces.close()
+        assert ended == [True]
         assert list(pieces) == []
         with pytest.raises(InputError, match="one row, received 2"):
             Service(task_operation(gpt)).stream(Request({"input_ids": np.ones((2, 2), np.int64)}))
@@ -238,6 +273,19 @@ def test_parameters_as_text() -> None:
         "top_k": 3,
     }
     assert parsed(specs, {"stop_strings": '["a", "b"]'}) == {"stop_strings": ["a", "b"]}
+
+
+def test_a_streamed_answer_has_no_blanks_around_it(flamingo_bundle: Path) -> None:
+    """Its first token is " three"."""
+    with load(flamingo_bundle, threads=1) as flamingo:
+        image = PIL.Image.new("L", (16, 16))
+        written = io.BytesIO()
+        image.save(written, "PNG")
+        request = Request({"image": of_bytes([[written.getvalue()]]), "text": of_bytes([[b"how many threes?"]])})
+        (whole,) = Service(task_operation(flamingo)).answer([request])
+        pieces = [piece["generated_text"][0, 0] for piece in Service(task_operation(flamingo)).stream(request)]
+        assert isinstance(whole, dict)
+        assert b"".join(pieces) == whole["generated_text"][0, 0] == b"zero"
 
 
 def test_a_graph_whose_groups_share_images_is_run_whole(random_flamingo_bundle: Path) -> None:
