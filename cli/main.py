@@ -29,6 +29,7 @@ from transom.cli.inspect_bundle import inspect
 from transom.cli.output import say
 from transom.cli.remove_engine import remove_engine
 from transom.cli.report import report
+from transom.cli.repository import repository
 from transom.cli.run import run
 from transom.cli.selftest import selftest
 from transom.cli.table import table
@@ -151,6 +152,15 @@ app.command(
         "transom build bundles/minilm-int8 --target rtx-sm86 --max B=4,S=64",
     )
 )(build)
+app.command(
+    cls=GroupedCommand,
+    epilog=examples(
+        "transom repository bundles/minilm bundles/gpt --out models",
+        "transom repository bundles/minilm --out models --queue-delay 500 --max-batch 32",
+        "transom repository bundles/gpt --out models --kind stream --streams 2 --force",
+        "transom repository bundles/vit --out models --kind tensors --kind onnx",
+    ),
+)(repository)
 app.command(epilog=examples("transom remove-engine bundles/minilm-int8 --target rtx-sm86"))(remove_engine)
 debugging = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 debugging.command(

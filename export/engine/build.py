@@ -16,9 +16,9 @@ from transom.export.engine.evidence import COMPILER, Evidence, engine_evidence, 
 from transom.export.engine.profiles import Profile, profiles_of
 from transom.export.engine.shapes import Shapes, bounds_to_json, narrowed
 from transom.export.engine.targets import Target, require_precision
-from transom.export.engine.triton_repository import require_servable, write_repository
 from transom.export.engine.trt_graphs import LENGTHS, MASK, TensorRTGraph, tensorrt_graphs
 from transom.export.engine.trt_parity import require_trt_parity
+from transom.export.triton.plans import require_servable, write_repository
 from transom.runtime.backends.cuda import find_gpu
 from transom.runtime.backends.trt_library import FULL, NAMES, RTX, library
 from transom.runtime.backends.trt_plans import FULL_TARGET

@@ -281,7 +281,7 @@ def test_import_loads_nothing_heavy(module: str, tmp_path: Path) -> None:
 def test_what_works_on_graphs_alone_loads_no_torch(tmp_path: Path) -> None:
     """Calibration, passes, and what writes a bundle, in one process: each by itself would start as slowly."""
     paths = [
-        *files("calib", "export/passes", "export/engine"),
+        *files("calib", "export/passes", "export/engine", "export/triton"),
         "export/variants.py",
         "export/bundle_writer.py",
     ]

@@ -89,7 +89,7 @@ def desk(
     for name, number in (("threes", 17), ("sevens", 2)):
         Image.fromarray(questions[number].draw(scans)).save(folder / f"{name}.png")
     plain = [command for command in commands() if not (of_integers(command) or of_engines(command))]
-    assert [command[1] for command in plain] == ["export", "selftest", *["run"] * 6, "report", "bench"]
+    assert [command[1] for command in plain] == ["export", "selftest", *["run"] * 6, "report", "bench", "repository"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr("transom.export.pipeline.score_both", lambda *sides: None)  # 4,000 texts; test_scores.py has some

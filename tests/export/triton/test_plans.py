@@ -1,4 +1,4 @@
-"""Model repositories of Triton Inference Server: what stands in them, versions, refusals."""
+"""Plans in model repositories of Triton Inference Server: what stands in them, versions, refusals."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from command_line import error_line, transom
 from transom.export.engine.targets import find_targets
-from transom.export.engine.triton_repository import config_of, require_servable, write_repository
+from transom.export.triton.plans import config_of, require_servable, write_repository
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import ExportError
 from transom.runtime.graph_spec import Axis, Graph, Tensor

@@ -1,4 +1,4 @@
-"""Write a model repository of Triton Inference Server: a folder for each graph, with its configuration and plan.
+"""Write plans into a model repository of Triton Inference Server: a folder for each graph, its configuration and plan.
 
 ``NAME/config.pbtxt`` is a ``ModelConfig`` in protobuf's text format, ``NAME/<version>/model.plan`` the engine (Triton's
 "Model Repository" and "Model Configuration"). Triton's TensorRT backend reads only plans of full TensorRT, and does
@@ -9,30 +9,20 @@ greatest. Not yet loaded by a server.
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from transom.export.engine.targets import Target
+from transom.export.triton.config import CONFIG, INVALID, ModelConfig, tensor_configs
 from transom.runtime.atomic_write import write_bytes
 from transom.runtime.backends.trt_library import FULL
 from transom.runtime.errors import ExportError
-from transom.runtime.graph_spec import Axis, Graph, Tensor, is_decoder
-from transom.runtime.manifest import Manifest
+from transom.runtime.graph_spec import Axis, Graph, is_decoder
+from transom.runtime.manifest import ROWS, Manifest
+from transom.runtime.serving.tensors import by_rows
 
-CONFIG, PLAN = "config.pbtxt", "model.plan"
-DTYPES = {  # numpy's to Triton's
-    "bool": "TYPE_BOOL",
-    "int8": "TYPE_INT8",
-    "int32": "TYPE_INT32",
-    "int64": "TYPE_INT64",
-    "float16": "TYPE_FP16",
-    "bfloat16": "TYPE_BF16",
-    "float32": "TYPE_FP32",
-}
-BATCH = "B"
-INVALID = re.compile(r"[^A-Za-z0-9_.-]+")  # in the name of a folder that is part of a URL
+PLAN = "model.plan"
 
 
 def require_servable(folder: Path, name: str, manifest: Manifest, targets: Sequence[Target]) -> None:
@@ -52,7 +42,7 @@ def require_servable(folder: Path, name: str, manifest: Manifest, targets: Seque
         if is_decoder(file.graph):
             raise ExportError(
                 f"the graph {file.graph.name!r} updates its cache in place, which a request to Triton Inference "
-                "Server cannot. Leave --repository out, and serve it with the runtime, as examples/serve.py does."
+                "Server cannot. Leave --repository out; `transom repository` serves it with the runtime."
             )
     for model, graph in models_of(name, manifest).items():
         known = folder / model / CONFIG
@@ -116,20 +106,12 @@ def add_version(folder: Path, config: str, plan: bytes) -> None:
 
 def config_of(model: str, graph: Graph, axes: Mapping[str, Axis]) -> str:
     """Return config.pbtxt of one graph. Where all tensors have rows first, Triton batches them; the axis is omitted."""
-    tensors = (*graph.inputs, *graph.outputs)
-    batched = all(tensor.shape[:1] == (BATCH,) for tensor in tensors)
-    lines = [f'name: "{model}"', 'platform: "tensorrt_plan"']
-    lines += [f"max_batch_size: {axes[BATCH].max if batched else 0}"]
-    for kind, given in (("input", graph.inputs), ("output", graph.outputs)):
-        lines += [f"{kind} [", ",\n".join(tensor_config(tensor, batched=batched) for tensor in given), "]"]
-    if batched:
-        lines += ["dynamic_batching { }"]
-    return "\n".join([*lines, ""])
-
-
-def tensor_config(tensor: Tensor, *, batched: bool) -> str:
-    sizes = tensor.shape[1:] if batched else tensor.shape
-    dims = ", ".join(str(size) if isinstance(size, int) else "-1" for size in sizes)
-    # dims may not be empty
-    shape = f"dims: [ {dims} ]" if sizes else "dims: [ 1 ] reshape { shape: [ ] }"
-    return f'  {{ name: "{tensor.name}" data_type: {DTYPES[tensor.dtype]} {shape} }}'
+    batched = by_rows(graph)
+    return ModelConfig(
+        model,
+        tensor_configs(graph.inputs, batched=batched),
+        tensor_configs(graph.outputs, batched=batched),
+        axes[ROWS].max if batched else 0,
+        platform="tensorrt_plan",
+        queue_delay_us=0 if batched else None,
+    ).text()
