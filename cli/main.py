@@ -156,8 +156,8 @@ app.command(
     cls=GroupedCommand,
     epilog=examples(
         "transom repository bundles/minilm bundles/gpt --out models",
-        "transom repository bundles/minilm --out models --queue-delay 500 --max-batch 32",
-        "transom repository bundles/gpt --out models --kind stream --streams 2 --force",
+        "transom repository bundles/minilm --out models --max-batch 32",
+        "transom repository bundles/gpt --out models --kind stream --force",
         "transom repository bundles/vit --out models --kind tensors --kind onnx",
     ),
 )(repository)

@@ -30,7 +30,7 @@ class Kind(StrEnum):
 def repository(
     bundles: Annotated[
         list[Path],
-        typer.Argument(metavar="BUNDLE...", help="Folders that `transom export` made.", show_default=False),
+        typer.Argument(metavar="BUNDLE", help="Folders that `transom export` made.", show_default=False),
     ],
     out: Annotated[
         Path,
@@ -136,7 +136,8 @@ def repository(
         print_json({"repository": out, "models": [each.to_json() for each in written]})
         return
     print_table(("model", "kind", "inputs", "outputs", "rows", "size"), map(cells, written), right=("rows", "size"))
-    print(printable(f"\ntritonserver --model-repository {out}"))
+    print()
+    print(printable(f"tritonserver --model-repository {out}"))
 
 
 def cells(written: Written) -> list[str]:

@@ -86,7 +86,7 @@ class Model:
         return self.config.name
 
 
-@dataclass(frozen=True)
+@dataclass
 class Description:
     """A backend that describes a graph and runs nothing."""
 

@@ -8,14 +8,23 @@ import shutil
 from pathlib import Path
 
 import pytest
+from typer.testing import Result
 
-from command_line import document, error_line, process, transom
+from command_line import document, process, transom
 from model_config import read_config
 from paths import KEPT
 from transom.cli.repository import Kind
 from transom.export.triton.models import KINDS
 
 BERT, GPT = KEPT / "bert-fp32", KEPT / "gpt-fp32"
+
+
+def last_line(result: Result) -> str:
+    """The error that a failed command ends with, below lines of progress."""
+    assert (result.exit_code, result.stdout) == (1, ""), result.output
+    *steps, line = result.stderr.splitlines()
+    assert all(step.endswith(" ...") for step in steps)
+    return line
 
 
 def test_the_models_are_listed_and_how_to_serve_them(tmp_path: Path) -> None:
@@ -36,7 +45,7 @@ def test_the_models_are_listed_and_how_to_serve_them(tmp_path: Path) -> None:
 
 def test_the_tensors_of_many_caches_are_counted(tmp_path: Path) -> None:
     result = transom("repository", KEPT / "transformer-fp32", "--out", tmp_path / "m", "--kind", "tensors")
-    assert "decoder_input_ids, attention_mask, write_indices, logits_positions, 4 more" in result.stdout
+    assert "decoder_input_ids, attention_mask?, write_indices?, logits_positions?, 4 more" in result.stdout
     result = transom("repository", KEPT / "flamingo-fp32", "--out", tmp_path / "m", "--kind", "tensors")
     assert re.search(r"flamingo-fp32_decoder +tensors .* – ", result.stdout)
 
@@ -87,11 +96,11 @@ def test_every_option_is_in_the_configuration(tmp_path: Path) -> None:
 
 def test_errors_are_one_line_and_write_nothing(tmp_path: Path) -> None:
     out = tmp_path / "models"
-    assert "BundleError: nowhere is no folder" in error_line(transom("repository", "nowhere", "--out", out))
-    said = error_line(transom("repository", BERT, KEPT / "../0.1.0/bert-fp32", "--out", out))
+    assert "BundleError: nowhere is no folder" in last_line(transom("repository", "nowhere", "--out", out))
+    said = last_line(transom("repository", BERT, KEPT / "../0.1.0/bert-fp32", "--out", out))
     assert said.startswith("transom.runtime.errors.ExportError: ")
     assert "are both called 'bert-fp32'" in said
-    said = error_line(transom("repository", BERT, "--out", out, "--device", "gpu"))
+    said = last_line(transom("repository", BERT, "--out", out, "--device", "gpu"))
     assert "--device is 'gpu'; expected one of cpu, cuda, tensorrt, auto." in said
     said = document(transom("repository", BERT, "--out", out, "--kind", "stream", "--json"))
     assert said["error"]["type"] == "ExportError"
@@ -101,7 +110,7 @@ def test_errors_are_one_line_and_write_nothing(tmp_path: Path) -> None:
 def test_a_damaged_bundle_is_an_error(tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(BERT, tmp_path / "bundle"))
     (bundle / "tokenizer.json").write_bytes(b"{}")
-    said = error_line(transom("repository", GPT, bundle, "--out", tmp_path / "models"))
+    said = last_line(transom("repository", GPT, bundle, "--out", tmp_path / "models"))
     assert "tokenizer.json has 2 bytes, bundle.json says" in said
     assert not (tmp_path / "models").exists()
 
@@ -109,7 +118,7 @@ def test_a_damaged_bundle_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ((), "Missing argument 'BUNDLE...'"),
+        ((), "Missing argument 'BUNDLE'"),
         (("b",), "Missing option '--out'"),
         (("b", "--out", "m", "--kind", "plan"), "'plan' is not one of 'task', 'stream', 'tensors', 'onnx'"),
         (("b", "--out", "m", "--instances", "0"), "'--instances'"),
