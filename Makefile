@@ -42,9 +42,13 @@ ON_X86 := runtime/backends/test_integer_sums runtime/test_saturation runtime/tes
 ON_ARM := $(ON_X86) runtime/test_session runtime/backends/test_ort_cache runtime/test_kv_cache runtime/test_threads runtime/text/test_detokenizer runtime/test_host cli/test_run cli/test_run_generation cli/test_bench
 PYTEST_PARALLEL := -n $(WORKERS) --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
+ENGINES    ?= triton ray kserve
+# What the engines' tests serve beside the small bundles of tests/bundles
+SERVED     := minilm gpt vit clip transformer show_attend_tell flamingo
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help dev export check test suite wheel test-wheel sweep build-matrix mutate test-gpu bench-gpu test-cuda-stubs \
+.PHONY: help dev export check test suite wheel test-wheel serving-env test-serving sweep build-matrix mutate test-gpu bench-gpu test-cuda-stubs \
         test-arm test-x86 clean typing again
 
 help: ## this table of contents
@@ -55,6 +59,7 @@ help: ## this table of contents
 	@echo '  make test PYTEST_ARGS="-k bert"                                       a part of the suite'
 	@echo '  make sweep FUZZ_RUNS=20000 KILLS=20 REQUESTS=50                       minutes instead of an hour'
 	@echo '  make build-matrix MATRIX_ARGS="--models vit --targets rtx-sm86"       a part of the matrix'
+	@echo '  make test-serving ENGINES=kserve PYTEST_ARGS="-k grpc"                a part of the engines tests'
 	@echo '  make mutate MUTATE_ARGS="--only manifest"                             a part of the guards'
 	@echo '  make test-arm PROCESSOR_ARGS="--parts selftest --models vit gpt"      a part; --processors, --precisions'
 	@echo '  make dev PYTHON=python3.12 PIP_ARGS="--extra-index-url URL"           another Python, a smaller torch'
@@ -115,6 +120,19 @@ test-wheel: wheel ## the tests that use all of a wheel, on the wheel in an envir
 	@cp -R tests pyproject.toml build/wheel-tests/
 	cd build/wheel-tests && OMP_NUM_THREADS=1 TRANSOM_REPO="$$OLDPWD" TRANSOM_TEST_WHEEL=1 \
 	    ../../$(WHEEL_VENV)/bin/python -P -m pytest $(PYTEST_PARALLEL) $(ON_WHEEL:%=tests/%.py)
+
+# Each by the steps of its file in examples/containers, since Triton, Ray and KServe want other versions of things.
+serving-env: wheel ## build/serving/{triton,ray,kserve}: environments of the engines, each some minutes and a download
+	PIP_ARGS='$(PIP_ARGS)' PYTHONPATH=tests/support $(VENV)/bin/python -m container_steps build/serving $(ENGINES)
+
+test-serving: serving-env ## the engines' own tests: Triton, Ray and KServe are started and asked, each in its environment
+	@for name in $(SERVED); do \
+	    [ -e bundles/$$name/bundle.json ] || $(VENV)/bin/transom export "$$name" --out bundles/$$name || exit 1; \
+	done
+	@failed=; for engine in $(ENGINES); do printf '\n== %s\n' $$engine; \
+	    $(PYTEST) build/serving/$$engine/bin/python -P -m pytest --confcutdir=tests/serving -W default \
+	        $(PYTEST_ARGS) tests/serving/$$engine || failed="$$failed $$engine"; \
+	done; [ -z "$$failed" ] || { echo "make test-serving: failed:$$failed" >&2; exit 1; }
 
 sweep: $(STAMP) ## damaged manifests by the million, kill -9 at 200 moments of an export, 32 threads on one bundle
 	@for name in $(REFERENCES); do \
