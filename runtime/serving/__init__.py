@@ -5,6 +5,7 @@
     tasks        the operations of the hub's tasks: text or an image in; a vector, labels or text out
     tensors      the operation of a graph: its own tensors in and out
     service      requests of many callers put together, answered, taken apart again
+    batches      requests that wait at the same time, for servers that do not put them together themselves
     triton_model the Python backend of Triton Inference Server around a service
 
 Nothing here is imported by ``transom.runtime``, and only ``triton_model`` needs a server's library.

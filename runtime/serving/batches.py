@@ -43,13 +43,17 @@ class Batches:
             self._running = asyncio.create_task(self._run())
         return await future
 
+    def _take(self) -> list[tuple[Request, asyncio.Future[dict[str, Array]]]]:
+        """Return the requests of the next call, those whose callers left not among them."""
+        there = [(request, future) for request, future in self._waiting if not future.done()]
+        self._waiting = there[self.most :]
+        return there[: self.most]
+
     async def _run(self) -> None:
         """Answer what waits, call by call, until nothing does."""
         loop = asyncio.get_running_loop()
         try:
-            while self._waiting:
-                self._waiting = [(request, future) for request, future in self._waiting if not future.done()]
-                taken, self._waiting = self._waiting[: self.most], self._waiting[self.most :]
+            while taken := self._take():
                 requests = [request for request, _ in taken]
                 try:
                     answers: Sequence[Any] = await loop.run_in_executor(self._pool, self.service.answer, requests)

@@ -1,11 +1,10 @@
-"""What the tests of tests/serving share: requests for any bundle, and servers that are started and stopped.
+"""What the tests of tests/serving share: requests, the runtime's own answers, servers that are started and stopped.
 
 No torch, no onnx: these run in the environments of the engines, which `make serving-env` makes.
 """
 
 from __future__ import annotations
 
-import io
 import os
 import signal
 import socket
@@ -19,9 +18,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from paths import KEPT, REPO
+from served_requests import of_bytes, request_for
 from transom.runtime.graph_spec import shape_of
 from transom.runtime.serving.operation import Operation
 from transom.runtime.serving.service import Request, Service
@@ -32,43 +31,19 @@ REFERENCES = Path(os.environ.get("TRANSOM_SERVING_BUNDLES") or REPO / "bundles")
 START_S = 120  # for a server that is ready after some seconds, on a machine several times as busy as ours
 STOP_S = 30
 SIZES = {"B": 2, "S": 3, "T": 1, "C": 4, "P": 1, "I": 1, "G": 2}  # of the axes of raw tensors
-TEXTS = {"fill-mask": ("o[MASK]l", "a [MASK]")}
-OTHERWISE = ("the people", "a city is blue")
 
 Array = NDArray[Any]
 
 
 def bytes_of(*rows: Sequence[str | bytes]) -> Array:
     """Return a tensor of bytes (rows, values)."""
-    array = np.empty((len(rows), len(rows[0])), object)
-    for place, row in enumerate(rows):
-        array[place] = [value.encode() if isinstance(value, str) else value for value in row]
-    return array
-
-
-def png(seed: int) -> bytes:
-    """Return the file of a random image, 20x20 pixels."""
-    file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 20, 3), np.uint8)).save(file, "PNG")
-    return file.getvalue()
+    return of_bytes([[value.encode() if isinstance(value, str) else value for value in row] for row in rows])
 
 
 def task_requests(bundle: LoadedBundle, operation: Operation) -> list[Request]:
-    """Return requests for the operation of a bundle's task: one row, another one, and both together."""
-    texts = TEXTS.get(bundle.manifest.task, OTHERWISE)
-    values: dict[str, tuple[Array, Array]] = {
-        "input_ids": (np.array([[3, 5, 7]]), np.array([[9, 4, 6]])),
-        "image": (bytes_of([png(1)]), bytes_of([png(2)])),
-        "candidate_label": (bytes_of(["people", "city"]), bytes_of(["blue", "red"])),
-    }
-    for port in operation.inputs:
-        if port.text and port.name not in values:
-            values[port.name] = bytes_of([texts[0]]), bytes_of([texts[1]])
-    names = [port.name for port in operation.inputs if not port.optional or port.name in ("text", "image")]
-    parameters = {"max_new_tokens": 3} if operation.stream else {}
-    first, second = ({name: values[name][number] for name in names} for number in (0, 1))
-    both = {name: np.concatenate([first[name], second[name]]) for name in names}
-    return [Request(inputs, parameters) for inputs in (first, second, both)]
+    """Return requests for the operation of a bundle's task: a row, another one, and more than a small bundle's B."""
+    rows = min(bundle.max_size("B") + 1, 3)
+    return [request_for(operation, 0), request_for(operation, 1), request_for(operation, 2, rows=rows)]
 
 
 def tensor_request(bundle: LoadedBundle, name: str) -> Request:

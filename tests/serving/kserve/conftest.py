@@ -1,0 +1,29 @@
+"""A server of KServe for all tests of this folder."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from serving_engines import BUNDLES, server
+
+if TYPE_CHECKING:  # where kserve is not installed, the files of tests are not read
+    from kserve_requests import Running
+
+
+@pytest.fixture(scope="session")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server of every kept bundle, its tensors too, and of one that fails its hashes, called torn."""
+    from kserve_requests import GRPC, REST, Running
+
+    folder = tmp_path_factory.mktemp("kserve")
+    torn = Path(shutil.copytree(BUNDLES[0], folder / "torn"))
+    graph = next(torn.glob("*.onnx"))
+    graph.write_bytes(graph.read_bytes()[:-1] + b"?")
+    found, command = Running.command(folder / "log", *BUNDLES, torn, "--tensors")
+    with server(command, lambda: found.ready(REST, "bert-fp32") and found.ready(GRPC, "bert-fp32"), found.log):
+        yield found
