@@ -150,7 +150,8 @@ class Served(Model):
             payload.id or str(uuid.uuid4()),
             self.name,
             outputs,
-            use_binary_outputs=payload.use_binary_outputs,
+            # In gRPC arrays are binary anyway, and KServe 0.21 asks an array whether it is true where this says so
+            use_binary_outputs=payload.use_binary_outputs and not payload.from_grpc,
             requested_outputs=payload.request_outputs,
         )
 
