@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 from transom.cli.bench import bench
 from transom.cli.build import build
 from transom.cli.calibrate import calibrate
+from transom.cli.capacity import capacity
 from transom.cli.debug import accuracy
 from transom.cli.doctor import doctor
 from transom.cli.export import export
@@ -192,6 +193,12 @@ app.command(
         "transom bench bundles/gpt --shape S=64 --new-tokens 64",
     )
 )(bench)
+app.command(
+    epilog=examples(
+        "transom capacity bundles/minilm --rate 200 --p99 50ms --shape S=128 --threads 1",
+        "transom capacity bundles/gpt --rate 5 --p99 2s --shape S=64 --new-tokens 64",
+    )
+)(capacity)
 app.command(epilog=examples("transom inspect bundles/minilm", "transom inspect bundles/minilm --json"))(inspect)
 app.command(
     epilog=examples(

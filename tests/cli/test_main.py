@@ -17,7 +17,7 @@ from time_limits import PATIENCE_S
 from transom.cli.output import plain, printable
 from transom.runtime.format import bytes_text
 
-COMMANDS = ("export", "verify", "selftest", "run", "bench", "inspect", "repository", "doctor", "table")
+COMMANDS = ("export", "verify", "selftest", "run", "bench", "capacity", "inspect", "repository", "doctor", "table")
 
 
 @pytest.mark.parametrize("name", [*COMMANDS, "debug accuracy"])
