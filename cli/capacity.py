@@ -75,8 +75,8 @@ def capacity(
     """Find how many replicas answer a rate of requests in time.
 
     A replica is one process that has the bundle loaded and answers one batch at a time, with --threads
-    cores: a model instance of Triton, an actor of Ray, a pod. Many replicas of one thread carry more
-    requests than few of many threads, which answer each sooner: compare --threads 1 and 2.
+    cores: a model instance of Triton, an actor of Ray, a pod. As a rule many replicas of one thread carry
+    more requests, and few of many threads answer each sooner: compare --threads 1 and 2.
 
     \b
     1. The service time of batches of 1, 2, 4, ... rows is measured here.
@@ -97,8 +97,8 @@ def capacity(
        "most/s" the rate from which on the queue only grows. Callers that come
        in bursts need more replicas. The network is not in it.
 
-    Times are measured on a machine that is otherwise idle. Replicas that share one share its memory and
-    caches, too: leave room, or measure while the others are at work.
+    Measure on a machine that is otherwise idle. Replicas that share one share its memory and caches, too:
+    leave room, or measure while the others are at work.
     """
     check_number(rate, "--rate")
     target_ms = time_ms(p99, "--p99")

@@ -195,7 +195,7 @@ app.command(
 )(bench)
 app.command(
     epilog=examples(
-        "transom capacity bundles/minilm --rate 200 --p99 50ms --shape S=128 --threads 1",
+        "transom capacity bundles/minilm --rate 200 --p99 50ms --shape S=128",
         "transom capacity bundles/gpt --rate 5 --p99 2s --shape S=64 --new-tokens 64",
     )
 )(capacity)

@@ -164,7 +164,11 @@ def plan_replicas(
         progress("simulating queues", done, len(limits))
         single = Batching(1, limit, asked if limit > 1 else 0.0)
         least = least_replicas(table, rate_per_s, single)
-        fewest = fewest_replicas(least, lambda count, of=single: alternative(replace(of, replicas=count)).keeps)
+
+        def keeps(count: int, of: Batching = single) -> bool:
+            return alternative(replace(of, replicas=count)).keeps
+
+        fewest = fewest_replicas(least, keeps)
         if fewest is not None:
             counts = range(max(least, fewest - 1), fewest + 2)
             found += [alternative(replace(single, replicas=count)) for count in counts]

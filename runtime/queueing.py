@@ -49,7 +49,7 @@ class Served:
 
 @dataclass(frozen=True)
 class Expected:
-    """What requests at a rate have to expect, over all runs of a simulation."""
+    """Latency that requests at a rate have to expect, and how busy replicas are, over all runs of a simulation."""
 
     batching: Batching
     p50_ms: float

