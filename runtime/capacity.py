@@ -23,6 +23,7 @@ from transom.runtime.queueing import Batching, Expected, Times, most_per_s, serv
 from transom.runtime.service_times import ServiceTime, measure_service_times, service_time, work_of
 
 MOST_REPLICAS = 1000  # beyond, replicas grow in proportion to the rate
+ALIKE = 1.02  # a p99 within 2 % of another is no better than it
 DELAYS = (0.25, 0.5)  # tried, as parts of what p99 leaves beside the service time of a full batch
 
 
@@ -139,7 +140,7 @@ def plan_replicas(
     """Return the fewest replicas that keep ``p99_ms`` at a rate, given service times in ms by batch size.
 
     For each measured size as the batch limit the alternatives are the fewest replicas that keep it, one less where
-    that many can answer the rate at all, and one more. Of as few replicas the answer has the lowest p99; a queue delay
+    that many can answer the rate at all, and one more. The answer is the ``best`` of those that keep it; a queue delay
     is in it where that saves a replica, unless ``queue_delay_ms`` sets one.
     Raises InputError where no number of replicas up to MOST_REPLICAS keeps it.
     """
@@ -175,7 +176,7 @@ def plan_replicas(
     progress("simulating queues", len(limits), len(limits))
     if not any(one.keeps for one in found):
         raise InputError(too_many(table, rate_per_s, p99_ms, limits))
-    answer = best(one for one in found if one.keeps)
+    answer = best([one for one in found if one.keeps])
     if queue_delay_ms is None:
         delayed = [alternative(one) for one in with_delay(table, rate_per_s, p99_ms, limits, answer)]
         saved = [one for one in delayed if one.keeps]
@@ -185,12 +186,15 @@ def plan_replicas(
     return Plan(answer, tuple(sorted(found, key=order)))
 
 
-def best(alternatives: Iterator[Alternative] | Sequence[Alternative]) -> Alternative:
-    """Return the alternative with the fewest replicas, of these the one with the lowest p99 and the lowest limit."""
-    return min(
-        alternatives,
-        key=lambda one: (one.expected.batching.replicas, one.expected.p99_ms, one.expected.batching.limit),
-    )
+def best(alternatives: Sequence[Alternative]) -> Alternative:
+    """Return the alternative with the fewest replicas; of these, of the lowest p99 or ALIKE, one that can answer most.
+
+    What is left over for bursts decides where limits that are hardly ever reached differ by chance.
+    """
+    least = min(one.expected.batching.replicas for one in alternatives)
+    fewest = [one for one in alternatives if one.expected.batching.replicas == least]
+    lowest_ms = min(one.expected.p99_ms for one in fewest)
+    return max((one for one in fewest if one.expected.p99_ms <= ALIKE * lowest_ms), key=lambda one: one.most_per_s)
 
 
 def order(alternative: Alternative) -> tuple[int, int, float]:

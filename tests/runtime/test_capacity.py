@@ -15,6 +15,7 @@ from transom.runtime import load, queueing
 from transom.runtime.bench import Effort
 from transom.runtime.capacity import MOST_REPLICAS, capacity, fewest_replicas, plan_replicas, replicas_here
 from transom.runtime.errors import InputError, ShapeError
+from transom.runtime.queueing import Batching
 from transom.runtime.service_times import batch_sizes, measure_service_times, service_time, work_of
 
 CONSTANT = {1: [10.0], 2: [12.0], 4: [16.0]}  # ms: 100, 167 and 250 requests a second of one replica
@@ -167,8 +168,15 @@ def test_each_batch_limit_has_one_replica_less_and_one_more() -> None:
 def test_requests_that_never_wait_need_one_replica_and_take_the_service_time() -> None:
     plan = plan_replicas(CONSTANT, 0.01, 10.5)
     answer = plan.answer.expected
-    assert (answer.batching.replicas, answer.batching.limit, answer.batching.delay_ms) == (1, 1, 0)
+    assert (answer.batching.replicas, answer.batching.limit, answer.batching.delay_ms) == (1, 4, 0)
     assert answer.p99_ms == pytest.approx(10)
+
+
+def test_of_equal_replicas_and_about_equal_p99_the_answer_can_answer_most() -> None:
+    plan = plan_replicas({1: [10.0], 2: [10.0], 4: [10.0]}, 5, 60.0)
+    assert plan.answer.expected.batching == Batching(1, 4)
+    slow = plan_replicas({1: [10.0], 2: [60.0], 4: [200.0]}, 20, 60.0)  # where a batch is no gain
+    assert slow.answer.expected.batching == Batching(1, 1)
 
 
 def test_a_queue_delay_that_is_asked_for_is_in_every_batch_of_several() -> None:
