@@ -94,7 +94,7 @@ def padded(values: Sequence[Sequence[Sequence[int]]]) -> list[list[list[int]]]:
 
 def checked_names(ports: Sequence[Port], arrays: Mapping[str, Array]) -> None:
     """Raise InputError for an input that does not exist, and for one that is missing."""
-    known = {port.name for port in ports}
+    known = [port.name for port in ports]
     unknown = [name for name in arrays if name not in known]
     if unknown:
         raise InputError(f"unknown input {unknown[0]!r:.60}; this bundle takes {', '.join(known)}.")

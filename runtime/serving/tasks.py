@@ -38,10 +38,10 @@ def task_operation(bundle: Any) -> Operation:
     make = OPERATIONS.get(task)
     if make is None:
         raise InputError(f"a {bundle.manifest.family} bundle for {task} takes tensors only; serve those.")
-    if make in OF_TEXTS and not has_tokenizer(bundle):
-        raise InputError("this bundle has no tokenizer, since its checkpoint had none; serve its tensors.")
     if isinstance(bundle, ImageBundle):
         bundle.preprocess()  # raises where it takes pixel_values alone
+    elif make not in (continued, questions) and not writes_text(bundle):  # these two have a form with ids
+        raise InputError("this bundle has no tokenizer, since its checkpoint had none; serve its tensors.")
     return make(bundle)
 
 
@@ -178,7 +178,6 @@ OPERATIONS: Mapping[str, Callable[[Any], Operation]] = {
     "image-to-text": captions,
     "image-text-to-text": questions,
 }
-OF_TEXTS = (text_labels, zero_shot, masked_tokens, tags, spans, following)  # they have no form with ids
 
 
 def generated(

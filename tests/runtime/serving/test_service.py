@@ -12,6 +12,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from command_line import changed_bundle
 from paths import KEPT
 from served_requests import of_bytes, png, request_for, task_or_none, tensors_for
 from transom.runtime import load
@@ -229,6 +230,18 @@ def test_random_numbers_are_a_requests_own() -> None:
         for answer in service.answer(requests):
             assert isinstance(answer, dict)
             assert answer["generated_ids"].tolist() == [[expected]]
+
+
+def test_bundles_that_take_tensors_alone(tmp_path: Path) -> None:
+    without = changed_bundle(KEPT / "bert-fp32", tmp_path / "bert", lambda stored: stored.pop("tokenizer"))
+    with load(without, threads=1) as bert, pytest.raises(InputError, match=r"no tokenizer, .* serve its tensors"):
+        task_operation(bert)
+    without = changed_bundle(KEPT / "vit-fp32", tmp_path / "vit", lambda stored: stored.pop("preprocess"))
+    with load(without, threads=1) as vit, pytest.raises(InputError, match=r"call run.. with pixel_values"):
+        task_operation(vit)
+    other = changed_bundle(KEPT / "vit-fp32", tmp_path / "other", lambda stored: stored.update(task="depth-estimation"))
+    with load(other, threads=1) as vit, pytest.raises(InputError, match="takes tensors only"):
+        task_operation(vit)
 
 
 def test_sequences_of_different_lengths_are_padded() -> None:
