@@ -95,11 +95,8 @@ class Served(Model):
         self.ready = operation is not None
         self.batches = None if operation is None else Batches(Service(operation), most)
 
-    def start(self) -> None:
-        """Leave ``ready`` as it is: KServe's own sets it."""
-
     def load(self) -> bool:
-        """Refuse: KServe asks this of a model that is not ready when a request comes by gRPC."""
+        """Refuse: KServe calls this for a model that is not ready when a request comes by gRPC; its own sets ready."""
         raise NotServed(self.name)
 
     def get_input_types(self) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ import pytest
 
 from container_steps import Step, commands, container_file, copy_all, engines, python_of, steps_of
 from paths import REPO, TESTS
+from serving_engines import SERVED
 from time_limits import PATIENCE_S
 
 if not (REPO / "examples" / "containers").is_dir():
@@ -56,6 +57,11 @@ def test_there_is_one_for_each_engine() -> None:
     (line,) = re.findall(r"^ENGINES +\?= (.*)$", (REPO / "Makefile").read_text("utf-8"), re.MULTILINE)
     folders = sorted(path.name for path in (TESTS / "serving").iterdir() if path.is_dir() and path.name[0] != "_")
     assert ENGINES == sorted(line.split()) == sorted(LIBRARIES) == folders
+
+
+def test_the_makefile_exports_what_the_tests_serve() -> None:
+    (line,) = re.findall(r"^SERVED +:= (.*)$", (REPO / "Makefile").read_text("utf-8"), re.MULTILINE)
+    assert line.split() == list(SERVED)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -28,6 +28,7 @@ from transom.runtime.session import LoadedBundle
 
 BUNDLES = sorted(KEPT.glob("*-fp32*"))  # a small one of every family
 REFERENCES = Path(os.environ.get("TRANSOM_SERVING_BUNDLES") or REPO / "bundles")  # of `make test-serving`
+SERVED = ("minilm", "gpt", "vit", "clip", "transformer", "show_attend_tell", "flamingo")  # the Makefile's
 START_S = 120  # for a server that is ready after some seconds, on a machine several times as busy as ours
 STOP_S = 30
 SIZES = {"B": 2, "S": 3, "T": 1, "C": 4, "P": 1, "I": 1, "G": 2}  # of the axes of raw tensors

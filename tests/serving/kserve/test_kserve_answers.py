@@ -19,7 +19,7 @@ from kserve.protocol.grpc.grpc_predict_v2_pb2_grpc import GRPCInferenceServiceSt
 from kserve_requests import GRPC, REST, Running, infer_request, refusal
 from paths import KEPT
 from served_requests import task_or_none
-from serving_engines import BUNDLES, bytes_of, expected, require_same, task_requests, tensor_request
+from serving_engines import BUNDLES, SERVED, bytes_of, expected, require_same, task_requests, tensor_request
 from transom.runtime import load
 from transom.runtime.serving.service import Request
 from transom.runtime.serving.tasks import task_operation
@@ -56,6 +56,17 @@ def test_the_tensors_of_every_graph_are_answered_as_by_the_runtime(running: Runn
             require_same(running.infer(protocol, model, request), wanted, model)
             if protocol == REST:
                 require_same(running.infer(protocol, model, request, binary=False), wanted, f"{model} in JSON")
+
+
+@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("protocol", [REST, GRPC])
+def test_the_reference_bundles_are_answered_as_by_the_runtime(
+    references: Running, reference_bundles: Path, name: str, protocol: str
+) -> None:
+    with load(reference_bundles / name, threads=1) as bundle:
+        operation = task_operation(bundle)
+        for request in task_requests(bundle, operation):
+            require_same(references.infer(protocol, name, request), expected(operation, request), name)
 
 
 @pytest.mark.parametrize("protocol", [REST, GRPC])

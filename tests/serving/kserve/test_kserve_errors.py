@@ -32,6 +32,7 @@ def test_a_bundle_that_fails_its_hashes_is_not_ready_and_the_others_are(running:
     status, message = refusal(lambda: running.infer(protocol, TORN, Request({"text": THE})))
     assert status in (503, grpc.StatusCode.UNAVAILABLE)
     assert message.startswith(f"Model with name {TORN} is not ready.")
+    assert not running.ready(protocol, TORN)  # nor after a request
     (line,) = [line for line in running.log.read_text("utf-8").splitlines() if f"{TORN} is not served" in line]
     assert ".onnx" in line
     assert str(running.log.parent) not in message
