@@ -39,7 +39,7 @@ UNKNOWN = "unknown"  # ``our_version`` of a package that is not installed
 
 @dataclass(frozen=True)
 class Options:
-    """What models of a repository are to be like.
+    """Settings of the models of a repository.
 
     kinds           of KINDS; none: task and stream, or tensors where the bundle has no task
     instances       how often Triton loads a model
