@@ -1,16 +1,11 @@
-"""config.pbtxt: its text, what a strict reader makes of it, and what Triton's own ``ModelConfig`` does."""
+"""config.pbtxt: its text, and what a strict reader makes of it; Triton's own is in tests/serving/triton."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 
 from model_config import read_config
-from paths import KEPT
-from transom.export.triton.config import CONFIG, ModelConfig, TensorConfig, quoted
-from transom.export.triton.models import KINDS
-from transom.export.triton.repository import Options, write_repository
+from transom.export.triton.config import ModelConfig, TensorConfig, quoted
 
 MODEL = ModelConfig(
     "minilm",
@@ -90,22 +85,3 @@ def test_strings_are_escaped(text: str) -> None:
 def test_the_reader_is_strict(text: str) -> None:
     with pytest.raises((ValueError, IndexError)):
         read_config(text)
-
-
-def test_tritons_own_message_reads_the_same(tmp_path: Path) -> None:
-    """Where tritonclient is installed: `make test-serving` has it, and starts the server on such a configuration."""
-    message = pytest.importorskip("tritonclient.grpc.model_config_pb2", reason="tritonclient is not installed")
-    from google.protobuf import json_format, text_format
-
-    bundles = sorted(KEPT.glob("*-fp32*"))
-    written = write_repository(tmp_path / "models", bundles, Options(kinds=KINDS, threads=1, queue_delay_us=100))
-    assert len(written) > 3 * len(bundles)
-    for each in written:
-        text = (each.folder / CONFIG).read_text()
-        theirs = text_format.Parse(text, message.ModelConfig())
-        ours = text_format.Parse("", message.ModelConfig())
-        fields = read_config(text)
-        parameters = {key: {"string_value": value} for key, value in fields.pop("parameters").items()}
-        json_format.ParseDict(fields | {"parameters": parameters}, ours)
-        assert theirs == ours
-        assert theirs.name == each.folder.name
