@@ -121,7 +121,7 @@ def stems(folders: Sequence[Path], name: str | None) -> dict[Path, str]:
         raise ExportError(f"--name is {name!r:.60}, and {len(folders)} bundles were given; expected one. Leave it out.")
     found: dict[str, Path] = {}
     for folder in folders:
-        stem = name if name is not None else folder.resolve().name
+        stem = name if name is not None else Path(os.path.abspath(folder)).name  # of a link: its own
         if stem in found:
             raise ExportError(
                 f"{found[stem]} and {folder} are both called {stem!r:.60}, and so would their models be. Write one of "

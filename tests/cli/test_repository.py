@@ -140,7 +140,7 @@ def test_help_says_what_each_kind_is() -> None:
     assert headings[:2] == ["Arguments", "Options"]
     assert text.index("--json") < text.index(f"{headings[2]}:") < text.index("--instances N")
     words = " ".join(text.split())
-    assert "[default: task and stream; tensors where there is no task]" in words or "(task and stream;" in words
+    assert "[default: (task and stream; tensors where there is no task)]" in words
     assert "transom repository bundles/minilm bundles/gpt --out models" in words
 
 

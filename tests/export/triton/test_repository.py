@@ -85,7 +85,9 @@ def test_names_are_the_folders_or_one_that_is_given(tmp_path: Path, monkeypatch:
     write_repository(Path("../models"), [Path(".")])
     write_repository(Path("../models"), [Path(".")], name="yours")
     write_repository(Path("../models"), [CLIP, GPT])
-    assert models(tmp_path / "models") == ["clip-fp32", "gpt-fp32", "gpt-fp32_stream", "mine", "yours"]
+    Path("../link").symlink_to(BERT)
+    write_repository(Path("../models"), [Path("../link")])
+    assert models(tmp_path / "models") == ["clip-fp32", "gpt-fp32", "gpt-fp32_stream", "link", "mine", "yours"]
     with pytest.raises(ExportError, match=r"--name is 'x', and 2 bundles were given; expected one\. Leave it out"):
         write_repository(Path("../models"), [CLIP, GPT], name="x")
 
