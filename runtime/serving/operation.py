@@ -13,14 +13,9 @@ Row = tuple[Any, ...]  # a value of each input, or of each output
 Parameters = Mapping[str, Any]
 
 
-def together(parameters: Parameters) -> bool:
-    """Let rows of several requests share a call."""
-    return False
-
-
 @dataclass(frozen=True)
 class Operation:
-    """What a bundle is asked for.
+    """Describe what a bundle is asked for.
 
     inputs, outputs  the tensors of a request and of its answer
     answer           rows and parameters -> an answer for each row, in their order
@@ -35,7 +30,7 @@ class Operation:
     answer: Callable[[Sequence[Row], Parameters], Sequence[Row]]
     parameters: Mapping[str, FieldSpec] = field(default_factory=dict)
     stream: Callable[[Row, Parameters], Generator[Row, None, None]] | None = None
-    alone: Callable[[Parameters], bool] = together
+    alone: Callable[[Parameters], bool] = lambda parameters: False
     key: Callable[[Row], object] = lambda row: None
 
     def read(self, arrays: Mapping[str, Array]) -> list[Row]:
