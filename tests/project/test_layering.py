@@ -32,7 +32,7 @@ OURS = {
 }
 THEIRS = {
     "models": {"torch", "safetensors", "huggingface_hub"},
-    "runtime": {"numpy", "onnxruntime", "tokenizers", "PIL", "safetensors", "cuda"},
+    "runtime": {"numpy", "onnxruntime", "tokenizers", "PIL", "safetensors", "cuda", "triton_python_backend_utils"},
     "calib": {"numpy", "onnx", "onnx_ir", "onnxruntime", "PIL", "safetensors"},
     "export": {"numpy", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "ml_dtypes", "polygraphy", "triton"}
     | {"safetensors", "tokenizers", "sentencepiece", "PIL", "huggingface_hub", "jinja2", "markupsafe"},
@@ -41,7 +41,11 @@ THEIRS = {
 TORCH_TOO = {"export/onnx_export.py", "export/parity/backends.py"}
 TORCH_TOO |= {"export/plugins/interpreter.py"}  # inside functions: Triton's interpreter takes torch's tensors
 # Only inside functions: `transom --help` must not wait for them, nor a local checkpoint for the hub's client.
-LAZY = {"models": ("huggingface_hub",), "cli": ("transom", "numpy", "PIL")}
+LAZY = {
+    "models": ("huggingface_hub",),
+    "runtime": ("triton_python_backend_utils",),  # there is one in the processes of Triton's server alone
+    "cli": ("transom", "numpy", "PIL"),
+}
 LIGHT = ("errors", "format", "probe", "progress")  # of the runtime: they import the standard library alone
 EAGER_ALL_THE_SAME = {"cli": ("transom.cli", *(f"transom.runtime.{name}" for name in LIGHT))}
 
