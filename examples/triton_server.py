@@ -36,8 +36,8 @@ def main() -> int:
     parser.add_argument("--http-port", type=int, default=8000)
     parser.add_argument("--grpc-port", type=int, default=8001)
     parser.add_argument("--metrics-port", type=int, default=8002)
-    own, _, rest = partition(sys.argv[1:])
-    options = parser.parse_args(own)
+    end = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    options, for_server = parser.parse_args(sys.argv[1:end]), sys.argv[end + 1 :]
     triton = wheel_folder()
     stub = triton / "python_backend_stubs" / f"{sys.version_info.major}.{sys.version_info.minor}" / STUB
     for path in (*options.repository, stub):
@@ -53,15 +53,9 @@ def main() -> int:
             "--exit-on-error=false",  # one model fails: the others are served
             *(f"--{name}-address={options.host}" for name in ("http", "grpc", "metrics")),
             *(f"--{name}-port={getattr(options, f'{name}_port')}" for name in ("http", "grpc", "metrics")),
-            *rest,
+            *for_server,
         ]
         return run([str(program), *arguments], environment(triton))
-
-
-def partition(arguments: list[str]) -> tuple[list[str], str, list[str]]:
-    """Return the arguments before and behind `--`."""
-    place = arguments.index("--") if "--" in arguments else len(arguments)
-    return arguments[:place], "--", arguments[place + 1 :]
 
 
 def wheel_folder() -> Path:
