@@ -84,13 +84,16 @@ def prepared(folder: Path, triton: Path, stub: Path) -> Path:
 def environment(triton: Path) -> dict[str, str]:
     """Return the variables of the server's processes: models find Python, its libraries and Transom as here."""
     packages = dict.fromkeys(path for path in sys.path[1:] if path)
+    libraries = [
+        str(triton.parents[1] / "nvidia_pytriton.libs"),  # those beside the package, which the copied stub needs
+        str(sysconfig.get_config_var("LIBDIR") or ""),  # of libpython
+        os.environ.get("LD_LIBRARY_PATH", ""),
+    ]
     return os.environ | {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
         "VIRTUAL_ENV": sys.prefix,
         "PYTHONPATH": os.pathsep.join(packages),
-        "LD_LIBRARY_PATH": os.pathsep.join(
-            filter(None, [str(sysconfig.get_config_var("LIBDIR") or ""), os.environ.get("LD_LIBRARY_PATH", "")])
-        ),
+        "LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries)),
     }
 
 
