@@ -2,7 +2,7 @@
 
     python benchmarks/triton_serving.py bundles/minilm                        gRPC and HTTP beside the runtime
     python benchmarks/triton_serving.py bundles/minilm --sweep                instances, threads, batch sizes, delays
-    python benchmarks/triton_serving.py bundles/minilm --sweep --write        ... and renew docs/results/triton_serving.md
+    python benchmarks/triton_serving.py bundles/minilm --sweep --write        ... and renew the page of results
 
 Run it in the environment that `make serving-env` makes for Triton. 16 callers ask for one text of 128 tokens at a time,
 again and again: threads that call ``embed`` of one loaded bundle, and threads that ask the server of
@@ -29,17 +29,17 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 
 import numpy as np
-from serving_engines import bytes_of
-from triton_requests import LIBRARIES, PROTOCOLS, Triton, running, tensors
 
+from serving_engines import bytes_of
 from transom.export.triton.repository import Options, write_repository
 from transom.runtime import load
 from transom.runtime.host import processor, usable_cores
 from transom.runtime.serving.service import Request
+from triton_requests import LIBRARIES, PROTOCOLS, Triton, running, tensors
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "results" / "triton_serving.md"
 TOKENS = 128
-WORDS = "people city house water number world place small large often again under never still found great".split()
+WORDS = ("people", "city", "house", "water", "number", "world", "place", "small", "again", "under", "never", "great")
 Call = Callable[[], Any]
 Side = Callable[[], Any]  # a context of a caller: gives the call that it repeats
 
@@ -144,7 +144,10 @@ def alternated(sides: Mapping[str, Side], rounds: int, callers: int, seconds: fl
 
 def table(found: Mapping[str, Sequence[Round]], reference: str) -> list[str]:
     """Return the lines of a table: medians over rounds, and the median of the ratios within a round."""
-    lines = ["| side | requests/s | ratio | ratios of rounds | p50 ms | p99 ms |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "| side | requests/s | ratio | ratios of rounds | p50 ms | p99 ms |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for name, rounds in found.items():
         ratios = [one.per_second / other.per_second for one, other in zip(rounds, found[reference], strict=True)]
         rate, p50, p99 = (statistics.median(getattr(each, key) for each in rounds) for key in Round.__annotations__)
@@ -220,9 +223,10 @@ def page(options: Any, config: Config, versions: str, lines: Sequence[str], swep
     """Return the page of results."""
     head = f"""# Embeddings through Triton
 
-`benchmarks/triton_serving.py`, {time.strftime("%Y-%m-%d")}, {processor()}, {usable_cores()} cores, which server, clients
-and runtime share; {versions}. {options.callers} callers, each asking for one text of {TOKENS} tokens at a time. Ratios are
-those of requests a second within a round, beside the runtime's better side; medians of {options.rounds} rounds.
+`benchmarks/triton_serving.py`, {time.strftime("%Y-%m-%d")}, {processor()}, {usable_cores()} cores, which server,
+clients and runtime share; {versions}.
+{options.callers} callers, each asking for one text of {TOKENS} tokens at a time. Ratios are those of requests a second
+within a round, beside the runtime's better side; medians of {options.rounds} rounds.
 
 The model served: {config.instances} instances, {config.threads} threads each, batches of at most {config.max_batch}, \
 queue delay {config.delay_us} µs.

@@ -46,7 +46,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="transom-triton-") as folder:
         program = prepared(Path(folder), triton, stub)
         arguments = [
-            *(f"--model-repository={path}" for path in options.repository),
+            *(f"--model-repository={path.resolve()}" for path in options.repository),
             f"--backend-directory={folder}/backends",
             f"--backend-config=python,shm-region-prefix-name={Path(folder).name}",  # servers side by side
             "--disable-auto-complete-config",  # configs are complete; guessing starts each model twice
@@ -55,7 +55,7 @@ def main() -> int:
             *(f"--{name}-port={getattr(options, f'{name}_port')}" for name in ("http", "grpc", "metrics")),
             *for_server,
         ]
-        return run([str(program), *arguments], environment(triton))
+        return run([str(program), *arguments], folder, environment(triton))
 
 
 def wheel_folder() -> Path:
@@ -82,8 +82,10 @@ def prepared(folder: Path, triton: Path, stub: Path) -> Path:
 
 
 def environment(triton: Path) -> dict[str, str]:
-    """Return the variables of the server's processes: models find Python, its libraries and Transom as here."""
-    packages = dict.fromkeys(path for path in sys.path[1:] if path)
+    """Return the variables of the server's processes: models find the Python that is first in PATH, and its packages.
+
+    They do not look into PYTHONPATH.
+    """
     libraries = [
         str(triton.parents[1] / "nvidia_pytriton.libs"),  # those beside the package, which the copied stub needs
         str(sysconfig.get_config_var("LIBDIR") or ""),  # of libpython
@@ -92,14 +94,16 @@ def environment(triton: Path) -> dict[str, str]:
     return os.environ | {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
         "VIRTUAL_ENV": sys.prefix,
-        "PYTHONPATH": os.pathsep.join(packages),
         "LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries)),
     }
 
 
-def run(command: list[str], variables: dict[str, str]) -> int:
-    """Run the server until it ends, which SIGTERM and SIGINT ask it to; return its exit status."""
-    process = subprocess.Popen(command, env=variables)
+def run(command: list[str], folder: str, variables: dict[str, str]) -> int:
+    """Run the server until it ends, which SIGTERM and SIGINT ask it to; return its exit status.
+
+    Models import from the folder where it starts before all others, so that is an empty one.
+    """
+    process = subprocess.Popen(command, cwd=folder, env=variables)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: process.send_signal(number))
     status = process.wait()

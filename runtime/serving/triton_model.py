@@ -33,6 +33,7 @@ from transom.runtime.serving.tensors import graph_operation
 
 STREAM, TENSORS = "stream", "tensors"
 KINDS = ("task", STREAM, TENSORS)
+COMPLETE, LEFT, FAILURE = "complete", "left", "failure"  # ends of a streamed answer; LEFT by its client
 OF_THE_PROTOCOL = "triton_"  # prefix of parameters that clients' libraries add: triton_enable_empty_final_response
 UNKNOWN = "unknown"  # version of a Transom that is no installed package
 FAILED = "the model failed at this request, which is not the request's fault; the server's log has the reason."
@@ -67,6 +68,7 @@ class TritonPythonModel:
             raise self.library.TritonModelException(str(error)) from None
         if settings.kind == STREAM:
             self.pool = ThreadPoolExecutor(settings.streams)
+            self.counts = StreamCounts(self.library, {"model": args["model_name"], "version": args["model_version"]})
 
     def execute(self, requests: Sequence[Any]) -> list[Any] | None:
         """Return a response to each request; None of a model that streams, whose threads send them."""
@@ -85,14 +87,20 @@ class TritonPythonModel:
 
     def send(self, request: Request, sender: Any) -> None:
         """Send an answer in pieces, until its end or until the client is gone, then the flag of the last response."""
+        sent, end = 0, FAILURE
         try:
             with closing(self.service.stream(request)) as pieces:  # frees its cache
                 for piece in until(sender.is_cancelled, pieces):
                     sender.send(self.response(piece))
+                    sent += 1
+            end = LEFT if sender.is_cancelled() else COMPLETE
         except Exception as error:
             sender.send(self.response(error))
         finally:
-            sender.send(flags=self.library.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            try:
+                self.counts.add(end, sent)
+            finally:
+                sender.send(flags=self.library.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def response(self, answer: Mapping[str, Array] | Exception) -> Any:
         """Return arrays as a response of Triton; an error too, with its message where it is the request's."""
@@ -110,6 +118,24 @@ class TritonPythonModel:
         if self.pool is not None:
             self.pool.shutdown()
         self.bundle.close()
+
+
+class StreamCounts:
+    """Count streamed answers by how they ended, and their pieces: two of the metrics that the server shows."""
+
+    def __init__(self, library: Any, labels: Mapping[str, str]) -> None:
+        counter = library.MetricFamily.COUNTER
+        self.families = (  # kept: their metrics end with them
+            library.MetricFamily("transom_streams", "Streamed answers, by how they ended", counter),
+            library.MetricFamily("transom_stream_pieces", "Pieces of streamed answers that were sent", counter),
+        )
+        streams, pieces = self.families
+        self.ends = {end: streams.Metric(labels={**labels, "end": end}) for end in (COMPLETE, LEFT, FAILURE)}
+        self.pieces = pieces.Metric(labels=dict(labels))
+
+    def add(self, end: str, pieces: int) -> None:
+        self.ends[end].increment(1)
+        self.pieces.increment(pieces)
 
 
 def settings_of(args: Mapping[str, str]) -> Settings:

@@ -66,12 +66,14 @@ class Triton:
 
     def generate_stream(self, model: str, body: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Return the events of Triton's own streaming over HTTP."""
-        asked = urllib.request.Request(
-            f"http://{self.addresses['http']}/v2/models/{model}/generate_stream", json.dumps(body).encode()
-        )
-        with urllib.request.urlopen(asked, timeout=PATIENCE_S) as answer:
+        with self.open_generate_stream(model, body) as answer:
             lines = [line.decode().strip() for line in answer]
         return [json.loads(line.removeprefix("data: ")) for line in lines if line]
+
+    def open_generate_stream(self, model: str, body: Mapping[str, Any]) -> Any:
+        """Return the response of Triton's own streaming over HTTP, as ``urlopen`` does."""
+        url = f"http://{self.addresses['http']}/v2/models/{model}/generate_stream"
+        return urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode()), timeout=PATIENCE_S)
 
     def states(self) -> dict[str, tuple[str, str]]:
         """Return the state of each model, and the reason of one that was not loaded."""
@@ -83,6 +85,14 @@ class Triton:
         with tritonclient.http.InferenceServerClient(self.addresses["http"]) as client:
             (found,) = client.get_inference_statistics(model)["model_stats"]
         return dict(found)
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Return the value of one of the server's metrics."""
+        with urllib.request.urlopen(f"http://{self.addresses['metrics']}/metrics", timeout=PATIENCE_S) as answer:
+            lines = [line.decode() for line in answer if line.startswith(f"{name}{{".encode())]
+        wanted = [f'{label}="{value}"' for label, value in labels.items()]
+        (found,) = [line for line in lines if all(label in line for label in wanted)]
+        return float(found.split()[-1])
 
     def live(self) -> bool:
         with tritonclient.http.InferenceServerClient(self.addresses["http"]) as client:

@@ -23,9 +23,8 @@ BROKEN = ("changed_file", "changed_manifest", "newer_runtime")
 @pytest.fixture(scope="session")
 def triton(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Triton]:
     """The server: each small bundle in FP32, some in INT8, the reference GPT where it is, and BROKEN ones of BERT."""
-    from triton_requests import running
-
     from transom.export.triton.repository import Options, write_repository
+    from triton_requests import running
 
     folder = tmp_path_factory.mktemp("triton")
     models = folder / "models"

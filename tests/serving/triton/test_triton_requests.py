@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from itertools import islice
 from typing import Any
 
@@ -11,6 +13,7 @@ from tritonclient.utils import InferenceServerException
 
 from paths import KEPT
 from serving_engines import REFERENCES, bytes_of, expected, require_same
+from time_limits import PATIENCE_S
 from transom.runtime import load
 from transom.runtime.serving.service import Request
 from transom.runtime.serving.tasks import task_operation
@@ -26,8 +29,8 @@ GOOD = Request({"text": bytes_of(["the people"])})
     [
         {"max_new_tokens": 2},
         {"do_sample": True, "seed": 7, "temperature": "0.7", "top_p": "0.9"},
-        {"num_beams": 3, "num_return_sequences": 2},
-        {"eos_token_id": "[5, 6]", "bad_words_ids": "[[7], [8, 9]]"},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"eos_token_id": "[15, 6]", "bad_words_ids": "[[7], [14, 14]]"},
     ],
 )
 def test_parameters(triton: Triton, protocol: str, parameters: dict[str, Any]) -> None:
@@ -88,7 +91,7 @@ def test_wrong_requests(triton: Triton, protocol: str, what: str) -> None:
 
 @pytest.mark.parametrize(
     ("parameters", "message"),
-    [({"max_tokens": 3}, "unknown parameter 'max_tokens'"), ({"num_beams": 2}, "beams"), ({}, "at most")],
+    [({"max_tokens": 3}, "unknown parameter 'max_tokens'"), ({"num_beams": 2}, "beams"), ({}, "the context holds 7")],
 )
 def test_wrong_streams(triton: Triton, parameters: dict[str, Any], message: str) -> None:
     """Also those whose fault shows only when the first piece is made."""
@@ -119,17 +122,60 @@ def test_a_wrong_request_fails_alone(triton: Triton) -> None:
         require_same(found[place], wanted, f"request {place}")
 
 
-def test_a_client_that_leaves_ends_the_generation(triton: Triton) -> None:
+LONG = 200  # tokens
+# Sequences that are looked for before each token, so that an answer takes seconds and leaving in its midst does not
+FORBIDDEN = [[9, number % 1000, number % 999] for number in range(20_000)]
+
+
+@pytest.fixture
+def long_request() -> Request:
+    """A request that the reference GPT answers with LONG tokens, slowly."""
     if not (REFERENCES / "gpt" / "bundle.json").is_file():
         pytest.skip(f"no exported GPT in {REFERENCES}: run make test-serving")
-    request = Request({"text": bytes_of(["It is a truth"])}, {"max_new_tokens": 200, "min_new_tokens": 200})
-    whole = triton.pieces("gpt_stream", request)
-    before = triton.statistics("gpt_stream")
-    with triton.stream("gpt_stream", request) as stream:
-        assert list(islice(stream, 2)) == whole[:2]
-    again = triton.pieces("gpt_stream", request)
-    print(before, triton.statistics("gpt_stream"))
-    assert again == whole
+    parameters = {"max_new_tokens": LONG, "min_new_tokens": LONG, "bad_words_ids": json.dumps(FORBIDDEN)}
+    return Request({"text": bytes_of(["It is a truth"])}, parameters)
+
+
+def ended(triton: Triton) -> tuple[float, float, float]:
+    """Return how many streams of the GPT came to their end, how many were left, and how many pieces were sent."""
+    ends = [triton.metric("transom_streams", model="gpt_stream", end=end) for end in ("complete", "left")]
+    return ends[0], ends[1], triton.metric("transom_stream_pieces", model="gpt_stream")
+
+
+def await_end(triton: Triton, before: tuple[float, float, float]) -> tuple[float, float, float]:
+    """Return what was added when one more stream has ended."""
+    until = time.monotonic() + PATIENCE_S
+    while (now := ended(triton))[:2] == before[:2]:
+        assert time.monotonic() < until, "the stream did not end"
+        time.sleep(0.05)
+    return now[0] - before[0], now[1] - before[1], now[2] - before[2]
+
+
+def test_streams_are_counted(triton: Triton, long_request: Request) -> None:
+    before = ended(triton)
+    pieces = triton.pieces("gpt_stream", Request(long_request.inputs, {"max_new_tokens": 20}))
+    assert await_end(triton, before) == (1, 0, len(pieces))
+
+
+def test_a_client_that_leaves_ends_the_generation(triton: Triton, long_request: Request) -> None:
+    before = ended(triton)
+    with triton.stream("gpt_stream", long_request) as stream:
+        assert len(list(islice(stream, 2))) == 2
+    complete, left, pieces = await_end(triton, before)
+    assert (complete, left) == (0, 1)
+    assert 2 <= pieces < LONG / 2
+    assert triton.pieces("gpt_stream", Request(long_request.inputs, {"max_new_tokens": 2}))
+
+
+def test_a_client_that_leaves_http_ends_the_generation(triton: Triton, long_request: Request) -> None:
+    before = ended(triton)
+    body = {"text": "It is a truth", **long_request.parameters}
+    with triton.open_generate_stream("gpt_stream", body) as answer:
+        assert json.loads(answer.readline().removeprefix(b"data: "))["generated_text"]
+    complete, left, pieces = await_end(triton, before)
+    assert (complete, left) == (0, 1)
+    assert 1 <= pieces < LONG / 2
+    assert triton.generate_stream("gpt_stream", {"text": "It is a truth", "max_new_tokens": 2})
 
 
 @pytest.mark.parametrize(
