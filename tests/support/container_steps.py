@@ -146,6 +146,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="what gets one folder for each engine")
     parser.add_argument("engines", nargs="*", help=f"of {', '.join(engines())}; default: all")
     options = parser.parse_args()
+    unknown = sorted(set(options.engines) - set(engines()))
+    if unknown:
+        parser.error(f"there is no container file for {unknown[0]!r}; there are {', '.join(engines())}")
     for engine in options.engines or engines():
         print(f"== {engine}", flush=True)
         make_environment(engine, options.folder / engine)
