@@ -49,7 +49,10 @@ MOST_REQUESTS = 200_000  # of one load
 DIFFERENT = 8  # requests, sent in turn
 PATIENCE_S = 120  # for answers after the last request
 WORDS = ["it", "is", "a", "truth", "universally", "acknowledged", "that", "single", "man", "good", "fortune"]
-COLUMNS = ("load", "requests/s", "requests", "batch", "", "predicted", "replayed", "measured", "measured / predicted")
+COLUMNS = (
+    *("load", "requests/s", "requests", "batch, predicted / measured", "", "predicted", "replayed", "measured"),
+    "measured / predicted",
+)
 
 
 def sizes(text: str) -> dict[str, int]:
@@ -88,8 +91,13 @@ def prompt_arrays(loaded: Any, operation: Operation, rng: np.random.Generator, l
     return {"text": np.array([[" ".join(words or WORDS[:1]).encode()]], object)}
 
 
-def triton_sender(address: str, model: str, operation: Operation) -> tuple[Callable[[Sent], None], Callable[[], None]]:
-    """Return what sends a request over gRPC, and what waits until all were answered."""
+Batches = list[tuple[int, float]]  # requests and seconds of each
+
+
+def triton_sender(
+    address: str, model: str, operation: Operation
+) -> tuple[Callable[[Sent], None], Callable[[], None], Callable[[], Batches]]:
+    """Return what sends a request over gRPC, what waits until all were answered, and what lists the batches since."""
     import tritonclient.grpc as grpc
 
     client = grpc.InferenceServerClient(address)
@@ -100,6 +108,15 @@ def triton_sender(address: str, model: str, operation: Operation) -> tuple[Calla
     }
     open_requests = threading.Semaphore(0)
     count = 0
+
+    def batches_so_far() -> dict[int, tuple[int, int]]:
+        """Return, by size, how many batches the server computed, and their nanoseconds in all."""
+        (stats,) = client.get_inference_statistics(model).model_stats
+        return {
+            int(one.batch_size): (int(one.compute_infer.count), int(one.compute_infer.ns)) for one in stats.batch_stats
+        }
+
+    before = batches_so_far()
 
     def answered(sent: Sent, result: Any, error: Any) -> None:
         sent.answered, sent.error = time.perf_counter(), error
@@ -123,7 +140,15 @@ def triton_sender(address: str, model: str, operation: Operation) -> tuple[Calla
                 sys.exit(f"some requests had no answer {PATIENCE_S} s after the last was sent.")
         count = 0
 
-    return send, wait
+    def batches() -> Batches:
+        found: Batches = []
+        for size, (many, ns) in batches_so_far().items():
+            earlier = before.get(size, (0, 0))
+            if many > earlier[0]:
+                found += [(size, (ns - earlier[1]) / (many - earlier[0]) / 1e9)] * (many - earlier[0])
+        return found
+
+    return send, wait, batches
 
 
 def run_load(
@@ -155,15 +180,16 @@ def compare(
     rate: float,
     load_: float,
     sent: Sequence[Sent],
-    batches: Sequence[tuple[int, float]],
+    batches: Batches,
     table: Times,
     batching: Batching,
 ) -> dict[str, Any]:
-    """Return what was predicted and measured at one load. ``batches`` are empty where a server formed them."""
+    """Return what was predicted and measured at one load."""
     expected = simulate(rate, table, batching)
     errors = [each.error for each in sent if each.error is not None]
     latency = np.array([each.answered - each.arrival for each in sent]) * 1e3
-    found: dict[str, Any] = {
+    took_ms = sum(seconds for _, seconds in batches) * 1e3
+    return {
         "load": load_,
         "rate_per_s": rate,
         "requests": len(sent),
@@ -171,14 +197,10 @@ def compare(
         "first_error": str(errors[0]) if errors else None,
         "predicted": {name: getattr(expected, name) for name in ("p50_ms", "p95_ms", "p99_ms", "mean_batch", "busy")},
         "replayed": replayed(sent, table, batching),
-        "measured": percentiles(latency),
+        "measured": percentiles(latency) | {"mean_batch": len(sent) / len(batches)},
         "late_p99_ms": float(np.percentile([each.sent - each.arrival for each in sent], 99)) * 1e3,
+        "batch_time_ratio": took_ms / sum(float(table[size - 1].mean()) for size, _ in batches),
     }
-    if batches:
-        took_ms = sum(seconds for _, seconds in batches) * 1e3
-        found["measured"]["mean_batch"] = len(sent) / len(batches)
-        found["batch_time_over_measured"] = took_ms / sum(float(table[size - 1].mean()) for size, _ in batches)
-    return found
 
 
 def table_of(results: Mapping[str, Any]) -> str:
@@ -187,10 +209,10 @@ def table_of(results: Mapping[str, Any]) -> str:
     for each in results["loads"]:
         for name in ("p50_ms", "p99_ms"):
             predicted, again, measured = (each[kind][name] for kind in ("predicted", "replayed", "measured"))
-            batch = each["predicted"]["mean_batch"]
+            batch = " / ".join(f"{each[kind]['mean_batch']:.2f}" for kind in ("predicted", "measured"))
             lines.append(
                 f"| {each['load']:.0%} | {each['rate_per_s']:.1f} | {each['requests']} | "
-                f"{batch:.2f} | {name[:3]} | {predicted:.2f} | {again:.2f} | {measured:.2f} | "
+                f"{batch} | {name[:3]} | {predicted:.2f} | {again:.2f} | {measured:.2f} | "
                 f"{measured / predicted:.2f} |"
             )
     return "\n".join(lines)
@@ -201,11 +223,7 @@ def page_of(results: Mapping[str, Any]) -> str:
     axes = ", ".join(f"{name}={size}" for name, size in results["sizes"].items())
     service = ", ".join(f"{rows}: {ms:.2f}" for rows, ms in results["service_p50_ms"].items())
     moved = ", ".join(f"{rows}: {ratio:.2f}" for rows, ratio in results["service_moved"].items())
-    quiet = [
-        f"at {each['load']:.0%} {each['batch_time_over_measured']:.2f}"
-        for each in results["loads"]
-        if "batch_time_over_measured" in each
-    ]
+    times = ", ".join(f"at {each['load']:.0%} {each['batch_time_ratio']:.2f}" for each in results["loads"])
     late = max(each["late_p99_ms"] for each in results["loads"])
     return "\n".join(
         [
@@ -217,10 +235,7 @@ def page_of(results: Mapping[str, Any]) -> str:
             table_of(results),
             "",
             f"Service time by batch size, p50: {service}. Measured again at the end, as a ratio: {moved}.",
-            *(
-                [f"Time of the batches of the run, as a ratio to the measured service times: {', '.join(quiet)}."]
-                * bool(quiet)
-            ),
+            f"Time of the batches of the run, as a ratio to the service times measured before: {times}.",
             f"Requests were sent late by {late:.2f} ms at p99 at most; "
             f"{sum(each['errors'] for each in results['loads'])} failed.",
             "",
@@ -244,10 +259,10 @@ def check(options: argparse.Namespace) -> dict[str, Any]:
         rate = load_ * most_per_s(table, batching)
         say(f"{load_:.0%}: {rate:.1f} requests/s for {options.seconds:g} s", 0, 1)
         if options.triton:
-            send, wait = triton_sender(options.triton, options.model, operation)
+            send, wait, batches_since = triton_sender(options.triton, options.model, operation)
             sent = run_load(rate, options.seconds, number, requests, send)
             wait()
-            batches: list[tuple[int, float]] = []
+            batches = batches_since()
         else:
             own = [operation_and_requests(each, work.sizes, options.graph)[0] for each in bundles]
             queue = BatchingQueue([Service(each).answer for each in own], limit, batching.delay_ms / 1e3)

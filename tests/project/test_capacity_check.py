@@ -108,7 +108,7 @@ def test_a_run_is_compared_with_its_prediction(
     benchmark.main()
     printed = capsys.readouterr().out
     lines = [line for line in printed.splitlines() if line.startswith("| ")]
-    assert lines[0].startswith("| load | requests/s | requests | batch |")
+    assert lines[0].startswith("| load | requests/s | requests | batch, predicted / measured |")
     assert [line.split(" | ")[4] for line in lines[2:]] == ["p50", "p99", "p50", "p99"]
-    assert "; 0 failed." in printed or "0 failed." in printed
+    assert "ms at p99 at most; 0 failed." in printed
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".md"}
