@@ -68,6 +68,12 @@ def capacity(
     seconds: Annotated[
         float, typer.Option(metavar="SECONDS", min=0, help="Time per batch size after which no further call is made.")
     ] = 5.0,
+    busy_replicas: Annotated[
+        int,
+        typer.Option(
+            metavar="N", min=0, help="Other replicas at work here while it is measured, as they will be in service."
+        ),
+    ] = 0,
     device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,
@@ -98,7 +104,7 @@ def capacity(
        in bursts need more replicas. The network is not in it.
 
     Measure on a machine that is otherwise idle. Replicas that share one share its memory and caches, too:
-    leave room, or measure while the others are at work.
+    with --busy-replicas 3 the times are those of one of four that are all at work.
     """
     check_number(rate, "--rate")
     target_ms = time_ms(p99, "--p99")
@@ -120,6 +126,7 @@ def capacity(
             seconds=seconds,
             device=device,
             threads=threads,
+            busy_replicas=busy_replicas,
             progress=report,
         )
     if as_json:
@@ -155,7 +162,8 @@ def time_ms(text: str, option: str, *, zero: bool = False) -> float:
 def print_service_times(found: CapacityReport) -> None:
     """Print the measured service times, one line per batch size."""
     at = f", {sizes_text(found.sizes)}" if found.sizes else ""
-    print(f"service time of the {found.work}{at}, {threads_text(found)} on {found.device}")
+    beside = f", {counted(found.busy_replicas, 'other replica')} at work" if found.busy_replicas else ""
+    print(f"service time of the {found.work}{at}, {threads_text(found)} on {found.device}{beside}")
     columns = ("batch", "runs", "p50 ms", "p95 ms", "p99 ms", "most ms", "rows/s")
     rows = [
         [
@@ -220,7 +228,7 @@ def machines_text(found: CapacityReport) -> str:
     """Return how many replicas this machine has cores for, and how many such machines the answer takes."""
     cores, here = counted(found.cores, "core"), found.replicas_here
     if here is None:
-        return "replicas on one GPU share it: measure while the others are at work"
+        return "replicas on one GPU share it: measure with --busy-replicas"
     if here == 0:
         return f"this one has {cores}, fewer than the threads of a replica: give --threads {found.cores} at most"
     return f"this one, {cores}, holds {here}; the answer takes {counted(machines(found) or 1, 'machine')} like it"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from math import floor, isfinite
 from os import PathLike
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from transom.runtime.bench import Effort
 from transom.runtime.errors import InputError
 from transom.runtime.host import cpu_name, instruction_set, usable_cores
 from transom.runtime.loading import load
+from transom.runtime.neighbours import neighbours
 from transom.runtime.progress import Progress, silent
 from transom.runtime.queueing import Batching, Expected, Times, most_per_s, service_table, simulate
 from transom.runtime.service_times import ServiceTime, measure_service_times, service_time, work_of
@@ -57,6 +59,7 @@ class CapacityReport:
     plan: Plan
     device: str
     threads: int | None  # of a replica; None: one per physical core
+    busy_replicas: int  # others, that were at work while this was measured
     cores: int  # that this process may use
     replicas_here: int | None  # that this machine has cores for; None where the device is no CPU
     cpu: str
@@ -78,22 +81,26 @@ def capacity(
     seconds: float = 5.0,
     device: str = "cpu",
     threads: int | None = None,
+    busy_replicas: int = 0,
     progress: Progress = silent,
 ) -> CapacityReport:
     """Measure a bundle's service times here, and return how many replicas answer ``rate_per_s`` within ``p99_ms``.
 
     ``shape`` has sizes of axes but the rows (the rest at opt), ``graph`` names one where there are several, and
     ``max_batch`` limits the batch sizes that are measured, 1, 2, 4, ... up to the bundle's own limit. Each is called
-    ``runs`` times or for ``seconds``. ``queue_delay_ms`` None tries whether a delay saves a replica. Of a
-    bundle that generates, S is the length of the prompt or source and ``new_tokens`` how many follow.
+    ``runs`` times or for ``seconds``, while ``busy_replicas`` other processes do the same. ``queue_delay_ms`` None
+    tries whether a delay saves a replica. Of a bundle that generates, S is the length of the prompt or source and
+    ``new_tokens`` how many follow.
 
     Raises what ``load`` raises, InputError for a rate or a p99 that is no number above zero, for a p99 that no number
     of replicas keeps, and for unknown axes and graphs, ShapeError for a size out of its bounds.
     """
     check_target(rate_per_s, p99_ms, queue_delay_ms)
     with load(path, device, threads) as loaded:
-        work = work_of(loaded, shape or {}, graph=graph, max_batch=max_batch, new_tokens=new_tokens)
-        measured = measure_service_times(work.calls, Effort(runs, 10, seconds, progress))
+        options: dict[str, Any] = {"graph": graph, "max_batch": max_batch, "new_tokens": new_tokens}
+        work = work_of(loaded, shape or {}, **options)
+        with neighbours(busy_replicas, path, shape or {}, options, device, threads, progress):
+            measured = measure_service_times(work.calls, Effort(runs, 10, seconds, progress))
         used = loaded.device
     return CapacityReport(
         rate_per_s=rate_per_s,
@@ -105,6 +112,7 @@ def capacity(
         plan=plan_replicas(measured, rate_per_s, p99_ms, queue_delay_ms, progress),
         device=used,
         threads=threads,
+        busy_replicas=busy_replicas,
         cores=usable_cores(),
         replicas_here=replicas_here(threads, usable_cores()) if used == "cpu" else None,
         cpu=cpu_name(),

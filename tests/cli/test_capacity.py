@@ -69,6 +69,14 @@ def test_a_generation_is_measured_whole() -> None:
     assert printed["replicas_here"] == 1
 
 
+def test_other_replicas_can_be_at_work_meanwhile() -> None:
+    result = transom("capacity", VIT, *LIGHT, *SHORT, "--threads", "1", "--busy-replicas", "1")
+    assert result.exit_code == 0, result.stderr
+    assert "starting other replicas ..." in result.stderr
+    first = result.stdout.splitlines()[0]
+    assert first == "service time of the graph model, 1 thread on cpu, 1 other replica at work"
+
+
 def test_a_queue_delay_has_a_column() -> None:
     text = transom("capacity", VIT, *LIGHT, "--queue-delay", "1500us", *SHORT).stdout
     assert re.search(r"^batch limit +replicas +delay ms +busy ", text, re.MULTILINE)
