@@ -33,7 +33,6 @@ from transom.runtime.serving.tensors import graph_operation
 
 STREAM, TENSORS = "stream", "tensors"
 KINDS = ("task", STREAM, TENSORS)
-COMPLETE, LEFT, FAILURE = "complete", "left", "failure"  # ends of a streamed answer; LEFT by its client
 OF_THE_PROTOCOL = "triton_"  # prefix of parameters that clients' libraries add: triton_enable_empty_final_response
 UNKNOWN = "unknown"  # version of a Transom that is no installed package
 FAILED = "the model failed at this request, which is not the request's fault; the server's log has the reason."
@@ -41,7 +40,7 @@ FAILED = "the model failed at this request, which is not the request's fault; th
 
 @dataclass(frozen=True)
 class Settings:
-    """What config.pbtxt says of a model: its parameters, by their names there."""
+    """The parameters of a model in its config.pbtxt, by their names there."""
 
     bundle: Path
     bundle_sha256: str  # of its bundle.json, which has the hashes of the other files
@@ -59,6 +58,7 @@ class TritonPythonModel:
     def initialize(self, args: Mapping[str, str]) -> None:
         """Load the bundle; TritonModelException, with the runtime's message, where it cannot be served."""
         self.library: Any = import_module("triton_python_backend_utils")
+        self.name = args["model_name"]
         self.pool: ThreadPoolExecutor | None = None
         try:
             settings = settings_of(args)
@@ -68,7 +68,6 @@ class TritonPythonModel:
             raise self.library.TritonModelException(str(error)) from None
         if settings.kind == STREAM:
             self.pool = ThreadPoolExecutor(settings.streams)
-            self.counts = StreamCounts(self.library, {"model": args["model_name"], "version": args["model_version"]})
 
     def execute(self, requests: Sequence[Any]) -> list[Any] | None:
         """Return a response to each request; None of a model that streams, whose threads send them."""
@@ -87,20 +86,18 @@ class TritonPythonModel:
 
     def send(self, request: Request, sender: Any) -> None:
         """Send an answer in pieces, until its end or until the client is gone, then the flag of the last response."""
-        sent, end = 0, FAILURE
+        sent = 0
         try:
             with closing(self.service.stream(request)) as pieces:  # frees its cache
                 for piece in until(sender.is_cancelled, pieces):
                     sender.send(self.response(piece))
                     sent += 1
-            end = LEFT if sender.is_cancelled() else COMPLETE
+            if sender.is_cancelled():
+                self.library.Logger.log_info(f"{self.name}: the client left after {sent} pieces")
         except Exception as error:
             sender.send(self.response(error))
         finally:
-            try:
-                self.counts.add(end, sent)
-            finally:
-                sender.send(flags=self.library.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            sender.send(flags=self.library.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def response(self, answer: Mapping[str, Array] | Exception) -> Any:
         """Return arrays as a response of Triton; an error too, with its message where it is the request's."""
@@ -118,24 +115,6 @@ class TritonPythonModel:
         if self.pool is not None:
             self.pool.shutdown()
         self.bundle.close()
-
-
-class StreamCounts:
-    """Count streamed answers by how they ended, and their pieces: two of the metrics that the server shows."""
-
-    def __init__(self, library: Any, labels: Mapping[str, str]) -> None:
-        counter = library.MetricFamily.COUNTER
-        self.families = (  # kept: their metrics end with them
-            library.MetricFamily("transom_streams", "Streamed answers, by how they ended", counter),
-            library.MetricFamily("transom_stream_pieces", "Pieces of streamed answers that were sent", counter),
-        )
-        streams, pieces = self.families
-        self.ends = {end: streams.Metric(labels={**labels, "end": end}) for end in (COMPLETE, LEFT, FAILURE)}
-        self.pieces = pieces.Metric(labels=dict(labels))
-
-    def add(self, end: str, pieces: int) -> None:
-        self.ends[end].increment(1)
-        self.pieces.increment(pieces)
 
 
 def settings_of(args: Mapping[str, str]) -> Settings:

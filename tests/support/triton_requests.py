@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import queue
+import re
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +27,8 @@ LIBRARIES: Mapping[str, Any] = {"http": tritonclient.http, "grpc": tritonclient.
 class Triton:
     """A running server and clients of it. A client belongs to one thread: each call makes its own."""
 
-    def __init__(self, ports: Mapping[str, int]) -> None:
+    def __init__(self, ports: Mapping[str, int], log: Path) -> None:
+        self.log = log
         self.addresses = {protocol: f"127.0.0.1:{port}" for protocol, port in ports.items()}
 
     def ask(self, protocol: str, model: str, request: Request) -> dict[str, Array]:
@@ -86,13 +88,10 @@ class Triton:
             (found,) = client.get_inference_statistics(model)["model_stats"]
         return dict(found)
 
-    def metric(self, name: str, **labels: str) -> float:
-        """Return the value of one of the server's metrics."""
-        with urllib.request.urlopen(f"http://{self.addresses['metrics']}/metrics", timeout=PATIENCE_S) as answer:
-            lines = [line.decode() for line in answer if line.startswith(f"{name}{{".encode())]
-        wanted = [f'{label}="{value}"' for label, value in labels.items()]
-        (found,) = [line for line in lines if all(label in line for label in wanted)]
-        return float(found.split()[-1])
+    def left(self, model: str) -> list[int]:
+        """Return how many pieces were sent of each stream that its client left, as the server's log has them."""
+        found = re.findall(rf"\b{model}: the client left after (\d+) pieces", self.log.read_text("utf-8", "replace"))
+        return [int(pieces) for pieces in found]
 
     def live(self) -> bool:
         with tritonclient.http.InferenceServerClient(self.addresses["http"]) as client:
@@ -126,6 +125,6 @@ def running(*repositories: Path, log: Path) -> Iterator[Triton]:
     """Run the server of examples/triton_server.py on free ports until the end of the block."""
     ports = {"http": free_port(), "grpc": free_port(), "metrics": free_port()}
     options = [word for name, port in ports.items() for word in (f"--{name}-port", port)]
-    triton = Triton(ports)
+    triton = Triton(ports, log)
     with server(example("triton_server.py", *repositories, *options), triton.live, log):
         yield triton

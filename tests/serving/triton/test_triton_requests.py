@@ -136,46 +136,36 @@ def long_request() -> Request:
     return Request({"text": bytes_of(["It is a truth"])}, parameters)
 
 
-def ended(triton: Triton) -> tuple[float, float, float]:
-    """Return how many streams of the GPT came to their end, how many were left, and how many pieces were sent."""
-    ends = [triton.metric("transom_streams", model="gpt_stream", end=end) for end in ("complete", "left")]
-    return ends[0], ends[1], triton.metric("transom_stream_pieces", model="gpt_stream")
-
-
-def await_end(triton: Triton, before: tuple[float, float, float]) -> tuple[float, float, float]:
-    """Return what was added when one more stream has ended."""
+def pieces_when_left(triton: Triton, before: int) -> int:
+    """Return how many pieces the latest stream that was left had; there were ``before`` others."""
     until = time.monotonic() + PATIENCE_S
-    while (now := ended(triton))[:2] == before[:2]:
+    while len(triton.left("gpt_stream")) == before:
         assert time.monotonic() < until, "the stream did not end"
         time.sleep(0.05)
-    return now[0] - before[0], now[1] - before[1], now[2] - before[2]
-
-
-def test_streams_are_counted(triton: Triton, long_request: Request) -> None:
-    before = ended(triton)
-    pieces = triton.pieces("gpt_stream", Request(long_request.inputs, {"max_new_tokens": 20}))
-    assert await_end(triton, before) == (1, 0, len(pieces))
+    return triton.left("gpt_stream")[-1]
 
 
 def test_a_client_that_leaves_ends_the_generation(triton: Triton, long_request: Request) -> None:
-    before = ended(triton)
+    before = len(triton.left("gpt_stream"))
     with triton.stream("gpt_stream", long_request) as stream:
         assert len(list(islice(stream, 2))) == 2
-    complete, left, pieces = await_end(triton, before)
-    assert (complete, left) == (0, 1)
-    assert 2 <= pieces < LONG / 2
+    assert 2 <= pieces_when_left(triton, before) < LONG / 2
     assert triton.pieces("gpt_stream", Request(long_request.inputs, {"max_new_tokens": 2}))
 
 
 def test_a_client_that_leaves_http_ends_the_generation(triton: Triton, long_request: Request) -> None:
-    before = ended(triton)
+    before = len(triton.left("gpt_stream"))
     body = {"text": "It is a truth", **long_request.parameters}
     with triton.open_generate_stream("gpt_stream", body) as answer:
         assert json.loads(answer.readline().removeprefix(b"data: "))["generated_text"]
-    complete, left, pieces = await_end(triton, before)
-    assert (complete, left) == (0, 1)
-    assert 1 <= pieces < LONG / 2
+    assert 1 <= pieces_when_left(triton, before) < LONG / 2
     assert triton.generate_stream("gpt_stream", {"text": "It is a truth", "max_new_tokens": 2})
+
+
+def test_a_client_that_stays_is_none_that_left(triton: Triton, long_request: Request) -> None:
+    before = triton.left("gpt_stream")
+    assert triton.pieces("gpt_stream", Request(long_request.inputs, {"max_new_tokens": 20}))
+    assert triton.left("gpt_stream") == before
 
 
 @pytest.mark.parametrize(
