@@ -11,6 +11,7 @@ from pathlib import Path
 import grpc
 import httpx
 import numpy as np
+import psutil
 import pytest
 
 from kserve_requests import GRPC, REST, Running, refusal
@@ -157,10 +158,14 @@ def test_bundles_that_cannot_be_served_are_named_at_the_start(tmp_path: Path) ->
     assert done.stderr.splitlines()[-1] == "kserve_predictor: no bundle could be loaded."
 
 
-def test_one_bundle_may_be_called_otherwise_and_the_server_ends_when_told(tmp_path: Path) -> None:
+def test_a_server_of_one_bundle_that_is_called_otherwise_listens_here_alone_and_ends_when_told(tmp_path: Path) -> None:
     found, command = Running.command(tmp_path / "log", KEPT / TEXTS, "--model_name", "words")
     with server(command, lambda: found.ready(GRPC, "words"), found.log) as process:
         answer = found.infer(REST, "words", Request({"text": THE}, {"top_k": 1}))
         assert answer["label"].shape == (1, 1)
+        connections = psutil.Process(process.pid).connections()  # kserve brings psutil
+        addresses = [found.laddr.ip for found in connections if found.status == psutil.CONN_LISTEN]
+        listening = {address.removeprefix("::ffff:") for address in addresses}
+        assert listening == {"127.0.0.1"}  # KServe itself listens on every address
         process.terminate()
         assert process.wait(PATIENCE_S) in (0, -15)
