@@ -85,8 +85,11 @@ class TritonPythonModel:
             return [error] * len(requests)
 
     def send(self, request: Request, sender: Any) -> None:
-        """Send an answer in pieces, until its end or until the client is gone, then the flag of the last response."""
-        sent = 0
+        """Send an answer in pieces, until its end or until the client is gone, then the flag of the last response.
+
+        An error is the last response itself: with the flag sent behind it, Triton never lets go of the request.
+        """
+        sent, final = 0, self.library.TRITONSERVER_RESPONSE_COMPLETE_FINAL
         try:
             with closing(self.service.stream(request)) as pieces:  # frees its cache
                 for piece in until(sender.is_cancelled, pieces):
@@ -94,10 +97,9 @@ class TritonPythonModel:
                     sent += 1
             if sender.is_cancelled():
                 self.library.Logger.log_info(f"{self.name}: the client left after {sent} pieces")
+            sender.send(flags=final)
         except Exception as error:
-            sender.send(self.response(error))
-        finally:
-            sender.send(flags=self.library.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            sender.send(self.response(error), flags=final)
 
     def response(self, answer: Mapping[str, Array] | Exception) -> Any:
         """Return arrays as a response of Triton; an error too, with its message where it is the request's."""

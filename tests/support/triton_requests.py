@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import queue
 import re
+import subprocess
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ LIBRARIES: Mapping[str, Any] = {"http": tritonclient.http, "grpc": tritonclient.
 
 class Triton:
     """A running server and clients of it. A client belongs to one thread: each call makes its own."""
+
+    process: subprocess.Popen[bytes]  # of examples/triton_server.py
 
     def __init__(self, ports: Mapping[str, int], log: Path) -> None:
         self.log = log
@@ -126,5 +129,5 @@ def running(*repositories: Path, log: Path) -> Iterator[Triton]:
     ports = {"http": free_port(), "grpc": free_port(), "metrics": free_port()}
     options = [word for name, port in ports.items() for word in (f"--{name}-port", port)]
     triton = Triton(ports, log)
-    with server(example("triton_server.py", *repositories, *options), triton.live, log):
+    with server(example("triton_server.py", *repositories, *options), triton.live, log) as triton.process:
         yield triton
