@@ -27,6 +27,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -52,7 +53,7 @@ from transom.runtime.serving.ports import Array
 from transom.runtime.serving.service import Request, Service, parsed
 from transom.runtime.serving.tasks import task_operation
 
-RETRIES = 3  # of a block whose worker died: rows that kill each worker that reads them must not do so for ever
+TRIES = 4  # of a block: Ray starts workers that died again, and rows that kill each of them must not do so for ever
 MOST_TASKS = 10_000  # of Ray; where there are more blocks, a task does several
 OBJECT_STORE_BYTES = 128 << 20  # little goes through it: workers read and write files themselves
 
@@ -98,6 +99,10 @@ class Worker:
         path = self.job.shard(block)
         if path.exists():
             return
+        with tries_of(path).open("ab") as file:
+            file.write(b".")
+            if file.tell() > TRIES:
+                raise TransomError(f"{TRIES} workers died at the rows from {pieces[0].file}:{pieces[0].first} on.")
         waiting = self.reader.rows(pieces)
         ids: list[Name] = []
         answers: list[Answer] = []
@@ -109,6 +114,7 @@ class Worker:
             write_vectors(path, self.operation.outputs[0], answers, self.width)  # last, since it says that all is there
         else:
             write_table(path, self.operation.outputs, ids, answers)
+        tries_of(path).unlink(missing_ok=True)
 
     def answers(self, rows: Sequence[Row]) -> list[Answer]:
         """Return each row's answer, or what is wrong with it."""
@@ -141,13 +147,17 @@ def failures(job: Job, blocks: Iterable[int]) -> int:
 @contextmanager
 def started_ray(options: argparse.Namespace) -> Iterator[Any]:
     """Start Ray on the loopback address, or go to a cluster; InputError where it has too few CPUs or GPUs."""
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what is wrong with a worker is raised
+    if not options.address:  # a secret for this run; Ray would keep one in the home folder
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # elsewhere too: this keeps it on the loopback address
     try:
         import ray
         import ray.data
     except ModuleNotFoundError as error:
         raise InputError(f"{error.name} is missing: pip install 'transom[ray]'.") from None
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns of the progress bars
     with TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
         here: dict[str, Any] = {
             "num_cpus": options.workers * options.threads,
@@ -157,7 +167,12 @@ def started_ray(options: argparse.Namespace) -> Iterator[Any]:
             "_temp_dir": folder,  # its logs
         }
         try:
-            ray.init(options.address or "local", logging_level=logging.WARNING, **({} if options.address else here))
+            ray.init(
+                options.address or "local",
+                logging_level=logging.WARNING,
+                log_to_driver=False,
+                **({} if options.address else here),
+            )
             signal.signal(signal.SIGTERM, stop)  # Ray has put its own in the place of it
             check_resources(ray.cluster_resources(), options)
             yield ray
@@ -175,6 +190,11 @@ def check_resources(there: Mapping[str, float], options: argparse.Namespace) -> 
             raise InputError(
                 f"{options.workers} workers need {needed:g} {kind}s, Ray has {there.get(kind, 0):g}; ask for fewer."
             )
+
+
+def tries_of(shard: Path) -> Path:
+    """Return the file that has a byte for each worker that began this shard."""
+    return shard.with_name(f".{shard.name}.tries")
 
 
 def work(job: Job, blocks: Mapping[int, Sequence[Piece]], options: argparse.Namespace, console: Console) -> None:
@@ -197,8 +217,6 @@ def work(job: Job, blocks: Mapping[int, Sequence[Piece]], options: argparse.Name
             batch_format="numpy",
             num_cpus=options.threads,
             num_gpus=options.gpus_per_worker,
-            max_restarts=-1,
-            max_task_retries=RETRIES,
         )
         total = sum(map(size_of, blocks.values()))
         with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console) as progress:
@@ -284,7 +302,7 @@ def plan(options: argparse.Namespace) -> tuple[Job, dict[str, Any], dict[int, li
 
 @contextmanager
 def held(out: Path, depends: Mapping[str, Any]) -> Iterator[None]:
-    """Keep other runs out of OUT, and what a run that was killed left half-written; InputError for another job's."""
+    """Keep other runs out of OUT while the block runs; InputError where there is one, or shards of another job."""
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("w") as lock:
         try:
@@ -302,11 +320,18 @@ def held(out: Path, depends: Mapping[str, Any]) -> Iterator[None]:
         else:
             with replacing(path) as file:
                 file.write(json.dumps(depends, indent=1).encode())
+        clear(out)  # of a run that was killed
         try:
             yield
         finally:
-            for partial in out.glob(".part-*.partial"):
-                partial.unlink(missing_ok=True)
+            clear(out)
+
+
+def clear(out: Path) -> None:
+    """Delete what workers that died left: files half-written, and counts of their tries."""
+    for pattern in (".part-*.partial", ".part-*.tries"):
+        for path in out.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def run(options: argparse.Namespace) -> int:

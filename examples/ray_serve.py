@@ -27,6 +27,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import signal
 import socket
 import sys
@@ -39,7 +40,8 @@ from typing import Any
 
 import numpy as np
 
-os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before Ray is imported
+# Before Ray is imported: no usage data, and a secret for this run where Ray would keep one in the home folder
+os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 import ray
 from ray import serve
