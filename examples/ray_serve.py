@@ -42,6 +42,7 @@ import numpy as np
 
 # Before Ray is imported: no usage data, and a secret for this run where Ray would keep one in the home folder
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # elsewhere too: this keeps Ray on the loopback address
 
 import ray
 from ray import serve
