@@ -142,6 +142,7 @@ class Served:
     """A replica: a loaded bundle. It is asked over HTTP."""
 
     def __init__(self, bundle: str, device: str, threads: int, max_batch: int, wait_s: float) -> None:
+        keep_inside()
         self.bundle = load(bundle, device=device, threads=threads)
         self.service = Service(task_operation(self.bundle))
         self.streams = 0  # that are generating
@@ -232,6 +233,15 @@ class Served:
 
     def ended(self) -> None:
         self.streams -= 1
+
+
+def keep_inside() -> None:
+    """Have the server by which Ray Serve reaches this replica listen on the loopback address: it has no setting."""
+    from ray.serve._private import replica
+
+    add: Any = getattr(replica, "add_port_to_grpc_server", None)
+    if add is not None:
+        replica.add_port_to_grpc_server = lambda server, address: add(server, address.replace("[::]", LOOPBACK))
 
 
 async def body_of(http: HttpRequest) -> bytes:
@@ -353,8 +363,9 @@ def main() -> int:
         except KeyboardInterrupt:
             return 130
         finally:
-            serve.shutdown()
-            ray.shutdown()
+            if ray.is_initialized():
+                serve.shutdown()
+                ray.shutdown()
     return 0
 
 

@@ -19,12 +19,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from command_line import changed_bundle
 from paths import KEPT
 from processes import descendants, listening_addresses
 from serving_engines import example, png
 from time_limits import PATIENCE_S
 from transom.runtime import load
-from transom.runtime.manifest import MANIFEST, manifest_sha256
 
 BERT, VIT, CLIP = KEPT / "bert-fp32", KEPT / "vit-fp32", KEPT / "clip-fp32"
 WORDS = ("the", "a", "of", "in", "is", "man", "city", "paris", "water", "day", "eats", "sees", "red", "green", "blue")
@@ -161,7 +161,10 @@ def test_interrupted_it_ends_and_the_same_command_does_the_rest(
     wait_for(process, lambda: len(shards_in(out)) >= 2)
     below = set(descendants(process.pid))
     assert listening_addresses(below | {process.pid}) <= {"127.0.0.1"}
-    os.killpg(process.pid, kind)  # all of them, as a terminal does
+    if kind == signal.SIGINT:
+        os.killpg(process.pid, kind)  # all of them, as a terminal does
+    else:
+        process.send_signal(kind)
     _, stderr = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == status, stderr
     assert "Traceback" not in stderr
@@ -221,14 +224,14 @@ def test_files_of_every_kind_and_rows_that_fail_alone(tmp_path: Path) -> None:
     assert all(row["label"] is row["score"] is None for row in found if row["error"])
     for place, said in {
         ("a.txt", 2): "the line is empty.",
-        ("a.txt", 3): "Export again with --max S=",
+        ("a.txt", 3): "at most 7 fit.",
         ("a.txt", 5): "text is not UTF-8 (byte 0)",
         ("b.jsonl", 2): "the line is no JSON",
         ("b.jsonl", 3): "the line is a JSON list; expected an object.",
         ("b.jsonl", 4): "the row has no 'body', which is read for text.",
         ("b.jsonl", 5): "text holds a int; expected bytes.",
         ("c.parquet", 2): "the row has no 'body', which is read for text.",
-        ("c.parquet", 4): "Export again with --max S=",
+        ("c.parquet", 4): "at most 7 fit.",
     }.items():
         assert said in errors[place]
 
@@ -293,13 +296,8 @@ def test_captions_labels_of_ones_own_and_token_ids(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def embedder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small BERT without its labels: it embeds."""
-    folder = tmp_path_factory.mktemp("embedder") / "bundle"
-    shutil.copytree(BERT, folder)
-    manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["task"] = "feature-extraction"
-    manifest["manifest_sha256"] = manifest_sha256(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest))
-    return folder
+    folder = tmp_path_factory.mktemp("embedder")
+    return changed_bundle(BERT, folder, lambda manifest: manifest.update(task="feature-extraction"))
 
 
 def test_vectors_as_numpy_shards_with_ids_beside(embedder: Path, tmp_path: Path) -> None:
