@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from paths import KEPT, REPO
 from served_requests import of_bytes, request_for
+from served_requests import png as random_png
 from transom.runtime.graph_spec import shape_of
 from transom.runtime.serving.operation import Operation
 from transom.runtime.serving.service import Request, Service
@@ -39,6 +40,11 @@ Array = NDArray[Any]
 def bytes_of(*rows: Sequence[str | bytes]) -> Array:
     """Return a tensor of bytes (rows, values)."""
     return of_bytes([[value.encode() if isinstance(value, str) else value for value in row] for row in rows])
+
+
+def png(seed: int) -> bytes:
+    """Return the file of a random image."""
+    return random_png(np.random.default_rng(seed))
 
 
 def task_requests(bundle: LoadedBundle, operation: Operation) -> list[Request]:
