@@ -19,10 +19,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+import served_requests
 from command_line import changed_bundle
 from paths import KEPT
 from processes import descendants, listening_addresses
-from serving_engines import example, png
+from serving_engines import example
 from time_limits import PATIENCE_S
 from transom.runtime import load
 
@@ -41,6 +42,10 @@ def run(*arguments: str | Path | int, status: int = 0) -> str:
     assert (done.returncode, done.stdout) == (status, ""), done.stderr
     assert "Traceback" not in done.stderr, done.stderr
     return done.stderr
+
+
+def png(seed: int) -> bytes:
+    return served_requests.png(np.random.default_rng(seed))
 
 
 def rows_of(out: Path) -> list[dict[str, Any]]:
@@ -144,6 +149,35 @@ def test_workers_that_are_killed_lose_no_row_and_write_none_twice(
     _, stderr = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, stderr
     require_complete(out, labelled)
+
+
+def test_rows_that_kill_every_worker_end_the_job_and_keep_the_others(
+    tmp_path: Path, started: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """A pipe that nobody writes to holds the worker up, until it is killed."""
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    (folder / "good").write_bytes(png(1))
+    os.mkfifo(folder / "held")
+    (folder / "a.jsonl").write_text("".join(json.dumps({"image": name}) + "\n" for name in ("good", "held", "good")))
+    arguments = (VIT, folder, "--out", out, "--workers", 1, "--block", 1)
+    process = started(*arguments)
+    tries = out / ".part-000001.parquet.tries"
+    for number in range(1, 5):
+        wait_for(process, lambda number=number: tries.exists() and tries.stat().st_size == number)  # type: ignore[misc]
+        os.kill(workers_of(process)[0], signal.SIGKILL)
+    _, stderr = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 1
+    assert "ray_batch: a worker failed: 4 workers died at the rows from a.jsonl:2 on." in stderr
+    assert "Traceback" not in stderr
+    assert "part-000001.parquet" not in {path.name for path in shards_in(out)}
+    assert list(out.glob(".part-*")) == []
+
+    (folder / "held").unlink()
+    (folder / "held").write_bytes(png(2))
+    run(*arguments)
+    with load(VIT, threads=1) as vit:
+        assert [answer_of(row) for row in rows_of(out)] == vit.classify([png(1), png(2), png(1)])
 
 
 @pytest.mark.parametrize(("kind", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
