@@ -90,9 +90,13 @@ class Worker:
 
     def __call__(self, batch: Mapping[str, Array]) -> dict[str, Array]:
         """Do blocks of Ray Data's batch: columns ``block``, a number, and ``pieces``, JSON."""
+        problem = ""  # not raised, since Ray would wrap it, and take the machine for the cause
         for block, pieces in zip(batch["block"], batch["pieces"], strict=True):
-            self.do(int(block), [Piece(*piece) for piece in json.loads(str(pieces))])
-        return {"rows": batch["rows"]}
+            try:
+                self.do(int(block), [Piece(*piece) for piece in json.loads(str(pieces))])
+            except (TransomError, OSError) as error:
+                problem = one_line(error)
+        return {"rows": batch["rows"], "problem": np.array([problem] * len(batch["rows"]), object)}
 
     def do(self, block: int, pieces: Sequence[Piece]) -> None:
         """Answer the rows of a block and write its shard, unless it is there: by a worker that died right after."""
@@ -157,7 +161,7 @@ def started_ray(options: argparse.Namespace) -> Iterator[Any]:
         import ray.data
     except ModuleNotFoundError as error:
         raise InputError(f"{error.name} is missing: pip install 'transom[ray]'.") from None
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it warns of the progress bars
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it warns of its progress bars; errors are raised
     with TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
         here: dict[str, Any] = {
             "num_cpus": options.workers * options.threads,
@@ -223,6 +227,8 @@ def work(job: Job, blocks: Mapping[int, Sequence[Piece]], options: argparse.Name
             bar = progress.add_task("rows", total=total)
             try:
                 for row in done.iter_rows():
+                    if row["problem"]:
+                        raise TransomError(f"a worker failed: {row['problem']}")
                     progress.advance(bar, int(row["rows"]))
             except ray.exceptions.RayError as error:
                 raise TransomError(reason(error)) from None
@@ -233,11 +239,9 @@ def size_of(pieces: Iterable[Piece]) -> int:
 
 
 def reason(error: BaseException) -> str:
-    """Return why a worker failed: what it raised, which Ray wraps, or what Ray says."""
-    inner: Any = error
-    while (next_ := getattr(inner, "cause", None) or inner.__cause__) is not None:
-        inner = next_
-    return f"a worker failed: {one_line(inner)}"
+    """Return why a worker failed: the last line of what Ray says, which is of the innermost error."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"a worker failed: {lines[-1].strip() if lines else type(error).__name__}"
 
 
 def columns_of(operation: Operation, words: Sequence[str], constants: Iterable[str]) -> dict[str, str]:
