@@ -14,7 +14,7 @@ from serving_engines import example
 from time_limits import PATIENCE_S
 from transom.export.triton.repository import Options, write_repository
 from transom.runtime.serving.service import Request
-from triton_requests import Triton, running
+from triton_requests import running
 
 IDS = np.array([[1, 2, 3]])
 
@@ -30,18 +30,14 @@ def test_the_server_ends_by_itself_after_streams(models: Path, tmp_path: Path, m
     (tmp_path / "temporary").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     with running(models, log=tmp_path / "log") as triton:
-        stream(triton, {"max_new_tokens": 2})
-        with pytest.raises(InferenceServerException, match="unknown parameter"):
-            stream(triton, {"max_tokens": 2})
-        with triton.stream("gpt-fp32_stream", Request({"input_ids": IDS})) as pieces:
-            next(pieces)
+        assert triton.pieces("gpt-fp32_stream", Request({"input_ids": IDS}, {"max_new_tokens": 2}))
+        with pytest.raises(InferenceServerException, match="the prompt is 99 tokens"):
+            triton.pieces("gpt-fp32_stream", Request({"input_ids": np.ones((1, 99), np.int64)}))
+        with triton.open_generate_stream("gpt-fp32_stream", {"input_ids": [1, 2, 3]}) as answer:
+            assert answer.readline()
         triton.process.terminate()
         assert triton.process.wait(PATIENCE_S) == 0
     assert not list((tmp_path / "temporary").glob("transom-triton-*"))
-
-
-def stream(triton: Triton, parameters: dict[str, int]) -> None:
-    assert triton.pieces("gpt-fp32_stream", Request({"input_ids": IDS}, parameters))
 
 
 def test_a_repository_that_is_not_there() -> None:
