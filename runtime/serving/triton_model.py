@@ -87,7 +87,7 @@ class TritonPythonModel:
     def send(self, request: Request, sender: Any) -> None:
         """Send an answer in pieces, until its end or until the client is gone, then the flag of the last response.
 
-        An error has the flag itself: with the flag behind it, Triton keeps the request of a client that left in between.
+        An error has the flag itself: behind it, Triton would keep the request of a client that left in between.
         """
         sent, final = 0, self.library.TRITONSERVER_RESPONSE_COMPLETE_FINAL
         try:
