@@ -33,9 +33,17 @@ from batching_queue import BatchingQueue, Sent, send_at
 from transom.runtime import load
 from transom.runtime.backends.ort_library import onnxruntime
 from transom.runtime.bench import Effort, example_feeds
+from transom.runtime.capacity.queueing import (
+    Batching,
+    Times,
+    most_per_s,
+    poisson_arrivals,
+    serve,
+    service_table,
+    simulate,
+)
+from transom.runtime.capacity.service_times import measure_service_times, work_of
 from transom.runtime.host import cpu_name, instruction_set, usable_cores
-from transom.runtime.queueing import Batching, Times, most_per_s, poisson_arrivals, serve, service_table, simulate
-from transom.runtime.service_times import measure_service_times, work_of
 from transom.runtime.serving.operation import Operation
 from transom.runtime.serving.service import Request, Service
 from transom.runtime.serving.tasks import task_operation

@@ -14,7 +14,7 @@ from transom.cli.progress import progress
 from transom.runtime.format import milliseconds, sizes_text
 
 if TYPE_CHECKING:
-    from transom.runtime.capacity import Alternative, CapacityReport
+    from transom.runtime.capacity.plan import Alternative, CapacityReport
 
 UNITS_MS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 
@@ -111,7 +111,7 @@ def capacity(
     delay_ms = None if queue_delay is None else time_ms(queue_delay, "--queue-delay", zero=True)
     asked = sizes(shape, "--shape") if shape else {}
     with progress(quiet=as_json) as report:
-        from transom.runtime import capacity as runtime
+        from transom.runtime.capacity import plan as runtime
 
         found = runtime.capacity(
             bundle,

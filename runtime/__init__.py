@@ -10,6 +10,7 @@
     backends/, devices          ONNX Runtime, TensorRT, the GPU below them; what "auto" means
     selftest, golden*, greedy_check, compare    outputs compared with golden values
     bench, host, probe, saturation              times, and the machine that they belong to
+    serving/, capacity/                         bundles behind servers, and how many of them; never imported here
 
 Needs numpy, onnxruntime, tokenizers and pillow; never torch or onnx. Importing this package costs
 next to nothing: the libraries are imported when the first bundle is loaded.

@@ -13,7 +13,7 @@ import pytest
 from paths import KEPT, REPO
 from time_limits import PATIENCE_S
 from transom.runtime import load
-from transom.runtime.service_times import work_of
+from transom.runtime.capacity.service_times import work_of
 from transom.runtime.serving.service import Service
 
 

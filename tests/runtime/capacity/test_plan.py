@@ -10,13 +10,14 @@ import pytest
 
 from command_line import changed_bundle
 from paths import KEPT
-from transom.runtime import capacity as capacity_module
-from transom.runtime import load, queueing
+from transom.runtime import load
 from transom.runtime.bench import Effort
-from transom.runtime.capacity import MOST_REPLICAS, capacity, fewest_replicas, plan_replicas, replicas_here
+from transom.runtime.capacity import plan as capacity_module
+from transom.runtime.capacity import queueing
+from transom.runtime.capacity.plan import MOST_REPLICAS, capacity, fewest_replicas, plan_replicas, replicas_here
+from transom.runtime.capacity.queueing import Batching
+from transom.runtime.capacity.service_times import batch_sizes, measure_service_times, service_time, work_of
 from transom.runtime.errors import InputError, ShapeError
-from transom.runtime.queueing import Batching
-from transom.runtime.service_times import batch_sizes, measure_service_times, service_time, work_of
 
 CONSTANT = {1: [10.0], 2: [12.0], 4: [16.0]}  # ms: 100, 167 and 250 requests a second of one replica
 SHORT: dict[str, Any] = {"runs": 3, "seconds": 0.0}

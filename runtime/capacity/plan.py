@@ -16,13 +16,13 @@ import numpy as np
 
 from transom.runtime.backends.ort_library import onnxruntime
 from transom.runtime.bench import Effort
+from transom.runtime.capacity.neighbours import neighbours
+from transom.runtime.capacity.queueing import Batching, Expected, Times, most_per_s, service_table, simulate
+from transom.runtime.capacity.service_times import ServiceTime, measure_service_times, service_time, work_of
 from transom.runtime.errors import InputError
 from transom.runtime.host import cpu_name, instruction_set, usable_cores
 from transom.runtime.loading import load
-from transom.runtime.neighbours import neighbours
 from transom.runtime.progress import Progress, silent
-from transom.runtime.queueing import Batching, Expected, Times, most_per_s, service_table, simulate
-from transom.runtime.service_times import ServiceTime, measure_service_times, service_time, work_of
 
 MOST_REPLICAS = 1000  # beyond, replicas grow in proportion to the rate
 ALIKE = 1.02  # a p99 within 2 % of another is no better than it

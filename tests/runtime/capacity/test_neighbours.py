@@ -13,8 +13,8 @@ import pytest
 
 from paths import KEPT
 from time_limits import PATIENCE_S
+from transom.runtime.capacity.neighbours import neighbours
 from transom.runtime.errors import BackendError
-from transom.runtime.neighbours import neighbours
 
 BERT, GPT = KEPT / "bert-fp32", KEPT / "gpt-fp32"
 
@@ -53,7 +53,7 @@ def test_one_that_cannot_start_says_why(tmp_path: Path) -> None:
 def test_they_end_when_the_process_that_started_them_is_killed(tmp_path: Path) -> None:
     code = (
         "import sys, time\n"
-        "from transom.runtime.neighbours import neighbours\n"
+        "from transom.runtime.capacity.neighbours import neighbours\n"
         "with neighbours(1, sys.argv[1], {}, {}, threads=1):\n"
         "    print('in it', flush=True)\n"
         "    time.sleep(1000)\n"

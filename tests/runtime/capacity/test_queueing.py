@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from transom.runtime.queueing import (
+from transom.runtime.capacity.queueing import (
     RUNS,
     Batching,
     Served,

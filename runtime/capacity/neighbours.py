@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from os import PathLike
 from typing import Any
 
+from transom.runtime.capacity.service_times import work_of
 from transom.runtime.errors import BackendError, TransomError, one_line
 from transom.runtime.loading import load
 from transom.runtime.progress import Progress, silent
-from transom.runtime.service_times import work_of
 
 READY = "ready"
-CODE = "from transom.runtime.neighbours import keep_busy; keep_busy()"
+CODE = "from transom.runtime.capacity.neighbours import keep_busy; keep_busy()"
 PATIENCE_S = 10  # for a process to end by itself
 
 
