@@ -83,20 +83,25 @@ class Worker:
     def __init__(self, job: Job) -> None:
         os.environ.setdefault("RAYON_NUM_THREADS", str(job.threads))  # the tokenizer's
         self.job = job
-        self.bundle = load(job.bundle, device=job.device, threads=job.threads)
-        self.operation = task_operation(self.bundle)
+        self.problem = ""  # errors are returned: raised ones Ray wraps, prints with its own calls, and may try again
+        try:
+            self.bundle = load(job.bundle, device=job.device, threads=job.threads)
+            self.operation = task_operation(self.bundle)
+        except (TransomError, OSError) as error:
+            self.problem = one_line(error)
+            return
         self.service = Service(self.operation)
         self.reader = RowReader(Path(job.folder), self.operation.inputs, job.columns)
 
     def __call__(self, batch: Mapping[str, Array]) -> dict[str, Array]:
         """Do blocks of Ray Data's batch: columns ``block``, a number, and ``pieces``, JSON."""
-        problem = ""  # not raised, since Ray would wrap it, and take the machine for the cause
         for block, pieces in zip(batch["block"], batch["pieces"], strict=True):
             try:
-                self.do(int(block), [Piece(*piece) for piece in json.loads(str(pieces))])
+                if not self.problem:
+                    self.do(int(block), [Piece(*piece) for piece in json.loads(str(pieces))])
             except (TransomError, OSError) as error:
-                problem = one_line(error)
-        return {"rows": batch["rows"], "problem": np.array([problem] * len(batch["rows"]), object)}
+                self.problem = one_line(error)
+        return {"rows": batch["rows"], "problem": np.array([self.problem] * len(batch["rows"]), object)}
 
     def do(self, block: int, pieces: Sequence[Piece]) -> None:
         """Answer the rows of a block and write its shard, unless it is there: by a worker that died right after."""
@@ -314,7 +319,7 @@ def held(out: Path, depends: Mapping[str, Any]) -> Iterator[None]:
         except BlockingIOError:
             raise InputError(f"another run is writing to {out}; wait for it, or give another --out.") from None
         path = out / "job.json"
-        if path.exists():
+        if path.exists() and any(out.glob("part-*")):
             before = json.loads(path.read_bytes())
             changed = [name for name, value in depends.items() if before.get(name) != value]
             if changed:

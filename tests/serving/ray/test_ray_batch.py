@@ -398,6 +398,16 @@ def test_what_cannot_be_done_is_said_in_one_line_before_anything_is_written(tmp_
     assert not out.exists()
 
 
+def test_what_workers_lack_is_said_in_one_line(tmp_path: Path) -> None:
+    lines = tmp_path / "lines.txt"
+    lines.write_text("the man\n")
+    arguments = (BERT, lines, "--out", tmp_path / "out", "--workers", 1)
+    said = run(*arguments, "--device", "cuda", status=1)
+    assert "\nray_batch: a worker failed: device 'cuda' was asked for; onnxruntime" in said
+    said = run(*arguments, "--device", "cpu", "--gpus-per-worker", 64, status=1)  # another job, but no shard is there
+    assert "1 workers need 64 GPUs, Ray has " in said
+
+
 def test_shards_of_another_job_and_a_second_run_are_refused(tmp_path: Path) -> None:
     lines, out = tmp_path / "lines.txt", tmp_path / "out"
     lines.write_text("the man\na city\n")
