@@ -71,7 +71,7 @@ def text_of(bundle: Any) -> str:
     """Return a text of TOKENS tokens."""
     for count in range(TOKENS):
         text = " ".join(WORDS[number % len(WORDS)] for number in range(count))
-        (row,) = bundle.tokenizer().encode([text or "a"]).rows
+        (row,) = bundle.tokenizer().encode([text or "a"], truncate=False).rows
         if len(row.ids) == TOKENS:
             return text
     raise SystemExit(f"no text of {TOKENS} tokens was found")
@@ -185,8 +185,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path, help="an embedding bundle with a tokenizer")
     parser.add_argument("--callers", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=6, help="of each side in a round")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--sweep-rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=2, help="of each side in a round")
     parser.add_argument("--config", default="2,1,8,0", help="INSTANCES,THREADS,MAX-BATCH,DELAY-US (%(default)s)")
     parser.add_argument("--sweep", action="store_true", help="measure other configurations, over gRPC")
     parser.add_argument("--write", action="store_true", help=f"renew {PAGE.name}")
@@ -210,7 +211,8 @@ def main() -> int:
         swept: list[str] = []
         if options.sweep:
             sides = {each.name: served(triton, "grpc", each.name, text) for each in configs}
-            swept = table(alternated({best: runtime[best], **sides}, 3, options.callers, options.seconds), best)
+            rounds = alternated({best: runtime[best], **sides}, options.sweep_rounds, options.callers, options.seconds)
+            swept = table(rounds, best)
         with runtime[best]() as one, through["Triton, grpc"]() as two, through["Triton, http"]() as three:
             answers = [np.asarray(call()) for call in (one, two, three)]
     print("\n".join([*lines, "", *swept]))
@@ -233,7 +235,8 @@ queue delay {config.delay_us} µs.
 """
     other = (
         "\n## Other configurations, over gRPC\n\n"
-        "`i` instances, `t` threads of each, `b` largest batch, `d` queue delay in microseconds; 3 rounds.\n\n"
+        "`i` instances, `t` threads of each, `b` largest batch, `d` queue delay in microseconds; "
+        f"{options.sweep_rounds} rounds.\n\n"
     )
     return head + "\n" + "\n".join(lines) + "\n" + (other + "\n".join(swept) + "\n" if swept else "")
 
