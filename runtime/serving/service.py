@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
-from transom.runtime.errors import InputError
+from transom.runtime.errors import InputError, RowsError
 from transom.runtime.generation.field_specs import FieldSpec
 from transom.runtime.serving.operation import Operation, Row
 from transom.runtime.serving.ports import Array
@@ -81,7 +81,7 @@ class Service:
         except InputError as error:
             places = dict.fromkeys(entry.place for entry in entries)
             if len(places) == 1:
-                errors.setdefault(entries[0].place, error)
+                errors.setdefault(entries[0].place, of_one(error))
                 return
             for place in places:
                 self._call([entry for entry in entries if entry.place == place], parameters, answers, errors)
@@ -109,6 +109,11 @@ class Service:
                 yield self.operation.write([piece])
 
 
+def of_one(error: InputError) -> InputError:
+    """Return an error as whoever sent the request can use it: of rows that failed among others, the first's own."""
+    return error.errors[min(error.errors)] if isinstance(error, RowsError) else error
+
+
 def parsed(specs: Mapping[str, FieldSpec], given: Mapping[str, Any]) -> dict[str, Any]:
     """Return a request's parameters, those of text read as JSON; InputError for one that is unknown or out of range.
 
@@ -118,7 +123,7 @@ def parsed(specs: Mapping[str, FieldSpec], given: Mapping[str, Any]) -> dict[str
     for name, value in given.items():
         spec = specs.get(name)
         if spec is None:
-            near = get_close_matches(name, specs, n=1)
+            near = get_close_matches(str(name), specs, n=1)
             there = f"there are {', '.join(specs)}" if specs else "it takes none"
             raise InputError(
                 f"unknown parameter {name!r:.60}; " + (f"did you mean {near[0]}?" if near else f"{there}.")
@@ -128,7 +133,7 @@ def parsed(specs: Mapping[str, FieldSpec], given: Mapping[str, Any]) -> dict[str
             spec.parse(value)
         except ValueError:
             raise InputError(f"the parameter {name} is {value!r:.60}; expected {spec.expected}.") from None
-        found[name] = value
+        found[name] = json.loads(json.dumps(value, default=lambda number: number.tolist()))  # numpy's as Python's
     return found
 
 

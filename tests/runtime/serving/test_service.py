@@ -288,6 +288,39 @@ def test_parameters_as_text() -> None:
     assert parsed(specs, {"stop_strings": '["a", "b"]'}) == {"stop_strings": ["a", "b"]}
 
 
+def test_parameters_of_callers_in_python() -> None:
+    with load(KEPT / "vit-fp32", threads=1) as bundle:
+        service = Service(task_operation(bundle))
+        request = request_for(service.operation, 0)
+        plain, numpy_s, wrong = service.answer(
+            [Request(request.inputs, {"top_k": 2}), Request(request.inputs, {"top_k": np.int64(2)}),
+             Request(request.inputs, {3: 2})],  # type: ignore[dict-item]
+        )  # fmt: skip
+        same(plain, numpy_s)
+        assert str(wrong) == "unknown parameter 3; there are top_k."
+    with load(KEPT / "gpt-fp32", threads=1) as bundle:
+        service = Service(task_operation(bundle))
+        ids = np.array([[1, 2]])
+        lists, *others = service.answer(
+            [
+                Request({"input_ids": ids}, {"max_new_tokens": 3, "eos_token_id": end})
+                for end in ([5, 6], np.array([5, 6]))
+            ]
+        )
+        for other in others:
+            same(lists, other)
+
+
+def test_an_image_that_cannot_be_read_is_told_without_words_of_python() -> None:
+    with load(KEPT / "flamingo-fp32", threads=1) as bundle:
+        service = Service(task_operation(bundle))
+        good = png(np.random.default_rng(0))
+        one, second = service.answer([Request({"image": of_bytes(rows)}) for rows in ([[b"x"]], [[good], [b"x"]])])
+    assert str(one).startswith("image 0: the image of 1 bytes")
+    assert str(second).startswith("image 0 of prompt 1: the image of 1 bytes")
+    assert "return_exceptions" not in f"{one} {second}"
+
+
 def test_a_streamed_answer_has_no_blanks_around_it(flamingo_bundle: Path) -> None:
     """Its first token is " three"."""
     with load(flamingo_bundle, threads=1) as flamingo:
