@@ -157,8 +157,10 @@ def require_free(out: Path, models: Sequence[str], *, force: bool) -> None:
     try:
         if os.path.lexists(out) and not out.is_dir():
             raise ExportError(f"--out {out} is no folder; give that of a model repository, or a new one.")
-        if (out / MANIFEST).exists():
-            raise ExportError(f"--out {out} is a bundle; give the folder of a model repository, or a new one.")
+        for folder in (out, *out.resolve().parents):
+            if (folder / MANIFEST).exists():
+                where = "a bundle" if folder == out else f"in the bundle {folder}"
+                raise ExportError(f"--out {out} is {where}; give the folder of a model repository, or a new one.")
         for model in models:
             folder = out / model
             if not os.path.lexists(folder):

@@ -191,6 +191,12 @@ def test_a_place_that_is_no_repository(tmp_path: Path) -> None:
     bundle = bundle_at(tmp_path / "bundle")
     with pytest.raises(ExportError, match=r"--out .*bundle is a bundle; give the folder of a model repository"):
         write_repository(bundle, [BERT])
+    before = models(bundle)
+    (tmp_path / "inside").symlink_to(bundle, target_is_directory=True)
+    for inside in (bundle / "models", bundle / "graphs/models", tmp_path / "inside/models"):
+        with pytest.raises(ExportError, match=r"models is in the bundle .*bundle; give the folder of a model reposit"):
+            write_repository(inside, [BERT])
+    assert models(bundle) == before
     for place in ("", ".", "/", "x/.."):
         with pytest.raises(ExportError, match="expected the path of a folder, such as models"):
             write_repository(Path(place), [BERT])
