@@ -29,6 +29,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -54,6 +55,7 @@ from transom.runtime.serving.service import Request, Service, parsed
 from transom.runtime.serving.tasks import task_operation
 
 TRIES = 4  # of a block: Ray starts workers that died again, and rows that kill each of them must not do so for ever
+ANSWERS_S = 10  # a cluster that is there
 MOST_TASKS = 10_000  # of Ray; where there are more blocks, a task does several
 OBJECT_STORE_BYTES = 128 << 20  # little goes through it: workers read and write files themselves
 
@@ -158,7 +160,9 @@ def started_ray(options: argparse.Namespace) -> Iterator[Any]:
     """Start Ray on the loopback address, or go to a cluster; InputError where it has too few CPUs or GPUs."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what is wrong with a worker is raised
-    if not options.address:  # a secret for this run; Ray would keep one in the home folder
+    if options.address:
+        check_address(options.address)
+    else:  # a secret for this run; Ray would keep one in the home folder
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # elsewhere too: this keeps it on the loopback address
     try:
@@ -185,10 +189,17 @@ def started_ray(options: argparse.Namespace) -> Iterator[Any]:
             signal.signal(signal.SIGTERM, stop)  # Ray has put its own in the place of it
             check_resources(ray.cluster_resources(), options)
             yield ray
-        except ConnectionError as error:
-            raise InputError(f"no Ray cluster answers at {options.address}: {one_line(error)}") from None
         finally:
             ray.shutdown()
+
+
+def check_address(address: str) -> None:
+    """Raise InputError where no cluster answers, for which Ray would wait for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=ANSWERS_S).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise InputError(f"no Ray cluster answers at {address}, which should be HOST:PORT: {one_line(error)}") from None
 
 
 def check_resources(there: Mapping[str, float], options: argparse.Namespace) -> None:
@@ -401,7 +412,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda", "tensorrt", "auto"), help="cuda where workers have GPUs")
     parser.add_argument("--block", type=positive, default=1000, metavar="N", help="rows of a shard")
     parser.add_argument("--batch", type=positive, default=256, metavar="N", help="rows a call")
-    parser.add_argument("--address", help="of a Ray cluster; without it Ray is started here")
+    parser.add_argument("--address", metavar="HOST:PORT", help="of a Ray cluster; without it Ray is started here")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, stop)
     try:

@@ -6,12 +6,15 @@ import fcntl
 import json
 import os
 import random
+import secrets
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -23,7 +26,7 @@ import served_requests
 from command_line import changed_bundle
 from paths import KEPT
 from processes import descendants, listening_addresses
-from serving_engines import example
+from serving_engines import example, free_port, server
 from time_limits import PATIENCE_S
 from transom.runtime import load
 
@@ -406,6 +409,37 @@ def test_what_workers_lack_is_said_in_one_line(tmp_path: Path) -> None:
     assert "\nray_batch: a worker failed: device 'cuda' was asked for; onnxruntime" in said
     said = run(*arguments, "--device", "cpu", "--gpus-per-worker", 64, status=1)  # another job, but no shard is there
     assert "1 workers need 64 GPUs, Ray has " in said
+    said = run(*arguments, "--address", f"127.0.0.1:{free_port()}", status=1)
+    assert "ray_batch: no Ray cluster answers at 127.0.0.1:" in said
+
+
+def test_a_cluster_that_is_there_does_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lines.txt").write_text("the man\na city is red\n")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # so that it stays on the loopback address
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    head = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--node-ip-address", "127.0.0.1"]
+    head += ["--num-cpus", "1", "--include-dashboard", "false", "--object-store-memory", str(128 << 20)]
+    with TemporaryDirectory(prefix="ray-") as folder:  # a short path, for sockets
+        port = outside_of_workers()
+        log = tmp_path / "log"
+
+        def ready() -> bool:
+            return "Ray runtime started." in log.read_text("utf-8", "replace")
+
+        with server([*head, "--port", str(port), "--temp-dir", folder], ready, log):
+            lines = tmp_path / "lines.txt"
+            run(BERT, lines, "--out", tmp_path / "out", "--workers", 1, "--address", f"127.0.0.1:{port}")
+    with load(BERT, threads=1) as bert:
+        assert [answer_of(row) for row in rows_of(tmp_path / "out")] == bert.classify(["the man", "a city is red"])
+
+
+def outside_of_workers() -> int:
+    """Return a free port that is none of those that Ray keeps for its workers."""
+    while 10_000 <= (port := free_port()) < 20_000:
+        pass
+    return port
 
 
 def test_shards_of_another_job_and_a_second_run_are_refused(tmp_path: Path) -> None:
