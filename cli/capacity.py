@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
@@ -254,7 +255,7 @@ def serve_command(bundle: str, found: CapacityReport) -> str:
     """Return the command that makes a Triton repository with the answer: as many replicas as this machine holds."""
     batching = found.plan.answer.expected.batching
     instances = min(batching.replicas, found.replicas_here or batching.replicas)
-    words = ["transom repository", bundle, "--out models", f"--instances {instances}"]
+    words = ["transom repository", shlex.quote(bundle), "--out models", f"--instances {instances}"]
     words += [f"--threads {found.threads}"] if found.threads else []
     words += [f"--max-batch {batching.limit}"]
     words += [f"--queue-delay {round(batching.delay_ms * 1e3)}"] if batching.delay_ms else []

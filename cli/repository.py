@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -137,7 +138,7 @@ def repository(
         return
     print_table(("model", "kind", "inputs", "outputs", "rows", "size"), map(cells, written), right=("rows", "size"))
     print()
-    print(printable(f"tritonserver --model-repository {out}"))
+    print(printable(f"tritonserver --model-repository {shlex.quote(str(out))}"))
 
 
 def cells(written: Written) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from math import floor, isfinite
+from math import ceil, floor, isfinite, log10
 from os import PathLike
 from typing import Any
 
@@ -25,6 +25,7 @@ from transom.runtime.loading import load
 from transom.runtime.progress import Progress, silent
 
 MOST_REPLICAS = 1000  # beyond, replicas grow in proportion to the rate
+RATES_PER_S = 1e-6, 1e9  # one request in 11 days, and more than any number of replicas here answers
 ALIKE = 1.02  # a p99 within 2 % of another is no better than it
 DELAYS = (0.25, 0.5)  # tried, as parts of what p99 leaves beside the service time of a full batch
 
@@ -92,8 +93,8 @@ def capacity(
     tries whether a delay saves a replica. Of a bundle that generates, S is the length of the prompt or source and
     ``new_tokens`` how many follow.
 
-    Raises what ``load`` raises, InputError for a rate or a p99 that is no number above zero, for a p99 that no number
-    of replicas keeps, and for unknown axes and graphs, ShapeError for a size out of its bounds.
+    Raises what ``load`` raises, InputError for a rate out of RATES_PER_S, a p99 that is no number above zero or that no
+    number of replicas keeps, and for unknown axes and graphs, ShapeError for a size out of its bounds.
     """
     check_target(rate_per_s, p99_ms, queue_delay_ms)
     with load(path, device, threads) as loaded:
@@ -122,9 +123,12 @@ def capacity(
 
 
 def check_target(rate_per_s: float, p99_ms: float, queue_delay_ms: float | None = None) -> None:
-    """Raise InputError for a rate or a p99 that is no number above zero, and for a delay as long as the p99."""
+    """Raise InputError for a rate out of RATES_PER_S, a p99 that is no number above zero, and a delay as long as it."""
     if not (isfinite(rate_per_s) and rate_per_s > 0):
         raise InputError(f"the rate is {rate_per_s:g}; expected requests per second, above 0, such as 200.")
+    lowest, highest = RATES_PER_S
+    if not lowest <= rate_per_s <= highest:
+        raise InputError(f"the rate is {rate_per_s:g} requests per second; expected {lowest:g} to {highest:g}.")
     if not (isfinite(p99_ms) and p99_ms > 0):
         raise InputError(f"p99 is {p99_ms:g} ms; expected a time above 0, such as 50 ms.")
     if queue_delay_ms is not None and not 0 <= queue_delay_ms < p99_ms:
@@ -248,9 +252,10 @@ def too_many(table_ms: Times, rate_per_s: float, p99_ms: float, limits: Sequence
     """Return why no number of replicas up to MOST_REPLICAS keeps a p99 at a rate, and what to do."""
     least = min(least_replicas(table_ms, rate_per_s, Batching(1, limit)) for limit in limits)
     if least > MOST_REPLICAS:
+        parts = 10 ** ceil(log10(least / MOST_REPLICAS))
         return (
             f"{rate_per_s:g} requests a second need {least:,} replicas at least; this command simulates up to "
-            f"{MOST_REPLICAS}. Ask for a tenth of the rate, and take ten times the answer."
+            f"{MOST_REPLICAS}. Ask for 1/{parts} of the rate, and take {parts} times the answer."
         )
     return (
         f"a p99 of {p99_ms:g} ms is kept by no number of replicas up to {MOST_REPLICAS}, at {rate_per_s:g} requests a "

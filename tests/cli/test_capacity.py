@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,15 @@ def test_text_has_both_tables_the_answer_and_the_command_that_serves_it() -> Non
     )
     options = f"--out models --instances 1 --threads 1 --max-batch {chosen[0]}"
     assert re.search(rf"^serve +transom repository {re.escape(str(BERT))} {options}$", text, re.MULTILINE)
+
+
+def test_the_command_that_serves_can_be_pasted(tmp_path: Path) -> None:
+    folder = tmp_path / "my bundles; $HOME" / "bert"
+    folder.parent.mkdir()
+    folder.symlink_to(BERT, target_is_directory=True)
+    text = transom("capacity", folder, *LIGHT, "--threads", "1", "--runs", "1", "--seconds", "0").stdout
+    (command,) = re.findall(r"^serve +(.*)$", text, re.MULTILINE)
+    assert shlex.split(command)[2] == str(folder)
 
 
 def test_a_generation_is_measured_whole() -> None:

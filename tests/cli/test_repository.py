@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def last_line(result: Result) -> str:
 
 
 def test_the_models_are_listed_and_how_to_serve_them(tmp_path: Path) -> None:
-    out = tmp_path / "models"
+    out = tmp_path / "my models"
     result = transom("repository", BERT, GPT, "--out", out)
     assert result.exit_code == 0, result.stderr
     lines = [re.split(r" {2,}", line.strip()) for line in result.stdout.splitlines() if line.strip()]
@@ -38,7 +39,7 @@ def test_the_models_are_listed_and_how_to_serve_them(tmp_path: Path) -> None:
         ["gpt-fp32", "task", "input_ids", "generated_ids", "2"],
         ["gpt-fp32_stream", "stream", "input_ids", "generated_ids", "1"],
     ]
-    assert lines[5] == [f"tritonserver --model-repository {out}"]
+    assert lines[5] == [f"tritonserver --model-repository {shlex.quote(str(out))}"]
     assert f"reading {BERT} ..." in result.stderr
     assert sorted(path.name for path in out.iterdir()) == [line[0] for line in lines[2:5]]
 

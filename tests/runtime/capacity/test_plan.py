@@ -193,8 +193,11 @@ def test_a_p99_below_the_service_time_of_one_row_is_refused_with_what_is_possibl
 
 
 def test_a_rate_beyond_the_simulation_is_refused_with_a_way_out() -> None:
-    with pytest.raises(InputError, match=r"need 4,001 replicas at least; .* Ask for a tenth of the rate"):
+    with pytest.raises(InputError, match=r"need 4,001 replicas at least; .* Ask for 1/10 of the rate, and take 10 t"):
         plan_replicas({1: [1.0]}, 4e6, 50.0)
+    with pytest.raises(InputError, match=r"need 40,001 replicas at least; .* Ask for 1/100 of the rate, and take 100"):
+        plan_replicas({1: [1.0]}, 4e7, 50.0)
+    assert plan_replicas({1: [1.0]}, 4e5, 50.0).answer.keeps
 
 
 def test_a_p99_too_close_to_the_service_time_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,6 +213,8 @@ def test_a_p99_too_close_to_the_service_time_is_refused(monkeypatch: pytest.Monk
         (0, 50, None, "the rate is 0; expected requests per second, above 0"),
         (-1, 50, None, "the rate is -1"),
         (float("nan"), 50, None, "the rate is nan"),
+        (1e-306, 50, None, "the rate is 1e-306 requests per second; expected 1e-06 to 1e.09"),
+        (1e308, 50, None, "the rate is 1e.308 requests per second; expected 1e-06 to 1e.09"),
         (float("inf"), 50, None, "the rate is inf"),
         (5, 0, None, "p99 is 0 ms; expected a time above 0"),
         (5, float("nan"), None, "p99 is nan ms"),
