@@ -143,12 +143,14 @@ class Served(Model):
             for name, array in answer.items()
             if not wanted or name in wanted
         ]
+        if payload.from_grpc:  # KServe 0.21 asks an array that is left as it is whether it is true: always with float16
+            for output in outputs:
+                output.set_data_from_numpy(output.data, binary_data=True)
         return InferResponse(
             payload.id or str(uuid.uuid4()),
             self.name,
             outputs,
-            # In gRPC arrays are binary anyway, and KServe 0.21 asks an array whether it is true where this says so
-            use_binary_outputs=payload.use_binary_outputs and not payload.from_grpc,
+            use_binary_outputs=payload.use_binary_outputs,
             requested_outputs=payload.request_outputs,
         )
 

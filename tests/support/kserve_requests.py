@@ -17,11 +17,13 @@ from kserve import InferenceGRPCClient, InferenceRESTClient, InferInput, InferRe
 from kserve.protocol.infer_type import RequestedOutput
 from kserve.utils.numpy_codec import from_np_dtype
 
+from paths import KEPT
 from serving_engines import Array, example, free_port
 from time_limits import PATIENCE_S
 from transom.runtime.serving.service import Request
 
 REST, GRPC = "REST", "gRPC"
+HALF = KEPT / "gpt-fp16"  # its tensors are float16, which v2 has in binary alone
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,14 @@ if TYPE_CHECKING:  # where kserve is not installed, the files of tests are not r
 
 @pytest.fixture(scope="session")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A server of every kept bundle, its tensors too, and of one that fails its hashes, called torn."""
-    from kserve_requests import GRPC, REST, Running
+    """A server of every kept FP32 bundle and one of FP16, their tensors too, and of one that fails its hashes, torn."""
+    from kserve_requests import GRPC, HALF, REST, Running
 
     folder = tmp_path_factory.mktemp("kserve")
     torn = Path(shutil.copytree(BUNDLES[0], folder / "torn"))
     graph = next(torn.glob("*.onnx"))
     graph.write_bytes(graph.read_bytes()[:-1] + b"?")
-    found, command = Running.command(folder / "log", *BUNDLES, torn, "--tensors")
+    found, command = Running.command(folder / "log", *BUNDLES, HALF, torn, "--tensors")
     with server(command, lambda: found.ready(REST, "bert-fp32") and found.ready(GRPC, "bert-fp32"), found.log):
         yield found
 
