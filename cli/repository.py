@@ -52,11 +52,16 @@ def repository(
     force: Annotated[bool, typer.Option("--force", help="Replace models that exist.")] = False,
     as_json: Json = False,
     instances: Annotated[
-        int,
+        int | None,
         typer.Option(
-            metavar="N", min=1, max=1024, help="How often to load a model: calls at a time.", rich_help_panel=PANEL
+            metavar="N",
+            min=1,
+            max=1024,
+            help="How often to load a model: calls at a time.",
+            show_default="one a core here, at most 4; 1 on a GPU",
+            rich_help_panel=PANEL,
         ),
-    ] = 1,
+    ] = None,
     threads: Annotated[
         int | None,
         typer.Option(

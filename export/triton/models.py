@@ -23,6 +23,7 @@ from transom.runtime.bundle import Bundle
 from transom.runtime.disk_cache import our_version
 from transom.runtime.errors import BackendError, ExportError, InputError
 from transom.runtime.graph_spec import Graph, is_decoder
+from transom.runtime.host import usable_cores
 from transom.runtime.loading import load_with_backends
 from transom.runtime.manifest import ROWS
 from transom.runtime.manifest_graphs import GraphFile
@@ -32,6 +33,7 @@ from transom.runtime.serving.tensors import by_rows, graph_operation
 from transom.runtime.session import LoadedBundle
 
 TASK, STREAM, TENSORS, ONNX = KINDS = ("task", "stream", "tensors", "onnx")
+MOST_INSTANCES = 4  # where no number is given: each has the weights in memory
 BUNDLE = "bundle"  # folder beside model.py
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")  # of a model: it is a folder, and part of a URL
 UNKNOWN = "unknown"  # ``our_version`` of a package that is not installed
@@ -42,7 +44,8 @@ class Options:
     """Settings of the models of a repository.
 
     kinds           of KINDS; none: task and stream, or tensors where the bundle has no task
-    instances       how often Triton loads a model
+    instances       how often Triton loads a model; None: once a core of this machine, at most MOST_INSTANCES, and once
+                    on a GPU: on two cores two instances of a thread each did more than one of two
     threads         CPU threads of a call; None: the server's cores, divided by the instances
     max_batch       rows of a batch at most; None: the bundle's bound
     queue_delay_us  microseconds that a request waits for others; 0: no longer than the model is busy
@@ -53,7 +56,7 @@ class Options:
     """
 
     kinds: Sequence[str] = ()
-    instances: int = 1
+    instances: int | None = None
     threads: int | None = None
     max_batch: int | None = None
     queue_delay_us: int = 0
@@ -66,6 +69,11 @@ class Options:
             raise ExportError(f"--kind is {unknown[0]!r:.60}; expected one or several of {', '.join(KINDS)}.")
         if self.device not in DEVICES:
             raise ExportError(f"--device is {self.device!r:.60}; expected one of {', '.join(DEVICES)}.")
+
+    @property
+    def loads(self) -> int:
+        """The number of instances."""
+        return self.instances or (min(usable_cores(), MOST_INSTANCES) if self.device == "cpu" else 1)
 
 
 @dataclass(frozen=True)
@@ -164,7 +172,7 @@ class Models:
         options, version = self.options, our_version()
         parameters = {"bundle": BUNDLE, "kind": kind, **(own or {}), "device": options.device}
         parameters |= {} if options.threads is None else {"threads": str(options.threads)}
-        parameters |= {"instances": str(options.instances)}
+        parameters |= {"instances": str(options.loads)}
         parameters |= {} if version == UNKNOWN else {"runtime_version": version}
         config = ModelConfig(
             name,
@@ -174,7 +182,7 @@ class Models:
             backend="python",
             queue_delay_us=delay,
             decoupled=kind == STREAM,
-            instances=(options.instances, "KIND_CPU" if options.device == "cpu" else "KIND_MODEL"),
+            instances=(options.loads, "KIND_CPU" if options.device == "cpu" else "KIND_MODEL"),
             parameters=parameters | {"bundle_sha256": self.sha256},
         )
         return Model(kind, config, self.files, graph, tuple(operation.parameters))
@@ -195,7 +203,7 @@ class Models:
             min(self._rows(), self.bundle.manifest.axes[ROWS].max) if batched else 0,
             backend="onnxruntime",
             queue_delay_us=options.queue_delay_us if batched else None,
-            instances=None if kind is None else (options.instances, kind),
+            instances=None if kind is None else (options.loads, kind),
             parameters={} if options.threads is None else {"intra_op_thread_count": str(options.threads)},
         )
         files = {"1/model.onnx": file.file_for(options.device)}

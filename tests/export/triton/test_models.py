@@ -103,6 +103,14 @@ def test_what_the_server_reads_of_a_model() -> None:
     assert models["m"].files == models["m_stream"].files == {"1/bundle/x": "x"}
 
 
+@pytest.mark.parametrize(("cores", "device", "count"), [(1, "cpu", 1), (3, "cpu", 3), (64, "cpu", 4), (64, "cuda", 1)])
+def test_a_model_is_loaded_once_a_core(cores: int, device: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless a number is given; a few times at most, since each has the weights, and once on a GPU."""
+    monkeypatch.setattr("transom.export.triton.models.usable_cores", lambda: cores)
+    config = read_config(found_for("bert-fp32", kinds=["task"], device=device)["m"].config.text())
+    assert (config["instance_group"][0]["count"], config["parameters"]["instances"]) == (count, str(count))
+
+
 def test_batches_and_how_long_they_wait() -> None:
     models = found_for("bert-fp32", kinds=KINDS, max_batch=64, queue_delay_us=150)
     configs = {name: read_config(model.config.text()) for name, model in models.items()}
