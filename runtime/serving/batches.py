@@ -36,6 +36,8 @@ class Batches:
         fault, such as BackendError. A request whose coroutine is cancelled before its call begins is left out of it.
         """
         if len(self._waiting) >= self.bound:
+            self._waiting = [each for each in self._waiting if not each[1].done()]  # others left meanwhile
+        if len(self._waiting) >= self.bound:
             raise BusyError(f"{self.bound} requests wait already; ask again later.")
         future: asyncio.Future[dict[str, Array]] = asyncio.get_running_loop().create_future()
         self._waiting.append((request, future))

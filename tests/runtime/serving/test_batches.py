@@ -107,6 +107,21 @@ def test_more_than_may_wait_are_refused(service: Held) -> None:
     assert str(refused) == "2 requests wait already; ask again later."
 
 
+def test_callers_that_left_take_no_place_of_those_that_wait(service: Held) -> None:
+    async def ask() -> list[Any]:
+        batches = Batches(service, waiting=2)
+        tasks = await held(service, batches, [request("a"), request("city")])
+        tasks[1].cancel()
+        await asyncio.sleep(0)
+        tasks += [asyncio.create_task(batches.answer(request(text))) for text in ("him", "the")]
+        await asyncio.sleep(0)
+        service.go.set()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    found = asyncio.run(ask())
+    assert [type(answer) for answer in found] == [dict, asyncio.CancelledError, dict, dict, BusyError]
+
+
 def test_a_caller_that_leaves_is_left_out_of_the_call(service: Held) -> None:
     async def ask() -> list[Any]:
         tasks = await held(service, Batches(service), [request("a"), request("city")])
