@@ -110,7 +110,7 @@ class Service:
 
 
 def of_one(error: InputError) -> InputError:
-    """Return an error as whoever sent the request can use it: of rows that failed among others, the first's own."""
+    """Return an error in the words of its request: of rows that failed among others, the first one's own."""
     return error.errors[min(error.errors)] if isinstance(error, RowsError) else error
 
 
