@@ -13,6 +13,7 @@ order that changes with each round; the ratio within a round is what counts. End
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import tempfile
@@ -195,7 +196,8 @@ def main() -> int:
     config = Config(*map(int, options.config.split(",")))
     configs = sorted({config, *(sweep_of(usable_cores()) if options.sweep else ())})
     versions = ", ".join(f"{name} {version(name)}" for name in ("nvidia-pytriton", "tritonclient", "onnxruntime"))
-    print(f"on {processor()}, {usable_cores()} cores; {versions}", flush=True)
+    load_before = os.getloadavg()[0]  # of others: they take their share of every side
+    print(f"on {processor()}, {usable_cores()} cores, load {load_before:.1f} before; {versions}", flush=True)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         repositories = write_models(folder, options.bundle, configs)
@@ -217,20 +219,23 @@ def main() -> int:
             answers = [np.asarray(call()) for call in (one, two, three)]
     print("\n".join([*lines, "", *swept]))
     if options.write:
-        PAGE.write_text(page(options, config, versions, lines, swept))
+        PAGE.write_text(page(options, config, versions, load_before, lines, swept))
     return 0 if all(np.array_equal(answers[0], other) for other in answers[1:]) else 1
 
 
-def page(options: Any, config: Config, versions: str, lines: Sequence[str], swept: Sequence[str]) -> str:
+def page(
+    options: Any, config: Config, versions: str, load_before: float, lines: Sequence[str], swept: Sequence[str]
+) -> str:
     """Return the page of results."""
     head = f"""# Embeddings through Triton
 
 `benchmarks/triton_serving.py`, {time.strftime("%Y-%m-%d")}, {processor()}, {usable_cores()} cores, which server,
-clients and runtime share; {versions}.
+clients and runtime share, and other processes too: the load average before the run was {load_before:.1f}.
+{versions}.
 {options.callers} callers, each asking for one text of {TOKENS} tokens at a time. Ratios are those of requests a second
 within a round, beside the runtime's better side; medians of {options.rounds} rounds.
 
-The model served: {config.instances} instances, {config.threads} threads each, batches of at most {config.max_batch}, \
+The model served: {config.instances} instances, {config.threads} thread(s) each, batches of at most {config.max_batch}, \
 queue delay {config.delay_us} µs.
 """
     other = (
