@@ -235,8 +235,8 @@ clients and runtime share, and other processes too: the load average before the 
 {options.callers} callers, each asking for one text of {TOKENS} tokens at a time. Ratios are those of requests a second
 within a round, beside the runtime's better side; medians of {options.rounds} rounds.
 
-The model served: {config.instances} instances, {config.threads} thread(s) each, batches of at most {config.max_batch}, \
-queue delay {config.delay_us} µs.
+The model served: {config.instances} instances, {config.threads} thread(s) each, batches of at most \
+{config.max_batch}, queue delay {config.delay_us} µs.
 """
     other = (
         "\n## Other configurations, over gRPC\n\n"
