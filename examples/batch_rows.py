@@ -20,6 +20,7 @@ from transom.runtime.errors import InputError
 from transom.runtime.serving.ports import BYTES, Array, Port
 
 TEXTS, LINES_OF_JSON, TABLES = (".txt",), (".jsonl",), (".parquet",)
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -55,6 +56,11 @@ def files_in(source: Path, ports: Sequence[Port]) -> tuple[Path, list[str]]:
         raise InputError(f"{source} is neither a file nor a folder.")
     else:
         names = [source.name] if source.suffix.lower() in endings else []
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"the name of the file {name!r} is not UTF-8; rename it.") from None
     if not names:
         raise InputError(f"{source} holds nothing to read; expected files that end in {', '.join(endings)}.")
     return (source if source.is_dir() else source.parent), names
@@ -161,11 +167,14 @@ class RowReader:
             return InputError(f"{path.name} cannot be read: {error.strerror}.")
 
     def text(self, line: bytes, folder: Path) -> Mapping[str, Any] | InputError:
+        line = line.removeprefix(BYTE_ORDER_MARK)  # in front of a file's first line
+        if b"\0" in line:
+            return InputError("the line holds a NUL; expected UTF-8, not UTF-16.")
         return {self.first: line} if line.strip() else InputError("the line is empty.")
 
     def json(self, line: bytes, folder: Path) -> Mapping[str, Any] | InputError:
         try:
-            found = json.loads(line)
+            found = json.loads(line.removeprefix(BYTE_ORDER_MARK))
         except (ValueError, RecursionError) as error:
             return InputError(f"the line is no JSON: {error}")
         if not isinstance(found, dict):
@@ -188,7 +197,10 @@ class RowReader:
     def row_group(self, file: Any, name: str, group: int) -> Any:
         if self.decoded is None or self.decoded[0] != (name, group):
             self.decoded = None  # two at a time would be twice the memory
-            self.decoded = (name, group), file.read_row_group(group, columns=sorted(set(self.columns.values())))
+            try:
+                self.decoded = (name, group), file.read_row_group(group, columns=sorted(set(self.columns.values())))
+            except OSError as error:  # its parts have checksums of their own
+                raise InputError(f"{name} cannot be read: {' '.join(str(error).split())[:200]}") from None
         return self.decoded[1]
 
     def checked(self, values: Mapping[str, Any], folder: Path) -> Mapping[str, Any] | InputError:
@@ -202,6 +214,8 @@ class RowReader:
                     found[name] = image_bytes(value, folder) if name == "image" else value
                 except OSError as error:
                     return InputError(f"{error.filename} cannot be read: {error.strerror}.")
+                except ValueError:  # a NUL, or what no file system encodes
+                    return InputError(f"{value!r:.80} is no path of an image.")
         return found
 
 
@@ -245,6 +259,9 @@ def check_columns(folder: Path, names: Iterable[str], ports: Sequence[Port], col
     for file in names:
         if (folder / file).suffix.lower() in TABLES:
             there = parquet_file(folder / file).schema_arrow.names
+            twice = [column for column in columns.values() if there.count(column) > 1]
+            if twice:
+                raise InputError(f"{file} has {there.count(twice[0])} columns {twice[0]!r:.60}; rename one of them.")
             missing = [column for column in columns.values() if column not in there]
             if missing:
                 raise InputError(

@@ -201,6 +201,10 @@ def plan(options: argparse.Namespace) -> tuple[Job, dict[str, Any], dict[int, li
     constants, parameters = checked(options, operation)
     ports = [port for port in operation.inputs if port.name not in constants]
     folder, names = files_in(options.input, ports)
+    if options.input.is_dir() and options.out.resolve().is_relative_to(folder.resolve()):
+        raise InputError(
+            f"--out {options.out} is in the input {options.input}, and would be read as input; give another."
+        )
     columns = columns_of(operation, options.columns, constants)
     check_columns(folder, names, ports, columns)
     device = options.device or ("cuda" if options.gpus_per_worker else "cpu")

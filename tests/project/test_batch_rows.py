@@ -181,3 +181,29 @@ def test_answers_as_plain_values(shards: ModuleType) -> None:
     assert shards.value_of(Port("probability", "float32"), np.float32([[0.5]])) == 0.5
     ids = np.array([[[3, 4, -1], [5, 6, 7]]])
     assert shards.value_of(Port("generated_ids", "int64", (None, None)), ids) == [[3, 4], [5, 6, 7]]
+
+
+def test_marks_of_other_encodings(rows: ModuleType, tmp_path: Path) -> None:
+    """A byte order mark is no part of the first line; a line of UTF-16 is no text."""
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\ntwo\n")
+    (tmp_path / "b.txt").write_bytes("one\ntwo\n".encode("utf-16"))
+    (tmp_path / "c.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "three"}\n')
+    (block,) = rows.blocks_of(tmp_path, ["a.txt", "b.txt", "c.jsonl"], 100)
+    found = [row.values for row in rows.RowReader(tmp_path, [TEXT], {"text": "text"}).rows(block)]
+    assert found[:2] == [{"text": b"one"}, {"text": b"two"}]
+    assert found[-1] == {"text": "three"}
+    assert all("expected UTF-8, not UTF-16" in str(each) for each in found[2:-1])
+
+
+@pytest.mark.parametrize("path", ["a\0b.png", "\ud800.png"])
+def test_paths_that_are_none_fail_their_own_row(rows: ModuleType, tmp_path: Path, path: str) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"image": path}) + "\n")
+    (block,) = rows.blocks_of(tmp_path, ["a.jsonl"], 100)
+    (row,) = rows.RowReader(tmp_path, [IMAGE], {"image": "image"}).rows(block)
+    assert "is no path of an image" in str(row.values)
+
+
+def test_a_file_name_that_is_not_utf8(rows: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "\udcff.txt").write_text("one\n")
+    with pytest.raises(InputError, match="is not UTF-8; rename it"):
+        rows.files_in(tmp_path, [TEXT])
