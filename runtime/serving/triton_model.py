@@ -85,10 +85,7 @@ class TritonPythonModel:
             return [error] * len(requests)
 
     def send(self, request: Request, sender: Any) -> None:
-        """Send an answer in pieces, until its end or until the client is gone, then the flag of the last response.
-
-        An error has the flag itself: behind it, Triton would keep the request of a client that left in between.
-        """
+        """Send an answer in pieces, until its end or until the client is gone, then the flag of the last response."""
         sent, final = 0, self.library.TRITONSERVER_RESPONSE_COMPLETE_FINAL
         try:
             with closing(self.service.stream(request)) as pieces:  # frees its cache

@@ -5,18 +5,13 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
-from tritonclient.utils import InferenceServerException
 
 from paths import KEPT
 from serving_engines import example
 from time_limits import PATIENCE_S
 from transom.export.triton.repository import Options, write_repository
-from transom.runtime.serving.service import Request
 from triton_requests import running
-
-IDS = np.array([[1, 2, 3]])
 
 
 @pytest.fixture
@@ -30,11 +25,7 @@ def test_the_server_ends_by_itself_after_streams(models: Path, tmp_path: Path, m
     (tmp_path / "temporary").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     with running(models, log=tmp_path / "log") as triton:
-        assert triton.pieces("gpt-fp32_stream", Request({"input_ids": IDS}, {"max_new_tokens": 2}))
-        with pytest.raises(InferenceServerException, match="the prompt is 99 tokens"):
-            triton.pieces("gpt-fp32_stream", Request({"input_ids": np.ones((1, 99), np.int64)}))
-        with triton.open_generate_stream("gpt-fp32_stream", {"input_ids": [1, 2, 3]}) as answer:
-            assert answer.readline()
+        assert triton.generate_stream("gpt-fp32_stream", {"input_ids": [1, 2, 3], "max_new_tokens": 2})
         triton.process.terminate()
         assert triton.process.wait(PATIENCE_S) == 0
     assert not list((tmp_path / "temporary").glob("transom-triton-*"))
