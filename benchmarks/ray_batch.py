@@ -134,6 +134,7 @@ def main() -> int:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=2, help="of both sides; then comes the run with a killed worker")
     parser.add_argument("--write", action="store_true", help=f"renew {PAGE.relative_to(REPO)}")
     for option, kind in (("--share", share_of), ("--lines", Path), ("--out", Path)):  # of a process by hand
         parser.add_argument(option, type=kind, help=argparse.SUPPRESS)
@@ -146,7 +147,9 @@ def main() -> int:
         lines = Path(folder) / "lines.txt"
         lines.write_text("".join(f"{text}\n" for text in sentences(options.rows)))
         expected: np.ndarray | None = None
-        for number, name in enumerate(["processes by hand", "Ray Data"] * 2 + ["Ray Data, a worker killed"]):
+        for number, name in enumerate(
+            ["processes by hand", "Ray Data"] * options.rounds + ["Ray Data, a worker killed"]
+        ):
             out = Path(folder) / str(number)
             if name == "processes by hand":
                 took, vectors = by_hand(options.bundle, lines, out, options.workers)
