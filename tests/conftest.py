@@ -187,6 +187,25 @@ def save_clip_processor(folder: Path) -> None:
     )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread_unless_asked() -> Iterator[None]:
+    """Give a session one thread where no number is asked for: processes of a run share the cores; idle threads spin.
+
+    That took a tenth of a run's time. Tests of more threads ask for them, and `make export` takes all cores.
+    """
+    from transom.runtime.backends.ort_library import onnxruntime
+
+    class Session(onnxruntime().InferenceSession):  # type: ignore[misc]
+        def __init__(self, model: Any, sess_options: Any = None, *more: Any, **named: Any) -> None:
+            if sess_options is not None and sess_options.intra_op_num_threads == 0:
+                sess_options.intra_op_num_threads = 1
+            super().__init__(model, sess_options, *more, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnxruntime(), "InferenceSession", Session)
+        yield
+
+
 @pytest.fixture(scope="session")
 def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
     """``make_checkpoint("BertForMaskedLM", num_labels=5)`` -> a new folder, which the test may change."""
