@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -195,13 +196,20 @@ def test_interrupted_it_ends_and_the_same_command_does_the_rest(
     out = tmp_path / "out"
     arguments = (BERT, lines, "--out", out, "--workers", 2, "--block", BLOCK)
     process = started(*arguments, "--batch", 1)
+    wait_for(process, lambda: len(workers_of(process)) == 2)
+    workers = workers_of(process)
     wait_for(process, lambda: len(shards_in(out)) >= 2)
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)  # else the work may be done before the signal comes
     below = set(descendants(process.pid))
     assert listening_addresses(below | {process.pid}) <= {"127.0.0.1"}
     if kind == signal.SIGINT:
         os.killpg(process.pid, kind)  # all of them, as a terminal does
     else:
         process.send_signal(kind)
+    for pid in workers:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
     _, stderr = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == status, stderr
     assert "Traceback" not in stderr
