@@ -37,7 +37,7 @@ def test_every_precision_exports_verifies_and_passes_its_selftest(precision: str
     assert max(case["sizes"].get("chunk", 0) for case in cases) == 64  # token by token
     assert {case["sizes"]["B"] for case in cases if "chunk" in case["sizes"]} == {1, 2, 3}
     assert 0 < manifest.parity["worst"]["error"] <= TOLERANCES[precision]
-    if precision != "int8":  # whose export has just compared the same files
+    if precision == "fp32":  # the others' export has just compared the same files
         assert len(verify(folder, accuracy=False).cases) == len(cases)
     report = selftest(folder)
     assert report.worst.error <= report.tolerance
