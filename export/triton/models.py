@@ -45,7 +45,7 @@ class Options:
 
     kinds           of KINDS; none: task and stream, or tensors where the bundle has no task
     instances       how often Triton loads a model; None: once a core of this machine, at most MOST_INSTANCES, and once
-                    on a GPU: on two cores two instances of a thread each did more than one of two
+                    on a GPU: beside other work two instances of a thread each did more than one of two
     threads         CPU threads of a call; None: the server's cores, divided by the instances
     max_batch       rows of a batch at most; None: the bundle's bound
     queue_delay_us  microseconds that a request waits for others; 0: no longer than the model is busy
