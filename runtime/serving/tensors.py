@@ -9,11 +9,10 @@ import numpy as np
 
 from transom.runtime.feeds import storage
 from transom.runtime.graph_spec import Graph, Tensor
+from transom.runtime.manifest import ROWS
 from transom.runtime.serving.operation import Operation, Parameters, Row
 from transom.runtime.serving.ports import Array, Port, checked_names
 from transom.runtime.session import LoadedBundle
-
-ROWS = "B"
 
 
 @dataclass(frozen=True)
