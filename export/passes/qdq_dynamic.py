@@ -7,19 +7,22 @@ tensor.
 
 Cases:
 1. A weight becomes int8 with a scale per output channel, as in the static pass for uint8.
-2. An activation is divided by its rows' scales and quantised once for all layers that read it.
+2. An activation is quantised once for all layers that read it, each row in steps of its scale: one ``QuantizeLinear``
+   whose blocks are the rows, instead of ``Div`` and one of the whole tensor. Zero points are one per row then, too,
+   which activations of one shape share. What follows takes the integers in steps of 1.
 3. ``Gemm`` becomes ``MatMul`` and its bias, as in the static pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from transom.calib.quantized_weights import QuantizedWeights
 from transom.export.passes._builder import NodeBuilder, clean_up
+from transom.export.passes._match import rank_of, size_along
 from transom.export.passes.linear_layers import Linear
 from transom.export.passes.qdq_static import dequantized_weight, name_of_product, replace_product
 
@@ -30,11 +33,12 @@ LEVELS = 127.0  # 1..255 around the zero point 128
 def quantize_dynamic(model: ir.Model, linears: Sequence[Linear], weights: QuantizedWeights) -> bool:
     """Quantise ``linears`` of ``model`` in place; return whether anything changed."""
     rows: dict[str, tuple[ir.Value, ir.Value]] = {}
+    zero_points: dict[Hashable, ir.Value] = {}
     for linear in linears:
         builder = NodeBuilder(model.graph, linear.node)
         value = linear.activation
         if value.name not in rows:
-            rows[str(value.name)] = quantized_rows(builder, value)
+            rows[str(value.name)] = quantized_rows(builder, linear, zero_points)
         activation, scale = rows[str(value.name)]
         weight = dequantized_weight(builder, linear, weights, signed=False)
         product = builder.add("MatMul", [activation, weight], name_of_product(linear))
@@ -43,8 +47,14 @@ def quantize_dynamic(model: ir.Model, linears: Sequence[Linear], weights: Quanti
     return bool(linears)
 
 
-def quantized_rows(builder: NodeBuilder, value: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """Return case 2: the rows in units of their scales, through uint8, and the scales (..., 1)."""
+def quantized_rows(
+    builder: NodeBuilder, linear: Linear, zero_points: dict[Hashable, ir.Value]
+) -> tuple[ir.Value, ir.Value]:
+    """Return case 2: the rows in units of their scales, through uint8, and the scales (..., 1).
+
+    ``zero_points`` has what was made so far, by the sizes of the axes in front of the features.
+    """
+    value, (features, _) = linear.activation, linear.kernel_shape
     name = value.name
     last = builder.weight("row_axis", np.array([-1], np.int64))
     smallest = builder.weight("smallest_row", np.array(SMALLEST_ROW, np.float32))
@@ -56,8 +66,23 @@ def quantized_rows(builder: NodeBuilder, value: ir.Value) -> tuple[ir.Value, ir.
     scale = builder.add(
         "Mul", [builder.add("Max", [largest, smallest], f"{name}.row_range"), levels], f"{name}.row_scale"
     )
-    units = builder.add("Div", [value, scale], f"{name}.row_units")
-    quantized = builder.add("QuantizeLinear", [units, one, zero], f"{name}.quantized", dtype=ir.DataType.UINT8)
-    rows = builder.add("DequantizeLinear", [quantized, one, zero], f"{name}.dequantized")
-    rows.shape = quantized.shape = units.shape = magnitude.shape = value.shape
-    return rows, scale
+    rows = row_sizes(value)
+    if rows not in zero_points:
+        shape = builder.add("Shape", [scale], f"{name}.rows", dtype=ir.DataType.INT64)
+        zero_points[rows] = builder.add("Expand", [zero, shape], f"{name}.row_zero_points", dtype=ir.DataType.UINT8)
+    quantized = builder.add(
+        "QuantizeLinear",
+        [value, scale, zero_points[rows]],
+        f"{name}.quantized",
+        {"axis": -1, "block_size": features},
+        dtype=ir.DataType.UINT8,
+    )
+    units = builder.add("DequantizeLinear", [quantized, one, zero], f"{name}.dequantized")
+    units.shape = quantized.shape = magnitude.shape = value.shape
+    return units, scale
+
+
+def row_sizes(value: ir.Value) -> Hashable:
+    """Return the sizes of all axes but the last, numbers or names; ``value`` itself where one has neither."""
+    sizes = tuple(size_along(value, axis) for axis in range(max(rank_of(value) or 0, 1) - 1))
+    return sizes if rank_of(value) is not None and None not in sizes else value

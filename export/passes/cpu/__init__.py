@@ -12,10 +12,13 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from transom.export.passes._builder import clean_up
+from transom.export.passes.cpu.group_query_attention import group_query_attention
 
 Rewrite = Callable[[ir.Model], int]  # rewrites a model in place; returns how many places it changed
 
-REWRITES: dict[str, Rewrite] = {}  # in the order in which they are applied
+REWRITES: dict[str, Rewrite] = {
+    "group_query_attention": group_query_attention
+}  # in the order in which they are applied
 DOMAIN = "com.microsoft"
 
 
