@@ -99,10 +99,14 @@ class Quantizer:
         return models
 
     def optimized_cpu(self, high_precision: Collection[Layer] = ()) -> dict[str, ir.Model]:
-        """Return the graphs for ONNX Runtime's CPU as they ship, by name: rewritten in operators that are faster."""
+        """Return the graphs for ONNX Runtime's CPU as they ship, by name: rewritten in operators that are faster.
+
+        Those of weights alone are for GPUs too, whose providers do not have all of these operators: they stay.
+        """
         models = self.cpu(high_precision)
-        for model in models.values():
-            optimize_for_cpu(model)
+        for name, model in models.items():
+            if self.config.activations[name] != NONE:
+                optimize_for_cpu(model)
         return models
 
     def tensorrt(self, high_precision: Collection[Layer] = ()) -> dict[str, ir.Model]:

@@ -16,9 +16,9 @@ from transom.export.passes.cpu.group_query_attention import group_query_attentio
 
 Rewrite = Callable[[ir.Model], int]  # rewrites a model in place; returns how many places it changed
 
-REWRITES: dict[str, Rewrite] = {
-    "group_query_attention": group_query_attention
-}  # in the order in which they are applied
+REWRITES: dict[str, Rewrite] = {  # in the order in which they are applied
+    "group_query_attention": group_query_attention,
+}
 DOMAIN = "com.microsoft"
 
 
