@@ -14,6 +14,8 @@ MATRIX_ARGS ?=
 MUTATE_ARGS ?=
 BUNDLES    ?=
 PROCESSOR_ARGS ?=
+GPU_CHECK_ARGS ?=
+GPU_SMS    ?= 80 90
 STUB_ARGS  ?=
 
 PACKAGES   := models export runtime calib cli
@@ -48,7 +50,7 @@ SERVED     := minilm gpt vit clip transformer show_attend_tell flamingo
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help dev export check test suite wheel test-wheel serving-env test-serving sweep build-matrix mutate test-gpu bench-gpu test-cuda-stubs \
+.PHONY: help dev export check test suite wheel test-wheel serving-env test-serving sweep build-matrix mutate test-gpu bench-gpu gpu-check gpu-check-build test-cuda-stubs \
         test-arm test-x86 clean typing again
 
 help: ## this table of contents
@@ -61,6 +63,7 @@ help: ## this table of contents
 	@echo '  make build-matrix MATRIX_ARGS="--models vit --targets rtx-sm86"       a part of the matrix'
 	@echo '  make test-serving ENGINES=kserve PYTEST_ARGS="-k grpc"                a part of the engines tests'
 	@echo '  make mutate MUTATE_ARGS="--only manifest"                             a part of the guards'
+	@echo '  make gpu-check GPU_CHECK_ARGS="--only step --minutes 3"               a part; --dry-run needs no GPU'
 	@echo '  make test-arm PROCESSOR_ARGS="--parts selftest --models vit gpt"      a part; --processors, --precisions'
 	@echo '  make dev PYTHON=python3.12 PIP_ARGS="--extra-index-url URL"           another Python, a smaller torch'
 
@@ -158,9 +161,16 @@ test-gpu: $(STAMP) ## on a machine with a GPU: parity of every family and precis
 test-cuda-stubs: $(STAMP) typing ## without a GPU: every kept bundle in ONNX Runtime's CUDA provider, over stubs of CUDA
 	PYTHONPATH=tests/support TRANSOM_REPO="$$PWD" $(VENV)/bin/python -m stub_cuda $(STUB_ARGS)
 
-bench-gpu: $(STAMP) ## on a machine with a GPU: latency beside PyTorch and ONNX Runtime, then attention, into docs/results/
+bench-gpu: $(STAMP) ## on a machine with a GPU: latency beside PyTorch and ONNX Runtime, into docs/results/
 	$(VENV)/bin/python benchmarks/gpu_latency.py --out docs/results
-	$(VENV)/bin/python benchmarks/gpu_attention.py --out docs/results
+
+# A GPU runs the PTX of its own SM, or of the last one below SM90 that is there.
+gpu-check-build: wheel ## without a GPU: build/gpu-check/, which make gpu-check needs: the wheel, the kernels as PTX
+	PYTHONPATH=benchmarks $(VENV)/bin/python -m gpu_check.build --wheel dist/transom-*.whl --out build/gpu-check --sms $(GPU_SMS)
+
+# That machine needs torch, numpy and cuda-bindings alone: no .venv, no Triton, no installation.
+gpu-check: ## on a machine with a GPU, in 8 minutes: the attention kernel beside PyTorch's, into docs/results/
+	PYTHONPATH=benchmarks $(if $(SOUND),$(VENV)/bin/python,$(PYTHON)) -m gpu_check $(GPU_CHECK_ARGS)
 
 # The machine needs Debian's or Ubuntu's packages and a network the first time, no more.
 test-arm: $(STAMP) ## on three emulated Arm processors: every bundle's self-test, the runtime's tests, the commands

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transom.export.plugins.aot import ALIGNED, Compiled
+from transom.export.plugins.compiled import ALIGNED, Compiled
 from transom.export.plugins.kernel_spec import MOST_PROGRAMS, MOST_SPLITS, dtype_name
 from transom.export.plugins.tile_sizes import FIRST_ARCH_SPECIFIC, SHARED
 from transom.runtime.backends import cuda

@@ -27,9 +27,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-NO_MASK, BOOLEAN, ADDITIVE = 0, 1, 2
-LOG2_E = 1.4426950408889634
-
 
 @triton.jit
 def attention(

@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.export.plugins.aot import INPUTS as POINTERS
+from transom.export.plugins.compiled import INPUTS as POINTERS
 from transom.export.plugins.flash_attention import attention
 from transom.export.plugins.kernel_spec import TileSizes
 from transom.export.plugins.layout import product

@@ -1,6 +1,7 @@
 """Specification of the attention kernels: constants, arguments by name, grid.
 
-Shared by all launchers: Triton's interpreter in the tests, cuda-python, TensorRT's plugin.
+Shared by all launchers: Triton's interpreter in the tests, cuda-python, TensorRT's plugin. Only ``launches`` needs
+Triton.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
-from transom.export.plugins.flash_attention import ADDITIVE, BOOLEAN, LOG2_E, NO_MASK, attention, attention_combine
 from transom.runtime.errors import InputError
 
+NO_MASK, BOOLEAN, ADDITIVE = 0, 1, 2  # MASK of the kernel
+LOG2_E = 1.4426950408889634
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton decides, when it is imported
 DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 PRECISIONS = ("ieee", "tf32")
@@ -157,6 +159,8 @@ def launches(
     Tensors are anything with data_ptr(), shape, stride(axis) and dtype. Raises InputError for tensors
     that do not fit.
     """
+    from transom.export.plugins.flash_attention import attention, attention_combine
+
     check(query, key, value, output, lengths, mask, bias, scales, workspaces)
     B, H, S, _ = query.shape
     shared, T = key.shape[1:3]

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from transom.export.plugins.flash_attention import NO_MASK
-from transom.export.plugins.kernel_spec import Variant
+from transom.export.plugins.kernel_spec import NO_MASK, Variant
 from transom.runtime.errors import EngineError
 
 ORDERS = ("bhsd", "bshd")

@@ -16,7 +16,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from transom.export.passes.plugin_attention import AXES, DOMAIN, INPUTS, MASK_AXES, SCALE, function_of
-from transom.export.plugins.aot import Compiled
+from transom.export.plugins.compiled import Compiled
 from transom.export.plugins.kernel_spec import TileSizes, Variant
 from transom.export.plugins.layout import Layout
 from transom.export.plugins.trt_plugin import candidates, kernel_of, layout_of, variant_of

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from transom.export.plugins.flash_attention import NO_MASK
-from transom.export.plugins.kernel_spec import LEAST, TileSizes, Variant, padded_size
+from transom.export.plugins.kernel_spec import LEAST, NO_MASK, TileSizes, Variant, padded_size
 from transom.runtime.errors import EngineError
 
 KIB = 1024

@@ -16,9 +16,9 @@ from dataclasses import replace
 from typing import Any
 
 from transom.export.passes.plugin_attention import ATTRIBUTES, AXES, CAUSAL, DOMAIN, INPUTS, MASKED
-from transom.export.plugins.aot import Compiled, attention_ptx
-from transom.export.plugins.flash_attention import ADDITIVE, BOOLEAN, NO_MASK
-from transom.export.plugins.kernel_spec import TileSizes, Variant
+from transom.export.plugins.aot import attention_ptx
+from transom.export.plugins.compiled import Compiled
+from transom.export.plugins.kernel_spec import ADDITIVE, BOOLEAN, NO_MASK, TileSizes, Variant
 from transom.export.plugins.layout import Layout
 from transom.export.plugins.tile_sizes import SHARED, fitted, portable, tile_sizes_for
 from transom.runtime.errors import EngineError

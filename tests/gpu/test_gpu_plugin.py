@@ -21,7 +21,7 @@ import torch
 from attention_reference import exact, visible
 from emulated_driver import TYPES, compile_elsewhere
 from transom.export.plugins import tile_sizes as tables
-from transom.export.plugins.aot import Compiled
+from transom.export.plugins.compiled import Compiled
 from transom.export.plugins.cuda_launcher import Kernel
 from transom.export.plugins.kernel_spec import TileSizes, Variant, padded_size
 from transom.export.plugins.tile_sizes import portable

@@ -27,7 +27,7 @@ import torch
 
 from emulated_gpu import GARBAGE, STREAMS, EmulatedCuda
 from transom.export.plugins import flash_attention as kernels
-from transom.export.plugins.aot import POINTERS, Compiled, CompiledCombine, compiled_from_json
+from transom.export.plugins.compiled import POINTERS, Compiled, CompiledCombine, compiled_from_json
 from transom.runtime.backends.cuda import Memory
 
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "i8": torch.int8, "i32": torch.int32}
@@ -38,7 +38,8 @@ ALIGNED = 256  # bytes, as cudaMalloc's
 FIRST_ARCH_SPECIFIC = 90  # PTX for this and later SMs runs nowhere else
 SCRIPT = """
 import sys
-from transom.export.plugins.aot import attention_ptx, combine_ptx, json_from_compiled
+from transom.export.plugins.aot import attention_ptx, combine_ptx
+from transom.export.plugins.compiled import json_from_compiled
 from transom.export.plugins.kernel_spec import TileSizes, Variant
 from transom.export.plugins.layout import Layout
 import json

@@ -20,14 +20,8 @@ pytest.importorskip("triton", reason="triton is not installed: pip install 'tran
 import triton
 
 from emulated_driver import compile_elsewhere
-from transom.export.plugins.aot import (
-    KERNELS_DIR,
-    Compiled,
-    CompiledCombine,
-    attention_ptx,
-    combine_ptx,
-    power_of_two,
-)
+from transom.export.plugins.aot import attention_ptx, combine_ptx, power_of_two
+from transom.export.plugins.compiled import KERNELS_DIR, Compiled, CompiledCombine
 from transom.export.plugins.kernel_spec import TileSizes, Variant
 from transom.export.plugins.layout import Layout
 from transom.export.plugins.tile_sizes import GPUS, SHARED, SPILLED, preference, resident_warps, tile_sizes_for

@@ -17,7 +17,7 @@ pytest.importorskip("cuda.bindings.driver", reason="cuda-python is not installed
 from cuda.bindings import driver as real_driver
 
 from emulated_driver import compile_elsewhere
-from transom.export.plugins.aot import json_from_compiled
+from transom.export.plugins.compiled import json_from_compiled
 
 LARGE = {"dtype": "fp16", "size": 128, "heads": 1}  # more shared memory than a launch has without asking
 
@@ -69,7 +69,7 @@ int cuLaunchKernel(void *function, unsigned x, unsigned y, unsigned z, unsigned 
 THROUGH_CUDA_PYTHON = """
 import sys
 from transom.export.plugins import cuda_launcher as gpu
-from transom.export.plugins.aot import compiled_from_json
+from transom.export.plugins.compiled import compiled_from_json
 gpu.find_gpu, gpu.use_primary_context = lambda: gpu.Gpu("none", (8, 9), 0, 13000), lambda: None
 for line in sys.stdin:
     made = compiled_from_json(line)

@@ -23,7 +23,7 @@ from cuda.bindings import runtime as real_runtime
 from attention_reference import exact, normal, require_close, visible
 from emulated_driver import TYPES, EmulatedDriver, Memories, OnGpu, compile_elsewhere, empty, to_gpu
 from transom.export.plugins import cuda_launcher as plugin_gpu
-from transom.export.plugins.aot import Compiled, compiled_from_json, json_from_compiled
+from transom.export.plugins.compiled import Compiled, compiled_from_json, json_from_compiled
 from transom.export.plugins.cuda_launcher import Kernel
 from transom.export.plugins.kernel_spec import Variant
 from transom.runtime.backends import cuda

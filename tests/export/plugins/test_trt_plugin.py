@@ -30,7 +30,7 @@ from paths import TESTS
 from transom.export.passes import plugin_attention
 from transom.export.passes.plugin_attention import CAUSAL, MASKED, PLAIN
 from transom.export.plugins import kernel_spec as launch
-from transom.export.plugins.aot import compiled_from_json
+from transom.export.plugins.compiled import compiled_from_json
 from transom.export.plugins.kernel_spec import TileSizes, Variant
 from transom.export.plugins.plugin_calls import PluginCall, by_the_body
 from transom.export.plugins.tile_sizes import SPILLED, fitted, portable, tile_sizes_for
@@ -53,7 +53,7 @@ SIZES = {"B": 3, "S": 50, "T": 70}
 SCRIPT = """
 import json, sys
 import emulated_tensorrt as emulated
-from transom.export.plugins.aot import json_from_compiled
+from transom.export.plugins.compiled import json_from_compiled
 from transom.export.plugins.trt_plugin import candidates, kernel_of, layout_of, register_plugins, variant_of
 failed = []
 register_plugins(emulated.install(), 89, failed.append)
