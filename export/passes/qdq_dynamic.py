@@ -11,6 +11,7 @@ Cases:
    whose blocks are the rows, instead of ``Div`` and one of the whole tensor. Zero points are one per row then, too,
    which activations of one shape share. What follows takes the integers in steps of 1.
 3. ``Gemm`` becomes ``MatMul`` and its bias, as in the static pass.
+4. What a ``Relu`` gave is its own magnitude.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import onnx_ir as ir
 
 from transom.calib.quantized_weights import QuantizedWeights
 from transom.export.passes._builder import NodeBuilder, clean_up
-from transom.export.passes._match import rank_of, size_along
+from transom.export.passes._match import made_by, rank_of, size_along
 from transom.export.passes.linear_layers import Linear
 from transom.export.passes.qdq_static import dequantized_weight, name_of_product, replace_product
 
@@ -61,7 +62,8 @@ def quantized_rows(
     levels = builder.weight("row_levels", np.array(1 / LEVELS, np.float32))
     one = builder.weight("row_unit", np.array(1, np.float32))
     zero = builder.weight("row_zero_point", np.array(128, np.uint8))
-    magnitude = builder.add("Abs", [value], f"{name}.abs")
+    positive = made_by(value, "Relu") is not None  # case 4
+    magnitude = value if positive else builder.add("Abs", [value], f"{name}.abs")
     largest = builder.add("ReduceMax", [magnitude, last], f"{name}.row_max", {"keepdims": 1})
     scale = builder.add(
         "Mul", [builder.add("Max", [largest, smallest], f"{name}.row_range"), levels], f"{name}.row_scale"

@@ -223,6 +223,24 @@ def test_dynamic_rows_are_quantised_once_for_all_who_read_them() -> None:
     assert 0 < np.abs(run(model, x=x)["y"] - run(block(), x=x)["y"]).max() < 0.5
 
 
+def test_a_row_is_a_block_of_one_operator() -> None:
+    """The scale is the largest magnitude over 127, the integers those of dividing by it first: ties and all.
+
+    Activations with as many rows share their zero points; what a Relu gave is its own magnitude.
+    """
+    text = "g (float[B, S, 6] x) => (float[B, S, 5] y) { h = MatMul (x, W)  a = Relu (h)  y = MatMul (a, V) }"
+    model = dynamic(graph_of(text, {"W": normal(6, 4), "V": normal(4, 5)}))
+    counts = operators(model)
+    assert (counts["QuantizeLinear"], counts["Expand"], counts["Abs"], counts["Div"]) == (2, 1, 1, 0)
+    model.graph.outputs.append(next(node for node in model.graph if node.op_type == "QuantizeLinear").outputs[0])
+    x = normal(3, 2, 6, seed=4)
+    x[0, 0] = [127, 0.5, 1.5, -2.5, -0.5, 3]  # a scale of 1: halves go to even numbers
+    quantized = run(model, x=x)["x.quantized"]
+    scale = np.abs(x).max(axis=-1, keepdims=True) * np.float32(1 / 127)
+    np.testing.assert_array_equal(quantized, (np.round(x / scale) + 128).astype(np.uint8))
+    assert quantized[0, 0].tolist() == [255, 128, 130, 126, 128, 131]
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("block_size", [32, 64])
 def test_blocks_compute_with_the_dequantised_weight(bits: int, block_size: int) -> None:
