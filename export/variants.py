@@ -110,7 +110,7 @@ def pack(
         return tuple(
             GraphFile(
                 graph.with_state_dtype(state),
-                {kind: f"{graph.name}{ending}" for kind, ending in kinds.items()},
+                {kind: f"{graph.name}{ending}" for kind, ending in kinds.items() if kind != "cpu" or graph.name in cpu},
                 weights,
             )
             for graph in graphs

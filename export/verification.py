@@ -17,13 +17,14 @@ from transom.export.parity.results import CaseResult, Golden
 from transom.export.quantization.candidate import gate_mode
 from transom.export.quantization.gate import Gate
 from transom.export.quantization.gate_result import GateResult
-from transom.export.variants import Variants, emulations, open_variants, pack, simulated
+from transom.export.variants import Variants, emulations, open_variants, pack, simulated, with_integers
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import AccuracyError
 from transom.runtime.golden_reference import pytorch_tolerance
 from transom.runtime.greedy_check import Divergence
 from transom.runtime.loading import open_bundle
 from transom.runtime.manifest import QUANTIZED, Manifest
+from transom.runtime.manifest_graphs import BLOCKS
 from transom.runtime.progress import Progress, ProgressReporter, silent
 from transom.runtime.session import LoadedBundle
 
@@ -100,7 +101,10 @@ def other_devices(bundle: Bundle) -> Variants | None:
         return None
     graphs = tuple(file.graph for file in manifest.graphs)
     made = pack(graphs, emulations(stored_graphs(bundle, "default")), "float32")
-    return simulated(made) if manifest.precision in QUANTIZED else made
+    if manifest.precision not in QUANTIZED:
+        return made
+    blocks = all(file.integers == BLOCKS for file in manifest.graphs)  # of weights alone: as every device runs them
+    return with_integers(made, {graph.name: BLOCKS for graph in graphs}) if blocks else simulated(made)
 
 
 def verify_limit(manifest: Manifest) -> Limit:

@@ -99,14 +99,10 @@ class Quantizer:
         return models
 
     def optimized_cpu(self, high_precision: Collection[Layer] = ()) -> dict[str, ir.Model]:
-        """Return the graphs for ONNX Runtime's CPU as they ship, by name: rewritten in operators that are faster.
-
-        Those of weights alone are for GPUs too, whose providers do not have all of these operators: they stay.
-        """
+        """Return the graphs for ONNX Runtime's CPU as they ship, by name: rewritten in operators that are faster."""
         models = self.cpu(high_precision)
-        for name, model in models.items():
-            if self.config.activations[name] != NONE:
-                optimize_for_cpu(model)
+        for model in models.values():
+            optimize_for_cpu(model)
         return models
 
     def tensorrt(self, high_precision: Collection[Layer] = ()) -> dict[str, ir.Model]:
@@ -134,12 +130,19 @@ class Quantizer:
 
     def variants(self, high_precision: Collection[Layer] = ()) -> Variants:
         """Return everything that ships."""
-        cpu = self.optimized_cpu(high_precision)
         if self.config.weights_only:
-            return pack(self._graphs, cpu, "float32")
+            return self._weights_only(self.cpu(high_precision))
+        cpu = self.optimized_cpu(high_precision)
         models = self.tensorrt(high_precision)
         state = "float16" if self._half else "float32"
         return simulated(pack(self._graphs, models, state, cpu=cpu, emulated=emulations(models)))
+
+    def _weights_only(self, models: dict[str, ir.Model]) -> Variants:
+        """Return what ships of graphs that GPUs execute too, and the rewritten ones for the CPU where there are any."""
+        rewritten = {name: model.clone() for name, model in models.items()}
+        cpu = {name: model for name, model in rewritten.items() if any(optimize_for_cpu(model).values())}
+        others = emulations(models) if cpu else {}  # nothing is half: compared with PyTorch as they are
+        return with_integers(pack(self._graphs, models, "float32", cpu=cpu, emulated=others), self.integers)
 
     def cpu_variant(self, high_precision: Collection[Layer] = ()) -> Variants:
         """Return the graphs for ONNX Runtime's CPU alone, to be measured."""

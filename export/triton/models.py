@@ -255,7 +255,8 @@ def opened(bundle: Bundle, device: str) -> LoadedBundle:
     backends: dict[str, Backend] = {}
     for file in bundle.manifest.graphs:
         backends[file.graph.name] = Description(file.graph)
-        if "cpu" in file.files and any(tensor.state for tensor in (*file.graph.inputs, *file.graph.outputs)):
+        states = [tensor for tensor in (*file.graph.inputs, *file.graph.outputs) if tensor.state]
+        if "cpu" in file.files and any(tensor.dtype != "float32" for tensor in states):
             if device == AUTO:
                 raise ExportError(
                     f"{bundle.folder} has a state that differs between the CPU and GPUs, and --device is auto; its "
