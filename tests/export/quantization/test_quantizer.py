@@ -15,13 +15,14 @@ from tiny_graphs import Float, graph_of, histogram_of, normal, operators, run, w
 from transom.calib.graph_hash import graph_sha256
 from transom.calib.scales import activation_scale, clip_range
 from transom.calib.table import GraphRanges, RangeTable, Smoothing, TensorRanges
-from transom.export.bundle_graphs import canonical_graphs
+from transom.export.bundle_graphs import canonical_graphs, operator_counts, parse_graph
 from transom.export.quantization.calibrate import require_fitting
 from transom.export.quantization.quantizer import QuantizationConfig, Quantizer, calibrated_tensors
-from transom.export.variants import open_variants, pack
+from transom.export.variants import WEIGHTS, emulated_variants, open_variants, pack
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import CalibrationError
 from transom.runtime.graph_spec import Graph, Tensor
+from transom.runtime.manifest_graphs import BLOCKS
 from transom.runtime.tasks.gpt import GPT
 
 ENCODER = Graph("model", (Tensor("x", "float32", ("B", "S", 64)),), (Tensor("y", "float32", ("B", "S", 48)),))
@@ -144,23 +145,45 @@ def test_the_models_a_quantizer_is_made_of_stay() -> None:
 def test_rows_of_a_batch_are_answered_as_each_alone(gpt_bundle: Path) -> None:
     """The whole of the reference GPT with dynamic activations: the same logits bit for bit, whatever is beside it.
 
-    A prompt of twelve tokens and a step of one.
+    The graph as it ships: a prompt of eight tokens, a chunk of four and a step of one.
     """
     bundle = Bundle(gpt_bundle)
     graphs = tuple(file.graph for file in bundle.manifest.graphs)
     made = Quantizer(canonical_graphs(bundle), graphs, QuantizationConfig({"decoder": "dynamic"}), {"decoder": {}})
     ids = np.random.default_rng(0).integers(0, 200, (3, 13))
     ids[2] = 3
-    with open_variants(bundle, pack(graphs, made.cpu(), "float32")) as loaded:
+    with open_variants(bundle, pack(graphs, made.optimized_cpu(), "float32")) as loaded:
         assert isinstance(loaded, GPT)
 
         def answers(rows: NDArray[np.int64]) -> Float:
             decoder = loaded.new_decoder(len(rows))
-            return np.concatenate([decoder.forward_logits(rows[:, :12]), decoder.forward_logits(rows[:, 12:])], axis=1)
+            return np.concatenate([decoder.forward_logits(part) for part in np.split(rows, [8, 12], axis=1)], axis=1)
 
         together = answers(ids)
         for row in range(3):
             np.testing.assert_array_equal(together[row], answers(ids[row : row + 1])[0])
+
+
+def test_decoders_of_weights_alone_have_a_file_for_the_cpu(gpt_bundle: Path) -> None:
+    """GPUs get the other one, which is compared with PyTorch as well: it computes the same."""
+    bundle = Bundle(gpt_bundle)
+    graphs = tuple(file.graph for file in bundle.manifest.graphs)
+    config = QuantizationConfig({"decoder": "none"}, weight_bits=4)
+    variants = Quantizer(canonical_graphs(bundle), graphs, config, {"decoder": {}}).variants()
+    assert [file.files for file in variants.graphs] == [{"default": "decoder.onnx", "cpu": "decoder.cpu.onnx"}]
+    assert variants.files.keys() == {"decoder.onnx", "decoder.cpu.onnx", WEIGHTS}
+    default, cpu = (
+        operator_counts(parse_graph(variants.files[name], name)) for name in variants.graphs[0].files.values()
+    )
+    assert "com.microsoft::GroupQueryAttention" not in default
+    assert cpu["com.microsoft::GroupQueryAttention"] == 2 * 4, "of 4 layers"
+    found = []
+    for made in (variants, emulated_variants(variants)):
+        assert {file.integers for file in made.graphs} == {BLOCKS}
+        with open_variants(bundle, made) as loaded:
+            assert isinstance(loaded, GPT)
+            found.append(loaded.new_decoder(2).forward_logits(np.arange(20).reshape(2, 10)))
+    np.testing.assert_allclose(found[0], found[1], rtol=0, atol=0.05 * float(np.abs(found[1]).max()))
 
 
 def table(**changes: Any) -> RangeTable:
