@@ -5,7 +5,8 @@ combination of them, where a session for each would load and pack the weights an
 
 Cases:
 1. A linear layer or a convolution of a quantised graph: the passes kept the name of its result, and of the activation
-   it reads. Where its switch is on, its readers get the FP32 product of that activation, not quantised.
+   it reads. Where its switch is on, its readers get the FP32 product of that activation, not quantised. Where the
+   shipped graph has no such result, because its integer product holds the bias too, they get product and bias.
 2. A node of a half-precision graph, as ``fake_half`` rounds it: where the switch of its module is on it computes with
    the FP32 weights, and its result is not rounded. Nodes that only move values need no switch.
 3. Nodes of no module share one switch, TOP.
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 
 from transom.calib.graph_hash import MODULE
 from transom.export.passes._builder import NodeBuilder
-from transom.export.passes._match import is_weight
+from transom.export.passes._match import is_standard, is_weight, only_reader
 from transom.export.passes.convolutions import Convolution, find_layers
 from transom.export.passes.fake_half import fake_half
 from transom.runtime.errors import BundleError
@@ -49,7 +50,9 @@ def add_layer_switches(model: ir.Model, fp32: ir.Model) -> list[str]:
         convolves = isinstance(layer, Convolution)
         if convolves and layer.weight_name in model.graph.initializers:
             continue
-        result = counterpart(values, layer.node.outputs[0], layer.name)
+        product = layer.node.outputs[0]
+        bias_add = bias_inside(values, product)
+        result = counterpart(values, product if bias_add is None else bias_add.outputs[0], layer.name)
         inputs = [counterpart(values, layer.activation, layer.name)]
         kernel = array_of(layer.weight) if convolves else layer.kernel()
         inputs.append(switches.weight(layer.weight_name, kernel))
@@ -57,9 +60,14 @@ def add_layer_switches(model: ir.Model, fp32: ir.Model) -> list[str]:
             inputs.append(switches.weight(str(layer.bias.name), array_of(layer.bias)))
         elif layer.bias is not None:
             inputs.append(counterpart(values, layer.bias, layer.name))
-        node = ir.node(layer.node.op_type, inputs, layer.node.attributes if convolves else {})
+        nodes = [ir.node(layer.node.op_type, inputs, layer.node.attributes if convolves else {})]
         name = str(result.name)
-        (values[name],) = switches.add(layer.name, node, [result])
+        if bias_add is not None:
+            describe_as(nodes[0].outputs[0], result, "product")
+            bias = next(value for value in bias_add.inputs if value is not None and value is not product)
+            terms = [nodes[0].outputs[0], switches.weight(str(bias.name), array_of(bias))]
+            nodes.append(ir.node("Add", terms))
+        (values[name],) = switches.add(layer.name, nodes, [result])
     switches.finish()
     return switches.names
 
@@ -86,7 +94,7 @@ def add_module_switches(model: ir.Model, fp32: ir.Model) -> list[str]:
         results = [values.get(f"{output.name}{WIDE}", output) for output in node.outputs]
         if results != list(node.outputs) or any(value in weights for value in node.inputs):
             twin = fp32_node(node, switches, weights, fp32)
-            switches.add(node.metadata_props.get(MODULE) or TOP, twin, results)
+            switches.add(node.metadata_props.get(MODULE) or TOP, [twin], results)
     switches.finish()
     return switches.names
 
@@ -142,18 +150,19 @@ class Fp32Switches:
         """Return the initializer of an FP32 weight."""
         return self._builder.weight(f"{name}.{FP32}", array)
 
-    def add(self, name: str, node: ir.Node, results: Sequence[ir.Value]) -> list[ir.Value]:
-        """Give the readers of ``results`` the outputs of ``node``, in no graph yet, where the switch ``name`` is on.
+    def add(self, name: str, nodes: Sequence[ir.Node], results: Sequence[ir.Value]) -> list[ir.Value]:
+        """Give the readers of ``results`` the outputs of the last of ``nodes``, where the switch ``name`` is on.
 
-        Return the values that they read from now on, under the old names.
+        The nodes are in no graph yet. Return the values that they read from now on, under the old names.
         """
-        for old, new in zip(results, node.outputs, strict=True):
+        outputs = nodes[-1].outputs
+        for old, new in zip(results, outputs, strict=True):
             describe_as(new, old, FP32)
         shipped = [ir.node("Identity", [old]) for old in results]
         for old, identity in zip(results, shipped, strict=True):
             describe_as(identity.outputs[0], old, "identity")
         branches = {
-            "then_branch": ir.Graph([], node.outputs, nodes=[node], name=FP32),
+            "then_branch": ir.Graph([], outputs, nodes=nodes, name=FP32),
             "else_branch": ir.Graph([], [each.outputs[0] for each in shipped], nodes=shipped, name="shipped"),
         }
         chosen = ir.node("If", [self._condition(name)], branches, num_outputs=len(results))
@@ -194,6 +203,21 @@ def describe_as(value: ir.Value, other: ir.Value, ending: str) -> None:
 def values_by_name(graph: ir.Graph) -> dict[str, ir.Value]:
     """Return the graph's inputs and the outputs of its nodes."""
     return {str(value.name): value for value in (*graph.inputs, *(out for node in graph for out in node.outputs))}
+
+
+def bias_inside(values: Mapping[str, ir.Value], product: ir.Value) -> ir.Node | None:
+    """Return the ``Add`` of the FP32 graph whose bias the shipped operator adds to the product itself.
+
+    None where the shipped graph has the product alone, or a result of the Add that ONNX's own Add computes.
+    """
+    reader = only_reader(product)
+    if str(product.name) in values or reader is None or not is_standard(reader, "Add"):
+        return None
+    if not any(value is not None and is_weight(value) for value in reader.inputs):
+        return None
+    result = values.get(str(reader.outputs[0].name))
+    operator = None if result is None else result.producer()
+    return reader if operator is not None and operator.domain else None
 
 
 def counterpart(values: Mapping[str, ir.Value], value: ir.Value, layer: str) -> ir.Value:

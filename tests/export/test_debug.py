@@ -66,11 +66,9 @@ def scale_of(bundle: Path, layer: str) -> str:
     """The name of a layer's weight scales in the CPU's file."""
     model = onnx.load(bundle / "model.cpu.onnx", load_external_data=False)
     (found,) = (
-        node.input[1]
+        node.input[3]
         for node in model.graph.node
-        if node.op_type == "DequantizeLinear"
-        and node.input[0].endswith(".int8")
-        and any(entry.value == layer for entry in node.metadata_props)
+        if node.op_type == "MatMulIntegerToFloat" and any(entry.value == layer for entry in node.metadata_props)
     )
     return str(found)
 

@@ -12,14 +12,18 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from transom.export.passes._builder import clean_up
+from transom.export.passes.cpu.attention_layout import flatten_heads
 from transom.export.passes.cpu.group_query_attention import group_query_attention
+from transom.export.passes.cpu.integer_products import write_integer_products
+from transom.export.passes.weight_only import DOMAIN
 
 Rewrite = Callable[[ir.Model], int]  # rewrites a model in place; returns how many places it changed
 
 REWRITES: dict[str, Rewrite] = {  # in the order in which they are applied
     "group_query_attention": group_query_attention,
+    "integer_products": write_integer_products,
+    "attention_layout": flatten_heads,
 }
-DOMAIN = "com.microsoft"
 
 
 def optimize_for_cpu(model: ir.Model) -> dict[str, int]:

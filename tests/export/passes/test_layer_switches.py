@@ -8,7 +8,12 @@ import onnx_ir as ir
 import pytest
 from onnx import numpy_helper
 
+from transom.calib.quantized_weights import QuantizedWeights
+from transom.calib.scales import Scale
+from transom.export.passes.convolutions import find_layers
+from transom.export.passes.cpu import optimize_for_cpu
 from transom.export.passes.layer_switches import SWITCHES, add_layer_switches, add_module_switches
+from transom.export.passes.qdq_static import quantize_static
 from transom.runtime.backends.ort_library import onnxruntime
 from transom.runtime.errors import BundleError
 
@@ -46,6 +51,18 @@ def test_a_linear_layer_is_switched_to_fp32_while_the_graph_runs() -> None:
     assert add_layer_switches(shipped, tiny(RIGHT)) == ["dense"]
     assert outputs(shipped, 0) == [6, 1]  # 5 + 1, 0 + 1
     assert outputs(shipped, 1) == [11, 6]  # 2 * 5 + 1, 1 * 5 + 1
+
+
+def test_a_bias_inside_an_integer_product_is_switched_with_it() -> None:
+    """Quantised, rewritten for the CPU, and its scales three times too large."""
+    shipped = tiny(RIGHT)
+    quantize_static(shipped, find_layers(shipped), QuantizedWeights(8), {"r": Scale(5 / 255, 0)}, signed=False)
+    assert optimize_for_cpu(shipped)["integer_products"] == 1
+    scales = shipped.graph.initializers["W.scale"]
+    scales.const_value = ir.Tensor(3 * scales.const_value.numpy(), name="W.scale")  # type: ignore[union-attr]
+    assert add_layer_switches(shipped, tiny(RIGHT)) == ["dense"]
+    assert outputs(shipped, 0) == pytest.approx([31, 16], rel=0.01)  # 3 * 2 * 5 + 1, 3 * 1 * 5 + 1
+    assert outputs(shipped, 1) == [11, 6]
 
 
 def test_modules_of_a_half_precision_graph_are_switched_one_by_one() -> None:
