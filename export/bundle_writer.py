@@ -56,6 +56,10 @@ class StagedBundle(Bundle):
         """Return the bytes of a file."""
         return self._read(name)
 
+    def pieces(self, name: str) -> Iterator[memoryview]:
+        """Yield the bytes of a file."""
+        yield memoryview(self._read(name))
+
     def open_tokenizer(
         self, spec: TokenizerSpec, max_tokens: int, wider: Callable[[int], str] = export_again
     ) -> TextTokenizer:

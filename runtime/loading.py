@@ -5,15 +5,18 @@ Not called ``load.py``: importing a module of that name would replace the functi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from os import PathLike
 from typing import Any
 
-from transom.runtime.backends import AUTO, open_backend
+from transom.runtime.backends import AUTO, FASTEST_FIRST, open_backend
 from transom.runtime.backends.base import Backend
 from transom.runtime.backends.known_sum import doubling
 from transom.runtime.bundle import Bundle
 from transom.runtime.devices import NO_BUNDLE, Choice, choose
+from transom.runtime.format import at
+from transom.runtime.manifest import Manifest
 from transom.runtime.saturation import warn_of_saturation
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks import task_class
@@ -26,14 +29,46 @@ def load(path: str | PathLike[str], device: str = "cpu", threads: int | None = N
     the last of these on which every graph of the bundle opens: ``choice`` of the loaded bundle says why. A device that
     is asked for and absent is an error. ``threads`` is the number of CPU threads per call, None for one per core.
 
+    Every file's SHA-256 is compared but those of other devices' engines, which ``selftest`` compares too.
+
     Raises BundleError when the folder is damaged, hostile or of another format version, BackendError
     when the device or its library is not there. Warns (SaturationWarning), once, where the 8-bit products of an INT8
     bundle add up otherwise than they did at its export.
     """
-    bundle = Bundle(str(path))
-    loaded = open_bundle(bundle, device, threads)
+    bundle = Bundle(str(path), verify=False)
+    return open_verified(bundle, device, threads, bundle.manifest.files.keys() - plans_of(bundle.manifest))
+
+
+def open_verified(bundle: Bundle, device: str, threads: int | None, names: Collection[str]) -> LoadedBundle:
+    """Open a bundle, and compare the hashes of those files of ``names`` that opening it does not read, meanwhile.
+
+    Each file is hashed once. Raises what ``load`` raises.
+    """
+    unread = {*names} - may_be_read(bundle.manifest, device)
+    with ThreadPoolExecutor(1, thread_name_prefix="transom-verify") as pool:
+        verified = pool.submit(bundle.verify, unread)
+        loaded = open_bundle(bundle, device, threads)
+        try:
+            verified.result()
+            bundle.verify(names)
+        except BaseException:
+            loaded.close()
+            raise
     warn_of_saturation(bundle.manifest, loaded.device)
     return loaded
+
+
+def may_be_read(manifest: Manifest, device: str) -> set[str]:
+    """Return the files that opening a bundle on ``device`` may read: all that it reads, and perhaps more."""
+    devices = FASTEST_FIRST if device == AUTO else (device,)
+    names = {file.file_for(each) for file in manifest.graphs for each in devices}
+    names |= {file.weights for file in manifest.graphs if file.weights is not None} | plans_of(manifest)
+    return names | {str(at(spec, "file")) for spec in (manifest.tokenizer, manifest.target_tokenizer) if spec}
+
+
+def plans_of(manifest: Manifest) -> set[str]:
+    """Return the files of all engines."""
+    return {plan.file for file in manifest.graphs for plan in file.plans.values()}
 
 
 def open_bundle(bundle: Bundle, device: str = "cpu", threads: int | None = None) -> LoadedBundle:
@@ -52,7 +87,7 @@ def choice_for(bundle: str | PathLike[str] | None) -> Choice:
     Raises BackendError where ONNX Runtime cannot be used, BundleError for a damaged bundle.
     """
     if bundle is not None:
-        with open_bundle(Bundle(str(bundle)), AUTO) as loaded:
+        with open_bundle(Bundle(str(bundle), verify=False), AUTO) as loaded:
             return loaded.choice
     graph, model = doubling()
     return choose(lambda device: open_backend(graph, lambda name: model, device, 1), {"tensorrt": NO_BUNDLE})[1]

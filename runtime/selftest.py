@@ -21,7 +21,7 @@ from transom.runtime.golden import (
 )
 from transom.runtime.golden_reference import BUNDLE, PYTORCH, Reference, references
 from transom.runtime.host import instruction_set
-from transom.runtime.loading import load
+from transom.runtime.loading import open_verified
 from transom.runtime.manifest import Manifest
 from transom.runtime.manifest_graphs import SIMULATED
 from transom.runtime.saturation import may_saturate, multiplies_integers, recorded_sums, saturated_export, sums_here
@@ -110,13 +110,14 @@ class SelftestReport:
 
 
 def selftest(path: str | PathLike[str], device: str = "cpu", threads: int | None = None) -> SelftestReport:
-    """Run a bundle's golden inputs and compare the outputs with its ``references``.
+    """Run a bundle's golden inputs and compare the outputs with its ``references``; every file is hashed first.
 
     Raises ParityError beyond a tolerance and for golden values of saturated sums where sums are exact here,
     BundleError when there are no golden values, ShapeError when the engine's bounds leave none of them.
     """
-    with load(path, device, threads) as loaded:
-        golden = read_golden(Bundle(str(path)))
+    bundle = Bundle(str(path), verify=False)
+    golden = read_golden(bundle)
+    with open_verified(bundle, device, threads, bundle.manifest.files) as loaded:
         if not golden:
             raise BundleError(f"{path} holds no golden values; export it again.")
         manifest = loaded.manifest

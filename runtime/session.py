@@ -54,7 +54,8 @@ class LoadedBundle(ProcessBound):
         def open_on(device: str) -> list[Backend]:
             if backends is not None:
                 return [backends[graph.graph.name] for graph in graphs]
-            return [open_backend(graph, bundle.read, device, threads) for graph in graphs]
+            reader = bundle.reader()
+            return [open_backend(graph, reader, device, threads) for graph in graphs]
 
         self._backends, self.choice = (
             choose(open_on, without_engines(graphs)) if device == AUTO else (open_on(device), Choice(device, ASKED))

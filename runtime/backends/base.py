@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,6 +14,26 @@ from transom.runtime.manifest_graphs import Plan
 
 Array = NDArray[Any]
 Read = Callable[[str], bytes]  # the checked bytes of a bundle's file
+
+
+@runtime_checkable
+class ReadInPieces(Protocol):
+    """A ``Read`` that gives a file in pieces as well, so that it need not be in memory."""
+
+    def __call__(self, name: str) -> bytes:
+        """Return the checked bytes of a file."""
+        ...
+
+    def size(self, name: str) -> int:
+        """Return the size of a file in bytes."""
+        ...
+
+    def pieces(self, name: str) -> Iterator[memoryview]:
+        """Yield the bytes of a file in order, each piece valid until the next.
+
+        What was yielded is checked when the iterator ends: BundleError where it is not what bundle.json says.
+        """
+        ...
 
 
 class Backend(Protocol):

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from transom.runtime.backends.base import Array, Read, with_dtypes
+from transom.runtime.backends.base import Array, Read, ReadInPieces, with_dtypes
+from transom.runtime.backends.inlined_model import inlined_model
 from transom.runtime.backends.integer_sums import integer_sums
+from transom.runtime.backends.malloc import large_blocks_apart
+from transom.runtime.backends.model_pipe import can_pipe, session_from_parts
 from transom.runtime.backends.ort_cache import OrtDecoderState
-from transom.runtime.backends.ort_library import FATAL, load_cuda, onnxruntime
+from transom.runtime.backends.ort_library import FATAL, load_cuda, onnxruntime, version_of
 from transom.runtime.decoder_state import DecoderState, HostDecoderState
-from transom.runtime.errors import BackendError, one_line
+from transom.runtime.errors import BackendError, BundleError, one_line
 from transom.runtime.feeds import storage
 from transom.runtime.graph_spec import Tensor, cache_inputs, recurrent_inputs
 from transom.runtime.manifest_graphs import BLOCKS, PRODUCTS, SIMULATED, GraphFile
@@ -25,6 +29,12 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # Of ONNX Runtime's fusions, those it is not to make. On the CPU SkipLayerNormalization takes five times as long as Add
 # and LayerNormalization apart: without it BERT-base at S=128 on two cores is 2 to 6 % faster, 9 to 10 % in INT8.
 SLOW_FUSIONS = {"cpu": ["SkipLayerNormFusion"]}
+
+# From a model's path it reads a pipe, but older versions hold the interpreter's lock meanwhile: nothing could write.
+READS_PIPES = (1, 31)
+# Constants that ONNX Runtime computes when it makes a session, in bytes at most: else it transposes a tied table of
+# embeddings of 147 MiB, before it packs that for the product that could have read it transposed.
+FOLDED = ("optimization.constant_folding_max_output_size_in_bytes", str(64 << 20))
 
 # ONNX Runtime's names of the dtypes that cross a graph's edge.
 DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16"}
@@ -160,7 +170,7 @@ def zeros_for(session: Any) -> dict[str, Array]:
 
 
 def open_session(graph: GraphFile, read: Read, device: str, threads: int | None) -> Any:
-    """Open a session over bytes that were hashed as they were read; ONNX Runtime gets no path to follow."""
+    """Open a session over bytes that were hashed as they were read; ONNX Runtime gets no path of a bundle to follow."""
     library = onnxruntime()
     if PROVIDERS[device] not in library.get_available_providers():
         raise BackendError(
@@ -176,12 +186,9 @@ def open_session(graph: GraphFile, read: Read, device: str, threads: int | None)
     options.inter_op_num_threads = 1
     for key, setting in session_entries(graph, device).items():
         options.add_session_config_entry(key, setting)
-    model = read(graph.file_for(device))
-    if graph.weights is not None:
-        weights = read(graph.weights)
-        options.add_external_initializers_from_files_in_memory([graph.weights], [weights], [len(weights)])
-    try:
-        session = library.InferenceSession(
+
+    def make(model: str | bytes) -> Any:
+        return library.InferenceSession(
             model,
             options,
             providers=[PROVIDERS[device]],
@@ -189,6 +196,11 @@ def open_session(graph: GraphFile, read: Read, device: str, threads: int | None)
             disabled_optimizers=SLOW_FUSIONS.get(device),
             enable_fallback=0,  # else it prints to stdout and goes on with the CPU, here and in a run that fails
         )
+
+    try:
+        session = make_session(graph, read, device, options, make)
+    except BundleError:
+        raise
     except Exception as error:  # as above
         gpu = f". {GPU_MISSING}" if device != "cpu" else ""
         raise BackendError(
@@ -200,6 +212,30 @@ def open_session(graph: GraphFile, read: Read, device: str, threads: int | None)
         )
     if device != "cpu":
         require_on_device(session, device)
+    return session
+
+
+def make_session(graph: GraphFile, read: Read, device: str, options: Any, make: Callable[[str | bytes], Any]) -> Any:
+    """Make a session of a graph's files: weights that lie outside of it pass through a pipe where that works.
+
+    Raises BundleError for files that are not those of bundle.json, and what the library raises.
+    """
+    model = read(graph.file_for(device))
+    with large_blocks_apart():
+        if graph.weights is not None and isinstance(read, ReadInPieces):
+            inlined = inlined_model(model, graph.weights, read.size(graph.weights))
+            if inlined is not None and inlined.is_float32:
+                options.add_session_config_entry(*FOLDED)
+            if inlined is not None and can_pipe() and version_of(onnxruntime()) >= READS_PIPES:
+                with suppress(RuntimeError):  # it names the pipe: what it says of bytes is the error
+                    session = session_from_parts(inlined.parts(read.pieces(graph.weights)), make)
+                    if session is not None:
+                        return session
+        if graph.weights is not None:
+            weights = read(graph.weights)
+            options.add_external_initializers_from_files_in_memory([graph.weights], [weights], [len(weights)])
+        session = make(model)
+    session._model_bytes = None  # it keeps them, to be made again on another device
     return session
 
 

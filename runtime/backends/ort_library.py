@@ -32,13 +32,17 @@ def onnxruntime() -> ModuleType:
         raise BackendError(
             f"onnxruntime cannot be imported ({error}). Run `pip install 'onnxruntime>=1.28'`."
         ) from None
-    version = tuple(int(part) for part in library.__version__.split(".")[:2])
-    if version < OLDEST:
+    if version_of(library) < OLDEST:
         raise BackendError(
             f"onnxruntime is {library.__version__}; older than 1.28 computes causal attention wrongly. "
             "Run `pip install --upgrade 'onnxruntime>=1.28'`."
         )
     return cast(ModuleType, library)
+
+
+def version_of(library: ModuleType) -> tuple[int, ...]:
+    """Return a library's version, (1, 32) of 1.32.0."""
+    return tuple(int(part) for part in library.__version__.split(".")[:2])
 
 
 @cache

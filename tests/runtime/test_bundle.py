@@ -151,12 +151,12 @@ def test_a_file_that_cannot_be_read_is_an_error_of_ours(
     kept: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = kept("bert-fp32")
-    opened = Path.open
+    opened = os.open
 
-    def refuse(self: Path, *mode: Any, **options: Any) -> Any:
-        if self.name == "model.onnx":
-            raise PermissionError(13, "Permission denied", str(self))
-        return opened(self, *mode, **options)
+    def refuse(path: Any, flags: int, *mode: int, **options: Any) -> int:
+        if Path(path).name == "model.onnx":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, flags, *mode, **options)
 
-    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     refused(folder, "model.onnx cannot be read: Permission denied")
