@@ -13,6 +13,7 @@ from transom.calib.quantized_weights import QuantizedWeights
 from transom.calib.scales import Scale, activation_scale, clip_range
 from transom.export.passes.convolutions import Convolution, QuantizableLayer, find_layers
 from transom.export.passes.cpu import optimize_for_cpu
+from transom.export.passes.cpu.group_query_attention import reads_cache
 from transom.export.passes.fp16_embeddings import fp16_embeddings
 from transom.export.passes.half_precision import convert_precision
 from transom.export.passes.linear_layers import Linear
@@ -101,9 +102,14 @@ class Quantizer:
     def optimized_cpu(self, high_precision: Collection[Layer] = ()) -> dict[str, ir.Model]:
         """Return the graphs for ONNX Runtime's CPU as they ship, by name: rewritten in operators that are faster."""
         models = self.cpu(high_precision)
-        for model in models.values():
-            optimize_for_cpu(model)
+        for name, model in models.items():
+            if self._has_cpu_file(name):
+                optimize_for_cpu(model)
         return models
+
+    def _has_cpu_file(self, graph: str) -> bool:
+        """Return whether the CPU has a file of its own; of weights alone only for a cache."""
+        return self.config.activations[graph] != NONE or reads_cache(self.models[graph])
 
     def tensorrt(self, high_precision: Collection[Layer] = ()) -> dict[str, ir.Model]:
         """Return the graphs for TensorRT, by name: int8 with symmetric scales, everything else in FP16."""
@@ -139,8 +145,9 @@ class Quantizer:
 
     def _weights_only(self, models: dict[str, ir.Model]) -> Variants:
         """Return what ships of graphs that GPUs execute too, and the rewritten ones for the CPU where there are any."""
-        rewritten = {name: model.clone() for name, model in models.items()}
-        cpu = {name: model for name, model in rewritten.items() if any(optimize_for_cpu(model).values())}
+        cpu = {name: model.clone() for name, model in models.items() if self._has_cpu_file(name)}
+        for model in cpu.values():
+            optimize_for_cpu(model)
         others = emulations(models) if cpu else {}  # nothing is half: compared with PyTorch as they are
         return with_integers(pack(self._graphs, models, "float32", cpu=cpu, emulated=others), self.integers)
 

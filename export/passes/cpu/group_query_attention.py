@@ -84,6 +84,11 @@ def group_query_attention(model: ir.Model) -> int:
     return len(found)
 
 
+def reads_cache(model: ir.Model) -> bool:
+    """Return whether the model has such an ``Attention``."""
+    return any(match_cached_attention(node) is not None for node in model.graph)
+
+
 def match_cached_attention(node: ir.Node) -> CachedAttention | None:
     """Return the match of case 1 whose ``Attention`` is ``node``; None if there is none."""
     if node.op_type != "Attention" or node.domain or reason_against_lengths(node) is not None:
