@@ -1,0 +1,5 @@
+"""`make bench`: this project beside other tools, interleaved in one run; `python -m bench --help` with benchmarks/ on the path.
+
+What a worker imports (worker, workloads, paths, peers) needs numpy and the peer's own library alone, because every peer
+runs in an environment of its own.
+"""

@@ -1,0 +1,84 @@
+"""Checkpoints of published size with random weights, inputs, and PyTorch's FP32 outputs: made once, in this environment."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from full_size_models import DATA, EOS, MODELS, photographs
+
+from bench.paths import Paths
+from bench.session import Arrays
+from bench.workloads import Workload
+
+SEED = 0
+
+
+def make_checkpoint(model: str, paths: Paths) -> bool:
+    """Write a checkpoint and its calibration data; return False where they are there already."""
+    folder = paths.checkpoint(model)
+    if folder.exists() and paths.calibration(model).exists():
+        return False
+    import torch
+    import transformers
+
+    partial = folder.with_name("checkpoint.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    torch.manual_seed(SEED)
+    MODELS[model][1](transformers).eval().save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    write_arrays(paths.calibration(model), MODELS[model][2]())
+    return True
+
+
+def write_arrays(path: Path, arrays: Arrays) -> None:
+    """Write an .npz whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial.npz")
+    np.savez(partial, **arrays)
+    partial.replace(path)
+
+
+def inputs_of(workload: Workload) -> Arrays:
+    """Return the inputs by transformers' names: real prose as bytes, or a crop of a photograph."""
+    if workload.model == "vit" or workload.part == "image":
+        return {"pixel_values": photographs()["pixel_values"][: workload.B]}
+    prose = np.frombuffer((DATA / "austen_heldout.txt").read_bytes(), np.uint8).astype(np.int64)
+    ids = prose[: workload.B * workload.S].reshape(workload.B, workload.S).copy()
+    if workload.part == "text":
+        ids[:, -1] = EOS
+    return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+
+
+def references(workloads: list[Workload], paths: Paths) -> Iterator[str]:
+    """Write inputs and PyTorch's FP32 outputs of those workloads that lack them; yield the names of what was made."""
+    from bench.peers import pytorch
+
+    for workload in workloads:
+        target = paths.reference(workload.name)
+        made = inputs_of(workload)
+        path = paths.inputs(workload.name)
+        known = dict(np.load(path)) if path.exists() else {}
+        same = known.keys() == made.keys() and all(np.array_equal(known[name], made[name]) for name in made)
+        if same and target.exists():
+            continue
+        target.unlink(missing_ok=True)
+        write_arrays(path, made)
+        session = pytorch.open_session("fp32", workload, made, paths)
+        write_arrays(target, session.outputs())
+        session.close()
+        yield workload.name
+
+
+def checkpoint_key(model: str, paths: Paths) -> str:
+    """Return a hash of a checkpoint's size, settings and the head of its weights, which changes with the seed and shape."""
+    found = hashlib.sha256()
+    for file in sorted(paths.checkpoint(model).iterdir()):
+        with file.open("rb") as opened:
+            found.update(f"{file.name} {file.stat().st_size}".encode() + opened.read(1 << 20))
+    return found.hexdigest()[:16]
+
