@@ -17,6 +17,8 @@ PROCESSOR_ARGS ?=
 GPU_CHECK_ARGS ?=
 GPU_SMS    ?= 80 90
 STUB_ARGS  ?=
+BENCH_DIR  ?= build/bench
+BENCH_ARGS ?=
 
 PACKAGES   := models export runtime calib cli
 REFERENCES := vit minilm bert gpt transformer seq2seq seq2seq-fixed clip show_attend_tell flamingo perceiver perceiver_bytes vit_hybrid swin swinv2
@@ -50,7 +52,7 @@ SERVED     := minilm gpt vit clip transformer show_attend_tell flamingo
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help dev export check test suite wheel test-wheel serving-env test-serving sweep build-matrix mutate test-gpu bench-gpu gpu-check gpu-check-build test-cuda-stubs \
+.PHONY: help dev export check test suite wheel test-wheel serving-env test-serving sweep build-matrix mutate test-gpu bench bench-env bench-gpu gpu-check gpu-check-build test-cuda-stubs \
         test-arm test-x86 clean typing again
 
 help: ## this table of contents
@@ -65,6 +67,7 @@ help: ## this table of contents
 	@echo '  make mutate MUTATE_ARGS="--only manifest"                             a part of the guards'
 	@echo '  make gpu-check GPU_CHECK_ARGS="--only step --minutes 3"               a part; --dry-run needs no GPU'
 	@echo '  make test-arm PROCESSOR_ARGS="--parts selftest --models vit gpt"      a part; --processors, --precisions'
+	@echo '  make bench BENCH_ARGS="--only bert-s128-b1 --json FILE"               a part; --all, --earlier PYTHON, --again'
 	@echo '  make dev PYTHON=python3.12 PIP_ARGS="--extra-index-url URL"           another Python, a smaller torch'
 
 dev: $(STAMP) ## .venv with everything that export, tests and checks need, .venv/bin/transom among it
@@ -160,6 +163,16 @@ test-gpu: $(STAMP) ## on a machine with a GPU: parity of every family and precis
 
 test-cuda-stubs: $(STAMP) typing ## without a GPU: every kept bundle in ONNX Runtime's CUDA provider, over stubs of CUDA
 	PYTHONPATH=tests/support TRANSOM_REPO="$$PWD" $(VENV)/bin/python -m stub_cuda $(STUB_ARGS)
+
+# Both take BENCH_ARGS, so that what is prepared is what runs. What is prepared is kept in BENCH_DIR and is not part of a
+# run's 30 minutes; an interrupted run goes on where it was.
+BENCH := PYTHONPATH=benchmarks $(VENV)/bin/python -m bench
+
+bench-env: $(STAMP) ## environments, exports and quantised models of `make bench`, into build/bench; the first time an hour
+	$(BENCH) prepare --dir '$(BENCH_DIR)' --pip-args='$(PIP_ARGS)' $(BENCH_ARGS)
+
+bench: bench-env ## beside PyTorch, ONNX Runtime, OpenVINO, CTranslate2 and llama.cpp, into docs/results/ and the README
+	$(BENCH) run --dir '$(BENCH_DIR)' $(BENCH_ARGS)
 
 bench-gpu: $(STAMP) ## on a machine with a GPU: latency beside PyTorch and ONNX Runtime, into docs/results/
 	$(VENV)/bin/python benchmarks/gpu_latency.py --out docs/results

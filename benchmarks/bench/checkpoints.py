@@ -1,4 +1,4 @@
-"""Checkpoints of published size with random weights, inputs, and PyTorch's FP32 outputs: made once, in this environment."""
+"""Make checkpoints of published size with random weights, inputs, and PyTorch's FP32 outputs, once."""
 
 from __future__ import annotations
 
@@ -75,10 +75,9 @@ def references(workloads: list[Workload], paths: Paths) -> Iterator[str]:
 
 
 def checkpoint_key(model: str, paths: Paths) -> str:
-    """Return a hash of a checkpoint's size, settings and the head of its weights, which changes with the seed and shape."""
+    """Return a hash of a checkpoint's sizes, settings and first weights, which change with the seed."""
     found = hashlib.sha256()
     for file in sorted(paths.checkpoint(model).iterdir()):
         with file.open("rb") as opened:
             found.update(f"{file.name} {file.stat().st_size}".encode() + opened.read(1 << 20))
     return found.hexdigest()[:16]
-

@@ -2,7 +2,7 @@
 
 Linear layers count 2 M N K operations, attention 4 S^2 E per layer; norms, softmax and activations count nothing. The
 least time is the larger of arithmetic (linear layers at the format's measured rate, attention at the faster of FP32 and
-BF16) and reading the weights once at the measured read rate. A model that stays in the caches between steps can pass it.
+BF16) and reading the weights once at the measured read rate. A model that stays in the caches can be faster.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def python_of(peer: Peer, paths: Paths, earlier: Path | None = None) -> Path:
 
 
 def make_environment(peer: Peer, paths: Paths, pip_arguments: Sequence[str] = ()) -> str | None:
-    """Make the environment of a peer with requirements, unless it is there; return the reason where it cannot be made."""
+    """Make a peer's environment, unless it is there; return the reason where it cannot be made."""
     folder = paths.environment(peer.name)
     stamp = folder / STAMP
     wanted = {"requirements": list(peer.requirements), "python": sys.version}

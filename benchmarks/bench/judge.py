@@ -1,8 +1,8 @@
 """Compare outputs with PyTorch's in FP32, and mark what is wrong.
 
-An output's error is ||a - b|| / ||b||; CLIP's embeddings are normalised first, because some libraries return them so. Of
-generated tokens, those equal to PyTorch's at their place are counted. TOLERANCES say what is allowed; beyond them, and
-where sums of products saturate, a time is marked wrong and never counts as best.
+An output's error is ||a - b|| / ||b||; CLIP's embeddings are normalised first, because some libraries return them so.
+Of generated tokens, those equal to PyTorch's at their place are counted. TOLERANCES say what is allowed; beyond them,
+and where sums of products saturate, a time is marked wrong and never counts as best.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import numpy as np
 from bench.session import Arrays
 from bench.workloads import Workload
 
-# ||a - b|| / ||b||. FP32: other summation orders give 1e-6 to 1e-5. BF16 has 8 bits of mantissa: 2^-9 = 0.002 a rounding.
-# INT8 with exact sums stays below 0.03 on these models, INT4 below 0.2.
+# FP32: other orders of summation give 1e-6 to 1e-5. BF16: 8 bits of mantissa, 2^-9 = 0.002 a rounding.
 TOLERANCES = {"fp32": 1e-3, "bf16": 0.03, "int8": 0.05, "int4": 0.25}
 TOKENS = {"fp32": 1.0, "bf16": 0.5, "int8": 0.5, "int4": 0.5}  # of the tokens that must be PyTorch's
 

@@ -132,7 +132,7 @@ def summary(seconds: Sequence[float]) -> dict[str, float | int]:
 
 
 def add_fractions(rows: Sequence[dict[str, Any]], workload: Workload, limits: Mapping[str, float]) -> dict[str, Any]:
-    """Set each time's ``of_possible``, the least time over the median; return the least milliseconds by part and format."""
+    """Set each time's ``of_possible``, least time over median; return the least milliseconds by part and format."""
     least: dict[str, dict[str, float]] = {}
     for row in rows:
         for part, figures in row.get("ms", {}).items():

@@ -1,4 +1,4 @@
-"""Plot results: milliseconds of every variant by workload, with the least that is possible. Same figures, same bytes."""
+"""Plot results: milliseconds of every variant by workload. The same figures give the same bytes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,12 @@ def panel(axes: Any, title: str, part: str, rows: Any, least: Any) -> None:
         if precision in least:
             axes.plot([least[precision]] * 2, [place - 0.4, place + 0.4], color=INK, linewidth=0.9)
         axes.annotate(
-            shown(ms["median"]), (ms["median"], place), xytext=(3, 0), textcoords="offset points", va="center", color=INK
+            shown(ms["median"]),
+            (ms["median"], place),
+            xytext=(3, 0),
+            textcoords="offset points",
+            va="center",
+            color=INK,
         )
     labels = [f"{row['title']}, {row['label']}" for row in timed]
     axes.set_yticks(range(len(timed)), labels)

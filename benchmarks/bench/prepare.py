@@ -109,7 +109,7 @@ def state(job: Job, paths: Paths) -> dict[str, Any]:
 
 
 def key_of(job: Job, paths: Paths, python: Path) -> str:
-    """Return a hash of what a preparation depends on: weights, the peer's module, its versions, for ours the exporter."""
+    """Return a hash of what a preparation depends on: weights, the peer's module and versions, the exporter."""
     found = hashlib.sha256(checkpoint_key(job.model, paths).encode())
     found.update((Path(__file__).parent / "peers" / f"{job.peer.worker_module}.py").read_bytes())
     found.update(repr(job.peer.requirements).encode())

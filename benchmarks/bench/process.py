@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import subprocess
+import sysconfig
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -121,6 +122,7 @@ def environment(paths: Paths, module: str, given: Mapping[str, str] = os.environ
         "HF_HUB_OFFLINE": "1",
         "ORT_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "BENCH_LIBRARIES": sysconfig.get_path("purelib"),
         "TORCHINDUCTOR_CACHE_DIR": str(paths.root / "peers" / "pytorch" / "inductor"),
     }
 

@@ -15,7 +15,7 @@ PRECISIONS = (FP32, BF16, INT8, INT4)
 
 @dataclass(frozen=True)
 class Variant:
-    """A way of running a model: its number format, and how a table calls it. ``saturates``: only there where sums do."""
+    """A way of running a model, its number format, its name in tables. ``saturates``: only there where sums do."""
 
     name: str
     precision: str

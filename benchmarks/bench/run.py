@@ -85,7 +85,11 @@ def run(
             say(f"[{number}/{len(left)}, {(time.monotonic() - began) / 60:.1f} min] {workload.title}")
             chosen, missing = ready(peers, workload, paths, saturates=saturates, precisions=precisions)
             rows = measure_workload(workload, chosen, workers.start, paths, say, rounds=rounds, block=block)
-            results["workloads"][workload.name] = {"title": workload.title, "kind": workload.kind, "rows": rows + missing}
+            results["workloads"][workload.name] = {
+                "title": workload.title,
+                "kind": workload.kind,
+                "rows": rows + missing,
+            }
             results["versions"] |= workers.versions
             results["seconds"] = round(time.monotonic() - began, 1)
             save(paths.partial(), results)

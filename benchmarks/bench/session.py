@@ -74,7 +74,7 @@ def seconds_of(call: Callable[[], object]) -> float:
 
 
 def block(session: Session, seconds: float) -> dict[str, list[float]]:
-    """Return the times of one block, in seconds: each part once unmeasured if it is short, then until ``seconds`` are over."""
+    """Return the times of one block: a call to warm up, if it is short, then calls until ``seconds`` are over."""
     parts = session.parts()
     first = next(iter(parts.values()))
     warm = seconds_of(first)

@@ -78,7 +78,7 @@ def circumstances(results: Results) -> str:
         [
             f"{results['cpu']}, `{results['instruction_set']}`, {results['threads']} threads, {results['date']}; "
             f"medians of {results['rounds']} rounds,",
-            f"variants alternating, one computing at a time; {minutes:.0f} minutes. 8-bit sums here: {results['sums']}.",
+            f"variants alternating, one computing at a time; {minutes:.0f} minutes. 8-bit sums: {results['sums']}.",
             f"Limits in the same run: {limits_line(results['limits'])}.",
         ]
     )
@@ -132,7 +132,10 @@ def beside_earlier(results: Results) -> str:
     for title, part, rows, _ in cells(results):
         for precision, name in FORMATS:
             pair = [
-                next((r for r in rows if r["peer"] == peer and r["variant"] == precision and part in r.get("ms", {})), None)
+                next(
+                    (r for r in rows if r["peer"] == peer and r["variant"] == precision and part in r.get("ms", {})),
+                    None,
+                )
                 for peer in ("earlier", "transom")
             ]
             if pair[0] is not None and pair[1] is not None:
@@ -163,8 +166,9 @@ def page(results: Results, picture: str) -> str:
             summary(results),
             *(["## Beside the earlier installation", earlier] if earlier else []),
             "## Every variant",
-            "*Of possible*: the least time that the limits allow over the median. *Error*: ‖a − b‖ / ‖b‖ to PyTorch in FP32.\n"
-            "*Tokens*: equal to PyTorch's in FP32. *Ours takes*: this project's median in the same format over the variant's.",
+            "*Of possible*: the least time that the limits allow over the median. *Error*: ‖a − b‖ / ‖b‖ to PyTorch\n"
+            "in FP32. *Tokens*: equal to PyTorch's in FP32. *Ours takes*: this project's median in the same format over\n"
+            "the variant's.",
             details(results).rstrip(),
             "## Missing",
             missing(results),

@@ -4,7 +4,7 @@
 
 Requests: {"do": "versions"}, {"do": "prepare", "model": ...}, {"do": "open", "workload": ...},
 {"do": "outputs", "file": ...} (writes an .npz), {"do": "time", "seconds": ...}, {"do": "close"}. An answer has "ok";
-where that is false, "error" is the first line of the exception. What libraries print goes to the log, not to the answers.
+where that is false, "error" is the exception's text. What libraries print goes to the log, not to the answers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""One module per peer: ``versions()``, ``prepare(variant, model, paths)``, ``open_session(variant, workload, inputs, paths)``.
+"""One module per peer, with the functions ``versions()``, ``prepare(variant, model, paths)`` and
+``open_session(variant, workload, inputs, paths)``.
 
-``prepare`` writes files below ``paths.peer`` once and returns a note for the results; what a library cannot do it raises.
+``prepare`` writes files below ``paths.peer`` once and returns a note; what a library cannot do it raises.
 """

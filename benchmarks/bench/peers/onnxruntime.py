@@ -1,7 +1,7 @@
 """ONNX Runtime on this project's own FP32 graphs: as they are, and by its own quantisers.
 
-Dynamic: ``quantize_dynamic`` on MatMul and Gemm alone (of an opset-23 ``Attention`` it would make an invalid graph), per
-channel. Static: ``quantize_static`` as its documentation advises for this processor, U8 activations, S8 weights per
+Dynamic: ``quantize_dynamic`` on MatMul and Gemm alone (of an opset-23 ``Attention`` it would make an invalid graph),
+per channel. Static: ``quantize_static`` as its documentation advises for this processor, U8 activations, S8 weights per
 channel, min-max. Where U8 x S8 saturates, sessions ask for exact sums, and ``-saturating`` ones do not.
 Decoders run by this project's runtime with these graphs in place of the bundle's.
 """
@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from bench.graphs.names import canonical, canonical_graphs
 from bench.paths import Paths
 from bench.peers import transom
 from bench.session import Arrays, Calls
@@ -36,7 +37,7 @@ def prepare(variant: str, model: str, paths: Paths) -> str:
         return "this project's FP32 graph"
     quantize = {"dynamic": quantized_dynamically, "static": quantized_statically}[kind]
     logging.getLogger().setLevel(logging.ERROR)
-    for name, graph in graphs(model, paths).items():
+    for name, graph in canonical_graphs(model, paths).items():
         target = graph_file(kind, model, name, paths)
         target.parent.mkdir(parents=True, exist_ok=True)
         plain = target.with_name(f"{name}-fp32.onnx")
@@ -45,14 +46,6 @@ def prepare(variant: str, model: str, paths: Paths) -> str:
             quantize(plain, target, model, paths)
         plain.unlink()
     return f"onnxruntime.quantization, {kind}, {' and '.join(LINEARS)}, per channel"
-
-
-def graphs(model: str, paths: Paths) -> dict[str, Path]:
-    """Return the files of the bundle's canonical graphs by name."""
-    from transom.runtime.bundle import Bundle
-
-    folder = paths.bundle(transom.PEER, model, "fp32")
-    return {str(file.graph.name): folder / file.files["default"] for file in Bundle(folder).manifest.graphs}
 
 
 def graph_file(kind: str, model: str, name: str, paths: Paths) -> Path:
@@ -101,7 +94,7 @@ def quantized_statically(graph: Path, target: Path, model: str, paths: Paths) ->
 
 def open_session(variant: str, workload: Workload, inputs: Arrays, paths: Paths) -> Calls:
     kind, model = variant.removesuffix("-saturating"), workload.model
-    known = graphs(model, paths)
+    known = canonical_graphs(model, paths)
     files = known if kind == "fp32" else {name: graph_file(kind, model, name, paths) for name in known}
     exact = kind != "fp32" and kind == variant
     if workload.kind != ENCODER:
@@ -112,19 +105,13 @@ def open_session(variant: str, workload: Workload, inputs: Arrays, paths: Paths)
     options.intra_op_num_threads, options.inter_op_num_threads = THREADS, 1
     if exact:
         options.add_session_config_entry(EXACT_SUMS, "1")
-    name = chosen(files, inputs)
-    session = onnxruntime.InferenceSession(str(files[name]), options, providers=["CPUExecutionProvider"])
+    name = canonical(model, workload.part, paths)
+    path = next(files[key] for key, file in known.items() if file == name)
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     wanted = {given.name for given in session.get_inputs()}
     feeds = {key: array for key, array in with_types(inputs).items() if key in wanted}
     output = {"bert": "last_hidden_state", "vit": "logits", "clip": f"{workload.part}_embeds"}[model]
     return Calls(workload, run=lambda: session.run([output], feeds)[0])
-
-
-def chosen(files: dict[str, Path], inputs: Arrays) -> str:
-    """Return the only graph, or CLIP's tower for these inputs."""
-    if len(files) == 1:
-        return next(iter(files))
-    return next(name for name in files if ("image" in name or "vision" in name) == ("pixel_values" in inputs))
 
 
 def with_types(inputs: Arrays) -> Arrays:
