@@ -49,7 +49,7 @@ class WorkerProcess:
         try:
             process.stdin.write((json.dumps(request) + "\n").encode())
             process.stdin.flush()
-        except BrokenPipeError:
+        except (BrokenPipeError, ValueError):  # ValueError: closed by ``end``
             raise WorkerError(self._ended()) from None
         ready, _, _ = select.select([process.stdout], [], [], timeout)
         if not ready:

@@ -167,8 +167,8 @@ def page(results: Results, picture: str) -> str:
             *(["## Beside the earlier installation", earlier] if earlier else []),
             "## Every variant",
             "*Of possible*: the least time that the limits allow over the median. *Error*: ‖a − b‖ / ‖b‖ to PyTorch\n"
-            "in FP32. *Tokens*: equal to PyTorch's in FP32. *Ours takes*: this project's median in the same format over\n"
-            "the variant's.",
+            "in FP32. *Tokens*: equal to PyTorch's in FP32. *Ours takes*: this project's median in the same format\n"
+            "over the variant's.",
             details(results).rstrip(),
             "## Missing",
             missing(results),

@@ -70,7 +70,7 @@ class Graph:
         self.add("MatMul", [last, self.constant("lm_head.weight", table)], ["logits"])
 
     def model(self, inputs: list[Any], outputs: list[Any]) -> Any:
-        stored = [numpy_helper.from_array(np.ascontiguousarray(a), name) for name, a in self.constants.items()]
+        stored = [numpy_helper.from_array(np.asarray(a, order="C"), name) for name, a in self.constants.items()]
         graph = helper.make_graph(self.nodes, "gpt2", inputs, outputs, stored)
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
         return helper.make_model(graph, opset_imports=opsets, ir_version=IR)

@@ -44,7 +44,7 @@ def prepare(variant: str, model: str, paths: Paths) -> str:
         with contextlib.redirect_stdout(io.StringIO()):
             quantize_dynamic(
                 fp32, target, op_types_to_quantize=["MatMul"], per_channel=True, weight_type=QuantType.QInt8,
-                extra_options={"MatMulConstBOnly": True},
+                extra_options={"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT},
             )  # fmt: skip
     elif variant.startswith("nbits"):
         from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer

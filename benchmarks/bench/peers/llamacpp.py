@@ -131,12 +131,12 @@ def open_session(variant: str, workload: Workload, inputs: Arrays, paths: Paths)
         answer = server.handle_completions(
             {
                 "prompt": ids, "n_predict": new, "temperature": 0.0, "top_k": 1, "cache_prompt": False,
-                "ignore_eos": True, "return_tokens": True, "stream": False,
+                "ignore_eos": True, "stream": False,
             }
         )  # fmt: skip
         found = json.loads(answer) if isinstance(answer, str) else answer
-        if "tokens" not in found:
+        if "choices" not in found:
             raise RuntimeError(f"the server answered {str(found)[:200]}")
-        return found["tokens"]
+        return [int(token) for token in found["choices"][0]["text"].split("t")[1:]]
 
     return Calls(workload, generate=generate)
