@@ -86,7 +86,7 @@ def main() -> None:
     peers = chosen_peers(options)
     if options.do == "prepare":
         prepare(
-            peers, workloads, paths, say, saturates=saturates, earlier=options.earlier,
+            peers, workloads, paths, say, saturates=saturates, earlier=options.earlier, precisions=options.precisions,
             pip_arguments=options.pip_args.split(),
         )  # fmt: skip
         return

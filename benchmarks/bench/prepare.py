@@ -7,19 +7,22 @@ import json
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bench.checkpoints import checkpoint_key, make_checkpoint, references
 from bench.environments import make_environment, python_of
+from bench.graphs.names import canonical_graphs
 from bench.paths import Paths
 from bench.process import WorkerError, WorkerProcess, environment
-from bench.registry import BY_NAME, Peer, Variant
+from bench.registry import ALL, ENCODERS, Peer, Variant
 from bench.workloads import WORKLOADS, Workload
 
 TIMEOUT_S = 3600.0  # for one model of one variant
 EXPORTING = ("models", "export", "calib")  # packages whose files decide what an export writes
+ON_OUR_GRAPHS = {"onnxruntime": ALL, "openvino": ENCODERS}  # peers that read the FP32 bundle's graphs
 FIND = "from importlib.util import find_spec as f; print(f('transom.{0}').submodule_search_locations[0])"
 
 
@@ -50,6 +53,7 @@ def prepare(
     say: Callable[[str], None],
     *,
     saturates: bool,
+    precisions: Iterable[str] = (),
     earlier: Path | None = None,
     pip_arguments: list[str] | None = None,
 ) -> None:
@@ -68,7 +72,9 @@ def prepare(
             say(f"checkpoint of {model}")
     for name in references(workloads, paths):
         say(f"PyTorch's outputs of {name}")
-    todo = list(jobs(peers, models, saturates=saturates))
+    todo = [
+        job for job in jobs(peers, models, saturates=saturates) if not precisions or job.variant.precision in precisions
+    ]
     for number, job in enumerate(todo, 1):
         name = f"[{number}/{len(todo)}] {job.peer.title}, {job.variant.label}: {job.model}"
         if job.peer.name in missing:
@@ -115,9 +121,10 @@ def key_of(job: Job, paths: Paths, python: Path) -> str:
     found.update(repr(job.peer.requirements).encode())
     if job.peer.name in ("transom", "earlier"):
         found.update(exporter_key(job.peer, paths, python).encode())
-    elif job.peer.worker_module == "onnxruntime":  # on this project's graphs
-        ours = BY_NAME["transom"]
-        found.update(exporter_key(ours, paths, python_of(ours, paths)).encode())
+    elif job.peer.name in ON_OUR_GRAPHS and job.model in ON_OUR_GRAPHS[job.peer.name]:
+        with suppress(OSError):  # the bundle is exported first; without it the preparation says what is missing
+            for file in canonical_graphs(job.model, paths).values():
+                found.update(file.read_bytes())
     return found.hexdigest()[:16]
 
 
