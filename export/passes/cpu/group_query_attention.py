@@ -168,7 +168,7 @@ def count_lengths(builder: NodeBuilder, attention: CachedAttention) -> Lengths:
 
     new = computed("Shape", attention.tokens[:1], "new", start=1, end=2)
     held = computed("Add", [start, new], "held")
-    latest = computed("ReduceMax", [start], "latest", keepdims=1)
+    latest = computed("ReduceMax", [computed("Abs", [start], "starts")], "latest", keepdims=1)  # one below 0 is refused
     others = computed("Sub", [computed("Shape", [start], "rows"), one], "other_rows")
     steps = computed("Sub", [new, one], "other_tokens")
     refused = computed("Mul", [computed("Mul", [others, steps], "others"), latest], "refused")

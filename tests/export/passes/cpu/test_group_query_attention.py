@@ -121,6 +121,31 @@ def test_caches_are_written_in_place(what: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("rows", "new", "starts"),
+    [
+        (1, 1, [CAPACITY]),
+        (2, 1, [3, CAPACITY]),
+        (2, 4, [2, 9]),
+        (1, 13, [0]),
+        (1, 1, [-1]),
+        (2, 1, [-1, 5]),
+        (2, 3, [-2, 0]),
+    ],
+)
+def test_tokens_outside_of_the_buffers_are_refused(rows: int, new: int, starts: list[int]) -> None:
+    """As ``TensorScatter`` refuses them; bound buffers have no room to grow."""
+    session = session_of(rewritten())
+    feeds = feeds_of(rows, new, [0] * rows, packed=True)
+    binding, y = session.io_binding(), np.zeros((rows, new, E), np.float32)
+    for name, array in {**feeds, "write_indices": np.array(starts)}.items():
+        binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+    for name, array in {"y": y, "keys": feeds["key_cache"], "values": feeds["value_cache"]}.items():
+        binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+    with pytest.raises(Exception, match=r"sequence_length|seqlens_k|pre-allocated"):
+        session.run_with_iobinding(binding)
+
+
+@pytest.mark.parametrize(
     ("part", "other"),
     [
         ("LessOrEqual (columns, most)", "Less (columns, most)"),
