@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from bench.run import limits_line
 Row = Mapping[str, Any]
 Results = Mapping[str, Any]
 NONE = "–"
+WIDTH = 140  # characters of a line of prose
 PART_TITLES = {"run": "", "prefill": ", prefill", "step": ", one step"}
 FORMATS = (("fp32", "FP32"), ("bf16", "BF16"), ("int8", "INT8"), ("int4", "INT4"))
 SUMMARY_FORMATS = ("fp32", "int8", "int4")
@@ -74,14 +76,16 @@ def percent(fraction: float) -> str:
 def circumstances(results: Results) -> str:
     """Return on what and how was measured."""
     minutes = results["seconds"] / 60
-    return "\n".join(
-        [
-            f"{results['cpu']}, `{results['instruction_set']}`, {results['threads']} threads, {results['date']}; "
-            f"medians of {results['rounds']} rounds,",
-            f"variants alternating, one computing at a time; {minutes:.0f} minutes. 8-bit sums: {results['sums']}.",
-            f"Limits in the same run: {limits_line(results['limits'])}.",
-        ]
+    return wrapped(
+        f"{results['cpu']}, `{results['instruction_set']}`, {results['threads']} threads, {results['date']}; medians "
+        f"of {results['rounds']} rounds, variants alternating, one computing at a time; {minutes:.0f} minutes. "
+        f"8-bit sums: {results['sums']}. Limits in the same run: {limits_line(results['limits'])}."
     )
+
+
+def wrapped(text: str) -> str:
+    """Return a paragraph in lines of at most WIDTH characters."""
+    return "\n".join(textwrap.wrap(" ".join(text.split()), WIDTH, break_long_words=False, break_on_hyphens=False))
 
 
 def details(results: Results) -> str:
@@ -153,15 +157,15 @@ def table(results: Results) -> str:
 
 def page(results: Results, picture: str) -> str:
     """Return the whole page of docs/results/."""
-    versions = "; ".join(
-        f"{peer}: " + ", ".join(f"{name} {number}" for name, number in found.items())
+    versions = "\n".join(
+        f"- {peer}: " + ", ".join(f"{name} {number}" for name, number in found.items())
         for peer, found in results["versions"].items()
     )
     earlier = beside_earlier(results)
     return "\n\n".join(
         [
             f"# Beside other tools on {results['cpu']}, {results['instruction_set']}",
-            circumstances(results) + f"\n{results['limits']['method'].capitalize()}.",
+            wrapped(circumstances(results) + f" They are the {results['limits']['method']}."),
             f"![Milliseconds of every variant, by workload]({picture})",
             summary(results),
             *(["## Beside the earlier installation", earlier] if earlier else []),
@@ -173,6 +177,6 @@ def page(results: Results, picture: str) -> str:
             "## Missing",
             missing(results),
             "## Versions",
-            versions + ".\n",
+            versions + "\n",
         ]
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 from importlib.metadata import version
 from typing import Any
 
@@ -52,6 +53,7 @@ def prepare(variant: str, model: str, paths: Paths) -> str:
         settings = DefaultWeightOnlyQuantConfig(
             block_size=BLOCK, is_symmetric=True, accuracy_level=ACCURACY, bits=int(variant.removeprefix("nbits"))
         )
+        logging.getLogger("onnxruntime.quantization").setLevel(logging.ERROR)
         quantizer = MatMulNBitsQuantizer(onnx.load(fp32), algo_config=settings)
         quantizer.process()
         gpt.write(quantizer.model.model, target)

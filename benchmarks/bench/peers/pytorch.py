@@ -36,6 +36,7 @@ def open_session(variant: str, workload: Workload, inputs: Arrays, paths: Paths)
 
     torch.set_num_threads(THREADS)
     torch.set_grad_enabled(False)
+    torch._dynamo.reset()  # another size of the same model would otherwise be compiled for any size
     model = changed(loaded(workload.model, paths), variant)
     tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
     if "pixel_values" in tensors and "bf16" in variant:
@@ -43,7 +44,7 @@ def open_session(variant: str, workload: Workload, inputs: Arrays, paths: Paths)
     if workload.kind == ENCODER:
         call = encoder_call(model, workload)
         if "compiled" in variant:
-            call = torch.compile(call)
+            call = torch.compile(call, dynamic=False)
         return Calls(workload, run=lambda: call(**tensors).float().numpy())
     if "compiled" in variant:
         generate = compiled_greedy(model, tensors["input_ids"], workload.new)

@@ -24,7 +24,7 @@ PEER = "transom"
 
 
 def versions() -> dict[str, str]:
-    return {name: version(name) for name in ("onnxruntime", "numpy")}
+    return {name: version(name) for name in ("transom", "onnxruntime", "numpy")}
 
 
 def prepare(variant: str, model: str, paths: Paths, peer: str = PEER) -> str:
