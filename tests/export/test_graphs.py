@@ -19,6 +19,7 @@ from onnx import TensorProto, helper
 from transom.export.checkpoint import load_checkpoint
 from transom.export.onnx_export import onnx_from_module
 from transom.export.parity.fp16_range import RangeBackend, require_fp16_range
+from transom.export.passes.cpu import optimize_for_cpu
 from transom.export.passes.fake_half import fake_half
 from transom.export.passes.half_precision import convert_precision
 from transom.export.variants import make_variants
@@ -74,6 +75,7 @@ def test_operator_counts(traced: Any, architecture: str) -> None:
     assert {name: counts[name] for name in PINNED[architecture]} == PINNED[architecture]
     assert {node.domain for node in model.graph} == {""}
     assert model.opset_imports[""] == 23
+    assert optimize_for_cpu(model)["attention_layout"] == counts["Attention"]
 
 
 @pytest.mark.parametrize("architecture", PINNED)

@@ -5,27 +5,30 @@ number of heads; ONNX Runtime then multiplies along the strides of the heads, wh
 query, key, value and result. The arithmetic is the same, whatever the mask.
 
 Cases:
-1. Query, key and value each are ``Reshape`` of (B, S, N H) to (B, S, N, H), then ``Transpose`` to (B, N, S, H), and
-   the result goes through ``Transpose`` and ``Reshape`` back to (B, S, N H): ``Attention`` gets and gives the three
-   axes. Key and value may have another S, fewer heads, and the value another H.
-2. Everything else stays: a cache of keys and values, further outputs, heads that something else reads as well on
-   their way out, or sizes that are not known to be these.
+1. Query, key and value each are ``Transpose`` of (B, S, N, H) to (B, N, S, H), and the result goes through its inverse:
+   ``Attention`` gets and gives (B, S, N H), of ``Reshape``, which copies nothing. Key and value may have another S,
+   fewer heads, and the value another H.
+2. Where (B, S, N, H) is ``Reshape`` of (B, S, N H), or becomes it, that ``Reshape`` goes too.
+3. ``Expand`` to the shape that a value has already is passed over.
+
+Left as it is: a cache of keys and values, further outputs, and heads that something else reads on their way out.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from transom.export.passes._builder import NodeBuilder
 from transom.export.passes._match import (
     ATTENTION_INPUTS,
-    Size,
     extra_inputs,
     is_standard,
     made_by,
     only_reader,
+    rank_of,
     size_along,
 )
 
@@ -34,61 +37,72 @@ HEADS_FIRST = (0, 2, 1, 3)  # of a Transpose; its own inverse
 
 @dataclass(frozen=True)
 class Heads:
-    """A value (B, S, N H) that is split into N heads of H."""
+    """A value (B, S, N, H) of case 1, and the (B, S, N H) that it was split of in case 2."""
 
-    value: ir.Value
+    split: ir.Value
+    whole: ir.Value | None
     count: int
     size: int
 
 
 def flatten_heads(model: ir.Model) -> int:
-    """Apply case 1 to ``model`` in place; return how many nodes changed."""
+    """Apply the cases to ``model`` in place; return how many ``Attention`` changed."""
     return sum(rewrite(model.graph, node) for node in list(model.graph) if is_standard(node, "Attention"))
 
 
 def rewrite(graph: ir.Graph, attention: ir.Node) -> bool:
-    """Apply case 1 to one node; return whether it did."""
-    sides = [heads_of(value) for value in attention.inputs[: ATTENTION_INPUTS.index("mask")]]
+    """Apply the cases to one node; return whether it changed."""
+    query, key, value = (heads_of(each) for each in attention.inputs[: ATTENTION_INPUTS.index("mask")])
     if extra_inputs(attention, len(ATTENTION_INPUTS)) or len(attention.outputs) != 1:
         return False
-    query, key, value = sides
     if query is None or key is None or value is None or key.count != value.count or query.size != key.size:
         return False
-    reshape = merged_heads(attention.outputs[0], query, value)
-    if reshape is None:
+    transpose = only_reader(attention.outputs[0])
+    if heads_moved(transpose) is None or transpose is None:
         return False
-    counts = {"q_num_heads": query.count, "kv_num_heads": key.count}
-    inputs = [query.value, key.value, value.value, *attention.inputs[len(sides) :]]
-    result = NodeBuilder(graph, attention).add(
-        "Attention", inputs, f"{attention.outputs[0].name}.flat", {**attention.attributes, **counts}
-    )
-    NodeBuilder(graph, reshape).replace_node(result)
+    builder = NodeBuilder(graph, attention)
+    inputs = [flat(builder, side) for side in (query, key, value)] + list(attention.inputs[len(ATTENTION_INPUTS) - 1 :])
+    attributes = {**attention.attributes, "q_num_heads": query.count, "kv_num_heads": key.count}
+    name = str(attention.outputs[0].name)
+    result = builder.add("Attention", inputs, f"{name}.flat", attributes)
+    replaced = Heads(transpose.outputs[0], None, query.count, value.size)
+    merge = only_reader(replaced.split)
+    if merge is not None and is_standard(merge, "Reshape") and same_tokens(replaced, merge.outputs[0]):
+        NodeBuilder(graph, merge).replace_node(result)
+        return True
+    axes = builder.weight("heads_of_flat", np.array([0, 0, query.count, value.size], np.int64))
+    NodeBuilder(graph, transpose).replace_node(builder.add("Reshape", [result, axes], f"{name}.split"))
     return True
 
 
 def heads_of(value: ir.Value | None) -> Heads | None:
-    """Return the value (B, S, N H) that case 1 makes (B, N, S, H) of; None where another shape is made, or may be."""
+    """Return query, key or value of case 1, without the Expand of case 3; None where it is something else."""
+    expand = made_by(value, "Expand")
+    if expand is not None and value is not None and is_shape_of(expand.inputs[0], value):
+        value = expand.inputs[0]
     split = heads_moved(made_by(value, "Transpose"))
-    reshape = made_by(split, "Reshape")
-    if reshape is None or split is None or reshape.inputs[0] is None:
-        return None
-    whole = reshape.inputs[0]
     count, size = size_along(split, 2), size_along(split, 3)
-    if not isinstance(count, int) or not isinstance(size, int) or not has_shape(whole, tokens_of(split), count * size):
+    if split is None or not isinstance(count, int) or not isinstance(size, int):
         return None
-    return Heads(whole, count, size)
+    heads = Heads(split, None, count, size)
+    reshape = made_by(split, "Reshape")
+    whole = None if reshape is None else reshape.inputs[0]
+    return heads if whole is None or not same_tokens(heads, whole) else Heads(split, whole, count, size)
 
 
-def merged_heads(result: ir.Value, query: Heads, value: Heads) -> ir.Node | None:
-    """Return the ``Reshape`` behind the result of an ``Attention`` in case 1."""
-    transpose = only_reader(result)
-    if transpose is None or heads_moved(transpose) is not result:
-        return None
-    reshape = only_reader(transpose.outputs[0])
-    if reshape is None or not is_standard(reshape, "Reshape"):
-        return None
-    merged = reshape.outputs[0]
-    return reshape if has_shape(merged, tokens_of(query.value), query.count * value.size) else None
+def flat(builder: NodeBuilder, heads: Heads) -> ir.Value:
+    """Return (B, S, N H) of the heads."""
+    if heads.whole is not None:
+        return heads.whole
+    axes = builder.weight("flat_heads", np.array([0, 0, heads.count * heads.size], np.int64))
+    return builder.add("Reshape", [heads.split, axes], f"{heads.split.name}.flat")
+
+
+def same_tokens(heads: Heads, whole: ir.Value) -> bool:
+    """Return whether ``whole`` is known to be the (B, S, N H) of ``heads``."""
+    tokens = [size_along(heads.split, axis) for axis in (0, 1)]
+    sizes = [*tokens, heads.count * heads.size]
+    return None not in tokens and rank_of(whole) == 3 and sizes == [size_along(whole, axis) for axis in range(3)]
 
 
 def heads_moved(transpose: ir.Node | None) -> ir.Value | None:
@@ -98,13 +112,8 @@ def heads_moved(transpose: ir.Node | None) -> ir.Value | None:
     return transpose.inputs[0] if tuple(transpose.attributes["perm"].as_ints()) == HEADS_FIRST else None
 
 
-def tokens_of(value: ir.Value) -> tuple[Size | None, Size | None]:
-    """Return the sizes of the first two axes."""
-    return size_along(value, 0), size_along(value, 1)
-
-
-def has_shape(value: ir.Value, tokens: tuple[Size | None, Size | None], features: int) -> bool:
-    """Return whether a value is known to have the shape (*tokens, features)."""
-    if None in tokens or value.shape is None or len(value.shape) != 3:
-        return False
-    return tokens_of(value) == tokens and size_along(value, 2) == features
+def is_shape_of(value: ir.Value | None, other: ir.Value) -> bool:
+    """Return whether two values are known to have one shape."""
+    axes = range(rank_of(other) or 0)
+    sizes = [size_along(value, axis) for axis in axes]
+    return bool(sizes) and None not in sizes and sizes == [size_along(other, axis) for axis in axes]
