@@ -1,10 +1,10 @@
 """Time an encoder's INT8 graph for the CPU before and after its rewrites, interleaved in one run.
 
-    python benchmarks/encoder_graphs.py --work DIR                        BERT-base, random weights, one text of 128 tokens
+    python benchmarks/encoder_graphs.py --work DIR                        BERT-base, one text of 128 tokens
     python benchmarks/encoder_graphs.py --work DIR --model vit --batch 8  ViT-B/16, eight images
     python benchmarks/encoder_graphs.py --work DIR --model clip --graph text --tokens 77
 
-Each rewrite of ``transom.export.passes.cpu`` is added to those before it; ``dynamic`` is what onnxruntime's own
+Weights are random. Each rewrite of ``transom.export.passes.cpu`` is added to those before it; ``dynamic`` is what onnxruntime's own
 quantize_dynamic makes of the FP32 graph (products alone, per channel). Ranges are the smallest and largest values over
 four inputs. Outputs are compared with those of the first graph. What counts is the ratio of the medians: of wall time,
 or, with ``--cpu-time``, of the processor time of one thread, which other processes hardly disturb.
@@ -13,6 +13,7 @@ or, with ``--cpu-time``, of the processor time of one thread, which other proces
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections import Counter, defaultdict
@@ -114,7 +115,7 @@ def graphs(model: ir.Model) -> Iterator[tuple[str, ir.Model]]:
 
 
 def dynamic(fp32: ir.Model, work: Path) -> ir.Model:
-    """Return what onnxruntime's dynamic quantisation makes of a graph; with Attention it makes one that does not load."""
+    """Return what onnxruntime's dynamic quantisation makes of a graph's products; with its attention none loads."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     source, made = work / "fp32.onnx", work / "dynamic.onnx"
@@ -126,8 +127,6 @@ def dynamic(fp32: ir.Model, work: Path) -> ir.Model:
 
 def operators_of(session: Any, feeds: Arrays, runs: int) -> Counter[str]:
     """Return the milliseconds of each operator in one run: of each node the least over ``runs``."""
-    import json
-
     for _ in range(runs):
         session.run(None, feeds)
     path = Path(session.end_profiling())
@@ -179,10 +178,9 @@ def main() -> None:
             sessions[name].run(None, feeds)
             if turn >= WARM_UP:
                 times[name].append(1000 * (clock() - started))
-    kind = "ms of one thread's processor time" if arguments.cpu_time else f"ms, {threads} threads"
-    print(
-        f"{MODELS[arguments.model][0]}, {graph.name}, batch {arguments.batch}; {processor()}; onnxruntime {onnxruntime.__version__}; {kind}"
-    )
+    print(f"{MODELS[arguments.model][0]}, {graph.name}, batch {arguments.batch}; {processor()}")
+    kind = "of one thread's processor time" if arguments.cpu_time else f"with {threads} threads"
+    print(f"onnxruntime {onnxruntime.__version__}, milliseconds {kind}")
     for name, session in sessions.items():
         found = session.run(None, feeds)
         off = max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(found, expected, strict=True))
