@@ -4,10 +4,10 @@
     python benchmarks/encoder_graphs.py --work DIR --model vit --batch 8  ViT-B/16, eight images
     python benchmarks/encoder_graphs.py --work DIR --model clip --graph text --tokens 77
 
-Weights are random. Each rewrite of ``transom.export.passes.cpu`` is added to those before it; ``dynamic`` is what onnxruntime's own
-quantize_dynamic makes of the FP32 graph (products alone, per channel). Ranges are the smallest and largest values over
-four inputs. Outputs are compared with those of the first graph. What counts is the ratio of the medians: of wall time,
-or, with ``--cpu-time``, of the processor time of one thread, which other processes hardly disturb.
+Weights are random. Each rewrite of ``transom.export.passes.cpu`` is added to those before it; ``dynamic`` is what
+onnxruntime's own quantize_dynamic makes of the FP32 graph (products alone, per channel). Ranges are the smallest and
+largest values over four inputs. Outputs are compared with those of the first graph. What counts is the ratio of the
+medians: of wall time, or, with ``--cpu-time``, of the processor time of one thread, which others hardly disturb.
 """
 
 from __future__ import annotations
