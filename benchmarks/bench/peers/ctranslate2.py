@@ -53,7 +53,7 @@ def prepare(variant: str, model: str, paths: Paths) -> str:
         command, env={**os.environ, "PYTHONPATH": search}, capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise RuntimeError(done.stderr[-LOG_TAIL:])
+        raise RuntimeError(done.stderr.strip().splitlines()[-1][-LOG_TAIL:])
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
     return f"quantization={COMPUTE[variant]}"
@@ -69,6 +69,11 @@ def convert(checkpoint: str, model: str, variant: str, target: str) -> None:
     size = transformers.AutoConfig.from_pretrained(checkpoint).vocab_size
 
     class Loader(base):  # type: ignore[misc, valid-type]
+        def get_model_spec(self, model: Any) -> Any:
+            if kind == "BertConfig":  # transformers 5 has no other positions, and no such setting
+                model.config.position_embedding_type = "absolute"
+            return super().get_model_spec(model)
+
         def get_vocabulary(self, model: Any, tokenizer: Any) -> list[str]:
             return [str(token) for token in range(size)]
 
