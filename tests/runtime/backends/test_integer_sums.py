@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from tiny_graphs import Float, graph_of, operators, run
 from transom.calib.quantized_weights import QuantizedWeights
 from transom.calib.scales import Scale
+from transom.export.passes.cpu import optimize_for_cpu
 from transom.export.passes.linear_layers import find_linears
 from transom.export.passes.qdq_dynamic import quantize_dynamic
 from transom.export.passes.qdq_static import quantize_static
@@ -123,13 +124,18 @@ def test_which_sessions_get_the_option() -> None:
         assert entries(integers, "cuda") == {"session.record_ep_graph_assignment_info": "1"}
 
 
+@pytest.mark.parametrize("rewritten", [False, True])
 @pytest.mark.parametrize("zero_point", [0, 7, 128, 255])
-def test_static_sums_are_numpys(zero_point: int, tmp_path: Path) -> None:
-    """Two layers behind one activation, one with a bias: scales are 1, so float32 holds the integer sums."""
+def test_static_sums_are_numpys(zero_point: int, rewritten: bool, tmp_path: Path) -> None:
+    """Two layers behind one activation, one with a bias: scales are 1, so float32 holds the integer sums.
+
+    In Q/DQ, which ONNX Runtime fuses, and rewritten for the CPU, as they ship.
+    """
     for k, n in SIZES:
         w, v, bias = weights(k, n, 1), weights(k, n, 2), integers(n, low=-9, high=9, seed=3)
         model = graph_of(TWO, {"W": w, "V": v, "bias": bias})
         quantize_static(model, find_linears(model), QuantizedWeights(8), {"x": Scale(1.0, zero_point)}, signed=False)
+        assert not rewritten or optimize_for_cpu(model)["integer_products"] == 2
         for rows in ROWS:
             x = integers(rows, k, low=-zero_point, high=255 - zero_point, seed=rows)
             found = run(model, tmp_path / "optimized.onnx", x=x)
@@ -138,13 +144,15 @@ def test_static_sums_are_numpys(zero_point: int, tmp_path: Path) -> None:
         assert operators(tmp_path / "optimized.onnx")["MatMulIntegerToFloat"] == 2
 
 
-def test_dynamic_sums_are_numpys(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rewritten", [False, True])
+def test_dynamic_sums_are_numpys(rewritten: bool, tmp_path: Path) -> None:
     """Rows that reach 127 have a scale of 1: around a zero point of 128 they are their own integers."""
     assert np.float32(127) * np.float32(1 / 127) == 1
     for k, n in SIZES:
         w = weights(k, n, 1)
         model = graph_of(LINEAR, {"W": w})
         quantize_dynamic(model, find_linears(model), QuantizedWeights(8))
+        assert not rewritten or optimize_for_cpu(model)["integer_products"] == 1
         for rows in ROWS:
             x = integers(rows, k, low=-127, high=127, seed=rows)
             x[:, 0] = -127
