@@ -3,10 +3,10 @@
     python benchmarks/load.py BUNDLE... [--rounds 7] [--threads 2] [--earlier PYTHON]
 
 Every measurement is a process of its own, in turn: ``load``; ``session``, onnxruntime.InferenceSession on the paths of
-the files that ``load`` opens, with our options; ``hash``, hashlib.file_digest of every file, one after the other. Each
-imports its libraries first. Peak is the largest resident memory (VmHWM) above that of the imported process, "after"
-what is left of it when the bundle is loaded, "closed" when it is closed. ``--earlier`` is the Python of another
-installation, measured in turn as well. Files are in the system's cache. Linux only.
+the files that ``load`` opens; ``hash``, hashlib.file_digest of every file, one after the other. Each imports its
+libraries first. CPU seconds are those of all threads. Peak is the largest resident memory (VmHWM) above that of the
+imported process, "after" what is left of it when the bundle is loaded, "closed" when it is closed. ``--earlier`` is the
+Python of another installation, measured in turn as well. Files are in the system's cache. Linux only.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 MIB = 1 << 20
+FATAL, SKIPPED = 4, "SkipLayerNormFusion"  # of our sessions: log level, and the fusion that is left out
 
 
 def status_mib(name: str) -> float:
@@ -33,42 +34,32 @@ def measure(what: str, bundle: Path, threads: int) -> dict[str, float]:
     """Do it once in this process; return seconds and MiB."""
     import hashlib
 
-    from transom.runtime import load
-    from transom.runtime.backends.ort import PROVIDERS, SLOW_FUSIONS, session_entries
-    from transom.runtime.backends.ort_library import FATAL, onnxruntime
-    from transom.runtime.bundle import Bundle
-    from transom.runtime.manifest import manifest_from_json
+    import onnxruntime as library
 
-    library = onnxruntime()
+    from transom.runtime import load
+
     words = json.loads((bundle / "bundle.json").read_bytes())
-    manifest = manifest_from_json(words)
-    if what == "load":
-        import transom.runtime.tasks  # noqa: F401 - and with it what the families share
-    assert Bundle
-    before, begun = status_mib("VmRSS"), time.perf_counter()
+    before, begun, spent = status_mib("VmRSS"), time.perf_counter(), time.process_time()
     held: Any = None
     if what == "hash":
-        for name in ("bundle.json", *manifest.files):
+        for name in ("bundle.json", *words["files"]):
             with (bundle / name).open("rb") as file:
                 hashlib.file_digest(file, "sha256").hexdigest()
     elif what == "session":
         held = []
-        for graph in manifest.graphs:
+        for graph in words["graphs"]:
             options = library.SessionOptions()
             options.log_severity_level, options.inter_op_num_threads = FATAL, 1
             options.intra_op_num_threads = threads
-            for key, value in session_entries(graph, "cpu").items():
-                options.add_session_config_entry(key, value)
-            path = str(bundle / graph.file_for("cpu"))
-            held.append(
-                library.InferenceSession(
-                    path, options, providers=[PROVIDERS["cpu"]], disabled_optimizers=SLOW_FUSIONS["cpu"]
-                )
-            )
+            path = str(bundle / graph["files"].get("cpu", graph["files"]["default"]))
+            providers = ["CPUExecutionProvider"]
+            held.append(library.InferenceSession(path, options, providers=providers, disabled_optimizers=[SKIPPED]))
     else:
         held = load(bundle, threads=threads)
     seconds = time.perf_counter() - begun
-    found = {"seconds": seconds, "peak": status_mib("VmHWM") - before, "after": status_mib("VmRSS") - before}
+    spent = time.process_time() - spent
+    peak, after = (status_mib(name) - before for name in ("VmHWM", "VmRSS"))
+    found = {"seconds": seconds, "cpu": spent, "peak": peak, "after": after}
     if what == "load":
         held.close()
     del held
@@ -97,12 +88,14 @@ def main() -> None:
     from transom.runtime.host import processor
 
     print(f"on {processor()}, {options.threads} threads, medians of {options.rounds}, minima in brackets\n")
-    print("| bundle | files MiB | | seconds | peak MiB | of the files | after | closed |")
-    print("| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |")
+    print("| bundle | files MiB | | seconds | CPU seconds | peak MiB | of the files | after | closed |")
+    print("| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     sides = [("load", sys.executable), ("session", sys.executable), ("hash", sys.executable)]
     sides += [("load", options.earlier)] if options.earlier else []
     for bundle in options.bundles:
-        names = {each for graph in read(bundle) for each in (graph.file_for("cpu"), graph.weights) if each}
+        graphs = json.loads((bundle / "bundle.json").read_bytes())["graphs"]
+        names = {graph["files"].get("cpu", graph["files"]["default"]) for graph in graphs}
+        names |= {graph["weights"] for graph in graphs if "weights" in graph}
         size = sum((bundle / name).stat().st_size for name in names) / MIB
         rows: list[list[dict[str, float]]] = [[] for _ in sides]
         for _ in range(options.rounds):
@@ -110,13 +103,13 @@ def main() -> None:
                 found.append(measured(python, what, bundle, options.threads))
         for index, ((what, _), found) in enumerate(zip(sides, rows, strict=True)):
             seconds = [each["seconds"] for each in found]
-            peak, after, closed = (
-                statistics.median(each[key] for each in found) for key in ("peak", "after", "closed")
+            spent, peak, after, closed = (
+                statistics.median(each[key] for each in found) for key in ("cpu", "peak", "after", "closed")
             )
             name = "earlier load" if index == 3 else what
             print(
                 f"| {bundle.name} | {size:.0f} | {name} | {statistics.median(seconds):.2f} ({min(seconds):.2f}) | "
-                f"{peak:.0f} | {peak / size:.2f} | {after:.0f} | {closed:.0f} |"
+                f"{spent:.2f} | {peak:.0f} | {peak / size:.2f} | {after:.0f} | {closed:.0f} |"
             )
         ours, session, digest = (statistics.median(each["seconds"] for each in found) for found in rows[:3])
         least = [min(each["seconds"] for each in found) for found in rows[:3]]
@@ -125,13 +118,6 @@ def main() -> None:
             f"{least[0] / (least[1] + least[2]):.2f}\n",
             flush=True,
         )
-
-
-def read(bundle: Path) -> Any:
-    """Return a bundle's graphs and their files."""
-    from transom.runtime.manifest import manifest_from_json
-
-    return manifest_from_json(json.loads((bundle / "bundle.json").read_bytes())).graphs
 
 
 if __name__ == "__main__":

@@ -147,6 +147,7 @@ def test_an_error_of_the_weights_ends_the_model_with_no_field() -> None:
 @pipes
 def test_a_child_process_closes_the_ends_that_are_written_to() -> None:
     reading, writing = os.pipe()
+    os.set_blocking(reading, False)
     model_pipe._writing.add(writing)
     model_pipe.close_in_child()
     assert os.read(reading, 1) == b""  # the end: nobody has the other one
