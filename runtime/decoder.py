@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.runtime.backends.base import Array, Backend
-from transom.runtime.decoder_state import new_decoder_state
+from transom.runtime.backends.base import Array, Backend, BoundRun, bound_run
+from transom.runtime.decoder_state import DecoderState, new_decoder_state
 from transom.runtime.errors import BundleError, InputError
 from transom.runtime.feeds import LOGITS_POSITIONS, WRITE_INDICES
 from transom.runtime.graph_spec import CACHE, Axis, Graph, cache_inputs, token_input
@@ -67,6 +67,7 @@ class Decoder:
         self._chunk = CHUNK if self._cached else 1  # a recurrent graph reads one token of each row
         self._most_logits = min(limit, most_logits or limit) if self._cached else 1
         self._ends: Ids = np.zeros(rows, np.int64)  # tokens read, per row
+        self._bound = BoundSteps(backend)
 
     @property
     def rows(self) -> int:
@@ -90,12 +91,17 @@ class Decoder:
                 f"rows of {int(lengths.min())} and {int(lengths.max())} tokens are to go into one recurrent state; "
                 "expected rows of one length. Give each length a call of its own."
             )
-        last = np.empty((R, self._vocabulary), np.float32)
         start = self._ends
+        if S == 1:
+            return self.decode_step(tokens[:, 0])
+        last = np.empty((R, self._vocabulary), np.float32)
         for first in range(0, S, self._chunk):
             chunk = tokens[:, first : first + self._chunk]
             place = np.clip(lengths - 1 - first, 0, chunk.shape[1] - 1)
             logits = self._step(chunk, start + first, place[:, None])[:, 0]
+            if self._chunk >= S:
+                last = logits
+                break
             here = (lengths - 1) // self._chunk == first // self._chunk
             last[here] = logits[here]
         self._ends = start + lengths
@@ -112,16 +118,24 @@ class Decoder:
 
     def decode_step(self, tokens: Ids) -> Floats:
         """Append one token to each row, (R,), and return the logits (R, V) of the next one."""
-        return self.prefill(tokens[:, None])
+        logits = self._step(tokens[:, None], self._ends, np.zeros((len(tokens), 1), np.intp))
+        self._ends = self._ends + 1
+        return logits[:, 0]
 
     def reorder(self, rows: NDArray[np.intp]) -> None:
         """Replace row i by what row ``rows[i]`` was; there are ``len(rows)`` from now on."""
-        self._state.reorder(rows)
+        if len(rows) != self.rows:
+            self._bound.release()
+        self._state.reorder(rows, self._ends)
         self._ends = self._ends[rows]
 
-    def _inputs(self, tokens: Ids) -> dict[str, Any]:
-        """Return what the graph reads beside positions: the tokens (R, S), and the state."""
-        return {self._tokens: np.ascontiguousarray(tokens, np.int64), **self._state.feeds}
+    def _values(self, tokens: Ids, write_indices: Ids, positions: NDArray[np.intp]) -> dict[str, Ids]:
+        """Return what a run of the graph reads beside the state, int64: tokens (R, S), and their positions."""
+        values = {self._tokens: np.ascontiguousarray(tokens, np.int64)}
+        if self._cached:
+            values[WRITE_INDICES] = np.ascontiguousarray(write_indices, np.int64)
+            values[LOGITS_POSITIONS] = np.ascontiguousarray(positions, np.int64)
+        return values
 
     def _step(self, tokens: Ids, write_indices: Ids, positions: NDArray[np.intp]) -> Floats:
         """Run the graph once: (R, S) tokens at ``write_indices`` (R,), logits at ``positions`` (R, P)."""
@@ -129,9 +143,39 @@ class Decoder:
         end = int(write_indices.max(initial=0)) + S
         if end > self._limit:
             raise InputError(f"row {int(write_indices.argmax())} has {end} tokens; the context holds {self._limit}.")
+        if end > self._state.capacity:
+            self._bound.release()
         self._state.reserve(end)
-        feeds = self._inputs(tokens)
-        if self._cached:
-            feeds[WRITE_INDICES] = np.ascontiguousarray(write_indices, np.int64)
-            feeds[LOGITS_POSITIONS] = np.ascontiguousarray(positions, np.int64)
-        return self._backend.run(feeds, {self._logits: (R, positions.shape[1], self._vocabulary)})[self._logits]
+        values = self._values(tokens, write_indices, positions)
+        shapes = {self._logits: (R, positions.shape[1], self._vocabulary)}
+        if S == 1:
+            return self._bound.run(self._state, values, shapes)[self._logits]
+        return self._backend.run({**values, **self._state.feeds}, shapes)[self._logits]
+
+
+class BoundSteps:
+    """Runs of one token per row: the tensors of a state are bound once, until it has others."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._run: BoundRun | None = None
+        self._revision = -1  # of the state that is bound
+        self._values: dict[str, Ids] = {}
+
+    def run(
+        self, state: DecoderState, values: Mapping[str, Ids], shapes: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, Array]:
+        """Run the graph over ``state`` and ``values``, whose shapes go with the state's rows; fresh arrays."""
+        if self._run is None or self._revision != state.revision:
+            self.release()
+            self._values = {name: value.copy() for name, value in values.items()}
+            self._run = bound_run(self._backend, {**self._values, **state.feeds}, shapes)
+            self._revision = state.revision
+        else:
+            for name, value in values.items():
+                self._values[name][...] = value
+        return self._run.run()
+
+    def release(self) -> None:
+        """Let go of the state's tensors, so that others need not fit into memory beside them."""
+        self._run = None

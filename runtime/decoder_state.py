@@ -15,7 +15,13 @@ from transom.runtime.kv_cache import KVCache
 
 
 class DecoderState(Protocol):
-    """State of R rows and what their encoder gave. Belongs to one generation, not to be shared by threads."""
+    """State of R rows and what their encoder gave. Belongs to one generation, not to be shared by threads.
+
+    ``revision`` is another number whenever ``feeds`` has other tensors than before: not where values changed alone.
+    """
+
+    @property
+    def revision(self) -> int: ...
 
     @property
     def capacity(self) -> int:
@@ -31,8 +37,11 @@ class DecoderState(Protocol):
         """Make room for ``tokens`` in every row, which will be used."""
         ...
 
-    def reorder(self, rows: NDArray[np.intp]) -> None:
-        """Replace row i by what row ``rows[i]`` was; there are ``len(rows)`` from now on."""
+    def reorder(self, rows: NDArray[np.intp], ends: NDArray[np.int64] | None = None) -> None:
+        """Replace row i by what row ``rows[i]`` was; there are ``len(rows)`` from now on.
+
+        ``ends`` (R,) are the positions from which on the rows are written next, where the caller knows them.
+        """
         ...
 
     def set_constants(self, arrays: Mapping[str, Array]) -> None:
@@ -57,6 +66,11 @@ class HostDecoderState:
         self.cache = KVCache(caches, rows, limit)
         self._encoder_outputs = EncoderOutputs(encoder_outputs, rows)
         self._constants: dict[str, Array] = {}
+        self._sets = 0  # calls of set_constants
+
+    @property
+    def revision(self) -> int:
+        return self.cache.moves + self._encoder_outputs.moves + self._sets
 
     @property
     def capacity(self) -> int:
@@ -69,27 +83,33 @@ class HostDecoderState:
     def reserve(self, tokens: int) -> None:
         self.cache.reserve(tokens)
 
-    def reorder(self, rows: NDArray[np.intp]) -> None:
-        self.cache.reorder(rows)
+    def reorder(self, rows: NDArray[np.intp], ends: NDArray[np.int64] | None = None) -> None:
+        self.cache.reorder(rows, ends)
         self._encoder_outputs.reorder(rows, lambda array, chosen: array[chosen])
 
     def set_constants(self, arrays: Mapping[str, Array]) -> None:
         self._constants = dict(arrays)
+        self._sets += 1
 
 
 class EncoderOutputs:
-    """Arrays that rows read and never write, one row of each per row: the encoder's keys and values, and its mask."""
+    """Arrays that rows read and never write, one row of each per row: the encoder's keys and values, and its mask.
+
+    ``moves`` counts how often other arrays took their place.
+    """
 
     def __init__(self, arrays: Mapping[str, Any], rows: int, alike: int = 1) -> None:
         """Begin with ``arrays`` of ``rows`` rows, of which ``alike`` neighbours each have the same values."""
         self.arrays = dict(arrays)
         self._origin = np.arange(rows) // alike  # the original row that each row reads
+        self.moves = 0
 
     def reorder(self, rows: NDArray[np.intp], take: Callable[[Any, NDArray[np.intp]], Any]) -> None:
         """Replace row i by what row ``rows[i]`` was; ``take(array, rows)`` returns an array of those rows."""
         origin = self._origin[rows]
         if not np.array_equal(origin, self._origin):  # beams of one source read the same
             self.arrays = {name: take(array, rows) for name, array in self.arrays.items()}
+            self.moves += 1
         self._origin = origin
 
 
@@ -110,6 +130,11 @@ class RecurrentDecoderState:
             else np.zeros((rows, *(int(size) for size in tensor.shape[1:])), storage(tensor))
             for tensor in tensors
         }
+        self._moves = 0
+
+    @property
+    def revision(self) -> int:
+        return self._others.revision + self._moves
 
     @property
     def capacity(self) -> int:
@@ -122,9 +147,10 @@ class RecurrentDecoderState:
     def reserve(self, tokens: int) -> None:
         self._others.reserve(tokens)
 
-    def reorder(self, rows: NDArray[np.intp]) -> None:
-        self._others.reorder(rows)
+    def reorder(self, rows: NDArray[np.intp], ends: NDArray[np.int64] | None = None) -> None:
+        self._others.reorder(rows, ends)
         self._arrays = {name: array[rows] for name, array in self._arrays.items()}
+        self._moves += 1
 
     def set_constants(self, arrays: Mapping[str, Array]) -> None:
         self._others.set_constants(arrays)

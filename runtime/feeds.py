@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -41,23 +42,25 @@ def checked_feeds(
     size, an axis out of bounds or that does not divide another one, two inputs that disagree about one, or a cache
     that is too short.
     """
-    known = {tensor.name: tensor for tensor in graph.inputs}
-    strangers = [name for name in inputs if name not in known]
-    if strangers:
-        raise InputError(f"unknown input {strangers[0]!r}; this bundle takes {', '.join(known)}.")
+    known = graph.inputs_by_name
+    if not inputs.keys() <= known.keys():
+        stranger = next(name for name in inputs if name not in known)
+        raise InputError(f"unknown input {stranger!r}; this bundle takes {', '.join(known)}.")
     sizes: dict[str, int] = {}
     for name, value in inputs.items():
         check_type(known[name], value)
         check_shape(known[name], value, axes, sizes)
         check_range(known[name], value)
-    check_buffers([output.aliases for output in graph.outputs if output.aliases is not None], inputs)
+    if graph.written:
+        check_buffers(graph.written, inputs)
     feeds = {name: np.asarray(value) for name, value in inputs.items()}
-    complete_sizes(graph, axes, sizes)
+    if len(sizes) < len(graph.named_axes):
+        complete_sizes(graph, axes, sizes)
     check_groups(axes, sizes)
-    for tensor in sorted(graph.inputs, key=lambda tensor: tensor.default is not None):  # first those one must give
-        if tensor.name not in feeds:
-            feeds[tensor.name] = filled(tensor, sizes)
-    if cache_inputs(graph):
+    missing = [tensor for tensor in graph.inputs if tensor.name not in feeds] if len(feeds) < len(known) else []
+    for tensor in sorted(missing, key=lambda tensor: tensor.default is not None):  # first those one must give
+        feeds[tensor.name] = filled(tensor, sizes)
+    if graph.written and cache_inputs(graph):
         check_positions(sizes[str(token_input(graph).shape[1])], sizes[CACHE], feeds)
     if IMAGE_INDICES in feeds:
         check_images(feeds[IMAGE_INDICES], sizes[IMAGES])
@@ -70,7 +73,7 @@ def complete_sizes(graph: Graph, axes: Mapping[str, Axis], sizes: dict[str, int]
     One that is like no other is as short as it may be, where all inputs that have it may be left out.
     """
     required = {size for tensor in graph.inputs if tensor.default is None for size in tensor.shape}
-    for name in {size for tensor in graph.inputs for size in tensor.shape if isinstance(size, str)} - sizes.keys():
+    for name in graph.named_axes - sizes.keys():
         other = axes[name].same_as
         if other in sizes:
             sizes[name] = sizes[other]
@@ -95,7 +98,7 @@ def check_type(tensor: Tensor, value: Any) -> None:
             f"input {tensor.name!r} is a {type(value).__name__}; expected a numpy array of {tensor.dtype}. "
             f"Convert it with np.asarray(value, np.{tensor.dtype})."
         )
-    if value.dtype != storage(tensor):  # a byte-swapped dtype differs as well
+    if value.dtype is not storage(tensor) and value.dtype != storage(tensor):  # a byte-swapped dtype differs as well
         raise InputError(
             f"input {tensor.name!r} has dtype {value.dtype}; expected {storage(tensor)}. "
             f"Convert it with .astype(np.{storage(tensor)})."
@@ -104,7 +107,12 @@ def check_type(tensor: Tensor, value: Any) -> None:
 
 def storage(tensor: Tensor) -> np.dtype[Any]:
     """Return numpy's dtype of a tensor; for bfloat16, which numpy does not have, uint16 with the same bits."""
-    return np.dtype("uint16" if tensor.dtype == "bfloat16" else tensor.dtype)
+    return stored_as(tensor.dtype)
+
+
+@cache
+def stored_as(dtype: str) -> np.dtype[Any]:
+    return np.dtype("uint16" if dtype == "bfloat16" else dtype)
 
 
 def check_shape(tensor: Tensor, value: Array, axes: Mapping[str, Axis], sizes: dict[str, int]) -> None:
@@ -187,6 +195,10 @@ def engine_axes(axes: Mapping[str, Axis], plan: Plan) -> dict[str, Axis]:
 def check_range(tensor: Tensor, value: Array) -> None:
     if tensor.exclusive_max is None or value.size == 0:
         return
+    if value.dtype == np.int64:  # as unsigned, what is negative is above all bounds; argmax is numpy's quickest look
+        unsigned = value.view(np.uint64)
+        if unsigned.item(unsigned.argmax()) < tensor.exclusive_max:
+            return
     low, high = int(value.min()), int(value.max())
     if low < 0 or high >= tensor.exclusive_max:
         wrong = low if low < 0 else high
@@ -279,9 +291,9 @@ def wanted_outputs(graph: Graph, names: Sequence[str] | None, sizes: Mapping[str
 
     A buffer that is written in place goes by the name of its input.
     """
-    known = {tensor.aliases or tensor.name: tensor for tensor in graph.outputs}
+    known = graph.outputs_by_name
     wanted = list(known) if names is None else list(names)
-    if not wanted and not any(tensor.aliases for tensor in graph.outputs):  # a decoder may just write its caches
+    if not wanted and not graph.written:  # a decoder may just write its caches
         raise InputError("outputs is empty; name at least one, or leave it out for all.")
     strangers = [name for name in wanted if name not in known]
     if strangers:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 CACHE = "C"  # the axis of a cache's positions
 IMAGES = "I"  # the axis of the images that the tokens of a call can see
@@ -67,6 +68,25 @@ class Graph:
     name: str
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
+
+    @cached_property
+    def inputs_by_name(self) -> Mapping[str, Tensor]:
+        return {tensor.name: tensor for tensor in self.inputs}
+
+    @cached_property
+    def outputs_by_name(self) -> Mapping[str, Tensor]:
+        """The outputs; a buffer that is written in place goes by the name of its input."""
+        return {tensor.aliases or tensor.name: tensor for tensor in self.outputs}
+
+    @cached_property
+    def written(self) -> tuple[str, ...]:
+        """The names of the inputs whose buffers get an output."""
+        return tuple(tensor.aliases for tensor in self.outputs if tensor.aliases is not None)
+
+    @cached_property
+    def named_axes(self) -> frozenset[str]:
+        """The named axes of the inputs."""
+        return frozenset(size for tensor in self.inputs for size in tensor.shape if isinstance(size, str))
 
     def with_state_dtype(self, dtype: str) -> Graph:
         """Return the graph with its state tensors in ``dtype``."""

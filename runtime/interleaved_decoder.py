@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,14 +65,15 @@ class InterleavedDecoder(Decoder):
         self._images.truncate(images)
         self._ends, self._marks = np.array([tokens]), np.array([images])
 
-    def _inputs(self, tokens: Ids) -> dict[str, Any]:
+    def _values(self, tokens: Ids, write_indices: Ids, positions: NDArray[np.intp]) -> dict[str, Ids]:
         indices = self._marks[:, None] + np.cumsum(tokens == self._mark, axis=1)
         constants, indices = self._images.window(indices)
         if constants is not self._constants:
             self._constants = None  # of the state, until it has the new ones
+            self._bound.release()
             self._state.set_constants(constants)
             self._constants = constants
-        return {**super()._inputs(tokens), IMAGE_INDICES: indices}
+        return {**super()._values(tokens, write_indices, positions), IMAGE_INDICES: indices}
 
     def _step(self, tokens: Ids, write_indices: Ids, positions: NDArray[np.intp]) -> Floats:
         logits = super()._step(tokens, write_indices, positions)

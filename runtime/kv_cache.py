@@ -29,7 +29,9 @@ class KVCache:
         self._limit = limit
         self.rows = rows
         self.used = 0  # positions of every row up to here may have been written
+        self.moves = 0  # how often other buffers took the place of these
         self.buffers = {tensor.name: self._zeros(tensor, rows, 0) for tensor in tensors}
+        self._alike = np.zeros((rows, rows), np.int64)  # positions of two rows before which they hold the same
 
     @property
     def capacity(self) -> int:
@@ -42,16 +44,37 @@ class KVCache:
             self._move(np.arange(self.rows), min(-(-tokens // STEP) * STEP, self._limit))
         self.used = max(self.used, tokens)
 
-    def reorder(self, rows: NDArray[np.intp]) -> None:
-        """Replace row i by what row ``rows[i]`` was; only rows that change are copied, up to ``used``."""
+    def reorder(self, rows: NDArray[np.intp], ends: NDArray[np.int64] | None = None) -> None:
+        """Replace row i by what row ``rows[i]`` was; only rows that change are copied, from where they differ.
+
+        ``ends`` (R,) are the positions from which on the rows are written next: rows made of one are alike before it,
+        which is not copied when one of them takes the other's place.
+        """
+        alike = self._alike[np.ix_(rows, rows)]
+        if ends is not None:
+            alike = np.where(rows[:, None] == rows, np.asarray(ends, np.int64)[rows], alike)
         if len(rows) > self.rows:
             self._move(rows, self.capacity)
-            return
+        else:
+            self._copy_rows(rows)
+        self._alike = alike
+
+    def _copy_rows(self, rows: NDArray[np.intp]) -> None:
+        """Make rows of the first ones in place; ``len(rows)`` are left."""
         changed = np.flatnonzero(rows != np.arange(len(rows)))
-        for name, buffer in self.buffers.items():
-            buffer[changed, :, : self.used] = buffer[rows[changed], :, : self.used]  # numpy copies the right side first
-            self.buffers[name] = buffer[: len(rows)]
-        self.rows = len(rows)
+        sources = rows[changed]
+        if np.intersect1d(changed, sources).size:  # read and written both: numpy copies the right side first
+            for buffer in self.buffers.values():
+                buffer[changed, :, : self.used] = buffer[sources, :, : self.used]
+        else:
+            places = [(*pair, slice(self._alike[pair], self.used)) for pair in zip(changed, sources, strict=True)]
+            for buffer in self.buffers.values():
+                for to, source, part in places:
+                    buffer[to, :, part] = buffer[source, :, part]
+        if len(rows) < self.rows:
+            self.buffers = {name: buffer[: len(rows)] for name, buffer in self.buffers.items()}
+            self.rows = len(rows)
+            self.moves += 1
 
     def _move(self, rows: NDArray[np.intp], capacity: int) -> None:
         """Make new buffers, one tensor at a time so that only one is there twice."""
@@ -60,6 +83,7 @@ class KVCache:
             new[:, :, : self.used] = old[rows, :, : self.used]
             self.buffers[tensor.name] = new
         self.rows = len(rows)
+        self.moves += 1
 
     def _zeros(self, tensor: Tensor, rows: int, capacity: int) -> Array:
         _, heads, _, size = tensor.shape

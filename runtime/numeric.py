@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 
 GROUP = 64  # numbers in a group of topk, at most
+ROUNDING = 2.0**-20  # relative: three roundings of two numbers, of 2^-24 of at most three times their size, and room
 
 
 def softmax(logits: Floats) -> Floats:
@@ -29,6 +30,15 @@ def log_softmax(logits: Floats) -> Floats:
     shifted: Floats = logits - logits.max(axis=1, keepdims=True)
     shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return shifted
+
+
+def log_normalisers(logits: Floats, highest: Floats, work: Floats) -> Floats:
+    """Return what ``log_softmax`` subtracts from rows (R, V) besides their maxima ``highest`` (R,): (R,).
+
+    ``work`` (R, V) or longer is overwritten.
+    """
+    powers = np.subtract(logits, highest[:, None], out=work[: len(logits)])
+    return np.asarray(np.log(np.exp(powers, out=powers).sum(axis=1)))
 
 
 def token_log_probabilities(logits: NDArray[np.float32], tokens: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -50,10 +60,12 @@ def topk(values: Floats, count: int) -> NDArray[np.intp]:
     return few[np.argsort(-values[few], kind="stable")[:count]]
 
 
-def topk_candidates(values: Floats, count: int) -> NDArray[np.intp]:
+def topk_candidates(values: Floats, count: int, magnitude: float | None = None) -> NDArray[np.intp]:
     """Return ascending positions of a few of the values (N,): the ``count`` highest, all that equal those, some more.
 
-    The values have no NaN. Where fewer than ``count`` are above -inf these are all of them, and then the first others.
+    With ``magnitude``, all are among them that may equal those once at most two numbers of this magnitude in all were
+    added in FP32, which rounds. The values have no NaN. Where fewer than ``count`` are above -inf these are all of
+    them, and then the first others.
     """
     size = min(GROUP, len(values) // (2 * count)) if count else 0
     bound = np.float32(-np.inf)
@@ -62,6 +74,8 @@ def topk_candidates(values: Floats, count: int) -> NDArray[np.intp]:
         highest = values[: size * columns].reshape(size, columns).max(axis=0)
         bound = np.partition(highest, columns - count)[columns - count]
     if bound > -np.inf:
+        if magnitude is not None:
+            bound -= np.float32((abs(float(bound)) + magnitude) * ROUNDING)
         return np.flatnonzero(values >= bound)
     found = np.flatnonzero(values > -np.inf)
     if len(found) < count:

@@ -85,6 +85,8 @@ class LoadedBundle(ProcessBound):
         graph = backend.graph
         feeds, sizes = checked_feeds(graph, self.axes, inputs)
         wanted = wanted_outputs(graph, outputs, sizes)
+        if not graph.written:
+            return backend.run(feeds, wanted)
         written = {name: feeds[name] for name in wanted if name in feeds}
         fresh = {name: shape for name, shape in wanted.items() if name not in written}
         return backend.run(feeds, fresh) | written
@@ -124,7 +126,10 @@ class LoadedBundle(ProcessBound):
 
     def _pick(self, inputs: Mapping[str, Array]) -> Backend:
         """Return the backend whose inputs these are: the only one, or the one that knows the most of the names."""
-        return max(self._opened(), key=lambda backend: sum(t.name in inputs for t in backend.graph.inputs))
+        backends = self._opened()
+        if len(backends) == 1:
+            return backends[0]
+        return max(backends, key=lambda backend: sum(t.name in inputs for t in backend.graph.inputs))
 
     def _opened(self) -> list[Backend]:
         """Return the backends, read once: ``close`` may remove them at any time, but not from a call that has them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
@@ -53,6 +53,42 @@ class Backend(Protocol):
         array that was fed there, and is not returned.
         """
         ...
+
+
+class BoundRun(Protocol):
+    """A graph with fixed inputs, whose values may change between runs. Not to be shared by threads."""
+
+    def run(self) -> dict[str, Array]:
+        """Execute as ``Backend.run`` does on what the inputs hold now."""
+        ...
+
+
+@runtime_checkable
+class SupportsBoundRuns(Protocol):
+    """A backend that a run costs less whose memory it got before."""
+
+    def bound_run(self, feeds: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> BoundRun:
+        """Take the arguments of ``Backend.run`` for many runs. Raises BackendError."""
+        ...
+
+
+@dataclass(frozen=True)
+class RepeatedRun:
+    """The same arguments of ``Backend.run`` again and again: the BoundRun of a backend that has none of its own."""
+
+    backend: Backend
+    feeds: Mapping[str, Any]
+    shapes: Mapping[str, Sequence[int]]
+
+    def run(self) -> dict[str, Array]:
+        return self.backend.run(self.feeds, self.shapes)
+
+
+def bound_run(backend: Backend, feeds: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> BoundRun:
+    """Return a run of ``backend`` over these inputs, which are read anew each time."""
+    if isinstance(backend, SupportsBoundRuns):
+        return backend.bound_run(feeds, shapes)
+    return RepeatedRun(backend, feeds, shapes)
 
 
 @runtime_checkable

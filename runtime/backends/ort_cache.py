@@ -34,6 +34,7 @@ class OrtDecoderState(ProcessBound):
         self._library, self._device = library, device
         self._host = KVCache(caches, rows, limit)  # between _pull and _push it holds the caches' values
         self._rows = rows
+        self.revision = 0
         self._caches: dict[str, Any] = {}
         self._constants: dict[str, Any] = {}
         self._encoder_outputs = EncoderOutputs(
@@ -59,12 +60,12 @@ class OrtDecoderState(ProcessBound):
         self._host.reserve(tokens)
         self._push()
 
-    def reorder(self, rows: NDArray[np.intp]) -> None:
+    def reorder(self, rows: NDArray[np.intp], ends: NDArray[np.int64] | None = None) -> None:
         """Replace row i by what row ``rows[i]`` was."""
         if np.array_equal(rows, np.arange(self._rows)):
             return
         self._pull()
-        self._host.reorder(rows)
+        self._host.reorder(rows, ends)
         self._push()
         self._encoder_outputs.reorder(rows, lambda value, chosen: self._on_device(value.numpy()[chosen]))
         self._rows = len(rows)
@@ -73,12 +74,14 @@ class OrtDecoderState(ProcessBound):
         """Copy arrays to the device, where every step reads them; what was there before is freed first."""
         self._constants = {}
         self._constants = {name: self._on_device(array) for name, array in arrays.items()}
+        self.revision += 1
 
     def _pull(self) -> None:
         for name, value in self._caches.items():
             self._host.buffers[name] = value.numpy().copy()
 
     def _push(self) -> None:
+        self.revision += 1
         self._caches = {name: self._on_device(buffer) for name, buffer in self._host.buffers.items()}
         for name, buffer in self._host.buffers.items():  # keep the shape, free the memory
             self._host.buffers[name] = np.broadcast_to(np.zeros((), buffer.dtype), buffer.shape)

@@ -181,6 +181,7 @@ class TrtDecoderState(ProcessBound):
         weakref.finalize(self, give_back, pool, self._held)
         self.capacity = min(limit, length)  # tokens that fit in a row
         self._used, self._rows = 0, rows
+        self.revision = 0
         self._constants = EncoderOutputs({}, rows)
         try:
             self._caches = {tensor.name: self._empty(tensor, rows, length) for tensor in caches}
@@ -204,13 +205,14 @@ class TrtDecoderState(ProcessBound):
             raise BackendError(f"{tokens} tokens were to be written; the engine's cache holds {self.capacity}.")
         self._used = max(self._used, tokens)
 
-    def reorder(self, rows: NDArray[np.intp]) -> None:
+    def reorder(self, rows: NDArray[np.intp], ends: NDArray[np.int64] | None = None) -> None:
         """Replace row i by what row ``rows[i]`` was."""
         if not np.array_equal(rows, np.arange(self._rows)):
             self._caches = {name: self._cache_of(old, rows) for name, old in self._caches.items()}
             self._encoder_outputs.reorder(rows, self._rows_of)
             self._constants.reorder(rows, self._rows_of)
             self._rows = len(rows)
+            self.revision += 1
 
     def set_constants(self, arrays: Mapping[str, Array]) -> None:
         """Copy arrays to the GPU, where every step reads them; the memory of those before is taken again where it fits.
@@ -220,6 +222,7 @@ class TrtDecoderState(ProcessBound):
         where their number changes. Arrays of the sizes of those before lie where these did, and what was recorded of
         the steps stays of use.
         """
+        self.revision += 1
         self._give_back_constants()
         alike = self._rows // max(map(len, arrays.values()), default=self._rows)
         self._constants = EncoderOutputs({}, self._rows, alike)

@@ -8,6 +8,8 @@ transformers leaves that to torch.topk.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,7 +18,7 @@ from transom.runtime.generation.logits_processors import logits_processors, proc
 from transom.runtime.generation.sampling import check_choice, check_logits, row_rngs
 from transom.runtime.generation.sequences import DecoderProtocol, Sequences, reorder_decoder
 from transom.runtime.generation.stopping_criteria import StoppingCriteria
-from transom.runtime.numeric import log_softmax, topk
+from transom.runtime.numeric import log_normalisers, log_softmax, topk, topk_candidates
 
 MASKED_SCORE = np.float32(-1.0e9)  # far below any sum of log probabilities
 
@@ -54,6 +56,30 @@ class BeamHypotheses:
             keys[possible] += rng.gumbel(size=len(possible)).astype(np.float32)
         best = topk(keys, self.config.candidates)
         return sums[best], best // log_probabilities.shape[1], best % log_probabilities.shape[1]
+
+    def candidates_of_logits(
+        self,
+        logits: NDArray[np.float32],
+        highest: NDArray[np.float32],
+        normalisers: NDArray[np.float32],
+        rows: Sequence[int],
+    ) -> tuple[NDArray[np.float32], NDArray[np.intp], NDArray[np.int64]]:
+        """Return what ``candidates`` does, bit for bit, for beams whose logits are ``rows`` of ``logits`` (R, V).
+
+        ``highest`` (R,) are the rows' maxima, ``normalisers`` (R,) the logarithms of their sums of exponentials. The
+        log-softmax is computed of a few logits alone: their order is that of the sums but where rounding makes sums
+        equal, of which the first wins, and logits that close are among the few.
+        """
+        count = self.config.candidates
+        scores, tokens = [], []
+        for row, running in zip(rows, self.running, strict=True):
+            values, high, normaliser = logits[row], highest[row], normalisers[row]
+            few = topk_candidates(values, count, 2 * abs(float(high)) + float(normaliser) + abs(float(running)))
+            scores.append(((values[few] - high) - normaliser) + running)
+            tokens.append(few)
+        sums, beams = np.concatenate(scores), np.repeat(np.arange(len(tokens)), [len(few) for few in tokens])
+        best = np.argsort(-sums, kind="stable")[:count]
+        return sums[best], beams[best], np.concatenate(tokens)[best]
 
     def continue_with(self, scores: NDArray[np.float32], ended: NDArray[np.bool_]) -> NDArray[np.intp]:
         """Choose the K running beams among the candidates (C,); return their positions there."""
@@ -101,49 +127,80 @@ def beam_search(
     """Return the new tokens of the ``num_return_sequences`` best rows of each prompt, in the prompts' order.
 
     ``sequences`` are the R prompts, ``logits`` (R, V) those of the next token, ``first`` the number of the first
-    prompt. The decoder's rows become the beams of the unfinished prompts, prompt after prompt.
+    prompt. The decoder's rows become the beams of the unfinished prompts, prompt after prompt; those of one prompt in
+    any order, ``places`` says which is where, so that a beam that goes on stays where it is.
     """
     beams, processors = config.num_beams, logits_processors(config)
     hypotheses = [BeamHypotheses(config, int(limit)) for limit in sequences.limits - sequences.prompts]
     numbers = np.repeat(first + np.arange(len(sequences)), config.num_return_sequences)
     rngs = row_rngs(config, numbers) if config.do_sample else []
     live = list(range(len(sequences)))
+    places = [np.arange(beams) for _ in live]  # of each live prompt's beams, best first, among its rows
     decoder_rows = len(sequences)
     beam_rows = np.repeat(np.arange(decoder_rows), beams)  # of each beam, its row in the decoder
     sequences.reorder(beam_rows)
+    work = np.empty((0, 0), np.float32)
     step = 1
     while True:
-        check_logits(logits, first + np.repeat(live, len(logits) // len(live)), step)
-        log_probabilities = log_softmax(logits)
-        if len(logits) < len(sequences):  # the beams of the first step are still one row
-            log_probabilities = log_probabilities[beam_rows]
-        log_probabilities = process_logits(log_probabilities, sequences, processors)
-        parents, tokens, left = [], [], []
-        for place, prompt in enumerate(live):
-            search, own = hypotheses[prompt], slice(place * beams, (place + 1) * beams)
-            rng = rngs[prompt * config.num_return_sequences] if config.do_sample else None
-            scores, beam, token = search.candidates(log_probabilities[own], rng)
+        highest = logits.max(axis=1)
+        check_logits(highest[:, None], first + np.repeat(live, len(logits) // len(live)), step)
+        few = len(logits) == len(sequences) and not processors and not config.do_sample
+        if few:
+            work = work if len(work) >= len(logits) else np.empty_like(logits)
+            normalisers = log_normalisers(logits, highest, work)
+        else:
+            log_probabilities = log_softmax(logits)
+            if len(logits) < len(sequences):  # the beams of the first step are still one row
+                log_probabilities = log_probabilities[beam_rows]
+            log_probabilities = process_logits(log_probabilities, sequences, processors)
+        parents, tokens, left, left_places = [], [], [], []
+        for block, (prompt, place) in enumerate(zip(live, places, strict=True)):
+            search, rows = hypotheses[prompt], block * beams + place
+            if few:
+                scores, beam, token = search.candidates_of_logits(logits, highest, normalisers, rows.tolist())
+            else:
+                rng = rngs[prompt * config.num_return_sequences] if config.do_sample else None
+                scores, beam, token = search.candidates(log_probabilities[rows], rng)
             check_choice(scores[:1], np.array([first + prompt]), step)
             ended = stopping.is_eos(token) | (step >= search.limit)
             for k in np.flatnonzero(~ended).tolist() if stopping.strings else ():
-                ended[k] = stopping.completes_stop_string(sequences.row(own.start + beam[k]), int(token[k]))
+                ended[k] = stopping.completes_stop_string(sequences.row(rows[beam[k]]), int(token[k]))
             chosen = search.continue_with(scores, ended)
             if ended[:beams].any():
-                rows = [
-                    [*sequences.new_tokens(own.start + row), int(last)] for row, last in zip(beam, token, strict=True)
-                ]
-                search.add_finished(scores, ended, rows)
+                new = [[*sequences.new_tokens(rows[b]), int(last)] for b, last in zip(beam, token, strict=True)]
+                search.add_finished(scores, ended, new)
             if not search.is_done(ended, step):
                 left.append(prompt)
-                parents.append(own.start + beam[chosen])
-                tokens.append(token[chosen])
+                sources, where = kept_in_place(place[beam[chosen]])
+                left_places.append(where)
+                parents.append(block * beams + sources)
+                tokens.append(np.empty_like(token, shape=beams))
+                tokens[-1][where] = token[chosen]
         if not left:
             best = [search.finished[: config.num_return_sequences] for search in hypotheses]
             return [row for finished in best for row in finished]
-        live, chosen_rows, next_tokens = left, np.concatenate(parents), np.concatenate(tokens)
+        live, places = left, left_places
+        chosen_rows, next_tokens = np.concatenate(parents), np.concatenate(tokens)
         sequences.reorder(chosen_rows)
         sequences.append(next_tokens)
         reorder_decoder(decoder, beam_rows[chosen_rows], decoder_rows)
         decoder_rows, beam_rows = len(chosen_rows), np.arange(len(chosen_rows))
         logits = decoder.decode_step(next_tokens)
         step += 1
+
+
+def kept_in_place(parents: NDArray[np.intp]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Return which of K rows each of K rows is made of, and where the children (K,) of ``parents`` (K,) are then.
+
+    The first child of a parent stays in its row; the others take the rows of those that have none.
+    """
+    count = len(parents)
+    sources, where, others = np.full(count, -1), np.empty(count, np.intp), []
+    for child, parent in enumerate(parents.tolist()):
+        if sources[parent] < 0:
+            sources[parent], where[child] = parent, parent
+        else:
+            others.append(child)
+    for child, row in zip(others, np.flatnonzero(sources < 0).tolist(), strict=True):
+        sources[row], where[child] = parents[child], row
+    return sources, where

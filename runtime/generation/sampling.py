@@ -39,11 +39,15 @@ def sample(
     rngs = row_rngs(config, prompts) if config.do_sample else []
     step = 1
     while True:
-        check_logits(logits, prompts[live], step)
-        scores = process_logits(logits, sequences, processors)
-        tokens = draw(scores, [rngs[row] for row in live]) if config.do_sample else scores.argmax(axis=1)
-        if processors:
-            check_choice(scores[np.arange(len(tokens)), tokens], prompts[live], step)
+        if config.do_sample or processors:
+            check_logits(logits, prompts[live], step)
+            scores = process_logits(logits, sequences, processors)
+            tokens = draw(scores, [rngs[row] for row in live]) if config.do_sample else scores.argmax(axis=1)
+            if processors:
+                check_choice(scores[np.arange(len(tokens)), tokens], prompts[live], step)
+        else:  # one pass over the logits: argmax finds NaN, too
+            tokens = logits.argmax(axis=1)
+            check_logits(logits[np.arange(len(tokens)), tokens, None], prompts[live], step)
         yield live, tokens
         finished = stopping.is_eos(tokens) | (sequences.lengths + 1 >= sequences.limits)
         for row in np.flatnonzero(~finished).tolist() if stopping.strings else ():
