@@ -24,8 +24,9 @@ def check_finite(
     """
     rows = values.reshape(len(values), -1)
     highest = rows.max(axis=1)
-    lowest = highest if ruled_out else rows.min(axis=1)
-    finite = np.isfinite(highest) & np.isfinite(lowest)
+    finite = np.isfinite(highest)
+    if not ruled_out:
+        finite &= np.isfinite(rows.min(axis=1))
     if not finite.all():
         row = int(finite.argmin())
         kind = "NaN" if np.isnan(highest[row]) else "infinite"

@@ -50,7 +50,7 @@ class KVCache:
         ``ends`` (R,) are the positions from which on the rows are written next: rows made of one are alike before it,
         which is not copied when one of them takes the other's place.
         """
-        alike = self._alike[np.ix_(rows, rows)]
+        alike = self._alike[rows][:, rows]
         if ends is not None:
             alike = np.where(rows[:, None] == rows, np.asarray(ends, np.int64)[rows], alike)
         if len(rows) > self.rows:
@@ -63,11 +63,13 @@ class KVCache:
         """Make rows of the first ones in place; ``len(rows)`` are left."""
         changed = np.flatnonzero(rows != np.arange(len(rows)))
         sources = rows[changed]
-        if np.intersect1d(changed, sources).size:  # read and written both: numpy copies the right side first
+        if not set(changed.tolist()).isdisjoint(sources.tolist()):  # of what is read and written numpy reads all first
             for buffer in self.buffers.values():
                 buffer[changed, :, : self.used] = buffer[sources, :, : self.used]
         else:
-            places = [(*pair, slice(self._alike[pair], self.used)) for pair in zip(changed, sources, strict=True)]
+            starts = self._alike[changed, sources].tolist()
+            parts = [slice(start, self.used) for start in starts]
+            places = list(zip(changed.tolist(), sources.tolist(), parts, strict=True))
             for buffer in self.buffers.values():
                 for to, source, part in places:
                     buffer[to, :, part] = buffer[source, :, part]

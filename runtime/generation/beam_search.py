@@ -132,8 +132,8 @@ def beam_search(
     """
     beams, processors = config.num_beams, logits_processors(config)
     hypotheses = [BeamHypotheses(config, int(limit)) for limit in sequences.limits - sequences.prompts]
-    numbers = np.repeat(first + np.arange(len(sequences)), config.num_return_sequences)
-    rngs = row_rngs(config, numbers) if config.do_sample else []
+    numbers = first + np.arange(len(sequences))  # of each row of the logits, its prompt's
+    rngs = row_rngs(config, np.repeat(numbers, config.num_return_sequences)) if config.do_sample else []
     live = list(range(len(sequences)))
     places = [np.arange(beams) for _ in live]  # of each live prompt's beams, best first, among its rows
     decoder_rows = len(sequences)
@@ -143,7 +143,7 @@ def beam_search(
     step = 1
     while True:
         highest = logits.max(axis=1)
-        check_logits(highest[:, None], first + np.repeat(live, len(logits) // len(live)), step)
+        check_logits(highest[:, None], numbers, step)
         few = len(logits) == len(sequences) and not processors and not config.do_sample
         if few:
             work = work if len(work) >= len(logits) else np.empty_like(logits)
@@ -179,7 +179,7 @@ def beam_search(
         if not left:
             best = [search.finished[: config.num_return_sequences] for search in hypotheses]
             return [row for finished in best for row in finished]
-        live, places = left, left_places
+        live, places, numbers = left, left_places, first + np.repeat(left, beams)
         chosen_rows, next_tokens = np.concatenate(parents), np.concatenate(tokens)
         sequences.reorder(chosen_rows)
         sequences.append(next_tokens)
@@ -194,13 +194,13 @@ def kept_in_place(parents: NDArray[np.intp]) -> tuple[NDArray[np.intp], NDArray[
 
     The first child of a parent stays in its row; the others take the rows of those that have none.
     """
-    count = len(parents)
-    sources, where, others = np.full(count, -1), np.empty(count, np.intp), []
-    for child, parent in enumerate(parents.tolist()):
-        if sources[parent] < 0:
-            sources[parent], where[child] = parent, parent
+    found = parents.tolist()
+    free = [row for row in range(len(found)) if row not in found]
+    sources, where = list(range(len(found))), []
+    for child, parent in enumerate(found):
+        if parent in found[:child]:
+            where.append(free.pop())
+            sources[where[-1]] = parent
         else:
-            others.append(child)
-    for child, row in zip(others, np.flatnonzero(sources < 0).tolist(), strict=True):
-        sources[row], where[child] = parents[child], row
-    return sources, where
+            where.append(parent)
+    return np.array(sources), np.array(where)

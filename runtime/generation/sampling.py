@@ -52,10 +52,11 @@ def sample(
         finished = stopping.is_eos(tokens) | (sequences.lengths + 1 >= sequences.limits)
         for row in np.flatnonzero(~finished).tolist() if stopping.strings else ():
             finished[row] = stopping.completes_stop_string(sequences.row(row), int(tokens[row]))
-        if finished.all():
+        some = bool(finished.any())
+        if some and finished.all():
             return
         sequences.append(tokens)
-        if finished.any():
+        if some:
             left = np.flatnonzero(~finished)
             sequences.reorder(left)
             reorder_decoder(decoder, left, len(live))
