@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from transom.runtime.errors import BundleError, InputError
 from transom.runtime.finite import check_finite
 from transom.runtime.session import LoadedBundle
-from transom.runtime.tasks.batches import BatchRows, Name, batches, collected, name_of_row
+from transom.runtime.tasks.batches import BatchRows, Name, Places, batches, collected, name_of_row, packed
 from transom.runtime.text.batch import CompactRow, EncodedBatch, row_length
 from transom.runtime.text.tokenizer import TextTokenizer
 from transom.runtime.text.tokenizer_spec import TokenizerSpec
@@ -78,11 +78,17 @@ class TextBundle(LoadedBundle):
             budget -= ROW_BYTES + 8 * len(encoding)
             if budget >= 0:
                 kept[place] = CompactRow.of(encoding)
-        for places in batches(lengths, self.max_size("B")):
+        for places in self._batches(lengths):
             batch = encoder.padded([kept.pop(place) if place in kept else row(place) for place in places.tolist()])
             rows = self.run_texts(batch, output)[output]
             check_finite(rows, output, partial(name_of_row, places, name))
             yield places, rows
+
+    def _batches(self, lengths: Sequence[int]) -> Iterator[Places]:
+        """Group rows of texts: a CPU gets batches that cost little, a GPU as many rows as fit."""
+        if self.device != "cpu":
+            return batches(lengths, self.max_size("B"))
+        return packed(lengths, self.max_size("B"), partial(row_length, most=self.max_size("S")))
 
     def run_texts(self, batch: EncodedBatch, *outputs: str) -> dict[str, Floats]:
         """Return the graph's ``outputs`` for one batch, which is padded to its ``row_length`` while the graph runs."""

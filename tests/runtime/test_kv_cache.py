@@ -101,3 +101,52 @@ def test_finished_rows_go_and_rows_are_forked() -> None:
     assert not cache.buffers["k"][:, :, 2:].any()
     cache.reorder(np.array([], dtype=np.intp))
     assert cache.rows == 0
+
+
+def test_a_row_is_copied_from_where_it_differs() -> None:
+    """Rows forked at position 3 differ from there on; one that takes another's place gets 3 and 4, whatever is before.
+
+    A row of another prompt is copied whole, and a fork remembers where its own begins.
+    """
+    cache = pencil_cache(rows=2)
+    cache.reserve(3)
+    write(cache, 1)
+    cache.reorder(np.array([0, 0, 1]), np.array([3, 3]))
+    cache.reserve(5)
+    for row in range(3):
+        cache.buffers["k"][row, :, 3:5] = 10 * (row + 1)
+    cache.buffers["k"][1, :, 0] = -1  # never so: it shows what is copied
+    cache.reorder(np.array([0, 0, 2]), np.array([5, 5, 5]))
+    assert cache.buffers["k"][1, 0, :5, 0].tolist() == [-1, *cache.buffers["k"][0, 0, 1:5, 0].tolist()]
+    cache.reserve(6)
+    cache.reorder(np.array([1, 1, 2]), np.array([6, 6, 6]))  # alike up to 5 now
+    assert cache.buffers["k"][0, 0, 0, 0] != -1
+    cache.reorder(np.array([2, 1, 2]), np.array([6, 6, 6]))
+    np.testing.assert_array_equal(cache.buffers["k"][0], cache.buffers["k"][2])
+    cache.reorder(np.array([1, 1, 2]))  # without the ends all is known from before: another prompt's
+    np.testing.assert_array_equal(cache.buffers["k"][0], cache.buffers["k"][1])
+
+
+def test_random_forks_are_what_whole_copies_give() -> None:
+    """Three prompts of different lengths, padded; beams fork, change places and end, and each writes at its own end."""
+    rng = np.random.default_rng(0)
+    ends = np.array([2, 5, 3])
+    ours, whole = pencil_cache(rows=3, limit=64), pencil_cache(rows=3, limit=64)
+    for cache in (ours, whole):
+        cache.reserve(5)
+        write(cache, 1)
+    for step in range(40):
+        count = [6, 6, 6, 4, 7, 5][step % 6]
+        rows = rng.integers(0, len(ends), count)
+        rows = np.where(rng.random(count) < 0.6, np.minimum(np.arange(count), len(ends) - 1), rows)
+        ours.reorder(rows, ends)
+        whole.reorder(rows)
+        whole._alike[...] = 0
+        ends = ends[rows]
+        for cache in (ours, whole):
+            cache.reserve(int(ends.max()) + 1)
+            for row, end in enumerate(ends.tolist()):
+                cache.buffers["k"][row, :, end] = 1000 * step + row
+        ends = ends + 1
+        for row, end in enumerate(ends.tolist()):
+            np.testing.assert_array_equal(ours.buffers["k"][row, :, :end], whole.buffers["k"][row, :, :end])

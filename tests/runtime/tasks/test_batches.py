@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from paths import KEPT
 from transom.runtime import load
 from transom.runtime.errors import InputError
 from transom.runtime.tasks import text_bundle as texts_module
-from transom.runtime.tasks.batches import batches, collected
+from transom.runtime.tasks.batches import batch_costs, batches, collected, packed
 
 TEXTS = [" ".join("abcd"[: 1 + place % 4]) for place in range(2500)]
 IMAGES = list(np.random.default_rng(0).integers(0, 256, (1500, 8, 8, 3), np.uint8))
@@ -123,6 +124,53 @@ def test_batches_by_pencil() -> None:
     assert [places.tolist() for places in batches([1] * 5, 3)] == [[0, 1, 2], [3, 4]]
     parts = [(np.array([1, 0]), np.float32([[10], [0]])), (np.array([2]), np.float32([[20]]))]
     assert collected(parts, 3).tolist() == [[0], [10], [20]]
+
+
+def costs(groups: Iterable[Sequence[int]], lengths: Sequence[int]) -> float:
+    """Return the cost of the groups of places, each padded to a multiple of 4."""
+    return sum(
+        float(batch_costs(len(group), -(-max(lengths[place] for place in group) // 4) * 4)[-1]) for group in groups
+    )
+
+
+def groupings(places: Sequence[int], most: int) -> Iterator[list[list[int]]]:
+    """Yield every way to group the places into groups of at most ``most``."""
+    if not places:
+        yield []
+        return
+    for size in range(min(most, len(places))):
+        for others in combinations(places[1:], size):
+            left = [place for place in places[1:] if place not in others]
+            for rest in groupings(left, most):
+                yield [[places[0], *others], *rest]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_other_grouping_costs_less(seed: int) -> None:
+    """Of 7 rows there are 827 with at most 4 in a group."""
+    lengths = np.random.default_rng(seed).integers(1, [9, 40, 300, 2000][seed % 4], 7).tolist()
+    found = [places.tolist() for places in packed(lengths, 4, lambda length: -(-length // 4) * 4)]
+    every = list(groupings(range(7), 4))
+    assert len(every) == 827
+    assert costs(found, lengths) == pytest.approx(min(costs(groups, lengths) for groups in every), rel=1e-12)
+    assert sorted(place for group in found for place in group) == list(range(7))
+
+
+def test_cuts_by_pencil() -> None:
+    """A long text is alone, short ones are together."""
+    assert batch_costs(2, 8).tolist() == [16 + 8 * (1 + 8 / 2048 + 8 / 16384), 16 + 16 * (1 + 8 / 2048 + 16 / 16384)]
+    cut = [places.tolist() for places in packed([8, 200, 7, 8, 5, 600], 16, int)]
+    assert cut == [[4, 2, 0, 3], [1], [5]]
+    assert [places.tolist() for places in packed([3] * 5, 2, int)] == [[0], [1, 2], [3, 4]]
+    assert list(packed([], 4, int)) == []
+
+
+def test_a_gpu_gets_as_many_rows_as_fit() -> None:
+    lengths = [1, 7, 2, 7, 1]
+    with load(KEPT / "bert-fp32", threads=1) as bert:
+        assert [places.tolist() for places in bert._batches(lengths)] == [[0], [4, 2], [1, 3]]
+        bert.device = "cuda"
+        assert [places.tolist() for places in bert._batches(lengths)] == [[0, 4], [2, 1], [3]]
 
 
 def test_prompts_become_ids_a_batch_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
