@@ -122,17 +122,17 @@ def beam_search(
     decoder: DecoderProtocol,
     config: GenerationConfig,
     stopping: StoppingCriteria,
-    first: int = 0,
+    numbers: NDArray[np.intp],
 ) -> list[list[int]]:
     """Return the new tokens of the ``num_return_sequences`` best rows of each prompt, in the prompts' order.
 
-    ``sequences`` are the R prompts, ``logits`` (R, V) those of the next token, ``first`` the number of the first
-    prompt. The decoder's rows become the beams of the unfinished prompts, prompt after prompt; those of one prompt in
-    any order, ``places`` says which is where, so that a beam that goes on stays where it is.
+    ``sequences`` are the R prompts, ``logits`` (R, V) those of the next token, ``numbers`` (R,) the prompts' in the
+    caller's list. The decoder's rows become the beams of the unfinished prompts, prompt after prompt; those of one
+    prompt in any order, ``places`` says which is where, so that a beam that goes on stays where it is.
     """
     beams, processors = config.num_beams, logits_processors(config)
     hypotheses = [BeamHypotheses(config, int(limit)) for limit in sequences.limits - sequences.prompts]
-    numbers = first + np.arange(len(sequences))  # of each row of the logits, its prompt's
+    names = numbers  # of each row of the logits, its prompt's number
     rngs = row_rngs(config, np.repeat(numbers, config.num_return_sequences)) if config.do_sample else []
     live = list(range(len(sequences)))
     places = [np.arange(beams) for _ in live]  # of each live prompt's beams, best first, among its rows
@@ -143,7 +143,7 @@ def beam_search(
     step = 1
     while True:
         highest = logits.max(axis=1)
-        check_logits(highest[:, None], numbers, step)
+        check_logits(highest[:, None], names, step)
         few = len(logits) == len(sequences) and not processors and not config.do_sample
         if few:
             work = work if len(work) >= len(logits) else np.empty_like(logits)
@@ -161,7 +161,7 @@ def beam_search(
             else:
                 rng = rngs[prompt * config.num_return_sequences] if config.do_sample else None
                 scores, beam, token = search.candidates(log_probabilities[rows], rng)
-            check_choice(scores[:1], np.array([first + prompt]), step)
+            check_choice(scores[:1], numbers[[prompt]], step)
             ended = stopping.is_eos(token) | (step >= search.limit)
             for k in np.flatnonzero(~ended).tolist() if stopping.strings else ():
                 ended[k] = stopping.completes_stop_string(sequences.row(rows[beam[k]]), int(token[k]))
@@ -179,7 +179,7 @@ def beam_search(
         if not left:
             best = [search.finished[: config.num_return_sequences] for search in hypotheses]
             return [row for finished in best for row in finished]
-        live, places, numbers = left, left_places, first + np.repeat(left, beams)
+        live, places, names = left, left_places, np.repeat(numbers[left], beams)
         chosen_rows, next_tokens = np.concatenate(parents), np.concatenate(tokens)
         sequences.reorder(chosen_rows)
         sequences.append(next_tokens)

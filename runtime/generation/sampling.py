@@ -25,17 +25,17 @@ def sample(
     decoder: DecoderProtocol,
     config: GenerationConfig,
     stopping: StoppingCriteria,
-    first: int = 0,
+    numbers: NDArray[np.intp],
 ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.int64]]]:
     """Yield, step by step, the rows that are unfinished and the new token of each: (N,) rows of the start, (N,) ids.
 
     ``sequences`` and ``decoder`` lose the rows that are finished. Each sampled row has a random generator of
-    its own, so that no row's text depends on how many others there are or when they finish; ``first`` is the
-    number of the first prompt.
+    its own, so that no row's text depends on how many others there are or when they finish; ``numbers`` are the
+    prompts' in the caller's list.
     """
     processors = logits_processors(config)
     live = np.arange(len(sequences))
-    prompts = first + live // config.num_return_sequences
+    prompts = numbers[live // config.num_return_sequences]
     rngs = row_rngs(config, prompts) if config.do_sample else []
     step = 1
     while True:

@@ -23,7 +23,7 @@ def generate(
     *,
     decode: Decode | None = None,
     positions: int | None = None,
-    first: int = 0,
+    numbers: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Return new token ids for each prompt, ``num_return_sequences`` rows of each, as transformers' ``generate`` does.
 
@@ -34,8 +34,8 @@ def generate(
 
     ``decode`` gives the text of ids with special tokens kept, which stop strings may be part of;
     ``positions`` is how many tokens the context holds, as for ``config.new_tokens``;
-    ``first`` is the number of the first prompt, where one call is split into batches: it keeps the
-    random generators apart and names rows in errors.
+    ``numbers`` (R,) are the prompts' places in the caller's list, where one call is split into batches: they keep
+    the random generators apart and name rows in errors. None: the prompts are the whole list.
 
     Sampling draws with numpy's PCG64 from ``config.seed``, each row from a generator of its own: the
     same seed gives the same rows, and a row does not depend on its neighbours. Seed None is new
@@ -43,8 +43,9 @@ def generate(
     where a row's logits are not finite, before any token is chosen from them.
     """
     sequences, stopping = start(prompts, logits, config, decode, positions, streaming=False)
+    places = np.arange(len(sequences)) if numbers is None else np.asarray(numbers, np.intp)
     if config.num_beams > 1:
-        return beam_search(sequences, logits, decoder, config, stopping, first)
+        return beam_search(sequences, logits, decoder, config, stopping, places)
     copies = config.num_return_sequences
     if copies > 1:
         repeated = np.repeat(np.arange(len(sequences)), copies)
@@ -52,7 +53,7 @@ def generate(
         decoder.reorder(repeated)
         logits = logits[repeated]
     new_tokens: list[list[int]] = [[] for _ in range(len(sequences))]
-    for live, tokens in sample(sequences, logits, decoder, config, stopping, first):
+    for live, tokens in sample(sequences, logits, decoder, config, stopping, places):
         for row, token in zip(live.tolist(), tokens.tolist(), strict=True):
             new_tokens[row].append(token)
     return new_tokens
@@ -73,7 +74,7 @@ def stream(
     ``num_beams`` above 1. The iterator holds nothing open: the owner of the decoder may leave it half-way.
     """
     sequences, stopping = start([prompt], logits, config, decode, positions, streaming=True)
-    steps = sample(sequences, logits, decoder, config, stopping)
+    steps = sample(sequences, logits, decoder, config, stopping, np.zeros(1, np.intp))
     return (int(tokens[0]) for _, tokens in steps)
 
 

@@ -238,7 +238,7 @@ class Flamingo(Generator):
         """Return an answer for each prompt, a list of them where several sequences are asked for."""
         if not prompts:
             return []
-        found = self._generated(prompts, config, first, text=text)
+        found = self._generated(prompts, config, range(first, first + len(prompts)), text=text)
         found = [answer.strip() for answer in found] if strip else found
         grouped: list[Any] = in_kind(found, single=False, each=config.num_return_sequences)
         return grouped

@@ -20,6 +20,7 @@ from transom.runtime.generation import GenerationConfig, check_for_model, genera
 from transom.runtime.graph_spec import CACHE
 from transom.runtime.process_bound import ProcessBound
 from transom.runtime.session import LoadedBundle
+from transom.runtime.tasks.batches import batches
 from transom.runtime.tasks.prompts import Prompt, PromptReader, Prompts, Reader, Row
 from transom.runtime.text.tokenizer import TextTokenizer, lowered
 from transom.runtime.text.tokenizer_spec import TokenizerSpec
@@ -100,12 +101,14 @@ class Generator(LoadedBundle, ABC):
         """
         read = self._prompt_reader.read(prompts)
         config = self._config(keywords, read)
-        size = self.prompts_at_once(config)
-        answers: list[Any] = []
-        for first in range(0, len(read.given), size):
-            rows = self._prompt_reader.rows(read, first, first + size)
-            answers += self._generated(rows, config, first, text=read.text)
-        return in_kind(answers, single=read.single, each=config.num_return_sequences)
+        each = config.num_return_sequences
+        answers: list[Any] = [None] * (len(read.given) * each)
+        for batch in batches(read.lengths, self.prompts_at_once(config)):  # a row is padded to the longest beside it
+            places = batch.tolist()
+            found = self._generated(self._prompt_reader.rows(read, places), config, places, text=read.text)
+            for index, place in enumerate(places):
+                answers[place * each : (place + 1) * each] = found[index * each : (index + 1) * each]
+        return in_kind(answers, single=read.single, each=each)
 
     def prompts_at_once(self, config: GenerationConfig) -> int:
         """Return how many prompts the bundle takes in one batch; InputError where one has too many rows."""
@@ -117,12 +120,16 @@ class Generator(LoadedBundle, ABC):
             )
         return self.max_size("B") // each
 
-    def _generated(self, prompts: Sequence[Prompt], config: GenerationConfig, first: int, *, text: bool) -> list[Any]:
-        """Return ids, or with ``text`` texts, for a batch of prompts, ``first`` the number of the first of them."""
-        found = self.continued(self.prefill(prompts), config, first)
+    def _generated(
+        self, prompts: Sequence[Prompt], config: GenerationConfig, numbers: Sequence[int], *, text: bool
+    ) -> list[Any]:
+        """Return ids, or with ``text`` texts, for a batch of prompts of these ``numbers`` in the whole list."""
+        found = self.continued(self.prefill(prompts), config, numbers)
         return [self.target_tokenizer().decode(row) for row in found] if text else list(found)
 
-    def continued(self, prefilled: PrefillResult, config: GenerationConfig, first: int = 0) -> list[list[int]]:
+    def continued(
+        self, prefilled: PrefillResult, config: GenerationConfig, numbers: Sequence[int] | None = None
+    ) -> list[list[int]]:
         """Return the new ids of a prefilled batch, as ``generation.generate`` does."""
         return generate(
             prefilled.starts,
@@ -131,7 +138,7 @@ class Generator(LoadedBundle, ABC):
             config,
             decode=self._decode_all if self._writes_text else None,
             positions=self.context,
-            first=first,
+            numbers=numbers,
         )
 
     def stream(self, prompt: Any, **keywords: Any) -> Stream:
@@ -144,7 +151,7 @@ class Generator(LoadedBundle, ABC):
         if not read.single:
             raise InputError(f"stream takes one prompt, received a list of {len(read.given)}; call it once for each.")
         config = self._config(keywords, read, streaming=True)
-        tokens = self._tokens(self._prompt_reader.rows(read, 0, 1), config)
+        tokens = self._tokens(self._prompt_reader.rows(read, [0]), config)
         return Stream(self._pieces(tokens) if read.text else tokens)
 
     def _tokens(self, rows: Sequence[Prompt], config: GenerationConfig) -> Pieces[int]:

@@ -41,7 +41,7 @@ class GPT(Generator):
         found = [
             perplexity(self._log_probabilities(row, prompts.name(place)))
             for place in range(len(prompts.given))
-            for row in self._token_reader().rows(prompts, place, place + 1)
+            for row in self._token_reader().rows(prompts, [place])
         ]
         return found[0] if prompts.single else found
 
@@ -54,7 +54,7 @@ class GPT(Generator):
         prompts = self._prompt_reader.read(text)
         if not prompts.single:
             raise InputError(f"log_probabilities takes one text, received {len(prompts.given)}; call it once for each.")
-        return self._log_probabilities(self._token_reader().rows(prompts, 0, 1)[0], prompts.name(0))
+        return self._log_probabilities(self._token_reader().rows(prompts, [0])[0], prompts.name(0))
 
     def _log_probabilities(self, row: Row, name: str) -> NDArray[np.float64]:
         if len(row) < 2:

@@ -46,13 +46,13 @@ class ImagePromptReader:
             self.preprocess()
         return Prompts(single, kinds == {False}, batch, [1] * len(batch))
 
-    def rows(self, prompts: Prompts, start: int, stop: int) -> list[Pixels]:
-        """Return the pixels of the images from ``start`` on, ``stop`` excluded: float32 (C, H, W) each."""
-        batch = list(prompts.given[start:stop])
+    def rows(self, prompts: Prompts, places: Sequence[int]) -> list[Pixels]:
+        """Return the pixels of the images at these places: float32 (C, H, W) each."""
+        batch = [prompts.given[place] for place in places]
         if not prompts.text:
             return batch
         names = f"image {{}} of {len(prompts.given)}"
-        return list(self.preprocess()(batch, lambda index: names.format(start + index)))
+        return list(self.preprocess()(batch, lambda index: names.format(places[index])))
 
     def check(self, pixels: Pixels, name: str) -> None:
         """Raise InputError unless these are finite pixel values of the model's shape."""

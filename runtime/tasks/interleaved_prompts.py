@@ -169,9 +169,9 @@ class InterleavedPromptReader(PromptReader):
             )
         return MarkedPrompt(list(ids), images)
 
-    def rows(self, prompts: Prompts, start: int, stop: int) -> list[Any]:
-        """Return the prompts from ``start`` on, ``stop`` excluded: InterleavedPrompts, whose images are opened."""
-        return [self.opened(prompts, place) for place in range(start, min(stop, len(prompts.given)))]
+    def rows(self, prompts: Prompts, places: Sequence[int]) -> list[Any]:
+        """Return the prompts at these places: InterleavedPrompts, whose images are opened."""
+        return [self.opened(prompts, place) for place in places]
 
     def opened(self, prompts: Prompts, place: int) -> InterleavedPrompt:
         """Open the images of one prompt; InputError for one that cannot be read."""

@@ -42,7 +42,7 @@ class Reader(Protocol):
 
     def read(self, prompts: Any) -> Prompts: ...
 
-    def rows(self, prompts: Prompts, start: int, stop: int) -> Sequence[Prompt]: ...
+    def rows(self, prompts: Prompts, places: Sequence[int]) -> Sequence[Prompt]: ...
 
 
 class PromptReader:
@@ -77,9 +77,9 @@ class PromptReader:
         lengths = [len(self._row(prompt, place)) for place, prompt in enumerate(batch)]
         return Prompts(single, kinds == {True}, batch, lengths)
 
-    def rows(self, prompts: Prompts, start: int, stop: int) -> list[Row]:
-        """Return the ids of the prompts from ``start`` on, ``stop`` excluded."""
-        return [self._row(prompt, start + index) for index, prompt in enumerate(prompts.given[start:stop])]
+    def rows(self, prompts: Prompts, places: Sequence[int]) -> list[Row]:
+        """Return the ids of the prompts at these places."""
+        return [self._row(prompts.given[place], place) for place in places]
 
     def _row(self, prompt: Any, place: int) -> Row:
         """Return a prompt as ids; a text's ids are checked too: added tokens may lie past the model's."""

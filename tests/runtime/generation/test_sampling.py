@@ -107,7 +107,9 @@ def test_a_call_split_into_batches_draws_as_one(beams: int) -> None:
 
     def sampled(prompts: list[int], first: int) -> list[list[int]]:
         model = Table(table, prompts)
-        return generate([[prompt] for prompt in prompts], model.logits(), model, config, first=first)
+        return generate(
+            [[prompt] for prompt in prompts], model.logits(), model, config, numbers=range(first, first + len(prompts))
+        )
 
     whole = sampled([0, 0, 0], 0)
     assert whole == sampled([0, 0], 0) + sampled([0], 2)

@@ -182,3 +182,17 @@ def test_prompts_become_ids_a_batch_at_a_time(monkeypatch: pytest.MonkeyPatch) -
         assert sizes == [2, 2, 2, 1]
         assert found == [gpt.generate(prompt, max_new_tokens=3) for prompt in prompts]
         assert gpt.score(prompts) == [gpt.score(prompt) for prompt in prompts]
+
+
+@pytest.mark.parametrize("asked", [{}, {"do_sample": True, "seed": 5, "num_return_sequences": 2}, {"num_beams": 2}])
+def test_prompts_of_like_length_share_a_batch(asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers, and what is drawn for each, stand at the prompts' own places."""
+    prompts = [[1, 2, 3, 4], [5], [6, 7, 8], [2]]
+    with load(KEPT / "gpt-fp32", threads=1) as gpt:
+        read, prefill = [], gpt.prefill
+        monkeypatch.setattr(gpt, "prefill", lambda rows: (read.append([len(row) for row in rows]), prefill(rows))[1])
+        found = gpt.generate(prompts, max_new_tokens=3, **asked)
+        assert [length for lengths in read for length in lengths] == [1, 1, 3, 4]
+        assert found[:2] == gpt.generate(prompts[:2], max_new_tokens=3, **asked)
+        if "seed" not in asked:
+            assert found == [gpt.generate(prompt, max_new_tokens=3, **asked) for prompt in prompts]
