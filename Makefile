@@ -28,7 +28,8 @@ WHEEL_VENV := build/wheel-venv
 # Raw, and handed to recipes through the environment: a path may hold spaces, quotes or dollars.
 override CHECKPOINT := $(value CHECKPOINT)
 override CALIBRATION_DATA := $(value CALIBRATION_DATA)
-export CHECKPOINT CALIBRATION_DATA PRECISIONS
+FOR ?= both
+export CHECKPOINT CALIBRATION_DATA PRECISIONS FOR
 
 # The stamp is written last and holds the folder's path, so that a .venv whose making was
 # interrupted, that was moved, or whose Python is gone counts as none.
@@ -60,6 +61,7 @@ help: ## this table of contents
 	@echo
 	@echo '  make export PRECISION=int8                                            or int4, bf16, "fp32 int8", ...'
 	@echo '  make export CHECKPOINT=path-or-hub-id [CALIBRATION_DATA=file]         your own model, into bundles/'
+	@echo '  make export FOR=cpu                                                   without graphs for TensorRT'
 	@echo '  make test PYTEST_ARGS="-k bert"                                       a part of the suite'
 	@echo '  make sweep FUZZ_RUNS=20000 KILLS=20 REQUESTS=50                       minutes instead of an hour'
 	@echo '  make build-matrix MATRIX_ARGS="--models vit --targets rtx-sm86"       a part of the matrix'
@@ -84,7 +86,7 @@ export: $(STAMP) ## export, check and report on the reference models in each pre
 	        [ "$$precision" = fp32 ] || bundle=$$bundle-$$precision; \
 	        printf '\n== %s, %s: %s\n' "$$source" "$$precision" "$$bundle"; \
 	        case $$precision in int*) data=$$CALIBRATION_DATA again=verify ;; *) data= again=selftest ;; esac; \
-	        if $(VENV)/bin/transom export "$$source" --precision "$$precision" --out "$$bundle" --force \
+	        if $(VENV)/bin/transom export "$$source" --precision "$$precision" --for "$$FOR" --out "$$bundle" --force \
 	                $${data:+--calibration-data "$$data"} \
 	            && $(VENV)/bin/transom selftest "$$bundle" \
 	            && { [ $$again = selftest ] \

@@ -41,6 +41,14 @@ class Precision(StrEnum):
     int4 = "int4"
 
 
+class For(StrEnum):
+    """Values of ``--for``."""
+
+    both = "both"
+    cpu = "cpu"
+    tensorrt = "tensorrt"
+
+
 class Method(StrEnum):
     """Values of ``--method``: how an activation's range is chosen from its values in calibration."""
 
@@ -111,6 +119,14 @@ def export(
             "slowly. int8 is calibrated, and an accuracy gate judges it; int4 is for weights alone, for decoding."
         ),
     ] = Precision.fp32,
+    made_for: Annotated[
+        For,
+        typer.Option(
+            "--for",
+            help="cpu: no graph for TensorRT is made, measured or shipped, and `transom build` refuses the bundle. "
+            "tensorrt: a CPU computes TensorRT's graph in float32, for selftest and verify.",
+        ),
+    ] = For.both,
     task: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="The hub's name of a task.", show_default="the checkpoint's own head"),
@@ -221,6 +237,7 @@ def export(
                 ranges=ranges,
                 gate=gate,
             ),
+            made_for=made_for.value,
             progress=report,
         )
     if as_json:

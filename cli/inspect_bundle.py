@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 
 FP16_MAX = 65504.0  # IEEE 754 binary16
 ENGINE_COLUMNS = ("target", "library", "graph", "plan", "size", "takes", "fused")
+MADE_FOR_TEXTS = {
+    "both": "CPU and TensorRT",
+    "cpu": "CPU alone: no graph for TensorRT, so `transom build` refuses it",
+    "tensorrt": "TensorRT alone: a CPU computes its graph in float32",
+}
 MOST_PROFILES = 8  # of a graph
 MOST_EVIDENCE, MOST_LINE = 8, 200  # lines about a graph, and characters of one
 
@@ -62,6 +67,7 @@ def summary(path: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
     yield "family", manifest.family
     yield "task", manifest.task
     yield "precision", manifest.precision + note
+    yield "made for", MADE_FOR_TEXTS[manifest.made_for]
     yield "size", bytes_text(folder_bytes(path))
     for name, axis in manifest.axes.items():
         yield f"axis {name}", f"{axis.min}..{axis.max}, tuned for {axis.opt}"
@@ -90,8 +96,17 @@ def summary(path: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
     if manifest.score:
         yield "score", score_line(manifest.score)
     for name, value in manifest.source.items():
-        yield f"source {name}", str(len(value)) if isinstance(value, list) else str(value)
+        yield f"source {name}", source_text(value)
+    if "licence" not in manifest.source:
+        yield "source licence", "not said by the checkpoint's folder"
     yield "tools", ", ".join(f"{name} {value}" for name, value in manifest.tools.items())
+
+
+def source_text(value: Any) -> str:
+    """Return a field of ``source``: of weights left out their number, of a licence ``apache-2.0, file LICENSE``."""
+    if isinstance(value, Mapping):
+        return ", ".join(str(text) if key == "id" else f"{key} {text}" for key, text in value.items())
+    return str(len(value)) if isinstance(value, list) else str(value)
 
 
 def tensor_texts(tensors: Sequence[Tensor]) -> list[str]:

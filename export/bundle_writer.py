@@ -9,11 +9,13 @@ import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transom.export.staging import OLD, PARTIAL, remove_stale, staging_dir
+from transom.export.weights_file import FolderFiles, StoredFile
 from transom.runtime.atomic_write import write_bytes
-from transom.runtime.bundle import Bundle, read_manifest, versioned
+from transom.runtime.backends.base import Read, ReadInPieces
+from transom.runtime.bundle import Bundle, BundleReader, read_manifest, versioned
 from transom.runtime.errors import ExportError
 from transom.runtime.manifest import (
     FORMAT,
@@ -25,6 +27,9 @@ from transom.runtime.manifest import (
 )
 from transom.runtime.text.tokenizer import TextTokenizer, export_again
 from transom.runtime.text.tokenizer_spec import TokenizerSpec
+
+if TYPE_CHECKING:
+    from transom.export.variants import Variants
 
 
 class StagedBundle(Bundle):
@@ -38,33 +43,64 @@ class StagedBundle(Bundle):
         self,
         folder: Path,
         manifest: Manifest,
-        read: Callable[[str], bytes],
+        read: Read,
         tokenizers: Mapping[str, TextTokenizer],
     ) -> None:
         self.folder, self.manifest, self._read, self._tokenizers = folder, manifest, read, tokenizers
 
     @classmethod
-    def in_memory(
-        cls, fields: Mapping[str, Any], files: Mapping[str, bytes], tokenizers: Mapping[str, TextTokenizer]
+    def of_variants(
+        cls,
+        fields: Mapping[str, Any],
+        variants: Variants,
+        files: Mapping[str, bytes],
+        tokenizers: Mapping[str, TextTokenizer],
     ) -> StagedBundle:
-        """Make a bundle of ``files`` that is never written."""
-        entries = {name: entry_of(data) for name, data in files.items()}
+        """Make a bundle of ``variants`` and the ``files`` beside them that is never written as one."""
+        entries = {name: entry_of(data) for name, data in {**variants.files, **files}.items()}
+        entries |= {name: file.entry() for name, file in variants.stored.items()}
         manifest = manifest_of(manifest_bytes(fields, entries))
-        return cls(Path(manifest.name), manifest, files.__getitem__, tokenizers)
+        return cls(Path(manifest.name), manifest, variants, tokenizers)
 
     def read(self, name: str) -> bytes:
         """Return the bytes of a file."""
         return self._read(name)
 
     def pieces(self, name: str) -> Iterator[memoryview]:
-        """Yield the bytes of a file."""
-        yield memoryview(self._read(name))
+        """Yield the bytes of a file, in pieces where it lies in a folder."""
+        if isinstance(self._read, ReadInPieces):
+            yield from self._read.pieces(name)
+        else:
+            yield memoryview(self._read(name))
+
+    def reader(self) -> BundleReader:
+        """Return what opens graphs: none of its files is held between two of them."""
+        return StagedReader(self)
 
     def open_tokenizer(
         self, spec: TokenizerSpec, max_tokens: int, wider: Callable[[int], str] = export_again
     ) -> TextTokenizer:
         """Return the tokenizer that is open already, with the limits that are asked for."""
         return self._tokenizers[spec.file].with_limits(spec, max_tokens, wider)
+
+
+class StagedReader(BundleReader):
+    """Reads a staged bundle's files anew for each graph, for they need not be hashed."""
+
+    def __init__(self, bundle: StagedBundle) -> None:
+        self._staged = bundle
+
+    def __call__(self, name: str) -> bytes:
+        """Return the bytes of a file."""
+        return self._staged.read(name)
+
+    def size(self, name: str) -> int:
+        """Return the size of a file in bytes."""
+        return self._staged.size(name)
+
+    def pieces(self, name: str) -> Iterator[memoryview]:
+        """Yield the bytes of a file in order, each piece valid until the next."""
+        return self._staged.pieces(name)
 
 
 class BundleWriter:
@@ -79,6 +115,10 @@ class BundleWriter:
         write_bytes(self.folder / name, data)
         self._files[name] = entry_of(data)
 
+    def adopt(self, file: StoredFile) -> None:
+        """Record a file that was written into the folder and hashed as it was."""
+        self._files[file.path.name] = file.entry()
+
     def manifest(self, fields: Mapping[str, Any]) -> Manifest:
         """Return the manifest of ``fields`` and the files so far, as a reader sees it, without writing it."""
         return manifest_of(manifest_bytes(fields, self._files))
@@ -86,10 +126,7 @@ class BundleWriter:
     def staged(self, fields: Mapping[str, Any], tokenizers: Mapping[str, TextTokenizer]) -> StagedBundle:
         """Return the bundle of ``fields`` and the files so far, without writing bundle.json."""
 
-        def read(name: str) -> bytes:
-            return (self.folder / name).read_bytes()
-
-        return StagedBundle(self.folder, self.manifest(fields), read, tokenizers)
+        return StagedBundle(self.folder, self.manifest(fields), FolderFiles(self.folder), tokenizers)
 
     def describe(self, fields: Mapping[str, Any]) -> None:
         """Write bundle.json: ``fields`` with the format, the files and the hash over itself."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,8 +18,9 @@ from transom.export.processors.tokenizer import (
 from transom.export.reference_models import reference_folders
 from transom.models.checkpoint import Checkpoint, open_checkpoint
 from transom.models.family import Family, Source, label_names
+from transom.models.mapped_weights import MappedWeights
 from transom.models.registry import find_family, find_task
-from transom.models.weights import build_module, stored_names
+from transom.models.weights import build_module
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import CheckpointError, ExportError
 from transom.runtime.generation import GenerationConfig
@@ -50,6 +51,12 @@ class LoadedCheckpoint:
     labels: tuple[str, ...]
     options: Mapping[str, Any]
     generation: GenerationConfig | None  # of families with a decoder
+    mapped: Sequence[MappedWeights] = ()  # the files whose memory the module's weights share
+
+    def give_back(self) -> None:
+        """Give the weights' memory back to the system until the module computes again."""
+        for file in self.mapped:
+            file.give_back()
 
     @cached_property
     def sha256(self) -> str:
@@ -90,7 +97,8 @@ def load_checkpoint(
     checkpoint = open_checkpoint(source, reference_folders())
     family = find_family(checkpoint.config_json)
     chosen = find_task(family, checkpoint.config_json, task)
-    names = stored_names(checkpoint.weight_files)
+    mapped = [MappedWeights(path) for path in checkpoint.weight_files]
+    names = frozenset(name for file in mapped for name in file)
     stored_size = processor_size(checkpoint.folder)
     config = family.config(Source(checkpoint.config_json, names, chosen, checkpoint.pooling, image_size, stored_size))
     graphs = family.graphs(config, chosen)
@@ -122,13 +130,14 @@ def load_checkpoint(
                 f"{checkpoint.folder}: neither generation_config.json nor config.json has a decoder_start_token_id, "
                 "with which every output begins. Add it: Marian's is its pad_token_id."
             )
-    module, left_out = build_module(family, config, chosen, checkpoint.weight_files, ignore_unused=ignore_unused)
+    module, left_out = build_module(family, config, chosen, mapped, ignore_unused=ignore_unused)
     return LoadedCheckpoint(
         checkpoint=checkpoint,
         family=family,
         task=chosen,
         config=config,
         module=module,
+        mapped=mapped,
         left_out=left_out,
         graphs=graphs,
         axes=axes,

@@ -32,8 +32,9 @@ from transom.export.variants import make_variants, open_variants
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import CalibrationError, ExportError
 from transom.runtime.json_reader import parse_json
+from transom.runtime.made_for import no_tensorrt
 from transom.runtime.manifest import QUANTIZED, Manifest
-from transom.runtime.manifest_graphs import BLOCKS, SIMULATED
+from transom.runtime.manifest_graphs import BLOCKS, SIMULATED, TENSORRT_ALONE
 from transom.runtime.progress import Progress, ProgressReporter, silent
 
 HALF = "default"  # the one file of a graph in half precision
@@ -112,9 +113,10 @@ def debug_accuracy(
 ) -> Findings:
     """Search the bundle at ``folder`` until its relative output error is at most ``target``, or ``most`` layers.
 
-    ``variant`` is "cpu" or "default" (for TensorRT), of a quantised bundle; a half-precision graph is searched as a
-    GPU would round it. ``source`` and ``calibration_data`` are as for ``verify``. Raises ExportError for a bundle in
-    FP32, CalibrationError where its ranges or held-out data are missing, CheckpointError as ``verify`` does.
+    ``variant`` is "cpu" or "default" (for TensorRT), of a quantised bundle; a half-precision graph is searched as a GPU
+    would round it, and a bundle for TensorRT alone has the second only. ``source`` and ``calibration_data`` are as for
+    ``verify``. Raises ExportError for a bundle in FP32 and for a graph that it was not exported for, CalibrationError
+    where its ranges or held-out data are missing, CheckpointError as ``verify`` does.
     """
     steps = ProgressReporter(progress, total=4)
     bundle = Bundle(folder)
@@ -124,6 +126,9 @@ def debug_accuracy(
             f"{folder} is in fp32: nothing in it was quantised or rounded. Give a bundle in int8, int4, fp16 or bf16; "
             "`transom verify` compares this one with PyTorch."
         )
+    refusal = no_tensorrt(manifest, folder)
+    if refusal is not None and (variant == HALF or manifest.precision not in QUANTIZED):
+        raise ExportError(refusal)
     table = table_of(bundle) if manifest.precision in QUANTIZED else None
     held_out = held_out_samples(manifest, calibration_data)
     steps.next("reading the checkpoint")
@@ -140,7 +145,7 @@ def debug_accuracy(
     if table is not None:
         ranges = {name: table.require(name, graph_sha256(model)) for name, model in fp32.items()}
         fp32 = smoothed(fp32, {name: found.smoothing for name, found in ranges.items()})
-    variant = variant if table is not None else HALF
+    variant = variant if table is not None and manifest.made_for != TENSORRT_ALONE else HALF
     steps.next("building the graph with a switch per layer")
     fidelities: dict[frozenset[Layer], Fidelity] = {}
     shipped = stored_graphs(bundle, variant)

@@ -13,6 +13,7 @@ Each stage gets what the stages before it returned; none calls back into this fi
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -35,7 +36,7 @@ from transom.export.parity.compare import TOLERANCES, check_greedy, check_parity
 from transom.export.parity.fp16_range import Ranges, measure_ranges, require_fp16_range
 from transom.export.parity.inputs import ParityInputs, parity_inputs
 from transom.export.parity.results import CaseResult, Golden, parity_to_json
-from transom.export.quantization.options import DEFAULTS, QuantizeOptions
+from transom.export.quantization.options import DEFAULTS, NONE, QuantizeOptions
 from transom.export.quantization.quantize import QuantizationJob, quantize_model
 from transom.export.reference_models import score_both
 from transom.export.variants import Variants, check_file, emulated_variants, make_variants, open_variants
@@ -45,7 +46,14 @@ from transom.runtime.golden import GOLDEN
 from transom.runtime.greedy_check import Divergence
 from transom.runtime.loading import open_bundle
 from transom.runtime.manifest import PRECISIONS, QUANTIZED, Manifest
-from transom.runtime.manifest_graphs import axis_to_json, graph_to_json
+from transom.runtime.manifest_graphs import (
+    BOTH,
+    CPU_ALONE,
+    MADE_FOR,
+    TENSORRT_ALONE,
+    axis_to_json,
+    graph_to_json,
+)
 from transom.runtime.progress import Progress, ProgressReporter, silent
 from transom.runtime.text.tokenizer import TextTokenizer
 
@@ -121,13 +129,15 @@ def export(
     ignore_unused: bool = False,
     force: bool = False,
     quantize: QuantizeOptions = DEFAULTS,
+    made_for: str = BOTH,
     progress: Progress = silent,
 ) -> Manifest:
     """Export a checkpoint to a bundle at ``out`` whose outputs were compared with PyTorch's.
 
-    ``source`` is a reference model's name, a checkpoint folder or a hub id; ``max_sizes`` sets the
-    bounds of axes ("S": 512); ``image_size`` is (height, width) in pixels; ``quantize`` says how "int8" and "int4" are
-    made. ``progress`` gets each step: its description, how many are done, how many there are.
+    ``source`` is a reference model's name, a checkpoint folder or a hub id; ``max_sizes`` sets the bounds of axes ("S":
+    512); ``image_size`` is (height, width) in pixels; ``quantize`` says how "int8" and "int4" are made; ``made_for``,
+    one of MADE_FOR, for which devices. ``progress`` gets each step: its description, how many are done, how many there
+    are.
 
     Raises CheckpointError when the source cannot be used, ParityError or PrecisionError when the
     bundle would not compute what PyTorch computes, CalibrationError for calibration data that cannot be used,
@@ -135,8 +145,9 @@ def export(
     In each case nothing is left at ``out``, or the old bundle is.
     """
     check_out(out, force=force)
-    calibration = check_options(precision, source, quantize)
-    reporter = ProgressReporter(progress, total=5 + (precision == "fp16"))
+    calibration = check_options(precision, source, quantize, made_for)
+    needs_range = precision == "fp16" and made_for != CPU_ALONE  # a CPU computes such a bundle in float32
+    reporter = ProgressReporter(progress, total=5 + needs_range)
     reporter.next(f"reading {source}")
     loaded = load_checkpoint(
         source, task=task, max_sizes=max_sizes or {}, image_size=image_size, ignore_unused=ignore_unused
@@ -149,32 +160,47 @@ def export(
     with new_bundle(out, force=force) as writer:
         reporter.next(f"making the {precision} graph")
         if calibration is None:
-            converted = convert(loaded, traced, precision)
+            converted = convert(loaded, traced, precision, made_for, writer.folder)
         else:
-            converted = quantize_graphs(loaded, traced, inputs, precision, quantize, calibration, reporter.more)
+            converted = quantize_graphs(
+                loaded, traced, inputs, precision, made_for, quantize, calibration, writer.folder, reporter.more
+            )
         reporter.next("writing the bundle")
-        fields = {**manifest_fields(loaded, precision, converted.variants), **converted.fields}
+        fields = {**manifest_fields(loaded, precision, converted.variants, made_for), **converted.fields}
         write_files(writer, loaded, converted)
         bundle = writer.staged(fields, open_tokenizers(loaded))
         open_default_files(bundle)
         parity_cases = ParityCases(bundle.manifest, inputs)
         reporter.expect(len(parity_cases))
         ranges = Ranges()
-        if precision == "fp16":
+        if needs_range:
             reporter.next("measuring every tensor's range")
             ranges = measure_ranges(bundle, traced.graphs, parity_cases, sums=True)
             require_fp16_range(ranges.tensors)
         traced.graphs.clear()  # large, and not read again
+        loaded.give_back()
         parity = compare_with_pytorch(bundle, loaded, converted.variants, parity_cases, reporter)
         manifest = describe(writer, fields, traced, ranges, parity)
     reporter.next("done")
     return manifest
 
 
-def check_options(precision: str, source: str, quantize: QuantizeOptions) -> Calibration | None:
+def check_options(precision: str, source: str, quantize: QuantizeOptions, made_for: str = BOTH) -> Calibration | None:
     """Refuse options that contradict each other; open the inputs of a quantised export, None for other precisions."""
     if precision not in PRECISIONS:
         raise ExportError(f"--precision is {precision!r}; expected one of {', '.join(PRECISIONS)}.")
+    if made_for not in MADE_FOR:
+        raise ExportError(f"--for is {made_for!r}; expected one of {', '.join(MADE_FOR)}.")
+    if made_for == CPU_ALONE and precision == "bf16":
+        raise ExportError(
+            "--for cpu is given with --precision bf16, which a CPU can only emulate, slower than fp32; choose "
+            "--precision fp32, or fp16 for files of half the size."
+        )
+    if made_for == TENSORRT_ALONE and (precision == "int4" or quantize.activations == NONE):
+        raise ExportError(
+            "--for tensorrt is given, and weights in blocks are an operator of ONNX Runtime alone (MatMulNBits), of "
+            "which no engine is built; leave --for out, or choose --precision int8 with activations in integers."
+        )
     if precision in QUANTIZED:
         quantize.check(precision)
         data = open_calibration_data(quantize.data_for(source))
@@ -194,9 +220,13 @@ def trace(loaded: LoadedCheckpoint) -> Traced:
     return Traced(graphs, {name: operator_counts(model) for name, model in graphs.items()})
 
 
-def convert(loaded: LoadedCheckpoint, traced: Traced, precision: str) -> Converted:
-    """Convert copies of the graphs to FP32, FP16 or BF16. Raises PrecisionError when a weight does not fit FP16."""
-    return Converted(make_variants(traced.graphs, loaded.graphs, precision), {}, {})
+def convert(loaded: LoadedCheckpoint, traced: Traced, precision: str, made_for: str, folder: Path) -> Converted:
+    """Convert copies of the graphs to FP32, FP16 or BF16; large weights are written to ``folder`` as they come.
+
+    Raises PrecisionError when a weight does not fit FP16.
+    """
+    made = make_variants(traced.graphs, loaded.graphs, precision, folder=folder, made_for=made_for)
+    return Converted(made, {}, {})
 
 
 def quantize_graphs(
@@ -204,35 +234,43 @@ def quantize_graphs(
     traced: Traced,
     inputs: Mapping[str, ParityInputs],
     precision: str,
+    made_for: str,
     options: QuantizeOptions,
     calibration: Calibration,
+    folder: Path,
     report: Callable[[str], None],
 ) -> Converted:
-    """Calibrate and quantise copies of the graphs, with an FP32 bundle in memory that their accuracy is compared with.
+    """Calibrate and quantise copies of the graphs, with an FP32 bundle that their accuracy is compared with.
 
-    Raises CalibrationError for data that cannot be used, AccuracyError where the accuracy gate does not hold.
+    That bundle's weights lie in a scratch folder below ``folder`` meanwhile, and what ships is written there. Raises
+    CalibrationError for data that cannot be used, AccuracyError where the accuracy gate does not hold.
     """
-    variants = make_variants(traced.graphs, loaded.graphs, "fp32")
-    files = {**variants.files, **tokenizer_files(loaded)}
-    fp32 = StagedBundle.in_memory(manifest_fields(loaded, "fp32", variants), files, open_tokenizers(loaded))
-    job = QuantizationJob(
-        fp32,
-        traced.graphs,
-        loaded.checkpoint.source,
-        precision,
-        options,
-        calibration.data,
-        calibration.table,
-        ParityCases(fp32.manifest, inputs),
-        report,
-    )
-    made = quantize_model(job)
-    return Converted(made.variants, {RANGES: made.table.to_bytes()}, {"quantization": made.record})
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".fp32-") as scratch:
+        variants = make_variants(traced.graphs, loaded.graphs, "fp32", external_above=0, folder=Path(scratch))
+        fp32 = StagedBundle.of_variants(
+            manifest_fields(loaded, "fp32", variants), variants, tokenizer_files(loaded), open_tokenizers(loaded)
+        )
+        job = QuantizationJob(
+            fp32,
+            traced.graphs,
+            loaded.checkpoint.source,
+            precision,
+            options,
+            calibration.data,
+            calibration.table,
+            ParityCases(fp32.manifest, inputs),
+            report,
+            made_for,
+        )
+        made = quantize_model(job, folder)
+        return Converted(made.variants, {RANGES: made.table.to_bytes()}, {"quantization": made.record})
 
 
 def write_files(writer: BundleWriter, loaded: LoadedCheckpoint, converted: Converted) -> None:
     """Write graphs, tokenizers and ranges; check each ONNX file as it lies there."""
     graphs = converted.variants.files
+    for file in converted.variants.stored.values():
+        writer.adopt(file)
     for name, data in {**converted.files, **graphs, **tokenizer_files(loaded)}.items():
         writer.add(name, data)
     for name in graphs:
@@ -294,7 +332,9 @@ def version_of(tool: str) -> str:
     return str(onnxruntime().__version__) if tool == "onnxruntime" else version(tool)
 
 
-def manifest_fields(loaded: LoadedCheckpoint, precision: str, variants: Variants) -> dict[str, Any]:
+def manifest_fields(
+    loaded: LoadedCheckpoint, precision: str, variants: Variants, made_for: str = BOTH
+) -> dict[str, Any]:
     """Return the fields of bundle.json that are known before anything is compared."""
     optional = {
         "tokenizer": loaded.tokenizer.spec.to_json() if loaded.tokenizer else None,
@@ -307,6 +347,7 @@ def manifest_fields(loaded: LoadedCheckpoint, precision: str, variants: Variants
         "family": loaded.family.name,
         "task": loaded.task,
         "precision": precision,
+        **({"for": made_for} if made_for != BOTH else {}),
         "config": asdict(loaded.config),
         "axes": {name: axis_to_json(axis) for name, axis in loaded.axes.items()},
         "graphs": [graph_to_json(graph) for graph in variants.graphs],
@@ -317,6 +358,8 @@ def manifest_fields(loaded: LoadedCheckpoint, precision: str, variants: Variants
             "checkpoint": loaded.checkpoint.source,
             "sha256": loaded.sha256,
             "weights_left_out": sorted(loaded.left_out)[:100],
+            **({"licence": dict(loaded.checkpoint.licence)} if loaded.checkpoint.licence else {}),
+            **({"revision": loaded.checkpoint.revision} if loaded.checkpoint.revision else {}),
         },
         "tools": {tool: version_of(tool) for tool in TOOLS},
         "parity": {"tolerance": TOLERANCES[precision]},

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import onnx
@@ -15,19 +14,18 @@ import onnx_ir as ir
 from transom.export.passes.compute_in_fp32 import compute_in_fp32
 from transom.export.passes.fake_half import fake_half
 from transom.export.passes.half_precision import HALF, convert_precision
+from transom.export.weights_file import FolderFiles, StoredFile, externalize, externalize_to
 from transom.runtime.backends.base import Backend
 from transom.runtime.backends.ort import OrtBackend
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import ExportError, one_line
 from transom.runtime.graph_spec import Graph
 from transom.runtime.loading import load_with_backends
-from transom.runtime.manifest_graphs import SIMULATED, GraphFile
+from transom.runtime.manifest_graphs import BOTH, CPU_ALONE, SIMULATED, TENSORRT_ALONE, GraphFile
 from transom.runtime.session import LoadedBundle
 
 WEIGHTS = "model.weights"
 EXTERNAL_ABOVE = 256 << 20  # bytes of weights; protobuf ends at 2 GiB and is parsed as a whole
-SMALLEST = 1024  # bytes; scalars and shapes stay in the graph, where shape inference can see them
-ALIGNMENT = 64  # bytes: a cache line
 STATE_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -36,31 +34,57 @@ class Variants:
     """``graphs`` and their ``files``, which ship, and ``emulated`` graphs, which do not.
 
     Those are the half-precision graphs as a GPU would round them, for parity and accuracy (BF16 ships them as the
-    CPU's variant); they read from ``emulated_files``.
+    CPU's variant); they read from ``emulated_files``. A file that was written as it was made is among ``stored``
+    instead, and both kinds of graphs read from it.
     """
 
     graphs: tuple[GraphFile, ...]
     files: Mapping[str, bytes]
     emulated: tuple[GraphFile, ...]
     emulated_files: Mapping[str, bytes]
+    stored: Mapping[str, StoredFile] = field(default_factory=dict)
+
+    def __call__(self, name: str) -> bytes:
+        """Return the bytes of a file that ``graphs`` name."""
+        return self.stored[name].path.read_bytes() if name in self.stored else self.files[name]
+
+    def size(self, name: str) -> int:
+        """Return the size of a file in bytes."""
+        return self.stored[name].size if name in self.stored else len(self.files[name])
+
+    def pieces(self, name: str) -> Iterator[memoryview]:
+        """Yield the bytes of a file in order, each piece valid until the next."""
+        if name in self.stored:
+            return FolderFiles(self.stored[name].path.parent).pieces(name)
+        return iter([memoryview(self.files[name])])
 
 
 def make_variants(
-    canonical: Mapping[str, ir.Model], graphs: tuple[Graph, ...], precision: str, external_above: int = EXTERNAL_ABOVE
+    canonical: Mapping[str, ir.Model],
+    graphs: tuple[Graph, ...],
+    precision: str,
+    external_above: int = EXTERNAL_ABOVE,
+    folder: Path | None = None,
+    made_for: str = BOTH,
 ) -> Variants:
-    """Convert copies of the canonical graphs to ``precision`` and serialise what ships.
+    """Convert copies of the canonical graphs to ``precision`` and serialise what ships, as ``pack`` does.
 
-    In half precision a variant for the CPU ships beside them: of FP16 one that computes in FP32, of BF16 the
-    emulation. Raises PrecisionError when a weight does not fit FP16.
+    In half precision a variant for the CPU ships beside them: of FP16 one that computes in FP32, of BF16, and of FP16
+    for TensorRT alone, the emulation. Of FP16 for the CPU alone that variant is all. Raises PrecisionError when a
+    weight does not fit FP16.
     """
     models = {graph.name: canonical[graph.name].clone() for graph in graphs}
     for graph in graphs:
         convert_precision(models[graph.name], precision, state_names(graph))
+    if precision == "fp16" and made_for == CPU_ALONE:
+        return pack(graphs, {}, "float32", cpu=widened(models), external_above=external_above, folder=folder)
     emulated = emulations(models) if precision in HALF else {}
-    if precision == "bf16":  # ONNX Runtime's CPU has no BF16 kernels: it gets the emulation
-        return pack(graphs, models, STATE_DTYPES[precision], cpu=emulated)
+    if precision == "bf16" or (precision == "fp16" and made_for == TENSORRT_ALONE):
+        # ONNX Runtime's CPU has no BF16 kernels: it gets the emulation
+        return pack(graphs, models, STATE_DTYPES[precision], cpu=emulated, folder=folder)
     cpu = widened(models) if precision == "fp16" else {}
-    return pack(graphs, models, STATE_DTYPES[precision], cpu=cpu, emulated=emulated, external_above=external_above)
+    state = STATE_DTYPES[precision]
+    return pack(graphs, models, state, cpu=cpu, emulated=emulated, external_above=external_above, folder=folder)
 
 
 def widened(models: Mapping[str, ir.Model]) -> dict[str, ir.Model]:
@@ -87,11 +111,14 @@ def pack(
     cpu: Mapping[str, ir.Model] | None = None,
     emulated: Mapping[str, ir.Model] | None = None,
     external_above: int = EXTERNAL_ABOVE,
+    folder: Path | None = None,
 ) -> Variants:
     """Serialise ``models``, which ship, their variants for the CPU if there are any, and those for parity only.
 
-    Weights that several of them hold, or of more than ``external_above`` bytes, lie in one file beside them.
-    ``state`` is the dtype of the models' state. All models are consumed: their weights move to that file.
+    Without ``models`` the variants for the CPU ship alone. Weights that several of them hold, or of more than
+    ``external_above`` bytes, lie in one file beside them, which is written to ``folder`` weight by weight, or held in
+    memory without one. ``state`` is the dtype of the models' state. All models are consumed: their weights move to
+    that file.
     """
     cpu, emulated = cpu or {}, emulated or {}
     named = {f"{name}.onnx": model for name, model in models.items()}
@@ -99,11 +126,15 @@ def pack(
     shipped = set(named)
     named |= {f"{name}.emulated.onnx": model for name, model in emulated.items()}
     files: dict[str, bytes] = {}
+    stored: dict[str, StoredFile] = {}
     weights = None
-    if cpu or sum(map(weight_bytes, models.values())) > external_above:
+    if (cpu and models) or sum(map(weight_bytes, (models or cpu).values())) > external_above:
         weights = WEIGHTS
-        files[weights] = externalize([*named.values()], weights)
-        shipped.add(weights)
+        if folder is None:
+            files[weights] = externalize([*named.values()], weights)
+            shipped.add(weights)
+        else:
+            stored[weights] = externalize_to([*named.values()], folder / weights)
     files |= {name: serialized(model) for name, model in named.items()}
 
     def graph_files(kinds: Mapping[str, str]) -> tuple[GraphFile, ...]:
@@ -117,38 +148,17 @@ def pack(
         )
 
     return Variants(
-        graphs=graph_files({"default": ".onnx"} | ({"cpu": ".cpu.onnx"} if cpu else {})),
+        graphs=graph_files(({"default": ".onnx"} if models else {}) | ({"cpu": ".cpu.onnx"} if cpu else {})),
         files={name: data for name, data in files.items() if name in shipped},
         emulated=graph_files({"default": ".emulated.onnx"}) if emulated else (),
         emulated_files=files if emulated else {},
+        stored=stored,
     )
 
 
 def weight_bytes(model: ir.Model) -> int:
     """Return the size of all weights in bytes."""
     return sum(w.const_value.nbytes for w in model.graph.initializers.values() if w.const_value is not None)
-
-
-def externalize(models: Sequence[ir.Model], location: str) -> bytes:
-    """Point the models' weights at ``location`` and return that file's bytes; equal weights are stored once."""
-    blob = bytearray()
-    places: dict[bytes, tuple[int, int]] = {}
-    for model in models:
-        for name, weight in model.graph.initializers.items():
-            tensor = weight.const_value
-            if tensor is None or tensor.nbytes < SMALLEST:
-                continue
-            data = tensor.tobytes()
-            key = hashlib.sha256(data).digest()
-            if key not in places:
-                blob += bytes(-len(blob) % ALIGNMENT)
-                places[key] = (len(blob), len(data))
-                blob += data
-            offset, length = places[key]
-            weight.const_value = ir.ExternalTensor(
-                location, offset, length, tensor.dtype, shape=ir.Shape(tensor.numpy().shape), name=name, base_dir=""
-            )
-    return bytes(blob)
 
 
 def with_integers(variants: Variants, integers: Mapping[str, str]) -> Variants:
@@ -169,13 +179,13 @@ def open_variants(
     bundle: Bundle, variants: Variants, around: Callable[[Backend], Backend] = lambda backend: backend
 ) -> LoadedBundle:
     """Load ``bundle`` around graphs that are not in it, on the CPU; ``around`` wraps each backend."""
-    opened = {file.graph.name: OrtBackend(file, variants.files.__getitem__, "cpu", None) for file in variants.graphs}
+    opened = {file.graph.name: OrtBackend(file, variants, "cpu", None) for file in variants.graphs}
     return load_with_backends(bundle, {name: around(backend) for name, backend in opened.items()})
 
 
 def emulated_variants(variants: Variants) -> Variants:
     """Return the emulated graphs as variants of their own, to be opened."""
-    return Variants(variants.emulated, variants.emulated_files, (), {})
+    return Variants(variants.emulated, variants.emulated_files, (), {}, variants.stored)
 
 
 def state_names(graph: Graph) -> frozenset[str]:

@@ -17,6 +17,7 @@ from transom.export.parity.results import CaseResult, Golden
 from transom.export.quantization.candidate import gate_mode
 from transom.export.quantization.gate import Gate
 from transom.export.quantization.gate_result import GateResult
+from transom.export.quantization.options import STATIC
 from transom.export.variants import Variants, emulations, open_variants, pack, simulated, with_integers
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import AccuracyError
@@ -24,7 +25,7 @@ from transom.runtime.golden_reference import pytorch_tolerance
 from transom.runtime.greedy_check import Divergence
 from transom.runtime.loading import open_bundle
 from transom.runtime.manifest import QUANTIZED, Manifest
-from transom.runtime.manifest_graphs import BLOCKS
+from transom.runtime.manifest_graphs import BLOCKS, BOTH, TENSORRT_ALONE
 from transom.runtime.progress import Progress, ProgressReporter, silent
 from transom.runtime.session import LoadedBundle
 
@@ -94,10 +95,12 @@ def verify(
 def other_devices(bundle: Bundle) -> Variants | None:
     """Return the graphs for other devices as those would compute them; None where the CPU has no variant of its own.
 
-    None of BF16 either, whose variant for the CPU is that emulation.
+    None of BF16 either, nor of a bundle for TensorRT alone, whose variant for the CPU is that emulation.
     """
     manifest = bundle.manifest
-    if manifest.precision == "bf16" or not any("cpu" in file.files for file in manifest.graphs):
+    if manifest.precision == "bf16" or manifest.made_for != BOTH:
+        return None
+    if not any("cpu" in file.files for file in manifest.graphs):
         return None
     graphs = tuple(file.graph for file in manifest.graphs)
     made = pack(graphs, emulations(stored_graphs(bundle, "default")), "float32")
@@ -130,7 +133,8 @@ def evaluate_again(
     if gate is None:
         return None
     reporter.more("measuring accuracy")
-    result = gate.evaluate(ours, gate_mode(manifest.quantization["activations"].values()))
+    modes = [STATIC] if manifest.made_for == TENSORRT_ALONE else manifest.quantization["activations"].values()
+    result = gate.evaluate(ours, gate_mode(modes))
     if not result.holds:
         raise AccuracyError(f"{manifest.name} in {manifest.precision}: {result.summary()}. Export it again.")
     return result

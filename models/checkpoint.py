@@ -9,16 +9,18 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transom.models.json_files import read_object
 from transom.models.pooling import sentence_modules, sentence_pooling
+from transom.models.provenance import licence, revision
 from transom.runtime.errors import CheckpointError, one_line
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(@[\w./-]+)?")
 HUB_FILES = ["*.json", "*vocab.txt", "*merges.txt", "*.spm", "*.safetensors"]  # never the pickles
+HUB_FILES += ["README.md", "LICENSE*", "LICENCE*", "COPYING*"]  # which say what may be done with them
 log = logging.getLogger("transom")
 _aside: list[tempfile.TemporaryDirectory[str]] = []  # the one folder of downloads that no cache can keep
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
@@ -34,6 +36,8 @@ class Checkpoint:
     config_json: Mapping[str, Any]  # parsed
     weight_files: tuple[Path, ...]
     pooling: Mapping[str, Any]  # of sentence-transformers; empty elsewhere
+    licence: Mapping[str, str] = field(default_factory=dict)  # as ``transom.models.provenance`` reads it
+    revision: str | None = None  # the commit of the hub's repository, where the folder says it
 
     def sha256(self) -> str:
         """Hash config.json, the pooling and the weights, from which the graphs are made."""
@@ -65,13 +69,16 @@ def open_checkpoint(source: str, references: Mapping[str, Callable[[], Path]]) -
     config = transformer / "config.json"
     if not config.is_file():
         raise CheckpointError(f"{transformer} has no config.json; SOURCE must be a Hugging Face checkpoint folder.")
+    config_json, weights = read_object(config), find_weights(transformer)
     return Checkpoint(
         name=name,
         source=recorded,
         folder=transformer,
-        config_json=read_object(config),
-        weight_files=find_weights(transformer),
+        config_json=config_json,
+        weight_files=weights,
         pooling=sentence_pooling(root),
+        licence=licence(root),
+        revision=revision(root, config_json, (config, *weights)),
     )
 
 

@@ -2,49 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from transom.models.family import Family
+from transom.models.mapped_weights import MappedWeights
 from transom.runtime.errors import CheckpointError, one_line
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 LISTED = 12  # names per kind of problem in a message; more are counted
 
 
-def stored_names(files: Iterable[Path]) -> frozenset[str]:
-    """Return the names of all weights in the files; CheckpointError when one is damaged."""
-    names: set[str] = set()
-    for path in files:
-        with opened(path) as file:
-            names.update(file.keys())
-    return frozenset(names)
-
-
-def opened(path: Path) -> Any:
-    """Open a safetensors file; CheckpointError when it is damaged."""
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read as safetensors ({one_line(error)}); the file is truncated or damaged. "
-            "Download it again."
-        ) from None
-
-
 def build_module(
-    family: Family, config: Any, task: str, files: Sequence[Path], *, ignore_unused: bool = False
+    family: Family, config: Any, task: str, files: Sequence[Path | MappedWeights], *, ignore_unused: bool = False
 ) -> tuple[nn.Module, list[str]]:
     """Build the family's module for ``task`` from ``files``, in FP32 and eval mode; return it and the names left out.
 
-    Shapes are compared before memory is taken. Stored weights of other heads are left out; any other
-    unused weight is an error unless ``ignore_unused``: a file with more than the definition uses
-    usually means that the definition would compute something else.
+    Weights in FP32 share the memory of the mapped files. Shapes are compared before memory is taken. Stored weights of
+    other heads are left out; any other unused weight is an error unless ``ignore_unused``: a file with more than the
+    definition uses usually means that the definition would compute something else.
 
     Raises CheckpointError listing every missing, unused, misshapen and non-finite weight.
     """
@@ -58,22 +38,22 @@ def build_module(
     expected = {name: parameter.shape for name, parameter in module.named_parameters()}
     tensors, sources, unused, left_out, problems = {}, {}, [], [], []  # type: ignore[var-annotated]
     repeated: list[tuple[str, str, Tensor]] = []  # stored name, the weight that it repeats, its tensor
-    for path in files:
-        with opened(path) as file:
-            for stored in file.keys():  # noqa: SIM118 - safe_open is no dict
-                name = family.rename(stored, config, task)
-                if name is None:
-                    left_out.append(stored)
-                    original = family.tied_to(stored, config, task)
-                    if original is not None:
-                        repeated.append((stored, original, file.get_tensor(stored)))
-                elif name not in expected:
-                    unused.append(stored)
-                elif name in tensors:
-                    problems.append(f"{stored} and {sources[name]} are the same weight twice")
-                else:
-                    tensors[name] = converted(family, config, name, stored, file.get_tensor(stored), problems)
-                    sources[name] = stored
+    mapped = [file if isinstance(file, MappedWeights) else MappedWeights(file) for file in files]
+    for file in mapped:
+        for stored in file:
+            name = family.rename(stored, config, task)
+            if name is None:
+                left_out.append(stored)
+                original = family.tied_to(stored, config, task)
+                if original is not None:
+                    repeated.append((stored, original, file.tensor(stored)))
+            elif name not in expected:
+                unused.append(stored)
+            elif name in tensors:
+                problems.append(f"{stored} and {sources[name]} are the same weight twice")
+            else:
+                tensors[name] = converted(family, config, name, stored, file.tensor(stored), problems)
+                sources[name] = stored
     tensors = {name: tensor for name, tensor in family.computed(config).items() if name not in tensors} | tensors
     prefixed = any(stored.startswith(family.prefix) for stored in sources.values())
     missing = [
@@ -96,8 +76,9 @@ def build_module(
     if unused and (missing or not ignore_unused):
         problems.append(f"unused: {listed(sorted(unused))}")
     if problems:
+        folder = mapped[0].path.parent
         raise CheckpointError(
-            f"{files[0].parent}: the weights do not fit the family {family.name} for {task}: {'; '.join(problems)}. "
+            f"{folder}: the weights do not fit the family {family.name} for {task}: {'; '.join(problems)}. "
             + advice(missing, unused)
         )
     module.load_state_dict(tensors, assign=True)

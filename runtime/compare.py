@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from transom.runtime.graph_spec import Graph
 
 EXPONENTS = 256  # of a float32, as it stores them: a number of exponent e is in 2^(e - BIAS) up to twice that
 BIAS = 127
+BLOCK = 1 << 20  # elements that are compared at a time: what is computed of them takes 30 MB
 LOGIT = 1.0  # the least scale of logits: a difference of d multiplies odds by exp(d), however small the logits are
 
 
@@ -71,22 +73,37 @@ def compare(
         return Comparison(tensor, theirs.shape, 0.0, 1.0, (), 0.0, 0.0)
     worst, index, scale = -1.0, (0,) * theirs.ndim, 0.0
     histogram = np.zeros(EXPONENTS, np.int64)
-    for row in range(len(theirs)):  # one at a time: logits over a vocabulary take gigabytes
-        difference, largest, padding = compare_row(ours[row], theirs[row], None if real is None else real[row])
+    for where in blocks(theirs.shape):  # one at a time: logits over a vocabulary take gigabytes
+        counted = None if real is None else np.broadcast_to(real, theirs.shape)[where]
+        difference, largest, padding = compare_block(ours[where], theirs[where], counted)
         histogram += exponents(difference)
         histogram[0] -= padding  # left out, though its difference was set to 0
         place = int(difference.argmax())
         if difference.flat[place] > worst:
             worst = float(difference.flat[place])
-            index = (row, *(int(i) for i in np.unravel_index(place, difference.shape)))
+            starts = [part.start or 0 for part in where] + [0] * (theirs.ndim - len(where))
+            found = np.unravel_index(place, difference.shape)
+            index = tuple(int(i) + start for i, start in zip(found, starts, strict=True))
         scale = max(scale, largest)
     return Comparison(tensor, theirs.shape, worst, scale, index, float(ours[index]), float(theirs[index]), histogram)
 
 
-def compare_row(
+def blocks(shape: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
+    """Yield, in order, slices of the first two axes that cut a tensor into parts of about BLOCK elements."""
+    inner = prod(shape[2:])
+    step = max(1, BLOCK // max(inner, 1))
+    if len(shape) < 2:
+        yield tuple(slice(None) for _ in shape)
+        return
+    for row in range(shape[0]):
+        for start in range(0, shape[1], step):
+            yield slice(row, row + 1), slice(start, start + step)
+
+
+def compare_block(
     ours: NDArray[np.float32], theirs: NDArray[np.float32], real: NDArray[np.bool_] | None
 ) -> tuple[NDArray[np.float32], float, int]:
-    """Return |ours - theirs| of one row, infinite where either is not finite, and the largest |theirs| that counts.
+    """Return |ours - theirs| of one block, infinite where either is not finite, and the largest |theirs| that counts.
 
     The third is how many elements are finite padding, whose difference is 0.
     """

@@ -14,7 +14,7 @@ from transom.runtime.backends.integer_sums import integer_sums
 from transom.runtime.backends.ort_library import onnxruntime
 from transom.runtime.host import UNKNOWN, instruction_set
 from transom.runtime.manifest import QUANTIZED, Manifest
-from transom.runtime.manifest_graphs import SIMULATED
+from transom.runtime.manifest_graphs import SIMULATED, TENSORRT_ALONE
 from transom.runtime.manifest_sections import worst_error
 from transom.runtime.saturation import multiplies_integers
 
@@ -97,6 +97,8 @@ def export_differences(manifest: Manifest) -> list[str]:
         for what, there, here in pairs
         if there != here or here == UNKNOWN.name
     ]
-    if not multiplies_integers(manifest) and instruction_set() in BLOCKS_IN_FLOATS:
+    if manifest.made_for == TENSORRT_ALONE:
+        found.append("a CPU computes its graph for TensorRT in float32")
+    elif not multiplies_integers(manifest) and instruction_set() in BLOCKS_IN_FLOATS:
         found.append(f"with {instruction_set()} sums of weights in blocks depend on the number of threads")
     return found

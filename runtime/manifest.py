@@ -18,8 +18,11 @@ from transom.runtime.graph_spec import Axis
 from transom.runtime.json_reader import Fields
 from transom.runtime.manifest_graphs import (
     BLOCKS,
+    BOTH,
+    MADE_FOR,
     PRODUCTS,
     SIMULATED,
+    TENSORRT_ALONE,
     GraphFile,
     Plan,
     axis_from_json,
@@ -29,7 +32,12 @@ from transom.runtime.manifest_graphs import (
     one_token_axes,
     shared_state_problems,
 )
-from transom.runtime.manifest_sections import engines_from_json, parity_from_json, quantization_from_json
+from transom.runtime.manifest_sections import (
+    engines_from_json,
+    parity_from_json,
+    quantization_from_json,
+    source_from_json,
+)
 
 FORMAT = "transom-bundle"
 FORMAT_VERSION = 1
@@ -78,13 +86,15 @@ class Manifest:
     operators: Mapping[str, Any]  # graph -> operator -> how many there were before any pass
     quantization: Mapping[str, Any] | None = None  # present exactly where ``precision`` is one of QUANTIZED
     engines: Mapping[str, Any] = field(default_factory=dict)  # by target, what `transom build` made
+    made_for: str = BOTH  # one of MADE_FOR, "for" in bundle.json
 
     def to_json(self) -> dict[str, Any]:
         """Return every field as plain data, null where something is not set."""
         graphs = [every_field(file) for file in self.graphs]
         axes = {name: axis_to_json(axis) for name, axis in self.axes.items()}
         files = {name: dict(vars(file)) for name, file in self.files.items()}
-        return {**vars(self), "axes": axes, "graphs": graphs, "files": files}
+        fields = {**vars(self), "axes": axes, "graphs": graphs, "files": files}
+        return {"for" if name == "made_for" else name: value for name, value in fields.items()}
 
 
 def manifest_from_json(value: dict[str, Any]) -> Manifest:
@@ -95,7 +105,8 @@ def manifest_from_json(value: dict[str, Any]) -> Manifest:
     recorded = top.text("manifest_sha256")
     axes = {str(k): axis_from_json(str(k), v, top.problems) for k, v in top.mapping("axes").items()}
     files = {str(k): file_from_json(str(k), v, top.problems) for k, v in top.mapping("files").items()}
-    graphs = tuple(graph_from_json(v, axes, files, top.problems) for v in top.sequence("graphs"))
+    made_for = top.text("for", BOTH, among=MADE_FOR)
+    graphs = tuple(graph_from_json(v, axes, files, top.problems, made_for) for v in top.sequence("graphs"))
     if not graphs:
         top.problems.append("graphs is empty")
     names = [str(file.graph.name) for file in graphs]
@@ -120,7 +131,7 @@ def manifest_from_json(value: dict[str, Any]) -> Manifest:
     if not top.problems:
         single = {name for file in graphs for name in one_token_axes(file.graph)}
         graphs = tuple(
-            replace(file, plans=plans_of(file.graph.name, engines), integers=integers_of(file, quantization))
+            replace(file, plans=plans_of(file.graph.name, engines), integers=integers_of(file, quantization, made_for))
             for file in graphs
         )
     manifest = Manifest(
@@ -138,13 +149,14 @@ def manifest_from_json(value: dict[str, Any]) -> Manifest:
         preprocess=top.mapping("preprocess", None),
         generation=top.mapping("generation", None),
         files=files,
-        source=top.mapping("source"),
+        source=source_from_json(top.mapping("source"), top.problems),
         tools=top.mapping("tools"),
         operators=top.mapping("operators", {}),
         parity=parity_from_json(top.mapping("parity"), top.problems),
         score=top.mapping("score", None),
         quantization=quantization,
         engines=engines,
+        made_for=made_for,
     )
     top.done()
     if recorded != manifest_sha256(value):
@@ -187,13 +199,13 @@ def plans_of(graph: str, engines: Mapping[str, Any]) -> dict[str, Plan]:
     }
 
 
-def integers_of(file: GraphFile, quantization: Mapping[str, Any] | None) -> str | None:
+def integers_of(file: GraphFile, quantization: Mapping[str, Any] | None, made_for: str = BOTH) -> str | None:
     """Return what a CPU session makes of the integers of one graph, from checked fields; None where it has none."""
     if quantization is None:
         return None
     if quantization["activations"][file.graph.name] == "none":
         return BLOCKS
-    return PRODUCTS if "cpu" in file.files else SIMULATED
+    return PRODUCTS if "cpu" in file.files and made_for != TENSORRT_ALONE else SIMULATED
 
 
 def manifest_sha256(value: Mapping[str, Any]) -> str:

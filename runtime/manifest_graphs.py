@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from transom.runtime.errors import BackendError
 from transom.runtime.graph_spec import (
     ARANGE,
     CACHE,
@@ -32,6 +33,10 @@ KEYS = {"same_as": "like", "exclusive_max": "below", "aliases": "writes"}  # fie
 # What a CPU session makes of the integers of a graph: products of U8 x S8; weights in blocks (MatMulNBits); or Q/DQ
 # pairs computed in float32, as of the graph for TensorRT, whose S8 x S8 no CPU is to multiply.
 PRODUCTS, BLOCKS, SIMULATED = "products", "blocks", "simulated"
+# What a bundle was made for: in one for the CPU alone no graph is TensorRT's, in one for TensorRT alone a CPU computes
+# TensorRT's graph in float32.
+BOTH, CPU_ALONE, TENSORRT_ALONE = "both", "cpu", "tensorrt"
+MADE_FOR = (BOTH, CPU_ALONE, TENSORRT_ALONE)
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,8 @@ class Plan:
 @dataclass(frozen=True)
 class GraphFile:
     """A graph and its files: ``files`` maps a variant ("default", "cpu") to an ONNX file, ``plans`` a target to an
-    engine. ``integers`` is PRODUCTS, BLOCKS, SIMULATED, or None where the graph has none."""
+    engine. ``integers`` is PRODUCTS, BLOCKS, SIMULATED, or None where the graph has none. A bundle for the CPU alone
+    may have no "default"."""
 
     graph: Graph
     files: Mapping[str, str]
@@ -61,7 +67,14 @@ class GraphFile:
     integers: str | None = None
 
     def file_for(self, device: str) -> str:
-        return self.files.get(device, self.files["default"])
+        """Return the file that runs on ``device``. Raises BackendError where the bundle has none for it."""
+        name = self.files.get(device, self.files.get("default"))
+        if name is None:
+            raise BackendError(
+                f"the graph {self.graph.name!r} has no file for {device}: the bundle was exported with --for cpu. Load "
+                "it with device='cpu', or export the checkpoint again with --for both."
+            )
+        return name
 
 
 def axis_from_json(name: str, value: Any, problems: list[str]) -> Axis:
@@ -79,9 +92,13 @@ def axis_to_json(axis: Axis) -> dict[str, Any]:
     return {KEYS.get(name, name): value for name, value in vars(axis).items() if value is not None}
 
 
-def graph_from_json(value: Any, axes: Mapping[str, Axis], files: Collection[str], problems: list[str]) -> GraphFile:
+def graph_from_json(
+    value: Any, axes: Mapping[str, Axis], files: Collection[str], problems: list[str], made_for: str = BOTH
+) -> GraphFile:
     fields = Fields(value, "graphs[]", problems)
-    targets = fields.take("files", _names, 'an object of file names, one of them "default"') or {}
+    needed = ("default", "cpu") if made_for == CPU_ALONE else ("default",)
+    expected = "an object of file names, one of them " + " or ".join(f'"{key}"' for key in needed)
+    targets = fields.take("files", lambda given: _names(given, needed), expected) or {}
     weights = fields.text("weights", None)
     named = [*targets.values(), *([weights] if weights else [])]
     problems += [f"graphs[] names the file {str(f)[:60]!r}, which files does not list" for f in named if f not in files]
@@ -261,8 +278,10 @@ def _is_default(value: Any) -> bool:
     return value == ARANGE_JSON or (type(value) is int and abs(value) <= 2**31)
 
 
-def _names(value: Any) -> bool:
-    return isinstance(value, dict) and "default" in value and all(isinstance(name, str) for name in value.values())
+def _names(value: Any, needed: Sequence[str]) -> bool:
+    if not isinstance(value, dict) or not any(key in value for key in needed):
+        return False
+    return all(isinstance(name, str) for name in value.values())
 
 
 def graph_to_json(file: GraphFile) -> dict[str, Any]:

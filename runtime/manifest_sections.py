@@ -14,6 +14,29 @@ MODES = ("static", "dynamic", "none")  # how the activations before integer weig
 SUMS = EXACT, SATURATED = "exact", "saturated"  # of 8-bit products, as they were added up at the export
 UNQUANTIZED = ("Conv", "GRU", "LSTM", "RNN")  # all, or those convolutions that do not gain by it
 WEIGHT_BITS = {"int8": (7, 8), "int4": (4,)}
+LICENCE_KEYS = ("id", "name", "link", "file")
+MOST_PROVENANCE = 500  # characters of a licence's text or a revision
+
+
+def source_from_json(value: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Check what is printed of the checkpoint's licence and revision: short texts without control characters."""
+    licence = value.get("licence", {})
+    if not isinstance(licence, dict) or not all(
+        key in LICENCE_KEYS and is_shown(text) for key, text in licence.items()
+    ):
+        problems.append(
+            f"source.licence is {repr(licence)[:60]}, expected {', '.join(LICENCE_KEYS)}: printable texts of at "
+            f"most {MOST_PROVENANCE} characters"
+        )
+    revision = value.get("revision", "")
+    if not is_shown(revision):
+        problems.append(f"source.revision is {repr(revision)[:60]}, expected a text of printable characters")
+    return value
+
+
+def is_shown(value: Any) -> bool:
+    """Return whether a value is a text that can be printed as it is."""
+    return isinstance(value, str) and value.isprintable() and len(value) <= MOST_PROVENANCE
 
 
 def parity_from_json(value: dict[str, Any], problems: list[str]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from transom.runtime.backends.integer_sums import integer_sums
 from transom.runtime.host import instruction_set
+from transom.runtime.manifest_graphs import TENSORRT_ALONE
 from transom.runtime.manifest_sections import EXACT, SATURATED
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ class SaturationWarning(UserWarning):
 def multiplies_integers(manifest: Manifest) -> bool:
     """Return whether a CPU multiplies 8-bit activations and weights in any graph of the bundle."""
     made = manifest.quantization
-    return made is not None and bool({*made["activations"].values()} - {"none"})
+    multiplied = made is not None and bool({*made["activations"].values()} - {"none"})
+    return multiplied and manifest.made_for != TENSORRT_ALONE  # whose graphs a CPU computes in float32
 
 
 def may_saturate(manifest: Manifest) -> bool:

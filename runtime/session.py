@@ -16,6 +16,7 @@ from transom.runtime.errors import BackendError, BundleError, InputError
 from transom.runtime.feeds import checked_feeds, engine_axes, wanted_outputs, wider
 from transom.runtime.graph_spec import Axis, Graph
 from transom.runtime.host import usable_cores
+from transom.runtime.made_for import no_tensorrt
 from transom.runtime.process_bound import ProcessBound
 
 if TYPE_CHECKING:
@@ -54,11 +55,16 @@ class LoadedBundle(ProcessBound):
         def open_on(device: str) -> list[Backend]:
             if backends is not None:
                 return [backends[graph.graph.name] for graph in graphs]
+            if device == "tensorrt" and cpu_alone is not None:
+                raise BackendError(cpu_alone)
             reader = bundle.reader()
             return [open_backend(graph, reader, device, threads) for graph in graphs]
 
+        cpu_alone = no_tensorrt(bundle.manifest, bundle.folder) if backends is None else None
         self._backends, self.choice = (
-            choose(open_on, without_engines(graphs)) if device == AUTO else (open_on(device), Choice(device, ASKED))
+            choose(open_on, {} if cpu_alone else without_engines(graphs))
+            if device == AUTO
+            else (open_on(device), Choice(device, ASKED))
         )
         first = self._backends[0]
         self.axes: Mapping[str, Axis] = (  # what calls may have: the bundle's bounds, or narrower ones of its engine

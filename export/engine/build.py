@@ -25,6 +25,7 @@ from transom.runtime.backends.trt_plans import FULL_TARGET
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import BackendError, EngineError, ExportError
 from transom.runtime.graph_spec import Axis
+from transom.runtime.made_for import no_tensorrt
 from transom.runtime.manifest import QUANTIZED, Manifest
 
 FOLDER = "engines"  # in the bundle
@@ -85,11 +86,14 @@ def build(
     ``repository`` of Triton Inference Server. ``shapes`` are the bounds of the engines, within the bundle's;
     bundle.json records them for the runtime, and what was executed on the way.
 
-    Raises ExportError for an option that a target or the bundle does not support, BackendError where a library is
-    missing, EngineError for a graph that cannot be built, or, unless ``allow_unfused``, one whose attention did not
-    fuse or is not recognised in the log.
+    Raises ExportError for an option that a target or the bundle does not support, a bundle for the CPU alone among
+    them, BackendError where a library is missing, EngineError for a graph that cannot be built, or, unless
+    ``allow_unfused``, one whose attention did not fuse or is not recognised in the log.
     """
     manifest = bundle.manifest
+    refusal = no_tensorrt(manifest, bundle.folder)
+    if refusal is not None:
+        raise ExportError(refusal)
     specs = [file.graph for file in manifest.graphs]
     axes = narrowed(manifest.axes, specs, shapes or Shapes())
     for target in targets:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -21,12 +21,13 @@ from transom.runtime.session import LoadedBundle
 
 
 class PyTorchBackend:
-    """The PyTorch module in FP32 as a backend."""
+    """The PyTorch module in FP32 as a backend; ``give_back`` returns its weights' memory until the next run."""
 
     device = PYTORCH
 
-    def __init__(self, module: nn.Module, graph: Graph) -> None:
+    def __init__(self, module: nn.Module, graph: Graph, give_back: Callable[[], None] = lambda: None) -> None:
         self._module, self.graph = module, graph.with_state_dtype("float32")
+        self.give_back = give_back
 
     def run(self, feeds: Mapping[str, Array], shapes: Mapping[str, Sequence[int]]) -> dict[str, Array]:
         """Compute the outputs ``shapes`` names, as a backend does; the module writes its caches in place."""
@@ -42,10 +43,11 @@ class PyTorchBackend:
 def open_pytorch(bundle: Bundle, loaded: LoadedCheckpoint) -> LoadedBundle:
     """Load the bundle around the PyTorch module: whatever differs comes from the graphs alone."""
     parts = loaded.parts()
-    return load_with_backends(
-        bundle,
-        {file.graph.name: PyTorchBackend(parts[file.graph.name], file.graph) for file in bundle.manifest.graphs},
-    )
+    backends = {
+        file.graph.name: PyTorchBackend(parts[file.graph.name], file.graph, loaded.give_back)
+        for file in bundle.manifest.graphs
+    }
+    return load_with_backends(bundle, backends)
 
 
 def open_default_files(bundle: Bundle) -> None:
@@ -59,12 +61,12 @@ def open_default_files(bundle: Bundle) -> None:
     if bundle.manifest.precision == "bf16":
         return
     for file in bundle.manifest.graphs:
-        default = file.files["default"]
-        if file.file_for("cpu") == default:
+        default = file.files.get("default")
+        if default is None or file.file_for("cpu") == default:
             continue
         alone = replace(file, files={"default": default}, integers=file.integers and SIMULATED)
         try:
-            opened = OrtBackend(alone, bundle.read, "cpu", None)
+            opened = OrtBackend(alone, bundle.reader(), "cpu", None)
         except (BackendError, BundleError) as error:
             raise ExportError(
                 f"{default}, which would ship for GPUs, does not load: {error} Report this, with the checkpoint's "

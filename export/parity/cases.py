@@ -6,9 +6,12 @@ token, so that each case depends on the state that those before it left.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -16,7 +19,7 @@ from transom.export.parity.inputs import ParityInputs, single_rows
 from transom.export.parity.interleaved_scenarios import interleaved_scenarios
 from transom.export.parity.scenarios import Scenario, prompt_length, scenarios
 from transom.export.parity.whole_sequences import whole_logits
-from transom.runtime.backends.base import Array
+from transom.runtime.backends.base import Array, Backend
 from transom.runtime.errors import ExportError
 from transom.runtime.feeds import IMAGE_INDICES
 from transom.runtime.graph_spec import Axis, Graph, is_decoder
@@ -27,6 +30,7 @@ from transom.runtime.tasks import task_class
 from transom.runtime.tasks.generator import Generator
 from transom.runtime.tasks.prompts import Prompt
 
+LARGE = 256  # tokens, or elements of all inputs of an encoder; giving memory back takes longer than a smaller case
 PYTORCH = "pytorch"  # the device of a bundle around the PyTorch module
 
 
@@ -50,6 +54,23 @@ def grid(axes: Mapping[str, Axis]) -> list[dict[str, int]]:
 
 def clamped(axis: Axis, size: int) -> int:
     return max(axis.min, min(size, axis.max))
+
+
+@runtime_checkable
+class GivesBack(Protocol):
+    """A backend that holds memory between its runs that it can do without: mapped weights, an arena."""
+
+    def give_back(self) -> None:
+        """Give that memory back to the system until the next run."""
+        ...
+
+
+def give_back(backend: Backend, size: int) -> None:
+    """Let a backend give memory back after a run of ``size``, if that was LARGE, and the C library what is free."""
+    if size >= LARGE and isinstance(backend, GivesBack):
+        backend.give_back()
+        if sys.platform == "linux":
+            getattr(ctypes.CDLL(None), "malloc_trim", lambda kept: None)(0)  # glibc's
 
 
 @dataclass(frozen=True)
@@ -103,20 +124,29 @@ class ParityCases:
         return sum(map(len, self._grids.values())) + sum(scenario.steps for scenario in self._scenarios)
 
     def runs(self, bundle: LoadedBundle, *, by_row: bool = False) -> Iterator[Run]:
-        """Run all cases on ``bundle``; with ``by_row`` a batch of an encoder row by row, to save memory."""
+        """Run all cases on ``bundle``; with ``by_row`` a batch of an encoder row by row, to save memory.
+
+        A backend that can give memory back until its next run does so after each large case.
+        """
         for name, shapes in self._grids.items():
-            graph = bundle.backend(name).graph
+            backend = bundle.backend(name)
+            graph = backend.graph
             for sizes in shapes:
                 feeds = self._inputs[name].feeds(sizes)
-                yield Run(sizes, graph, feeds, run_rows(bundle, feeds) if by_row else bundle.run(feeds))
+                outputs = run_rows(bundle, feeds) if by_row else bundle.run(feeds)
+                give_back(backend, sum(array.size for array in feeds.values()))
+                yield Run(sizes, graph, feeds, outputs)
+                del outputs  # of the largest case they can be gigabytes, and the next is computed meanwhile
         if isinstance(bundle, Generator):
-            graph = bundle.backend("decoder").graph
+            backend = bundle.backend("decoder")
+            graph = backend.graph
             for scenario in self._scenarios:
                 longest = max(map(prompt_length, scenario.prompts))
                 logits = self._logits(bundle, scenario)
                 for step, found in enumerate(logits):
                     new = longest if step == 0 else found.shape[1]
                     sizes = {"B": len(found), "prompt": longest, "chunk": step, "tokens": new}
+                    give_back(backend, len(found) * new)
                     yield Run(sizes, graph, {}, {graph.outputs[0].name: found})
 
     def _logits(self, bundle: Generator, scenario: Scenario) -> Iterator[Array]:

@@ -62,11 +62,11 @@ def check_parity(
     """Compare ``ours`` with ``theirs``, PyTorch, in every case; offer each case to ``golden``.
 
     ``simulated`` is a third side, where there is one: the bundle's graphs for other devices as those would compute
-    them. Errors are taken on each output's scale over all cases. ``report`` gets each case in words. Raises ParityError
-    where any error is beyond ``limit``, and as ``in_step`` does.
+    them, and PyTorch, which runs batches row by row. Errors are taken on each output's scale over all cases. ``report``
+    gets each case in words. Raises ParityError where any error is beyond ``limit``, and as ``in_step`` does.
     """
     results: list[CaseResult] = []
-    sides = in_step([parity_cases.runs(theirs), parity_cases.runs(ours)], len(parity_cases))
+    sides = in_step([parity_cases.runs(theirs, by_row=True), parity_cases.runs(ours)], len(parity_cases))
     third = None if simulated is None else in_step([parity_cases.runs(simulated, by_row=True)], len(parity_cases))
     for expected, found in sides:
         shown = " ".join(f"{axis}={size}" for axis, size in expected.sizes.items())

@@ -32,7 +32,7 @@ class Candidate:
     ``bundle`` is in FP32; ``table`` holds ranges of its graphs ``canonical``, and smoothing. ``half`` says whether
     everything but int8 is FP16 in the graphs for TensorRT.
 
-    gate_modes  how the gate calls the activations of each variant
+    gate_modes  how the gate calls the activations of each variant that ships, the one for the CPU first
     """
 
     def __init__(
@@ -54,9 +54,14 @@ class Candidate:
         }
         self.quantizer = Quantizer(smoothed(canonical, smoothing), graphs, config, ranges, half=half)
         self._results: dict[tuple[str, frozenset[Layer]], GateResult] = {}
-        self.gate_modes = {CPU: gate_mode(config.activations.values())}
-        if not config.weights_only:
+        self.gate_modes = {CPU: gate_mode(config.activations.values())} if config.for_cpu else {}
+        if config.for_tensorrt:
             self.gate_modes[TENSORRT] = "static"
+
+    @property
+    def variant(self) -> str:
+        """The variant whose figures stand for the model: the CPU's where it ships."""
+        return next(iter(self.gate_modes))
 
     def evaluate(self, variant: str, high_precision: Collection[Layer]) -> GateResult:
         """Return the gate result of a variant with the layers ``high_precision`` not quantised, computed once."""

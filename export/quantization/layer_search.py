@@ -8,7 +8,7 @@ from math import exp
 from typing import Any
 
 from transom.export.metrics import Rate
-from transom.export.quantization.candidate import CPU, Candidate
+from transom.export.quantization.candidate import Candidate
 from transom.export.quantization.fidelity import Fp32Outputs
 from transom.export.quantization.gate_result import MOST_NATS, GateResult, pooled
 from transom.export.quantization.quantizer import Layer
@@ -74,7 +74,7 @@ def search_layers(
             raise AccuracyError(refusal(broken[0], order, sensitivities, tried))
         high_precision.append(order[tried])
         why[order[tried]] = f"{broken[0].measure}: {broken[0].found:.3g} lost without it, {broken[0].allowed:g} allowed"
-    curve = error_curve(first, order, high_precision, results[CPU], report)
+    curve = error_curve(first, order, high_precision, results[first.variant], report)
     return LayerSearchResult(tuple(high_precision), why, sensitivities, results, curve)
 
 
@@ -111,11 +111,11 @@ def error_curve(
     ]
     for count in sorted({round(share * layers) for share in CURVE} - {0, layers, shipped}):
         report("measuring the curve")
-        points.append(curve_point(candidate.evaluate(CPU, order[: layers - count]), count, layers))
+        points.append(curve_point(candidate.evaluate(candidate.variant, order[: layers - count]), count, layers))
     points.append(curve_point(final, shipped, layers))
     if high_precision:
         report("measuring the curve")
-        points.append(curve_point(candidate.evaluate(CPU, ()), layers, layers))
+        points.append(curve_point(candidate.evaluate(candidate.variant, ()), layers, layers))
     return sorted(points, key=lambda each: each["quantized"])
 
 

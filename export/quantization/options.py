@@ -11,6 +11,7 @@ from transom.export.passes.qdq_static import OPTIONAL_SITES
 from transom.export.reference_models import REFERENCE_MODELS
 from transom.runtime.errors import ExportError
 from transom.runtime.graph_spec import Graph, is_decoder
+from transom.runtime.manifest_graphs import BOTH, CPU_ALONE, TENSORRT_ALONE
 
 STATIC, DYNAMIC, NONE = "static", "dynamic", "none"  # how activations are quantised; "none": weights alone
 ACTIVATIONS = (STATIC, DYNAMIC, NONE)
@@ -26,6 +27,7 @@ class QuantizationConfig:
     weight_bits     8, 7 (of 8, for CPUs whose products saturate) or 4, the last with activations "none" alone
     block_size      how many weights along K share a scale where activations are "none"
     optional_sites  further activations to quantise, some of OPTIONAL_SITES
+    made_for        what the graphs are for, one of MADE_FOR: each variant that ships is made and measured
     """
 
     activations: Mapping[str, str]
@@ -33,6 +35,17 @@ class QuantizationConfig:
     weight_bits: int = WEIGHT_BITS
     block_size: int = BLOCK_SIZE
     optional_sites: tuple[str, ...] = ()
+    made_for: str = BOTH
+
+    @property
+    def for_cpu(self) -> bool:
+        """Return whether a graph for the CPU ships; one of weights alone is for every device."""
+        return self.made_for != TENSORRT_ALONE or self.weights_only
+
+    @property
+    def for_tensorrt(self) -> bool:
+        """Return whether a graph for TensorRT ships, which has no kernel of weights in blocks."""
+        return self.made_for != CPU_ALONE and not self.weights_only
 
     @property
     def weights_only(self) -> bool:

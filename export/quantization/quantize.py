@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -15,7 +16,7 @@ from transom.calib.table import RANGES, RangeTable, Smoothing
 from transom.export.parity.cases import ParityCases
 from transom.export.parity.fp16_range import beyond_fp16, measure_ranges
 from transom.export.quantization.calibrate import calibrate, require_fitting, smoothed
-from transom.export.quantization.candidate import CPU, Candidate, ranking_outputs
+from transom.export.quantization.candidate import TENSORRT, Candidate, ranking_outputs
 from transom.export.quantization.data_split import PARTS, require_same_data, split_for_gate
 from transom.export.quantization.gate import Gate
 from transom.export.quantization.layer_search import LayerSearchResult, search_layers
@@ -26,6 +27,7 @@ from transom.runtime.backends.integer_sums import integer_sums
 from transom.runtime.bundle import Bundle
 from transom.runtime.host import cpu_name, instruction_set
 from transom.runtime.loading import open_bundle
+from transom.runtime.manifest_graphs import BOTH
 from transom.runtime.manifest_sections import EXACT
 
 MAX_CANDIDATES = PARTS  # calibrations, where few cases are held out
@@ -43,6 +45,7 @@ class QuantizationJob:
     table         ranges that stand in for calibration, if given
     parity_cases  over which ranges are measured that say whether the graphs fit FP16
     on_step       called with what is being done
+    made_for      what the bundle is for, one of MADE_FOR
     """
 
     bundle: Bundle
@@ -54,10 +57,12 @@ class QuantizationJob:
     table: RangeTable | None
     parity_cases: ParityCases
     report: Callable[[str], None]
+    made_for: str = BOTH
 
     @property
     def config(self) -> QuantizationConfig:
-        return self.options.config(self.precision, tuple(file.graph for file in self.bundle.manifest.graphs))
+        config = self.options.config(self.precision, tuple(file.graph for file in self.bundle.manifest.graphs))
+        return replace(config, made_for=self.made_for)
 
     @property
     def reference(self) -> ReferenceModel | None:
@@ -74,8 +79,10 @@ class Quantized:
     record: dict[str, Any]
 
 
-def quantize_model(job: QuantizationJob) -> Quantized:
+def quantize_model(job: QuantizationJob, folder: Path | None = None) -> Quantized:
     """Quantise a model; layers stay in high precision until its gate holds.
+
+    The weights that ship are written to ``folder``, or held in memory without one.
 
     Raises CalibrationError for data and a table that cannot be used, AccuracyError where the gate cannot be met.
     """
@@ -91,7 +98,7 @@ def quantize_model(job: QuantizationJob) -> Quantized:
     first = make_candidate(job, table, held_out, half=half)
     candidates = [first]
     if job.options.gate and job.table is None:
-        wanted = min(MAX_CANDIDATES, first.evaluate(CPU, ()).wanted)
+        wanted = min(MAX_CANDIDATES, first.evaluate(first.variant, ()).wanted)
         for part in range(1, wanted):  # calibrated on other samples; held-out data of the user is other data, too
             calibration, other = job.data.split(PARTS, part)
             other_table = calibrated(job, calibration, smoothing)
@@ -100,7 +107,7 @@ def quantize_model(job: QuantizationJob) -> Quantized:
     fp32_outputs = ranking_outputs(job.bundle, samples, name, len(first.quantizer.layers))
     found = search_layers(candidates, fp32_outputs, gate=job.options.gate, same_inputs=scored, report=job.report)
     record = quantization_record(job.config, table, found, first, half=half)
-    return Quantized(first.quantizer.variants(found.high_precision), table, record)
+    return Quantized(first.quantizer.variants(found.high_precision, folder), table, record)
 
 
 def calibrated(
@@ -132,8 +139,8 @@ def make_candidate(
 
 
 def fits_fp16(job: QuantizationJob, table: RangeTable) -> bool:
-    """Return whether everything but int8 can be FP16 in the graphs for TensorRT."""
-    if job.config.weights_only:
+    """Return whether everything but int8 can be FP16 in the graphs for TensorRT, where there are any."""
+    if not job.config.for_tensorrt:
         return True
     job.report("measuring every tensor's range")
     smoothing = {name: table.graphs[name].smoothing for name in job.canonical}
@@ -152,18 +159,19 @@ def quantization_record(
     config: QuantizationConfig, table: RangeTable, found: LayerSearchResult, candidate: Candidate, *, half: bool
 ) -> dict[str, Any]:
     """Return the section ``quantization`` of bundle.json."""
+    multiplies = config.for_cpu and not config.weights_only  # 8-bit activations and weights, on a CPU
     record = {
         "activations": dict(config.activations),
         "method": config.method,
         "weight_bits": config.weight_bits,
         "block_size": config.block_size if NONE in config.activations.values() else None,
         "also": list(config.optional_sites),
-        "elsewhere": {"cpu": "fp32"} | ({} if config.weights_only else {"default": "fp16" if half else "fp32"}),
+        "elsewhere": {variant: "fp16" if variant == TENSORRT and half else "fp32" for variant in candidate.gate_modes},
         "data": dict(table.data),
         "processor": cpu_name(),
         "instruction_set": instruction_set(),
-        "integer_sums": integer_sums().kind if config.weight_bits == 8 and not config.weights_only else EXACT,
-        "integer_means": None if config.weights_only else integer_sums().way,
+        "integer_sums": integer_sums().kind if config.weight_bits == 8 and multiplies else EXACT,
+        "integer_means": integer_sums().way if multiplies else None,
         "ranges": RANGES,
         "smoothing": {
             f"{name}/{norm}": smoothing.alpha

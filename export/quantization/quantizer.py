@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -23,7 +24,7 @@ from transom.export.passes.weight_only import quantize_weights
 from transom.export.quantization.options import DYNAMIC, NONE, QuantizationConfig
 from transom.export.variants import Variants, emulations, pack, simulated, state_names, with_integers
 from transom.runtime.graph_spec import Graph
-from transom.runtime.manifest_graphs import BLOCKS, PRODUCTS
+from transom.runtime.manifest_graphs import BLOCKS, CPU_ALONE, PRODUCTS
 
 SMALLEST_FP16_SCALE = 2.0**-14  # the smallest normal number: a scale below it would lose digits, or vanish
 
@@ -134,22 +135,36 @@ class Quantizer:
     def _block_bits(self) -> int:
         return 4 if self.config.weight_bits == 4 else 8
 
-    def variants(self, high_precision: Collection[Layer] = ()) -> Variants:
-        """Return everything that ships."""
+    def variants(self, high_precision: Collection[Layer] = (), folder: Path | None = None) -> Variants:
+        """Return everything that ships.
+
+        For TensorRT alone a CPU gets that graph too, in float32: rounded as a GPU would round it where it is in FP16.
+        """
         if self.config.weights_only:
-            return self._weights_only(self.cpu(high_precision))
-        cpu = self.optimized_cpu(high_precision)
+            return self._weights_only(self.cpu(high_precision), folder)
+        if not self.config.for_tensorrt:
+            return self._cpu_alone(self.optimized_cpu(high_precision), folder)
         models = self.tensorrt(high_precision)
         state = "float16" if self._half else "float32"
-        return simulated(pack(self._graphs, models, state, cpu=cpu, emulated=emulations(models)))
+        if not self.config.for_cpu:
+            cpu = emulations(models) if self._half else {}
+            return simulated(pack(self._graphs, models, state, cpu=cpu, folder=folder))
+        cpu = self.optimized_cpu(high_precision)
+        return simulated(pack(self._graphs, models, state, cpu=cpu, emulated=emulations(models), folder=folder))
 
-    def _weights_only(self, models: dict[str, ir.Model]) -> Variants:
+    def _cpu_alone(self, models: dict[str, ir.Model], folder: Path | None) -> Variants:
+        return with_integers(pack(self._graphs, {}, "float32", cpu=models, folder=folder), self.integers)
+
+    def _weights_only(self, models: dict[str, ir.Model], folder: Path | None) -> Variants:
         """Return what ships of graphs that GPUs execute too, and the rewritten ones for the CPU where there are any."""
         cpu = {name: model.clone() for name, model in models.items() if self._has_cpu_file(name)}
         for model in cpu.values():
             optimize_for_cpu(model)
+        if cpu and self.config.made_for == CPU_ALONE:
+            return self._cpu_alone({**models, **cpu}, folder)
         others = emulations(models) if cpu else {}  # nothing is half: compared with PyTorch as they are
-        return with_integers(pack(self._graphs, models, "float32", cpu=cpu, emulated=others), self.integers)
+        made = pack(self._graphs, models, "float32", cpu=cpu, emulated=others, folder=folder)
+        return with_integers(made, self.integers)
 
     def cpu_variant(self, high_precision: Collection[Layer] = ()) -> Variants:
         """Return the graphs for ONNX Runtime's CPU alone, to be measured."""

@@ -25,6 +25,7 @@ from transom.runtime.errors import BackendError, ExportError, InputError
 from transom.runtime.graph_spec import Graph, is_decoder
 from transom.runtime.host import usable_cores
 from transom.runtime.loading import load_with_backends
+from transom.runtime.made_for import no_tensorrt
 from transom.runtime.manifest import ROWS
 from transom.runtime.manifest_graphs import GraphFile
 from transom.runtime.serving.operation import Operation
@@ -252,6 +253,9 @@ def opened(bundle: Bundle, device: str) -> LoadedBundle:
     Where the CPU has a file of its own, only a session knows them. Raises ExportError for a device that is not known
     until the server starts.
     """
+    cpu_alone = no_tensorrt(bundle.manifest, bundle.folder)
+    if cpu_alone is not None and device not in ("cpu", AUTO):
+        raise ExportError(f"--device is {device}; {cpu_alone}, or give --device cpu.")
     backends: dict[str, Backend] = {}
     for file in bundle.manifest.graphs:
         backends[file.graph.name] = Description(file.graph)

@@ -234,7 +234,7 @@ def test_large_weights_lie_outside_and_compute_the_same(traced: Any) -> None:
 
 
 def test_equal_weights_are_stored_once(traced: Any) -> None:
-    from transom.export.variants import externalize
+    from transom.export.weights_file import externalize
 
     _, model = traced("BertModel")
     weights = [w for w in model.graph.initializers.values() if w.const_value is not None]

@@ -29,8 +29,9 @@ from transom.export.passes.compute_in_fp32 import compute_in_fp32
 from transom.export.passes.half_precision import convert_precision
 from transom.export.report.graphs import executed_operators
 from transom.export.report.parity import fp16_range
-from transom.export.variants import ALIGNMENT, make_variants
+from transom.export.variants import make_variants
 from transom.export.verification import verify
+from transom.export.weights_file import ALIGNMENT
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import ExportError, ParityError
 from transom.runtime.graph_spec import ARANGE, Graph

@@ -17,7 +17,8 @@ from tiny_graphs import graph_of
 from transom.export.bundle_writer import BundleWriter
 from transom.export.passes.half_precision import convert_precision
 from transom.export.pipeline import Converted, write_files
-from transom.export.variants import Variants, check_file, externalize, serialized
+from transom.export.variants import Variants, check_file, serialized
+from transom.export.weights_file import externalize
 from transom.runtime.errors import ExportError
 
 KEPT = TESTS / "bundles"
