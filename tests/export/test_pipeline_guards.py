@@ -365,7 +365,7 @@ def test_the_stages_of_an_export_are_all_there(monkeypatch: pytest.MonkeyPatch, 
     graph = Bundle(KEPT / "bert-fp32").manifest.graphs[0].graph
     fake = SimpleNamespace(
         graphs=(graph,), axes={}, preprocess=None, checkpoint=SimpleNamespace(source="x"),
-        parts=lambda: {"model": None}, open_tokenizer=lambda: None, tokenizers=[],
+        parts=lambda: {"model": None}, open_tokenizer=lambda: None, tokenizers=[], give_back=lambda: None,
     )  # fmt: skip
     asked: list[str] = []
 
