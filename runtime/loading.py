@@ -61,7 +61,8 @@ def open_verified(bundle: Bundle, device: str, threads: int | None, names: Colle
 def may_be_read(manifest: Manifest, device: str) -> set[str]:
     """Return the files that opening a bundle on ``device`` may read: all that it reads, and perhaps more."""
     devices = FASTEST_FIRST if device == AUTO else (device,)
-    names = {file.file_for(each) for file in manifest.graphs for each in devices}
+    found = (file.files.get(each, file.files.get("default")) for file in manifest.graphs for each in devices)
+    names = {name for name in found if name is not None}  # a bundle for the CPU alone may have none for another
     names |= {file.weights for file in manifest.graphs if file.weights is not None} | plans_of(manifest)
     return names | {str(at(spec, "file")) for spec in (manifest.tokenizer, manifest.target_tokenizer) if spec}
 
