@@ -35,6 +35,10 @@ def axis(**fields: Any) -> Change:
     return lambda w: w["axes"]["S"].update(fields)
 
 
+def source(**fields: Any) -> Change:
+    return lambda words: words["source"].update(fields)
+
+
 def graph(**fields: Any) -> Change:
     return lambda w: w["graphs"][0].update(fields)
 
@@ -122,6 +126,12 @@ CLAIMS: tuple[tuple[str, str, Change, str], ...] = (
     ("a hash in capitals", "bert-fp32", listed("x", sha256="A" * 64), "expected 64 hexadecimal digits"),
     ("a hash that is a list", "bert-fp32", listed("x", sha256=["0"] * 64), "expected 64 hexadecimal digits"),
     ("an unknown key of a file", "bert-fp32", listed("x", mode=7), "files.x has the unknown key 'mode'"),
+    # source
+    ("a licence of escapes", "bert-fp32", source(licence={"id": "m\x1bit"}), "source.licence is {'id': 'm\\x1bit'}"),
+    ("a licence without end", "bert-fp32", source(licence={"link": "x" * 501}), "printable texts of at most 500"),
+    ("a licence of other keys", "bert-fp32", source(licence={"text": "x"}), "expected id, name, link, file"),
+    ("a licence in a word", "bert-fp32", source(licence="mit"), "source.licence is 'mit', expected id, name"),
+    ("a revision by number", "bert-fp32", source(revision=7), "source.revision is 7, expected a text of printable"),
     # graphs
     ("no graphs", "bert-fp32", lambda w: w.update(graphs=[]), "graphs is empty"),
     ("two graphs of one name", "bert-fp32", lambda w: w["graphs"].append(w["graphs"][0]), "two graphs are called 'model'"),
