@@ -170,7 +170,7 @@ test-cuda-stubs: $(STAMP) typing ## without a GPU: every kept bundle in ONNX Run
 # run's 30 minutes; an interrupted run goes on where it was.
 BENCH := PYTHONPATH=benchmarks $(VENV)/bin/python -m bench
 
-bench-env: $(STAMP) ## environments, exports and quantised models of `make bench`, into build/bench; the first time an hour
+bench-env: $(STAMP) ## environments, exports and quantised models of `make bench`, kept in build/bench
 	$(BENCH) prepare --dir '$(BENCH_DIR)' --pip-args='$(PIP_ARGS)' $(BENCH_ARGS)
 
 bench: bench-env ## beside PyTorch, ONNX Runtime, OpenVINO, CTranslate2 and llama.cpp, into docs/results/ and the README
