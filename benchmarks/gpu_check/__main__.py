@@ -39,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         require(DRY_NEEDED if options.dry_run else NEEDED)
         with tempfile.TemporaryDirectory(prefix="transom-gpu-check-") as site:
             unpack_wheel(pack, Path(site), REPOSITORY)
+            if options.dry_run:
+                os.environ["TRITON_INTERPRET"] = "1"  # before transom or Triton is imported: both look there then
             use_wheel(Path(site))
             os.environ["TRANSOM_KERNELS"] = str(pack.kernels)
             return run(options, pack, began)
@@ -148,7 +150,6 @@ def gpu_machine(pack: Pack) -> tuple[Any, int, dict[str, Any]]:
 
 def dry_machine(pack: Pack) -> tuple[Any, int, dict[str, Any]]:
     """Return Triton's interpreter in place of a GPU with the pack's last compute capability."""
-    os.environ["TRITON_INTERPRET"] = "1"
     from gpu_check.machines import InterpretedMachine
 
     versions = {name: importlib.metadata.version(name) for name in ("torch", "triton", "numpy")}
