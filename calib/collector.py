@@ -16,6 +16,7 @@ from transom.calib.random_input_check import RandomInputCheck
 from transom.calib.table import ChannelRanges, TensorRanges
 from transom.runtime.backends.base import Array
 from transom.runtime.backends.ort_library import onnxruntime
+from transom.runtime.backends.spinning import thread_entries
 from transom.runtime.errors import BackendError, CalibrationError, one_line
 from transom.runtime.graph_spec import Graph
 
@@ -52,6 +53,7 @@ class CollectingBackend:
         self.sample = ""
         self.random_input_check = RandomInputCheck()
         names = list(dict.fromkeys([*tensors, *channels]))
+        self._model = model
         values = instrumented_values(model, names)
         mask = next((value for value in model.graph.inputs if value.name == MASK), None)
         self._instrumented = {
@@ -95,13 +97,16 @@ class CollectingBackend:
     @property
     def ranges(self) -> dict[str, TensorRanges]:
         """Return the ranges by tensor, in the order asked. Raises CalibrationError if one was never computed."""
-        for name, stats in self._instrumented.items():
-            if not stats.histogram.count:
-                raise CalibrationError(
-                    f"no sample reached {name} (module {stats.module or 'top'}) of the graph {self.graph.name!r}. "
-                    "Give calibration data that uses every graph of the model."
-                )
-        return {name: stats.ranges() for name, stats in self._instrumented.items()}
+        ranges = {name: stats.ranges() for name, stats in self._instrumented.items()}
+        require_reached(ranges, self._model)
+        return ranges
+
+    def take_ranges(self) -> dict[str, TensorRanges]:
+        """Return the ranges by tensor of the calls since the last time, which may have reached only some of them."""
+        ranges = {name: stats.ranges() for name, stats in self._instrumented.items()}
+        for stats in self._instrumented.values():
+            stats.histogram = Histogram()
+        return ranges
 
     def kept_rows(self, name: str) -> NDArray[np.float32]:
         """Return positions of the tensor, (R, E), R at most ``rows``."""
@@ -166,6 +171,17 @@ class Reservoir:
         self.rows[leave], self._drawn[leave] = rows[enter], drawn[enter]
 
 
+def require_reached(ranges: Mapping[str, TensorRanges], model: ir.Model) -> None:
+    """Raise CalibrationError where one of the ``ranges``, by name of a tensor of ``model``, is of no value at all."""
+    missed = next((name for name, found in ranges.items() if not found.histogram.count), None)
+    if missed is not None:
+        module = module_of(instrumented_values(model, [missed])[missed]) or "top"
+        raise CalibrationError(
+            f"no sample reached {missed} (module {module}) of the graph {model.graph.name!r}. Give calibration data "
+            "that uses every graph of the model."
+        )
+
+
 def instrumented_values(model: ir.Model, names: Iterable[str]) -> dict[str, ir.Value]:
     """Return the float32 tensors of the main graph with these names; CalibrationError for a name that is none."""
     values = {value.name: value for value in model.graph.inputs}
@@ -224,6 +240,8 @@ def open_instrumented(model: ir.Model, values: Mapping[str, ir.Value], threads: 
     options.enable_cpu_mem_arena = False  # give memory back between shapes
     options.enable_mem_pattern = False  # a plan of it would be kept for every shape
     options.enable_mem_reuse = False  # ONNX Runtime infers wrong shapes of some tensors of cross-attention
+    for key, setting in thread_entries().items():
+        options.add_session_config_entry(key, setting)
     options.add_external_initializers([*weights], [*weights.values()])
     try:
         data = ir.to_proto(instrumented).SerializeToString()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -85,11 +85,20 @@ class CalibrationData:
     def split(self, parts: int, part: int = 0) -> tuple[CalibrationData, CalibrationData]:
         """Return (calibration, held out): the part number ``part`` of ``parts`` is held out; no two share a sample.
 
-        Samples are dealt to the parts at random, those of equal contents together. Order is kept; the same call gives
-        the same samples. Raises CalibrationError where there are fewer distinct samples than parts.
+        Order is kept; the same call gives the same samples. Raises CalibrationError as ``part_numbers`` does.
         """
         if parts < 2 or not 0 <= part < parts:
             raise CalibrationError(f"part {part} of {parts} is to be held out; expected one of at least two parts.")
+        held_out = self.part_numbers(parts) == part
+        kept = self._part("for calibration", np.flatnonzero(~held_out))
+        return kept, self._part("held out", np.flatnonzero(held_out))
+
+    def part_numbers(self, parts: int) -> NDArray[np.int64]:
+        """Return the part, 0..parts-1, of each sample: (N,).
+
+        Samples are dealt to the parts at random, those of equal contents together. Raises CalibrationError where there
+        are fewer distinct samples than parts.
+        """
         groups: dict[bytes, list[int]] = {}
         for index, entry in enumerate(self.entries):
             groups.setdefault(entry.digest, []).append(index)
@@ -100,9 +109,16 @@ class CalibrationData:
             )
         members = list(groups.values())
         shuffled = np.random.RandomState(0).permutation(len(groups))  # a stream that no version of numpy changes
-        held_out = [index for group in shuffled[part::parts] for index in members[group]]
-        kept = np.setdiff1d(np.arange(len(self.entries)), held_out)
-        return self._part("for calibration", kept), self._part("held out", np.sort(np.array(held_out)))
+        numbers = np.empty(len(self.entries), np.int64)
+        for place, group in enumerate(shuffled):
+            numbers[members[group]] = place % parts
+        return numbers
+
+    def chunks(self, size: int) -> Iterator[CalibrationData]:
+        """Yield the samples ``size`` at a time, in their order."""
+        for start in range(0, len(self.entries), size):
+            entries = self.entries[start : start + size]
+            yield CalibrationData(self.name, self.samples[start : start + size], sha256_of(entries), entries)
 
     def _part(self, which: str, chosen: NDArray[np.int64]) -> CalibrationData:
         entries = tuple(self.entries[index] for index in chosen)

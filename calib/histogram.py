@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,23 @@ class Histogram:
         self.minimum, self.maximum = (min(low, self.minimum), max(high, self.maximum)) if self.count else (low, high)
         self.count += flat.size
         self.counts += count_bins(flat, self.width)
+
+    @classmethod
+    def merged(cls, histograms: Iterable[Histogram]) -> Histogram:
+        """Return the histogram of all values of several: that of one which got them all."""
+        total = cls()
+        for other in histograms:
+            if not other.count:
+                continue
+            added = copy(other)
+            added.counts = other.counts.copy()
+            added._widen(total.limit)
+            total._widen(added.limit)
+            ends = [(each.minimum, each.maximum) for each in (total, other) if each.count]
+            total.minimum, total.maximum = min(low for low, _ in ends), max(high for _, high in ends)
+            total.count += other.count
+            total.counts += added.counts
+        return total
 
     def _widen(self, limit: float) -> None:
         """Merge neighbouring bins until ``limit`` is reached."""

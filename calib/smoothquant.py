@@ -64,14 +64,14 @@ def search_alpha(
         return 0.0, plain
     seen, unseen = _magnitudes(rows[::2]), rows[1::2] if len(rows) > 1 else rows
     joined = np.concatenate(parts, axis=1)
-    exact = unseen @ joined
-    unsigned, signed = _errors(unseen, joined, exact, method)
-    best, least = 0.0, worth * unsigned
+    plainly = QuantizedProduct(unseen, joined, unseen @ joined, method)
+    best, least = 0.0, worth * plainly.error(signed=False)
     for alpha in ALPHAS:
         factors = smoothing_factors(seen, weights, alpha)
-        errors = _errors(unseen / factors, joined * factors[:, None], exact, method)
-        if errors[0] < least and errors[1] <= signed:
-            best, least = alpha, errors[0]
+        product = QuantizedProduct(unseen / factors, joined * factors[:, None], plainly.exact, method)
+        error = product.error(signed=False)
+        if error < least and product.error(signed=True) <= plainly.error(signed=True):
+            best, least = alpha, error
     if not best:
         return 0.0, plain
     return best, smoothing_factors(_magnitudes(rows) if activation_max is None else activation_max, weights, best)
@@ -87,18 +87,28 @@ def _row_max(weights: Sequence[Float]) -> NDArray[np.float64]:
     return np.asarray(np.max([np.abs(weight).max(1, initial=0) for weight in weights], axis=0), np.float64)
 
 
-def _errors(rows: Float, weight: Float, exact: Float, method: str) -> tuple[float, float]:
-    """Return the squared error of the product in U8 and in S8."""
-    histogram = Histogram()
-    histogram.update(rows)
-    scales = weight_scales(weight)
-    restored = quantize_weight(weight, scales) * scales
-    errors = []
-    for signed, lowest, highest in ((False, 0, U8_MAX), (True, -S8_MAX, S8_MAX)):
-        found = activation_scale(*clip_range(histogram, method, symmetric=signed), signed=signed)
-        levels = np.rint(rows / np.float32(found.scale)) + np.float32(found.zero_point)
-        np.clip(levels, lowest, highest, out=levels)
-        levels -= found.zero_point
-        difference = (levels * np.float32(found.scale)) @ restored - exact
-        errors.append(float(np.square(difference, dtype=np.float64).sum()))
-    return errors[0], errors[1]
+class QuantizedProduct:
+    """The product of ``rows`` (R, E) and a ``weight`` (E, N), both quantised, beside the ``exact`` one (R, N)."""
+
+    def __init__(self, rows: Float, weight: Float, exact: Float, method: str) -> None:
+        self.exact = exact
+        self._rows, self._method = rows, method
+        self._histogram = Histogram()
+        self._histogram.update(rows)
+        scales = weight_scales(weight)
+        self._restored = quantize_weight(weight, scales) * scales
+        self._errors: dict[bool, float] = {}
+
+    def error(self, *, signed: bool) -> float:
+        """Return the squared error with rows in S8 if ``signed``, else in U8; computed once."""
+        if signed not in self._errors:
+            lowest, highest = (-S8_MAX, S8_MAX) if signed else (0, U8_MAX)
+            found = activation_scale(*clip_range(self._histogram, self._method, symmetric=signed), signed=signed)
+            levels = np.rint(self._rows / np.float32(found.scale)) + np.float32(found.zero_point)
+            np.clip(levels, lowest, highest, out=levels)
+            levels -= found.zero_point
+            levels *= np.float32(found.scale)
+            difference = levels @ self._restored
+            difference -= self.exact
+            self._errors[signed] = float(np.square(difference, dtype=np.float64).sum())
+        return self._errors[signed]

@@ -203,6 +203,22 @@ def export(
             rich_help_panel=INTEGERS,
         ),
     ] = True,
+    rank: Annotated[
+        bool,
+        typer.Option(
+            "--rank",
+            help="Record what quantising each layer costs, also where the gate holds without; the report draws it.",
+            rich_help_panel=INTEGERS,
+        ),
+    ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume/--no-resume",
+            help="Go on where an export of the same model, data and options was interrupted. The bundle is the same.",
+            rich_help_panel=INTEGERS,
+        ),
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Export a checkpoint into a bundle, and compare it with PyTorch.
@@ -236,6 +252,8 @@ def export(
                 optional_sites=tuple(extra.value for extra in also or ()),
                 ranges=ranges,
                 gate=gate,
+                rank=rank,
+                resume=resume,
             ),
             made_for=made_for.value,
             progress=report,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,10 +11,21 @@ from transom.runtime.errors import BackendError
 # Distributions, as the extra `export` in pyproject.toml names them; their modules have "_" for "-".
 EXPORT_EXTRA = ("torch", "onnx", "onnx-ir", "onnxscript", "ml-dtypes", "huggingface-hub", "sentencepiece", "jinja2")
 
+# Threads that wait for work spin by default, which takes several times the CPU time of the work where it is little.
+QUIET_THREADS = {
+    "OMP_WAIT_POLICY": "PASSIVE",  # PyTorch's
+    "OPENBLAS_NUM_THREADS": "1",  # numpy's, whose products are small here
+}
+
 
 @contextmanager
 def export_extra() -> Iterator[None]:
-    """Import and call transom.export inside this: a missing library becomes one BackendError."""
+    """Import and call transom.export inside this: a missing library becomes one BackendError.
+
+    What the user has not set of QUIET_THREADS is set first: the libraries read it when they are imported.
+    """
+    for variable, value in QUIET_THREADS.items():
+        os.environ.setdefault(variable, value)
     try:
         yield
     except ImportError as error:

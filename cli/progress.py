@@ -1,13 +1,54 @@
-"""Show progress on stderr: a bar on a terminal, one line per stage elsewhere, nothing with ``--json``."""
+"""Show progress on stderr: a bar on a terminal, lines elsewhere, nothing with ``--json``."""
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from transom.cli.output import printable, say
 from transom.runtime.progress import Progress, silent
+
+COUNT = re.compile(r"(.*) \((\d+) of (\d+)\)")  # as ``runtime.progress.Counter`` reports it
+EVERY = 15.0  # seconds: how often a line says how far a long stage is
+SOON = 5.0  # seconds of a stage before its end is estimated
+
+
+class Estimate:
+    """Estimates the seconds left of a stage from the pace at which its parts were counted so far.
+
+    ``clock`` returns seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._began, self._done, self._total = 0.0, 0, 0
+
+    def update(self, what: str) -> tuple[str, str]:
+        """Return a report's stage, without its count, and the count in words: ``3 of 12, about 40 s left``."""
+        found = COUNT.fullmatch(what)
+        if found is None:
+            self._total = 0
+            return what, ""
+        stage, done, total = found[1], int(found[2]), int(found[3])
+        now = self._clock()
+        if total != self._total or done <= self._done:
+            self._began, self._total = now, total
+        self._done = done
+        words = f"{done} of {total}"
+        spent = now - self._began
+        if done > 1 and spent >= SOON:
+            words += f", about {duration(spent / (done - 1) * (total - done + 1))} left"
+        return stage, words
+
+
+def duration(seconds: float) -> str:
+    """Return ``40 s``, ``3 min``, ``1.5 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 @contextmanager
@@ -22,15 +63,18 @@ def progress(quiet: bool) -> Iterator[Progress]:
         yield lines()
 
 
-def lines() -> Progress:
-    """Return a function that prints a line whenever another stage begins."""
-    last = ""
+def lines(clock: Callable[[], float] = time.monotonic) -> Progress:
+    """Return a function that prints a line when another stage begins, and every EVERY seconds how far it is."""
+    estimate, last, printed = Estimate(clock), "", 0.0
 
     def report(what: str, done: int, total: int) -> None:
-        nonlocal last
-        if what != last and done < total:
-            say(f"{what} ...")
-        last = what
+        nonlocal last, printed
+        stage, count = estimate.update(what)
+        now = clock()
+        if done < total and (stage != last or (count and now - printed >= EVERY)):
+            say(f"{stage} ..." if stage != last else f"{stage} ({count}) ...")
+            printed = now
+        last = stage
 
     return report
 
@@ -45,6 +89,14 @@ def bar() -> Iterator[Progress]:
     console = Console(stderr=True, markup=False, emoji=False, highlight=False)
     text = TextColumn("{task.description}", markup=False)
     columns = (SpinnerColumn(), text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    estimate = Estimate()
     with Bar(*columns, console=console, transient=True) as shown:
         task = shown.add_task("starting", total=None)
-        yield lambda what, done, total: shown.update(task, description=printable(what), completed=done, total=total)
+
+        def report(what: str, done: int, total: int) -> None:
+            stage, count = estimate.update(what)
+            shown.update(
+                task, description=printable(f"{stage} ({count})" if count else stage), completed=done, total=total
+            )
+
+        yield report

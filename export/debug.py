@@ -22,7 +22,7 @@ from transom.export.checkpoint import LoadedCheckpoint, reload_checkpoint
 from transom.export.onnx_export import onnx_from_module
 from transom.export.parity.inputs import ParityInputs, parity_inputs, single_rows
 from transom.export.quantization.calibrate import smoothed
-from transom.export.quantization.candidate import CPU, RANKING_SAMPLES
+from transom.export.quantization.candidate import CPU, MOST_SAMPLES
 from transom.export.quantization.data_split import held_out_part
 from transom.export.quantization.fidelity import Fidelity, Fp32Outputs
 from transom.export.quantization.quantizer import Layer
@@ -38,7 +38,7 @@ from transom.runtime.manifest_graphs import BLOCKS, SIMULATED, TENSORRT_ALONE
 from transom.runtime.progress import Progress, ProgressReporter, silent
 
 HALF = "default"  # the one file of a graph in half precision
-DEBUG_SAMPLES = RANKING_SAMPLES[1]
+DEBUG_SAMPLES = MOST_SAMPLES
 TOKENS = 64  # of each sample, where there are only parity inputs
 
 

@@ -34,6 +34,7 @@ from transom.export.parity.backends import open_default_files, open_pytorch
 from transom.export.parity.cases import ParityCases
 from transom.export.parity.compare import TOLERANCES, check_greedy, check_parity, export_limit
 from transom.export.parity.fp16_range import Ranges, measure_ranges, require_fp16_range
+from transom.export.parity.fp16_watch import Fp16DoubtError
 from transom.export.parity.inputs import ParityInputs, parity_inputs
 from transom.export.parity.results import CaseResult, Golden, parity_to_json
 from transom.export.quantization.options import DEFAULTS, NONE, QuantizeOptions
@@ -41,6 +42,7 @@ from transom.export.quantization.quantize import QuantizationJob, quantize_model
 from transom.export.reference_models import score_both
 from transom.export.variants import Variants, check_file, emulated_variants, make_variants, open_variants
 from transom.runtime.backends.ort_library import onnxruntime
+from transom.runtime.backends.spinning import threads_sleep
 from transom.runtime.errors import ExportError
 from transom.runtime.golden import GOLDEN
 from transom.runtime.greedy_check import Divergence
@@ -118,6 +120,7 @@ class Parity:
     score: Mapping[str, Any] | None
 
 
+@threads_sleep()
 def export(
     source: str,
     out: Path,
@@ -146,8 +149,7 @@ def export(
     """
     check_out(out, force=force)
     calibration = check_options(precision, source, quantize, made_for)
-    needs_range = precision == "fp16" and made_for != CPU_ALONE  # a CPU computes such a bundle in float32
-    reporter = ProgressReporter(progress, total=5 + needs_range)
+    reporter = ProgressReporter(progress, total=5 + needs_range(precision, made_for))
     reporter.next(f"reading {source}")
     loaded = load_checkpoint(
         source, task=task, max_sizes=max_sizes or {}, image_size=image_size, ignore_unused=ignore_unused
@@ -159,30 +161,62 @@ def export(
     inputs = parity_inputs(loaded.graphs, loaded.open_tokenizer(), loaded.preprocess)
     with new_bundle(out, force=force) as writer:
         reporter.next(f"making the {precision} graph")
+
+        def quantized(*, measure_fp16: bool) -> Converted:
+            assert calibration is not None
+            job = loaded, traced, inputs, precision, made_for, quantize, calibration, writer.folder, reporter.more
+            return quantize_graphs(*job, measure_fp16=measure_fp16)
+
+        def compared(converted: Converted) -> Manifest:
+            return write_and_compare(writer, loaded, traced, converted, inputs, precision, made_for, reporter)
+
         if calibration is None:
-            converted = convert(loaded, traced, precision, made_for, writer.folder)
+            manifest = compared(convert(loaded, traced, precision, made_for, writer.folder))
         else:
-            converted = quantize_graphs(
-                loaded, traced, inputs, precision, made_for, quantize, calibration, writer.folder, reporter.more
-            )
-        reporter.next("writing the bundle")
-        fields = {**manifest_fields(loaded, precision, converted.variants, made_for), **converted.fields}
-        write_files(writer, loaded, converted)
-        bundle = writer.staged(fields, open_tokenizers(loaded))
-        open_default_files(bundle)
-        parity_cases = ParityCases(bundle.manifest, inputs)
-        reporter.expect(len(parity_cases))
-        ranges = Ranges()
-        if needs_range:
-            reporter.next("measuring every tensor's range")
-            ranges = measure_ranges(bundle, traced.graphs, parity_cases, sums=True)
-            require_fp16_range(ranges.tensors)
-        traced.graphs.clear()  # large, and not read again
-        loaded.give_back()
-        parity = compare_with_pytorch(bundle, loaded, converted.variants, parity_cases, reporter)
-        manifest = describe(writer, fields, traced, ranges, parity)
+            try:
+                manifest = compared(quantized(measure_fp16=False))
+            except Fp16DoubtError:  # in a case that no earlier run came near to
+                traced.graphs.update(trace(loaded).graphs)
+                manifest = compared(quantized(measure_fp16=True))
     reporter.next("done")
     return manifest
+
+
+def write_and_compare(
+    writer: BundleWriter,
+    loaded: LoadedCheckpoint,
+    traced: Traced,
+    converted: Converted,
+    inputs: Mapping[str, ParityInputs],
+    precision: str,
+    made_for: str,
+    reporter: ProgressReporter,
+) -> Manifest:
+    """Write what was converted, compare it with PyTorch and describe it; ``traced`` loses its graphs.
+
+    Raises ParityError, PrecisionError, and of them Fp16DoubtError where a watch in the variants has its doubts.
+    """
+    reporter.next("writing the bundle")
+    fields = {**manifest_fields(loaded, precision, converted.variants, made_for), **converted.fields}
+    write_files(writer, loaded, converted)
+    bundle = writer.staged(fields, open_tokenizers(loaded))
+    open_default_files(bundle)
+    parity_cases = ParityCases(bundle.manifest, inputs)
+    reporter.expect(len(parity_cases))
+    ranges = Ranges()
+    if needs_range(precision, made_for):
+        reporter.next("measuring every tensor's range")
+        ranges = measure_ranges(bundle, traced.graphs, parity_cases, sums=True)
+        require_fp16_range(ranges.tensors)
+    traced.graphs.clear()  # large, and not read again
+    loaded.give_back()
+    parity = compare_with_pytorch(bundle, loaded, converted.variants, parity_cases, reporter)
+    return describe(writer, fields, traced, ranges, parity)
+
+
+def needs_range(precision: str, made_for: str) -> bool:
+    """Return whether every tensor's range is measured: of FP16, unless a CPU alone is to compute it, in float32."""
+    return precision == "fp16" and made_for != CPU_ALONE
 
 
 def check_options(precision: str, source: str, quantize: QuantizeOptions, made_for: str = BOTH) -> Calibration | None:
@@ -239,11 +273,14 @@ def quantize_graphs(
     calibration: Calibration,
     folder: Path,
     report: Callable[[str], None],
+    *,
+    measure_fp16: bool = False,
 ) -> Converted:
     """Calibrate and quantise copies of the graphs, with an FP32 bundle that their accuracy is compared with.
 
-    That bundle's weights lie in a scratch folder below ``folder`` meanwhile, and what ships is written there. Raises
-    CalibrationError for data that cannot be used, AccuracyError where the accuracy gate does not hold.
+    ``measure_fp16`` is as for a QuantizationJob. That bundle's weights lie in a scratch folder below ``folder``
+    meanwhile, and what ships is written there. Raises CalibrationError for data that cannot be used, AccuracyError where
+    the accuracy gate does not hold.
     """
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fp32-") as scratch:
         variants = make_variants(traced.graphs, loaded.graphs, "fp32", external_above=0, folder=Path(scratch))
@@ -261,6 +298,7 @@ def quantize_graphs(
             ParityCases(fp32.manifest, inputs),
             report,
             made_for,
+            measure_fp16,
         )
         made = quantize_model(job, folder)
         return Converted(made.variants, {RANGES: made.table.to_bytes()}, {"quantization": made.record})

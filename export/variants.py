@@ -11,6 +11,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
+from transom.export.parity.fp16_watch import watched
 from transom.export.passes.compute_in_fp32 import compute_in_fp32
 from transom.export.passes.fake_half import fake_half
 from transom.export.passes.half_precision import HALF, convert_precision
@@ -178,9 +179,12 @@ def simulated(variants: Variants) -> Variants:
 def open_variants(
     bundle: Bundle, variants: Variants, around: Callable[[Backend], Backend] = lambda backend: backend
 ) -> LoadedBundle:
-    """Load ``bundle`` around graphs that are not in it, on the CPU; ``around`` wraps each backend."""
+    """Load ``bundle`` around graphs that are not in it, on the CPU; ``around`` wraps each backend.
+
+    A graph with an FP16 watch raises Fp16DoubtError in a run in which FP16 may not hold every value.
+    """
     opened = {file.graph.name: OrtBackend(file, variants, "cpu", None) for file in variants.graphs}
-    return load_with_backends(bundle, {name: around(backend) for name, backend in opened.items()})
+    return load_with_backends(bundle, {name: around(watched(backend)) for name, backend in opened.items()})
 
 
 def emulated_variants(variants: Variants) -> Variants:

@@ -21,6 +21,7 @@ from pathlib import Path
 LIMITS = {  # bytes that entries of a kind take together; the oldest go first
     "engines": 8 << 30,  # what `transom build` built, so that a second build takes it as it is
     "kernels": 1 << 30,  # what TensorRT-RTX compiled of an engine, a few megabytes each
+    "exports": 256 << 20,  # what the long stages of exports computed, so that one that is interrupted goes on
     "triton": 1 << 30,  # what Triton compiled of our attention, some hundred kilobytes each
 }
 NO_HOME = "there is no home folder: HOME is not set, and the system does not know this user"

@@ -11,6 +11,23 @@ def silent(what: str, done: int, total: int) -> None:
     """Report nothing, as a ``Progress``."""
 
 
+class Counter:
+    """Counts the parts of one stage: reports ``what (k of n)`` before each."""
+
+    def __init__(self, report: Callable[[str], None], what: str, total: int) -> None:
+        self._report, self._what, self._total = report, what, total
+        self.done = 0
+
+    def next(self, which: str = "") -> None:
+        """Report that the next part begins; ``which`` says more of it."""
+        self.done += 1
+        self._report(f"{self._what}{which} ({self.done} of {self._total})")
+
+    def skip(self, parts: int) -> None:
+        """Count parts that are known already."""
+        self.done += parts
+
+
 class ProgressReporter:
     """Counts steps and reports each to ``progress`` when it begins; ``total`` are expected."""
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from transom.export.parity.cases import ParityCases, Run
 from transom.export.parity.results import CaseResult, Golden
@@ -14,12 +15,21 @@ from transom.runtime.compare import compare_outputs, largest_scales, on_scales
 from transom.runtime.errors import ParityError
 from transom.runtime.golden import GENERATION
 from transom.runtime.golden_reference import BUNDLE, PYTORCH
-from transom.runtime.greedy_check import Divergence, greedy, logits_along, prompts_to_arrays, require_same_tokens
+from transom.runtime.greedy_check import (
+    Divergence,
+    GreedyGeneration,
+    greedy,
+    logits_along,
+    prompts_to_arrays,
+    require_same_tokens,
+)
 from transom.runtime.manifest import QUANTIZED
 from transom.runtime.manifest_graphs import SIMULATED
+from transom.runtime.progress import Counter
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks.generator import Generator
 from transom.runtime.tasks.interleaved_prompts import InterleavedPrompt
+from transom.runtime.tasks.prompts import Prompt
 
 # max|ours - theirs| / max|theirs| per output tensor. The unit roundoff u is 2^-24 for FP32, 2^-11 for FP16
 # and 2^-8 for BF16; errors of n roundings grow between sqrt(n) and n.
@@ -68,9 +78,10 @@ def check_parity(
     results: list[CaseResult] = []
     sides = in_step([parity_cases.runs(theirs, by_row=True), parity_cases.runs(ours)], len(parity_cases))
     third = None if simulated is None else in_step([parity_cases.runs(simulated, by_row=True)], len(parity_cases))
+    counter = Counter(report, "parity", len(parity_cases))
     for expected, found in sides:
         shown = " ".join(f"{axis}={size}" for axis, size in expected.sizes.items())
-        report("parity at " + shown.partition(" chunk=")[0])
+        counter.next(f" at {shown.partition(' chunk=')[0]}")
         compared = compare_outputs(found.graph, found.feeds, found.outputs, expected.outputs)
         results.append(CaseResult(expected.sizes, compared))
         kept = {PYTORCH: small(expected, golden), BUNDLE: small(found, golden)}
@@ -170,13 +181,26 @@ def check_greedy(
         {
             name: {
                 **generation.chosen.to_arrays(),
-                "logits": logits_along(sides[name], prompts, expected.tokens)[:, :steps],
+                "logits": first_logits(sides[name], prompts, generation, expected.tokens[:, :steps]),
             }
             for name, generation in found.items()
         },
         always=True,  # nothing else runs the decoder
     )
     return near_ties
+
+
+def first_logits(
+    side: Generator, prompts: Sequence[Prompt], generation: GreedyGeneration, tokens: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """Return the logits that a side chooses the first ``tokens`` (R, n) from: (R, n, V).
+
+    They are known where its own ``generation`` begins with those tokens.
+    """
+    steps = tokens.shape[1]
+    if np.array_equal(generation.chosen.tokens[:, :steps], tokens):
+        return generation.logits[:, :steps]
+    return logits_along(side, prompts, tokens)
 
 
 def require_parity(results: Iterable[CaseResult], tolerance: float, what: str, advice: str) -> None:

@@ -25,6 +25,7 @@ from transom.export.passes.expose_attention import expose_scores
 from transom.export.passes.half_precision import FP16_MAX, KEEP_FP32
 from transom.runtime.backends.base import Array
 from transom.runtime.backends.ort_library import onnxruntime
+from transom.runtime.backends.spinning import thread_entries
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import PrecisionError
 from transom.runtime.graph_spec import Graph
@@ -66,6 +67,8 @@ class RangeBackend:
         options.log_severity_level = 4
         options.enable_cpu_mem_arena = False  # give memory back between shapes
         options.enable_mem_reuse = False  # ONNX Runtime infers a wrong shape for the scores of cross-attention
+        for key, setting in thread_entries().items():
+            options.add_session_config_entry(key, setting)
         self._session = library.InferenceSession(
             ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
         )

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from transom.calib.collector import CollectingBackend
+from transom.calib.collector import CollectingBackend, require_reached
 from transom.calib.data import CalibrationData, Sample, open_calibration_data
 from transom.calib.graph_hash import graph_sha256
+from transom.calib.histogram import Histogram
 from transom.calib.run_samples import check_reach, run_sample
 from transom.calib.smoothquant import LARGEST_FACTOR, search_alpha
-from transom.calib.table import RANGES, GraphRanges, RangeTable, Smoothing
+from transom.calib.table import RANGES, GraphRanges, RangeTable, Smoothing, TensorRanges
 from transom.export.bundle_graphs import canonical_graphs, graph_file
 from transom.export.bundle_writer import add_to_bundle
 from transom.export.families.base import export_family
@@ -21,11 +24,14 @@ from transom.export.passes.smoothquant import find_smoothquant_sites, fold_smoot
 from transom.export.quantization.data_split import split_for_gate
 from transom.export.quantization.options import QuantizationConfig, QuantizeOptions
 from transom.export.quantization.quantizer import calibrated_tensors
+from transom.export.quantization.resume import CHUNK, KeepsNothing, Kept
 from transom.export.reference_models import scored_model
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import CalibrationError
 from transom.runtime.loading import load_with_backends
+from transom.runtime.progress import Counter
 
+NO_GRAPH = "0" * 64  # stands for the hash of a graph
 ROWS = 256  # of each activation, from which factors are searched
 FREE_WORTH = 0.98  # smooth where this much of the squared error is left, or less: a LayerNorm takes factors for nothing
 MUL_WORTH = 0.7  # elsewhere they cost a Mul
@@ -75,30 +81,150 @@ def calibrate(
     *,
     smooth: bool,
     report: Callable[[str], None],
-    smoothing: Mapping[str, Mapping[str, Smoothing]] | None = None,
 ) -> RangeTable:
     """Return the ranges of every activation that ``config`` quantises, over all of ``data``, each sample once.
 
     ``bundle`` is in FP32 and ``canonical`` its graphs by name, which stay as they are. Where ``smooth``, factors are
-    searched on some of the samples, unless given as ``smoothing``, and folded in before anything is measured.
-    ``report`` is called with what is being done, before each sample.
+    searched on some of the samples, and folded in before anything is measured. ``report`` is called with what is being
+    done, before each sample.
     Raises CalibrationError for samples that do not fit, values that are not finite, and a graph that no sample runs.
     """
-    if smoothing is None and smooth:
-        smoothing = search_smoothing(bundle, canonical, config.method, spread(data.samples), report)
-    smoothing = smoothing or {name: {} for name in canonical}
-    backends = {
-        name: CollectingBackend(model, graph_file(bundle, name).graph, calibrated_tensors(model, config, name))
-        for name, model in smoothed(canonical, smoothing).items()
+    kept = KeepsNothing()
+    smoothing = searched_smoothing(bundle, canonical, config, data, smooth=smooth, report=report, kept=kept)
+    calibration = SharedCalibration(bundle, canonical, config, {0: data}, smoothing, report, kept)
+    return calibration.table(data, [0])
+
+
+def searched_smoothing(
+    bundle: Bundle,
+    canonical: Mapping[str, ir.Model],
+    config: QuantizationConfig,
+    data: CalibrationData,
+    *,
+    smooth: bool,
+    report: Callable[[str], None],
+    kept: Kept,
+) -> dict[str, dict[str, Smoothing]]:
+    """Return SmoothQuant's factors, searched on some of the samples of ``data``; none unless ``smooth``."""
+    if not smooth:
+        return {name: {} for name in canonical}
+
+    def search() -> RangeTable:
+        found = search_smoothing(bundle, canonical, config.method, spread(data.samples), report)
+        return partial_table({name: {} for name in canonical}, data, found)
+
+    what = {"stage": "smoothing", "method": config.method, "data": data.sha256}
+    return {name: dict(graph.smoothing) for name, graph in kept.compute(what, TableFormat(), search).graphs.items()}
+
+
+class TableFormat:
+    """Ranges of some samples, or smoothing, as a table that holds nothing else."""
+
+    def write(self, result: RangeTable) -> Any:
+        return result.to_json()
+
+    def read(self, value: Any) -> RangeTable:
+        return RangeTable.from_json(value)
+
+
+def partial_table(
+    ranges: Mapping[str, Mapping[str, TensorRanges]],
+    data: CalibrationData,
+    smoothing: Mapping[str, Mapping[str, Smoothing]],
+) -> RangeTable:
+    """Return a table of a part of what an export computes, of no graph in particular."""
+    graphs = {name: GraphRanges(NO_GRAPH, tensors, smoothing[name]) for name, tensors in ranges.items()}
+    return RangeTable(graphs, {"name": data.name, "samples": max(1, len(data.samples)), "sha256": data.sha256})
+
+
+class SharedCalibration:
+    """Ranges of activations over several ``parts`` of data, each sample run once for all tables that it counts in.
+
+    The histograms of several parts add up to that of all of their values. ``smoothing`` is folded into the graphs
+    first. A part is run when a table first needs it, or with others by ``collect``, which opens the sessions once.
+    Raises CalibrationError as ``calibrate`` does.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        canonical: Mapping[str, ir.Model],
+        config: QuantizationConfig,
+        parts: Mapping[int, CalibrationData],
+        smoothing: Mapping[str, Mapping[str, Smoothing]],
+        report: Callable[[str], None],
+        kept: Kept,
+    ) -> None:
+        self._bundle, self._canonical, self._config = bundle, canonical, config
+        self._parts, self._smoothing, self._report, self._kept = parts, smoothing, report, kept
+        self._ranges: dict[int, dict[str, dict[str, TensorRanges]]] = {}
+
+    def collect(self, parts: Iterable[int]) -> None:
+        """Run the samples of the parts that were not run yet, CHUNK at a time."""
+        missing = [part for part in parts if part not in self._ranges]
+        counter = Counter(self._report, "calibrating", sum(len(self._parts[part].samples) for part in missing))
+        opened: dict[str, CollectingBackend] = {}
+        nothing: Mapping[str, Mapping[str, Smoothing]] = {name: {} for name in self._canonical}
+
+        def run(chunk: CalibrationData) -> RangeTable:
+            if not opened:
+                opened.update(self._open())
+            run_all(self._bundle, opened, chunk.samples, counter.next)
+            return partial_table({name: each.take_ranges() for name, each in opened.items()}, chunk, nothing)
+
+        for part in missing:
+            chunks = []
+            for chunk in self._parts[part].chunks(CHUNK):
+                what = {"stage": "ranges", "config": self._described(), "data": chunk.sha256}
+                ran = counter.done
+                chunks.append(self._kept.compute(what, TableFormat(), partial(run, chunk)))
+                counter.skip(len(chunk.samples) - (counter.done - ran))
+            self._ranges[part] = {
+                name: merged([chunk.graphs[name].tensors for chunk in chunks]) for name in self._canonical
+            }
+        for name, backend in opened.items():
+            backend.random_input_check.check(name)
+
+    def _open(self) -> dict[str, CollectingBackend]:
+        return {
+            name: CollectingBackend(
+                model, graph_file(self._bundle, name).graph, calibrated_tensors(model, self._config, name)
+            )
+            for name, model in smoothed(self._canonical, self._smoothing).items()
+        }
+
+    def _described(self) -> dict[str, Any]:
+        """Return what the ranges of a sample depend on beside the bundle, as plain data."""
+        factors = {
+            name: {site: found.factors.tobytes().hex() for site, found in graph.items()}
+            for name, graph in self._smoothing.items()
+        }
+        config = self._config
+        return {"smoothing": factors, "activations": dict(config.activations), "also": list(config.optional_sites)}
+
+    def table(self, data: CalibrationData, parts: Sequence[int]) -> RangeTable:
+        """Return the table of ranges of ``data``, which is made of ``parts``."""
+        self.collect(parts)
+        return RangeTable(
+            graphs={
+                name: GraphRanges(graph_sha256(model), self._merged(name, parts), self._smoothing[name])
+                for name, model in self._canonical.items()
+            },
+            data={"name": data.name, "samples": len(data.samples), "sha256": data.sha256},
+        )
+
+    def _merged(self, graph: str, parts: Sequence[int]) -> dict[str, TensorRanges]:
+        ranges = merged([self._ranges[part][graph] for part in parts])
+        require_reached(ranges, self._canonical[graph])
+        return ranges
+
+
+def merged(collected: Sequence[Mapping[str, TensorRanges]]) -> dict[str, TensorRanges]:
+    """Return the ranges of all the samples of several collections of the same tensors."""
+    return {
+        tensor: TensorRanges(Histogram.merged(ranges[tensor].histogram for ranges in collected))
+        for tensor in collected[0]
     }
-    run_all(bundle, backends, data.samples, lambda: report(f"calibrating on {data.name}"))
-    return RangeTable(
-        graphs={
-            name: GraphRanges(graph_sha256(canonical[name]), backend.ranges, smoothing[name])
-            for name, backend in backends.items()
-        },
-        data={"name": data.name, "samples": len(data.samples), "sha256": data.sha256},
-    )
 
 
 def spread(samples: Sequence[Sample]) -> list[Sample]:
@@ -122,12 +248,15 @@ def search_smoothing(
         )
         for name, model in canonical.items()
     }
-    run_all(bundle, backends, samples, lambda: report("looking for outliers to smooth"))
+    run_all(bundle, backends, samples, Counter(report, "looking for outliers to smooth", len(samples)).next)
+    for name, backend in backends.items():
+        backend.random_input_check.check(name)
+    counter = Counter(report, "smoothing outliers", sum(map(len, sites.values())))
     smoothing: dict[str, dict[str, Smoothing]] = {name: {} for name in canonical}
     for name, backend in backends.items():
         ranges = backend.ranges
         for site in sites[name]:
-            report("smoothing outliers")
+            counter.next()
             channels = ranges[site.name].channels
             assert channels is not None
             alpha, factors = search_alpha(
@@ -192,7 +321,7 @@ def run_all(
     samples: Sequence[Sample],
     before_each: Callable[[], None],
 ) -> None:
-    """Run every sample by the family's own code around ``backends``, one per graph."""
+    """Run every sample by the family's own code around ``backends``, one per graph, which stay open."""
     runner = export_family(bundle.manifest.family, bundle.manifest.task).samples
     with load_with_backends(bundle, backends) as loaded:
         for sample in samples:
@@ -200,5 +329,3 @@ def run_all(
             for backend in backends.values():
                 backend.sample = sample.name
             run_sample(loaded, sample, runner)
-    for name, backend in backends.items():
-        backend.random_input_check.check(name)

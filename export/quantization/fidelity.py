@@ -6,6 +6,7 @@ changed, the relative error every change of the outputs.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import inf, sqrt
@@ -95,14 +96,16 @@ class Fp32Outputs:
     times as many tokens. The choices of FP32 are kept for all samples; its outputs, for the relative error, in float32
     until KEEP_BYTES are full. ``data`` is the held-out data's name. ``fp32`` is not needed afterwards. Raises
     CalibrationError for no samples, one that does not fit the model, one on which FP32 is not finite, and a model whose
-    output is the same for all samples.
+    output is the same for all samples. ``sha256`` is over the samples that were drawn, in hex.
     """
 
     def __init__(self, fp32: LoadedBundle, samples: Sequence[Sample], data: str, most: int = MAX_SAMPLES) -> None:
         self._data = data
         self._task = fp32.manifest.family, fp32.manifest.task
         family = export_family(fp32.manifest.family, fp32.manifest.task)
-        self._cases = family.cases(fp32, drawn(samples, most), TOKENS_PER_SAMPLE * most)
+        chosen = drawn(samples, most)
+        self.sha256 = hashlib.sha256(b"".join(sample.digest() for sample in chosen)).hexdigest()
+        self._cases = family.cases(fp32, chosen, TOKENS_PER_SAMPLE * most)
         self._kept: list[Outputs] = []
         self._values: list[Floats | None] = []
         free = KEEP_BYTES
@@ -163,6 +166,22 @@ class Fp32Outputs:
             RelativeError(tuple(differences), tuple(references)),
             (nats_rate(self._kept, self._data), nats_rate(found, self._data)) if found[0].nats else None,
             self._right(found),
+        )
+
+    def compare_itself(self) -> Fidelity:
+        """Return what ``compare`` returns of FP32 itself, without running anything: no difference in any case."""
+        counts = [len(outputs.chosen) for outputs in self._kept]
+        if self._nearest is not None and len(self._kept) > 2:
+            counts = [1] * len(self._kept)
+        references = tuple(squares(values) for values in self._values if values is not None)
+        nats = nats_rate(self._kept, self._data) if self._kept[0].nats else None
+        return Fidelity(
+            by_sample(f"same top-1 as FP32, {self._cases.counted}", self._data, self._kept, counts, counts),
+            self._cases.top1 == NEIGHBOUR,
+            self._cases.output,
+            RelativeError((0.0,) * len(references), references),
+            (nats, nats) if nats is not None else None,
+            self._right(self._kept),
         )
 
     def _right(self, found: Sequence[Outputs]) -> tuple[Accuracy, Accuracy] | None:

@@ -74,6 +74,14 @@ class Gate:
         held_out = held_out_part(fp32.manifest, data)
         return cls(fp32, held_out.samples, held_out.name)
 
+    @property
+    def wanted(self) -> int:
+        """The number of measurements as large as this gate's that make enough cases: ``GateResult.wanted``."""
+        fidelity = self._fp32_outputs.compare_itself()
+        score = self._fp32_score
+        scores = (score, score) if score is not None else fidelity.nats or fidelity.right
+        return gate_result(self._limits, MODES[0], fidelity, scores).wanted
+
     def evaluate(self, bundle: LoadedBundle, activations: str) -> GateResult:
         """Measure a quantised bundle; ``activations`` are "static", "dynamic" or "weight-only"."""
         if activations not in MODES:

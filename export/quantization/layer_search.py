@@ -1,15 +1,14 @@
-"""Search the layers that have to stay in high precision: ranked by the error that each adds, until the gate holds."""
+"""Search the layers that have to stay in high precision where the gate misses: ranked by the error each adds."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import exp
 from typing import Any
 
 from transom.export.metrics import Rate
 from transom.export.quantization.candidate import Candidate
-from transom.export.quantization.fidelity import Fp32Outputs
 from transom.export.quantization.gate_result import MOST_NATS, GateResult, pooled
 from transom.export.quantization.quantizer import Layer
 from transom.runtime.errors import AccuracyError
@@ -24,58 +23,78 @@ class LayerSearchResult:
     """The layers that stay in high precision, and the gate results of the graphs that ship.
 
     why            why each of them does
-    sensitivities  of all layers: relative output error where that layer alone is quantised
     results        by variant
-    curve          error and score by how many layers are quantised, as bundle.json records it
+    sensitivities  relative output error where that layer alone is quantised, of all layers; None where none was ranked
+    curve          error and score by how many layers are quantised, as bundle.json records it; None likewise
     """
 
     high_precision: tuple[Layer, ...]
     why: Mapping[Layer, str]
-    sensitivities: Mapping[Layer, float]
     results: Mapping[str, GateResult]
-    curve: Sequence[Mapping[str, Any]] = field(default_factory=list)
+    sensitivities: Mapping[Layer, float] | None = None
+    curve: Sequence[Mapping[str, Any]] | None = None
 
 
 def search_layers(
     candidates: Sequence[Candidate],
-    fp32_outputs: Fp32Outputs,
+    rank: Callable[[Candidate], Mapping[Layer, float]],
     *,
     gate: bool,
+    always_rank: bool = False,
     same_inputs: bool,
     report: Callable[[str], None],
 ) -> LayerSearchResult:
-    """Rank the layers of the first candidate, which ships; leave as few in high precision as the gate allows.
+    """Quantise all layers; where the gate does not hold, rank them and leave as few in high precision as it allows.
 
-    The gate has to hold for what ships and, where there are other candidates, for all of them pooled; ``same_inputs``
-    says whether they are measured on the same inputs. Without ``gate`` all layers are quantised, and the result is
-    recorded all the same. Raises AccuracyError where half of the weights are in high precision and the gate still does
-    not hold.
+    The gate has to hold for the first candidate, which ships, and, where there are other candidates, for all of them
+    pooled; ``same_inputs`` says whether they are measured on the same inputs. ``rank`` measures the sensitivity of each
+    layer, the most expensive part of a search: it is called where the gate does not hold, or where ``always_rank`` asks
+    for it. Without ``gate`` all layers are quantised, and the result is recorded all the same. Raises AccuracyError
+    where half of the weights are in high precision and the gate still does not hold.
     """
-    first, quantizer = candidates[0], candidates[0].quantizer
-    sensitivities = {}
-    for layer, error in first.layer_errors(fp32_outputs):
-        report("ranking layers by what quantising each costs")
-        sensitivities[layer] = error
-    order = sorted(quantizer.layers, key=lambda layer: -sensitivities[layer])
-    budget = MAX_HIGH_PRECISION * sum(quantizer.sizes.values())
+    first, sizes = candidates[0], candidates[0].quantizer.sizes
+    results = gate_results(candidates, (), report, same_inputs=same_inputs, all_variants=not gate)
+    broken = first_broken(results)
+    if not (always_rank or (gate and broken)):
+        return LayerSearchResult((), {}, results)
+    sensitivities = rank(first)
+    order = sorted(first.quantizer.layers, key=lambda layer: -sensitivities[layer])
+    budget = MAX_HIGH_PRECISION * sum(sizes.values())
     high_precision: list[Layer] = []
     why: dict[Layer, str] = {}
-    while True:
-        results = {
-            variant: evaluate_all(candidates, variant, high_precision, report, same_inputs=same_inputs)
-            for variant in first.gate_modes
-        }
-        broken = [result.broken for result in results.values() if not result.holds]
-        if not broken or not gate:
-            break
+    while gate and broken:
         tried = len(high_precision)
-        budget -= quantizer.sizes[order[tried]] if tried < len(order) else budget + 1
+        budget -= sizes[order[tried]] if tried < len(order) else budget + 1
         if budget < 0:
-            raise AccuracyError(refusal(broken[0], order, sensitivities, tried))
+            raise AccuracyError(refusal(broken, order, sensitivities, tried))
         high_precision.append(order[tried])
-        why[order[tried]] = f"{broken[0].measure}: {broken[0].found:.3g} lost without it, {broken[0].allowed:g} allowed"
-    curve = error_curve(first, order, high_precision, results[first.variant], report)
-    return LayerSearchResult(tuple(high_precision), why, sensitivities, results, curve)
+        why[order[tried]] = f"{broken.measure}: {broken.found:.3g} lost without it, {broken.allowed:g} allowed"
+        results = gate_results(candidates, high_precision, report, same_inputs=same_inputs, all_variants=False)
+        broken = first_broken(results)
+    curve = error_curve(first, order, high_precision, results, report, between=always_rank)
+    return LayerSearchResult(tuple(high_precision), why, results, sensitivities, curve)
+
+
+def first_broken(results: Mapping[str, GateResult]) -> GateResult | None:
+    """Return the part that does not hold of the first result that does not; None where all hold."""
+    return next((result.broken for result in results.values() if not result.holds), None)
+
+
+def gate_results(
+    candidates: Sequence[Candidate],
+    high_precision: Sequence[Layer],
+    report: Callable[[str], None],
+    *,
+    same_inputs: bool,
+    all_variants: bool,
+) -> dict[str, GateResult]:
+    """Return the gate result of each variant; unless ``all_variants``, none behind the first that does not hold."""
+    results: dict[str, GateResult] = {}
+    for variant in candidates[0].gate_modes:
+        results[variant] = evaluate_all(candidates, variant, high_precision, report, same_inputs=same_inputs)
+        if not (all_variants or results[variant].holds):
+            break
+    return results
 
 
 def evaluate_all(
@@ -86,12 +105,17 @@ def evaluate_all(
     *,
     same_inputs: bool,
 ) -> GateResult:
-    """Return the gate result of the first candidate, with that of all candidates pooled as its ``repeated``."""
-    results = []
+    """Return the gate result of the first candidate, with that of all candidates pooled as its ``repeated``.
+
+    Where the first does not hold alone the others are not measured.
+    """
+    results: list[GateResult] = []
     for candidate in candidates:
         kept = len(high_precision)
         report(f"measuring accuracy, {kept} layers in high precision" if kept else "measuring accuracy")
         results.append(candidate.evaluate(variant, high_precision))
+        if not results[0].holds:
+            break
     if len(results) == 1:
         return results[0]
     return replace(results[0], repeated=pooled(results, same_inputs=same_inputs))
@@ -101,21 +125,25 @@ def error_curve(
     candidate: Candidate,
     order: Sequence[Layer],
     high_precision: Sequence[Layer],
-    final: GateResult,
+    results: Mapping[str, GateResult],
     report: Callable[[str], None],
+    *,
+    between: bool,
 ) -> list[dict[str, Any]]:
-    """Measure error and score by how many layers are quantised, the least sensitive first."""
+    """Return error and score of the first variant by how many layers are quantised, the least sensitive first.
+
+    At none, at each number that the search measured, and at all of them; where ``between`` also at CURVE's shares.
+    """
+    (variant, final), *_ = results.items()
     layers, shipped = len(order), len(order) - len(high_precision)
-    points: list[dict[str, Any]] = [
-        {"quantized": 0, "layers": layers, "relative_error": 0.0, "score": score_of(final.score_fp32)}
+    counts = {*range(shipped + 1, layers + 1)} | ({round(share * layers) for share in CURVE} if between else set())
+    points = [
+        {"quantized": 0, "layers": layers, "relative_error": 0.0, "score": score_of(final.score_fp32)},
+        curve_point(final, shipped, layers),
     ]
-    for count in sorted({round(share * layers) for share in CURVE} - {0, layers, shipped}):
+    for count in counts - {0, shipped}:
         report("measuring the curve")
-        points.append(curve_point(candidate.evaluate(candidate.variant, order[: layers - count]), count, layers))
-    points.append(curve_point(final, shipped, layers))
-    if high_precision:
-        report("measuring the curve")
-        points.append(curve_point(candidate.evaluate(candidate.variant, ()), layers, layers))
+        points.append(curve_point(candidate.evaluate(variant, order[: layers - count]), count, layers))
     return sorted(points, key=lambda each: each["quantized"])
 
 

@@ -56,7 +56,9 @@ class QuantizationConfig:
 class QuantizeOptions:
     """The options as given: ``activations``, ``weight_bits`` and ``block_size`` are None by default, see ``config``.
 
-    ``optional_sites`` is --also, ``ranges`` a table of ranges that stands in for calibration.
+    ``optional_sites`` is --also, ``ranges`` a table of ranges that stands in for calibration. ``rank`` measures each
+    layer's sensitivity and the error curve also where the gate holds without; ``resume`` goes on where an export of the
+    same inputs was interrupted.
     """
 
     calibration_data: tuple[str, ...] = ()
@@ -68,6 +70,8 @@ class QuantizeOptions:
     optional_sites: tuple[str, ...] = ()
     ranges: Path | None = None
     gate: bool = True
+    rank: bool = False
+    resume: bool = True
 
     def data_for(self, source: str) -> tuple[str, ...]:
         """Return the names or files of calibration data. Raises ExportError where none is given and none is known."""

@@ -12,15 +12,23 @@ import onnx_ir as ir
 
 from transom.calib.data import CalibrationData
 from transom.calib.samples import Sample
-from transom.calib.table import RANGES, RangeTable, Smoothing
+from transom.calib.table import RANGES, RangeTable
 from transom.export.parity.cases import ParityCases
 from transom.export.parity.fp16_range import beyond_fp16, measure_ranges
-from transom.export.quantization.calibrate import calibrate, require_fitting, smoothed
-from transom.export.quantization.candidate import TENSORRT, Candidate, ranking_outputs
+from transom.export.parity.fp16_watch import Fp16DoubtError
+from transom.export.quantization.calibrate import (
+    SharedCalibration,
+    require_fitting,
+    searched_smoothing,
+    smoothed,
+)
+from transom.export.quantization.candidate import TENSORRT, Candidate, histograms, quantizer_of_table, rank_layers
 from transom.export.quantization.data_split import PARTS, require_same_data, split_for_gate
 from transom.export.quantization.gate import Gate
+from transom.export.quantization.gate_result import ENOUGH_INPUTS
 from transom.export.quantization.layer_search import LayerSearchResult, search_layers
 from transom.export.quantization.options import NONE, QuantizationConfig, QuantizeOptions
+from transom.export.quantization.resume import KeepsNothing, Kept
 from transom.export.reference_models import ReferenceModel, scored_model
 from transom.export.variants import Variants
 from transom.runtime.backends.integer_sums import integer_sums
@@ -44,7 +52,9 @@ class QuantizationJob:
     data          calibration data, of which a part is held out for the gate where the model has no task score
     table         ranges that stand in for calibration, if given
     parity_cases  over which ranges are measured that say whether the graphs fit FP16
-    on_step       called with what is being done
+    report        called with what is being done
+    measure_fp16  measure those ranges first; else the graphs are taken to fit, and watched in every run that measures
+                  them, here and in the parity runs
     made_for      what the bundle is for, one of MADE_FOR
     """
 
@@ -58,6 +68,7 @@ class QuantizationJob:
     parity_cases: ParityCases
     report: Callable[[str], None]
     made_for: str = BOTH
+    measure_fp16: bool = False
 
     @property
     def config(self) -> QuantizationConfig:
@@ -87,55 +98,96 @@ def quantize_model(job: QuantizationJob, folder: Path | None = None) -> Quantize
     Raises CalibrationError for data and a table that cannot be used, AccuracyError where the gate cannot be met.
     """
     scored = job.reference is not None
+    calibration, held_out = split_for_gate(job.data, scored=scored)
+    shared = table = None
+    kept = Kept(job.bundle) if job.options.resume else KeepsNothing()
     if job.table is not None:
         require_fitting(job.table, job.canonical, job.config)
         if not scored:
             require_same_data(job.data.split(PARTS)[0], job.table.data, "the table of ranges")
-    calibration, held_out = split_for_gate(job.data, scored=scored)
-    table = job.table or calibrated(job, calibration)
-    smoothing = {name: graph.smoothing for name, graph in table.graphs.items()}  # of all candidates
-    half = fits_fp16(job, table)
-    first = make_candidate(job, table, held_out, half=half)
-    candidates = [first]
-    if job.options.gate and job.table is None:
-        wanted = min(MAX_CANDIDATES, first.evaluate(first.variant, ()).wanted)
-        for part in range(1, wanted):  # calibrated on other samples; held-out data of the user is other data, too
-            calibration, other = job.data.split(PARTS, part)
-            other_table = calibrated(job, calibration, smoothing)
-            candidates.append(make_candidate(job, other_table, None if scored else other, half=half))
-    samples, name = held_out_samples(job, held_out)
-    fp32_outputs = ranking_outputs(job.bundle, samples, name, len(first.quantizer.layers))
-    found = search_layers(candidates, fp32_outputs, gate=job.options.gate, same_inputs=scored, report=job.report)
-    record = quantization_record(job.config, table, found, first, half=half)
-    return Quantized(first.quantizer.variants(found.high_precision, folder), table, record)
+        table = job.table
+    else:
+        smoothing = searched_smoothing(
+            job.bundle,
+            job.canonical,
+            job.config,
+            calibration,
+            smooth=job.options.smooth,
+            report=job.report,
+            kept=kept,
+        )
+        shared = SharedCalibration(
+            job.bundle, job.canonical, job.config, parts_of(job.data), smoothing, job.report, kept
+        )
+        if job.options.gate and held_out is not None and len(held_out.samples) < ENOUGH_INPUTS:
+            shared.collect(range(PARTS))  # further candidates are certain, and need the part that is held out here
+        table = shared.table(calibration, [part for part in range(PARTS) if scored or part > 0])
+    gates = open_gates(job, held_out, most=MAX_CANDIDATES if job.options.gate and shared else 1)
+    tables = [table]
+    for part in range(1, len(gates)):  # calibrated on other samples
+        assert shared is not None
+        others = [other for other in range(PARTS) if other != part]
+        tables.append(shared.table(job.data.split(PARTS, part)[0], others))
+    if job.config.for_cpu and not job.measure_fp16:  # else the graph that rounds ships itself, and has no watch
+        try:
+            return searched(job, tables, gates, held_out, kept, folder, half=True, watch=True)
+        except Fp16DoubtError:
+            pass
+    return searched(job, tables, gates, held_out, kept, folder, half=fits_fp16(job, table), watch=False)
 
 
-def calibrated(
-    job: QuantizationJob, data: CalibrationData, smoothing: Mapping[str, Mapping[str, Smoothing]] | None = None
-) -> RangeTable:
-    """Calibrate the model on ``data``, with ``smoothing`` where it is given."""
-    return calibrate(
-        job.bundle,
-        job.canonical,
-        job.config,
-        data,
-        smooth=job.options.smooth,
-        smoothing=smoothing,
+def searched(
+    job: QuantizationJob,
+    tables: Sequence[RangeTable],
+    gates: Sequence[Gate],
+    held_out: CalibrationData | None,
+    kept: Kept,
+    folder: Path | None,
+    *,
+    half: bool,
+    watch: bool,
+) -> Quantized:
+    """Quantise by the first of ``tables``; layers stay in high precision until all of the ``gates`` hold.
+
+    There is a gate for each table. Raises AccuracyError where they do not, Fp16DoubtError only with ``watch``.
+    """
+    quantizer = quantizer_of_table(job.bundle, job.canonical, job.config, tables[0], half=half, watch=watch)
+    quantizers = [quantizer, *(quantizer.with_ranges(histograms(table, job.canonical)) for table in tables[1:])]
+    candidates = [Candidate(job.bundle, each, gate) for each, gate in zip(quantizers, gates, strict=True)]
+    found = search_layers(
+        candidates,
+        lambda candidate: rank_layers(candidate, job.bundle, *held_out_samples(job, held_out), job.report, kept),
+        gate=job.options.gate,
+        always_rank=job.options.rank,
+        same_inputs=job.reference is not None,
         report=job.report,
     )
+    record = quantization_record(job.config, tables[0], found, candidates[0], half=half)
+    return Quantized(quantizer.variants(found.high_precision, folder), tables[0], record)
 
 
-def make_candidate(
-    job: QuantizationJob, table: RangeTable, held_out: CalibrationData | None, *, half: bool
-) -> Candidate:
-    """Return the candidate of a table, with a gate on ``held_out``, or on a reference model's own data."""
+def parts_of(data: CalibrationData) -> dict[int, CalibrationData]:
+    """Return the parts of the data, by number, each of which is held out once."""
+    return {part: data.split(PARTS, part)[1] for part in range(PARTS)}
+
+
+def open_gates(job: QuantizationJob, held_out: CalibrationData | None, most: int) -> list[Gate]:
+    """Return a gate for each candidate, as many as its cases are few for, at most ``most``.
+
+    The first is on ``held_out``, the further ones on other parts of the user's data; a reference model's own data are
+    the same for all.
+    """
     with open_bundle(job.bundle) as fp32:
         job.report("measuring FP32")
         if held_out is None and job.reference is not None:
             gate = Gate.of_reference(job.reference, fp32)
-        else:
-            gate = Gate(fp32, *held_out_samples(job, held_out))
-    return Candidate(job.bundle, job.canonical, job.config, table, gate, half=half)
+            return [gate] * min(most, gate.wanted)
+        gates = [Gate(fp32, *held_out_samples(job, held_out))]
+        for part in range(1, min(most, gates[0].wanted)):
+            job.report("measuring FP32")
+            other = job.data.split(PARTS, part)[1]
+            gates.append(Gate(fp32, other.samples, other.name))
+    return gates
 
 
 def fits_fp16(job: QuantizationJob, table: RangeTable) -> bool:
@@ -183,13 +235,13 @@ def quantization_record(
                 "name": name,
                 "graph": graph,
                 **({"operator": "Conv"} if (graph, name) in candidate.quantizer.convolutions else {}),
-                "sensitivity": found.sensitivities[graph, name],
+                "sensitivity": None if found.sensitivities is None else found.sensitivities[graph, name],
                 "kept": (graph, name) in found.high_precision,
                 "why": found.why.get((graph, name)),
             }
             for graph, name in candidate.quantizer.layers
         ],
-        "curve": [dict(point) for point in found.curve],
+        "curve": None if found.curve is None else [dict(point) for point in found.curve],
         "gate": {variant: result.to_json() for variant, result in found.results.items()},
     }
     return {key: finite(value) for key, value in record.items()}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from copy import copy
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,12 @@ import onnx_ir as ir
 from transom.calib.histogram import Histogram
 from transom.calib.quantized_weights import QuantizedWeights
 from transom.calib.scales import Scale, activation_scale, clip_range
+from transom.export.parity.fp16_watch import with_watch
 from transom.export.passes.convolutions import Convolution, QuantizableLayer, find_layers
 from transom.export.passes.cpu import optimize_for_cpu
 from transom.export.passes.cpu.group_query_attention import reads_cache
 from transom.export.passes.fp16_embeddings import fp16_embeddings
+from transom.export.passes.fp16_watch import add_fp16_watch
 from transom.export.passes.half_precision import convert_precision
 from transom.export.passes.linear_layers import Linear
 from transom.export.passes.qdq_dynamic import quantize_dynamic
@@ -24,7 +28,7 @@ from transom.export.passes.weight_only import quantize_weights
 from transom.export.quantization.options import DYNAMIC, NONE, QuantizationConfig
 from transom.export.variants import Variants, emulations, pack, simulated, state_names, with_integers
 from transom.runtime.graph_spec import Graph
-from transom.runtime.manifest_graphs import BLOCKS, CPU_ALONE, PRODUCTS
+from transom.runtime.manifest_graphs import BLOCKS, CPU_ALONE, PRODUCTS, GraphFile
 
 SMALLEST_FP16_SCALE = 2.0**-14  # the smallest normal number: a scale below it would lose digits, or vanish
 
@@ -35,7 +39,8 @@ class Quantizer:
     """Makes quantised graphs of FP32 ones, with any of their layers left in high precision.
 
     ``models`` are FP32, smoothed where they are to be, and are not changed; ``ranges`` are the histograms of
-    their tensors, by graph and name. ``half`` says whether the graphs for TensorRT are in FP16 beside int8.
+    their tensors, by graph and name. ``half`` says whether the graphs for TensorRT are in FP16 beside int8; where
+    ``watch``, as measured on a CPU, they say in every run whether FP16 held its values (``fp16_watch``).
 
     layers        the linear layers and convolutions of all graphs, in their order
     convolutions  those of them that are convolutions
@@ -50,9 +55,10 @@ class Quantizer:
         ranges: Mapping[str, Mapping[str, Histogram]],
         *,
         half: bool = True,
+        watch: bool = False,
     ) -> None:
         self.config, self.models, self._graphs, self._ranges = config, models, graphs, ranges
-        self._half = half
+        self._half, self._watch = half, half and watch
         self._weights = {name: QuantizedWeights(config.weight_bits) for name in models}
         self._scales: dict[bool, dict[str, dict[str, Scale]]] = {}
         found = {
@@ -63,6 +69,12 @@ class Quantizer:
         self.sizes: dict[Layer, int] = {key: prod(layer.kernel_shape) for key, layer in found.items()}
         self.layers: list[Layer] = [*self.sizes]
         self.convolutions = {key for key, layer in found.items() if isinstance(layer, Convolution)}
+
+    def with_ranges(self, ranges: Mapping[str, Mapping[str, Histogram]]) -> Quantizer:
+        """Return a quantizer of the same models by other ranges, which shares their quantised weights."""
+        other = copy(self)
+        other._ranges, other._scales = ranges, {}
+        return other
 
     def scales(self, *, signed: bool) -> dict[str, dict[str, Scale]]:
         """Return the scales of all activations that have ranges, by graph and name."""
@@ -149,8 +161,9 @@ class Quantizer:
         if not self.config.for_cpu:
             cpu = emulations(models) if self._half else {}
             return simulated(pack(self._graphs, models, state, cpu=cpu, folder=folder))
-        cpu = self.optimized_cpu(high_precision)
-        return simulated(pack(self._graphs, models, state, cpu=cpu, emulated=emulations(models), folder=folder))
+        cpu, emulated = self.optimized_cpu(high_precision), self._emulations(models)
+        variants = simulated(pack(self._graphs, models, state, cpu=cpu, emulated=emulated, folder=folder))
+        return replace(variants, emulated=self._watched(variants.emulated))
 
     def _cpu_alone(self, models: dict[str, ir.Model], folder: Path | None) -> Variants:
         return with_integers(pack(self._graphs, {}, "float32", cpu=models, folder=folder), self.integers)
@@ -172,7 +185,18 @@ class Quantizer:
 
     def tensorrt_variant(self, high_precision: Collection[Layer] = ()) -> Variants:
         """Return the graphs for TensorRT alone, to be measured on a CPU: FP16 is rounded as a GPU would round it."""
-        return simulated(pack(self._graphs, emulations(self.tensorrt(high_precision)), "float32"))
+        variants = simulated(pack(self._graphs, self._emulations(self.tensorrt(high_precision)), "float32"))
+        return replace(variants, graphs=self._watched(variants.graphs))
+
+    def _emulations(self, models: Mapping[str, ir.Model]) -> dict[str, ir.Model]:
+        """Return copies of graphs for TensorRT that round as a GPU would, with a watch where there is to be one."""
+        emulated = emulations(models)
+        for model in emulated.values() if self._watch else ():
+            add_fp16_watch(model)
+        return emulated
+
+    def _watched(self, files: tuple[GraphFile, ...]) -> tuple[GraphFile, ...]:
+        return tuple(replace(file, graph=with_watch(file.graph)) for file in files) if self._watch else files
 
     @property
     def integers(self) -> dict[str, str]:

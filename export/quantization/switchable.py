@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -43,7 +44,7 @@ class SwitchableBundle:
     ``models`` are consumed. ``integers`` says how a CPU session computes the integers of each graph, where there are
     any. ``fp32`` are the graphs that ``models`` were made of, by name: for quantised ones with smoothing folded in, and
     then the layers are those that were quantised; for ``half`` precision the canonical graphs, and the layers are the
-    modules.
+    modules. ``sha256`` are the hashes of all files, in hex, by name.
     Raises BundleError where ``models`` are not made of them.
     """
 
@@ -64,6 +65,7 @@ class SwitchableBundle:
         variants = pack(graphs, models, "float32", external_above=0)
         if integers is not None:
             variants = with_integers(variants, integers)
+        self.sha256 = {name: hashlib.sha256(data).hexdigest() for name, data in variants.files.items()}
         self._backends = {
             file.graph.name: SwitchableBackend(
                 OrtBackend(file, variants.files.__getitem__, "cpu", threads), len(self._names[file.graph.name])

@@ -261,9 +261,14 @@ def plot(
 
 
 def sensitivity(quantization: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the layers that change the output most when they alone are quantised, and all that are kept."""
+    """Return the layers that change the output most when they alone are quantised, and all that are kept.
+
+    None where no layer was ranked: the gate held with all of them quantised, or there was none.
+    """
     recorded = list_of(quantization.get("layers"))[:MOST_LAYERS]
     layers = [layer for layer in recorded if isinstance(layer, Mapping)]
+    if all(layer.get("sensitivity") is None and layer.get("kept") is not True for layer in layers):
+        return None
     ranked = sorted(layers, key=lambda layer: -(finite(layer.get("sensitivity")) or 0.0))
     shown = [layer for rank, layer in enumerate(ranked) if rank < MOST_BARS or layer.get("kept") is True]
     shown = shown[: 4 * MOST_BARS]

@@ -19,6 +19,7 @@ from transom.runtime.backends.model_pipe import can_pipe, session_from_parts
 from transom.runtime.backends.ort_bound import OrtBoundRun, RepeatedShapes, reason_of
 from transom.runtime.backends.ort_cache import OrtDecoderState
 from transom.runtime.backends.ort_library import FATAL, load_cuda, onnxruntime, version_of
+from transom.runtime.backends.spinning import thread_entries
 from transom.runtime.decoder_state import DecoderState, HostDecoderState
 from transom.runtime.errors import BackendError, BundleError
 from transom.runtime.graph_spec import cache_inputs
@@ -160,7 +161,7 @@ def open_session(graph: GraphFile, read: Read, device: str, threads: int | None)
     options.log_severity_level = FATAL
     options.intra_op_num_threads = threads or 0  # 0: one per physical core
     options.inter_op_num_threads = 1
-    for key, setting in session_entries(graph, device).items():
+    for key, setting in {**session_entries(graph, device), **thread_entries()}.items():
         options.add_session_config_entry(key, setting)
 
     def make(model: str | bytes) -> Any:

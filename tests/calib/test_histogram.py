@@ -130,3 +130,14 @@ def test_json_of_no_histogram_is_refused(field: str, value: Any, message: str) -
     Histogram.from_json(GOOD | {field: value}, "h", problems)
     assert len(problems) == 1
     assert message in problems[0]
+
+
+def test_histograms_of_parts_add_up_to_that_of_all_values() -> None:
+    """Parts of other limits, one of nothing but zeros and one of nothing: to the last bit, in any order."""
+    rng = np.random.default_rng(0)
+    parts = [rng.standard_normal(1000), rng.standard_normal(50) * 1e-6, np.zeros(7), np.full(3, -700.0), np.empty(0)]
+    whole = histogram(*parts)
+    for order in (parts, parts[::-1]):
+        merged = Histogram.merged(histogram(part) for part in order)
+        assert (merged.to_json(), merged.count) == (whole.to_json(), whole.count)
+    assert Histogram.merged([]).to_json() == Histogram().to_json()

@@ -39,10 +39,11 @@ def test_export_hands_every_option_of_quantisation_on(monkeypatch: pytest.Monkey
     monkeypatch.setattr("transom.export.pipeline.export", record)
     options = "--precision int8 --calibration-data a.txt --calibration-data b --method minmax --no-smooth-quant"
     options += " --activations static --weight-bits 7 --block-size 64 --also residual --ranges r.json --no-gate"
+    options += " --rank --no-resume"
     assert transom("export", "some/model", "--out", vit_bundle, *options.split()).exit_code == 0
     assert received["precision"] == "int8"
     assert received["quantize"] == QuantizeOptions(
-        ("a.txt", "b"), "minmax", False, "static", 7, 64, ("residual",), Path("r.json"), False
+        ("a.txt", "b"), "minmax", False, "static", 7, 64, ("residual",), Path("r.json"), False, True, False
     )
 
 

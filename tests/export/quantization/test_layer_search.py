@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import cast
 
@@ -11,13 +11,14 @@ import pytest
 from transom.calib.table import RANGES, load_table
 from transom.export.bundle_graphs import canonical_graphs
 from transom.export.metrics import Accuracy
-from transom.export.quantization.candidate import Candidate
+from transom.export.quantization.candidate import Candidate, quantizer_of_table, rank_layers
 from transom.export.quantization.fidelity import Fp32Outputs, RelativeError
 from transom.export.quantization.gate import Gate
 from transom.export.quantization.gate_result import SCORE, GateResult
 from transom.export.quantization.layer_search import LayerSearchResult, search_layers
 from transom.export.quantization.options import DEFAULTS
 from transom.export.quantization.quantizer import Layer
+from transom.export.quantization.resume import KeepsNothing
 from transom.export.reference_models import REFERENCE_MODELS
 from transom.runtime import load
 from transom.runtime.bundle import Bundle
@@ -44,18 +45,19 @@ class FakeCandidate:
         self.evaluated: list[tuple[str, str]] = []
         self._factor = factor
 
-    def layer_errors(self, reference: object) -> Iterator[tuple[Layer, float]]:
-        for layer in LAYERS:
-            yield layer, COST[layer[1]]
-
     def evaluate(self, kind: str, kept: Collection[Layer]) -> GateResult:
         self.evaluated.append((kind, "".join(sorted(name for _, name in kept))))
         return lost(self._factor * sum(COST[name] for layer in LAYERS if layer not in kept for name in layer[1]))
 
 
-def search(*candidates: FakeCandidate, gate: bool = True) -> LayerSearchResult:
+def search(*candidates: FakeCandidate, gate: bool = True, rank: bool = False) -> LayerSearchResult:
+    def ranked(candidate: object) -> dict[Layer, float]:
+        assert candidate is candidates[0]
+        candidates[0].evaluated.append(("ranked", ""))
+        return {layer: COST[layer[1]] for layer in LAYERS}
+
     found = cast("list[Candidate]", candidates)
-    return search_layers(found, cast(Fp32Outputs, None), gate=gate, same_inputs=False, report=lambda what: None)
+    return search_layers(found, ranked, gate=gate, always_rank=rank, same_inputs=False, report=lambda what: None)
 
 
 def test_layers_stay_in_high_precision_in_order_of_their_cost_until_the_gate_holds() -> None:
@@ -64,26 +66,49 @@ def test_layers_stay_in_high_precision_in_order_of_their_cost_until_the_gate_hol
     found = search(candidate)
     assert found.high_precision == (("model", "b"), ("model", "d"))
     assert found.sensitivities == {layer: COST[layer[1]] for layer in LAYERS}
-    assert [kept for kind, kept in candidate.evaluated if kind == "default"] == ["", "b", "bd"]
+    assert candidate.evaluated[:2] == [("cpu", ""), ("ranked", "")]
+    assert [kept for kind, kept in candidate.evaluated if kind == "default"] == ["bd"]
     assert found.why == {
         ("model", "b"): "top-1 accuracy: 0.04 lost without it, 0.01 allowed",
         ("model", "d"): "top-1 accuracy: 0.02 lost without it, 0.01 allowed",
     }
     assert {kind: result.holds for kind, result in found.results.items()} == {"cpu": True, "default": True}
-    curve = [(point["quantized"], round(point["relative_error"], 4)) for point in found.curve]
-    assert curve == [(0, 0.0), (1, 0.0025), (2, 0.01), (3, 0.02), (4, 0.04)]
-    assert [round(point["score"], 3) for point in found.curve] == [0.99, 0.988, 0.98, 0.97, 0.95]
+    assert curve_of(found) == [(0, 0.0), (2, 0.01), (3, 0.02), (4, 0.04)], "what the search measured, and no more"
+    assert {kept for kind, kept in candidate.evaluated if kind == "cpu"} == {"", "b", "bd"}
 
 
-def test_where_the_gate_holds_at_once_all_is_quantised() -> None:
-    found = search(FakeCandidate(factor=0.05))
+def curve_of(found: LayerSearchResult) -> list[tuple[int, float]]:
+    assert found.curve is not None
+    return [(point["quantized"], round(point["relative_error"], 4)) for point in found.curve]
+
+
+def test_where_the_gate_holds_at_once_nothing_is_ranked() -> None:
+    candidate = FakeCandidate(factor=0.05)
+    found = search(candidate)
+    assert (found.high_precision, found.why, found.sensitivities, found.curve) == ((), {}, None, None)
+    assert candidate.evaluated == [("cpu", ""), ("default", "")]
+
+
+def test_where_the_gate_misses_the_ranking_is_recorded() -> None:
+    """One evaluation of one variant is enough to know; then layers are ranked, however little is lost."""
+    found = search(FakeCandidate(factor=0.07))  # 0.0112 of 0.01 allowed
+    assert found.sensitivities == {layer: COST[layer[1]] for layer in LAYERS}
+    assert found.high_precision == (("model", "b"),)
+
+
+def test_ranking_on_request_changes_nothing_else() -> None:
+    found = search(FakeCandidate(factor=0.05), rank=True)
     assert (found.high_precision, found.why) == ((), {})
-    assert [point["quantized"] for point in found.curve] == [0, 1, 2, 3, 4]
+    assert found.sensitivities == {layer: COST[layer[1]] for layer in LAYERS}
+    assert curve_of(found) == [(0, 0.0), (1, 0.0005), (2, 0.002), (3, 0.004), (4, 0.008)]
+    assert [round(point["score"], 3) for point in found.curve or ()] == [0.99, 0.99, 0.988, 0.986, 0.982]
 
 
-def test_without_a_gate_all_is_quantised_and_the_result_recorded() -> None:
-    found = search(FakeCandidate(), gate=False)
-    assert found.high_precision == ()
+def test_without_a_gate_nothing_is_ranked_and_every_result_recorded() -> None:
+    candidate = FakeCandidate()
+    found = search(candidate, gate=False)
+    assert (found.high_precision, found.sensitivities, found.curve) == ((), None, None)
+    assert candidate.evaluated == [("cpu", ""), ("default", "")], "the second too, though the first does not hold"
     assert not found.results["cpu"].holds
     assert found.results["cpu"].found == pytest.approx(0.16)
 
@@ -139,8 +164,9 @@ def test_layers_are_ranked_by_what_each_costs_alone(vit_bundle: Path, int8_bundl
     with load(vit_bundle, threads=1) as fp32:
         gate, reference = Gate(fp32, samples, "scans"), Fp32Outputs(fp32, samples, "scans")
     config, ranges = DEFAULTS.config("int8", graphs), load_table(int8_bundle / RANGES)
-    candidate = Candidate(bundle, canonical_graphs(bundle), config, ranges, gate, half=True)
-    errors = dict(candidate.layer_errors(reference))
+    quantizer = quantizer_of_table(bundle, canonical_graphs(bundle), config, ranges, half=True)
+    candidate = Candidate(bundle, quantizer, gate)
+    errors = rank_layers(candidate, bundle, samples, "scans", lambda what: None, KeepsNothing())
     assert list(errors) == candidate.quantizer.layers
     for layer in [max(errors, key=lambda each: errors[each]), candidate.quantizer.layers[-1]]:
         with candidate.open_variant("cpu", [other for other in errors if other != layer]) as alone:

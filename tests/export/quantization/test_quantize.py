@@ -85,11 +85,10 @@ def test_the_manifest_tells_how_it_was_made_and_what_it_costs(int8_bundle: Path)
     layers = about["layers"]
     assert len({layer["name"] for layer in layers}) == len(layers) == LAYERS
     assert {(layer["graph"], layer["kept"], layer["why"]) for layer in layers} == {("model", False, None)}
-    assert all(0 < layer["sensitivity"] < 0.05 for layer in layers)
+    assert (about["curve"], {layer["sensitivity"] for layer in layers}) == (None, {None}), (
+        "ranked, though the gate holds"
+    )
     assert {"encoder.layer.0.attention.attention.query", "classifier"} <= {layer["name"] for layer in layers}
-    curve = about["curve"]
-    assert [point["quantized"] for point in curve] == [0, 5, 10, 14, LAYERS]
-    assert curve[0]["relative_error"] == 0 < curve[1]["relative_error"] < curve[-1]["relative_error"]
 
 
 def test_the_gate_was_held_by_both_variants(int8_bundle: Path) -> None:
