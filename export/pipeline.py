@@ -279,8 +279,8 @@ def quantize_graphs(
     """Calibrate and quantise copies of the graphs, with an FP32 bundle that their accuracy is compared with.
 
     ``measure_fp16`` is as for a QuantizationJob. That bundle's weights lie in a scratch folder below ``folder``
-    meanwhile, and what ships is written there. Raises CalibrationError for data that cannot be used, AccuracyError where
-    the accuracy gate does not hold.
+    meanwhile, and what ships is written there. Raises CalibrationError for data that cannot be used, AccuracyError
+    where the accuracy gate does not hold.
     """
     with tempfile.TemporaryDirectory(dir=folder, prefix=".fp32-") as scratch:
         variants = make_variants(traced.graphs, loaded.graphs, "fp32", external_above=0, folder=Path(scratch))
