@@ -18,7 +18,7 @@ NO_FIELD = b"\x07"  # wire type 7, which Protocol Buffers do not have: no messag
 
 Session = TypeVar("Session")
 
-_writing: set[int] = set()  # ends of pipes that a child process must not keep open: the reader would wait for it
+_ends: set[int] = set()  # of pipes that a child process must not keep open: writer and reader would wait for it
 
 
 def can_pipe() -> bool:
@@ -33,13 +33,13 @@ def session_from_parts(parts: Iterator[bytes | memoryview], make: Callable[[str]
     them all. An error that ``parts`` raises is raised here, and the reader was given no model; any other is ``make``'s.
     """
     reading, writing = os.pipe()
-    _writing.add(writing)
+    _ends.update((reading, writing))
     feeder = Feeder(writing, parts)
     try:
         feeder.start()
     except BaseException:
         feeder.finish()
-        os.close(reading)
+        close(reading)
         raise
     try:
         session = make(f"{PIPES}/{reading}")
@@ -83,15 +83,20 @@ class Feeder(threading.Thread):
             self.finish()
 
     def finish(self) -> None:
-        _writing.discard(self._writing)
-        os.close(self._writing)
+        close(self._writing)
         del self._parts  # and with it the file that it reads
 
     def end(self, reading: int) -> BaseException | None:
         """Close the reader's end, wait for the thread, and return what ``parts`` raised."""
-        os.close(reading)
+        close(reading)
         self.join()
         return self.error
+
+
+def close(end: int) -> None:
+    """Close an end of a pipe."""
+    _ends.discard(end)
+    os.close(end)
 
 
 def write(writing: int, part: bytes | memoryview) -> None:
@@ -117,10 +122,10 @@ def enlarge(writing: int) -> None:
 
 def close_in_child() -> None:
     """Close the ends that a fork copied while another thread was loading."""
-    for writing in list(_writing):
+    for end in list(_ends):
         with suppress(OSError):
-            os.close(writing)
-    _writing.clear()
+            os.close(end)
+    _ends.clear()
 
 
 if hasattr(os, "register_at_fork"):

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from transom.runtime.backends.base import Array, Read, ReadInPieces, with_dtypes
+from transom.runtime.backends.external_data import foreign_location
 from transom.runtime.backends.inlined_model import inlined_model
 from transom.runtime.backends.integer_sums import integer_sums
 from transom.runtime.backends.malloc import large_blocks_apart
@@ -198,22 +199,44 @@ def make_session(graph: GraphFile, read: Read, device: str, options: Any, make: 
     Raises BundleError for files that are not those of bundle.json, and what the library raises.
     """
     model = read(graph.file_for(device))
+    inlined = None
+    if graph.weights is not None and isinstance(read, ReadInPieces):
+        inlined = inlined_model(model, graph.weights, read.size(graph.weights))
+    require_own_weights(graph, device, model, 0 if inlined is None else len(inlined.tensors))
     with large_blocks_apart():
         if graph.weights is not None and isinstance(read, ReadInPieces):
-            inlined = inlined_model(model, graph.weights, read.size(graph.weights))
             if inlined is not None and inlined.is_float32:
                 options.add_session_config_entry(*FOLDED)
             if inlined is not None and can_pipe() and version_of(onnxruntime()) >= READS_PIPES:
-                with suppress(RuntimeError):  # it names the pipe: what it says of bytes is the error
+                try:
                     session = session_from_parts(inlined.parts(read.pieces(graph.weights)), make)
-                    if session is not None:
-                        return session
+                except BundleError:
+                    raise
+                except Exception:  # it names the pipe, which may not be opened here: what bytes give is the error
+                    session = None
+                if session is not None:
+                    return session
         if graph.weights is not None:
             weights = read(graph.weights)
             options.add_external_initializers_from_files_in_memory([graph.weights], [weights], [len(weights)])
         session = make(model)
     session._model_bytes = None  # it keeps them, to be made again on another device
     return session
+
+
+def require_own_weights(graph: GraphFile, device: str, model: bytes, inlined: int) -> None:
+    """Raise BundleError where a graph reads another file than the weights that bundle.json gives it."""
+    file = graph.file_for(device)
+    try:
+        foreign = foreign_location(model, graph.weights, inlined)
+    except (ValueError, IndexError) as error:
+        raise BundleError(f"{file} is no ONNX model ({error}); export the bundle again.") from None
+    if foreign is not None:
+        expected = "no other file" if graph.weights is None else repr(graph.weights)
+        raise BundleError(
+            f"{file} reads weights from {foreign[:100]!r}; bundle.json has {expected} for it. A bundle must hold its "
+            "own files: export it again."
+        )
 
 
 def require_on_device(session: Any, device: str) -> None:
