@@ -58,6 +58,11 @@ class LoadedCheckpoint:
         for file in self.mapped:
             file.give_back()
 
+    def require_unchanged(self) -> None:
+        """Raise CheckpointError where a file of weights changed since it was opened."""
+        for file in self.mapped:
+            file.require_unchanged()
+
     @cached_property
     def sha256(self) -> str:
         """Hash of the files that the graphs are made of, in hex; they are read when it is first asked for."""

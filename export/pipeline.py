@@ -194,7 +194,8 @@ def write_and_compare(
 ) -> Manifest:
     """Write what was converted, compare it with PyTorch and describe it; ``traced`` loses its graphs.
 
-    Raises ParityError, PrecisionError, and of them Fp16DoubtError where a watch in the variants has its doubts.
+    Raises CheckpointError for a checkpoint that changed meanwhile, ParityError, PrecisionError, and of them
+    Fp16DoubtError where a watch in the variants has its doubts.
     """
     reporter.next("writing the bundle")
     fields = {**manifest_fields(loaded, precision, converted.variants, made_for), **converted.fields}
@@ -211,6 +212,7 @@ def write_and_compare(
     traced.graphs.clear()  # large, and not read again
     loaded.give_back()
     parity = compare_with_pytorch(bundle, loaded, converted.variants, parity_cases, reporter)
+    loaded.require_unchanged()  # what was compared is what is hashed as the source
     return describe(writer, fields, traced, ranges, parity)
 
 

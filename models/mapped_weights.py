@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 import struct
 from collections.abc import Iterator
 from math import prod
@@ -35,6 +36,7 @@ class MappedWeights:
                 "Download it again."
             ) from None
         with path.open("rb") as file:
+            self._state = state_of(os.fstat(file.fileno()))
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # a write would be this process' own
         (length,) = struct.unpack("<Q", self._map[:8])
         self._start = 8 + length
@@ -52,6 +54,18 @@ class MappedWeights:
             return self._file.get_tensor(name)  # type: ignore[no-any-return]
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=place).reshape(entry["shape"])
 
+    def require_unchanged(self) -> None:
+        """Raise CheckpointError where the file was written to or replaced since it was opened."""
+        try:
+            state = state_of(self.path.stat())
+        except OSError:
+            state = None
+        if state != self._state:
+            raise CheckpointError(
+                f"{self.path} changed while it was exported; expected the same file until the end. Nothing was "
+                "written. Export it again when nothing else writes to it."
+            )
+
     def give_back(self) -> None:
         """Give the pages in memory back to the system, which reads them again when they are needed.
 
@@ -59,3 +73,8 @@ class MappedWeights:
         """
         if hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED)
+
+
+def state_of(status: os.stat_result) -> tuple[int, int, int, int]:
+    """Return what a write to a file, or another in its place, changes: inode, size, times in nanoseconds."""
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

@@ -12,9 +12,11 @@ import pytest
 
 import transom.export
 from transom.export import bundle_writer, pipeline
+from transom.export.variants import WEIGHTS
 from transom.models.checkpoint import Checkpoint
 from transom.runtime import bundle as bundle_reader
 from transom.runtime.bundle import Bundle
+from transom.runtime.errors import CheckpointError
 from transom.runtime.manifest import MANIFEST
 from transom.runtime.text import tokenizer as text_tokenizer
 
@@ -65,8 +67,28 @@ def test_an_export_does_each_piece_of_work_once(
     assert written.count(MANIFEST) == 1
     assert written[-1] == MANIFEST
     files = Bundle(tmp_path / "out").manifest.files
-    assert sorted(written[:-1]) == sorted(files)
-    assert {name: hashed[file.sha256] for name, file in files.items()} == dict.fromkeys(files, 1)
+    others = [name for name in files if name != WEIGHTS]  # which are written and hashed as they come
+    assert sorted(written[:-1]) == sorted(others)
+    assert {name: hashed[files[name].sha256] for name in others} == dict.fromkeys(others, 1)
+
+
+def test_a_checkpoint_that_changes_during_its_export_is_refused(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_checkpoint("BertModel", num_hidden_layers=1)
+    compare = pipeline.compare_with_pytorch
+
+    def compare_and_replace(*arguments: Any) -> Any:
+        parity = compare(*arguments)
+        weights = folder / "model.safetensors"
+        (folder / "other").write_bytes(weights.read_bytes())
+        (folder / "other").replace(weights)
+        return parity
+
+    monkeypatch.setattr(pipeline, "compare_with_pytorch", compare_and_replace)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors changed while it was exported"):
+        pipeline.export(str(folder), tmp_path / "out", max_sizes={"B": 1, "S": 4})
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_package_offers_its_commands() -> None:
