@@ -28,7 +28,7 @@ WHEEL_VENV := build/wheel-venv
 # Raw, and handed to recipes through the environment: a path may hold spaces, quotes or dollars.
 override CHECKPOINT := $(value CHECKPOINT)
 override CALIBRATION_DATA := $(value CALIBRATION_DATA)
-FOR ?= both
+FOR        ?=
 export CHECKPOINT CALIBRATION_DATA PRECISIONS FOR
 
 # The stamp is written last and holds the folder's path, so that a .venv whose making was
@@ -86,7 +86,8 @@ export: $(STAMP) ## export, check and report on the reference models in each pre
 	        [ "$$precision" = fp32 ] || bundle=$$bundle-$$precision; \
 	        printf '\n== %s, %s: %s\n' "$$source" "$$precision" "$$bundle"; \
 	        case $$precision in int*) data=$$CALIBRATION_DATA again=verify ;; *) data= again=selftest ;; esac; \
-	        if $(VENV)/bin/transom export "$$source" --precision "$$precision" --for "$$FOR" --out "$$bundle" --force \
+	        if $(VENV)/bin/transom export "$$source" --precision "$$precision" --out "$$bundle" --force \
+	                $${FOR:+--for "$$FOR"} \
 	                $${data:+--calibration-data "$$data"} \
 	            && $(VENV)/bin/transom selftest "$$bundle" \
 	            && { [ $$again = selftest ] \

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transom.export.staging import OLD, PARTIAL, remove_stale, staging_dir
-from transom.export.weights_file import FolderFiles, StoredFile
+from transom.export.stored_files import FolderFiles, StoredFile
 from transom.runtime.atomic_write import write_bytes
 from transom.runtime.backends.base import Read, ReadInPieces
 from transom.runtime.bundle import Bundle, BundleReader, read_manifest, versioned

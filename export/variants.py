@@ -15,7 +15,8 @@ from transom.export.parity.fp16_watch import watched
 from transom.export.passes.compute_in_fp32 import compute_in_fp32
 from transom.export.passes.fake_half import fake_half
 from transom.export.passes.half_precision import HALF, convert_precision
-from transom.export.weights_file import FolderFiles, StoredFile, externalize, externalize_to
+from transom.export.stored_files import FolderFiles, StoredFile
+from transom.export.weights_file import externalize, externalize_to
 from transom.runtime.backends.base import Backend
 from transom.runtime.backends.ort import OrtBackend
 from transom.runtime.bundle import Bundle

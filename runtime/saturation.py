@@ -85,4 +85,4 @@ def warn_of_saturation(manifest: Manifest, device: str) -> None:
         )
     if problem is not None and problem not in _warned:
         _warned.add(problem)
-        warnings.warn(problem, SaturationWarning, stacklevel=3)
+        warnings.warn(problem, SaturationWarning, stacklevel=4)  # at the call of ``load``

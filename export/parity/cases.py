@@ -15,7 +15,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from transom.export.parity.inputs import ParityInputs, single_rows
+from transom.export.parity.inputs import ParityInputs
 from transom.export.parity.interleaved_scenarios import interleaved_scenarios
 from transom.export.parity.scenarios import Scenario, prompt_length, scenarios
 from transom.export.parity.whole_sequences import whole_logits
@@ -123,9 +123,11 @@ class ParityCases:
     def __len__(self) -> int:
         return sum(map(len, self._grids.values())) + sum(scenario.steps for scenario in self._scenarios)
 
-    def runs(self, bundle: LoadedBundle, *, by_row: bool = False) -> Iterator[Run]:
-        """Run all cases on ``bundle``; with ``by_row`` a batch of an encoder row by row, to save memory.
+    def runs(self, bundle: LoadedBundle, *, by_row: bool = False, most: int | None = None) -> Iterator[Run]:
+        """Run all cases on ``bundle``; ``by_row`` or ``most`` run a batch of an encoder in parts, to save memory.
 
+        Parts are single rows, or as many as have ``most`` elements of inputs: PyTorch adds up other numbers of rows in
+        another order, which a recurrent encoder makes larger with every token.
         A backend that can give memory back until its next run does so after each large case.
         """
         for name, shapes in self._grids.items():
@@ -133,7 +135,7 @@ class ParityCases:
             graph = backend.graph
             for sizes in shapes:
                 feeds = self._inputs[name].feeds(sizes)
-                outputs = run_rows(bundle, feeds) if by_row else bundle.run(feeds)
+                outputs = run_parts(bundle, feeds, 0 if by_row else most)
                 give_back(backend, sum(array.size for array in feeds.values()))
                 yield Run(sizes, graph, feeds, outputs)
                 del outputs  # of the largest case they can be gigabytes, and the next is computed meanwhile
@@ -156,7 +158,15 @@ class ParityCases:
         return forced_logits(bundle, scenario.prompts, scenario.chunks, scenario.beams)
 
 
-def run_rows(bundle: LoadedBundle, feeds: Mapping[str, Array]) -> dict[str, Array]:
-    """Run a batch row by row: where rows cannot affect each other, this takes a fraction of the memory."""
-    rows = [bundle.run(row) for row in single_rows(feeds)]
-    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+def run_parts(bundle: LoadedBundle, feeds: Mapping[str, Array], most: int | None) -> dict[str, Array]:
+    """Run a batch in parts of at most ``most`` elements, and of a row at least; whole for None.
+
+    Where rows cannot affect each other, this takes a fraction of the memory.
+    """
+    rows = len(next(iter(feeds.values())))
+    size = rows if most is None else max(1, most * rows // max(1, sum(array.size for array in feeds.values())))
+    if size >= rows:
+        return bundle.run(feeds)
+    starts = range(0, rows, size)
+    parts = [bundle.run({name: array[start : start + size] for name, array in feeds.items()}) for start in starts]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -60,13 +60,13 @@ def test_bench_of_a_bundle_that_generates_measures_what_a_user_waits_for(
 ) -> None:
     _, gpt = exported("GPT2LMHeadModel")
     read: list[tuple[int, ...]] = []
-    step = Decoder.prefill
+    step = Decoder._step
 
-    def count(self: Decoder, tokens: Any, lengths: Any = None) -> Any:
+    def count(self: Decoder, tokens: Any, *places: Any) -> Any:
         read.append(tokens.shape)
-        return step(self, tokens, lengths)
+        return step(self, tokens, *places)
 
-    monkeypatch.setattr(Decoder, "prefill", count)
+    monkeypatch.setattr(Decoder, "_step", count)
     printed = document(transom("bench", gpt, "--shape", "B=2,S=5", "--new-tokens", "4", *SHORT, "--json"))
     assert read == [(2, 5), (2, 1)] + 3 * [(2, 5), (2, 1), (2, 1), (2, 1)]  # the warm-up, then three generations
     prefill, decode = printed["timings"]

@@ -77,6 +77,7 @@ def test_export_hands_every_option_on(monkeypatch: pytest.MonkeyPatch, vit_bundl
         "image_size": (32, 48),
         "ignore_unused": True,
         "force": True,
+        "made_for": "both",
     }
     assert result.stderr == "what a library prints\ntracing ...\n"
     assert result.stdout.splitlines()[0].startswith(f"{tmp_path}/a b: vit, image-classification, fp32, ")

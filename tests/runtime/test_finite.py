@@ -59,7 +59,10 @@ KEPT_CALLS: dict[tuple[str, str], tuple[Callable[[Any], object], str]] = {
     ("swin", "features"): (lambda s: s.features([IMAGE] * 5), "pooler_output for image 1 of 5"),
     ("swinv2", "classify"): (lambda s: s.classify(IMAGE), "logits for image 0 of 1"),
     ("swinv2", "features"): (lambda s: s.features([IMAGE] * 5), "pooler_output for image 1 of 5"),
-    ("gpt", "generate"): (lambda g: g.generate([[1, 2], [3]], max_new_tokens=2), "logits for prompt 1"),
+    ("gpt", "generate"): (
+        lambda g: g.generate([[1, 2], [3]], max_new_tokens=2),
+        "logits for prompt 0",
+    ),  # the longer row is the last
     ("gpt", "stream"): (lambda g: list(g.stream([1, 2], max_new_tokens=2)), "logits for prompt 0"),
     ("gpt", "score"): (lambda g: g.score([[1, 2], [3, 4]]), "logits for prompt 0"),
     ("gpt", "log_probabilities"): (lambda g: g.log_probabilities([1, 2]), "logits for prompt 0"),
@@ -193,6 +196,7 @@ def test_selftest_says_that_a_generation_is_not_finite(monkeypatch: pytest.Monke
     from transom.runtime import selftest as module
     from transom.runtime.errors import ParityError
 
-    monkeypatch.setattr(module, "load", lambda *arguments: spoilt(load(*arguments), np.nan))
+    opened = module.open_verified
+    monkeypatch.setattr(module, "open_verified", lambda *arguments: spoilt(opened(*arguments), np.nan))
     with pytest.raises(ParityError, match="golden generation meets logits that are NaN or infinite"):
         module.selftest(KEPT / "gpt-fp32")

@@ -40,7 +40,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> Here:
 
 def manifest(**quantization: Any) -> Any:
     made = {"weight_bits": 8, "activations": {"encoder": "none", "decoder": "dynamic"}, **quantization}
-    return SimpleNamespace(name="m", quantization=made if quantization.get("weight_bits", 8) else None)
+    return SimpleNamespace(name="m", made_for="both", quantization=made if quantization.get("weight_bits", 8) else None)
 
 
 def warned(device: str = "cpu", **quantization: Any) -> list[str]:

@@ -392,7 +392,7 @@ BUNDLES = (
     ),
     # graphs that bundle.json vouches for
     *(
-        Row(f"a weight at {where}", "bert", external(where), TransomError, "xternal")
+        Row(f"a weight at {where}", "bert", external(where), TransomError, "reads weights from")
         for where in ("../secret.bin", "/etc/hostname", "/proc/self/environ")
     ),
     Row("a graph that is none", "bert", replaced("model.onnx", lambda data: b"onnx"), BackendError, "cannot load model"),

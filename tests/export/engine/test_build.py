@@ -182,4 +182,4 @@ def test_a_plan_with_a_changed_byte_is_refused(int8_bundle: Path, tmp_path: Path
         plan.seek(1000)
         plan.write(b"\0\1\2\3")
     with pytest.raises(BundleError, match=r"rtx-sm86\.plan does not have the SHA-256"):
-        load(folder)
+        Bundle(folder)

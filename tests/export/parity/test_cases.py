@@ -16,7 +16,7 @@ from tiny_graphs import graph_of
 from transom.export.bundle_graphs import canonical_graphs
 from transom.export.engine.trt_graphs import tensorrt_graphs
 from transom.export.engine.trt_parity import require_trt_parity
-from transom.export.parity.cases import ParityCases, Run
+from transom.export.parity.cases import ParityCases, Run, run_parts
 from transom.export.parity.compare import check_parity, export_limit, in_step
 from transom.export.parity.fp16_range import RangeBackend, measure_ranges, require_fp16_range
 from transom.export.parity.inputs import parity_inputs
@@ -72,8 +72,8 @@ class Cut(ParityCases):
 
     change = 0
 
-    def runs(self, bundle: Any, *, by_row: bool = False) -> Iterator[Run]:
-        found = super().runs(bundle, by_row=by_row)
+    def runs(self, bundle: Any, *, by_row: bool = False, most: int | None = None) -> Iterator[Run]:
+        found = super().runs(bundle, by_row=by_row, most=most)
         if not by_row:
             return found
         return islice(found, len(self) + self.change) if self.change < 1 else chain(found, runs(self.change))
@@ -136,3 +136,20 @@ def test_what_cannot_be_compared_checks_no_engine(monkeypatch: pytest.MonkeyPatc
     bundle = Bundle(KEPT / "vit-fp32")
     with pytest.raises(ExportError, match=said):
         require_trt_parity(bundle, tensorrt_graphs(bundle))
+
+
+def test_a_large_batch_runs_in_parts() -> None:
+    """Five rows of six tokens and as many of a mask, 60 elements, in parts of 24: two rows each."""
+    sizes: list[int] = []
+
+    class Side:
+        def run(self, feeds: Any) -> Any:
+            sizes.append(len(feeds["input_ids"]))
+            return {"y": feeds["input_ids"] * 2}
+
+    ids = np.arange(30).reshape(5, 6)
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    for most, expected in ((24, [2, 2, 1]), (0, [1] * 5), (60, [5]), (None, [5])):
+        sizes.clear()
+        assert np.array_equal(run_parts(Side(), feeds, most)["y"], ids * 2)  # type: ignore[arg-type]
+        assert sizes == expected
