@@ -53,16 +53,6 @@ def samples_of(model: str) -> Callable[[Path], Path]:
     return write
 
 
-def texts_of_several_lengths(folder: Path) -> Path:
-    """Write BERT's samples with rows of 1 to 64 tokens: random weights clip single tokens at ranges of long rows."""
-    path = folder / "bert-lengths.npz"
-    rows = MODELS["bert"][2]()
-    lengths = np.array([64, 1, 48, 2, 32, 1, 16, 4] * 2)
-    mask = (np.arange(rows["input_ids"].shape[1]) < lengths[:, None]).astype(np.int64)
-    np.savez(path, input_ids=rows["input_ids"], attention_mask=mask)
-    return path
-
-
 def photographs_27(folder: Path) -> Path:
     path = folder / f"photographs-{IMAGES}.npz"
     pixels = photographs()["pixel_values"]
@@ -81,8 +71,8 @@ def texts_2000(folder: Path) -> Path:
 CASES = {
     "bert-fp32": Case("bert"),
     "gpt-fp32": Case("gpt"),
-    "bert-int8": Case("bert", "int8", texts_of_several_lengths),
-    "bert-int8-no-gate": Case("bert", "int8", texts_of_several_lengths, ("--no-gate",)),
+    "bert-int8": Case("bert", "int8", samples_of("bert")),
+    "bert-int8-no-gate": Case("bert", "int8", samples_of("bert"), ("--no-gate",)),
     "vit-int8": Case("vit", "int8", samples_of("vit")),
     "vit-int8-no-gate": Case("vit", "int8", samples_of("vit"), ("--no-gate",)),
     "gpt-int8": Case("gpt", "int8", samples_of("gpt")),

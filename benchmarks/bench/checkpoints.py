@@ -18,9 +18,11 @@ SEED = 0
 
 
 def make_checkpoint(model: str, paths: Paths) -> bool:
-    """Write a checkpoint and its calibration data; return False where they are there already."""
-    folder = paths.checkpoint(model)
-    if folder.exists() and paths.calibration(model).exists():
+    """Write a checkpoint, and its calibration data where they are others; return False for a checkpoint that is there."""
+    folder, samples = paths.checkpoint(model), MODELS[model][2]()
+    if not same_arrays(paths.calibration(model), samples):
+        write_arrays(paths.calibration(model), samples)
+    if folder.exists():
         return False
     import torch
     import transformers
@@ -31,7 +33,6 @@ def make_checkpoint(model: str, paths: Paths) -> bool:
     MODELS[model][1](transformers).eval().save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
-    write_arrays(paths.calibration(model), MODELS[model][2]())
     return True
 
 
@@ -41,6 +42,12 @@ def write_arrays(path: Path, arrays: Arrays) -> None:
     partial = path.with_name(f".{path.name}.partial.npz")
     np.savez(partial, **arrays)
     partial.replace(path)
+
+
+def same_arrays(path: Path, arrays: Arrays) -> bool:
+    """Return whether an .npz is there and holds these arrays."""
+    known = dict(np.load(path)) if path.exists() else {}
+    return known.keys() == arrays.keys() and all(np.array_equal(known[name], arrays[name]) for name in arrays)
 
 
 def inputs_of(workload: Workload) -> Arrays:
@@ -62,9 +69,7 @@ def references(workloads: list[Workload], paths: Paths) -> Iterator[str]:
         target = paths.reference(workload.name)
         made = inputs_of(workload)
         path = paths.inputs(workload.name)
-        known = dict(np.load(path)) if path.exists() else {}
-        same = known.keys() == made.keys() and all(np.array_equal(known[name], made[name]) for name in made)
-        if same and target.exists():
+        if same_arrays(path, made) and target.exists():
             continue
         target.unlink(missing_ok=True)
         write_arrays(path, made)
@@ -75,8 +80,8 @@ def references(workloads: list[Workload], paths: Paths) -> Iterator[str]:
 
 
 def checkpoint_key(model: str, paths: Paths) -> str:
-    """Return a hash of a checkpoint's sizes, settings and first weights, which change with the seed."""
-    found = hashlib.sha256()
+    """Return a hash of a checkpoint's sizes, settings and first weights, which change with the seed, and of its data."""
+    found = hashlib.sha256(paths.calibration(model).read_bytes())
     for file in sorted(paths.checkpoint(model).iterdir()):
         with file.open("rb") as opened:
             found.update(f"{file.name} {file.stat().st_size}".encode() + opened.read(1 << 20))

@@ -38,6 +38,7 @@ def prepare(variant: str, model: str, paths: Paths, peer: str = PEER) -> str:
     command += ["--precision", variant]
     if variant != "fp32":
         command += ["--no-gate", "--calibration-data", str(paths.calibration(model))]
+        command += ["--for", "cpu"] if peer == PEER else []  # which earlier versions do not know
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(" ".join((done.stderr + done.stdout).strip().splitlines()[-LOG_TAIL:]))
