@@ -76,7 +76,7 @@ def feeds_of(model: str, sizes: Mapping[str, int]) -> dict[str, Any]:
     found = {}
     for name, array in arrays.items():
         rows = np.resize(array, (B, *array.shape[1:])) if S is None else np.resize(array, (B, S))
-        found[name] = np.ascontiguousarray(rows)
+        found[name] = np.ones_like(rows) if name == "attention_mask" else np.ascontiguousarray(rows)
     return found
 
 

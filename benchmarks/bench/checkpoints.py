@@ -18,7 +18,7 @@ SEED = 0
 
 
 def make_checkpoint(model: str, paths: Paths) -> bool:
-    """Write a checkpoint, and its calibration data where they are others; return False for a checkpoint that is there."""
+    """Write a checkpoint and its calibration data; return False for a checkpoint that is there."""
     folder, samples = paths.checkpoint(model), MODELS[model][2]()
     if not same_arrays(paths.calibration(model), samples):
         write_arrays(paths.calibration(model), samples)
@@ -80,7 +80,7 @@ def references(workloads: list[Workload], paths: Paths) -> Iterator[str]:
 
 
 def checkpoint_key(model: str, paths: Paths) -> str:
-    """Return a hash of a checkpoint's sizes, settings and first weights, which change with the seed, and of its data."""
+    """Return a hash of a checkpoint's data, sizes, settings and first weights, which change with the seed."""
     found = hashlib.sha256(paths.calibration(model).read_bytes())
     for file in sorted(paths.checkpoint(model).iterdir()):
         with file.open("rb") as opened:
