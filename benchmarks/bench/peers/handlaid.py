@@ -15,10 +15,10 @@ import numpy as np
 
 from bench.graphs.names import fused_gpt, plain_gpt
 from bench.paths import Paths
+from bench.peers.onnxruntime import ask_for_exact_sums
 from bench.session import Arrays, Calls
 from bench.workloads import THREADS, Workload
 
-EXACT_SUMS = "session.x64quantprecision"
 BLOCK, ACCURACY = 32, 4
 LAYERS, HEADS, HEAD, VOCABULARY = 12, 12, 64, 50257
 
@@ -66,7 +66,7 @@ def open_session(variant: str, workload: Workload, inputs: Arrays, paths: Paths)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = THREADS, 1
     if variant == "dynamic":
-        options.add_session_config_entry(EXACT_SUMS, "1")
+        ask_for_exact_sums(options)
     path = fused_gpt(variant.removesuffix("-saturating"), paths)
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     ids = inputs["input_ids"]
