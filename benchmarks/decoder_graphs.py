@@ -20,9 +20,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import torch
-import transformers
-from full_size_models import MODELS
+from full_size_models import random_checkpoint
 from numpy.typing import NDArray
 
 from transom.export.bundle_graphs import operator_counts
@@ -47,12 +45,9 @@ Arrays = dict[str, NDArray[Any]]
 
 
 def checkpoint_of(model: str, work: Path) -> LoadedCheckpoint:
-    """Load the checkpoint of a published size in ``work``, made with random weights the first time."""
-    folder = work / f"{model}-checkpoint"
-    if not (folder / "config.json").is_file():
-        torch.manual_seed(0)
-        MODELS[model][1](transformers).save_pretrained(folder)
-    return load_checkpoint(str(folder), task=None, max_sizes={}, image_size=None, ignore_unused=False)
+    """Load the checkpoint of a published size in ``work``."""
+    folder = str(random_checkpoint(model, work))
+    return load_checkpoint(folder, task=None, max_sizes={}, image_size=None, ignore_unused=False)
 
 
 def graphs(fp32: ir.Model, graph: Graph, *, quantized: bool) -> Iterator[tuple[str, ir.Model]]:

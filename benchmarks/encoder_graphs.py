@@ -24,9 +24,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
-import torch
-import transformers
-from full_size_models import MODELS
+from full_size_models import MODELS, random_checkpoint
 from numpy.typing import NDArray
 
 from transom.calib.histogram import Histogram
@@ -48,12 +46,9 @@ Arrays = dict[str, NDArray[Any]]
 
 
 def checkpoint_of(model: str, work: Path) -> LoadedCheckpoint:
-    """Load the checkpoint of a published size in ``work``, made with random weights the first time."""
-    folder = work / f"{model}-checkpoint"
-    if not (folder / "config.json").is_file():
-        torch.manual_seed(0)
-        MODELS[model][1](transformers).save_pretrained(folder)
-    return load_checkpoint(str(folder), task=None, max_sizes={}, image_size=None, ignore_unused=False)
+    """Load the checkpoint of a published size in ``work``."""
+    folder = str(random_checkpoint(model, work))
+    return load_checkpoint(folder, task=None, max_sizes={}, image_size=None, ignore_unused=False)
 
 
 def inputs_of(graph: Graph, model: str, rows: int, tokens: int) -> Arrays:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from full_size_models import MODELS, photographs
+from full_size_models import MODELS, photographs, random_checkpoint
 
 from transom.export.datasets import wordnet_pairs
 from transom.runtime.host import processor
@@ -83,17 +83,8 @@ CASES = {
 
 
 def checkpoint_of(source: str, work: Path) -> str:
-    """Return SOURCE of an export: the folder of a random model, made the first time, or a reference model's name."""
-    if source not in MODELS or source == "minilm":
-        return source
-    folder = work / f"{source}-checkpoint"
-    if not (folder / "config.json").is_file():
-        import torch
-        import transformers
-
-        torch.manual_seed(0)
-        MODELS[source][1](transformers).eval().save_pretrained(folder)
-    return str(folder)
+    """Return SOURCE of an export: the folder of a random model, or a reference model's name."""
+    return source if source not in MODELS else str(random_checkpoint(source, work))
 
 
 def measure(transom: Path, case: Case, work: Path) -> dict[str, Any]:

@@ -84,3 +84,15 @@ MODELS: dict[str, tuple[str, Callable[[Any], Any], Callable[[], Arrays]]] = {
     "clip": ("CLIP-B/32, 151 M", clip, pictures_and_texts),
     "transformer": ("Transformer 6+6, 60 M", transformer, texts),
 }
+
+
+def random_checkpoint(model: str, work: Path) -> Path:
+    """Return the checkpoint of a model of MODELS in ``work``, made with random weights the first time."""
+    folder = work / f"{model}-checkpoint"
+    if not (folder / "config.json").is_file():
+        import torch
+        import transformers
+
+        torch.manual_seed(0)
+        MODELS[model][1](transformers).eval().save_pretrained(folder)
+    return folder

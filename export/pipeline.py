@@ -15,8 +15,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from transom.export.bundle_graphs import operator_counts
 from transom.export.bundle_writer import BundleWriter, StagedBundle, check_out, new_bundle
 from transom.export.checkpoint import LoadedCheckpoint, load_checkpoint
 from transom.export.families.base import export_family
+from transom.export.manifest_fields import manifest_fields
 from transom.export.onnx_export import onnx_from_module
 from transom.export.parity.backends import open_default_files, open_pytorch
 from transom.export.parity.cases import ParityCases
@@ -41,7 +41,6 @@ from transom.export.quantization.options import DEFAULTS, NONE, QuantizeOptions
 from transom.export.quantization.quantize import QuantizationJob, quantize_model
 from transom.export.reference_models import score_both
 from transom.export.variants import Variants, check_file, emulated_variants, make_variants, open_variants
-from transom.runtime.backends.ort_library import onnxruntime
 from transom.runtime.backends.spinning import threads_sleep
 from transom.runtime.errors import ExportError
 from transom.runtime.golden import GOLDEN
@@ -53,24 +52,9 @@ from transom.runtime.manifest_graphs import (
     CPU_ALONE,
     MADE_FOR,
     TENSORRT_ALONE,
-    axis_to_json,
-    graph_to_json,
 )
 from transom.runtime.progress import Progress, ProgressReporter, silent
 from transom.runtime.text.tokenizer import TextTokenizer
-
-TOOLS = (
-    "transom",
-    "torch",
-    "onnx",
-    "onnx-ir",
-    "onnxscript",
-    "onnxruntime",
-    "tokenizers",
-    "sentencepiece",
-    "pillow",
-    "numpy",
-)
 
 
 @dataclass(frozen=True)
@@ -365,42 +349,3 @@ def describe(
     manifest = writer.manifest({**fields, **measured})
     writer.describe({**fields, **measured})
     return manifest
-
-
-def version_of(tool: str) -> str:
-    """Return a tool's installed version; ONNX Runtime's from the library, whose distribution has several names."""
-    return str(onnxruntime().__version__) if tool == "onnxruntime" else version(tool)
-
-
-def manifest_fields(
-    loaded: LoadedCheckpoint, precision: str, variants: Variants, made_for: str = BOTH
-) -> dict[str, Any]:
-    """Return the fields of bundle.json that are known before anything is compared."""
-    optional = {
-        "tokenizer": loaded.tokenizer.spec.to_json() if loaded.tokenizer else None,
-        "target_tokenizer": loaded.target_tokenizer.spec.to_json() if loaded.target_tokenizer else None,
-        "preprocess": loaded.preprocess.to_json() if loaded.preprocess else None,
-        "generation": loaded.generation.to_json() if loaded.generation else None,
-    }
-    return {
-        "name": loaded.checkpoint.name,
-        "family": loaded.family.name,
-        "task": loaded.task,
-        "precision": precision,
-        **({"for": made_for} if made_for != BOTH else {}),
-        "config": asdict(loaded.config),
-        "axes": {name: axis_to_json(axis) for name, axis in loaded.axes.items()},
-        "graphs": [graph_to_json(graph) for graph in variants.graphs],
-        "labels": list(loaded.labels),
-        "options": dict(loaded.options),
-        **{key: value for key, value in optional.items() if value is not None},
-        "source": {
-            "checkpoint": loaded.checkpoint.source,
-            "sha256": loaded.sha256,
-            "weights_left_out": sorted(loaded.left_out)[:100],
-            **({"licence": dict(loaded.checkpoint.licence)} if loaded.checkpoint.licence else {}),
-            **({"revision": loaded.checkpoint.revision} if loaded.checkpoint.revision else {}),
-        },
-        "tools": {tool: version_of(tool) for tool in TOOLS},
-        "parity": {"tolerance": TOLERANCES[precision]},
-    }

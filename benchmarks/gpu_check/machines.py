@@ -100,7 +100,7 @@ class InterpretedMachine:
         return 0
 
     def mark(self) -> Mark:
-        raise NotImplementedError("an interpreter has no times")
+        raise InputError("the interpreter has no times; ask a machine whose `timed` is true.")
 
     def flush(self) -> None: ...
 

@@ -126,15 +126,15 @@ def test_missing_cuda_libraries_are_not_printed(
 
 def test_an_export_beside_onnxruntime_gpu_records_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
     """No distribution is called onnxruntime there; `transom export` used to end in PackageNotFoundError."""
-    from transom.export import pipeline
+    from transom.export import manifest_fields
 
     def version(distribution: str) -> str:
         if distribution == "onnxruntime":
             raise PackageNotFoundError(distribution)
         return "1.2.3"
 
-    monkeypatch.setattr(pipeline, "version", version)
-    versions = {tool: pipeline.version_of(tool) for tool in pipeline.TOOLS}
+    monkeypatch.setattr(manifest_fields, "version", version)
+    versions = {tool: manifest_fields.version_of(tool) for tool in manifest_fields.TOOLS}
     assert versions["onnxruntime"] == onnxruntime().__version__
     assert versions["torch"] == "1.2.3"
 
