@@ -1,12 +1,13 @@
-"""Run calibration samples through a loaded bundle, each alone, by the code that serves users.
+"""Run calibration samples through a loaded bundle by the code that serves users.
 
-One sample at a time: padding, which no user's row need have, would otherwise stand beside it. Texts longer than the
-bundle allows are cut.
+A sample runs alone, or with others of its own size: padding, which no user's row need have, would otherwise stand
+beside it. Texts longer than the bundle allows are cut.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,18 @@ def run_as_given(bundle: LoadedBundle, feeds: Mapping[str, Array]) -> None:
 
 
 @dataclass(frozen=True)
+class Together:
+    """The functions that run a family's loaded bundle on several samples at once, none of them raw inputs.
+
+    tokens   bundle, sample -> the tokens of its row as the graph gets it; rows of as many tokens need no padding
+    run      bundle, samples of equally many tokens -> nothing
+    """
+
+    tokens: Callable[[Any, Sample], int]
+    run: Callable[[Any, Sequence[Sample]], None]
+
+
+@dataclass(frozen=True)
 class SampleRunner:
     """The functions that run a family's loaded bundle on one sample.
 
@@ -34,6 +47,7 @@ class SampleRunner:
     run_raw  bundle, raw inputs by name -> nothing
     also     kinds that a sample may hold beside those, or without them, that make no graph run which these do not
     interleaved  whether ``run`` takes samples of parts
+    together  how samples run in batches; None where each runs alone
     """
 
     graphs: Mapping[str, tuple[str, str]]
@@ -41,6 +55,7 @@ class SampleRunner:
     run_raw: Callable[[Any, Mapping[str, Array]], None] = run_as_given
     also: tuple[tuple[str, str], ...] = ()
     interleaved: bool = False
+    together: Together | None = None
 
 
 def run_sample(bundle: LoadedBundle, sample: Sample, runner: SampleRunner) -> None:
@@ -60,6 +75,43 @@ def run_sample(bundle: LoadedBundle, sample: Sample, runner: SampleRunner) -> No
         raise CalibrationError(
             f"{sample.name} does not fit the graph of this {family}: {error} Correct the sample, or leave it out."
         ) from None
+
+
+def sample_batches(bundle: LoadedBundle, samples: Sequence[Sample], runner: SampleRunner) -> Iterator[list[Sample]]:
+    """Yield the samples in batches of equal rows, with no more tokens in a batch than a row may have.
+
+    So no run takes more memory than that of a sample alone. A batch comes when it is full, or at the end; raw inputs
+    and images, and what ``run_sample`` will refuse, come at once and alone.
+    """
+    waiting: dict[int, list[Sample]] = {}
+    for sample in samples:
+        tokens = None
+        if runner.together is not None and sample.kinds == {TEXT}:
+            with suppress(InputError):  # ``run_sample`` raises it
+                tokens = runner.together.tokens(bundle, sample)
+        if tokens is None:
+            yield [sample]
+            continue
+        batch = waiting.setdefault(tokens, [])
+        batch.append(sample)
+        if len(batch) >= min(bundle.max_size("B"), bundle.max_size("S") // tokens):
+            yield waiting.pop(tokens)
+    yield from waiting.values()
+
+
+def run_batch(bundle: LoadedBundle, samples: Sequence[Sample], runner: SampleRunner) -> None:
+    """Run ``bundle`` on a batch of ``sample_batches``, as ``run_sample`` does on each.
+
+    Raises CalibrationError, which names the first of them, for a batch that does not fit the graph.
+    """
+    if len(samples) == 1 or runner.together is None:
+        for sample in samples:
+            run_sample(bundle, sample, runner)
+        return
+    try:
+        runner.together.run(bundle, samples)
+    except InputError as error:
+        raise CalibrationError(f"{samples[0].name} or one read with it does not fit the graph: {error}") from None
 
 
 def check_reach(family: str, runner: SampleRunner, data: CalibrationData, *, tokenizer: bool, preprocess: bool) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.calib.run_samples import IDS, SampleRunner
+from transom.calib.run_samples import IDS, SampleRunner, Together
 from transom.calib.samples import TEXT, Sample
 from transom.export.families.base import ExportFamily, Figure
 from transom.export.families.evaluation import (
@@ -29,7 +29,7 @@ from transom.runtime.bundle import Bundle
 from transom.runtime.errors import CalibrationError
 from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks.bert import Bert
-from transom.runtime.text.batch import EncodedBatch
+from transom.runtime.text.batch import EncodedBatch, row_length
 
 GAP_EVERY = 7  # tokens, where a masked-language model is given a text without a gap: about the 15 % of BERT's paper
 HEAD_OUTPUTS = {  # by task; others have logits
@@ -49,6 +49,24 @@ Ids = NDArray[np.int64]
 
 def run_text(bundle: Bert, sample: Sample) -> None:
     """Run a text, or a pair, as the task's own method does; a masked-language model gets gaps."""
+    run_batch(bundle, encoded(bundle, sample))
+
+
+def run_texts(bundle: Bert, samples: Sequence[Sample]) -> None:
+    """Run texts of one ``row_length`` at once, each as ``run_text`` does."""
+    rows = [encoded(bundle, sample) for sample in samples]
+    batch = bundle.tokenizer().padded([row.rows[0] for row in rows])
+    for ids, row in zip(batch.input_ids, rows, strict=True):
+        ids[: row.input_ids.shape[1]] = row.input_ids[0]  # with its gaps
+    run_batch(bundle, batch)
+
+
+def run_batch(bundle: Bert, batch: EncodedBatch) -> None:
+    bundle.run_texts(batch, bundle.backend("model").graph.outputs[0].name)
+
+
+def encoded(bundle: Bert, sample: Sample) -> EncodedBatch:
+    """Return a text, or a pair, as one row of what the task's own method reads."""
     text = str(sample.text)
     if bundle.manifest.task == "feature-extraction" and sample.text_pair is None:
         text = str(bundle.manifest.options.get("prompt", "")) + text  # as ``embed`` does
@@ -56,7 +74,12 @@ def run_text(bundle: Bert, sample: Sample) -> None:
     batch = bundle.tokenizer().encode([text], pairs, truncate=True)
     if bundle.manifest.task == "fill-mask":
         batch = with_gaps(batch, bundle.tokenizer().spec.mask_id)
-    bundle.run_texts(batch, bundle.backend("model").graph.outputs[0].name)
+    return batch
+
+
+def row_tokens(bundle: Bert, sample: Sample) -> int:
+    """Return the tokens of a text's row as the graph gets it: a few of padding with it."""
+    return row_length(encoded(bundle, sample).input_ids.shape[1], bundle.max_size("S"))
 
 
 def with_gaps(batch: EncodedBatch, mask_id: int | None) -> EncodedBatch:
@@ -207,7 +230,7 @@ def draw(bundle: Bundle, inputs: Sequence[str], prompts: Sequence[str]) -> str:
 
 FAMILY = ExportFamily(
     "BERT",
-    SampleRunner({"model": (TEXT, IDS)}, run_text),
+    SampleRunner({"model": (TEXT, IDS)}, run_text, together=Together(row_tokens, run_texts)),
     text_cases,
     GateLimits(points=0.010),
     Figure(draw, texts=True),

@@ -14,7 +14,7 @@ from transom.calib.collector import CollectingBackend, require_reached
 from transom.calib.data import CalibrationData, Sample, open_calibration_data
 from transom.calib.graph_hash import graph_sha256
 from transom.calib.histogram import Histogram
-from transom.calib.run_samples import check_reach, run_sample
+from transom.calib.run_samples import check_reach, run_batch, sample_batches
 from transom.calib.smoothquant import LARGEST_FACTOR, search_alpha
 from transom.calib.table import RANGES, GraphRanges, RangeTable, Smoothing, TensorRanges
 from transom.export.bundle_graphs import canonical_graphs, graph_file
@@ -169,7 +169,7 @@ class SharedCalibration:
         def run(chunk: CalibrationData) -> RangeTable:
             if not opened:
                 opened.update(self._open())
-            run_all(self._bundle, opened, chunk.samples, counter.next)
+            run_all(self._bundle, opened, chunk.samples, counter.next, together=True)
             return partial_table({name: each.take_ranges() for name, each in opened.items()}, chunk, nothing)
 
         for part in missing:
@@ -320,12 +320,27 @@ def run_all(
     backends: Mapping[str, CollectingBackend],
     samples: Sequence[Sample],
     before_each: Callable[[], None],
+    *,
+    together: bool = False,
 ) -> None:
-    """Run every sample by the family's own code around ``backends``, one per graph, which stay open."""
+    """Run every sample by the family's own code around ``backends``, one per graph, which stay open.
+
+    In their order, or ``together`` where their rows are equal.
+    """
     runner = export_family(bundle.manifest.family, bundle.manifest.task).samples
+
+    def run(batch: Sequence[Sample]) -> None:
+        for backend in backends.values():
+            backend.sample = batch[0].name
+        run_batch(loaded, batch, runner)
+
     with load_with_backends(bundle, backends) as loaded:
-        for sample in samples:
-            before_each()
-            for backend in backends.values():
-                backend.sample = sample.name
-            run_sample(loaded, sample, runner)
+        for batch in sample_batches(loaded, samples, runner) if together else ([sample] for sample in samples):
+            for _ in batch:
+                before_each()
+            try:
+                run(batch)
+            except CalibrationError:
+                for sample in batch if len(batch) > 1 else ():
+                    run([sample])  # raises it again, and names the one
+                raise

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from transom.calib.data import CalibrationData, Sample, open_calibration_data
-from transom.calib.run_samples import check_reach, run_sample
+from transom.calib.run_samples import check_reach, run_batch, run_sample, sample_batches
 from transom.export.families.base import export_family
 from transom.export.families.bert import text_row
 from transom.export.families.greedy_tokens import NEW_TOKENS
@@ -184,6 +184,41 @@ def test_the_transformer_translates_greedily_and_not_without_end(dates_bundle: P
     assert calls[0][1]["input_ids"].shape == (1, most)
     assert calls[0][1]["input_ids"][0, -1] == whole[-1]  # the token that closes a source
     assert len(calls) <= 1 + NEW_TOKENS
+
+
+# ---- samples that run together
+
+
+def test_texts_of_equal_rows_run_together_in_the_tokens_of_one(bert_bundle: Path) -> None:
+    """Of 67 tokens, as the bundle allows: five rows of twelve; what is no text alone stays alone."""
+    short = [Sample(f"short {index}", text=f"The city is on the {word}.") for index, word in enumerate("abcdefg")]
+    long = Sample("long", text="water " * 40)
+    others = [raw(input_ids=[[1, 2, 3]]), replace(TEXT, name="both", image=SCAN), Sample("blank", text="\x07")]
+    calls: list[Call] = []
+    with recorded(bert_bundle, calls) as bundle:
+        runner = export_family("bert").samples
+        batches = [*sample_batches(bundle, [*others, *short[:2], long, *short[2:]], runner)]
+        most = bundle.max_size("S") // 12
+        names = [[sample.name for sample in batch] for batch in batches]
+        assert names[:3] == [["ids.npz[3]"], ["both"], ["blank"]]
+        assert names[3:] == [["long"], [each.name for each in short[:most]], [each.name for each in short[most:]]]
+        run_batch(bundle, short[:most], runner)
+    ((_, feeds),) = calls
+    assert feeds["input_ids"].shape == (most, 12)
+    alone = [feeds["input_ids"][0].tolist() for _, feeds in calls_of(bert_bundle, *short[:most])]
+    assert [row[: len(found)] for row, found in zip(feeds["input_ids"].tolist(), alone, strict=True)] == alone
+
+
+def test_texts_that_run_together_get_the_gaps_of_each(exported: Any) -> None:
+    folder = exported("BertForMaskedLM")[1]
+    samples = [Sample(str(index), text=text) for index, text in enumerate(("the city and", "a word " * 2))]
+    calls: list[Call] = []
+    with recorded(folder, calls) as bundle:
+        (batch,) = sample_batches(bundle, samples, export_family("bert").samples)
+        run_batch(bundle, batch, export_family("bert").samples)
+    ((_, feeds),) = calls
+    alone = [feeds["input_ids"][0].tolist() for _, feeds in calls_of(folder, *samples)]
+    assert [row[: len(found)] for row, found in zip(feeds["input_ids"].tolist(), alone, strict=True)] == alone
 
 
 # ---- raw inputs

@@ -44,15 +44,15 @@ def test_an_interrupted_export_goes_on_where_it_stopped(
     texts = tmp_path / "texts.txt"
     texts.write_text("\n".join(TEXTS))
     ran: list[str] = []
-    run_sample, stop_at = calibrate.run_sample, [0]
+    run_batch, stop_at = calibrate.run_batch, [0]
 
-    def counted(loaded: Any, sample: Any, runner: Any) -> None:
-        ran.append(sample.name)
-        if len(ran) == stop_at[0]:
+    def counted(loaded: Any, samples: Any, runner: Any) -> None:
+        ran.extend(sample.name for sample in samples)
+        if 0 < stop_at[0] <= len(ran):
             raise KeyboardInterrupt
-        run_sample(loaded, sample, runner)
+        run_batch(loaded, samples, runner)
 
-    monkeypatch.setattr(calibrate, "run_sample", counted)
+    monkeypatch.setattr(calibrate, "run_batch", counted)
 
     def made(name: str, *, resumes: bool) -> tuple[dict[str, str], int]:
         ran.clear()

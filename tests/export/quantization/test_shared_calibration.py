@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
-from transom.calib.data import open_calibration_data
+from transom.calib.collector import CollectingBackend
+from transom.calib.data import CalibrationData, open_calibration_data
+from transom.calib.table import RangeTable
 from transom.export.bundle_graphs import canonical_graphs
 from transom.export.quantization import calibrate as stage
 from transom.export.quantization.calibrate import SharedCalibration, calibrate
@@ -15,7 +19,11 @@ from transom.export.quantization.data_split import PARTS
 from transom.export.quantization.options import DEFAULTS
 from transom.export.quantization.quantize import parts_of
 from transom.export.quantization.resume import KeepsNothing
+from transom.runtime.backends.base import Array
 from transom.runtime.bundle import Bundle
+from transom.runtime.errors import CalibrationError
+from transom.runtime.loading import load
+from transom.runtime.tasks.bert import Bert
 
 
 def test_each_sample_runs_once_for_all_tables(
@@ -30,11 +38,11 @@ def test_each_sample_runs_once_for_all_tables(
     canonical = canonical_graphs(bundle)
     config = DEFAULTS.config("int8", tuple(file.graph for file in bundle.manifest.graphs))
     runs: list[str] = []
-    run_sample = stage.run_sample
+    run_batch = stage.run_batch
     monkeypatch.setattr(
         stage,
-        "run_sample",
-        lambda loaded, sample, runner: (runs.append(sample.name), run_sample(loaded, sample, runner)),
+        "run_batch",
+        lambda loaded, batch, runner: (runs.extend(each.name for each in batch), run_batch(loaded, batch, runner)),
     )
     reported: list[str] = []
     shared = SharedCalibration(
@@ -48,3 +56,57 @@ def test_each_sample_runs_once_for_all_tables(
         alone = calibrate(bundle, canonical, config, kept[part], smooth=False, report=lambda what: None)
         assert tables[part].to_bytes() == alone.to_bytes()
     assert tables[0].to_bytes() != tables[1].to_bytes()
+
+
+TEXTS = [
+    f"{who} {verb} the city {where}"
+    for who in ("she", "who", "paris")
+    for verb in ("made", "would go to")
+    for where in ("down", "on the water")
+]
+
+
+def bert_table(bundle: Bundle, data: CalibrationData) -> RangeTable:
+    config = DEFAULTS.config("int8", tuple(file.graph for file in bundle.manifest.graphs))
+    return calibrate(bundle, canonical_graphs(bundle), config, data, smooth=False, report=lambda what: None)
+
+
+def test_texts_that_run_together_give_the_ranges_of_each_alone(
+    bert_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
+    data, bundle = open_calibration_data([str(tmp_path / "texts.txt")]), Bundle(bert_bundle)
+    sizes: list[int] = []
+    run_batch = stage.run_batch
+    monkeypatch.setattr(
+        stage,
+        "run_batch",
+        lambda loaded, batch, runner: (sizes.append(len(batch)), run_batch(loaded, batch, runner)),
+    )
+    together = bert_table(bundle, data)
+    assert sum(sizes) == len(TEXTS)
+    assert max(sizes) > 1
+    monkeypatch.setattr(stage, "sample_batches", lambda loaded, samples, runner: ([each] for each in samples))
+    assert bert_table(bundle, data).to_bytes() == together.to_bytes()
+
+
+def test_of_texts_that_run_together_the_one_that_fails_is_named(
+    bert_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
+    data, bundle = open_calibration_data([str(tmp_path / "texts.txt")]), Bundle(bert_bundle)
+    failing = TEXTS.index("who would go to the city down")
+    with load(bert_bundle) as bert:
+        ids = cast(Bert, bert).tokenizer().encode([TEXTS[failing]], truncate=True).input_ids[0]
+    run, sizes = CollectingBackend.run, []
+
+    def fails(self: CollectingBackend, feeds: Mapping[str, Array], shapes: Mapping[str, Sequence[int]]) -> Any:
+        sizes.append(len(feeds["input_ids"]))
+        if (feeds["input_ids"][:, : len(ids)] == ids).all(1).any():
+            raise CalibrationError(f"a tensor has NaN in sample {self.sample}.")
+        return run(self, feeds, shapes)
+
+    monkeypatch.setattr(CollectingBackend, "run", fails)
+    with pytest.raises(CalibrationError, match=rf"in sample texts\.txt:{failing + 1}\.$"):
+        bert_table(bundle, data)
+    assert max(sizes) > 1
