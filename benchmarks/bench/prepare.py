@@ -22,7 +22,7 @@ from bench.workloads import WORKLOADS, Workload
 
 TIMEOUT_S = 3600.0  # for one model of one variant
 EXPORTING = ("models", "export", "calib")  # packages whose files decide what an export writes
-ON_OUR_GRAPHS = {"onnxruntime": ALL, "openvino": ENCODERS}  # peers that read the FP32 bundle's graphs
+ON_OUR_GRAPHS = {"onnxruntime": ALL, "openvino": (*ENCODERS, "transformer")}  # peers that read the FP32 bundle's graphs
 FIND = "from importlib.util import find_spec as f; print(f('transom.{0}').submodule_search_locations[0])"
 
 

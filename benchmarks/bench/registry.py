@@ -94,9 +94,9 @@ PEERS = (
         "openvino",
         "OpenVINO",
         (
-            Variant("fp32", FP32, "FP32", (*ENCODERS, "gpt")),
-            Variant("bf16", BF16, "BF16", (*ENCODERS, "gpt")),
-            Variant("int8", INT8, "NNCF", (*ENCODERS, "gpt")),
+            Variant("fp32", FP32, "FP32", ALL),
+            Variant("bf16", BF16, "BF16", ALL),
+            Variant("int8", INT8, "NNCF", ALL),
             Variant("int8-bf16", INT8, "NNCF, BF16 elsewhere", ENCODERS),
         ),
         ("openvino==2026.4.1", "nncf==3.4.0"),

@@ -2,7 +2,8 @@
 
 Encoders: NNCF's post-training quantisation for Transformers, on the samples that every quantiser gets. GPT-2: a graph
 of standard operators with a cache that grows (graphs/gpt.py), made stateful as OpenVINO's own exporters do; its INT8 is
-NNCF's 8-bit compression of the weights, which OpenVINO multiplies with dynamically quantised activations.
+NNCF's 8-bit compression of the weights, which OpenVINO multiplies with dynamically quantised activations. A
+Transformer's is the same; its graphs and search are in openvino_translation.py.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from typing import Any
 import numpy as np
 
 from bench.paths import Paths
+from bench.peers import openvino_translation as translation
 from bench.session import Arrays, Calls
-from bench.workloads import ENCODER, THREADS, WORKLOADS, Workload
+from bench.workloads import GENERATION, THREADS, TRANSLATION, WORKLOADS, Workload
 
+TRANSFORMER = {"encoder": translation.encoder, "decoder": translation.decoder}
 OUTPUTS = {"bert": "last_hidden_state", "vit": "logits"}
 
 
@@ -32,9 +35,10 @@ def prepare(variant: str, model: str, paths: Paths) -> str:
         return "this project's FP32 graph" if model != "gpt" else "a graph with a growing cache"
     import nncf
 
-    for part in sorted({workload.part for workload in WORKLOADS.values() if workload.model == model}):
+    parts = {workload.part for workload in WORKLOADS.values() if workload.model == model}
+    for part in sorted(TRANSFORMER if model == "transformer" else parts):
         source = read(model, part, paths)
-        if model == "gpt":
+        if model in ("gpt", "transformer"):
             made, note = nncf.compress_weights(source, mode=nncf.CompressWeightsMode.INT8_ASYM), "weights, INT8_ASYM"
         else:
             samples = calibration(source, model, paths)
@@ -57,6 +61,8 @@ def read(model: str, part: str, paths: Paths) -> Any:
     import openvino
 
     core = openvino.Core()
+    if model == "transformer":
+        return TRANSFORMER[part](paths)
     if model == "gpt":
         from openvino import _offline_transformations
 
@@ -85,16 +91,22 @@ def open_session(variant: str, workload: Workload, inputs: Arrays, paths: Paths)
     import openvino
 
     core = openvino.Core()
-    int8 = "int8" in variant
-    model = core.read_model(quantized(workload.model, workload.part, paths)) if int8 else read(
-        workload.model, workload.part, paths
-    )  # fmt: skip
+
+    def model_of(part: str) -> Any:
+        if "int8" in variant:
+            return core.read_model(quantized(workload.model, part, paths))
+        return read(workload.model, part, paths)
+
     settings = {
         "INFERENCE_NUM_THREADS": THREADS,
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "bf16" if "bf16" in variant else "f32",
     }
-    if workload.kind != ENCODER:
+    if workload.kind == TRANSLATION:
+        models = model_of("encoder"), translation.with_state(model_of("decoder"), workload.beams)
+        return translation.session(*(core.compile_model(each, "CPU", settings) for each in models), workload, inputs)
+    model = model_of(workload.part)
+    if workload.kind == GENERATION:
         return generation(core.compile_model(model, "CPU", settings), workload, inputs)
     feeds = {"token_type_ids": np.zeros_like(inputs["input_ids"]), **inputs} if "input_ids" in inputs else inputs
     names = [value.any_name for value in model.inputs]
