@@ -14,7 +14,6 @@ NONE = "–"
 WIDTH = 140  # characters of a line of prose
 PART_TITLES = {"run": "", "prefill": ", prefill", "step": ", one step"}
 FORMATS = (("fp32", "FP32"), ("bf16", "BF16"), ("int8", "INT8"), ("int4", "INT4"))
-SUMMARY_FORMATS = ("fp32", "int8", "int4")
 TIE = 0.03  # ratios closer to 1 are not called faster or slower
 
 
@@ -38,15 +37,21 @@ def best(rows: Sequence[Row], part: str, precision: str, *, ours: bool) -> Row |
 
 
 def summary(results: Results) -> str:
-    """Return the README's table: milliseconds of ours and of the best peer, per format."""
-    kinds = [kind for kind in FORMATS if kind[0] in SUMMARY_FORMATS]
-    lines = ["| milliseconds (of what is possible) | " + " | ".join(f"{t} | best peer" for _, t in kinds) + " |"]
-    lines.append("|---" * (1 + 2 * len(kinds)) + "|")
-    for title, part, rows, _ in cells(results):
-        found = []
-        for precision, _ in kinds:
-            mine, theirs = (best(rows, part, precision, ours=ours) for ours in (True, False))
-            found += [figure(mine, part), figure(theirs, part, named=True)]
+    """Return the README's table: milliseconds of ours and of the best peer, in each format that was timed.
+
+    A format that this project does not compute on this machine has the peers' column alone.
+    """
+    timed = list(cells(results))
+    columns: list[tuple[str, bool, str]] = []  # format, ours?, head
+    for precision, title in FORMATS:
+        for ours in (True, False):
+            if any(best(rows, part, precision, ours=ours) for _, part, rows, _ in timed):
+                named = any(kind == precision for kind, _, _ in columns)
+                columns.append((precision, ours, title if ours else "best peer" if named else f"{title}, best peer"))
+    lines = ["| milliseconds (of what is possible) | " + " | ".join(head for _, _, head in columns) + " |"]
+    lines.append("|---" * (1 + len(columns)) + "|")
+    for title, part, rows, _ in timed:
+        found = [figure(best(rows, part, kind, ours=ours), part, named=not ours) for kind, ours, _ in columns]
         lines.append(f"| {title} | " + " | ".join(found) + " |")
     return "\n".join(lines)
 

@@ -67,10 +67,17 @@ def test_a_fast_wrong_answer_is_marked_and_never_best(bench: Any) -> None:
     fast = timed("tiny", "int8", 10.0, wrong="error 0.3 above 0.05", error=0.3)
     found = results(timed("transom", "int8", 40.0), fast, timed("openvino", "int8", 50.0))
     assert table.best(found["workloads"]["bert-s128-b1"]["rows"], "run", "int8", ours=False)["peer"] == "openvino"
-    assert "| BERT-base S=128 B=1 | – | – | 40.0 | Openvino, as it is: 50.0 | – | – |" in table.summary(found)
+    assert "| BERT-base S=128 B=1 | 40.0 | Openvino, as it is: 50.0 |" in table.summary(found)
     line = next(line for line in table.details(found).splitlines() if line.startswith("| Tiny"))
     figures = "10.0 | 10.0 | 10.0–10.0 | – | 0.3 | – | 4.00 ×"
     assert line == f"| Tiny, as it is | INT8 | {figures} | **wrong**: error 0.3 above 0.05 |"
+
+
+def test_a_format_that_peers_alone_compute_has_a_column(bench: Any) -> None:
+    found = results(timed("transom", "int8", 40.0), timed("openvino", "bf16", 60.0))
+    head, _, row = bench("table").summary(found).splitlines()
+    assert head.endswith("| BF16, best peer | INT8 |")
+    assert row == "| BERT-base S=128 B=1 | Openvino, as it is: 60.0 | 40.0 |"
 
 
 def test_what_did_not_run_is_named_with_its_reason(bench: Any) -> None:
