@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from transom.runtime.backends.base import Array, Backend, BoundRun, bound_run
+from transom.runtime.backends.base import Array, Backend, bound_run
 from transom.runtime.decoder_state import DecoderState, new_decoder_state
 from transom.runtime.errors import BundleError, InputError
 from transom.runtime.feeds import LOGITS_POSITIONS, WRITE_INDICES
@@ -64,10 +64,17 @@ class Decoder:
         self._state = new_decoder_state(backend, rows, limit, encoder_outputs or {})
         self._limit = limit
         self._cached = bool(cache_inputs(graph))
-        self._chunk = CHUNK if self._cached else 1  # a recurrent graph reads one token of each row
-        self._most_logits = min(limit, most_logits or limit) if self._cached else 1
-        self._ends: Ids = np.zeros(rows, np.int64)  # tokens read, per row
-        self._bound = BoundSteps(backend)
+        self._most_logits = min(limit, most_logits or limit)
+        # Tokens read, per row. Plain ints: behind a large graph numpy's code is out of the processor's caches, and
+        # adding 1 to an array takes 35 us.
+        self._ends = [0] * rows
+        self._room = 0  # tokens of a row that there is memory for, and that the limit allows
+        self._steps: BoundSteps | None = None  # over the state's tensors as they are now
+        self._reused = False
+
+    def reuse_logits(self) -> None:
+        """Let ``decode_step`` return an array that the next one overwrites: for a caller that is done with it then."""
+        self._reused = True
 
     @property
     def rows(self) -> int:
@@ -91,43 +98,63 @@ class Decoder:
                 f"rows of {int(lengths.min())} and {int(lengths.max())} tokens are to go into one recurrent state; "
                 "expected rows of one length. Give each length a call of its own."
             )
-        start = self._ends
-        if S == 1:
-            return self.decode_step(tokens[:, 0])
+        start = np.array(self._ends)
         last = np.empty((R, self._vocabulary), np.float32)
-        for first in range(0, S, self._chunk):
-            chunk = tokens[:, first : first + self._chunk]
+        if S == 1 or not self._cached:  # a recurrent graph reads one token of each row
+            for column in tokens.T:
+                last = self.decode_step(column)
+            return last
+        for first in range(0, S, CHUNK):
+            chunk = tokens[:, first : first + CHUNK]
             place = np.clip(lengths - 1 - first, 0, chunk.shape[1] - 1)
             logits = self._step(chunk, start + first, place[:, None])[:, 0]
-            if self._chunk >= S:
+            if CHUNK >= S:
                 last = logits
                 break
-            here = (lengths - 1) // self._chunk == first // self._chunk
+            here = (lengths - 1) // CHUNK == first // CHUNK
             last[here] = logits[here]
-        self._ends = start + lengths
+        self._ends = (start + lengths).tolist()
         return last
 
     def forward_logits(self, tokens: Ids) -> Floats:
         """Append tokens (R, S) and return the logits of every one: (R, S, V)."""
+        if not self._cached:
+            steps = np.empty((*tokens.shape, self._vocabulary), np.float32)
+            for place, column in enumerate(tokens.T):
+                steps[:, place] = self.decode_step(column)
+            return steps
         parts = []
         for first in range(0, tokens.shape[1], self._most_logits):
             chunk = tokens[:, first : first + self._most_logits]
-            parts.append(self._step(chunk, self._ends, np.tile(np.arange(chunk.shape[1]), (self.rows, 1))))
-            self._ends = self._ends + chunk.shape[1]
+            positions = np.tile(np.arange(chunk.shape[1]), (self.rows, 1))
+            parts.append(self._step(chunk, np.array(self._ends), positions))
+            self._ends = [end + chunk.shape[1] for end in self._ends]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
     def decode_step(self, tokens: Ids) -> Floats:
         """Append one token to each row, (R,), and return the logits (R, V) of the next one."""
-        logits = self._step(tokens[:, None], self._ends, np.zeros((len(tokens), 1), np.intp))
-        self._ends = self._ends + 1
-        return logits[:, 0]
+        ends = [end + 1 for end in self._ends]
+        longest = max(ends)
+        if longest > self._room:
+            self._make_room(longest, self._ends)
+        steps = self._steps
+        if steps is None:
+            values = self._values(tokens[:, None], np.array(self._ends), np.zeros((len(tokens), 1), np.intp))
+            steps = self._steps = BoundSteps(self._backend, self._state, values, self._vocabulary)
+        self._write_values(steps.values, tokens)
+        logits = steps.run(reused=self._reused)
+        self._ends = ends
+        return logits
 
     def reorder(self, rows: NDArray[np.intp]) -> None:
         """Replace row i by what row ``rows[i]`` was; there are ``len(rows)`` from now on."""
         if len(rows) != self.rows:
-            self._bound.release()
-        self._state.reorder(rows, self._ends)
-        self._ends = self._ends[rows]
+            self._steps = None  # before there are other tensors, which then need not fit into memory beside these
+        self._state.reserve(max(self._ends))  # as far as steps wrote
+        self._state.reorder(rows, np.array(self._ends))
+        self._ends = [self._ends[row] for row in rows.tolist()]
+        if self._steps is not None and self._steps.revision != self._state.revision:
+            self._steps = None
 
     def _values(self, tokens: Ids, write_indices: Ids, positions: NDArray[np.intp]) -> dict[str, Ids]:
         """Return what a run of the graph reads beside the state, int64: tokens (R, S), and their positions."""
@@ -137,45 +164,55 @@ class Decoder:
             values[LOGITS_POSITIONS] = np.ascontiguousarray(positions, np.int64)
         return values
 
+    def _write_values(self, values: dict[str, Ids], tokens: Ids) -> None:
+        """Write ``_values`` of a step of tokens (R,) into those of another."""
+        values[self._tokens][:, 0] = tokens
+        if self._cached:
+            write_indices = values[WRITE_INDICES]
+            for row, end in enumerate(self._ends):
+                write_indices[row] = end
+
     def _step(self, tokens: Ids, write_indices: Ids, positions: NDArray[np.intp]) -> Floats:
         """Run the graph once: (R, S) tokens at ``write_indices`` (R,), logits at ``positions`` (R, P)."""
         R, S = tokens.shape
-        end = int(write_indices.max(initial=0)) + S
-        if end > self._limit:
-            raise InputError(f"row {int(write_indices.argmax())} has {end} tokens; the context holds {self._limit}.")
-        if end > self._state.capacity:
-            self._bound.release()
-        self._state.reserve(end)
+        ends = write_indices.tolist()
+        self._make_room(max(ends) + S, ends)
         values = self._values(tokens, write_indices, positions)
         shapes = {self._logits: (R, positions.shape[1], self._vocabulary)}
-        if S == 1:
-            return self._bound.run(self._state, values, shapes)[self._logits]
         return self._backend.run({**values, **self._state.feeds}, shapes)[self._logits]
+
+    def _make_room(self, end: int, ends: list[int]) -> None:
+        """Make room for ``end`` tokens in every row, which now have ``ends``. Raises InputError beyond the limit."""
+        if end > self._limit:
+            raise InputError(f"row {ends.index(max(ends))} has {end} tokens; the context holds {self._limit}.")
+        self._state.reserve(max(self._ends))  # as far as steps wrote
+        if end > self._state.capacity:
+            self._steps = None  # as in reorder
+        self._state.reserve(end)
+        self._room = min(self._limit, self._state.capacity)
 
 
 class BoundSteps:
-    """Runs of one token per row: the tensors of a state are bound once, until it has others."""
+    """Runs of one token per row over arrays that are bound once: those of a state, and ``values`` written between runs.
 
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-        self._run: BoundRun | None = None
-        self._revision = -1  # of the state that is bound
-        self._values: dict[str, Ids] = {}
+    ``revision`` is the state's then.
+    """
 
-    def run(
-        self, state: DecoderState, values: Mapping[str, Ids], shapes: Mapping[str, tuple[int, ...]]
-    ) -> dict[str, Array]:
-        """Run the graph over ``state`` and ``values``, whose shapes go with the state's rows; fresh arrays."""
-        if self._run is None or self._revision != state.revision:
-            self.release()
-            self._values = {name: value.copy() for name, value in values.items()}
-            self._run = bound_run(self._backend, {**self._values, **state.feeds}, shapes)
-            self._revision = state.revision
-        else:
-            for name, value in values.items():
-                self._values[name][...] = value
-        return self._run.run()
+    def __init__(self, backend: Backend, state: DecoderState, values: Mapping[str, Ids], vocabulary: int) -> None:
+        """Bind copies of ``values``, which are those of a first step."""
+        self.revision = state.revision
+        self.values = {name: value.copy() for name, value in values.items()}
+        self._logits = backend.graph.outputs[0].name
+        shapes = {self._logits: (len(next(iter(values.values()))), 1, vocabulary)}
+        self._run = bound_run(backend, {**self.values, **state.feeds}, shapes)
+        self._reused: Floats | None = None  # the logits of runs that are reused, (R, 1, V), and their view (R, V)
+        self._view: Floats = np.empty((0, 0), np.float32)
 
-    def release(self) -> None:
-        """Let go of the state's tensors, so that others need not fit into memory beside them."""
-        self._run = None
+    def run(self, *, reused: bool) -> Floats:
+        """Run the graph once; return the logits (R, V), if ``reused`` in an array that the next run may write again."""
+        logits = self._run.run(reused=reused)[self._logits]
+        if not reused:
+            return logits[:, 0]
+        if logits is not self._reused:
+            self._reused, self._view = logits, logits[:, 0]
+        return self._view

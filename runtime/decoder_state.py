@@ -101,13 +101,13 @@ class EncoderOutputs:
     def __init__(self, arrays: Mapping[str, Any], rows: int, alike: int = 1) -> None:
         """Begin with ``arrays`` of ``rows`` rows, of which ``alike`` neighbours each have the same values."""
         self.arrays = dict(arrays)
-        self._origin = np.arange(rows) // alike  # the original row that each row reads
+        self._origin = [row // alike for row in range(rows)]  # the original row that each row reads
         self.moves = 0
 
     def reorder(self, rows: NDArray[np.intp], take: Callable[[Any, NDArray[np.intp]], Any]) -> None:
         """Replace row i by what row ``rows[i]`` was; ``take(array, rows)`` returns an array of those rows."""
-        origin = self._origin[rows]
-        if not np.array_equal(origin, self._origin):  # beams of one source read the same
+        origin = [self._origin[row] for row in rows.tolist()]
+        if origin != self._origin:  # beams of one source read the same
             self.arrays = {name: take(array, rows) for name, array in self.arrays.items()}
             self.moves += 1
         self._origin = origin
@@ -149,8 +149,13 @@ class RecurrentDecoderState:
 
     def reorder(self, rows: NDArray[np.intp], ends: NDArray[np.int64] | None = None) -> None:
         self._others.reorder(rows, ends)
-        self._arrays = {name: array[rows] for name, array in self._arrays.items()}
-        self._moves += 1
+        chosen = {name: array[rows] for name, array in self._arrays.items()}
+        if all(len(array) == len(rows) for array in self._arrays.values()):  # the arrays that are bound stay
+            for name, array in self._arrays.items():
+                array[:] = chosen[name]
+        else:
+            self._arrays = chosen
+            self._moves += 1
 
     def set_constants(self, arrays: Mapping[str, Array]) -> None:
         self._others.set_constants(arrays)

@@ -29,6 +29,7 @@ class InterleavedDecoder(Decoder):
         self._images = ImageCache(image_inputs(backend.graph), rows, most_images)
         self._marks: Ids = np.zeros(rows, np.int64)  # marks read, per row
         self._constants: dict[str, Array] | None = None  # what the state has now
+        self._image_indices: Ids = np.zeros((rows, 1), np.int64)  # of the tokens of a run
 
     @property
     def images(self) -> NDArray[np.int64]:
@@ -63,19 +64,34 @@ class InterleavedDecoder(Decoder):
         """Go back to one row, the first, as it was after ``tokens`` tokens with ``images`` images."""
         self.reorder(np.zeros(1, np.intp))
         self._images.truncate(images)
-        self._ends, self._marks = np.array([tokens]), np.array([images])
+        self._ends, self._marks = [tokens], np.array([images])
 
-    def _values(self, tokens: Ids, write_indices: Ids, positions: NDArray[np.intp]) -> dict[str, Ids]:
-        indices = self._marks[:, None] + np.cumsum(tokens == self._mark, axis=1)
-        constants, indices = self._images.window(indices)
-        if constants is not self._constants:
-            self._constants = None  # of the state, until it has the new ones
-            self._bound.release()
-            self._state.set_constants(constants)
-            self._constants = constants
-        return {**super()._values(tokens, write_indices, positions), IMAGE_INDICES: indices}
+    def decode_step(self, tokens: Ids) -> Floats:
+        marks = self._look(tokens[:, None])
+        logits = super().decode_step(tokens)
+        self._marks = marks
+        return logits
 
     def _step(self, tokens: Ids, write_indices: Ids, positions: NDArray[np.intp]) -> Floats:
+        marks = self._look(tokens)
         logits = super()._step(tokens, write_indices, positions)
-        self._marks = self._marks + (tokens == self._mark).sum(axis=1)
+        self._marks = marks
         return logits
+
+    def _look(self, tokens: Ids) -> Ids:
+        """Let the state have the images that tokens (R, S) see, and note which; return the marks read then, per row."""
+        marks = self._marks[:, None] + np.cumsum(tokens == self._mark, axis=1)
+        constants, self._image_indices = self._images.window(marks)
+        if constants is not self._constants:
+            self._constants = self._steps = None  # of the state, until it has the new ones
+            self._state.set_constants(constants)
+            self._constants = constants
+        read: Ids = marks[:, -1]
+        return read
+
+    def _values(self, tokens: Ids, write_indices: Ids, positions: NDArray[np.intp]) -> dict[str, Ids]:
+        return {**super()._values(tokens, write_indices, positions), IMAGE_INDICES: self._image_indices}
+
+    def _write_values(self, values: dict[str, Ids], tokens: Ids) -> None:
+        super()._write_values(values, tokens)
+        values[IMAGE_INDICES][:] = self._image_indices

@@ -58,8 +58,11 @@ class Backend(Protocol):
 class BoundRun(Protocol):
     """A graph with fixed inputs, whose values may change between runs. Not to be shared by threads."""
 
-    def run(self) -> dict[str, Array]:
-        """Execute as ``Backend.run`` does on what the inputs hold now."""
+    def run(self, *, reused: bool = False) -> dict[str, Array]:
+        """Execute as ``Backend.run`` does on what the inputs hold now.
+
+        If ``reused``, the arrays returned may be those that the next such run writes again.
+        """
         ...
 
 
@@ -80,7 +83,7 @@ class RepeatedRun:
     feeds: Mapping[str, Any]
     shapes: Mapping[str, Sequence[int]]
 
-    def run(self) -> dict[str, Array]:
+    def run(self, *, reused: bool = False) -> dict[str, Array]:
         return self.backend.run(self.feeds, self.shapes)
 
 

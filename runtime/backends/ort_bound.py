@@ -21,9 +21,8 @@ class OrtBoundRun(ProcessBound):
     """A run of a graph with fixed inputs, arrays of host memory or OrtValues; what they hold may change between runs.
 
     Binding a tensor costs 3 us, and a step of GPT-2 has 52 of them: inputs and what is written in place are bound here,
-    once, and the outputs that a caller gets, fresh in every run, are bound again. On a GPU, ONNX Runtime copies host
-    memory there as it is bound, so that inputs of host memory are bound again as well. With ``fixed`` the outputs are
-    the same arrays in every run. Not to be shared by threads.
+    once, and of the outputs those that are to be fresh again. On a GPU, ONNX Runtime copies host memory there as it is
+    bound, so that inputs of host memory are bound again as well. Not to be shared by threads.
     """
 
     def __init__(
@@ -33,20 +32,18 @@ class OrtBoundRun(ProcessBound):
         device: str,
         feeds: Mapping[str, Any],
         shapes: Mapping[str, Sequence[int]],
-        *,
-        fixed: bool = False,
     ) -> None:
         self._session, self._device = session, device
         self._binding = session.io_binding()
         kept = {name: value for name, value in feeds.items() if not isinstance(value, np.ndarray)}  # on the device
         self._feeds = {name: np.ascontiguousarray(value) for name, value in feeds.items() if name not in kept}
         self._replaced = {tensor.name: np.empty_like(self._feeds[tensor.name]) for tensor in recurrent_inputs(graph)}
-        self._fresh = [
+        self._outputs = [
             (tensor, tuple(shapes[tensor.name]), storage(tensor))
             for tensor in graph.outputs
             if tensor.name in shapes and tensor.aliases is None
         ]
-        self._fixed: dict[str, Array] = {}
+        self._reused: dict[str, Array] = {}  # what is bound to the outputs, where no caller has it to keep
         self._again = [tensor for tensor in graph.inputs if device != "cpu" and tensor.name in self._feeds]
         try:
             for tensor in graph.inputs:
@@ -61,17 +58,21 @@ class OrtBoundRun(ProcessBound):
                     self._binding.bind_ortvalue_output(tensor.name, kept[tensor.aliases])
                 elif tensor.aliases is not None:
                     bind(self._binding.bind_output, tensor, self._feeds[tensor.aliases])
-            if fixed:
-                self._fixed, self._fresh = self._bind_outputs(), []
         except Exception as error:  # the library raises bare RuntimeError and its own types alike
             raise failed(device, error) from None
 
-    def run(self) -> dict[str, Array]:
-        """Execute; return the wanted outputs, and write the state. Raises BackendError."""
+    def run(self, *, reused: bool = False) -> dict[str, Array]:
+        """Execute; return the wanted outputs, and write the state. Raises BackendError.
+
+        On a CPU they are the same arrays in every run that is ``reused``.
+        """
         try:
             for tensor in self._again:
                 bind(self._binding.bind_input, tensor, self._feeds[tensor.name])
-            outputs = self._fixed or self._bind_outputs()
+            outputs = self._reused
+            if not outputs or not reused:
+                outputs = self._bind_outputs()
+                self._reused = outputs if reused and self._device == "cpu" else {}
             self._session.run_with_iobinding(self._binding)
         except Exception as error:  # as above
             raise failed(self._device, error) from None
@@ -82,7 +83,7 @@ class OrtBoundRun(ProcessBound):
     def _bind_outputs(self) -> dict[str, Array]:
         """Bind fresh arrays to the wanted outputs."""
         outputs: dict[str, Array] = {}
-        for tensor, shape, dtype in self._fresh:
+        for tensor, shape, dtype in self._outputs:
             outputs[tensor.name] = np.empty(shape, dtype)
             bind(self._binding.bind_output, tensor, outputs[tensor.name])
         return outputs
@@ -109,12 +110,12 @@ class RepeatedShapes(ProcessBound):
             return found
         if "run" not in kept:
             own = {name: np.array(value, order="C") for name, value in feeds.items()}
-            kept["run"] = OrtBoundRun(self._session, self._graph, "cpu", own, shapes, fixed=True)
+            kept["run"] = OrtBoundRun(self._session, self._graph, "cpu", own, shapes)
             kept["feeds"] = own
         own = kept["feeds"]
         for name, value in feeds.items():
             own[name][...] = value
-        return {name: array.copy() for name, array in kept["run"].run().items()}
+        return {name: array.copy() for name, array in kept["run"].run(reused=True).items()}
 
 
 def bind(to: Any, tensor: Tensor, array: Array) -> None:

@@ -7,6 +7,8 @@ being fed with padding.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import count
+from math import isfinite
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +17,7 @@ from transom.runtime.errors import InputError
 from transom.runtime.finite import check_finite
 from transom.runtime.generation.config import GenerationConfig
 from transom.runtime.generation.logits_processors import logits_processors, process_logits, unmasked
-from transom.runtime.generation.sequences import DecoderProtocol, Sequences, reorder_decoder
+from transom.runtime.generation.sequences import DecoderProtocol, Sequences
 from transom.runtime.generation.stopping_criteria import StoppingCriteria
 
 
@@ -26,43 +28,50 @@ def sample(
     config: GenerationConfig,
     stopping: StoppingCriteria,
     numbers: NDArray[np.intp],
-) -> Iterator[tuple[NDArray[np.intp], NDArray[np.int64]]]:
-    """Yield, step by step, the rows that are unfinished and the new token of each: (N,) rows of the start, (N,) ids.
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield, step by step, the rows that are unfinished and the new token of each: N rows of the start, N ids.
 
-    ``sequences`` and ``decoder`` lose the rows that are finished. Each sampled row has a random generator of
-    its own, so that no row's text depends on how many others there are or when they finish; ``numbers`` are the
-    prompts' in the caller's list.
+    ``decoder`` loses the rows that are finished, and ``sequences`` too where anything reads them. Each sampled row has
+    a random generator of its own, so that no row's text depends on how many others there are or when they finish;
+    ``numbers`` are the prompts' in the caller's list.
+
+    Behind a large graph Python's own code is out of the processor's caches: numbers of a few rows are plain ints,
+    which take less of it than arrays.
     """
     processors = logits_processors(config)
-    live = np.arange(len(sequences))
-    prompts = numbers[live // config.num_return_sequences]
+    live = list(range(len(sequences)))
+    most = (sequences.limits - sequences.lengths).tolist()  # new tokens of each row
+    prompts = numbers[np.arange(len(live)) // config.num_return_sequences]
     rngs = row_rngs(config, prompts) if config.do_sample else []
-    step = 1
-    while True:
+    for step in count(1):
         if config.do_sample or processors:
             check_logits(logits, prompts[live], step)
             scores = process_logits(logits, sequences, processors)
             tokens = draw(scores, [rngs[row] for row in live]) if config.do_sample else scores.argmax(axis=1)
             if processors:
                 check_choice(scores[np.arange(len(tokens)), tokens], prompts[live], step)
+            ids = tokens.tolist()
         else:  # one pass over the logits: argmax finds NaN, too
             tokens = logits.argmax(axis=1)
-            check_logits(logits[np.arange(len(tokens)), tokens, None], prompts[live], step)
-        yield live, tokens
-        finished = stopping.is_eos(tokens) | (sequences.lengths + 1 >= sequences.limits)
-        for row in np.flatnonzero(~finished).tolist() if stopping.strings else ():
-            finished[row] = stopping.completes_stop_string(sequences.row(row), int(tokens[row]))
-        some = bool(finished.any())
-        if some and finished.all():
-            return
-        sequences.append(tokens)
-        if some:
-            left = np.flatnonzero(~finished)
+            ids = tokens.tolist()
+            for row, token in enumerate(ids):
+                if not isfinite(logits[row, token]):
+                    check_logits(logits, prompts[live], step)
+        yield live, ids
+        finished = [ids[place] in stopping.eos or step >= most[row] for place, row in enumerate(live)]
+        if stopping.strings:
+            for row, token in enumerate(ids):
+                finished[row] = finished[row] or stopping.completes_stop_string(sequences.row(row), token)
+        if processors or stopping.strings:
+            sequences.append(tokens)
+        if True in finished:
+            left = np.flatnonzero(np.logical_not(finished))
+            if not len(left):
+                return
             sequences.reorder(left)
-            reorder_decoder(decoder, left, len(live))
-            live, tokens = live[left], tokens[left]
+            decoder.reorder(left)
+            live, tokens = [live[row] for row in left], tokens[left]
         logits = decoder.decode_step(tokens)
-        step += 1
 
 
 def row_rngs(config: GenerationConfig, prompts: NDArray[np.intp]) -> list[np.random.Generator]:

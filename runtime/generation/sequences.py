@@ -44,11 +44,6 @@ class Sequences:
         """Return a view of the row's tokens, prompt included."""
         return self.tokens[row, : self.lengths[row]]
 
-    def new_tokens(self, row: int) -> list[int]:
-        """Return the tokens after the row's prompt."""
-        new: list[int] = self.tokens[row, self.prompts[row] : self.lengths[row]].tolist()
-        return new
-
     def append(self, tokens: NDArray[np.int64]) -> None:
         """Append one token to each row: (R,)."""
         self.tokens[np.arange(len(self)), self.lengths] = tokens
@@ -58,9 +53,3 @@ class Sequences:
         """Let row i continue what row ``rows[i]`` was, as in ``DecoderProtocol.reorder``."""
         for name in ("tokens", "lengths", "prompts", "limits", "shortest"):
             setattr(self, name, getattr(self, name)[rows])
-
-
-def reorder_decoder(decoder: DecoderProtocol, rows: NDArray[np.intp], count: int) -> None:
-    """Reorder a decoder of ``count`` rows, unless ``rows`` are all of them in their order."""
-    if len(rows) != count or bool((rows != np.arange(count)).any()):
-        decoder.reorder(rows)

@@ -22,17 +22,11 @@ class StoppingCriteria:
     """
 
     def __init__(self, config: GenerationConfig, decode: Decode | None) -> None:
-        self.eos = np.array(config.eos_token_id, dtype=np.int64)
+        self.eos = frozenset(config.eos_token_id)  # each ends its row
         self.strings = config.stop_strings
         self.decode = decode
         # tokens before the newest: each is at least a byte, and the leftmost may lose its space in decoding
         self.window = max((len(string.encode()) for string in self.strings), default=0)
-
-    def is_eos(self, tokens: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Return which of the tokens (N,) are end-of-sequence tokens."""
-        if len(self.eos) == 0:
-            return np.zeros(len(tokens), dtype=np.bool_)
-        return np.asarray((tokens[:, None] == self.eos).any(axis=1))
 
     def completes_stop_string(self, before: NDArray[np.int64], token: int) -> bool:
         """Return whether ``token`` after the tokens ``before`` completes a stop string."""

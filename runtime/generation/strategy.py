@@ -54,8 +54,8 @@ def generate(
         logits = logits[repeated]
     new_tokens: list[list[int]] = [[] for _ in range(len(sequences))]
     for live, tokens in sample(sequences, logits, decoder, config, stopping, places):
-        for row, token in zip(live.tolist(), tokens.tolist(), strict=True):
-            new_tokens[row].append(token)
+        for place, row in enumerate(live):
+            new_tokens[row].append(tokens[place])
     return new_tokens
 
 
@@ -75,7 +75,7 @@ def stream(
     """
     sequences, stopping = start([prompt], logits, config, decode, positions, streaming=True)
     steps = sample(sequences, logits, decoder, config, stopping, np.zeros(1, np.intp))
-    return (int(tokens[0]) for _, tokens in steps)
+    return (tokens[0] for _, tokens in steps)
 
 
 def start(

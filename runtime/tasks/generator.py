@@ -131,6 +131,7 @@ class Generator(LoadedBundle, ABC):
         self, prefilled: PrefillResult, config: GenerationConfig, numbers: Sequence[int] | None = None
     ) -> list[list[int]]:
         """Return the new ids of a prefilled batch, as ``generation.generate`` does."""
+        prefilled.decoder.reuse_logits()
         return generate(
             prefilled.starts,
             prefilled.logits,
@@ -156,6 +157,7 @@ class Generator(LoadedBundle, ABC):
 
     def _tokens(self, rows: Sequence[Prompt], config: GenerationConfig) -> Pieces[int]:
         prefilled = self.prefill(rows)
+        prefilled.decoder.reuse_logits()
         yield from stream(
             prefilled.starts[0],
             prefilled.logits,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import product
-from typing import Any
 
 import numpy as np
 import pytest
@@ -37,7 +36,7 @@ def logits_of(kind: str, seed: int) -> NDArray[np.float32]:
 def test_few_logits_give_the_candidates_of_all(kind: str, seed: int) -> None:
     logits = logits_of(kind, seed)
     search = BeamHypotheses(GenerationConfig(num_beams=K, eos_token_id=(3,)), limit=9)
-    search.running = -np.sort(np.random.default_rng(seed).exponential(40, K)).astype(np.float32)
+    search.running = (-np.sort(np.random.default_rng(seed).exponential(40, K)).astype(np.float32)).tolist()
     order = np.random.default_rng(seed).permutation(K)
     expected = search.candidates(log_softmax(logits)[order], None)
     highest = logits.max(axis=1)
@@ -51,7 +50,7 @@ def test_few_logits_give_the_candidates_of_all(kind: str, seed: int) -> None:
 def test_beams_that_never_began_lose_all_differences() -> None:
     """-1e9 of the first step's other beams swallows every logit: the first token wins."""
     logits = logits_of("normal", 0)
-    search: Any = BeamHypotheses(GenerationConfig(num_beams=K), limit=9)
+    search = BeamHypotheses(GenerationConfig(num_beams=K), limit=9)
     search.running[0] = -1.0e9
     normalisers = log_normalisers(logits, logits.max(axis=1), np.empty_like(logits))
     _, beams, tokens = search.candidates_of_logits(logits, logits.max(axis=1), normalisers, range(K))
@@ -61,7 +60,7 @@ def test_beams_that_never_began_lose_all_differences() -> None:
 
 def test_a_beam_that_goes_on_stays_where_it_is() -> None:
     for parents in product(range(4), repeat=4):
-        sources, where = kept_in_place(np.array(parents))
-        assert sorted(where.tolist()) == [0, 1, 2, 3]
-        assert sources[where].tolist() == list(parents)
+        sources, where = kept_in_place(parents)
+        assert sorted(where) == [0, 1, 2, 3]
+        assert [sources[row] for row in where] == list(parents)
         assert sum(source != row for row, source in enumerate(sources)) == 4 - len(set(parents))
