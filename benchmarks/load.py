@@ -51,7 +51,7 @@ def measure(what: str, bundle: Path, threads: int) -> dict[str, float]:
             options = library.SessionOptions()
             options.log_severity_level, options.inter_op_num_threads = FATAL, 1
             options.intra_op_num_threads = threads
-            path = str(bundle / graph["files"].get("cpu", graph["files"]["default"]))
+            path = str(bundle / graph["files"].get("cpu") or graph["files"]["default"])
             providers = ["CPUExecutionProvider"]
             held.append(library.InferenceSession(path, options, providers=providers, disabled_optimizers=[SKIPPED]))
     else:
@@ -94,7 +94,7 @@ def main() -> None:
     sides += [("load", options.earlier)] if options.earlier else []
     for bundle in options.bundles:
         graphs = json.loads((bundle / "bundle.json").read_bytes())["graphs"]
-        names = {graph["files"].get("cpu", graph["files"]["default"]) for graph in graphs}
+        names = {graph["files"].get("cpu") or graph["files"]["default"] for graph in graphs}
         names |= {graph["weights"] for graph in graphs if "weights" in graph}
         size = sum((bundle / name).stat().st_size for name in names) / MIB
         rows: list[list[dict[str, float]]] = [[] for _ in sides]

@@ -73,6 +73,9 @@ class StagedBundle(Bundle):
         else:
             yield memoryview(self._read(name))
 
+    def leased(self, name: str) -> None:
+        """Lease nothing: ``pieces`` are not hashed either."""
+
     def reader(self) -> BundleReader:
         """Return what opens graphs: none of its files is held between two of them."""
         return StagedReader(self)
@@ -88,6 +91,7 @@ class StagedReader(BundleReader):
     """Reads a staged bundle's files anew for each graph, for they need not be hashed."""
 
     def __init__(self, bundle: StagedBundle) -> None:
+        super().__init__(bundle)
         self._staged = bundle
 
     def __call__(self, name: str) -> bytes:

@@ -21,6 +21,7 @@ from typing import Any
 
 from transom.runtime.errors import BundleError
 from transom.runtime.json_reader import parse_json
+from transom.runtime.leased_file import LeasedFile, take_lease
 from transom.runtime.manifest import FORMAT, FORMAT_VERSION, MANIFEST, File, manifest_from_json
 from transom.runtime.text.tokenizer import TextTokenizer, export_again
 from transom.runtime.text.tokenizer_spec import TokenizerSpec
@@ -75,15 +76,32 @@ class Bundle:
 
     def pieces(self, name: str) -> Iterator[memoryview]:
         """Yield the bytes of a file in order, each piece valid until the next; BundleError at the end for others."""
+        with readable(self.folder), opened(self.folder, name) as source:
+            yield from self._pieces(name, source)
+
+    def leased(self, name: str) -> LeasedFile | None:
+        """Open a file that nothing can change until it is closed, and hash it meanwhile; None where that cannot be."""
+        with readable(self.folder):
+            source = opened(self.folder, name)
+        if not take_lease(source.fileno()):
+            source.close()
+            return None
+        return LeasedFile(source, lambda: self._compare(name, source))
+
+    def _compare(self, name: str, source: io.FileIO) -> None:
+        with readable(self.folder):
+            for _ in self._pieces(name, source):
+                pass
+
+    def _pieces(self, name: str, source: io.FileIO) -> Iterator[memoryview]:
         file = self._listed(name)
         digest, left = hashlib.sha256(), file.size
-        with readable(self.folder), opened(self.folder, name) as source:
-            buffer = memoryview(bytearray(min(PIECE, file.size + 1)))
-            while left >= 0 and (count := source.readinto(buffer[: left + 1])):
-                left -= count
-                digest.update(buffer[:count])
-                if left >= 0:
-                    yield buffer[:count]
+        buffer = memoryview(bytearray(min(PIECE, file.size + 1)))
+        while left >= 0 and (count := source.readinto(buffer[: left + 1])):
+            left -= count
+            digest.update(buffer[:count])
+            if left >= 0:
+                yield buffer[:count]
         if left or digest.hexdigest() != file.sha256:
             raise changed(self.folder, name)
         self._verified.add(name)
@@ -108,13 +126,14 @@ class Bundle:
 class BundleReader:
     """Reads a bundle's files for graphs that are opened one after the other.
 
-    Weights that several graphs share are read once, and stay in memory until the last has them.
+    Weights that several graphs share are read once: they stay under their lease, or in memory, until the last has them.
     """
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
         self._uses = Counter(file.weights for file in bundle.manifest.graphs)
         self._held: dict[str, bytes] = {}
+        self._leased: dict[str, LeasedFile] = {}
 
     def __call__(self, name: str) -> bytes:
         """Return the bytes of a file."""
@@ -136,6 +155,31 @@ class BundleReader:
             yield memoryview(self(name))
         else:
             yield from self._bundle.pieces(name)
+
+    @contextmanager
+    def leased(self, name: str) -> Iterator[LeasedFile | None]:
+        """Give a file that does not change meanwhile, as ``Bundle.leased`` does, and the same one to the next graph."""
+        leased = self._leased.pop(name, None)
+        if leased is None and name not in self._held:
+            leased = self._bundle.leased(name)
+        if leased is None:
+            yield None
+            return
+        self._uses[name] -= 1
+        try:
+            yield leased
+        except BaseException:
+            leased.close()
+            raise
+        if self._uses[name] > 0 and leased.held():
+            self._leased[name] = leased
+        else:
+            leased.close()
+
+    def close(self) -> None:
+        """Give back the leases that waited for a graph that was not opened."""
+        while self._leased:
+            self._leased.popitem()[1].close()
 
 
 @contextmanager

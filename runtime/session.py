@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from threading import Lock, local
 from types import TracebackType
 from typing import TYPE_CHECKING, ClassVar, Self
@@ -57,8 +58,8 @@ class LoadedBundle(ProcessBound):
                 return [backends[graph.graph.name] for graph in graphs]
             if device == "tensorrt" and cpu_alone is not None:
                 raise BackendError(cpu_alone)
-            reader = bundle.reader()
-            return [open_backend(graph, reader, device, threads) for graph in graphs]
+            with closing(bundle.reader()) as reader:
+                return [open_backend(graph, reader, device, threads) for graph in graphs]
 
         cpu_alone = no_tensorrt(bundle.manifest, bundle.folder) if backends is None else None
         self._backends, self.choice = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 
 import torch
@@ -66,7 +67,8 @@ def open_default_files(bundle: Bundle) -> None:
             continue
         alone = replace(file, files={"default": default}, integers=file.integers and SIMULATED)
         try:
-            opened = OrtBackend(alone, bundle.reader(), "cpu", None)
+            with closing(bundle.reader()) as reader:
+                opened = OrtBackend(alone, reader, "cpu", None)
         except (BackendError, BundleError) as error:
             raise ExportError(
                 f"{default}, which would ship for GPUs, does not load: {error} Report this, with the checkpoint's "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 
 from transom.runtime.errors import BundleError
 from transom.runtime.graph_spec import Graph, Tensor
+from transom.runtime.leased_file import LeasedFile
 from transom.runtime.manifest_graphs import Plan
 
 Array = NDArray[Any]
@@ -33,6 +35,15 @@ class ReadInPieces(Protocol):
 
         What was yielded is checked when the iterator ends: BundleError where it is not what bundle.json says.
         """
+        ...
+
+
+@runtime_checkable
+class ReadLeased(ReadInPieces, Protocol):
+    """A ``ReadInPieces`` that can keep a file as it is while it is read by its path."""
+
+    def leased(self, name: str) -> AbstractContextManager[LeasedFile | None]:
+        """Give the open file, under a lease; None where there is none to be had."""
         ...
 
 

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from transom.runtime.backends.base import Array, Read, ReadInPieces, with_dtypes
+from transom.runtime.backends.base import Array, Read, ReadInPieces, ReadLeased, with_dtypes
 from transom.runtime.backends.external_data import foreign_location
-from transom.runtime.backends.inlined_model import inlined_model
+from transom.runtime.backends.inlined_model import InlinedModel, inlined_model
 from transom.runtime.backends.integer_sums import integer_sums
 from transom.runtime.backends.malloc import large_blocks_apart
+from transom.runtime.backends.mapped_model import Kept, session_from_mapping
 from transom.runtime.backends.model_pipe import can_pipe, session_from_parts
 from transom.runtime.backends.ort_bound import OrtBoundRun, RepeatedShapes, reason_of
 from transom.runtime.backends.ort_cache import OrtDecoderState
@@ -37,6 +38,8 @@ READS_PIPES = (1, 31)
 # Constants that ONNX Runtime computes when it makes a session, in bytes at most: else it transposes a tied table of
 # embeddings of 147 MiB, before it packs that for the product that could have read it transposed.
 FOLDED = ("optimization.constant_folding_max_output_size_in_bytes", str(64 << 20))
+# Locations of weights are relative to the root: absolute ones are refused, and those that leave the folder.
+FROM_ROOT = ("session.model_external_initializers_file_folder_path", "/")
 
 # ONNX Runtime's names of the dtypes that cross a graph's edge.
 DTYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16"}
@@ -67,6 +70,8 @@ ALLOWED_ON_CPU = {
     "Sub",
     "Unsqueeze",
 }
+
+Prepare = Callable[[Any], object]  # adds to session options
 
 
 class OrtBackend(ProcessBound):
@@ -158,14 +163,15 @@ def open_session(graph: GraphFile, read: Read, device: str, threads: int | None)
         )
     if device == "cuda":
         load_cuda()
-    options = library.SessionOptions()
-    options.log_severity_level = FATAL
-    options.intra_op_num_threads = threads or 0  # 0: one per physical core
-    options.inter_op_num_threads = 1
-    for key, setting in {**session_entries(graph, device), **thread_entries()}.items():
-        options.add_session_config_entry(key, setting)
 
-    def make(model: str | bytes) -> Any:
+    def make(model: str | bytes, prepare: Prepare) -> Any:
+        options = library.SessionOptions()
+        options.log_severity_level = FATAL
+        options.intra_op_num_threads = threads or 0  # 0: one per physical core
+        options.inter_op_num_threads = 1
+        for key, setting in {**session_entries(graph, device), **thread_entries()}.items():
+            options.add_session_config_entry(key, setting)
+        prepare(options)
         return library.InferenceSession(
             model,
             options,
@@ -176,7 +182,7 @@ def open_session(graph: GraphFile, read: Read, device: str, threads: int | None)
         )
 
     try:
-        session = make_session(graph, read, device, options, make)
+        session = make_session(graph, read, device, make)
     except BundleError:
         raise
     except Exception as error:  # as above
@@ -193,35 +199,69 @@ def open_session(graph: GraphFile, read: Read, device: str, threads: int | None)
     return session
 
 
-def make_session(graph: GraphFile, read: Read, device: str, options: Any, make: Callable[[str | bytes], Any]) -> Any:
-    """Make a session of a graph's files: weights that lie outside of it pass through a pipe where that works.
+def make_session(graph: GraphFile, read: Read, device: str, make: Callable[[str | bytes, Prepare], Any]) -> Any:
+    """Make a session of a graph's files; weights that lie outside of it are mapped, or pass through a pipe.
 
     Raises BundleError for files that are not those of bundle.json, and what the library raises.
     """
-    model = read(graph.file_for(device))
-    inlined = None
-    if graph.weights is not None and isinstance(read, ReadInPieces):
-        inlined = inlined_model(model, graph.weights, read.size(graph.weights))
+    model, weights, inlined = read(graph.file_for(device)), graph.weights, None
+    if weights is not None and isinstance(read, ReadInPieces):
+        inlined = inlined_model(model, weights, read.size(weights))
     require_own_weights(graph, device, model, 0 if inlined is None else len(inlined.tensors))
-    with large_blocks_apart():
-        if graph.weights is not None and isinstance(read, ReadInPieces):
+
+    def made(model: str | bytes, prepare: Prepare = lambda options: None) -> Any:
+        def prepare_all(options: Any) -> None:
             if inlined is not None and inlined.is_float32:
                 options.add_session_config_entry(*FOLDED)
-            if inlined is not None and can_pipe() and version_of(onnxruntime()) >= READS_PIPES:
-                try:
-                    session = session_from_parts(inlined.parts(read.pieces(graph.weights)), make)
-                except BundleError:
-                    raise
-                except Exception:  # it names the pipe, which may not be opened here: what bytes give is the error
-                    session = None
-                if session is not None:
-                    return session
-        if graph.weights is not None:
-            weights = read(graph.weights)
-            options.add_external_initializers_from_files_in_memory([graph.weights], [weights], [len(weights)])
-        session = make(model)
-    session._model_bytes = None  # it keeps them, to be made again on another device
-    return session
+            prepare(options)
+
+        session = make(model, prepare_all)
+        session._model_bytes = None  # it keeps them, to be made again on another device
+        return session
+
+    if weights is not None and inlined is not None and can_pipe() and version_of(onnxruntime()) >= READS_PIPES:
+        for way in (mapped_session, piped_session) if device == "cpu" else (piped_session,):
+            try:
+                session = way(inlined, weights, read, made)
+            except BundleError:
+                raise
+            except Exception:  # it names a path that is not the bundle's: what bytes give is the error
+                continue
+            if session is not None:
+                return session
+    with large_blocks_apart():
+        if weights is None:
+            return made(model)
+        data = read(weights)
+        return made(model, lambda o: o.add_external_initializers_from_files_in_memory([weights], [data], [len(data)]))
+
+
+def mapped_session(model: InlinedModel, weights: str, read: Any, make: Callable[..., Any]) -> Any | None:
+    """Make a session that maps its weights from their file while that is under a lease; None where it cannot be so."""
+    if not isinstance(read, ReadLeased):
+        return None
+
+    def make_mapped(data: bytes, kept: Kept) -> Any:
+        library = onnxruntime()
+        values = {name: library.OrtValue.ortvalue_from_numpy_with_onnx_type(*each) for name, each in kept.items()}
+
+        def prepare(options: Any) -> None:
+            options.add_session_config_entry(*FROM_ROOT)
+            for name, value in values.items():
+                options.add_initializer(name, value)
+
+        session = make(data, prepare)
+        session.transom_values = values  # which it reads, and does not own
+        return session
+
+    with read.leased(weights) as file:
+        return None if file is None else session_from_mapping(model, file, make_mapped)
+
+
+def piped_session(model: InlinedModel, weights: str, read: Any, make: Callable[..., Any]) -> Any | None:
+    """Make a session of a model that passes through a pipe; None where the library did not read it whole."""
+    with large_blocks_apart():
+        return session_from_parts(model.parts(read.pieces(weights)), make)
 
 
 def require_own_weights(graph: GraphFile, device: str, model: bytes, inlined: int) -> None:

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from bad_bundles import rewritten
+from leases import can_lease, leases
 from transom.runtime import bundle as reading
 from transom.runtime import load
-from transom.runtime.backends import ort
+from transom.runtime.backends import mapped_model, ort
 from transom.runtime.bundle import Bundle
 from transom.runtime.compare import Comparison
 from transom.runtime.errors import BundleError
@@ -119,6 +120,7 @@ def test_weights_that_change_while_they_are_read_are_refused(
     whole = weights.read_bytes()
     pieces, sessions = Bundle.pieces, []
     made = ort.session_from_parts
+    monkeypatch.setattr(reading, "take_lease", lambda descriptor: False)
 
     def changing(self: Bundle, name: str) -> Iterator[memoryview]:
         for index, piece in enumerate(pieces(self, name)):
@@ -141,6 +143,52 @@ def test_weights_that_change_while_they_are_read_are_refused(
     with pytest.raises(BundleError, match=r"model\.weights does not have the SHA-256"):
         load(folder)
     assert sessions == []
+
+
+@leases
+@pytest.mark.parametrize("name", ["bert-bf16", "clip-bf16"])
+def test_who_writes_weights_while_they_are_mapped_waits(kept: Kept, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who does not wait ends the lease: the weights pass through a pipe, as they are then."""
+    folder = kept(name)
+    before = found_by(selftest(folder))
+    mapped, sessions = ort.session_from_mapping, []
+
+    def changing(*given: Any) -> Any:
+        with pytest.raises(BlockingIOError):
+            reading.os.open(folder / "model.weights", reading.os.O_WRONLY | reading.os.O_NONBLOCK)
+        sessions.append(mapped(*given))
+        return sessions[-1]
+
+    monkeypatch.setattr(ort, "session_from_mapping", changing)
+    assert found_by(selftest(folder)) == before
+    assert {*sessions} == {None}
+    with (folder / "model.weights").open("r+b") as file:  # no lease is left
+        file.write(b"\x7f")
+    with pytest.raises(BundleError, match=r"model\.weights does not have the SHA-256"):
+        load(folder)
+
+
+@leases
+def test_a_lease_ends_with_the_last_graph_or_with_an_error(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = kept("clip-bf16")
+    weights = folder / "model.weights"
+
+    with load(folder):
+        weights.open("r+b").close()
+    for failing in ("image.cpu.onnx", "text.cpu.onnx"):
+        with monkeypatch.context() as patch:
+            patch.setattr(ort, "require_own_weights", failing_for(failing))
+            with pytest.raises(BundleError, match="refused"):
+                load(folder)
+        reading.os.close(reading.os.open(weights, reading.os.O_WRONLY | reading.os.O_NONBLOCK))
+
+
+def failing_for(name: str) -> Callable[..., None]:
+    def require(graph: Any, device: str, *_: Any) -> None:
+        if graph.file_for(device) == name:
+            raise BundleError("refused")
+
+    return require
 
 
 def test_a_graph_that_changes_before_it_is_read_is_refused(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,20 +242,37 @@ def test_a_loaded_bundle_does_not_use_its_files(kept: Kept) -> None:
 
 
 @pytest.mark.parametrize("name", ["bert-bf16", "clip-bf16", "electra-fp16"])
-def test_bytes_and_a_pipe_give_the_same_session(kept: Kept, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    piped = ort.session_from_parts
-    used: list[int] = []
+def test_a_mapping_a_pipe_and_bytes_give_the_same_session(
+    kept: Kept, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[str] = []
 
-    def noted(parts: Any, make: Any) -> Any:
-        used.append(1)
-        return piped(parts, make)
+    def note(way: str) -> None:
+        made = getattr(ort, way)
 
-    monkeypatch.setattr(ort, "session_from_parts", noted)
+        def noted(*given: Any) -> Any:
+            used.append(way)
+            return made(*given)
+
+        monkeypatch.setattr(ort, way, noted)
+
+    for way in ("session_from_mapping", "session_from_parts"):
+        note(way)
+    monkeypatch.setattr(mapped_model, "SMALL", 0)
     folder = kept(name)
+    pipes = ort.can_pipe() and ort.version_of(ort.onnxruntime()) >= ort.READS_PIPES
     report = found_by(selftest(folder))
-    assert bool(used) == (ort.can_pipe() and ort.version_of(ort.onnxruntime()) >= ort.READS_PIPES)
+    assert {*used} == (
+        {"session_from_mapping"} if can_lease() and pipes else {"session_from_parts"} if pipes else set()
+    )
+    used.clear()
+    monkeypatch.setattr(reading, "take_lease", lambda descriptor: False)
+    assert found_by(selftest(folder)) == report
+    assert {*used} == ({"session_from_parts"} if pipes else set())
+    used.clear()
     monkeypatch.setattr(ort, "can_pipe", lambda: False)
     assert found_by(selftest(folder)) == report
+    assert used == []
 
 
 def found_by(report: SelftestReport) -> dict[tuple[str, str, str], Comparison]:
