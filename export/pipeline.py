@@ -16,6 +16,7 @@ import contextlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from transom.export.bundle_writer import BundleWriter, StagedBundle, check_out, 
 from transom.export.checkpoint import LoadedCheckpoint, load_checkpoint
 from transom.export.families.base import export_family
 from transom.export.manifest_fields import manifest_fields
+from transom.export.memory import release
 from transom.export.onnx_export import onnx_from_module
 from transom.export.parity.backends import open_default_files, open_pytorch
 from transom.export.parity.cases import ParityCases
@@ -47,12 +49,7 @@ from transom.runtime.golden import GOLDEN
 from transom.runtime.greedy_check import Divergence
 from transom.runtime.loading import open_bundle
 from transom.runtime.manifest import PRECISIONS, QUANTIZED, Manifest
-from transom.runtime.manifest_graphs import (
-    BOTH,
-    CPU_ALONE,
-    MADE_FOR,
-    TENSORRT_ALONE,
-)
+from transom.runtime.manifest_graphs import BOTH, CPU_ALONE, MADE_FOR, TENSORRT_ALONE
 from transom.runtime.progress import Progress, ProgressReporter, silent
 from transom.runtime.text.tokenizer import TextTokenizer
 
@@ -181,6 +178,8 @@ def write_and_compare(
     Raises CheckpointError for a checkpoint that changed meanwhile, ParityError, PrecisionError, and of them
     Fp16DoubtError where a watch in the variants has its doubts.
     """
+    if not needs_range(precision, made_for):
+        traced.graphs.clear()
     reporter.next("writing the bundle")
     fields = {**manifest_fields(loaded, precision, converted.variants, made_for), **converted.fields}
     write_files(writer, loaded, converted)
@@ -194,7 +193,7 @@ def write_and_compare(
         ranges = measure_ranges(bundle, traced.graphs, parity_cases, sums=True)
         require_fp16_range(ranges.tensors)
     traced.graphs.clear()  # large, and not read again
-    loaded.give_back()
+    release(loaded)
     parity = compare_with_pytorch(bundle, loaded, converted.variants, parity_cases, reporter)
     loaded.require_unchanged()  # what was compared is what is hashed as the source
     return describe(writer, fields, traced, ranges, parity)
@@ -285,6 +284,7 @@ def quantize_graphs(
             report,
             made_for,
             measure_fp16,
+            partial(release, loaded),
         )
         made = quantize_model(job, folder)
         return Converted(made.variants, {RANGES: made.table.to_bytes()}, {"quantization": made.record})

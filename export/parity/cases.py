@@ -6,9 +6,7 @@ token, so that each case depends on the state that those before it left.
 
 from __future__ import annotations
 
-import ctypes
 import itertools
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -20,6 +18,7 @@ from transom.export.parity.interleaved_scenarios import interleaved_scenarios
 from transom.export.parity.scenarios import Scenario, prompt_length, scenarios
 from transom.export.parity.whole_sequences import whole_logits
 from transom.runtime.backends.base import Array, Backend
+from transom.runtime.backends.malloc import trim
 from transom.runtime.errors import ExportError
 from transom.runtime.feeds import IMAGE_INDICES
 from transom.runtime.graph_spec import Axis, Graph, is_decoder
@@ -69,8 +68,7 @@ def give_back(backend: Backend, size: int) -> None:
     """Let a backend give memory back after a run of ``size``, if that was LARGE, and the C library what is free."""
     if size >= LARGE and isinstance(backend, GivesBack):
         backend.give_back()
-        if sys.platform == "linux":
-            getattr(ctypes.CDLL(None), "malloc_trim", lambda kept: None)(0)  # glibc's
+        trim()
 
 
 @dataclass(frozen=True)

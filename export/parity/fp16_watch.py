@@ -42,6 +42,10 @@ class WatchedBackend:
             raise Fp16DoubtError(f"a value of the graph {self.graph.name!r} may be beyond {FP16_MAX:g}")
         return found
 
+    def give_back(self) -> None:
+        """Give back what the backend holds between its runs, where it can."""
+        getattr(self._backend, "give_back", lambda: None)()
+
 
 def with_watch(graph: Graph) -> Graph:
     """Return the graph with the outputs that ``add_fp16_watch`` gives it."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import onnx_ir as ir
 
@@ -35,13 +37,22 @@ GATE_MODES = {STATIC: "static", DYNAMIC: "dynamic", NONE: "weight-only"}  # what
 class Candidate:
     """The quantised graphs of one calibration, with the gate that they are measured by.
 
-    ``bundle`` is in FP32; ``quantizer`` makes quantised graphs of its own.
+    ``bundle`` is in FP32; ``quantizer`` makes quantised graphs of its own, whose weights lie in ``folder``, or where
+    temporary files do, until their sessions are open. ``release`` is called when those were closed.
 
     gate_modes  how the gate calls the activations of each variant that ships, the one for the CPU first
     """
 
-    def __init__(self, bundle: Bundle, quantizer: Quantizer, gate: Gate) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        quantizer: Quantizer,
+        gate: Gate,
+        folder: Path | None = None,
+        release: Callable[[], None] = lambda: None,
+    ) -> None:
         self._bundle, self.quantizer, self._gate = bundle, quantizer, gate
+        self._folder, self._release = folder, release
         self._results: dict[tuple[str, frozenset[Layer]], GateResult] = {}
         config = quantizer.config
         self.gate_modes = {CPU: gate_mode(config.activations.values())} if config.for_cpu else {}
@@ -59,6 +70,7 @@ class Candidate:
         if key not in self._results:
             with self.open_variant(variant, high_precision) as loaded:
                 self._results[key] = self._gate.evaluate(loaded, self.gate_modes[variant])
+            self._release()
         return self._results[key]
 
     def open_switchable(self) -> SwitchableBundle:
@@ -69,7 +81,8 @@ class Candidate:
     def open_variant(self, variant: str, high_precision: Collection[Layer]) -> LoadedBundle:
         """Load a variant as the runtime would; the one for TensorRT rounds as a GPU would."""
         make = self.quantizer.cpu_variant if variant == CPU else self.quantizer.tensorrt_variant
-        return open_variants(self._bundle, make(high_precision))
+        with TemporaryDirectory(dir=self._folder, prefix=".measured-") as folder:
+            return open_variants(self._bundle, make(Path(folder), high_precision))
 
 
 def quantizer_of_table(

@@ -56,6 +56,7 @@ class QuantizationJob:
     measure_fp16  measure those ranges first; else the graphs are taken to fit, and watched in every run that measures
                   them, here and in the parity runs
     made_for      what the bundle is for, one of MADE_FOR
+    release       called when sessions were closed, to give their memory back
     """
 
     bundle: Bundle
@@ -69,6 +70,7 @@ class QuantizationJob:
     report: Callable[[str], None]
     made_for: str = BOTH
     measure_fp16: bool = False
+    release: Callable[[], None] = lambda: None
 
     @property
     def config(self) -> QuantizationConfig:
@@ -116,18 +118,21 @@ def quantize_model(job: QuantizationJob, folder: Path | None = None) -> Quantize
             report=job.report,
             kept=kept,
         )
+        job.release()
         shared = SharedCalibration(
             job.bundle, job.canonical, job.config, parts_of(job.data), smoothing, job.report, kept
         )
         if job.options.gate and held_out is not None and len(held_out.samples) < ENOUGH_INPUTS:
             shared.collect(range(PARTS))  # further candidates are certain, and need the part that is held out here
         table = shared.table(calibration, [part for part in range(PARTS) if scored or part > 0])
+        job.release()
     gates = open_gates(job, held_out, most=MAX_CANDIDATES if job.options.gate and shared else 1)
     tables = [table]
     for part in range(1, len(gates)):  # calibrated on other samples
         assert shared is not None
         others = [other for other in range(PARTS) if other != part]
         tables.append(shared.table(job.data.split(PARTS, part)[0], others))
+    job.release()
     if job.config.for_cpu and not job.measure_fp16:  # else the graph that rounds ships itself, and has no watch
         try:
             return searched(job, tables, gates, held_out, kept, folder, half=True, watch=True)
@@ -153,7 +158,9 @@ def searched(
     """
     quantizer = quantizer_of_table(job.bundle, job.canonical, job.config, tables[0], half=half, watch=watch)
     quantizers = [quantizer, *(quantizer.with_ranges(histograms(table, job.canonical)) for table in tables[1:])]
-    candidates = [Candidate(job.bundle, each, gate) for each, gate in zip(quantizers, gates, strict=True)]
+    candidates = [
+        Candidate(job.bundle, each, gate, folder, job.release) for each, gate in zip(quantizers, gates, strict=True)
+    ]
     found = search_layers(
         candidates,
         lambda candidate: rank_layers(candidate, job.bundle, *held_out_samples(job, held_out), job.report, kept),

@@ -179,14 +179,17 @@ class Quantizer:
         made = pack(self._graphs, models, "float32", cpu=cpu, emulated=others, folder=folder)
         return with_integers(made, self.integers)
 
-    def cpu_variant(self, high_precision: Collection[Layer] = ()) -> Variants:
-        """Return the graphs for ONNX Runtime's CPU alone, to be measured."""
-        return with_integers(pack(self._graphs, self.optimized_cpu(high_precision), "float32"), self.integers)
+    def cpu_variant(self, folder: Path, high_precision: Collection[Layer] = ()) -> Variants:
+        """Return the graphs for ONNX Runtime's CPU alone, to be measured, with their weights in ``folder``."""
+        return with_integers(self._measured(self.optimized_cpu(high_precision), folder), self.integers)
 
-    def tensorrt_variant(self, high_precision: Collection[Layer] = ()) -> Variants:
+    def tensorrt_variant(self, folder: Path, high_precision: Collection[Layer] = ()) -> Variants:
         """Return the graphs for TensorRT alone, to be measured on a CPU: FP16 is rounded as a GPU would round it."""
-        variants = simulated(pack(self._graphs, self._emulations(self.tensorrt(high_precision)), "float32"))
+        variants = simulated(self._measured(self._emulations(self.tensorrt(high_precision)), folder))
         return replace(variants, graphs=self._watched(variants.graphs))
+
+    def _measured(self, models: Mapping[str, ir.Model], folder: Path) -> Variants:
+        return pack(self._graphs, models, "float32", external_above=0, folder=folder)
 
     def _emulations(self, models: Mapping[str, ir.Model]) -> dict[str, ir.Model]:
         """Return copies of graphs for TensorRT that round as a GPU would, with a watch where there is to be one."""

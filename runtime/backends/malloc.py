@@ -1,9 +1,10 @@
-"""Have glibc give large blocks back to the system while a session is made."""
+"""Have glibc give memory back to the system: large blocks while a session is made, and what is free when asked."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,6 +47,12 @@ def large_blocks_apart() -> Iterator[None]:
             if not _users:
                 for name, size in USUAL.items():
                     set_threshold(name, size)
+
+
+def trim() -> None:
+    """Return the free memory of the heap to the system, wherever it lies in it; do nothing without glibc."""
+    if sys.platform == "linux":
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda kept: None)(0)
 
 
 @cache

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from conftest import export_to, save_checkpoint
 from tiny_graphs import graph_of, normal, run
+from transom.export.parity.cases import LARGE, give_back
 from transom.export.parity.fp16_watch import Fp16DoubtError, WatchedBackend
 from transom.export.passes.fake_half import fake_half
 from transom.export.passes.fp16_watch import WATCHED_SCORES, WATCHED_SUM, add_fp16_watch
@@ -87,6 +88,18 @@ def test_any_doubt_stops_the_run(total: float, scores: float, holds: bool) -> No
     else:
         with pytest.raises(Fp16DoubtError, match=r"a value of the graph 'g' may be beyond 65504"):
             backend.run({}, {"y": ()})
+
+
+def test_a_watched_graph_gives_memory_back() -> None:
+    given: list[str] = []
+
+    class Holds(Answers):
+        def give_back(self) -> None:
+            given.append("arena")
+
+    give_back(WatchedBackend(Holds(1.0, 1.0)), LARGE)
+    WatchedBackend(Answers(1.0, 1.0)).give_back()
+    assert given == ["arena"]
 
 
 @pytest.fixture

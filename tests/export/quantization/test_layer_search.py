@@ -156,7 +156,7 @@ def test_the_gate_holds_for_what_ships_and_for_all_candidates_pooled() -> None:
     )
 
 
-def test_layers_are_ranked_by_what_each_costs_alone(vit_bundle: Path, int8_bundle: Path) -> None:
+def test_layers_are_ranked_by_what_each_costs_alone(vit_bundle: Path, int8_bundle: Path, tmp_path: Path) -> None:
     """In one session with a switch for every layer: the same errors as of graphs made with all others in FP32."""
     bundle = Bundle(vit_bundle)
     graphs = tuple(file.graph for file in bundle.manifest.graphs)
@@ -165,9 +165,12 @@ def test_layers_are_ranked_by_what_each_costs_alone(vit_bundle: Path, int8_bundl
         gate, reference = Gate(fp32, samples, "scans"), Fp32Outputs(fp32, samples, "scans")
     config, ranges = DEFAULTS.config("int8", graphs), load_table(int8_bundle / RANGES)
     quantizer = quantizer_of_table(bundle, canonical_graphs(bundle), config, ranges, half=True)
-    candidate = Candidate(bundle, quantizer, gate)
+    released: list[list[Path]] = []
+    candidate = Candidate(bundle, quantizer, gate, tmp_path, lambda: released.append([*tmp_path.iterdir()]))
     errors = rank_layers(candidate, bundle, samples, "scans", lambda what: None, KeepsNothing())
     assert list(errors) == candidate.quantizer.layers
     for layer in [max(errors, key=lambda each: errors[each]), candidate.quantizer.layers[-1]]:
         with candidate.open_variant("cpu", [other for other in errors if other != layer]) as alone:
             assert errors[layer] == pytest.approx(reference.compare(alone).error.value, rel=0.02)
+    candidate.evaluate("cpu", ())
+    assert released == [[]], "once, and the files of weights are gone by then"

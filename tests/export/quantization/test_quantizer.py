@@ -133,6 +133,17 @@ def test_weights_alone_ship_one_variant(bits: int, stored: str) -> None:
     assert operators(made.cpu({("model", "up")})["model"])["MatMulNBits"] == 1
 
 
+def test_the_weights_of_what_is_measured_lie_in_a_folder(tmp_path: Path) -> None:
+    """None of them is held in memory beside the session."""
+    for number, make in enumerate((quantizer(STATIC).cpu_variant, quantizer(STATIC).tensorrt_variant)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        variants = make(folder)
+        assert [*variants.stored] == [WEIGHTS]
+        assert (folder / WEIGHTS).stat().st_size >= 64 * 80 + 80 * 48
+        assert sum(map(len, variants.files.values())) < 64 * 80
+
+
 def test_the_models_a_quantizer_is_made_of_stay() -> None:
     made = quantizer(STATIC)
     before = graph_sha256(model())
