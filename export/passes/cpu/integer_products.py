@@ -22,19 +22,22 @@ import numpy as np
 import onnx_ir as ir
 
 from transom.export.passes._builder import NodeBuilder
-from transom.export.passes._match import is_standard, is_weight, made_by, only_reader, weight_shape
+from transom.export.passes._match import is_standard, is_weight, made_by, only_reader, rank_of, size_along, weight_shape
 from transom.export.passes.weight_only import DOMAIN
+from transom.runtime.feeds import WRITE_INDICES
 
 OPERATOR = "MatMulIntegerToFloat"
-WEIGHT_SCALE, WEIGHT_ZERO, BIAS = 3, 5, 6  # indices of its inputs
+X_SCALE, WEIGHT_SCALE, WEIGHT_ZERO, BIAS = 2, 3, 5, 6  # indices of its inputs
 
 
 def write_integer_products(model: ir.Model) -> int:
     """Apply the cases to ``model`` in place; return how many products were made."""
     found = [(node, operands(node)) for node in model.graph if is_standard(node, "MatMul")]
     products = [(node, inputs) for node, inputs in found if inputs is not None]
+    decodes = any(value.name == WRITE_INDICES for value in model.graph.inputs)
     for node, inputs in products:
-        write_product(model.graph, node, inputs)
+        scaled = scaled_rows(node, inputs[X_SCALE]) if decodes else None
+        write_product(model.graph, node, inputs, scaled)
     return len(products)
 
 
@@ -59,11 +62,32 @@ def dequantized(value: ir.Value | None) -> list[ir.Value] | None:
     return inputs if len(inputs) == 3 and is_weight(inputs[1]) and is_weight(inputs[2]) else None
 
 
-def write_product(graph: ir.Graph, matmul: ir.Node, inputs: list[ir.Value]) -> None:
-    """Replace a product of case 1, with its bias of case 2 and its zero points of case 3."""
+def scaled_rows(matmul: ir.Node, unit: ir.Value) -> tuple[ir.Node, ir.Value] | None:
+    """Return the ``Mul`` of case 4 and the scales; None for any other use of a product in steps of ``unit``."""
+    result, reader = matmul.outputs[0], only_reader(matmul.outputs[0])
+    if reader is None or not is_standard(reader, "Mul") or unit.const_value is None or unit.const_value.numpy() != 1:
+        return None
+    scale = next((value for value in reader.inputs if value is not None and value is not result), None)
+    rank = rank_of(scale) or 0
+    if scale is None or scale.dtype != ir.DataType.FLOAT or rank < 2 or size_along(scale, rank - 1) != 1:
+        return None
+    rows, known = ([size_along(value, axis) for axis in range(rank - 1)] for value in (scale, matmul.inputs[0]))
+    return (reader, scale) if None not in rows and rows == known and rank_of(matmul.inputs[0]) == rank else None
+
+
+def write_product(
+    graph: ir.Graph, matmul: ir.Node, inputs: list[ir.Value], scaled: tuple[ir.Node, ir.Value] | None
+) -> None:
+    """Replace a product of case 1, with its zero points of case 3, and its bias of case 2 or ``scaled`` of case 4."""
     builder = NodeBuilder(graph, matmul)
     inputs[WEIGHT_ZERO] = scalar_zero(builder, inputs[WEIGHT_ZERO])
     result = matmul.outputs[0]
+    if scaled is not None:
+        multiply, inputs[X_SCALE] = scaled
+        builder = NodeBuilder(graph, multiply)  # behind the scales
+        builder.replace_node(builder.add(OPERATOR, inputs, f"{result.name}.integers", domain=DOMAIN))
+        graph.remove(matmul, safe=True)
+        return
     reader = only_reader(result)
     bias = None if reader is None else bias_of(builder, reader, result, weight_shape(inputs[WEIGHT_SCALE]))
     name = f"{result.name}.integers"

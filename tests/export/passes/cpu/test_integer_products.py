@@ -7,12 +7,16 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from tiny_graphs import operators, run, weights_of
-from transom.export.passes.cpu import optimize_for_cpu
+from tiny_graphs import graph_of, normal, operators, run, weights_of
+from transom.calib.quantized_weights import QuantizedWeights
+from transom.export.passes.cpu import REWRITES, optimize_for_cpu
+from transom.export.passes.linear_layers import find_linears
+from transom.export.passes.qdq_dynamic import quantize_dynamic
 
 OPERATOR = "MatMulIntegerToFloat"
 BEGIN = '<ir_version: 10, opset_import: ["" : 23]> g'
@@ -122,3 +126,45 @@ def test_each_layer_has_a_zero_point_of_its_own() -> None:
     assert optimize_for_cpu(model)["integer_products"] == 2
     zeros = [node.inputs[5] for node in model.graph if node.op_type == OPERATOR]
     assert [zero.name for zero in zeros if zero] == ["zeros.scalar", "zeros.2.scalar"]
+
+
+ROWS = """(float[B, S, 64] x, int64[B] write_indices) => (float[B, S, 24] y, int64[B] next) {
+    p = MatMul (x, W)  b = Add (p, bias)  r = MatMul (x, V)  y = Add (r, b)  next = Identity (write_indices)
+}"""
+
+
+def dynamic(text: str = ROWS) -> ir.Model:
+    model = graph_of(f"g {text}", {"W": normal(64, 24), "V": normal(64, 24, seed=1), "bias": normal(24, seed=2)})
+    assert quantize_dynamic(model, find_linears(model), QuantizedWeights(8))
+    return model
+
+
+def rows_of(*shape: int) -> dict[str, Any]:
+    return {"x": normal(*shape, 64, seed=3), "write_indices": np.zeros(shape[0], np.int64)}
+
+
+def session_run(model: ir.Model, feeds: dict[str, Any]) -> NDArray[Any]:
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    found: NDArray[Any] = session.run(["y"], feeds)[0]
+    return found
+
+
+def test_the_scales_of_a_decoders_rows_are_in_its_products() -> None:
+    """Bit for bit, one row or several; the bias, which the operator would scale as well, is added behind it."""
+    theirs, ours = dynamic(), dynamic()
+    assert optimize_for_cpu(ours) == dict.fromkeys(REWRITES, 0) | {"integer_products": 2}
+    counts = operators(ours)
+    assert (counts[OPERATOR], counts["Mul"], counts["Add"]) == (2, 1, 2), "one Mul makes the scales"
+    for shape in ((1, 1), (1, 5), (3, 1), (2, 4)):
+        feeds = rows_of(*shape)
+        feeds["x"][0, 0] = 0
+        found = session_run(ours, feeds)
+        np.testing.assert_array_equal(found, session_run(theirs, feeds), err_msg=str(shape))
+        np.testing.assert_array_equal(found[0, 0], weights_of(ours)["bias"])  # a row of zeros has the scale 0
+
+
+def test_rows_of_other_graphs_are_scaled_behind_their_product() -> None:
+    """They are many, and with several threads the ``Mul`` is faster."""
+    model = dynamic(ROWS.replace("write_indices", "starts"))
+    assert optimize_for_cpu(model)["integer_products"] == 2
+    assert (operators(model)[OPERATOR], operators(model)["Mul"]) == (2, 3)
