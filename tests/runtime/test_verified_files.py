@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import sys
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -166,6 +168,27 @@ def test_who_writes_weights_while_they_are_mapped_waits(kept: Kept, name: str, m
         file.write(b"\x7f")
     with pytest.raises(BundleError, match=r"model\.weights does not have the SHA-256"):
         load(folder)
+
+
+@leases
+def test_what_a_session_reads_lives_as_long_as_it(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, arrays = ort.session_from_mapping, []
+
+    def noted(model: Any, file: Any, make: Any) -> Any:
+        def make_noted(data: bytes, kept: Any) -> Any:
+            arrays.extend(weakref.ref(array) for array, _ in kept.values())
+            return make(data, kept)
+
+        return made(model, file, make_noted)
+
+    monkeypatch.setattr(ort, "session_from_mapping", noted)
+    with load(kept("bert-bf16")) as model:
+        gc.collect()
+        assert arrays
+        assert all(array() is not None for array in arrays)
+    del model
+    gc.collect()
+    assert all(array() is None for array in arrays)
 
 
 @leases
