@@ -8,8 +8,13 @@ from transom.export.checkpoint import LoadedCheckpoint
 from transom.runtime.backends.malloc import trim
 
 
-def release(loaded: LoadedCheckpoint) -> None:
-    """Return what nothing needs until the next stage: the module's mapped weights, graphs in cycles, the free heap."""
+def release(loaded: LoadedCheckpoint, *, graphs: bool = True) -> None:
+    """Return what nothing needs until the next stage: the module's mapped weights, the free heap.
+
+    With ``graphs`` those that are not used any more too: each is a cycle of references, and finding them takes as long
+    as all objects of a process with PyTorch are many.
+    """
     loaded.give_back()
-    gc.collect()
+    if graphs:
+        gc.collect()
     trim()

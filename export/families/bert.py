@@ -143,7 +143,7 @@ def text_cases(fp32: Bert, samples: Sequence[Sample], most: int) -> EvaluationCa
     def run(bundle: LoadedBundle) -> Iterator[Outputs]:
         for batch in batches:
             with naming([row.sample for row in batch]):
-                found = bundle.run(stacked([row.feeds for row in batch]), outputs)
+                found = bundle.run(stacked([row.feeds for row in batch], bundle.max_size("S")), outputs)
             for index, row in enumerate(batch):
                 parts = [found[name][index] for name in outputs]
                 yield read_text(task, options, row, parts)
@@ -215,9 +215,9 @@ def text_batches(bundle: Bert, rows: Sequence[TextRow]) -> list[list[TextRow]]:
     return [found[index] for index in np.random.RandomState(0).permutation(len(found))]
 
 
-def stacked(rows: Sequence[Mapping[str, Ids]]) -> dict[str, Ids]:
-    """Stack rows (S,) into a batch (B, S); behind the shorter ones padding of zeros, which the mask leaves out."""
-    longest = max(len(row["input_ids"]) for row in rows)
+def stacked(rows: Sequence[Mapping[str, Ids]], most: int) -> dict[str, Ids]:
+    """Stack rows (S,) into a batch (B, S) of their ``row_length``, which ``most`` bounds; behind them zeros, masked."""
+    longest = row_length(max(len(row["input_ids"]) for row in rows), most)
     masked = [{"attention_mask": np.ones_like(row["input_ids"]), **row} for row in rows]
     return {name: np.stack([np.pad(row[name], (0, longest - len(row[name]))) for row in masked]) for name in masked[0]}
 

@@ -18,6 +18,7 @@ from transom.export.quantization.gate import Gate
 from transom.export.quantization.gate_result import GateResult
 from transom.export.quantization.options import DYNAMIC, NONE, STATIC, QuantizationConfig
 from transom.export.quantization.quantizer import Layer, Quantizer
+from transom.export.quantization.remembered_rows import remembering
 from transom.export.quantization.resume import Kept, Number
 from transom.export.quantization.switchable import SwitchableBundle
 from transom.export.variants import open_variants
@@ -68,7 +69,7 @@ class Candidate:
         """Return the gate result of a variant with the layers ``high_precision`` not quantised, computed once."""
         key = (variant, frozenset(high_precision))
         if key not in self._results:
-            with self.open_variant(variant, high_precision) as loaded:
+            with self.open_variant(variant, high_precision) as opened, remembering(self._bundle, opened) as loaded:
                 self._results[key] = self._gate.evaluate(loaded, self.gate_modes[variant])
             self._release()
         return self._results[key]

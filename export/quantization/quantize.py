@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from transom.export.quantization.gate import Gate
 from transom.export.quantization.gate_result import ENOUGH_INPUTS
 from transom.export.quantization.layer_search import LayerSearchResult, search_layers
 from transom.export.quantization.options import NONE, QuantizationConfig, QuantizeOptions
+from transom.export.quantization.remembered_rows import remembering
 from transom.export.quantization.resume import KeepsNothing, Kept
 from transom.export.reference_models import ReferenceModel, scored_model
 from transom.export.variants import Variants
@@ -56,7 +58,7 @@ class QuantizationJob:
     measure_fp16  measure those ranges first; else the graphs are taken to fit, and watched in every run that measures
                   them, here and in the parity runs
     made_for      what the bundle is for, one of MADE_FOR
-    release       called when sessions were closed, to give their memory back
+    release       called when sessions were closed, to give their memory back; with ``graphs``, or graphs=False
     """
 
     bundle: Bundle
@@ -70,7 +72,7 @@ class QuantizationJob:
     report: Callable[[str], None]
     made_for: str = BOTH
     measure_fp16: bool = False
-    release: Callable[[], None] = lambda: None
+    release: Callable[..., None] = lambda **options: None
 
     @property
     def config(self) -> QuantizationConfig:
@@ -132,7 +134,7 @@ def quantize_model(job: QuantizationJob, folder: Path | None = None) -> Quantize
         assert shared is not None
         others = [other for other in range(PARTS) if other != part]
         tables.append(shared.table(job.data.split(PARTS, part)[0], others))
-    job.release()
+    job.release(graphs=False)
     if job.config.for_cpu and not job.measure_fp16:  # else the graph that rounds ships itself, and has no watch
         try:
             return searched(job, tables, gates, held_out, kept, folder, half=True, watch=True)
@@ -159,7 +161,8 @@ def searched(
     quantizer = quantizer_of_table(job.bundle, job.canonical, job.config, tables[0], half=half, watch=watch)
     quantizers = [quantizer, *(quantizer.with_ranges(histograms(table, job.canonical)) for table in tables[1:])]
     candidates = [
-        Candidate(job.bundle, each, gate, folder, job.release) for each, gate in zip(quantizers, gates, strict=True)
+        Candidate(job.bundle, each, gate, folder, partial(job.release, graphs=False))
+        for each, gate in zip(quantizers, gates, strict=True)
     ]
     found = search_layers(
         candidates,
@@ -184,7 +187,7 @@ def open_gates(job: QuantizationJob, held_out: CalibrationData | None, most: int
     The first is on ``held_out``, the further ones on other parts of the user's data; a reference model's own data are
     the same for all.
     """
-    with open_bundle(job.bundle) as fp32:
+    with open_bundle(job.bundle) as opened, remembering(job.bundle, opened) as fp32:
         job.report("measuring FP32")
         if held_out is None and job.reference is not None:
             gate = Gate.of_reference(job.reference, fp32)
