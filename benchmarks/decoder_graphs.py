@@ -1,19 +1,20 @@
-"""Time a decoder's graph for the CPU before and after its rewrites, interleaved in one run.
+"""Time a decoder's graph for the CPU before and after its rewrites, each in a process of its own, taken in turn.
 
     python benchmarks/decoder_graphs.py --work DIR                      GPT-2 of 124 M parameters, random weights, int8
     python benchmarks/decoder_graphs.py --work DIR --model transformer  Transformer 6+6
     python benchmarks/decoder_graphs.py --work DIR --fp32               the same rewrites of the FP32 graph
 
 Each rewrite of ``transom.export.passes.cpu`` is added to those before it. A prompt is read and tokens are decoded
-greedily by ``Decoder``, as the runtime does; sides alternate, and the ratio of the medians is what counts. Tokens are
-compared with those of the first graph.
+greedily by ``Decoder``, as the runtime does; what counts is the ratio of the medians: of wall time, or, with
+``--cpu-time``, of the processor time of one thread, which others hardly disturb. Tokens are compared with those of the
+first graph.
 """
 
 from __future__ import annotations
 
 import argparse
+import pickle
 import statistics
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from full_size_models import random_checkpoint
+from graph_sides import Side
 from numpy.typing import NDArray
 
 from transom.export.bundle_graphs import operator_counts
@@ -31,8 +33,6 @@ from transom.export.pipeline import trace
 from transom.export.quantization.options import DYNAMIC, QuantizeOptions
 from transom.export.quantization.quantizer import Quantizer
 from transom.export.variants import pack, with_integers
-from transom.runtime.backends.ort import OrtBackend
-from transom.runtime.decoder import Decoder
 from transom.runtime.feeds import LOGITS_POSITIONS, WRITE_INDICES
 from transom.runtime.graph_spec import Graph, cache_inputs, is_decoder
 from transom.runtime.host import processor
@@ -76,20 +76,6 @@ def encoder_outputs(graph: Graph) -> Arrays:
     return found
 
 
-def generated(decoder: Decoder, prompt: NDArray[np.int64]) -> tuple[float, list[float], list[int]]:
-    """Read the prompt and decode: seconds of prefill, of each step, and the tokens."""
-    started = time.perf_counter()
-    logits = decoder.prefill(prompt)
-    prefill, steps, tokens = time.perf_counter() - started, [], []
-    for _ in range(NEW):
-        token = logits.argmax(-1)
-        tokens.append(int(token[0]))
-        started = time.perf_counter()
-        logits = decoder.decode_step(token)
-        steps.append(time.perf_counter() - started)
-    return prefill, steps, tokens
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
@@ -97,32 +83,36 @@ def main() -> None:
     parser.add_argument("--fp32", action="store_true")
     parser.add_argument("--prompts", type=int, nargs="+", default=[64])
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cpu-time", action="store_true", help="processor time of one thread")
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     loaded = checkpoint_of(options.model, options.work)
     graph = next(graph for graph in loaded.graphs if is_decoder(graph))
     fp32 = trace(loaded).graphs[graph.name]
-    sides: dict[str, OrtBackend] = {}
+    read, limit = encoder_outputs(graph), loaded.axes["C"].max
+    threads = 1 if options.cpu_time else options.threads
+    sides: dict[str, Side] = {}
     nodes: dict[str, int] = {}
     for name, model in graphs(fp32, graph, quantized=not options.fp32):
         nodes[name] = sum(operator_counts(model).values())
         files = pack((graph,), {graph.name: model}, "float32")
         if not options.fp32:
             files = with_integers(files, {graph.name: PRODUCTS})
-        sides[name] = OrtBackend(files.graphs[0], files.files.__getitem__, "cpu", options.threads)
-    read, limit = encoder_outputs(graph), loaded.axes["C"].max
-    print(f"on {processor()}, {options.threads} threads: {options.model}, medians of {options.rounds} rounds")
+        path = options.work / f"side{len(sides)}.pickle"
+        path.write_bytes(pickle.dumps((files.graphs[0], dict(files.files), read)))
+        sides[name] = Side("decoder", path=str(path), threads=threads, cpu_time=options.cpu_time, limit=limit)
+    kind = "processor time of one thread" if options.cpu_time else f"{threads} threads"
+    print(f"on {processor()}, {kind}: {options.model}, medians of {options.rounds} rounds")
     print("| prompt | graph | nodes | prefill, ms | times as fast | step, ms | times as fast | same tokens |")
     print("|---|---|---|---|---|---|---|---|")
     for length in options.prompts:
-        prompt = np.random.default_rng(0).integers(0, graph.inputs[0].exclusive_max or 1, (1, length))
+        prompt = np.random.default_rng(0).integers(0, graph.inputs[0].exclusive_max or 1, (1, length)).tolist()
         prefills: dict[str, list[float]] = {name: [] for name in sides}
         steps: dict[str, list[float]] = {name: [] for name in sides}
         tokens: dict[str, list[int]] = {}
         for turn in range(options.rounds + 1):
-            for name, backend in sides.items():
-                decoder = Decoder(backend, 1, limit, read, most_logits=1)
-                prefill, taken, tokens[name] = generated(decoder, prompt)
+            for name in sorted(sides, reverse=bool(turn % 2)):
+                prefill, taken, tokens[name] = sides[name].ask(prompt=prompt, new=NEW)
                 if turn:  # the first warms up
                     prefills[name].append(prefill * 1e3)
                     steps[name].append(statistics.median(taken) * 1e3)
@@ -134,6 +124,8 @@ def main() -> None:
             same = tokens[name] == tokens[first]
             cells = (length, name, nodes[name], f"{read_ms:.1f}", faster, f"{step_ms:.2f}", quicker, same)
             print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+    for side in sides.values():
+        side.end()
 
 
 if __name__ == "__main__":

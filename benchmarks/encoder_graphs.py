@@ -1,4 +1,4 @@
-"""Time an encoder's INT8 graph for the CPU before and after its rewrites, interleaved in one run.
+"""Time an encoder's INT8 graph for the CPU before and after its rewrites, each in a process of its own, in turn.
 
     python benchmarks/encoder_graphs.py --work DIR                        BERT-base, one text of 128 tokens
     python benchmarks/encoder_graphs.py --work DIR --model vit --batch 8  ViT-B/16, eight images
@@ -15,9 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 from full_size_models import MODELS, random_checkpoint
+from graph_sides import Side, opened
 from numpy.typing import NDArray
 
 from transom.calib.histogram import Histogram
@@ -34,8 +34,6 @@ from transom.export.passes.cpu import DOMAIN, REWRITES
 from transom.export.pipeline import trace
 from transom.export.quantization.options import QuantizeOptions
 from transom.export.quantization.quantizer import Quantizer, calibrated_tensors
-from transom.runtime.backends.integer_sums import integer_sums
-from transom.runtime.backends.ort import SLOW_FUSIONS
 from transom.runtime.graph_spec import Graph
 from transom.runtime.host import processor
 
@@ -68,18 +66,10 @@ def inputs_of(graph: Graph, model: str, rows: int, tokens: int) -> Arrays:
     return found
 
 
-def opened(model: ir.Model, path: Path, threads: int, profile: Path | None = None) -> Any:
-    """Save a graph and open it as the runtime does."""
+def saved(model: ir.Model, path: Path) -> Path:
+    """Save a graph, its weights beside it, and return its path."""
     ir.save(model, path, external_data=f"{path.name}.data")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level, options.intra_op_num_threads = 4, threads
-    for key, setting in integer_sums().entries.items():
-        options.add_session_config_entry(key, setting)
-    if profile is not None:
-        options.enable_profiling, options.profile_file_prefix = True, str(profile)
-    return onnxruntime.InferenceSession(
-        path, options, ["CPUExecutionProvider"], disabled_optimizers=SLOW_FUSIONS["cpu"]
-    )
+    return path
 
 
 def quantized(fp32: ir.Model, graph: Graph, feeds: Arrays, work: Path) -> ir.Model:
@@ -90,7 +80,7 @@ def quantized(fp32: ir.Model, graph: Graph, feeds: Arrays, work: Path) -> ir.Mod
     values = {value.name: value for node in tapped.graph for value in node.outputs}
     known = {value.name for value in (*tapped.graph.outputs, *tapped.graph.inputs)}
     tapped.graph.outputs.extend(values[name] for name in wanted if name not in known)
-    session = opened(tapped, work / "tapped.onnx", 0)
+    session = opened(saved(tapped, work / "tapped.onnx"), 0)
     seen = feeds | dict(zip([value.name for value in session.get_outputs()], session.run(None, feeds), strict=True))
     ranges: dict[str, Histogram] = defaultdict(Histogram)
     for name in wanted:
@@ -152,7 +142,6 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     threads = 1 if arguments.cpu_time else arguments.threads
-    clock: Callable[[], float] = time.thread_time if arguments.cpu_time else time.perf_counter
 
     loaded = checkpoint_of(arguments.model, arguments.work)
     graph = next(each for each in loaded.graphs if arguments.graph in (None, each.name))
@@ -161,30 +150,41 @@ def main() -> None:
     made = dict(graphs(quantized(fp32, graph, ranges, arguments.work)))
     sides = {"dynamic": dynamic(fp32, arguments.work)} | made
     feeds = inputs_of(graph, arguments.model, arguments.batch, arguments.tokens)
-    sessions = {
-        name: opened(model, arguments.work / f"side{i}.onnx", threads) for i, (name, model) in enumerate(sides.items())
-    }
+    given = arguments.work / "feeds.npz"
+    np.savez(given, **feeds)
+    processes = {
+        name: Side(
+            "encoder", path=str(saved(model, arguments.work / f"side{i}.onnx")), feeds=str(given), threads=threads,
+            cpu_time=arguments.cpu_time,
+        )
+        for i, (name, model) in enumerate(sides.items())
+    }  # fmt: skip
     first = "as quantised"
-    expected = sessions[first].run(None, feeds)
-    times: dict[str, list[float]] = {name: [] for name in sessions}
+    times: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(WARM_UP + arguments.rounds):
-        for name in sorted(sessions, reverse=bool(turn % 2)):
-            started = clock()
-            sessions[name].run(None, feeds)
+        for name in sorted(processes, reverse=bool(turn % 2)):
+            taken = processes[name].ask()
             if turn >= WARM_UP:
-                times[name].append(1000 * (clock() - started))
+                times[name].append(1000 * taken)
+    outputs: dict[str, list[NDArray[Any]]] = {}
+    for name, process in processes.items():
+        answers = arguments.work / "outputs.npz"
+        process.ask(save=str(answers))
+        with np.load(answers) as stored:
+            outputs[name] = [stored[key] for key in stored.files]
+        process.end()
     print(f"{MODELS[arguments.model][0]}, {graph.name}, batch {arguments.batch}; {processor()}")
     kind = "of one thread's processor time" if arguments.cpu_time else f"with {threads} threads"
     print(f"onnxruntime {onnxruntime.__version__}, milliseconds {kind}")
-    for name, session in sessions.items():
-        found = session.run(None, feeds)
-        off = max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(found, expected, strict=True))
+    for name, found in outputs.items():
+        off = max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(found, outputs[first], strict=True))
         median = statistics.median(times[name])
         ratio = statistics.median(times[first]) / median
         print(f"{name:24} {median:8.2f} (least {min(times[name]):8.2f}) {ratio:6.3f} x  off by {off:.2g}")
     if arguments.profile:
         for name in (first, list(made)[-1]):
-            session = opened(sides[name], arguments.work / "profiled.onnx", threads, arguments.work / "profile")
+            path = saved(sides[name], arguments.work / "profiled.onnx")
+            session = opened(path, threads, arguments.work / "profile")
             spent = operators_of(session, feeds, arguments.rounds)
             print(name, *(f"{operator} {each:.2f}" for operator, each in spent.most_common(9)), sep="\n    ")
 
