@@ -74,6 +74,24 @@ def test_rows_change_places_fork_and_end() -> None:
     assert steps.decode_step(np.array([1]))[:, 0].tolist() == [8.0]
 
 
+def test_rows_that_change_places_read_their_own_encoder_outputs() -> None:
+    steps, _ = decoder()
+    steps.decode_step(np.array([1, 1]))  # 6 and 17
+    steps.reorder(np.array([1, 0]))
+    assert steps.decode_step(np.array([1, 1]))[:, 0].tolist() == [27.0, 7.0]
+
+
+def test_as_many_rows_stay_in_the_arrays_that_are_bound() -> None:
+    state = new_decoder_state(Summing(), 2, 9, {"factor": np.ones((2, 1), np.float32)})
+    before, revision = state.feeds["sum"], state.revision
+    before[:] = [[3], [4]]
+    state.reorder(np.array([1, 0]))
+    assert state.feeds["sum"] is before
+    assert (before.tolist(), state.feeds["factor"].tolist()) == ([[4.0], [3.0]], [[1.0], [1.0]])
+    state.reorder(np.array([1]))
+    assert state.revision != revision
+
+
 def test_a_state_that_no_encoder_gives_is_zeros() -> None:
     state = new_decoder_state(Summing(), 3, 9, {})
     assert state.feeds["sum"].tolist() == [[0.0]] * 3

@@ -78,6 +78,47 @@ def test_beams_that_change_places_bind_nothing(gpt: Any) -> None:
     assert calls["io_binding"] == 1
 
 
+def test_a_generation_binds_its_logits_once_and_gives_what_fresh_logits_give(gpt: Any) -> None:
+    decoder, expected = gpt.new_decoder(1), []
+    logits = decoder.prefill(np.array([IDS[:3]]))
+    for _ in range(4):
+        expected.append(int(logits.argmax()))
+        logits = decoder.decode_step(np.array(expected[-1:]))
+    calls = recorded(gpt, "decoder")
+    assert gpt.generate(IDS[:3], max_new_tokens=4, eos_token_id=None) == expected
+    assert list(gpt.stream(IDS[:3], max_new_tokens=4, eos_token_id=None)) == expected
+    graph = gpt.backend("decoder").graph
+    assert calls["run_with_iobinding"] == 8
+    assert calls["bind_output"] == 6 * len(graph.outputs)  # the prompt, and the capacities of four and six
+
+
+def test_logits_of_a_step_that_reuses_none_are_its_own(gpt: Any) -> None:
+    decoder = gpt.new_decoder(1)
+    decoder.prefill(np.array([IDS[:2]]))
+    decoder.reuse_logits()
+    first = decoder.decode_step(np.array([3]))
+    assert decoder.decode_step(np.array([4])) is first
+    run = decoder._steps._run
+    own, reused, other = run.run()["logits"], run.run(reused=True)["logits"], run.run()["logits"]
+    assert run.run(reused=True)["logits"] is not reused  # a caller's array is bound in between
+    np.testing.assert_array_equal(own, other)
+    for one, two in ((own, reused), (own, other), (reused, other), (reused, first)):
+        assert not np.shares_memory(one, two)
+
+
+def test_rows_that_change_places_take_along_what_steps_wrote(gpt: Any) -> None:
+    decoder = gpt.new_decoder(1)
+    decoder.prefill(np.array([IDS[:1]]))
+    decoder.reorder(np.array([0, 0]))
+    for tokens in ([1, 2], [3, 4], [7, 8]):
+        decoder.decode_step(np.array(tokens))
+    decoder.reorder(np.array([1, 1]))
+    found = decoder.decode_step(np.array([5, 6]))
+    for row, last in enumerate((5, 6)):
+        alone = gpt.new_decoder(1).prefill(np.array([[IDS[0], 2, 4, 8, last]]))
+        np.testing.assert_allclose(found[row], alone[0], atol=1e-5)
+
+
 def test_steps_give_what_the_whole_text_gives_and_keep_it(gpt: Any) -> None:
     """Logits of earlier steps do not change, and each is that of its tokens, bit for bit."""
     decoder, kept = gpt.new_decoder(1), []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,6 +57,26 @@ def test_beams_that_never_began_lose_all_differences() -> None:
     _, beams, tokens = search.candidates_of_logits(logits, logits.max(axis=1), normalisers, range(K))
     expected = search.candidates(log_softmax(logits), None)
     assert (beams.tolist(), tokens.tolist()) == (expected[1].tolist(), expected[2].tolist())
+
+
+def test_sums_that_lose_their_difference_in_fp32_keep_the_order_of_the_candidates() -> None:
+    search = BeamHypotheses(GenerationConfig(num_beams=2), limit=9)
+    assert search.continue_with([-3.0, -1.0, -2.0, -4.0], [True, True, False, True]) == [2, 0]
+    assert search.running == [-2.0, -1.0e9]
+
+
+@pytest.mark.parametrize("early", [False, True, "never"])
+@pytest.mark.parametrize("penalty", [-2.0, 0.0, 1.0, 3.0])
+def test_a_search_is_done_when_no_running_beam_can_pass_the_worst_that_is_finished(early: Any, penalty: float) -> None:
+    search = BeamHypotheses(GenerationConfig(num_beams=2, early_stopping=early, length_penalty=penalty), limit=9)
+    for scores, complete in (([-1e9, -1e9], [0, 0]), ([-2.0, -1e9], [1, 0]), ([-2.0, -3.0], [1, 1])):
+        for running in (0.0, -1.0, -8.0, -4e8, -1e9, -2e9):
+            search.running, search.scores, search.complete = [running, running], scores, [bool(one) for one in complete]
+            for length in (1, 5, 9):
+                highest = running / (9 if early == "never" and penalty > 0 else length) ** penalty
+                better = any(highest > (min(scores) if one else -1e9) for one in complete)
+                assert search.is_done([False, True], length) == (not better or (early is True and all(complete)))
+                assert search.is_done([True, True], length)
 
 
 def test_a_beam_that_goes_on_stays_where_it_is() -> None:
