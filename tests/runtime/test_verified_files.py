@@ -69,9 +69,13 @@ def with_plan(folder: Path) -> Path:
 
 # one graph; weights that two graphs share; no variant for the CPU; weights, tokenizer and ranges
 @pytest.mark.parametrize("name", ["bert-bf16", "clip-bf16", "transformer-bf16", "gpt-fp32", "bert-fp32"])
-@pytest.mark.parametrize("opened", [load, selftest])
-def test_each_file_is_hashed_once(kept: Kept, name: str, opened: Any, hashed: Counter[str]) -> None:
+@pytest.mark.parametrize(("opened", "leases"), [(load, True), (load, False), (selftest, True)])
+def test_each_file_is_hashed_once(
+    kept: Kept, name: str, opened: Any, leases: bool, hashed: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = kept(name)
+    if not leases:
+        monkeypatch.setattr(reading, "take_lease", lambda descriptor: False)
     opened(folder)
     assert times(hashed, folder) == dict.fromkeys(Bundle(folder, verify=False).manifest.files, 1)
 

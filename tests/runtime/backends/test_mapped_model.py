@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +63,18 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def file(path: Path) -> Iterator[LeasedFile]:
+@contextmanager
+def leased(path: Path, compare: Callable[[], None] = lambda: None) -> Iterator[LeasedFile]:
     source = opened(path.parent, path.name)
     assert take_lease(source.fileno())
-    file = LeasedFile(source, lambda: None)
-    yield file
-    file.close()
+    with closing(LeasedFile(source, compare)) as file:
+        yield file
+
+
+@pytest.fixture
+def file(path: Path) -> Iterator[LeasedFile]:
+    with leased(path) as file:
+        yield file
 
 
 def nothing(*_: Any) -> str:
@@ -122,29 +128,29 @@ def test_a_wrong_hash_is_what_is_raised(path: Path, file: LeasedFile) -> None:
     def fails(*_: Any) -> None:
         raise RuntimeError("no model")
 
-    wrong = LeasedFile(opened(path.parent, path.name), compare)
-    for make in (nothing, fails):
-        with pytest.raises(BundleError, match="changed"):
-            session_from_mapping(model(), wrong, make)
-    with pytest.raises(BundleError, match="changed"):  # before it is made: of int32
-        session_from_mapping(model(dtype=TensorProto.INT32), wrong, lambda *_: pytest.fail("it was made"))
-    wrong.close()
+    made: list[int] = []
+    with leased(path, compare) as wrong:
+        for make in (nothing, fails):
+            with pytest.raises(BundleError, match="changed"):
+                session_from_mapping(model(), wrong, make)
+        with pytest.raises(BundleError, match="changed"):  # before it is made, of int32
+            session_from_mapping(model(dtype=TensorProto.INT32), wrong, lambda *_: made.append(1))
+    assert not made
     with pytest.raises(RuntimeError, match="no model"):
         session_from_mapping(model(), file, fails)
 
 
 def test_two_at_once_of_one_file_do_not_both_map_it(path: Path, file: LeasedFile) -> None:
-    other = LeasedFile(opened(path.parent, path.name), lambda: None)
     found = []
 
     def nested(*_: Any) -> str:
-        found.append(session_from_mapping(model(), other, nothing))
+        with leased(path) as other:
+            found.append(session_from_mapping(model(), other, nothing))
         return "session"
 
     assert session_from_mapping(model(), file, nested) == "session"
     assert found == [None]
     assert not mapped_model._mapping
-    other.close()
 
 
 def test_locations_that_are_not_rewritten_and_types_without_a_size_are_not_mapped(file: LeasedFile) -> None:
