@@ -10,6 +10,8 @@ Two scalars become outputs, so that one run for parity or accuracy shows the ran
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
@@ -30,16 +32,30 @@ def add_fp16_watch(model: ir.Model) -> None:
             sums.append(reduced.outputs[0])
         elif is_standard(node, "Attention"):
             scores.append(bound_of_scores(model.graph, node, f"{WATCHED_SCORES}.{number}"))
-    for name, operator, values in ((WATCHED_SUM, "Sum", sums), (WATCHED_SCORES, "Max", scores)):
+    for name, operator, values in ((WATCHED_SCORES, "Max", scores), (WATCHED_SUM, "Sum", sums)):
         if not values:
             zero = ir.node("Constant", [], {"value": ir.tensor(np.array(0, np.float32))}, name=f"{name}_zero")
             model.graph.append(zero)
             values = [zero.outputs[0]]
-        total = ir.node(operator, values, name=f"{name}_total")
-        result = total.outputs[0]
+        result = running_total(model.graph, operator, values, name)
         result.name, result.type, result.shape = name, ir.TensorType(ir.DataType.FLOAT), ir.Shape([])
-        model.graph.append(total)
         model.graph.outputs.append(result)
+
+
+def running_total(graph: ir.Graph, operator: str, values: Sequence[ir.Value], name: str) -> ir.Value:
+    """Append nodes that combine scalars two by two, from the first on.
+
+    ONNX Runtime computes the last output of a graph first, and of a node's inputs the one whose node comes last: the
+    total so far, which stands behind all of the values. So each value is reduced as soon as it is there, and what it is
+    reduced from is not kept until the end.
+    """
+    total = values[0]
+    for number, value in enumerate(values[1:] or [None]):
+        node = ir.node(operator, [total] if value is None else [total, value], name=f"{name}_total_{number}")
+        graph.append(node)
+        total = node.outputs[0]
+        total.name = f"{name}.total.{number}"
+    return total
 
 
 def is_rounded(node: ir.Node) -> bool:

@@ -90,6 +90,19 @@ def test_any_doubt_stops_the_run(total: float, scores: float, holds: bool) -> No
             backend.run({}, {"y": ()})
 
 
+def test_watched_values_are_added_up_one_by_one_behind_all_others() -> None:
+    """ONNX Runtime then reduces each value as soon as it is there; of one sum of all it would keep them to the end."""
+    model = watched("g (float[N] x) => (float[N] y) { a = Mul(x, w)  b = Tanh(a)  y = Tanh(b) }", w=2.0)
+    names = [str(node.outputs[0].name) for node in model.graph]
+    reduced = [name for name in names if name.startswith(f"{WATCHED_SUM}.") and ".total." not in name]
+    totals = list(model.graph)[-(len(reduced) - 1) :]
+    assert len(totals) > 1
+    assert [value.name for value in totals[0].inputs if value is not None] == reduced[:2]
+    for before, total, value in zip(totals[:-1], totals[1:], reduced[2:], strict=True):
+        assert [each.name for each in total.inputs if each is not None] == [before.outputs[0].name, value]
+    assert names[-1] == WATCHED_SUM
+
+
 def test_a_watched_graph_gives_memory_back() -> None:
     given: list[str] = []
 
