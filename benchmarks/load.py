@@ -51,7 +51,7 @@ def measure(what: str, bundle: Path, threads: int) -> dict[str, float]:
             options = library.SessionOptions()
             options.log_severity_level, options.inter_op_num_threads = FATAL, 1
             options.intra_op_num_threads = threads
-            path = str(bundle / graph["files"].get("cpu") or graph["files"]["default"])
+            path = str(bundle / (graph["files"].get("cpu") or graph["files"]["default"]))
             providers = ["CPUExecutionProvider"]
             held.append(library.InferenceSession(path, options, providers=providers, disabled_optimizers=[SKIPPED]))
     else:
