@@ -137,8 +137,14 @@ def cpu_info() -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """Return the processor's name by the system; on ARM boards that do not say, the board's."""
-    name = cpu_info().get("model name")
+    """Return the processor's name by the system; on ARM boards that do not say, the board's.
+
+    A virtual machine may say "AMD EPYC" alone, of generations that differ by a factor: family and model are added then.
+    """
+    info = cpu_info()
+    name = info.get("model name")
+    if name and not any(character.isdigit() for character in name) and {"cpu family", "model"} <= info.keys():
+        return f"{name} (family {info['cpu family']}, model {info['model']})"
     if name:
         return name
     board = Path("/proc/device-tree/model")  # "NVIDIA Jetson Orin Nano Developer Kit", with a trailing NUL

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from transom.runtime import host
 from transom.runtime.host import (
     INSTRUCTION_SETS,
     UNKNOWN,
@@ -61,3 +64,19 @@ def test_sysctl(text: str, expected: str) -> None:
 
 def test_this_machine_has_one() -> None:
     assert instruction_set() in {known.name for known in (*INSTRUCTION_SETS, UNKNOWN)}
+
+
+@pytest.mark.parametrize(
+    ("told", "name"),
+    [
+        ("AMD EPYC", "AMD EPYC (family 26, model 2)"),  # a virtual machine's: Zen 4 and Zen 5 have the same name there
+        ("AMD EPYC 9654 96-Core Processor", "AMD EPYC 9654 96-Core Processor"),
+    ],
+)
+def test_a_name_without_a_number_gets_family_and_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, told: str, name: str
+) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: {told}\n\n")
+    monkeypatch.setattr(host, "CPUINFO", cpuinfo)
+    assert host.cpu_name() == name
