@@ -2,10 +2,11 @@
 
     python tests/bundles/make.py tests/bundles/0.2.0              # all of them: one for each family and precision
     python tests/bundles/make.py tests/bundles/0.2.0 gpt-int8     # these alone
-    python tests/bundles/make.py tests/bundles/0.1.0 vit-int8-exact
+    python tests/bundles/make.py tests/bundles/0.1.0 vit-int8-exact gpt-int8-fused
 
 Checkpoints have random weights and are made here. The reference ViT, in INT8 alone, is made where it is named.
-bundle.json records where the checkpoint was; ``forget_folder`` takes the path of the machine out of it again.
+``-fused`` is in the name alone: such a bundle's file for the CPU has operators of com.microsoft, as all have that were
+made since 2026-12-01. bundle.json records where the checkpoint was; ``forget_folder`` takes the path of the machine out of it again.
 README.md beside this file describes the bundles and says when to make new ones.
 """
 
@@ -36,6 +37,7 @@ VOCABULARY = 32  # tokens, where there is no tokenizer
 LABELS = ("bad", "good", "mixed")
 WORDS = ("the", "a", "of", "in", "is", "man", "city", "paris", "water", "day", "eats", "sees", "red", "green", "blue")
 
+FUSED = "fused"
 HIDDEN, INTERMEDIATE, SIDE = 16, 40, 8  # 40: two INT4 blocks of 32, the second one padded. SIDE in pixels
 SIZES = {
     "hidden_size": HIDDEN,
@@ -311,7 +313,7 @@ def make(name: str, out: Path) -> None:
             sys.exit(f"{name}: this processor has {instruction_set()}, expected {kind}; make it on such a one.")
         export("vit", out, "--max", "B=2", "--precision", "int8", "--calibration-data", "digits", *options)
         return
-    family, precision, *form = name.split("-")
+    family, precision, *form = name.removesuffix(f"-{FUSED}").split("-")
     kind = "-".join([family, *form])
     checkpoint = Path("checkpoints", kind)
     if not checkpoint.exists():
@@ -330,7 +332,8 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder of the bundles, called like the version: tests/bundles/0.2.0")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join([*small, *REFERENCE])}")
     arguments = parser.parse_args()
-    unknown = sorted({*arguments.names} - {*small, *REFERENCE})
+    fused = [f"{name}-{FUSED}" for name in small if name.split("-")[1] in QUANTIZED]
+    unknown = sorted({*arguments.names} - {*small, *fused, *REFERENCE})
     if unknown:
         parser.error(f"unknown bundles: {', '.join(unknown)}")
     out = arguments.out.resolve()

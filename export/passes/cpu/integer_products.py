@@ -14,6 +14,9 @@ Cases:
 3. Zero points of W that are all 0 become one scalar: a vector of them costs a product of one row 8 %. It is not left
    out: without one, ONNX Runtime does not make the weights unsigned where U8 x S8 saturates. Each layer has its own,
    as in ``qdq_static``.
+4. In a decoder, the ``Mul`` behind a product of dynamic activations by its rows' scales (..., M, 1) becomes the
+   operator's scale of x: one node less, which counts where there is one row. Many rows are multiplied faster by a
+   ``Mul``, which has several threads, so graphs without a cache keep it.
 """
 
 from __future__ import annotations
