@@ -6,8 +6,8 @@
 
 Checkpoints have random weights and are made here. The reference ViT, in INT8 alone, is made where it is named.
 ``-fused`` is in the name alone: such a bundle's file for the CPU has operators of com.microsoft, as all have that were
-made since 2026-12-01. bundle.json records where the checkpoint was; ``forget_folder`` takes the path of the machine out of it again.
-README.md beside this file describes the bundles and says when to make new ones.
+made since 2026-12-01. bundle.json records where the checkpoint was; ``forget_folder`` takes the path of the machine out
+of it again. README.md beside this file describes the bundles and says when to make new ones.
 """
 
 from __future__ import annotations
