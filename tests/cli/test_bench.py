@@ -60,13 +60,18 @@ def test_bench_of_a_bundle_that_generates_measures_what_a_user_waits_for(
 ) -> None:
     _, gpt = exported("GPT2LMHeadModel")
     read: list[tuple[int, ...]] = []
-    step = Decoder._step
+    several, one = Decoder._step, Decoder.decode_step
 
-    def count(self: Decoder, tokens: Any, *places: Any) -> Any:
+    def count_several(self: Decoder, tokens: Any, *places: Any) -> Any:
         read.append(tokens.shape)
-        return step(self, tokens, *places)
+        return several(self, tokens, *places)
 
-    monkeypatch.setattr(Decoder, "_step", count)
+    def count_one(self: Decoder, tokens: Any) -> Any:
+        read.append((len(tokens), 1))
+        return one(self, tokens)
+
+    monkeypatch.setattr(Decoder, "_step", count_several)
+    monkeypatch.setattr(Decoder, "decode_step", count_one)
     printed = document(transom("bench", gpt, "--shape", "B=2,S=5", "--new-tokens", "4", *SHORT, "--json"))
     assert read == [(2, 5), (2, 1)] + 3 * [(2, 5), (2, 1), (2, 1), (2, 1)]  # the warm-up, then three generations
     prefill, decode = printed["timings"]
