@@ -19,7 +19,7 @@ class PublishError(Exception):
 
 
 def name_of(results: dict[str, Any]) -> str:
-    """Return the files' name without an ending: bench-amd-epyc-avx512_vnni."""
+    """Return the files' name without an ending: bench-amd-epyc-family-26-model-2-avx512_vnni."""
     cpu = re.sub(r"\(r\)|\(tm\)|@.*|\d+-core processor|processor|cpu", " ", results["cpu"].lower())
     return f"bench-{'-'.join(re.findall(r'[a-z0-9]+', cpu))}-{results['instruction_set']}"
 
@@ -60,7 +60,7 @@ def readme_with(results: dict[str, Any], readme: str) -> str:
         raise PublishError(f"README.md lacks the lines {begin} and {end}; put them where the table belongs.")
     head, _, rest = readme.partition(begin)
     name = name_of(results)
-    more = f"[Every variant, errors, spread](docs/results/{name}.md), [plot](docs/results/{name}.svg)."
+    more = f"[Every variant, errors, spread](docs/results/{name}.md),\n[plot](docs/results/{name}.svg)."
     block = f"{circumstances(results)}\n{more}\n\n{summary(results)}"
     return f"{head}{begin}\n{block}\n{end}{rest.partition(end)[2]}"
 

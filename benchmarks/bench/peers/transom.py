@@ -81,6 +81,6 @@ def session_of(loaded: Any, workload: Workload, inputs: Arrays) -> Calls:
         )  # fmt: skip
 
     logits = None
-    if workload.kind == GENERATION:
+    if workload.kind == GENERATION and hasattr(loaded, "prefill"):  # which version 0.1.0 has not
         logits = lambda: loaded.prefill([ids]).logits[0]  # noqa: E731
     return Calls(workload, generate=generate, logits=logits, close=loaded.close)
