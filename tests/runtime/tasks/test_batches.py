@@ -158,7 +158,7 @@ def test_no_other_grouping_costs_less(seed: int) -> None:
 
 def test_cuts_by_pencil() -> None:
     """A long text is alone, short ones are together."""
-    assert batch_costs(2, 8).tolist() == [16 + 8 * (1 + 8 / 2048 + 8 / 16384), 16 + 16 * (1 + 8 / 2048 + 16 / 16384)]
+    assert batch_costs(2, 8).tolist() == [64 + 8 * (1 + 8 / 2048 + 8 / 16384), 64 + 16 * (1 + 8 / 2048 + 16 / 16384)]
     cut = [places.tolist() for places in packed([8, 200, 7, 8, 5, 600], 16, int)]
     assert cut == [[4, 2, 0, 3], [1], [5]]
     assert [places.tolist() for places in packed([3] * 5, 2, int)] == [[0], [1, 2], [3, 4]]
