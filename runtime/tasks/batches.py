@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 # What a run of an encoder costs on a CPU, in the time of a token, fitted to MiniLM on a grid of batches. Times hardly
-# depend on these: half or twice each changes them by 3 % at most (docs/performance.md, Packing).
+# depend on these: half or twice each changes them by 5 % at most (docs/performance.md, Packing).
 RUN = 64  # the run itself: kernels that start, weights that are read
 ATTENTION = 2048  # a token of a row this long costs twice one of a short row
 CROWDED = 16384  # a token of a batch of so many costs twice one alone: activations leave the caches
