@@ -140,7 +140,7 @@ class Patches:
 
 @dataclass(frozen=True)
 class Prepend:
-    """Rows of patches become rows of tokens: ``first`` (n) before those of each image, ``position`` (tokens, n) added."""
+    """Rows of patches become rows of tokens: ``first`` (n) before an image's own, ``position`` (tokens, n) added."""
 
     source: str
     first: str | None
@@ -195,8 +195,7 @@ class OperatorList:
     graph     the graph of the bundle whose inputs and outputs it has
     ids       the input that has a row for each token: token ids (B, S), or images (B, ...) of a fixed number of tokens
     mask      the input (B, S) that says which tokens count, None where all do
-    outputs   graph outputs by the register that becomes them: rows of sequences or positions. Token rows are given
-              back by Unpack
+    outputs   {register: graph output}: what rows of sequences or positions become. Token rows are given back by Unpack
     counts    how many of each pattern were fused
     """
 
