@@ -215,6 +215,9 @@ TRANSOM_API void transom_pack(int32_t isa, int32_t dtype, int32_t k, int32_t n, 
 TRANSOM_API int64_t transom_attention_scratch(int32_t isa, const transom_attention *attention, int32_t keys);
 
 TRANSOM_API int32_t transom_abi(void);
+/* The compiler's name and version, and a hash of the sources (empty where the build did not say). */
+TRANSOM_API const char *transom_compiler(void);
+TRANSOM_API const char *transom_sources(void);
 /* sizeof each record in the order linear, attention, embed, patches, prepend, select, pool, unpack, operator, run. */
 TRANSOM_API void transom_layout(int32_t sizes[10]);
 /* 1 where the library has kernels of an instruction set and this processor says that it executes them. */

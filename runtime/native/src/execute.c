@@ -1,0 +1,29 @@
+/* Execute a list of operators with the kernels of one instruction set. */
+#include <stddef.h>
+
+#include "dispatch.h"
+
+static int execute_one(const transom_kernels *kernels, const transom_operator *each, const transom_run *run,
+                       transom_team *team) {
+  switch (each->kind) {
+    case TRANSOM_LINEAR: kernels->linear(each->record, run, team); return 1;
+    case TRANSOM_ATTENTION: kernels->attention(each->record, run, team); return 1;
+    case TRANSOM_EMBED: kernels->embed(each->record, run, team); return 1;
+    case TRANSOM_PATCHES_OF: kernels->patches(each->record, run, team); return 1;
+    case TRANSOM_PREPEND: kernels->prepend(each->record, run, team); return 1;
+    case TRANSOM_SELECT: kernels->select(each->record, run, team); return 1;
+    case TRANSOM_POOL: kernels->pool(each->record, run, team); return 1;
+    case TRANSOM_UNPACK: kernels->unpack(each->record, run, team); return 1;
+    default: return 0;
+  }
+}
+
+int32_t transom_execute(int32_t isa, const transom_operator *operators, int32_t count, const transom_run *run) {
+  const transom_kernels *kernels = transom_kernels_of(isa);
+  if (kernels == NULL) return 1;
+  transom_team team = {.threads = run->threads < 1 ? 1 : run->threads};
+  for (int32_t index = 0; index < count; index++) {
+    if (!execute_one(kernels, &operators[index], run, &team)) return index + 1;
+  }
+  return 0;
+}

@@ -1,0 +1,18 @@
+/* Kernels for AVX2 with FMA and F16C. */
+#define TRANSOM_TABLE transom_avx2_kernels
+#include "kernels.h"
+#if defined(__x86_64__) || defined(TRANSOM_SIMDE)
+#define TRANSOM_VECTOR_AVX2 1
+#include "intrinsics.h"
+#if defined(TRANSOM_SIMDE)
+/* no target: what the intrinsics mean is plain C there */
+#elif defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#include "kernels/table.h"
+#if defined(__clang__) && !defined(TRANSOM_SIMDE)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,17 @@
+/* Included once by each isa_*.c, after it said which vectors it has (TRANSOM_VECTOR_AVX2, or
+ * TRANSOM_VECTOR_AVX512 and perhaps TRANSOM_BF16, or none) and what its table is called (TRANSOM_TABLE). All of a kernel
+ * is static, so that each instruction set has a copy of its own. */
+
+const transom_kernels TRANSOM_TABLE = {
+    .linear = NULL,
+    .attention = NULL,
+    .embed = NULL,
+    .patches = NULL,
+    .prepend = NULL,
+    .select = NULL,
+    .pool = NULL,
+    .unpack = NULL,
+    .packed_bytes = NULL,
+    .pack = NULL,
+    .attention_scratch = NULL,
+};
