@@ -58,6 +58,9 @@ typedef struct {
  * A row is quantised with inverse_scale (n), or by its own largest absolute value where row_scale is a slot: then
  * y *= multiplier first (where there is one), row_scale[row] = max|y| / 127, and inverse_scale is its inverse (a row of
  * zeros has scale 0 and is all zero_point).
+ *
+ * Where there is a norm or a row_scale, rows are collected before they are finished: ``out`` is a slot then, and not
+ * that of the residual.
  */
 typedef struct {
   const float *bias;
