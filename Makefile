@@ -53,7 +53,7 @@ SERVED     := minilm gpt vit clip transformer show_attend_tell flamingo
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help dev export check test suite wheel test-wheel serving-env test-serving sweep build-matrix mutate test-gpu bench bench-env bench-gpu gpu-check gpu-check-build test-cuda-stubs \
+.PHONY: help dev export check test suite native wheel test-wheel serving-env test-serving sweep build-matrix mutate test-gpu bench bench-env bench-gpu gpu-check gpu-check-build test-cuda-stubs \
         test-arm test-x86 clean typing again
 
 help: ## this table of contents
@@ -107,6 +107,14 @@ check: $(STAMP) typing ## ruff, mypy --strict over all packages, the import boun
 	$(PYTEST) $(VENV)/bin/pytest -q tests/project/test_layering.py
 
 test: check suite test-wheel ## check, then the suite on the working tree, then test-wheel
+
+# Beside its sources, where an editable installation looks for it. It is optional: without a compiler it says why.
+NATIVE := runtime/native/libtransom_kernels.so
+
+native: $(NATIVE) ## the native library of kernels, compiled in place; needs a C compiler, no .venv
+
+$(NATIVE): runtime/native/build.py $(shell find runtime/native/src -type f 2>/dev/null)
+	$(PYTHON) runtime/native/build.py
 
 suite: $(STAMP) ## the suite on the working tree alone
 	$(PYTEST) $(VENV)/bin/pytest $(PYTEST_PARALLEL) tests

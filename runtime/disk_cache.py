@@ -23,6 +23,7 @@ LIMITS = {  # bytes that entries of a kind take together; the oldest go first
     "kernels": 1 << 30,  # what TensorRT-RTX compiled of an engine, a few megabytes each
     "exports": 256 << 20,  # what the long stages of exports computed, so that one that is interrupted goes on
     "triton": 1 << 30,  # what Triton compiled of our attention, some hundred kilobytes each
+    "native": 1 << 20,  # whether this processor executes our kernels, some bytes for each instruction set
 }
 NO_HOME = "there is no home folder: HOME is not set, and the system does not know this user"
 log = logging.getLogger("transom")
