@@ -2,8 +2,10 @@
  * TRANSOM_VECTOR_AVX512 and perhaps TRANSOM_BF16, or none) and what its table is called (TRANSOM_TABLE). All of a kernel
  * is static, so that each instruction set has a copy of its own. */
 
+#include "linear.h"
+
 const transom_kernels TRANSOM_TABLE = {
-    .linear = NULL,
+    .linear = linear,
     .attention = NULL,
     .embed = NULL,
     .patches = NULL,
@@ -11,7 +13,7 @@ const transom_kernels TRANSOM_TABLE = {
     .select = NULL,
     .pool = NULL,
     .unpack = NULL,
-    .packed_bytes = NULL,
-    .pack = NULL,
+    .packed_bytes = packed_bytes,
+    .pack = pack,
     .attention_scratch = NULL,
 };
