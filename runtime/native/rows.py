@@ -71,6 +71,8 @@ class Packer:
         self.caches = [name for each in attentions for name in (each.key_cache, each.value_cache) if name is not None]
         self.crossed = [name for each in attentions for name in (each.cross_key, each.cross_value) if name is not None]
         self.cross_mask = next((each.cross_mask for each in attentions if each.cross_mask is not None), None)
+        selects = [each for each in operators.operators if isinstance(each, Select) and each.rule == INDICES]
+        self.indices = next((each.input for each in selects), None)
 
     def pack(self, feeds: Mapping[str, Any], variant: Variant) -> Rows:
         """Return the rows of a run on ``feeds``, which are of the graph's dtypes.
@@ -91,9 +93,7 @@ class Packer:
         chosen = {rows_slot(select): self._columns(select, feeds, sequences, length) for select in selects}
         rows = self._rows(feeds, sequences, length, chosen)
         rows.patches = patches
-        rows.positions = next(
-            (columns.size for slot, columns in chosen.items() if slot[1] == INDICES), sequences if chosen else 0
-        )
+        rows.positions = next((columns.size for slot, columns in chosen.items() if slot[1] == INDICES), 0)
         self._add_caches(rows, feeds)
         self._add_tokens(rows, feeds, variant)
         if self.crossed:
@@ -161,21 +161,22 @@ class Packer:
 
     def _add_tokens(self, rows: Rows, feeds: Mapping[str, Any], variant: Variant) -> None:
         """Add the ids of tables, int32 (tokens)."""
-        names = dict.fromkeys(
-            table.ids for each in variant.parts if isinstance(each, Embed) for table in each.tables
-        )
+        names = dict.fromkeys(table.ids for each in variant.parts if isinstance(each, Embed) for table in each.tables)
         places = None
         if rows.padded and rows.column is not None:
             lengths = np.diff(rows.first_row)
             places = rows.column + np.repeat(np.arange(rows.sequences) * rows.length, lengths)
         for name in names:
             if name == COLUMN:
-                ids = rows.column if places is not None else np.tile(np.arange(rows.length, dtype=np.int32), rows.sequences)
+                ids = np.tile(np.arange(rows.length, dtype=np.int32), rows.sequences)
+                if rows.column is not None:
+                    ids = rows.column
                 if rows.past is not None:
                     ids = ids + np.repeat(rows.past, rows.length)
                 if len(ids) and int(ids.max()) >= self.bounds[name]:
                     raise ShapeError(
-                        f"a token stands at {int(ids.max())}; the model has {self.bounds[name]} positions. Give shorter rows."
+                        f"a token stands at {int(ids.max())}; the model has {self.bounds[name]} positions. Give "
+                        "shorter rows."
                     )
             else:
                 check_below(feeds[name], self.bounds[name], name)
@@ -219,6 +220,6 @@ def check_below(values: Array, bound: int, name: str) -> None:
     if int(unsigned.max()) >= bound:
         low, high = int(values.min()), int(values.max())
         raise InputError(
-            f"input {name!r} holds {low if low < 0 else high}; expected values in 0..{bound - 1}. Is this the tokenizer "
-            "of this model?"
+            f"input {name!r} holds {low if low < 0 else high}; expected values in 0..{bound - 1}. Is this the "
+            "tokenizer of this model?"
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
@@ -18,7 +19,6 @@ from numpy.typing import NDArray
 
 from transom.runtime.backends.base import Read, ReadInPieces, ReadLeased
 from transom.runtime.backends.inlined_model import Cursor
-from transom.runtime.errors import BundleError
 from transom.runtime.native.library import NativeLibrary
 from transom.runtime.native.list_registers import ITEM_BYTES, Register
 from transom.runtime.native.memory import Memory, aligned, aligned_floats
@@ -185,23 +185,18 @@ def read_pieces(read: Read, file: str, pieces: Sequence[Piece], memory: Memory) 
     largest = max((piece.size for piece in pieces if piece.place is None), default=0)
     room = np.empty(largest, np.uint8)
 
-    def buffer_of(piece: Piece) -> Bytes:
-        return room[: piece.size] if piece.place is None else memory.view(piece.place, piece.size)
-
-    def use(piece: Piece, fill: Callable[[Bytes], None]) -> None:
-        buffer = buffer_of(piece)
-        fill(buffer)
-        for each in piece.uses:
-            each(buffer)
+    def use_all(fill: Callable[[Bytes, int], None]) -> None:
+        for piece in pieces:
+            buffer = room[: piece.size] if piece.place is None else memory.view(piece.place, piece.size)
+            fill(buffer, piece.offset)
+            for use in piece.uses:
+                use(buffer)
 
     if isinstance(read, ReadLeased):
         with read.leased(file) as leased:
             if leased is not None:
-                try:
-                    for piece in pieces:
-                        use(piece, lambda buffer, piece=piece: leased.read_into(buffer.data, piece.offset))
-                except EOFError:  # the comparison says so better
-                    pass
+                with suppress(EOFError):  # the comparison says better what is wrong
+                    use_all(lambda buffer, offset: leased.read_into(buffer.data, offset))
                 leased.wait()
                 if leased.held():
                     return
@@ -209,19 +204,13 @@ def read_pieces(read: Read, file: str, pieces: Sequence[Piece], memory: Memory) 
     if isinstance(read, ReadInPieces) and apart:
         parts = read.pieces(file)
         cursor = Cursor(parts)
-        try:
-            for piece in pieces:
-                use(piece, lambda buffer, piece=piece: fill_from(cursor, buffer, piece.offset))
-        except EOFError:
-            raise BundleError(
-                f"{file} is shorter than the tensors that are to lie in it; copy the bundle again."
-            ) from None
+        with suppress(EOFError):  # as above
+            use_all(lambda buffer, offset: fill_from(cursor, buffer, offset))
         for _ in parts:
             pass
         return
     whole = np.frombuffer(read(file), np.uint8)
-    for piece in pieces:
-        use(piece, lambda buffer, piece=piece: np.copyto(buffer, whole[piece.offset : piece.offset + piece.size]))
+    use_all(lambda buffer, offset: np.copyto(buffer, whole[offset : offset + len(buffer)]))
 
 
 def fill_from(cursor: Cursor, buffer: Bytes, offset: int) -> None:
