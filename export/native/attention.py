@@ -60,9 +60,9 @@ def read_attention(reader: GraphReader, node: ir.Node) -> list[Meaning]:
         raise CannotLowerError("it has a cache of its own, or gives more than its result")
     if attribute(node, "softcap", 0.0) or attribute(node, "qk_matmul_output_mode", 0):
         raise CannotLowerError("it limits its scores, or gives them back")
-    count, key_count = (int(str(attribute(node, name, 0))) or None for name in ("q_num_heads", "kv_num_heads"))
+    count, key_count = (int(attribute(node, name, 0)) or None for name in ("q_num_heads", "kv_num_heads"))
     q, heads, head_dim = heads_of(reader, query, count)
-    scale = float(str(attribute(node, "scale", 1 / sqrt(head_dim))))
+    scale = float(attribute(node, "scale", 1 / sqrt(head_dim)))
     causal = bool(attribute(node, "is_causal", 0))
     name = name_of(node)
     columns = heads * head_dim
@@ -116,9 +116,10 @@ def masks(reader: GraphReader, mask: ir.Value | None) -> tuple[Array, Array] | N
 def equal(found: Array, expected: Array) -> bool:
     """Return whether two masks are the same once both are repeated along the axes where one has size 1."""
     try:
-        return bool(np.array_equal(*np.broadcast_arrays(found, expected)))
+        one, other = np.broadcast_arrays(found, expected)
     except ValueError:
         return False
+    return bool(np.array_equal(one, other))
 
 
 def self_mask(reader: GraphReader, mask: ir.Value | None, *, causal: bool) -> bool:

@@ -20,14 +20,14 @@ def read_conv(reader: GraphReader, node: ir.Node) -> Meaning:
     if not isinstance(image, Image) or not isinstance(weight, Matrix):
         raise CannotLowerError("it is a convolution of something else than an image")
     channels, height, width = image.shape
-    out, kernel = weight.weight.tensor.shape[0], [int(size) for size in weight.weight.tensor.shape.numpy()[2:]]
-    strides, pads = list(attribute(node, "strides", [])), attribute(node, "pads", [])  # type: ignore[call-overload]
+    out, _, *kernel = (int(size) for size in weight.weight.tensor.shape.numpy())
+    strides, pads = list(attribute(node, "strides", [])), attribute(node, "pads", [])
     cuts = (
         len(kernel) == 2
         and strides == kernel
-        and not any(pads)  # type: ignore[arg-type]
+        and not any(pads)
         and attribute(node, "group", 1) == 1
-        and all(size == 1 for size in attribute(node, "dilations", [1]))  # type: ignore[attr-defined]
+        and all(size == 1 for size in attribute(node, "dilations", [1]))
         and attribute(node, "auto_pad", "NOTSET") in ("NOTSET", "VALID")
         and height % kernel[0] == width % kernel[1] == 0
     )
@@ -35,7 +35,7 @@ def read_conv(reader: GraphReader, node: ir.Node) -> Meaning:
         raise CannotLowerError("its windows overlap, or do not cover the image")
     reader.use_ids(image.name)
     columns = channels * prod(kernel)
-    flat = Weight(weight.weight.name, weight.weight.tensor, (int(out), columns))
+    flat = Weight(weight.weight.name, weight.weight.tensor, (out, columns))
     view = reader.add(PatchesStep(f"{name_of(node)}.patches", PATCHES, columns, image.name, kernel[0], kernel[1]))
     high, wide = (Axis(f"patch {way}", (count, count)) for way, count in
                   (("rows", height // kernel[0]), ("columns", width // kernel[1])))  # fmt: skip
@@ -50,7 +50,7 @@ def read_conv(reader: GraphReader, node: ir.Node) -> Meaning:
     if len(node.inputs) > 2 and node.inputs[2] is not None:
         result = biased(reader, result, node.inputs[2], f"{name_of(node)}.biased")
     rows_axis, columns_axis = ((high,) if high.sizes[0] > 1 else ()), ((wide,) if wide.sizes[0] > 1 else ())
-    return Rows(result.view, (reader.batch, features(int(out)), rows_axis, columns_axis))
+    return Rows(result.view, (reader.batch, features(out), rows_axis, columns_axis))
 
 
 def read_concat(reader: GraphReader, node: ir.Node) -> Meaning:

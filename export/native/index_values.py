@@ -122,7 +122,8 @@ def cast(attributes: Mapping[str, Any], x: Array) -> Array:
 
 
 def squeeze(attributes: Mapping[str, Any], x: Array, axes: Array | None = None) -> Array:
-    return x.squeeze() if axes is None else x.squeeze(tuple(int(axis) for axis in axes.reshape(-1)))
+    which = None if axes is None else tuple(int(axis) for axis in axes.reshape(-1))
+    return np.asarray(np.squeeze(x, which))
 
 
 def unsqueeze(attributes: Mapping[str, Any], x: Array, axes: Array) -> Array:

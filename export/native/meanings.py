@@ -1,4 +1,4 @@
-"""What the values of a graph mean to a list of operators: rows, weights, or something on the way to them."""
+"""Meanings of a graph's values to a list of operators: rows, weights, or something on the way to them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transom.export.native.row_program import LinearStep, Step, View, Weight
 
 @dataclass(frozen=True, eq=False)
 class Meaning:
-    """What a value is."""
+    """The meaning of a value."""
 
 
 @dataclass(frozen=True, eq=False)

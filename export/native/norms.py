@@ -29,7 +29,7 @@ def read_layer_norm(reader: GraphReader, node: ir.Node) -> Meaning:
     if weight is None or (bias is None and len(node.inputs) > 2 and node.inputs[2] is not None):
         raise CannotLowerError("its gain is no weight")
     kind = LAYER if node.op_type == "LayerNormalization" else RMS
-    epsilon = float(str(attribute(node, "epsilon", 1e-5)))
+    epsilon = float(attribute(node, "epsilon", 1e-5))
     return Rows(
         reader.add(NormStep(name_of(node), rows.step.rows, columns, rows.step, kind, epsilon, weight, bias)), rows.dims
     )

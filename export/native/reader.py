@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -236,9 +237,11 @@ class GraphReader:
 
 
 def name_of(node: ir.Node) -> str:
+    """Return the name of a node's first result."""
     return str(node.outputs[0].name)
 
 
-def attribute(node: ir.Node, name: str, default: object) -> object:
+def attribute(node: ir.Node, name: str, default: Any) -> Any:
+    """Return an attribute of a node, ``default`` where the node does not give it."""
     found = node.attributes.get(name)
     return default if found is None else found.value

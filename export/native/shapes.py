@@ -77,7 +77,7 @@ def read_split(reader: GraphReader, node: ir.Node) -> list[Meaning]:
     """Read ``Split`` along the columns."""
     rows = reader.rows(node.inputs[0])
     count = len(node.outputs)
-    if int(str(attribute(node, "axis", 0))) % len(rows.dims) != len(rows.dims) - 1:
+    if int(attribute(node, "axis", 0)) % len(rows.dims) != len(rows.dims) - 1:
         raise CannotLowerError("it cuts another axis than the columns")
     given = reader.integers(node.inputs[1]) if len(node.inputs) > 1 and node.inputs[1] is not None else None
     if given is None and rows.view.columns % count:
@@ -121,7 +121,7 @@ def read_slice(reader: GraphReader, node: ir.Node) -> Meaning:
 
 def read_gather(reader: GraphReader, node: ir.Node) -> Meaning:
     """Read ``Gather``: of an embedding, of a column, of each sequence's first row."""
-    axis = int(str(attribute(node, "axis", 0)))
+    axis = int(attribute(node, "axis", 0))
     weight = reader.weight(node.inputs[0])
     if weight is not None:
         if axis != 0 or len(weight.shape) != 2:
@@ -201,7 +201,7 @@ def read_gather_nd(reader: GraphReader, node: ir.Node) -> Meaning:
     """Read ``GatherND`` of rows that lie flat, (B * tokens, n), by the place of each."""
     rows, found = reader.rows(node.inputs[0]), reader.index.of(node.inputs[1])
     flat: Dims = ((*reader.batch, *reader.token_axis), features(rows.step.columns))
-    if rows.dims != flat or found is None or int(str(attribute(node, "batch_dims", 0))):
+    if rows.dims != flat or found is None or int(attribute(node, "batch_dims", 0)):
         raise CannotLowerError("it takes rows that are computed")
     whole = Rows(rows.view, (*reader.leading(TOKENS), features(rows.step.columns)))
     sizes = reader.token_axis[0].sizes
@@ -236,7 +236,7 @@ def rule_of(reader: GraphReader, columns: Samples) -> tuple[str, str | None, int
 def read_cast(reader: GraphReader, node: ir.Node) -> Meaning:
     """Read ``Cast`` between floats, which changes nothing: registers are float32."""
     if node.attributes["to"].as_int() not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
-        raise CannotLowerError("it makes integers of an activation")
+        raise CannotLowerError("it computes in another dtype than float32")
     return reader.meaning(node.inputs[0])
 
 
