@@ -159,7 +159,7 @@ def argmax(attributes: Mapping[str, Any], x: Array) -> Array:
     axis, keep = attributes.get("axis", 0), bool(attributes.get("keepdims", 1))
     if attributes.get("select_last_index", 0):
         raise ValueError("the last index")
-    return x.argmax(axis, keepdims=keep).astype(np.int64)
+    return np.asarray(x.argmax(axis, keepdims=keep), np.int64)
 
 
 def reduce_sum(attributes: Mapping[str, Any], x: Array, axes: Array | None = None) -> Array:
