@@ -98,7 +98,7 @@ def epilogue(**fields: Any) -> Any:
 
 
 def linears(memory: Memory) -> list[Any]:
-    """Embeddings, then products of each dtype with each kind of epilogue; slot 0 of the result is theirs to read."""
+    """Make an embedding, products of each dtype with different epilogues, and what moves rows."""
     n = COLUMNS
     hidden, quantized, packed = memory.out(TOKENS), memory.out_u8(TOKENS), memory.out(TOKENS, 3 * n)
     wide, wide_quantized, scale = memory.out(TOKENS), memory.out_u8(TOKENS), memory.out(TOKENS, 1)
@@ -149,7 +149,7 @@ def linears(memory: Memory) -> list[Any]:
 
 
 def attentions(memory: Memory, packed: int) -> list[Any]:
-    """Each kind of attention over the packed projection."""
+    """Make each kind of attention over the packed projection."""
     n, size = COLUMNS, COLUMNS // HEADS
     caches = [memory.slot(memory.floats(SEQUENCES * CAPACITY * n)) for _ in range(2)]
     cross = [memory.slot(memory.floats(SEQUENCES * CROSS * n)) for _ in range(2)]
@@ -177,7 +177,7 @@ def attentions(memory: Memory, packed: int) -> list[Any]:
 
 
 def images(memory: Memory) -> list[Any]:
-    """An image cut into patches, their projection, and rows put before them."""
+    """Make what cuts images into patches, and puts a row before those of each."""
     count, n = (IMAGE // PATCH) ** 2, CHANNELS * PATCH * PATCH
     image, rows = memory.slot(memory.floats(SEQUENCES * CHANNELS * IMAGE * IMAGE)), memory.out(SEQUENCES * count, n)
     return [

@@ -53,7 +53,7 @@ class Quantized:
 
 @dataclass(frozen=True)
 class Epilogue:
-    """What happens to each finished row, in this order; each part may be absent.
+    """Steps that finish a row, in this order; each may be absent.
 
     ``y += bias; y = activation(y); y += residual; sum = y; y = norm(y); out = y; quantized = ...``
     """

@@ -37,7 +37,7 @@ class Matrix(Structure):
 
 
 class Epilogue(Structure):
-    """What happens to a finished row: ``transom_epilogue``. As it is made, it does nothing."""
+    """``transom_epilogue``: see no_epilogue."""
 
     _fields_ = (
         ("bias", c_void_p),

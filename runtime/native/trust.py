@@ -16,7 +16,7 @@ from transom.runtime.native.records import ISA_NAMES
 
 DRY_CALL = Path(__file__).with_name("dry_call.py")
 TIMEOUT_S = 60  # 50 ms where nothing else runs
-RIGHT = "right"  # the verdict of kernels that can be used
+RIGHT = "right"  # the result of kernels that can be used
 
 
 def why_not_trusted(path: Path, isa: int) -> str | None:
@@ -26,17 +26,17 @@ def why_not_trusted(path: Path, isa: int) -> str | None:
     may be otherwise the next time is not: a child that could not be started, or that was too slow.
     """
     cache = Cache("native", "Each process that loads a bundle tries the native kernels anew, in 50 ms.")
-    key = verdict_key(path, isa)
-    kept = kept_verdict(cache, key)
+    key = result_key(path, isa)
+    kept = kept_result(cache, key)
     if kept is not None:
         return None if kept == RIGHT else kept
-    verdict, lasting = dry_call(path, isa)
+    result, lasting = dry_call(path, isa)
     if lasting:
-        cache.add(key, lambda entry: entry.write_text(json.dumps({"verdict": verdict})))
-    return None if verdict == RIGHT else verdict
+        cache.add(key, lambda entry: entry.write_text(json.dumps({"result": result})))
+    return None if result == RIGHT else result
 
 
-def verdict_key(path: Path, isa: int) -> str:
+def result_key(path: Path, isa: int) -> str:
     """Return a key of the library's bytes, the dry call's, and the processor."""
     found = hashlib.sha256()
     for part in (path.read_bytes(), DRY_CALL.read_bytes(), cpu_name().encode(), " ".join(sorted(cpu_flags())).encode()):
@@ -44,17 +44,17 @@ def verdict_key(path: Path, isa: int) -> str:
     return f"{ISA_NAMES[isa]}-{found.hexdigest()}"
 
 
-def kept_verdict(cache: Cache, key: str) -> str | None:
-    """Return a verdict of the cache; None where there is none, or not one that was written whole."""
+def kept_result(cache: Cache, key: str) -> str | None:
+    """Return a result from the cache; None where none was written to its end."""
     entry = cache.entry(key)
     if entry is None:
         return None
     try:
-        verdict = json.loads(entry.read_text("utf-8"))["verdict"]
+        result = json.loads(entry.read_text("utf-8"))["result"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     cache.used(key)
-    return verdict if isinstance(verdict, str) else None
+    return result if isinstance(result, str) else None
 
 
 def dry_call(path: Path, isa: int) -> tuple[str, bool]:

@@ -169,7 +169,7 @@ def test_the_oldest_entries_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_every_cache_has_a_bound() -> None:
-    assert {runtime_cache.KIND, builder.KIND, "triton", "exports"} == {*caches.LIMITS}
+    assert {runtime_cache.KIND, builder.KIND, "triton", "exports", "native"} == {*caches.LIMITS}
     assert all(0 < limit <= 8 << 30 for limit in caches.LIMITS.values())
 
 

@@ -98,7 +98,7 @@ typedef struct {
  *     past[sequence] onwards, and each row attends to all positions of the cache up to its own;
  *   - with cross_key: to cross_key and cross_value (sequences, key_heads, cross_length, head_dim), where cross_valid
  *     (sequences, cross_length) != 0; key and value are TRANSOM_NONE.
- * A row that has nothing to attend to is zero. ``then`` has n = heads * head_dim, no bias, activation, residual or norm.
+ * A row that has nothing to attend to is zero. ``then`` has n = heads * head_dim, no bias, activation, residual, norm.
  */
 typedef struct {
   int32_t query, key, value; /* slots, float32, with strides in floats from row to row and a first column */
@@ -191,7 +191,7 @@ typedef struct {
   void *const *slots;
   int64_t rows[TRANSOM_ROW_KINDS];
   const int32_t *first_row;   /* (sequences + 1): first token row of each sequence */
-  const int32_t *column;      /* (tokens): where a row stands in its padded sequence; NULL: first_row says it */
+  const int32_t *column;      /* (tokens): where a row stands in its padded sequence, increasing; NULL: in order */
   const uint8_t *key_valid;   /* (tokens): rows that others attend to; NULL: all */
   const int32_t *past;        /* (sequences): positions that the caches hold; NULL: without caches */
   const uint8_t *cross_valid; /* (sequences, cross_length); NULL: all */
