@@ -1,8 +1,8 @@
 """Load the native library and choose the instruction set that its kernels use, once in a process.
 
 The library is trusted with an instruction set only after a child process made a dry call of every kernel with it
-(``dry_call.py``): a processor, or what emulates it, may claim instructions that it does not execute. Results are kept in
-the user's cache folder, by the library and the processor. Nothing here is imported by ``import transom.runtime``.
+(``dry_call.py``): a processor, or what emulates it, may claim instructions that it does not execute. Results are kept
+in the user's cache folder, by the library and the processor. ``import transom.runtime`` imports nothing of this.
 
     TRANSOM_KERNELS=onnxruntime         load nothing: ONNX Runtime runs every graph
     TRANSOM_NATIVE_ISA=avx2             use no more than this: one of ISA_NAMES; "plain" has kernels for any processor,
