@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from transom.cli.options import BundlePath, Device, Json, Threads, sizes
+from transom.cli.options import BundlePath, Device, Json, Kernels, Threads, sizes
 from transom.cli.output import print_fields, print_json, print_table
 from transom.cli.progress import progress
 from transom.runtime.format import sizes_text
@@ -40,6 +40,7 @@ def bench(
     ] = None,
     device: Device = "cpu",
     threads: Threads = None,
+    kernels: Kernels = "auto",
     as_json: Json = False,
 ) -> None:
     """Measure latency, throughput and memory.
@@ -64,9 +65,12 @@ def bench(
             threads=threads,
             progress=report,
             new_tokens=new_tokens,
+            kernels=kernels,
         )
     if as_json:
-        print_json({"bundle": bundle, **vars(measured), "timings": [vars(timing) for timing in measured.timings]})
+        chosen = {name: vars(choice) for name, choice in measured.kernels.items()}
+        timings = [vars(timing) for timing in measured.timings]
+        print_json({"bundle": bundle, **vars(measured), "kernels": chosen, "timings": timings})
         return
     rates = {timing.items for timing in measured.timings}
     rows = [
@@ -100,3 +104,6 @@ def circumstances(measured: BenchReport) -> Iterator[tuple[str, str]]:
     yield "threads", threads
     yield "cpu", f"{measured.cpu}, {measured.instruction_set}"
     yield "onnxruntime", measured.onnxruntime
+    if measured.device == "cpu":
+        for name, choice in measured.kernels.items():
+            yield f"kernels of {name}", f"{choice.kernels}: {choice.reason}"

@@ -33,6 +33,15 @@ Threads = Annotated[
     int | None,
     typer.Option(metavar="N", min=1, help="CPU threads per call.", show_default="one per core"),
 ]
+Kernels = Annotated[
+    str,
+    typer.Option(
+        metavar="KERNELS",
+        help="What runs on the CPU: native, the kernels of this package; onnxruntime; or auto, the native ones for the "
+        "graphs that have a list of operators, where they run here.",
+        autocompletion=lambda: ["auto", "native", "onnxruntime"],
+    ),
+]
 Source = Annotated[
     str | None,
     typer.Option(metavar="SOURCE", help="The checkpoint to compare with.", show_default="the one it was exported from"),

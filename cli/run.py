@@ -12,7 +12,7 @@ import typer
 
 from transom.cli.arrays import array_json, array_line, read_arrays, write_arrays
 from transom.cli.generation_options import GenerationOptions, option_of, with_generation_options
-from transom.cli.options import BundlePath, Device, Json, Threads
+from transom.cli.options import BundlePath, Device, Json, Kernels, Threads
 from transom.cli.output import print_json, printable, say
 from transom.cli.streaming import can_stream, print_stream
 from transom.runtime.errors import InputError
@@ -78,6 +78,7 @@ def run(
     ] = None,
     device: Device = "cpu",
     threads: Threads = None,
+    kernels: Kernels = "auto",
     as_json: Json = False,
     *,
     generation: GenerationOptions,
@@ -109,7 +110,7 @@ def run(
 
     if out is not None and out.suffix != ".npz":
         raise typer.BadParameter(f"--out is {str(out)!r}; expected the name of a .npz file.")
-    with load(bundle, device, threads) as loaded:
+    with load(bundle, device, threads, kernels) as loaded:
         if len(inputs) == 1 and inputs[0].endswith(".npz"):
             refuse_generation(generation, "a raw run")
             if labels or templates or images:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from transom.cli.options import BundlePath, Device, Json, Threads
+from transom.cli.options import BundlePath, Device, Json, Kernels, Threads
 from transom.cli.output import comparison_cells, print_json, print_table, printable
 
 AGREES = {"pytorch": "PyTorch", "bundle": "its build", "simulated": "its simulated TensorRT graph"}
 
 
-def selftest(bundle: BundlePath, device: Device = "cpu", threads: Threads = None, as_json: Json = False) -> None:
+def selftest(
+    bundle: BundlePath,
+    device: Device = "cpu",
+    threads: Threads = None,
+    kernels: Kernels = "auto",
+    as_json: Json = False,
+) -> None:
     """Check a bundle on the device where it runs, without torch.
 
     Runs the golden inputs and compares the outputs with those of PyTorch. Exit status 1 and the worst element where
@@ -21,7 +27,7 @@ def selftest(bundle: BundlePath, device: Device = "cpu", threads: Threads = None
     from transom.runtime.golden_reference import BUNDLE
     from transom.runtime.manifest_graphs import SIMULATED
 
-    report = runtime.selftest(bundle, device, threads)
+    report = runtime.selftest(bundle, device, threads, kernels)
     simulated = any(case.against(SIMULATED) for case in report.cases)
     if as_json:
         print_json(

@@ -16,6 +16,7 @@ from os import PathLike
 import numpy as np
 
 from transom.runtime.backends.base import Array
+from transom.runtime.backends.kernels import AUTO, KernelChoice
 from transom.runtime.backends.ort_library import onnxruntime
 from transom.runtime.errors import InputError, ShapeError
 from transom.runtime.feeds import allowed_sizes, filled
@@ -64,6 +65,7 @@ class BenchReport:
     cpu: str
     instruction_set: str  # that INT8 is multiplied with: transom.runtime.host has the names
     onnxruntime: str
+    kernels: Mapping[str, KernelChoice]  # by graph: what executed it, and why
     load_s: float  # hashing every file and building the sessions; importing the libraries is not in it
     memory_before_mib: float | None  # peak of the process until the bundle was loaded, libraries included
     memory_peak_mib: float | None  # peak of the process at the end; None where the system does not say
@@ -81,6 +83,7 @@ def bench(
     threads: int | None = None,
     progress: Progress = silent,
     new_tokens: int | None = None,
+    kernels: str = AUTO,
 ) -> BenchReport:
     """Load a bundle and time each of its graphs at each of ``shapes`` (axis -> size; the rest at opt).
 
@@ -92,7 +95,7 @@ def bench(
     version = str(onnxruntime().__version__)
     before = peak_memory_mib()
     started = time.perf_counter()
-    with load(path, device, threads) as loaded:
+    with load(path, device, threads, kernels) as loaded:
         load_s = time.perf_counter() - started
         plan = [one for shape in shapes or [{}] for one in measurements(loaded, shape, new_tokens)]
         effort = Effort(runs, warmup, seconds, progress)
@@ -104,6 +107,7 @@ def bench(
             cpu=cpu_name(),
             instruction_set=instruction_set(),
             onnxruntime=version,
+            kernels=dict(loaded.kernels),
             load_s=load_s,
             memory_before_mib=before,
             memory_peak_mib=peak_memory_mib(),

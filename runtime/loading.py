@@ -12,6 +12,8 @@ from typing import Any
 
 from transom.runtime.backends import AUTO, FASTEST_FIRST, open_backend
 from transom.runtime.backends.base import Backend
+from transom.runtime.backends.kernels import AUTO as AUTO_KERNELS
+from transom.runtime.backends.kernels import LIST, NATIVE
 from transom.runtime.backends.known_sum import doubling
 from transom.runtime.bundle import Bundle
 from transom.runtime.devices import NO_BUNDLE, Choice, choose
@@ -22,12 +24,18 @@ from transom.runtime.session import LoadedBundle
 from transom.runtime.tasks import task_class
 
 
-def load(path: str | PathLike[str], device: str = "cpu", threads: int | None = None) -> Any:
+def load(
+    path: str | PathLike[str], device: str = "cpu", threads: int | None = None, kernels: str = AUTO_KERNELS
+) -> Any:
     """Load a bundle's folder; the result has the methods of its family (``Bert``, ``ViT``, ...).
 
     ``device`` is "cpu", "cuda" (ONNX Runtime on the GPU), "tensorrt" (the bundle's engine for this GPU), or "auto",
     the last of these on which every graph of the bundle opens: ``choice`` of the loaded bundle says why. A device that
     is asked for and absent is an error. ``threads`` is the number of CPU threads per call, None for one per core.
+
+    ``kernels`` is what executes graphs on the CPU: "native", the kernels of this package, "onnxruntime", or "auto",
+    the native ones for each graph that the bundle has a list of operators for, where they run here; ``kernels`` of the
+    loaded bundle says which and why. "native" is an error where a graph cannot run so.
 
     Every file's SHA-256 is compared but those of other devices' engines, which ``selftest`` compares too.
 
@@ -36,10 +44,13 @@ def load(path: str | PathLike[str], device: str = "cpu", threads: int | None = N
     bundle add up otherwise than they did at its export.
     """
     bundle = Bundle(str(path), verify=False)
-    return open_verified(bundle, device, threads, bundle.manifest.files.keys() - plans_of(bundle.manifest))
+    names = bundle.manifest.files.keys() - plans_of(bundle.manifest)
+    return open_verified(bundle, device, threads, names, kernels)
 
 
-def open_verified(bundle: Bundle, device: str, threads: int | None, names: Collection[str]) -> LoadedBundle:
+def open_verified(
+    bundle: Bundle, device: str, threads: int | None, names: Collection[str], kernels: str = AUTO_KERNELS
+) -> LoadedBundle:
     """Open a bundle, and compare the hashes of those files of ``names`` that opening it does not read, meanwhile.
 
     Each file is hashed once. Raises what ``load`` raises.
@@ -47,14 +58,15 @@ def open_verified(bundle: Bundle, device: str, threads: int | None, names: Colle
     unread = {*names} - may_be_read(bundle.manifest, device)
     with ThreadPoolExecutor(1, thread_name_prefix="transom-verify") as pool:
         verified = pool.submit(bundle.verify, unread)
-        loaded = open_bundle(bundle, device, threads)
+        loaded = open_bundle(bundle, device, threads, kernels)
         try:
             verified.result()
             bundle.verify(names)
         except BaseException:
             loaded.close()
             raise
-    warn_of_saturation(bundle.manifest, loaded.device)
+    if any(choice.kernels != NATIVE for choice in loaded.kernels.values()):  # whose sums are exact everywhere
+        warn_of_saturation(bundle.manifest, loaded.device)
     return loaded
 
 
@@ -63,6 +75,7 @@ def may_be_read(manifest: Manifest, device: str) -> set[str]:
     devices = FASTEST_FIRST if device == AUTO else (device,)
     found = (file.files.get(each, file.files.get("default")) for file in manifest.graphs for each in devices)
     names = {name for name in found if name is not None}  # a bundle for the CPU alone may have none for another
+    names |= {file.files[LIST] for file in manifest.graphs if LIST in file.files}
     names |= {file.weights for file in manifest.graphs if file.weights is not None} | plans_of(manifest)
     return names | {str(at(spec, "file")) for spec in (manifest.tokenizer, manifest.target_tokenizer) if spec}
 
@@ -72,9 +85,11 @@ def plans_of(manifest: Manifest) -> set[str]:
     return {plan.file for file in manifest.graphs for plan in file.plans.values()}
 
 
-def open_bundle(bundle: Bundle, device: str = "cpu", threads: int | None = None) -> LoadedBundle:
+def open_bundle(
+    bundle: Bundle, device: str = "cpu", threads: int | None = None, kernels: str = AUTO_KERNELS
+) -> LoadedBundle:
     """Open a bundle that was read, as ``load`` does; no warning of saturating sums."""
-    return task_class(bundle.manifest.family, bundle.manifest.task)(bundle, device, threads)
+    return task_class(bundle.manifest.family, bundle.manifest.task)(bundle, device, threads, kernels=kernels)
 
 
 def load_with_backends(bundle: Bundle, backends: Mapping[str, Backend]) -> LoadedBundle:

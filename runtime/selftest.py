@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from os import PathLike
 
 from transom.runtime.backends.integer_sums import integer_sums
+from transom.runtime.backends.kernels import AUTO
 from transom.runtime.bundle import Bundle
 from transom.runtime.compare import Comparison, compare_outputs, on_scales
 from transom.runtime.errors import BundleError, NotFiniteError, ParityError, ShapeError
@@ -109,7 +110,9 @@ class SelftestReport:
         return max((each for case in self.cases for each in case.against(side)), key=lambda each: each.error)
 
 
-def selftest(path: str | PathLike[str], device: str = "cpu", threads: int | None = None) -> SelftestReport:
+def selftest(
+    path: str | PathLike[str], device: str = "cpu", threads: int | None = None, kernels: str = AUTO
+) -> SelftestReport:
     """Run a bundle's golden inputs and compare the outputs with its ``references``; every file is hashed first.
 
     Raises ParityError beyond a tolerance and for golden values of saturated sums where sums are exact here,
@@ -117,7 +120,7 @@ def selftest(path: str | PathLike[str], device: str = "cpu", threads: int | None
     """
     bundle = Bundle(str(path), verify=False)
     golden = read_golden(bundle)
-    with open_verified(bundle, device, threads, bundle.manifest.files) as loaded:
+    with open_verified(bundle, device, threads, bundle.manifest.files, kernels) as loaded:
         if not golden:
             raise BundleError(f"{path} holds no golden values; export it again.")
         manifest = loaded.manifest

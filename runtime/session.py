@@ -9,8 +9,10 @@ from threading import Lock, local
 from types import TracebackType
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from transom.runtime.backends import AUTO, open_backend
+from transom.runtime.backends import AUTO, open_chosen
 from transom.runtime.backends.base import Array, Backend, FromPlan
+from transom.runtime.backends.kernels import AUTO as AUTO_KERNELS
+from transom.runtime.backends.kernels import NATIVE, ONNXRUNTIME, KernelChoice
 from transom.runtime.bundle import Bundle
 from transom.runtime.devices import ASKED, Choice, choose, without_engines
 from transom.runtime.errors import BackendError, BundleError, InputError
@@ -37,6 +39,8 @@ class LoadedBundle(ProcessBound):
 
     GRAPHS has the graphs that the family's methods run, and the inputs they give them besides caches and outputs of
     another graph. ``backends``, by graph, execute the graphs in place of those that ``device`` would have.
+
+    ``kernels`` says by name of the graph what executes it on the CPU, and why.
     """
 
     GRAPHS: ClassVar[Mapping[str, tuple[str, ...]]] = {}
@@ -47,19 +51,22 @@ class LoadedBundle(ProcessBound):
         device: str = "cpu",
         threads: int | None = None,
         backends: Mapping[str, Backend] | None = None,
+        kernels: str = AUTO_KERNELS,
     ) -> None:
         self.manifest: Manifest = bundle.manifest
         self._bundle = bundle
         check_graphs(bundle.manifest, self.GRAPHS)
         graphs = bundle.manifest.graphs
+        self.kernels: dict[str, KernelChoice] = {}
 
         def open_on(device: str) -> list[Backend]:
             if backends is not None:
                 return [backends[graph.graph.name] for graph in graphs]
             if device == "tensorrt" and cpu_alone is not None:
                 raise BackendError(cpu_alone)
-            with closing(bundle.reader()) as reader:
-                return [open_backend(graph, reader, device, threads) for graph in graphs]
+            opened = open_graphs(bundle, device, threads, kernels)
+            self.kernels = {graph.graph.name: choice for graph, (_, choice) in zip(graphs, opened, strict=True)}
+            return [backend for backend, _ in opened]
 
         cpu_alone = no_tensorrt(bundle.manifest, bundle.folder) if backends is None else None
         self._backends, self.choice = (
@@ -191,6 +198,32 @@ class LoadedBundle(ProcessBound):
         if len(found) != count:
             raise BundleError(f"bundle.json has {len(found)} labels, the graph gives {count}; export the bundle again.")
         return found
+
+
+def open_graphs(bundle: Bundle, device: str, threads: int | None, kernels: str) -> list[tuple[Backend, KernelChoice]]:
+    """Open all graphs of a bundle, by ONNX Runtime those whose state another graph would take in another dtype.
+
+    The native library computes in float32; a graph that it does not cover may keep keys and values in half precision.
+    """
+    graphs = bundle.manifest.graphs
+    with closing(bundle.reader()) as reader:
+        opened = [open_chosen(graph, reader, device, threads, kernels) for graph in graphs]
+    if len({choice.kernels for _, choice in opened}) < 2 or not states_differ([backend.graph for backend, _ in opened]):
+        return opened
+    why = "another graph of the bundle has no list of operators, and keeps the state that they share in another dtype"
+    if kernels == NATIVE:
+        raise BackendError(f"kernels='native' was asked for, and cannot be: {why}. Load with kernels='auto'.")
+    del opened
+    with closing(bundle.reader()) as reader:
+        again = [open_chosen(graph, reader, device, threads, ONNXRUNTIME) for graph in graphs]
+    return [(backend, KernelChoice(ONNXRUNTIME, why)) for backend, _ in again]
+
+
+def states_differ(graphs: Sequence[Graph]) -> bool:
+    """Return whether two graphs have a state tensor of one name in different dtypes."""
+    dtypes: dict[str, str] = {}
+    tensors = [tensor for graph in graphs for tensor in (*graph.inputs, *graph.outputs) if tensor.state]
+    return any(dtypes.setdefault(tensor.name, tensor.dtype) != tensor.dtype for tensor in tensors)
 
 
 def check_graphs(manifest: Manifest, expected: Mapping[str, tuple[str, ...]]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from transom.runtime.backends.base import Array, BoundRun, Read, ReadInPieces, RepeatedRun
+from transom.runtime.backends.kernels import LIST
 from transom.runtime.errors import BundleError
 from transom.runtime.host import usable_cores
 from transom.runtime.json_reader import parse_json
@@ -20,7 +21,6 @@ from transom.runtime.native.rows import Packer
 from transom.runtime.native.workspace import Workspace, output_slots
 from transom.runtime.process_bound import ProcessBound
 
-NATIVE = "native"  # the file of a graph's list of operators, among its files
 KEPT = 4  # workspaces that wait for the next run
 KEY_STEP = 64  # working memory is asked for so many keys at a time
 
@@ -36,7 +36,7 @@ class NativeBackend(ProcessBound):
     def __init__(self, file: GraphFile, read: Read, threads: int | None, library: NativeLibrary) -> None:
         self.graph = file.graph.with_state_dtype("float32")
         self.library, self.threads = library, threads or usable_cores()
-        name = file.files[NATIVE]
+        name = file.files[LIST]
         weights = weights_size(file, read)
         operators = list_from_json(parse_json(read(name), name), self.graph, weights)
         if operators.weights != file.weights:
