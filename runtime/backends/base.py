@@ -106,6 +106,13 @@ def bound_run(backend: Backend, feeds: Mapping[str, Any], shapes: Mapping[str, S
 
 
 @runtime_checkable
+class PacksRows(Protocol):
+    """A backend that computes only what counts: padding costs nothing, and bounds of axes do not bind it."""
+
+    packs_rows: bool  # of this graph, which has a mask
+
+
+@runtime_checkable
 class FromPlan(Protocol):
     """A backend of an engine, whose bounds may be narrower than the bundle's."""
 

@@ -45,13 +45,9 @@ class NativeBackend(ProcessBound):
             )
         self.program = Program(operators, self.graph, weights, library, read)
         self.packer = Packer(self.program, self.graph)
+        self.packs_rows = operators.mask is not None
         self._scratch: dict[int, int] = {}
         self._free: list[Workspace] = []
-
-    @property
-    def packs_rows(self) -> bool:
-        """Whether tokens whose mask is 0 cost nothing."""
-        return self.program.operators.mask is not None
 
     def run(self, feeds: Mapping[str, Array], shapes: Mapping[str, Sequence[int]]) -> dict[str, Array]:
         wanted = frozenset(t.name for t in self.graph.outputs if t.name in shapes and t.aliases is None)

@@ -39,7 +39,6 @@ class NativeBoundRun(ProcessBound):
         self._workspace = Workspace(backend.program)
         self._outputs: dict[str, Array] = {}
         self._pack()
-        self._packed = True  # the first run has the values that were packed
 
     def _pack(self) -> None:
         backend = self._backend
@@ -50,15 +49,16 @@ class NativeBoundRun(ProcessBound):
 
     def run(self, *, reused: bool = False) -> dict[str, Array]:
         """Execute on what the inputs hold now; if ``reused``, into the arrays of the last such run."""
-        if not self._packed and (self._step is None or not self._step.refresh()):
+        stays = self._step is not None and self._step.refresh()
+        if not stays:
             self._pack()
-            self._outputs = {}
-        self._packed = False
-        outputs = self._outputs
-        if not outputs or not reused:
+        outputs = self._outputs if reused else {}
+        if not outputs:
+            stays = False
             outputs = {name: np.empty(shape, np.float32) for name, shape in self._shapes.items()}
-            self._workspace.bind(output_slots(self._backend.program, self._variant, self._rows, outputs))
             self._outputs = outputs if reused else {}
+        if not stays:
+            self._workspace.bind(output_slots(self._backend.program, self._variant, self._rows, outputs))
         self._backend.library.execute(self._variant.operators, self._workspace.run)
         return outputs
 

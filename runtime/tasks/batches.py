@@ -55,6 +55,21 @@ def packed(lengths: Sequence[int], most: int, padded: Callable[[int], int]) -> I
         yield order[start:end]
 
 
+def by_tokens(lengths: Sequence[int], most: int) -> Iterator[Places]:
+    """Group rows of these ``lengths`` in the caller's order, as many as have ``most`` tokens together, at least one.
+
+    For backends that compute no padding: what a batch costs depends on its tokens alone.
+    """
+    start, tokens = 0, 0
+    for place, length in enumerate(lengths):
+        if place > start and tokens + length > most:
+            yield np.arange(start, place)
+            start, tokens = place, 0
+        tokens += length
+    if start < len(lengths):
+        yield np.arange(start, len(lengths))
+
+
 def batch_costs(most: int, length: int) -> NDArray[np.float64]:
     """Return the costs of batches of 1 to ``most`` rows of ``length`` tokens, (most,), in tokens of long texts."""
     rows = np.arange(1, most + 1)

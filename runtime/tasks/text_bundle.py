@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from transom.runtime.backends.base import PacksRows
 from transom.runtime.errors import BundleError, InputError
+from transom.runtime.feeds import wanted_outputs
 from transom.runtime.finite import check_finite
 from transom.runtime.session import LoadedBundle
-from transom.runtime.tasks.batches import BatchRows, Name, Places, batches, collected, name_of_row, packed
+from transom.runtime.tasks.batches import BatchRows, Name, Places, batches, by_tokens, collected, name_of_row, packed
 from transom.runtime.text.batch import CompactRow, EncodedBatch, row_length
 from transom.runtime.text.tokenizer import TextTokenizer
 from transom.runtime.text.tokenizer_spec import TokenizerSpec
@@ -22,7 +24,11 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float32]
 TEXT: Name = "text {}".format
+EMPTY = np.empty(0, np.int64)
 KEPT_BYTES = 16 << 20  # of rows that wait for their batch; others are tokenized again when it comes
+# Tokens of a run that computes no padding: with fewer the weights are read more often, with more the activations leave
+# the processor's caches.
+PACKED_TOKENS = 1024
 ROW_BYTES = 400  # of a CompactRow, beside 8 for each token
 
 
@@ -85,7 +91,12 @@ class TextBundle(LoadedBundle):
             yield places, rows
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[Places]:
-        """Group rows of texts: a CPU gets batches that cost little, a GPU as many rows as fit."""
+        """Group rows of texts: a CPU gets batches that cost little, a GPU as many rows as fit.
+
+        A backend without padding gets as many tokens as its caches hold.
+        """
+        if self._packs_rows():
+            return by_tokens(lengths, PACKED_TOKENS)
         if self.device != "cpu":
             return batches(lengths, self.max_size("B"))
         return packed(lengths, self.max_size("B"), partial(row_length, most=self.max_size("S")))
@@ -93,7 +104,8 @@ class TextBundle(LoadedBundle):
     def run_texts(self, batch: EncodedBatch, *outputs: str) -> dict[str, Floats]:
         """Return the graph's ``outputs`` for one batch, which is padded to its ``row_length`` while the graph runs."""
         longest = batch.input_ids.shape[1]
-        more = row_length(longest, self.max_size("S")) - longest
+        packs = self._packs_rows()
+        more = 0 if packs else row_length(longest, self.max_size("S")) - longest
         feeds = {
             "input_ids": padded_by(batch.input_ids, more, self.tokenizer().spec.pad_id),
             "attention_mask": padded_by(batch.attention_mask, more, 0),
@@ -101,9 +113,17 @@ class TextBundle(LoadedBundle):
         graph = self.graph_for(feeds)
         if any(tensor.name == "token_type_ids" for tensor in graph.inputs):
             feeds["token_type_ids"] = padded_by(batch.token_type_ids, more, 0)
+        if packs:  # any number of rows, which the tokenizer made
+            sizes = dict(zip(("B", "S"), batch.input_ids.shape, strict=True))
+            return self._pick(feeds).run(feeds, wanted_outputs(graph, outputs, sizes))
         found = self.run(feeds, outputs)
         by_token = {tensor.name for tensor in graph.outputs if tensor.shape[1:2] == ("S",)}
         return {name: array[:, :longest] if name in by_token else array for name, array in found.items()}
+
+    def _packs_rows(self) -> bool:
+        """Return whether the graph of texts runs without padding."""
+        backend = self._pick(dict.fromkeys(("input_ids", "attention_mask"), EMPTY))
+        return isinstance(backend, PacksRows) and backend.packs_rows
 
     def tokenizer(self) -> TextTokenizer:
         """Return the tokenizer; InputError where the checkpoint had none."""
