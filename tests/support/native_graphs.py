@@ -19,6 +19,7 @@ from transom.runtime.native.library import NativeLibrary, library_path, open_lib
 from transom.runtime.native.operator_list import list_to_json
 from transom.runtime.native.operators import OperatorList
 from transom.runtime.native.records import ISA_NAMES
+from transom.runtime.native.trust import why_not_trusted
 
 LIST = "graph.operators.json"
 
@@ -42,13 +43,17 @@ class Files:
 
 
 def libraries() -> list[Any]:
-    """One parameter for each instruction set of the library that this processor has; skipped where there is none."""
+    """One parameter for each instruction set that the library can use here, skipped where that is none."""
     try:
         library = open_library(library_path())
     except BackendError as error:
         return [pytest.param(None, marks=pytest.mark.skip(reason=str(error)), id="no library")]
-    found = [library.with_isa(isa) for isa in range(len(ISA_NAMES)) if library.supports(isa)]
-    return [pytest.param(each, id=each.name) for each in found]
+    found = []
+    for isa in range(len(ISA_NAMES)):
+        why = why_not_trusted(library.path, isa) if library.supports(isa) else "the processor does not have it"
+        marks = () if why is None else (pytest.mark.skip(reason=why),)
+        found.append(pytest.param(library.with_isa(isa), marks=marks, id=ISA_NAMES[isa]))
+    return found
 
 
 def files_of(operators: OperatorList, weights: bytes) -> Files:
