@@ -35,8 +35,8 @@ typedef struct {
 } epilogue_row_of;
 
 /* One vector of a row, n of its lanes; column from the first one of ``at``. */
-TRANSOM_INLINE void epilogue_vector(int32_t activation, const epilogue_row_of *at, int32_t zero_point, float *y,
-                                    int32_t column, int32_t n, int whole) {
+TRANSOM_INLINE void epilogue_vector(int32_t activation, const epilogue_row_of *at, int32_t zero_point,
+                                    const float *y, int32_t column, int32_t n, int whole) {
 #define PART(name, from) (whole ? name(from) : name##_part(from, n))
   vector x = PART(vector_load, y + column);
   if (at->bias) x = vector_add(x, PART(vector_load, at->bias + column));
@@ -57,17 +57,17 @@ TRANSOM_INLINE void epilogue_vector(int32_t activation, const epilogue_row_of *a
   }
 }
 
-TRANSOM_INLINE void epilogue_vectors(int32_t activation, const epilogue_row_of *at, int32_t zero_point, float *y,
-                                     int32_t count) {
+TRANSOM_INLINE void epilogue_vectors(int32_t activation, const epilogue_row_of *at, int32_t zero_point,
+                                     const float *y, int32_t count) {
   int32_t column = 0;
   for (; column + LANES <= count; column += LANES) epilogue_vector(activation, at, zero_point, y, column, LANES, 1);
   if (column < count) epilogue_vector(activation, at, zero_point, y, column, count - column, 0);
 }
 
-/* Columns [column, column + count) of a row of n: y points to the first of them. Where the row is needed as a whole, y
- * is replaced by what epilogue_row_rest goes on with; else y is left as it was, unless it is the row of ``out``. */
-static void epilogue_columns(const transom_epilogue *then, const transom_run *run, int64_t row, int32_t n,
-                             int32_t column, int32_t count, float *y) {
+/* Columns [column, column + count) of a row of n, from ``y``, which points to the first of them. Where the row is needed
+ * as a whole, what epilogue_row_rest goes on with is written to ``collected``, which may be y. */
+static void epilogue_columns_to(const transom_epilogue *then, const transom_run *run, int64_t row, int32_t n,
+                                int32_t column, int32_t count, const float *y, float *collected) {
   int64_t first = row * n + column;
   int needs_row = epilogue_needs_row(then);
   float *residual = transom_slot(run, then->residual), *sum = transom_slot(run, then->sum);
@@ -78,7 +78,7 @@ static void epilogue_columns(const transom_epilogue *then, const transom_run *ru
     residual ? residual + first : NULL,
     then->inverse_scale ? then->inverse_scale + column : NULL,
     sum ? sum + first : NULL,
-    needs_row ? y : out ? out + first : NULL,
+    needs_row ? collected : out ? out + first : NULL,
     quantized && !needs_row ? quantized + first : NULL,
   };
   switch (then->activation) {
@@ -90,6 +90,12 @@ static void epilogue_columns(const transom_epilogue *then, const transom_run *ru
     case TRANSOM_TANH: epilogue_vectors(TRANSOM_TANH, &at, then->zero_point, y, count); break;
     default: epilogue_vectors(TRANSOM_IDENTITY, &at, then->zero_point, y, count); break;
   }
+}
+
+/* The same in place. y is left as it was where the row is not needed as a whole. */
+static inline void epilogue_columns(const transom_epilogue *then, const transom_run *run, int64_t row, int32_t n,
+                                    int32_t column, int32_t count, float *y) {
+  epilogue_columns_to(then, run, row, n, column, count, y, y);
 }
 
 /* y - shift, of n lanes from a column on; lanes past n are zero. */

@@ -1,0 +1,143 @@
+/* uint8 rows times an int8 weight, and the epilogue of its rows: exact sums in int32, then float32.
+ *
+ *   y = (x - zero_point) W * scale [* row_scale[row]]
+ *
+ * The sums start at -zero_point * column_sum, so that they are those of x - zero_point. Weights lie in panels of
+ * U8S8_PANEL columns; tile_u8s8_*.h has the inner loop of an instruction set and the order of a panel's bytes:
+ *
+ *   U8S8_ROWS                                     rows of a tile, at most
+ *   U8S8_GROUP                                    k is padded to a multiple of it, with zeros
+ *   u8s8_offset(k, index, column)                 where an element stands in its panel; k as padded
+ *   u8s8_tile(rows, x, k, panel, next, start, y)  y (rows, U8S8_PANEL) = start (U8S8_PANEL) + x (rows, k) panel
+ */
+#ifndef TRANSOM_LINEAR_U8S8_H
+#define TRANSOM_LINEAR_U8S8_H
+
+#include "epilogue.h"
+#include "linear_plan.h"
+
+#define U8S8_PANEL 64
+
+#if defined(TRANSOM_VECTOR_AVX512)
+#include "tile_u8s8_vnni.h"
+#elif defined(TRANSOM_VECTOR_AVX2)
+#include "tile_u8s8_avx2.h"
+#else
+#include "tile_u8s8_plain.h"
+#endif
+
+#define U8S8_SUM_BOUND 65793 /* = (2^31 - 1) / (255 * 128): the largest k whose sums fit int32 */
+
+TRANSOM_INLINE int64_t u8s8_padded(int32_t k) { return ((int64_t)k + U8S8_GROUP - 1) / U8S8_GROUP * U8S8_GROUP; }
+
+static int64_t linear_u8s8_packed_bytes(int32_t k, int32_t n) {
+  return u8s8_padded(k) * linear_divide_up(n, U8S8_PANEL) * U8S8_PANEL;
+}
+
+/* See transom_pack. What pads k, and the columns past n, is written as zero. */
+static void linear_u8s8_pack(int32_t k, int32_t n, int32_t column, int32_t n_part, const int8_t *source, int64_t stride,
+                             int32_t transposed, int8_t *panels, int32_t *column_sum) {
+  int64_t padded = u8s8_padded(k);
+  int32_t end = column + n_part, last = end == n ? linear_divide_up(n, U8S8_PANEL) * U8S8_PANEL : end;
+  for (int32_t first = column; first < last;) {
+    int32_t in_panel = first % U8S8_PANEL, count = U8S8_PANEL - in_panel;
+    if (count > last - first) count = last - first;
+    int32_t real = first >= end ? 0 : count < end - first ? count : end - first;
+    int8_t *panel = panels + (int64_t)(first / U8S8_PANEL) * U8S8_PANEL * padded;
+    int32_t sums[U8S8_PANEL] = {0};
+    for (int64_t row = 0; row < padded; row++) {
+      const int8_t *from = transposed ? source + (first - column) * stride + row : source + row * stride + first - column;
+      int64_t step = transposed ? stride : 1;
+      int32_t here = row < k ? real : 0;
+      for (int32_t each = 0; each < here; each++) {
+        int8_t value = from[each * step];
+        panel[u8s8_offset(padded, row, in_panel + each)] = value;
+        sums[each] += value;
+      }
+      for (int32_t each = here; each < count; each++) panel[u8s8_offset(padded, row, in_panel + each)] = 0;
+    }
+    memcpy(column_sum + first, sums, (size_t)real * sizeof *sums);
+    first += count;
+  }
+}
+
+typedef struct {
+  const transom_linear *record;
+  const transom_run *run;
+  linear_plan plan;
+} linear_u8s8_job;
+
+/* One panel of a chunk of rows: tiles of about as many rows each, finished as they come. */
+static void linear_u8s8_panel(const linear_u8s8_job *job, const linear_task *task, int32_t panel) {
+  const transom_linear *record = job->record;
+  const transom_matrix *matrix = &record->matrix;
+  int32_t k = matrix->k, n = matrix->n, column = panel * U8S8_PANEL;
+  int32_t count = n - column < U8S8_PANEL ? n - column : U8S8_PANEL;
+  int64_t bytes = u8s8_padded(k) * U8S8_PANEL;
+  const int8_t *weights = (const int8_t *)matrix->panels + panel * bytes;
+  const uint8_t *x = transom_slot(job->run, record->in);
+  const float *row_scale = transom_slot(job->run, record->row_scale);
+  float *out = transom_slot(job->run, record->then.out);
+
+  int32_t start[U8S8_PANEL] __attribute__((aligned(64))) = {0};
+  float scale[U8S8_PANEL] __attribute__((aligned(64))) = {0};
+  for (int32_t each = 0; each < count; each++) {
+    start[each] = (int32_t)(0u - (uint32_t)record->zero_point * (uint32_t)matrix->column_sum[column + each]);
+    scale[each] = matrix->scale[column + each];
+  }
+
+  int32_t sums[U8S8_ROWS][U8S8_PANEL] __attribute__((aligned(64)));
+  float y[U8S8_PANEL] __attribute__((aligned(64)));
+  int64_t rows = task->row_end - task->row;
+  int64_t tiles = linear_divide_up(rows, U8S8_ROWS);
+  for (int64_t tile = 0; tile < tiles; tile++) {
+    int64_t first = task->row + rows * tile / tiles, end = task->row + rows * (tile + 1) / tiles;
+    const int8_t *next = panel + 1 < task->panel_end ? weights + bytes : NULL;
+    u8s8_tile((int32_t)(end - first), x + first * k, k, weights, next, (int32_t)tile, (int32_t)tiles, start, sums[0]);
+    for (int64_t row = first; row < end; row++) {
+      const int32_t *sum = sums[row - first];
+      vector factor = vector_set(row_scale ? row_scale[row] : 1.0f);
+      for (int32_t each = 0; each < U8S8_PANEL; each += LANES) {
+        vector value = vector_mul(vector_load_s32(sum + each), vector_load(scale + each));
+        vector_store(y + each, row_scale ? vector_mul(value, factor) : value);
+      }
+      epilogue_columns_to(&record->then, job->run, row, n, column, count, y, out ? out + row * n + column : NULL);
+    }
+  }
+}
+
+static void linear_u8s8_finish(const linear_u8s8_job *job, int64_t row, int64_t end) {
+  const transom_epilogue *then = &job->record->then;
+  int32_t n = job->record->matrix.n;
+  float *out = transom_slot(job->run, then->out);
+  for (; row < end; row++) epilogue_row_rest(then, job->run, row, n, out + row * n);
+}
+
+static void linear_u8s8_task(void *context, int32_t index, int32_t thread) {
+  const linear_u8s8_job *job = context;
+  linear_task task = linear_task_of(&job->plan, index);
+  (void)thread;
+  for (int32_t panel = task.panel; panel < task.panel_end; panel++) linear_u8s8_panel(job, &task, panel);
+  if (job->plan.panel_chunks == 1 && epilogue_needs_row(&job->record->then))
+    linear_u8s8_finish(job, task.row, task.row_end);
+}
+
+static void linear_u8s8_finish_task(void *context, int32_t index, int32_t thread) {
+  const linear_u8s8_job *job = context;
+  (void)thread;
+  linear_u8s8_finish(job, index * LINEAR_FINISHED_ROWS,
+                     (index + 1) * LINEAR_FINISHED_ROWS < job->plan.rows ? (index + 1) * LINEAR_FINISHED_ROWS
+                                                                         : job->plan.rows);
+}
+
+static void linear_u8s8(const transom_linear *record, const transom_run *run, transom_team *team) {
+  int needs_row = epilogue_needs_row(&record->then);
+  int64_t rows = run->rows[record->rows];
+  int32_t panels = linear_divide_up(record->matrix.n, U8S8_PANEL);
+  linear_u8s8_job job = {record, run, linear_plan_of(rows, panels, team->threads, needs_row)};
+  transom_parallel(team, job.plan.row_chunks * job.plan.panel_chunks, linear_u8s8_task, &job);
+  if (needs_row && job.plan.panel_chunks > 1)
+    transom_parallel(team, linear_divide_up(rows, LINEAR_FINISHED_ROWS), linear_u8s8_finish_task, &job);
+}
+
+#endif
