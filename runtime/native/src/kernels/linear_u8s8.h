@@ -26,17 +26,15 @@
 #include "tile_u8s8_plain.h"
 #endif
 
-#define U8S8_SUM_BOUND 65793 /* = (2^31 - 1) / (255 * 128): the largest k whose sums fit int32 */
-
 TRANSOM_INLINE int64_t u8s8_padded(int32_t k) { return ((int64_t)k + U8S8_GROUP - 1) / U8S8_GROUP * U8S8_GROUP; }
 
-static int64_t linear_u8s8_packed_bytes(int32_t k, int32_t n) {
+static int64_t packed_bytes_u8s8(int32_t k, int32_t n) {
   return u8s8_padded(k) * linear_divide_up(n, U8S8_PANEL) * U8S8_PANEL;
 }
 
 /* See transom_pack. What pads k, and the columns past n, is written as zero. */
-static void linear_u8s8_pack(int32_t k, int32_t n, int32_t column, int32_t n_part, const int8_t *source, int64_t stride,
-                             int32_t transposed, int8_t *panels, int32_t *column_sum) {
+static void pack_u8s8(int32_t k, int32_t n, int32_t column, int32_t n_part, const int8_t *source, int64_t stride,
+                      int32_t transposed, int8_t *panels, int32_t *column_sum) {
   int64_t padded = u8s8_padded(k);
   int32_t end = column + n_part, last = end == n ? linear_divide_up(n, U8S8_PANEL) * U8S8_PANEL : end;
   for (int32_t first = column; first < last;) {

@@ -18,6 +18,12 @@ TRANSOM_INLINE __m512i u8s8_dot(__m512i sum, __m512i activations, __m512i weight
 #endif
 }
 
+TRANSOM_INLINE int32_t u8s8_four(const uint8_t *x) {
+  int32_t four;
+  memcpy(&four, x, sizeof four);
+  return four;
+}
+
 /* The last group of a row, which has 1 .. 3 elements: none past them is read. */
 TRANSOM_INLINE int32_t u8s8_last(const uint8_t *x, int32_t count) {
   uint32_t four = 0;
@@ -55,8 +61,7 @@ TRANSOM_INLINE void u8s8_tile_of(const int32_t rows, int ahead, const uint8_t *x
         _mm_prefetch((const char *)next + 64 * line, _MM_HINT_T1);
       next += 256;
     }
-    int32_t four;
-    U8S8_STEP((memcpy(&four, x + (int64_t)row * k + index, 4), four));
+    U8S8_STEP(u8s8_four(x + (int64_t)row * k + index));
   }
   if (index < k) U8S8_STEP(u8s8_last(x + (int64_t)row * k + index, k - index));
   _Pragma("GCC unroll 6") for (int32_t row = 0; row < rows; row++)
