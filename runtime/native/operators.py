@@ -176,7 +176,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class Unpack:
-    """Columns of a register, given back as a graph output: (B, S, n), or (B, heads, S, n / heads)."""
+    """Columns of a register, given back as a graph output: (B, S, n), (B, S) of one, or (B, heads, S, n / heads)."""
 
     source: str
     output: str
