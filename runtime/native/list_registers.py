@@ -23,7 +23,7 @@ from transom.runtime.native.operators import (
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "int8": 1, "uint8": 1}
 FLOATS = ("float32", "float16")
-MAX_USES = 4  # places that a tensor may be read at: each is a copy of it
+
 SMALLEST_SCALE, LARGEST_SCALE = 1e-30, 1e30  # of 8-bit activations; the inverse is a float32 too
 
 
@@ -56,7 +56,7 @@ class ListState:
     where: str = "the list"
 
     def __post_init__(self) -> None:
-        self.uses: Counter[str] = Counter()  # of tensors
+        self.uses: Counter[str] = Counter()  # of packed weights
         self.check_inputs()
         self.check_tensors()
 
@@ -120,11 +120,9 @@ class ListState:
         if not self.expect(found is not None, f"reads the tensor {name[:60]!r}, which the list does not have"):
             return None
         assert found is not None
-        self.uses[name] += 1
         good = found.dtype in dtypes and (
             trimmed(found.shape) == trimmed(shape) if shape is not None else len(found.shape) == rank
         )
-        good &= self.expect(self.uses[name] <= MAX_USES, f"reads {name[:60]!r} a {self.uses[name]}th time")
         expected = f"{' or '.join(dtypes)} {shape if shape is not None else f'of {rank} axes'}"
         self.expect(good, f"reads {name[:60]!r}, {found.dtype} {found.shape}, expected {expected}")
         return found if good else None

@@ -41,6 +41,7 @@ from transom.runtime.native.operators import (
 )
 
 MAX_TABLES = 4  # TRANSOM_TABLES
+MAX_USES = 4  # products that a weight may be packed for: each is a copy of it
 MAX_INT8_DEPTH = 1 << 16  # rows of an int8 weight: so many products of 255 x 128 fit in 32 bits
 SHOWN = 8  # problems of a message
 
@@ -112,7 +113,9 @@ class Checker(ListState):
         columns = 0
         for place, name in enumerate(linear.weights):
             weight = self.tensor(name, dtypes, None, 2)
-            if weight is None:
+            self.uses[name] += 1
+            few = self.expect(self.uses[name] <= MAX_USES, f"packs {name[:60]!r} a {self.uses[name]}th time")
+            if weight is None or not few:
                 return
             depth, size = weight.shape[::-1] if linear.transposed else weight.shape
             self.expect(depth == source.columns, f"multiplies {source.columns} columns by {name[:60]!r} {weight.shape}")

@@ -108,7 +108,7 @@ WRONG = {
     "a rule without its input": ("operators.6.rule", "largest", "has the input None by the rule largest"),
     "ids beyond a table": ("tensors.words.shape", [16, 8], "whose values are below 32"),
     "a table too many": ("operators.0.tables", [{"table": "words", "ids": "input_ids"}] * 5, "has 5 tables"),
-    "a tensor in too many places": ("operators.1.weights", ["wq"] * 5, "reads 'wq' a 5th time"),
+    "a tensor in too many places": ("operators.1.weights", ["wq"] * 5, "packs 'wq' a 5th time"),
     "an output that is not the graph's": ("operators.5.output", "logits", "gives 'logits', no output of the graph"),
     "an output of another shape": ("operators.5.columns", 4, "('B', 'S', 4), the graph has float32 (B, S, 8)"),
     "an output that nothing gives": ("outputs", {}, "gives the output 'pooler_output' 0 times"),
