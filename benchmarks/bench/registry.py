@@ -40,24 +40,26 @@ class Peer:
         return self.module or self.name
 
 
-def own(name: str, title: str, models: tuple[str, ...]) -> Peer:
-    """Return this project, or an earlier installation of it."""
-    return Peer(
-        name,
-        title,
-        (
-            Variant(FP32, FP32, "FP32", ALL),
-            Variant(INT8, INT8, "INT8", models),
-            Variant("int8-saturating", INT8, "INT8, saturating sums", models, saturates=True),
-            Variant(INT4, INT4, "INT4 weights", ("gpt",)),
-        ),
-        ours=name == "transom",
+# This project's bundles executed by ONNX Runtime, where its own kernels would be chosen.
+BY_ONNXRUNTIME = {"fp32-onnxruntime": FP32, "int8-onnxruntime": INT8}
+
+
+def own(name: str, title: str) -> Peer:
+    """Return this project, or an earlier installation of it, which has no kernels to choose from."""
+    ours = name == "transom"
+    variants = (
+        Variant(FP32, FP32, "FP32", ALL),
+        Variant(INT8, INT8, "INT8", ALL),
+        *(Variant(key, kind, f"{kind.upper()}, ONNX Runtime", ALL) for key, kind in BY_ONNXRUNTIME.items() if ours),
+        Variant("int8-saturating", INT8, "INT8, saturating sums", ALL, saturates=True),
+        Variant(INT4, INT4, "INT4 weights", ("gpt",)),
     )
+    return Peer(name, title, variants, ours=ours)
 
 
 PEERS = (
-    own("transom", "Transom", ALL),
-    own("earlier", "Transom, earlier", ALL),
+    own("transom", "Transom"),
+    own("earlier", "Transom, earlier"),
     Peer(
         "pytorch",
         "PyTorch",

@@ -1,5 +1,6 @@
 """This project: bundles exported by its own command, run by its runtime. Also for an earlier installation of it.
 
+Bundles run on the kernels that ``load`` chooses; the variants of BY_ONNXRUNTIME run the same bundles on ONNX Runtime.
 ``int8-saturating`` is the INT8 bundle on a processor whose U8 x S8 products saturate, without the session's option that
 makes their sums exact: its answers are wrong, its time stands for comparison.
 """
@@ -14,6 +15,7 @@ from importlib.metadata import version
 from typing import Any
 
 from bench.paths import Paths
+from bench.registry import BY_ONNXRUNTIME
 from bench.session import Arrays, Calls
 from bench.workloads import ENCODER, GENERATION, THREADS, Workload
 
@@ -29,8 +31,8 @@ def versions() -> dict[str, str]:
 
 def prepare(variant: str, model: str, paths: Paths, peer: str = PEER) -> str:
     """Export in a process of its own; a quantised bundle without the gate, which random weights say nothing to."""
-    if variant == SATURATING:
-        return "the INT8 bundle"
+    if bundle_of(variant) != variant:
+        return f"the {bundle_of(variant).upper()} bundle"
     out = paths.bundle(peer, model, variant)
     shutil.rmtree(out, ignore_errors=True)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -46,14 +48,21 @@ def prepare(variant: str, model: str, paths: Paths, peer: str = PEER) -> str:
 
 
 def open_session(variant: str, workload: Workload, inputs: Arrays, paths: Paths, peer: str = PEER) -> Calls:
-    loaded = opened(paths.bundle(peer, workload.model, "int8" if variant == SATURATING else variant), variant)
+    loaded = opened(paths.bundle(peer, workload.model, bundle_of(variant)), variant)
     return session_of(loaded, workload, inputs)
+
+
+def bundle_of(variant: str) -> str:
+    """Return the precision whose bundle a variant runs."""
+    return "int8" if variant == SATURATING else BY_ONNXRUNTIME.get(variant, variant)
 
 
 def opened(bundle: Any, variant: str) -> Any:
     """Load a bundle with THREADS threads."""
     from transom.runtime import load
 
+    if variant in BY_ONNXRUNTIME:
+        return load(bundle, threads=THREADS, kernels="onnxruntime")
     if variant != SATURATING:
         return load(bundle, threads=THREADS)
     from transom.runtime.backends import open_backend
