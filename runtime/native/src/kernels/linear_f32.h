@@ -10,7 +10,7 @@
 #ifndef TRANSOM_LINEAR_F32_H
 #define TRANSOM_LINEAR_F32_H
 
-#include "epilogue.h"
+#include "finish_rows.h"
 
 #if defined(TRANSOM_VECTOR_AVX512)
 #define F32_ROWS 12 /* a tile: 24 sums, and 2 vectors of the weight, of 32 registers */
@@ -112,7 +112,7 @@ typedef struct {
   const transom_linear *record;
   const transom_run *run;
   const float *x;
-  int32_t panels, task_panels, row_tasks, rest_rows;
+  int32_t panels, task_panels, row_tasks;
   int64_t rows, task_rows;
 } f32_work;
 
@@ -169,17 +169,6 @@ static void f32_task(void *context, int32_t index, int32_t thread) {
   f32_block(work, row, (int32_t)rows, panel, panels);
 }
 
-static void f32_rest_task(void *context, int32_t index, int32_t thread) {
-  const f32_work *work = context;
-  const transom_epilogue *then = &work->record->then;
-  (void)thread;
-  int32_t n = work->record->matrix.n;
-  float *out = transom_slot(work->run, then->out);
-  int64_t row = (int64_t)index * work->rest_rows;
-  int64_t end = row + work->rest_rows < work->rows ? row + work->rest_rows : work->rows;
-  for (; row < end; row++) epilogue_row_rest(then, work->run, row, n, out + row * n);
-}
-
 TRANSOM_INLINE int64_t f32_parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 
 static void linear_f32(const transom_linear *record, const transom_run *run, transom_team *team) {
@@ -198,10 +187,7 @@ static void linear_f32(const transom_linear *record, const transom_run *run, tra
   }
   int32_t tasks = work.row_tasks * (int32_t)f32_parts(work.panels, work.task_panels);
   transom_parallel(team, tasks, f32_task, &work);
-  if (epilogue_needs_row(&record->then)) {
-    work.rest_rows = (int32_t)f32_parts(work.rows, wanted);
-    transom_parallel(team, (int32_t)f32_parts(work.rows, work.rest_rows), f32_rest_task, &work);
-  }
+  if (epilogue_needs_row(&record->then)) finish_rows(&record->then, run, team, work.rows, record->matrix.n);
 }
 
 #endif

@@ -1,0 +1,305 @@
+/* softmax(scale * q k^T) v of all heads: transom_attention, in all its forms.
+ *
+ * A task has rows of one sequence and one key head, those of all query heads that share it, and works on a tile of
+ * ATTENTION_ROWS of them at a time: all scores of the tile, their softmax, then the sum of values. Keys are packed for
+ * the first tile, and kept where others follow. All sums are chains in ascending order of columns or of keys: the bits
+ * of a row depend neither on the rows beside it, nor on the tile it is in, nor on threads: a row of a decoder has the
+ * same ones whether it is computed with others or alone after them.
+ */
+#ifndef TRANSOM_KERNEL_ATTENTION_H
+#define TRANSOM_KERNEL_ATTENTION_H
+
+#include "attention_softmax.h"
+#include "finish_rows.h"
+
+#define LOG2_OF_E 1.44269504088896341f
+
+/* Working memory of a thread: floats from its beginning to each part, and in all. */
+typedef struct {
+  int64_t query_stride, sum_stride, score_stride; /* of rows; queries lie at the beginning */
+  int64_t sums, mask, scores, keys, values, floats;
+  int32_t width; /* columns of packed values and of sums: head_dim, rounded up to vectors */
+} attention_layout;
+
+typedef struct {
+  const transom_attention *record;
+  const transom_run *run;
+  attention_layout layout;
+  float *memory;
+  int32_t group, blocks, block_rows; /* query heads of a key head; tasks of a sequence and head, rows of each */
+  int bf16, pack_values, cached, store_first;
+} attention_work;
+
+/* Keys and values of one sequence and head. */
+typedef struct {
+  const float *keys, *values;
+  int64_t key_stride, value_stride;
+  const uint8_t *valid;
+  int32_t count, past, causal; /* where causal, row i attends to the first past + i + 1 keys */
+} attention_source;
+
+static int attention_in_bf16(const transom_attention *record) {
+#if defined(TRANSOM_BF16)
+  return record->arithmetic == TRANSOM_IN_BF16;
+#else
+  (void)record;
+  return 0;
+#endif
+}
+
+/* 16 floats more than a row takes: rows at distances of 4096 bytes would push each other out of the cache. */
+static attention_layout attention_layout_of(const transom_attention *record, int32_t keys) {
+  int bf16 = attention_in_bf16(record);
+  int64_t room = attention_round_up(keys > 0 ? keys : 1, ATTENTION_KEYS);
+  attention_layout layout = {.width = attention_round_up(record->head_dim, LANES)};
+  int64_t depth = attention_round_up(attention_depth(bf16, record->head_dim), 16);
+  layout.query_stride = depth + 16;
+  layout.sum_stride = attention_round_up(layout.width, 16) + 16;
+  layout.score_stride = room + 16;
+  layout.sums = ATTENTION_ROWS * layout.query_stride;
+  layout.mask = layout.sums + ATTENTION_ROWS * layout.sum_stride;
+  layout.scores = layout.mask + room;
+  layout.keys = layout.scores + ATTENTION_ROWS * layout.score_stride;
+  layout.values = layout.keys + room * depth;
+  int packs = bf16 || record->head_dim % LANES != 0;
+  layout.floats = layout.values + (packs ? attention_depth(bf16, (int32_t)room) * (int64_t)layout.width : 0);
+  layout.floats = (layout.floats + 15) / 16 * 16;
+  return layout;
+}
+
+static int64_t attention_scratch(const transom_attention *record, int32_t keys) {
+  return attention_layout_of(record, keys).floats * (int64_t)sizeof(float);
+}
+
+static int32_t attention_length(const transom_run *run, int64_t sequence) {
+  return run->first_row[sequence + 1] - run->first_row[sequence];
+}
+
+static attention_source attention_source_of(const attention_work *work, int64_t sequence, int32_t head) {
+  const transom_attention *record = work->record;
+  const transom_run *run = work->run;
+  int32_t dim = record->head_dim;
+  int64_t at = sequence * record->key_heads + head;
+  attention_source source = {.key_stride = dim, .value_stride = dim};
+  if (work->cached) {
+    source.past = run->past ? run->past[sequence] : 0;
+    source.count = source.past + attention_length(run, sequence);
+    source.causal = 1;
+    source.keys = (const float *)run->slots[record->key_cache] + at * run->capacity * dim;
+    source.values = (const float *)run->slots[record->value_cache] + at * run->capacity * dim;
+  } else if (record->cross_key != TRANSOM_NONE) {
+    source.count = run->cross_length;
+    source.valid = run->cross_valid ? run->cross_valid + sequence * run->cross_length : NULL;
+    source.keys = (const float *)run->slots[record->cross_key] + at * run->cross_length * dim;
+    source.values = (const float *)run->slots[record->cross_value] + at * run->cross_length * dim;
+  } else {
+    int64_t first = run->first_row[sequence];
+    source.count = attention_length(run, sequence);
+    source.causal = record->causal;
+    source.valid = run->key_valid ? run->key_valid + first : NULL;
+    source.key_stride = record->key_stride;
+    source.value_stride = record->value_stride;
+    source.keys = (const float *)run->slots[record->key] + first * record->key_stride + record->key_column +
+                  (int64_t)head * dim;
+    source.values = (const float *)run->slots[record->value] + first * record->value_stride + record->value_column +
+                    (int64_t)head * dim;
+  }
+  return source;
+}
+
+/* Write the new rows of one sequence and head to the caches. */
+static void attention_store(const attention_work *work, int64_t sequence, int32_t head) {
+  const transom_attention *record = work->record;
+  const transom_run *run = work->run;
+  int32_t dim = record->head_dim;
+  int64_t past = run->past ? run->past[sequence] : 0;
+  int64_t to = ((sequence * record->key_heads + head) * run->capacity + past) * dim;
+  float *keys = (float *)run->slots[record->key_cache] + to, *values = (float *)run->slots[record->value_cache] + to;
+  for (int64_t row = run->first_row[sequence]; row < run->first_row[sequence + 1]; row++) {
+    const float *key = (const float *)run->slots[record->key] + row * record->key_stride + record->key_column;
+    const float *value = (const float *)run->slots[record->value] + row * record->value_stride + record->value_column;
+    memcpy(keys, key + (int64_t)head * dim, (size_t)dim * sizeof *keys);
+    memcpy(values, value + (int64_t)head * dim, (size_t)dim * sizeof *values);
+    keys += dim;
+    values += dim;
+  }
+}
+
+static void attention_store_task(void *context, int32_t index, int32_t thread) {
+  const attention_work *work = context;
+  (void)thread;
+  attention_store(work, index / work->record->key_heads, index % work->record->key_heads);
+}
+
+/* Queries of rows [first, first + rows) of a sequence and head, times scale * log2(e); the tile's other rows are 0. */
+static void attention_queries(const attention_work *work, int64_t sequence, int32_t head, int32_t first, int32_t rows,
+                              float *to) {
+  const transom_attention *record = work->record;
+  int32_t dim = record->head_dim, depth = attention_depth(work->bf16, dim);
+  vector factor = vector_set(record->scale * LOG2_OF_E);
+  for (int32_t i = 0; i < rows; i++) {
+    int64_t row = work->run->first_row[sequence] + (first + i) / work->group;
+    const float *from = (const float *)work->run->slots[record->query] + row * record->query_stride +
+                        record->query_column + ((int64_t)head * work->group + (first + i) % work->group) * dim;
+    float *query = to + i * work->layout.query_stride;
+    for (int32_t at = 0; at < depth; at += LANES) {
+#if defined(TRANSOM_BF16)
+      if (work->bf16) {
+        vector low = vector_mul(attention_load(from, 2 * at, dim), factor);
+        vector_store(query + at, bf16_in_order(low, vector_mul(attention_load(from, 2 * at + LANES, dim), factor)));
+        continue;
+      }
+#endif
+      vector_store(query + at, vector_mul(attention_load(from, at, dim), factor));
+    }
+  }
+  for (int32_t i = rows; i < ATTENTION_ROWS; i++)
+    memset(to + i * work->layout.query_stride, 0, (size_t)work->layout.query_stride * sizeof *to);
+}
+
+/* Scores of a tile and the first ``limit`` keys. Keys from ``packed`` on are packed; without ``keep`` each chunk takes
+ * the place of the one before. Returns how many are packed. */
+static int32_t attention_score(const attention_work *work, const attention_source *source, float *memory,
+                               int32_t rows, int32_t limit, int32_t packed, int keep) {
+  const attention_layout *layout = &work->layout;
+  int32_t dim = work->record->head_dim, depth = attention_depth(work->bf16, dim);
+  for (int32_t start = 0; start < limit; start += ATTENTION_KEYS) {
+    float *chunk = memory + layout->keys + (keep ? (int64_t)start * depth : 0);
+    int32_t end = keep ? source->count : limit;
+    int32_t count = end - start < ATTENTION_KEYS ? end - start : ATTENTION_KEYS;
+    if (start >= packed) {
+      attention_pack_keys(work->bf16, source->keys + start * source->key_stride, source->key_stride, count, dim, chunk);
+      packed = start + count;
+    }
+    int32_t wanted = limit - start < count ? limit - start : count;
+    for (int32_t key = 0; key < wanted; key += ATTENTION_PANEL)
+      attention_multiply(rows, wanted - key > LANES ? 2 : 1, work->bf16, depth, memory, layout->query_stride,
+                         chunk + (int64_t)(key / ATTENTION_PANEL) * depth * ATTENTION_PANEL, ATTENTION_PANEL,
+                         memory + layout->scores + start + key, layout->score_stride, 1);
+  }
+  return packed;
+}
+
+/* The sums of a tile: weights (rows, limit) times values, which are packed as keys are. */
+static int32_t attention_sum(const attention_work *work, const attention_source *source, float *memory, int32_t rows,
+                             int32_t limit, int32_t packed, int keep) {
+  const attention_layout *layout = &work->layout;
+  int32_t dim = work->record->head_dim;
+  for (int32_t start = 0; start < limit; start += ATTENTION_KEYS) {
+    const float *values = source->values + start * source->value_stride;
+    int64_t stride = source->value_stride;
+    int32_t end = keep ? source->count : limit;
+    int32_t count = end - start < ATTENTION_KEYS ? end - start : ATTENTION_KEYS;
+    int32_t wanted = limit - start < count ? limit - start : count;
+    if (work->pack_values) {
+      int64_t at = keep ? (int64_t)attention_depth(work->bf16, start) * layout->width : 0;
+      float *chunk = memory + layout->values + at;
+      if (start >= packed) {
+        attention_pack_values(work->bf16, values, stride, count, dim, layout->width, chunk);
+        packed = start + count;
+      }
+      values = chunk;
+      stride = layout->width;
+      if (work->bf16) wanted = attention_round_up(wanted, 2 * LANES) / 2;
+    }
+    const float *weights = memory + layout->scores + attention_depth(work->bf16, start);
+    for (int32_t column = 0; column < layout->width; column += 2 * LANES)
+      attention_multiply(rows, layout->width - column > LANES ? 2 : 1, work->bf16, wanted, weights,
+                         layout->score_stride, values + column, stride, memory + layout->sums + column,
+                         layout->sum_stride, start == 0);
+  }
+  return packed;
+}
+
+/* Softmax of all rows of a tile; factor has the inverse of each row's sum. */
+static void attention_weigh(const attention_work *work, const attention_source *source, float *memory, int32_t first,
+                            int32_t rows, int32_t limit, float *factor) {
+  const float *mask = source->valid ? memory + work->layout.mask : NULL;
+  int32_t width = attention_round_up(limit, work->bf16 ? 2 * LANES : LANES);
+  for (int32_t i = 0; i < rows; i++) {
+    int32_t own = source->causal ? source->past + (first + i) / work->group + 1 : source->count;
+    float *scores = memory + work->layout.scores + i * work->layout.score_stride;
+    factor[i] = work->bf16 ? attention_softmax(1, scores, mask, own, width)
+                           : attention_softmax(0, scores, mask, own, width);
+  }
+}
+
+/* Finish the rows of a tile: their columns of this head go through the epilogue. */
+static void attention_finish(const attention_work *work, int64_t sequence, int32_t head, float *memory, int32_t first,
+                             int32_t rows, const float *factor, int empty) {
+  const transom_attention *record = work->record;
+  const attention_layout *layout = &work->layout;
+  int32_t dim = record->head_dim, n = record->heads * dim;
+  int collect = epilogue_needs_row(&record->then);
+  float *out = transom_slot(work->run, record->then.out);
+  for (int32_t i = 0; i < rows; i++) {
+    int64_t row = work->run->first_row[sequence] + (first + i) / work->group;
+    int32_t column = (head * work->group + (first + i) % work->group) * dim;
+    float *y = memory + layout->sums + i * layout->sum_stride;
+    for (int32_t at = 0; at < layout->width; at += LANES)
+      vector_store(y + at, empty ? vector_zero() : vector_mul(vector_load(y + at), vector_set(factor[i])));
+    epilogue_columns(&record->then, work->run, row, n, column, dim, y);
+    if (collect) memcpy(out + row * n + column, y, (size_t)dim * sizeof *y);
+  }
+}
+
+static void attention_task(void *context, int32_t index, int32_t thread) {
+  const attention_work *work = context;
+  int32_t head = index % work->record->key_heads, block = index / work->record->key_heads;
+  int64_t sequence = block / work->blocks;
+  int32_t start = block % work->blocks * work->block_rows;
+  int32_t end = attention_length(work->run, sequence) * work->group;
+  end = end - start > work->block_rows ? start + work->block_rows : end;
+  if (start >= end) return;
+  float *memory = work->memory + thread * work->layout.floats;
+  if (work->cached && !work->store_first) attention_store(work, sequence, head);
+  attention_source source = attention_source_of(work, sequence, head);
+  if (source.valid) {
+    float *mask = memory + work->layout.mask;
+    int32_t padded = attention_round_up(source.count, LANES);
+    for (int32_t key = 0; key < padded; key++) mask[key] = key < source.count && source.valid[key] ? 0.0f : -INFINITY;
+  }
+  int32_t keys = 0, values = 0;
+  int keep = end - start > ATTENTION_ROWS;
+  for (int32_t first = start; first < end; first += ATTENTION_ROWS) {
+    int32_t rows = end - first < ATTENTION_ROWS ? end - first : ATTENTION_ROWS;
+    int32_t limit = source.causal ? source.past + (first + rows - 1) / work->group + 1 : source.count;
+    float factor[ATTENTION_ROWS];
+    attention_queries(work, sequence, head, first, rows, memory);
+    keys = attention_score(work, &source, memory, rows, limit, keys, keep);
+    attention_weigh(work, &source, memory, first, rows, limit, factor);
+    values = attention_sum(work, &source, memory, rows, limit, values, keep);
+    attention_finish(work, sequence, head, memory, first, rows, factor, limit == 0);
+  }
+}
+
+static void attention(const transom_attention *record, const transom_run *run, transom_team *team) {
+  attention_work work = {.record = record, .run = run, .bf16 = attention_in_bf16(record)};
+  int64_t sequences = run->rows[TRANSOM_SEQUENCES];
+  work.cached = record->key_cache != TRANSOM_NONE;
+  work.group = record->heads / record->key_heads;
+  work.pack_values = work.bf16 || record->head_dim % LANES != 0;
+  work.memory = transom_slot(run, record->scores);
+  int32_t longest = 0, keys = record->cross_key != TRANSOM_NONE ? run->cross_length : 0;
+  for (int64_t sequence = 0; sequence < sequences; sequence++) {
+    int32_t length = attention_length(run, sequence), past = work.cached && run->past ? run->past[sequence] : 0;
+    longest = length > longest ? length : longest;
+    if (record->cross_key == TRANSOM_NONE && past + length > keys) keys = past + length;
+  }
+  if (longest == 0) return;
+  work.layout = attention_layout_of(record, keys);
+  /* The rows of a sequence and head are one task, unless there are too few of these for all threads. */
+  int64_t heads = sequences * record->key_heads, rows = (int64_t)longest * work.group;
+  int64_t wanted = team->threads > 1 && heads < 3 * team->threads ? (3 * team->threads + heads - 1) / heads : 1;
+  int64_t tiles = (rows + ATTENTION_ROWS - 1) / ATTENTION_ROWS;
+  int64_t block_tiles = (tiles + wanted - 1) / wanted;
+  work.block_rows = (int32_t)(block_tiles * ATTENTION_ROWS);
+  work.blocks = (int32_t)((tiles + block_tiles - 1) / block_tiles);
+  work.store_first = work.cached && work.blocks > 1;
+  if (work.store_first) transom_parallel(team, (int32_t)heads, attention_store_task, &work);
+  transom_parallel(team, (int32_t)(heads * work.blocks), attention_task, &work);
+  if (epilogue_needs_row(&record->then))
+    finish_rows(&record->then, run, team, run->rows[TRANSOM_TOKENS], record->heads * record->head_dim);
+}
+
+#endif
