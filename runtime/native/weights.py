@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
+from threading import Lock, local
 from typing import Any
 
 import numpy as np
@@ -19,12 +21,15 @@ from numpy.typing import NDArray
 
 from transom.runtime.backends.base import Read, ReadInPieces, ReadLeased
 from transom.runtime.backends.inlined_model import Cursor
+from transom.runtime.host import usable_cores
+from transom.runtime.leased_file import LeasedFile
 from transom.runtime.native.library import NativeLibrary
 from transom.runtime.native.list_registers import ITEM_BYTES, Register
 from transom.runtime.native.memory import Memory, aligned, aligned_floats
 from transom.runtime.native.operators import Attention, Embed, Epilogue, Linear, OperatorList, Prepend, Unpack
 from transom.runtime.native.records import F16, F32, S8
 
+MOST_WORKERS = 4  # each has a buffer of the largest tensor that it packs
 DTYPES = {"float32": F32, "float16": F16, "int8": S8}
 
 Bytes = NDArray[np.uint8]
@@ -40,6 +45,7 @@ class Panels:
     place: int  # in the arena
     size: int
     column_sum: NDArray[np.int32] | None
+    lock: Lock = field(default_factory=Lock)  # of the parts that are written into it
 
 
 @dataclass
@@ -137,19 +143,20 @@ class Weights:
         panels = part.panels
 
         def pack(data: Bytes) -> None:
-            self._library.pack(
-                panels.dtype,
-                panels.k,
-                panels.n,
-                source=int(data.ctypes.data),
-                source_dtype=DTYPES[dtype],
-                stride=panels.k if part.transposed else part.columns,
-                transposed=part.transposed,
-                panels=self.address(panels),
-                column_sum=None if panels.column_sum is None else int(panels.column_sum.ctypes.data),
-                column=part.column,
-                columns=part.columns,
-            )
+            with panels.lock:
+                self._library.pack(
+                    panels.dtype,
+                    panels.k,
+                    panels.n,
+                    source=int(data.ctypes.data),
+                    source_dtype=DTYPES[dtype],
+                    stride=panels.k if part.transposed else part.columns,
+                    transposed=part.transposed,
+                    panels=self.address(panels),
+                    column_sum=None if panels.column_sum is None else int(panels.column_sum.ctypes.data),
+                    column=part.column,
+                    columns=part.columns,
+                )
 
         return pack
 
@@ -179,25 +186,31 @@ def vectors_of(operator: Any) -> list[str]:
 def read_pieces(read: Read, file: str, pieces: Sequence[Piece], memory: Memory) -> None:
     """Read parts of a file and use them, in the order of their offsets.
 
-    Under a lease the file is hashed meanwhile, in another thread; else as it is read. What is used is checked when
-    this returns: BundleError where the bytes are not those of bundle.json.
+    Under a lease the file is hashed meanwhile, in another thread, and several read it; else it is hashed as it is read.
+    What is used is checked when this returns: BundleError where the bytes are not those of bundle.json.
     """
-    largest = max((piece.size for piece in pieces if piece.place is None), default=0)
-    room = np.empty(largest, np.uint8)
+    rooms = local()  # of each thread: one buffer for all pieces that stay nowhere
 
-    def use_all(fill: Callable[[Bytes, int], None]) -> None:
-        for piece in pieces:
-            buffer = room[: piece.size] if piece.place is None else memory.view(piece.place, piece.size)
-            fill(buffer, piece.offset)
-            for use in piece.uses:
-                use(buffer)
+    def use(piece: Piece, fill: Callable[[Bytes, int], None]) -> None:
+        if piece.place is None:
+            if len(rooms.__dict__.get("room", b"")) < piece.size:
+                rooms.room = None  # before there is a larger one, which then need not fit beside it
+                rooms.room = np.empty(piece.size, np.uint8)
+            buffer = rooms.room[: piece.size]
+        else:
+            buffer = memory.view(piece.place, piece.size)
+        fill(buffer, piece.offset)
+        for each in piece.uses:
+            each(buffer)
 
     if isinstance(read, ReadLeased):
         with read.leased(file) as leased:
             if leased is not None:
-                with suppress(EOFError):  # the comparison says better what is wrong
-                    use_all(lambda buffer, offset: leased.read_into(buffer.data, offset))
-                leased.wait()
+                fill = lease_filler(leased)
+                with suppress(EOFError), ThreadPoolExecutor(workers(), thread_name_prefix="transom-pack") as pool:
+                    for _ in pool.map(lambda piece: use(piece, fill), pieces):
+                        pass
+                leased.wait()  # and says better what is wrong with a file that is too short
                 if leased.held():
                     return
     apart = all(one.offset + one.size <= other.offset for one, other in pairwise(pieces))
@@ -205,12 +218,24 @@ def read_pieces(read: Read, file: str, pieces: Sequence[Piece], memory: Memory) 
         parts = read.pieces(file)
         cursor = Cursor(parts)
         with suppress(EOFError):  # as above
-            use_all(lambda buffer, offset: fill_from(cursor, buffer, offset))
+            for piece in pieces:
+                use(piece, lambda buffer, offset: fill_from(cursor, buffer, offset))
         for _ in parts:
             pass
         return
     whole = np.frombuffer(read(file), np.uint8)
-    use_all(lambda buffer, offset: np.copyto(buffer, whole[offset : offset + len(buffer)]))
+    for piece in pieces:
+        use(piece, lambda buffer, offset: np.copyto(buffer, whole[offset : offset + len(buffer)]))
+
+
+def workers() -> int:
+    """Return how many threads pack at once: beside them one hashes."""
+    return min(MOST_WORKERS, usable_cores())
+
+
+def lease_filler(leased: LeasedFile) -> Callable[[Bytes, int], None]:
+    """Return what fills a buffer with the bytes of a leased file from an offset on."""
+    return lambda buffer, offset: leased.read_into(buffer.data, offset)
 
 
 def fill_from(cursor: Cursor, buffer: Bytes, offset: int) -> None:
