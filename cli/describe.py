@@ -108,6 +108,14 @@ def built_with(quantization: Mapping[str, Any]) -> str:
     return ", ".join(figure(each) for each in known if isinstance(each, str)) or "–"
 
 
+def kernel_fields(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """Yield of each graph what its list of fused operators has, or why it has none."""
+    for name, entry in manifest.native.items():
+        fused = at(entry, "fused")
+        counts = ", ".join(f"{count} {what}" for what, count in fused.items()) if isinstance(fused, Mapping) else ""
+        yield f"{name} fused", counts or f"no list: {at(entry, 'refused') or 'not recorded'}"
+
+
 def gate_line(quantization: Mapping[str, Any]) -> str:
     """Return ``accuracy gate: cpu holds (0.0037 of 0.01 allowed, judged by top-1 accuracy, n = 540), ...; ...``."""
     results = "; ".join(f"{variant} {gate_result_text(result)}" for variant, result in gate_results(quantization))

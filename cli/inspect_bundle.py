@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from transom.cli.describe import (
     GPU_FORMATS,
     GPU_NOTE,
+    kernel_fields,
     manifest_json,
     near_ties,
     parity_text,
@@ -89,6 +90,7 @@ def summary(path: Path, manifest: Manifest) -> Iterator[tuple[str, str]]:
         yield "generation", generation
     if manifest.quantization is not None:
         yield from quantization_fields(manifest.quantization, manifest.operators)
+    yield from kernel_fields(manifest)
     yield "parity", f"worst error {parity_text(manifest.parity, manifest.quantization is not None)}"
     yield from fp16_fields(manifest.parity)
     for tie in near_ties(manifest.parity):

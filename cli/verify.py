@@ -69,6 +69,7 @@ def verify(
                     {
                         "shape": case.shape,
                         "emulated": case.emulated,
+                        "native": case.native,
                         "comparisons": [each.to_json() for each in case.comparisons],
                     }
                     for case in cases
@@ -101,15 +102,19 @@ def shown(cases: Sequence[CaseResult]) -> Iterator[tuple[str, Sequence[Compariso
     """Yield the name of each case and its comparisons; single tokens are one line, of the worst of them.
 
     The shape of a decoder's case is rows, tokens of the prompt, the number of a chunk and its tokens. Chunk 0 is the
-    prompt itself, so that steps of two prompts never meet. What is rounded as a GPU would round it comes last.
+    prompt itself, so that steps of two prompts never meet. What fused operators computed, and what is rounded as a
+    GPU would round it, comes last.
     """
 
-    def kind(case: CaseResult) -> tuple[bool, bool]:
-        return case.emulated, case.shape.get("chunk", 0) > 0 and case.shape["tokens"] == 1
+    def side(case: CaseResult) -> tuple[bool, bool]:
+        return case.emulated, case.native
 
-    for (emulated, single), group in groupby(sorted(cases, key=lambda case: case.emulated), key=kind):
+    def kind(case: CaseResult) -> tuple[tuple[bool, bool], bool]:
+        return side(case), case.shape.get("chunk", 0) > 0 and case.shape["tokens"] == 1
+
+    for ((emulated, native), single), group in groupby(sorted(cases, key=side), key=kind):
         found = list(group)
-        rounded = " rounded" if emulated else ""
+        rounded = " rounded" if emulated else " fused" if native else ""
         if not single or len(found) == 1:
             yield from ((f"{sizes_text(case.shape)}{rounded}", case.comparisons) for case in found)
             continue

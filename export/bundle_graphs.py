@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import BundleError, one_line
-from transom.runtime.manifest_graphs import GraphFile
+from transom.runtime.manifest_graphs import NATIVE, GraphFile
 
 
 def canonical_graphs(bundle: Bundle) -> dict[str, ir.Model]:
@@ -44,8 +44,13 @@ def open_graphs(bundle: Bundle) -> dict[str, ir.Model]:
 
     Raises BundleError for a file that is no ONNX model.
     """
-    names = dict.fromkeys(name for file in bundle.manifest.graphs for name in file.files.values())
+    names = dict.fromkeys(name for file in bundle.manifest.graphs for name in onnx_files(file))
     return {name: parse_graph(bundle.read(name), name) for name in names}
+
+
+def onnx_files(file: GraphFile) -> list[str]:
+    """Return the names of a graph's ONNX files: all but its list of fused operators."""
+    return [name for variant, name in file.files.items() if variant != NATIVE]
 
 
 def parse_graph(data: bytes, name: str) -> ir.Model:

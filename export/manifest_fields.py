@@ -50,6 +50,7 @@ def manifest_fields(
         "config": asdict(loaded.config),
         "axes": {name: axis_to_json(axis) for name, axis in loaded.axes.items()},
         "graphs": [graph_to_json(graph) for graph in variants.graphs],
+        **({"native": {name: dict(entry) for name, entry in variants.native.items()}} if variants.native else {}),
         "labels": list(loaded.labels),
         "options": dict(loaded.options),
         **{key: value for key, value in optional.items() if value is not None},

@@ -32,7 +32,7 @@ from transom.export.families.base import export_family
 from transom.export.manifest_fields import manifest_fields
 from transom.export.memory import release
 from transom.export.onnx_export import onnx_from_module
-from transom.export.parity.backends import open_default_files, open_pytorch
+from transom.export.parity.backends import open_default_files, open_native, open_pytorch
 from transom.export.parity.cases import ParityCases
 from transom.export.parity.compare import TOLERANCES, check_greedy, check_parity, export_limit
 from transom.export.parity.fp16_range import Ranges, measure_ranges, require_fp16_range
@@ -244,7 +244,7 @@ def convert(loaded: LoadedCheckpoint, traced: Traced, precision: str, made_for: 
 
     Raises PrecisionError when a weight does not fit FP16.
     """
-    made = make_variants(traced.graphs, loaded.graphs, precision, folder=folder, made_for=made_for)
+    made = make_variants(traced.graphs, loaded.graphs, precision, folder=folder, made_for=made_for, native=True)
     return Converted(made, {}, {})
 
 
@@ -321,15 +321,20 @@ def compare_with_pytorch(
 ) -> Parity:
     """Compare the staged bundle with PyTorch in every case and whole generations; score both.
 
-    Half precision is compared as a GPU rounds it, too. Raises ParityError beyond the tolerance of its precision.
+    Its lists of fused operators are compared, too, and half precision as a GPU rounds it. Raises ParityError beyond the
+    tolerance of its precision.
     """
     precision, golden = bundle.manifest.precision, Golden()
     with open_pytorch(bundle, loaded) as theirs, open_bundle(bundle) as ours, contextlib.ExitStack() as stack:
         third = None
         if variants.emulated:
             third = stack.enter_context(open_variants(bundle, emulated_variants(variants)))
-        results = check_parity(ours, theirs, third, parity_cases, golden, export_limit(precision), reporter.next)
-        near_ties = check_greedy(ours, theirs, third, parity_cases, results, golden)
+        native = open_native(bundle)
+        if native is not None:
+            stack.enter_context(native)
+        limit = export_limit(precision)
+        results = check_parity(ours, theirs, third, parity_cases, golden, limit, reporter.next, native)
+        near_ties = check_greedy(ours, theirs, third, parity_cases, results, golden, native)
         reporter.next("scoring")
         score = score_both(loaded.checkpoint.source, theirs, ours)
     return Parity(results, near_ties, golden, score)

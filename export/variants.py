@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
 
+from transom.export.native.lists import BF16, LIST, NO_LISTS, NativeLists, lower_graphs, refused
 from transom.export.parity.fp16_watch import watched
 from transom.export.passes.compute_in_fp32 import compute_in_fp32
 from transom.export.passes.fake_half import fake_half
 from transom.export.passes.half_precision import HALF, convert_precision
 from transom.export.stored_files import FolderFiles, StoredFile
 from transom.export.weights_file import externalize, externalize_to
-from transom.runtime.backends.base import Backend
+from transom.runtime.backends.base import Backend, Read
 from transom.runtime.backends.ort import OrtBackend
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import ExportError, one_line
 from transom.runtime.graph_spec import Graph
 from transom.runtime.loading import load_with_backends
-from transom.runtime.manifest_graphs import BOTH, CPU_ALONE, SIMULATED, TENSORRT_ALONE, GraphFile
+from transom.runtime.manifest_graphs import BOTH, CPU_ALONE, NATIVE, SIMULATED, TENSORRT_ALONE, GraphFile
+from transom.runtime.native.backend import NativeBackend
+from transom.runtime.native.library import native_library
+from transom.runtime.native.operator_list import list_to_json
 from transom.runtime.session import LoadedBundle
 
 WEIGHTS = "model.weights"
@@ -37,7 +43,8 @@ class Variants:
 
     Those are the half-precision graphs as a GPU would round them, for parity and accuracy (BF16 ships them as the
     CPU's variant); they read from ``emulated_files``. A file that was written as it was made is among ``stored``
-    instead, and both kinds of graphs read from it.
+    instead, and both kinds of graphs read from it. ``native`` says of each graph what its list of operators fused, or
+    why it has none; empty where none was to be made.
     """
 
     graphs: tuple[GraphFile, ...]
@@ -45,6 +52,7 @@ class Variants:
     emulated: tuple[GraphFile, ...]
     emulated_files: Mapping[str, bytes]
     stored: Mapping[str, StoredFile] = field(default_factory=dict)
+    native: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __call__(self, name: str) -> bytes:
         """Return the bytes of a file that ``graphs`` name."""
@@ -68,8 +76,11 @@ def make_variants(
     external_above: int = EXTERNAL_ABOVE,
     folder: Path | None = None,
     made_for: str = BOTH,
+    native: bool = False,
 ) -> Variants:
     """Convert copies of the canonical graphs to ``precision`` and serialise what ships, as ``pack`` does.
+
+    With ``native`` a list of fused operators is made of each graph that a CPU executes, where there can be one.
 
     In half precision a variant for the CPU ships beside them: of FP16 one that computes in FP32, of BF16, and of FP16
     for TensorRT alone, the emulation. Of FP16 for the CPU alone that variant is all. Raises PrecisionError when a
@@ -78,15 +89,22 @@ def make_variants(
     models = {graph.name: canonical[graph.name].clone() for graph in graphs}
     for graph in graphs:
         convert_precision(models[graph.name], precision, state_names(graph))
+    native = native and made_for != TENSORRT_ALONE
     if precision == "fp16" and made_for == CPU_ALONE:
-        return pack(graphs, {}, "float32", cpu=widened(models), external_above=external_above, folder=folder)
+        cpu = widened(models)
+        lists = lower_graphs(cpu, graphs) if native else NO_LISTS
+        return pack(graphs, {}, "float32", cpu=cpu, external_above=external_above, folder=folder, lists=lists)
     emulated = emulations(models) if precision in HALF else {}
     if precision == "bf16" or (precision == "fp16" and made_for == TENSORRT_ALONE):
         # ONNX Runtime's CPU has no BF16 kernels: it gets the emulation
-        return pack(graphs, models, STATE_DTYPES[precision], cpu=emulated, folder=folder)
+        lists = refused(graphs, BF16) if native else NO_LISTS
+        return pack(graphs, models, STATE_DTYPES[precision], cpu=emulated, folder=folder, lists=lists)
     cpu = widened(models) if precision == "fp16" else {}
     state = STATE_DTYPES[precision]
-    return pack(graphs, models, state, cpu=cpu, emulated=emulated, external_above=external_above, folder=folder)
+    lists = lower_graphs(cpu or models, graphs) if native else NO_LISTS
+    return pack(
+        graphs, models, state, cpu=cpu, emulated=emulated, external_above=external_above, folder=folder, lists=lists
+    )
 
 
 def widened(models: Mapping[str, ir.Model]) -> dict[str, ir.Model]:
@@ -114,13 +132,14 @@ def pack(
     emulated: Mapping[str, ir.Model] | None = None,
     external_above: int = EXTERNAL_ABOVE,
     folder: Path | None = None,
+    lists: NativeLists = NO_LISTS,
 ) -> Variants:
     """Serialise ``models``, which ship, their variants for the CPU if there are any, and those for parity only.
 
-    Without ``models`` the variants for the CPU ship alone. Weights that several of them hold, or of more than
-    ``external_above`` bytes, lie in one file beside them, which is written to ``folder`` weight by weight, or held in
-    memory without one. ``state`` is the dtype of the models' state. All models are consumed: their weights move to
-    that file.
+    Without ``models`` the variants for the CPU ship alone. Weights that several of them hold, or ``lists`` of operators
+    read, or of more than ``external_above`` bytes, lie in one file beside them, which is written to ``folder`` weight
+    by weight, or held in memory without one. ``state`` is the dtype of the models' state. All models are consumed:
+    their weights move to that file.
     """
     cpu, emulated = cpu or {}, emulated or {}
     named = {f"{name}.onnx": model for name, model in models.items()}
@@ -130,32 +149,55 @@ def pack(
     files: dict[str, bytes] = {}
     stored: dict[str, StoredFile] = {}
     weights = None
-    if (cpu and models) or sum(map(weight_bytes, (models or cpu).values())) > external_above:
+    tensors = [weight.tensor for lowered in lists.lowered.values() for weight in lowered.weights.values()]
+    if tensors or (cpu and models) or sum(map(weight_bytes, (models or cpu).values())) > external_above:
         weights = WEIGHTS
         if folder is None:
-            files[weights] = externalize([*named.values()], weights)
+            files[weights], offsets = externalize([*named.values()], weights, tensors)
             shipped.add(weights)
         else:
-            stored[weights] = externalize_to([*named.values()], folder / weights)
+            stored[weights], offsets = externalize_to([*named.values()], folder / weights, tensors)
+        made = placed_lists(lists, weights, offsets)
+        files |= made
+        shipped |= {*made}
     files |= {name: serialized(model) for name, model in named.items()}
 
     def graph_files(kinds: Mapping[str, str]) -> tuple[GraphFile, ...]:
         return tuple(
             GraphFile(
                 graph.with_state_dtype(state),
-                {kind: f"{graph.name}{ending}" for kind, ending in kinds.items() if kind != "cpu" or graph.name in cpu},
+                {kind: f"{graph.name}{ending}" for kind, ending in kinds.items() if graph.name in having[kind]},
                 weights,
             )
             for graph in graphs
         )
 
+    every = [graph.name for graph in graphs]
+    having = {"default": every, "cpu": cpu, NATIVE: lists.lowered}
+    shipping = {"default": ".onnx"} if models else {}
+    shipping |= ({"cpu": ".cpu.onnx"} if cpu else {}) | {NATIVE: LIST}
+
     return Variants(
-        graphs=graph_files(({"default": ".onnx"} if models else {}) | ({"cpu": ".cpu.onnx"} if cpu else {})),
+        graphs=graph_files(shipping),
         files={name: data for name, data in files.items() if name in shipped},
         emulated=graph_files({"default": ".emulated.onnx"}) if emulated else (),
         emulated_files=files if emulated else {},
         stored=stored,
+        native=lists.record,
     )
+
+
+def placed_lists(lists: NativeLists, weights: str, offsets: Sequence[int]) -> dict[str, bytes]:
+    """Return the files of lists by name; ``offsets`` are those of their tensors in the file ``weights``, in order."""
+    left = iter(offsets)
+    placed = {
+        name: lowered.placed(weights, {tensor: next(left) for tensor in lowered.weights})
+        for name, lowered in lists.lowered.items()
+    }
+    return {
+        f"{name}{LIST}": json.dumps(list_to_json(operators), allow_nan=False).encode()
+        for name, operators in placed.items()
+    }
 
 
 def weight_bytes(model: ir.Model) -> int:
@@ -178,14 +220,25 @@ def simulated(variants: Variants) -> Variants:
 
 
 def open_variants(
-    bundle: Bundle, variants: Variants, around: Callable[[Backend], Backend] = lambda backend: backend
+    bundle: Bundle,
+    variants: Variants,
+    around: Callable[[Backend], Backend] = lambda backend: backend,
+    *,
+    native: bool = False,
 ) -> LoadedBundle:
     """Load ``bundle`` around graphs that are not in it, on the CPU; ``around`` wraps each backend.
 
-    A graph with an FP16 watch raises Fp16DoubtError in a run in which FP16 may not hold every value.
+    With ``native`` a graph's list of operators is executed, where it has one. A graph with an FP16 watch raises
+    Fp16DoubtError in a run in which FP16 may not hold every value.
     """
-    opened = {file.graph.name: OrtBackend(file, variants, "cpu", None) for file in variants.graphs}
+    opened = {file.graph.name: open_on_cpu(file, variants, native=native) for file in variants.graphs}
     return load_with_backends(bundle, {name: around(watched(backend)) for name, backend in opened.items()})
+
+
+def open_on_cpu(file: GraphFile, read: Read, *, native: bool) -> Backend:
+    """Open a graph in ONNX Runtime, or with ``native`` its list of operators, where it has one."""
+    library = native_library() if native and NATIVE in file.files else None
+    return OrtBackend(file, read, "cpu", None) if library is None else NativeBackend(file, read, None, library)
 
 
 def emulated_variants(variants: Variants) -> Variants:

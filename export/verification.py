@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transom.export.bundle_graphs import stored_graphs
 from transom.export.checkpoint import reload_checkpoint
-from transom.export.parity.backends import open_default_files, open_pytorch
+from transom.export.parity.backends import open_default_files, open_native, open_pytorch
 from transom.export.parity.cases import ParityCases
 from transom.export.parity.compare import Limit, check_greedy, check_parity
 from transom.export.parity.inputs import parity_inputs
@@ -82,11 +82,17 @@ def verify(
         reporter.expect(len(parity_cases))
         others = other_devices(opened) if ours.device == "cpu" else None
         third = None if others is None else stack.enter_context(open_variants(opened, others))
-        results = check_parity(ours, theirs, third, parity_cases, Golden(), verify_limit(manifest), reporter.next)
-        near_ties = check_greedy(ours, theirs, None, parity_cases, results, Golden())
+        native = open_native(opened) if ours.device == "cpu" else None
+        if native is not None:
+            stack.enter_context(native)
+        limit = verify_limit(manifest)
+        results = check_parity(ours, theirs, third, parity_cases, Golden(), limit, reporter.next, native)
+        near_ties = check_greedy(ours, theirs, None, parity_cases, results, Golden(), native)
         gate = None
         if accuracy and manifest.quantization is not None:
             gate = evaluate_again(ours, theirs, calibration_data, reporter)
+            if native is not None:
+                evaluate_again(native, theirs, calibration_data, reporter)
     reporter.next("done")
     checked = CHECKED if gate is not None else NOT_CHECKED
     return Verified(results, near_ties, gate, checked if manifest.precision in QUANTIZED else None)

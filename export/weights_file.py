@@ -60,18 +60,26 @@ def tensor_bytes(tensor: ir.TensorProtocol) -> bytes | memoryview:
     return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))  # type: ignore[arg-type]
 
 
-def externalize(models: Sequence[ir.Model], location: str) -> bytes:
-    """Point the models' weights at ``location`` and return that file's bytes."""
+def externalize(
+    models: Sequence[ir.Model], location: str, tensors: Sequence[ir.TensorProtocol] = ()
+) -> tuple[bytes, list[int]]:
+    """Point the models' weights at ``location``; return that file's bytes, and the offsets of ``tensors`` in it.
+
+    Those are weights that no model reads in this form.
+    """
     file = io.BytesIO()
-    write_weights(models, file, location)
-    return file.getvalue()
+    offsets = [writer.add(tensor)[0] for writer in [write_weights(models, file, location)] for tensor in tensors]
+    return file.getvalue(), offsets
 
 
-def externalize_to(models: Sequence[ir.Model], path: Path) -> StoredFile:
-    """Write the models' weights to ``path`` and point the models at its name. Raises OSError."""
+def externalize_to(
+    models: Sequence[ir.Model], path: Path, tensors: Sequence[ir.TensorProtocol] = ()
+) -> tuple[StoredFile, list[int]]:
+    """Write the models' weights to ``path``, and ``tensors`` behind them, as ``externalize`` does. Raises OSError."""
     with replacing(path) as file:
         writer = write_weights(models, file, path.name)
-    return StoredFile(path, writer.size, writer.sha256)
+        offsets = [writer.add(tensor)[0] for tensor in tensors]
+    return StoredFile(path, writer.size, writer.sha256), offsets
 
 
 def write_weights(models: Sequence[ir.Model], file: BinaryIO, location: str) -> WeightsWriter:

@@ -18,8 +18,14 @@ from transom.runtime.manifest_graphs import SIMULATED, TENSORRT_ALONE
 from transom.runtime.manifest_sections import worst_error
 from transom.runtime.saturation import multiplies_integers
 
-PYTORCH, BUNDLE = "pytorch", "bundle"  # sides of golden.safetensors, with SIMULATED: what computed the values
-OWNERS = {PYTORCH: "PyTorch's", BUNDLE: "the build's", SIMULATED: "the simulated TensorRT graph's"}
+# Sides of golden.safetensors, with SIMULATED: what computed the values. NATIVE are the lists of fused operators.
+PYTORCH, BUNDLE, NATIVE = "pytorch", "bundle", "native"
+OWNERS = {
+    PYTORCH: "PyTorch's",
+    BUNDLE: "the build's",
+    NATIVE: "the build's own kernels'",
+    SIMULATED: "the simulated TensorRT graph's",
+}
 
 # max|here - expected| / max|expected| of a quantised bundle on another CPU. Sums of integers are exact. The FP32 around
 # them is not: what lies between two integers may be rounded to the other one, and the layers behind carry that on.

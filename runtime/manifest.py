@@ -87,6 +87,7 @@ class Manifest:
     quantization: Mapping[str, Any] | None = None  # present exactly where ``precision`` is one of QUANTIZED
     engines: Mapping[str, Any] = field(default_factory=dict)  # by target, what `transom build` made
     made_for: str = BOTH  # one of MADE_FOR, "for" in bundle.json
+    native: Mapping[str, Any] = field(default_factory=dict)  # graph -> what its list of operators fused, or why none is
 
     def to_json(self) -> dict[str, Any]:
         """Return every field as plain data, null where something is not set."""
@@ -157,6 +158,7 @@ def manifest_from_json(value: dict[str, Any]) -> Manifest:
         quantization=quantization,
         engines=engines,
         made_for=made_for,
+        native=top.mapping("native", {}),
     )
     top.done()
     if recorded != manifest_sha256(value):

@@ -33,6 +33,7 @@ KEYS = {"same_as": "like", "exclusive_max": "below", "aliases": "writes"}  # fie
 # What a CPU session makes of the integers of a graph: products of U8 x S8; weights in blocks (MatMulNBits); or Q/DQ
 # pairs computed in float32, as of the graph for TensorRT, whose S8 x S8 no CPU is to multiply.
 PRODUCTS, BLOCKS, SIMULATED = "products", "blocks", "simulated"
+NATIVE = "native"  # a list of fused operators, among the files of a graph
 # What a bundle was made for: in one for the CPU alone no graph is TensorRT's, in one for TensorRT alone a CPU computes
 # TensorRT's graph in float32.
 BOTH, CPU_ALONE, TENSORRT_ALONE = "both", "cpu", "tensorrt"
@@ -56,8 +57,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class GraphFile:
-    """A graph and its files: ``files`` maps a variant ("default", "cpu") to an ONNX file, ``plans`` a target to an
-    engine. ``integers`` is PRODUCTS, BLOCKS, SIMULATED, or None where the graph has none. A bundle for the CPU alone
+    """A graph and its files: ``files`` maps a variant ("default", "cpu") to an ONNX file, and NATIVE to a list of fused
+    operators, ``plans`` a target to an engine. ``integers`` is PRODUCTS, BLOCKS, SIMULATED, or None where the graph has none. A bundle for the CPU alone
     may have no "default"."""
 
     graph: Graph
@@ -102,6 +103,8 @@ def graph_from_json(
     weights = fields.text("weights", None)
     named = [*targets.values(), *([weights] if weights else [])]
     problems += [f"graphs[] names the file {str(f)[:60]!r}, which files does not list" for f in named if f not in files]
+    if NATIVE in targets and not weights:
+        problems.append("graphs[] has a list of operators and no weights")
     graph = Graph(
         name=fields.text("name"),
         inputs=tuple(tensor_from_json(v, axes, problems) for v in fields.sequence("inputs")),

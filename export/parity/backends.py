@@ -11,13 +11,15 @@ from torch import nn
 
 from transom.export.checkpoint import LoadedCheckpoint
 from transom.export.parity.cases import PYTORCH
+from transom.export.variants import open_on_cpu
 from transom.runtime.backends.base import Array
 from transom.runtime.backends.ort import OrtBackend
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import BackendError, BundleError, ExportError
 from transom.runtime.graph_spec import Graph, is_cache
 from transom.runtime.loading import load_with_backends
-from transom.runtime.manifest_graphs import SIMULATED
+from transom.runtime.manifest_graphs import NATIVE, SIMULATED
+from transom.runtime.native.library import native_library
 from transom.runtime.session import LoadedBundle
 
 
@@ -49,6 +51,18 @@ def open_pytorch(bundle: Bundle, loaded: LoadedCheckpoint) -> LoadedBundle:
         for file in bundle.manifest.graphs
     }
     return load_with_backends(bundle, backends)
+
+
+def open_native(bundle: Bundle) -> LoadedBundle | None:
+    """Load the bundle around its lists of fused operators; graphs that have none stay in ONNX Runtime.
+
+    None where no graph has a list, or no library is here that executes them.
+    """
+    graphs = bundle.manifest.graphs
+    if native_library() is None or not any(NATIVE in file.files for file in graphs):
+        return None
+    with closing(bundle.reader()) as reader:
+        return load_with_backends(bundle, {file.graph.name: open_on_cpu(file, reader, native=True) for file in graphs})
 
 
 def open_default_files(bundle: Bundle) -> None:

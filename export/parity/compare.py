@@ -14,7 +14,7 @@ from transom.runtime.backends.base import Array
 from transom.runtime.compare import compare_outputs, largest_scales, on_scales
 from transom.runtime.errors import ParityError
 from transom.runtime.golden import GENERATION
-from transom.runtime.golden_reference import BUNDLE, PYTORCH
+from transom.runtime.golden_reference import BUNDLE, NATIVE, PYTORCH
 from transom.runtime.greedy_check import (
     Divergence,
     GreedyGeneration,
@@ -70,16 +70,18 @@ def check_parity(
     golden: Golden,
     limit: Limit,
     report: Callable[[str], None],
+    native: LoadedBundle | None = None,
 ) -> list[CaseResult]:
     """Compare ``ours`` with ``theirs``, PyTorch, in every case; offer each case to ``golden``.
 
     ``simulated`` is a third side, where there is one: the bundle's graphs for other devices as those would compute
-    them. Errors are taken on each output's scale over all cases. ``report`` gets each case in words. Raises ParityError
-    where any error is beyond ``limit``, and as ``in_step`` does.
+    them; ``native`` a fourth: its lists of fused operators. Errors are taken on each output's scale over all cases.
+    ``report`` gets each case in words. Raises ParityError where any error is beyond ``limit``, and as ``in_step`` does.
     """
     results: list[CaseResult] = []
     sides = in_step([parity_cases.runs(theirs, most=AT_ONCE), parity_cases.runs(ours)], len(parity_cases))
     third = None if simulated is None else in_step([parity_cases.runs(simulated, by_row=True)], len(parity_cases))
+    fourth = None if native is None else in_step([parity_cases.runs(native)], len(parity_cases))
     counter = Counter(report, "parity", len(parity_cases))
     for expected, found in sides:
         shown = " ".join(f"{axis}={size}" for axis, size in expected.sizes.items())
@@ -96,10 +98,18 @@ def check_parity(
             if ours.manifest.precision in QUANTIZED:
                 kept[SIMULATED] = small(run, golden)
             del run
+        if fourth is not None:
+            (run,) = next(fourth)
+            require_outputs([expected, run])
+            compared = compare_outputs(run.graph, run.feeds, run.outputs, expected.outputs)
+            results.append(CaseResult(run.sizes, compared, native=True))
+            kept[NATIVE] = small(run, golden)
+            del run
         if expected.feeds and all(kept.values()):
             golden.offer(shown, expected.feeds, kept)
-    if third is not None:
-        next(third, None)  # which has no more cases either
+    for other in (third, fourth):
+        if other is not None:
+            next(other, None)  # which has no more cases either
     scales = largest_scales(comparison for result in results for comparison in result.comparisons)
     results = [replace(result, comparisons=on_scales(result.comparisons, scales)) for result in results]
     require_parity(results, limit.tolerance, f"{ours.manifest.name} in {ours.manifest.precision}", limit.advice)
@@ -147,12 +157,13 @@ def check_greedy(
     parity_cases: ParityCases,
     results: Sequence[CaseResult],
     golden: Golden,
+    native: LoadedBundle | None = None,
 ) -> list[Divergence]:
     """Compare greedy generations of both sides token by token; return the rows that diverge at a near tie of PyTorch.
 
     An empty list where the family does not generate. ``results`` are those of ``check_parity``. Raises ParityError for
     any other difference, except in a quantised bundle, whose tokens the accuracy gate judges. ``simulated`` generates
-    only for the golden values of such a bundle.
+    only for the golden values of such a bundle; ``native`` is compared like ``ours``.
     """
     if not (isinstance(ours, Generator) and isinstance(theirs, Generator)):
         return []
@@ -160,6 +171,8 @@ def check_greedy(
     sides: dict[str, Generator] = {PYTORCH: theirs, BUNDLE: ours}
     if quantized and isinstance(simulated, Generator):
         sides[SIMULATED] = simulated
+    if isinstance(native, Generator):
+        sides[NATIVE] = native
     prompts, new_tokens = parity_cases.greedy_prompts, parity_cases.greedy_tokens
     if new_tokens == 0:  # a context of one token: nothing to generate, and one token's logits to remember
         tokens = ours.prompt_tokens()
@@ -175,7 +188,8 @@ def check_greedy(
     if not quantized:
         scale = largest_scales(comparison for result in results for comparison in result.comparisons)["logits"]
         tolerance = TOLERANCES[ours.manifest.precision] * scale
-        near_ties = require_same_tokens(found[BUNDLE], expected, tolerance)
+        compared = [found[side] for side in (BUNDLE, NATIVE) if side in found]
+        near_ties = [tie for generation in compared for tie in require_same_tokens(generation, expected, tolerance)]
     steps = golden.steps(found[PYTORCH].logits[:, :1].nbytes, len(sides))
     golden.offer(
         GENERATION,
@@ -217,6 +231,7 @@ def require_parity(results: Iterable[CaseResult], tolerance: float, what: str, a
     if not worst.worst.error < tolerance:
         shape = " ".join(f"{name}={size}" for name, size in worst.shape.items())
         simulated = ", simulated as another device computes it," if worst.emulated else ""
+        simulated = ", computed by its list of fused operators," if worst.native else simulated
         raise ParityError(
             f"{what}{simulated} differs from PyTorch at {shape}: {worst.worst}; the error must be below "
             f"{tolerance:g}. {advice}"

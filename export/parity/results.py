@@ -22,12 +22,13 @@ TOTAL_BYTES = 12 << 20  # of all: each device stores them
 class CaseResult:
     """The worst element of each output in one case, by its ``shape``.
 
-    ``emulated``: not of what ships, but of FP16 as a GPU would round it.
+    ``emulated``: not of what ships, but of FP16 as a GPU would round it. ``native``: of the lists of fused operators.
     """
 
     shape: Mapping[str, int]
     comparisons: tuple[Comparison, ...]
     emulated: bool = False
+    native: bool = False
 
     @property
     def worst(self) -> Comparison:
@@ -101,7 +102,8 @@ def parity_to_json(
 def case_to_json(case: CaseResult) -> dict[str, Any]:
     """Return the sizes of one case and each output's error there."""
     errors = {comparison.tensor: comparison.error for comparison in case.comparisons}
-    return {"sizes": dict(case.shape), "errors": errors, **({"emulated": True} if case.emulated else {})}
+    sides = {"emulated": case.emulated, "native": case.native}
+    return {"sizes": dict(case.shape), "errors": errors, **{side: True for side, is_it in sides.items() if is_it}}
 
 
 def outputs_to_json(cases: Sequence[CaseResult]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from transom.export.quantization.switchable import SwitchableBundle
 from transom.export.variants import open_variants
 from transom.runtime.bundle import Bundle
 from transom.runtime.loading import open_bundle
+from transom.runtime.manifest_graphs import NATIVE
 from transom.runtime.progress import Counter
 from transom.runtime.session import LoadedBundle
 
@@ -59,6 +60,8 @@ class Candidate:
         self.gate_modes = {CPU: gate_mode(config.activations.values())} if config.for_cpu else {}
         if config.for_tensorrt:
             self.gate_modes[TENSORRT] = "static"
+        if quantizer.lowers:  # last: none is measured behind one that does not hold
+            self.gate_modes[NATIVE] = self.gate_modes[CPU]
 
     @property
     def variant(self) -> str:
@@ -81,9 +84,11 @@ class Candidate:
 
     def open_variant(self, variant: str, high_precision: Collection[Layer]) -> LoadedBundle:
         """Load a variant as the runtime would; the one for TensorRT rounds as a GPU would."""
-        make = self.quantizer.cpu_variant if variant == CPU else self.quantizer.tensorrt_variant
+        quantizer = self.quantizer
+        make = {CPU: quantizer.cpu_variant, NATIVE: quantizer.native_variant, TENSORRT: quantizer.tensorrt_variant}
         with TemporaryDirectory(dir=self._folder, prefix=".measured-") as folder:
-            return open_variants(self._bundle, make(Path(folder), high_precision))
+            made = make[variant](Path(folder), high_precision)
+            return open_variants(self._bundle, made, native=variant == NATIVE)
 
 
 def quantizer_of_table(
@@ -94,15 +99,16 @@ def quantizer_of_table(
     *,
     half: bool,
     watch: bool = False,
+    native: bool = False,
 ) -> Quantizer:
     """Return what quantises ``canonical``, the FP32 graphs of ``bundle``, by ``table`` and the smoothing in it.
 
-    ``half`` and ``watch`` are as for a Quantizer.
+    ``half``, ``watch`` and ``native`` are as for a Quantizer.
     """
     graphs = tuple(file.graph for file in bundle.manifest.graphs)
     smoothing = {name: table.graphs[name].smoothing for name in canonical}
     ranges = histograms(table, canonical)
-    return Quantizer(smoothed(canonical, smoothing), graphs, config, ranges, half=half, watch=watch)
+    return Quantizer(smoothed(canonical, smoothing), graphs, config, ranges, half=half, watch=watch, native=native)
 
 
 def histograms(table: RangeTable, names: Collection[str]) -> dict[str, dict[str, Histogram]]:

@@ -158,7 +158,9 @@ def searched(
 
     There is a gate for each table. Raises AccuracyError where they do not, Fp16DoubtError only with ``watch``.
     """
-    quantizer = quantizer_of_table(job.bundle, job.canonical, job.config, tables[0], half=half, watch=watch)
+    quantizer = quantizer_of_table(
+        job.bundle, job.canonical, job.config, tables[0], half=half, watch=watch, native=True
+    )
     quantizers = [quantizer, *(quantizer.with_ranges(histograms(table, job.canonical)) for table in tables[1:])]
     candidates = [
         Candidate(job.bundle, each, gate, folder, partial(job.release, graphs=False))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from copy import copy
 from dataclasses import replace
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import onnx_ir as ir
 from transom.calib.histogram import Histogram
 from transom.calib.quantized_weights import QuantizedWeights
 from transom.calib.scales import Scale, activation_scale, clip_range
+from transom.export.native.lists import NO_LISTS, NativeLists, lower_graphs
 from transom.export.parity.fp16_watch import with_watch
 from transom.export.passes.convolutions import Convolution, QuantizableLayer, find_layers
 from transom.export.passes.cpu import optimize_for_cpu
@@ -40,7 +42,8 @@ class Quantizer:
 
     ``models`` are FP32, smoothed where they are to be, and are not changed; ``ranges`` are the histograms of
     their tensors, by graph and name. ``half`` says whether the graphs for TensorRT are in FP16 beside int8; where
-    ``watch``, as measured on a CPU, they say in every run whether FP16 held its values (``fp16_watch``).
+    ``watch``, as measured on a CPU, they say in every run whether FP16 held its values (``fp16_watch``). With
+    ``native`` the CPU's graphs that ship have lists of fused operators beside them, where there can be any.
 
     layers        the linear layers and convolutions of all graphs, in their order
     convolutions  those of them that are convolutions
@@ -56,9 +59,10 @@ class Quantizer:
         *,
         half: bool = True,
         watch: bool = False,
+        native: bool = False,
     ) -> None:
         self.config, self.models, self._graphs, self._ranges = config, models, graphs, ranges
-        self._half, self._watch = half, half and watch
+        self._half, self._watch, self._native = half, half and watch, native and config.for_cpu
         self._weights = {name: QuantizedWeights(config.weight_bits) for name in models}
         self._scales: dict[bool, dict[str, dict[str, Scale]]] = {}
         found = {
@@ -74,6 +78,7 @@ class Quantizer:
         """Return a quantizer of the same models by other ranges, which shares their quantised weights."""
         other = copy(self)
         other._ranges, other._scales = ranges, {}
+        other.__dict__.pop("lowers", None)
         return other
 
     def scales(self, *, signed: bool) -> dict[str, dict[str, Scale]]:
@@ -114,11 +119,23 @@ class Quantizer:
 
     def optimized_cpu(self, high_precision: Collection[Layer] = ()) -> dict[str, ir.Model]:
         """Return the graphs for ONNX Runtime's CPU as they ship, by name: rewritten in operators that are faster."""
+        return self._for_cpu(high_precision)[0]
+
+    def _for_cpu(
+        self, high_precision: Collection[Layer], *, native: bool = False
+    ) -> tuple[dict[str, ir.Model], NativeLists]:
+        """Return the graphs that ``optimized_cpu`` returns, and with ``native`` the lists of what they compute."""
         models = self.cpu(high_precision)
+        lists = lower_graphs(models, self._graphs) if native else NO_LISTS
         for name, model in models.items():
             if self._has_cpu_file(name):
                 optimize_for_cpu(model)
-        return models
+        return models, lists
+
+    @cached_property
+    def lowers(self) -> bool:
+        """Whether any of the CPU's graphs has a list of fused operators, all layers quantised."""
+        return self._native and bool(lower_graphs(self.cpu(), self._graphs).lowered)
 
     def _has_cpu_file(self, graph: str) -> bool:
         """Return whether the CPU has a file of its own; of weights alone only for a cache."""
@@ -155,41 +172,49 @@ class Quantizer:
         if self.config.weights_only:
             return self._weights_only(self.cpu(high_precision), folder)
         if not self.config.for_tensorrt:
-            return self._cpu_alone(self.optimized_cpu(high_precision), folder)
+            return self._cpu_alone(*self._for_cpu(high_precision, native=self._native), folder)
         models = self.tensorrt(high_precision)
         state = "float16" if self._half else "float32"
         if not self.config.for_cpu:
             cpu = emulations(models) if self._half else {}
             return simulated(pack(self._graphs, models, state, cpu=cpu, folder=folder))
-        cpu, emulated = self.optimized_cpu(high_precision), self._emulations(models)
-        variants = simulated(pack(self._graphs, models, state, cpu=cpu, emulated=emulated, folder=folder))
+        cpu, lists = self._for_cpu(high_precision, native=self._native)
+        emulated = self._emulations(models)
+        variants = simulated(pack(self._graphs, models, state, cpu=cpu, emulated=emulated, folder=folder, lists=lists))
         return replace(variants, emulated=self._watched(variants.emulated))
 
-    def _cpu_alone(self, models: dict[str, ir.Model], folder: Path | None) -> Variants:
-        return with_integers(pack(self._graphs, {}, "float32", cpu=models, folder=folder), self.integers)
+    def _cpu_alone(self, models: dict[str, ir.Model], lists: NativeLists, folder: Path | None) -> Variants:
+        made = pack(self._graphs, {}, "float32", cpu=models, folder=folder, lists=lists)
+        return with_integers(made, self.integers)
 
     def _weights_only(self, models: dict[str, ir.Model], folder: Path | None) -> Variants:
         """Return what ships of graphs that GPUs execute too, and the rewritten ones for the CPU where there are any."""
         cpu = {name: model.clone() for name, model in models.items() if self._has_cpu_file(name)}
+        lists = lower_graphs(models, self._graphs) if self._native else NO_LISTS
         for model in cpu.values():
             optimize_for_cpu(model)
         if cpu and self.config.made_for == CPU_ALONE:
-            return self._cpu_alone({**models, **cpu}, folder)
+            return self._cpu_alone({**models, **cpu}, lists, folder)
         others = emulations(models) if cpu else {}  # nothing is half: compared with PyTorch as they are
-        made = pack(self._graphs, models, "float32", cpu=cpu, emulated=others, folder=folder)
+        made = pack(self._graphs, models, "float32", cpu=cpu, emulated=others, folder=folder, lists=lists)
         return with_integers(made, self.integers)
 
     def cpu_variant(self, folder: Path, high_precision: Collection[Layer] = ()) -> Variants:
         """Return the graphs for ONNX Runtime's CPU alone, to be measured, with their weights in ``folder``."""
         return with_integers(self._measured(self.optimized_cpu(high_precision), folder), self.integers)
 
+    def native_variant(self, folder: Path, high_precision: Collection[Layer] = ()) -> Variants:
+        """Return the graphs for the CPU with their lists of fused operators, to be measured by those."""
+        models, lists = self._for_cpu(high_precision, native=True)
+        return with_integers(self._measured(models, folder, lists), self.integers)
+
     def tensorrt_variant(self, folder: Path, high_precision: Collection[Layer] = ()) -> Variants:
         """Return the graphs for TensorRT alone, to be measured on a CPU: FP16 is rounded as a GPU would round it."""
         variants = simulated(self._measured(self._emulations(self.tensorrt(high_precision)), folder))
         return replace(variants, graphs=self._watched(variants.graphs))
 
-    def _measured(self, models: Mapping[str, ir.Model], folder: Path) -> Variants:
-        return pack(self._graphs, models, "float32", external_above=0, folder=folder)
+    def _measured(self, models: Mapping[str, ir.Model], folder: Path, lists: NativeLists = NO_LISTS) -> Variants:
+        return pack(self._graphs, models, "float32", external_above=0, folder=folder, lists=lists)
 
     def _emulations(self, models: Mapping[str, ir.Model]) -> dict[str, ir.Model]:
         """Return copies of graphs for TensorRT that round as a GPU would, with a watch where there is to be one."""

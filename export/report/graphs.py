@@ -11,7 +11,7 @@ from typing import Any
 import onnx_ir as ir
 from markupsafe import Markup
 
-from transom.export.bundle_graphs import operator_counts
+from transom.export.bundle_graphs import onnx_files, operator_counts
 from transom.export.report.rendering import render
 from transom.runtime.backends.ort import PROVIDERS, SLOW_FUSIONS, session_entries
 from transom.runtime.backends.ort_library import FATAL, onnxruntime
@@ -34,8 +34,17 @@ def operators_section(bundle: Bundle, models: Mapping[str, ir.Model]) -> Markup:
     for file in bundle.manifest.graphs:
         exported = at(bundle.manifest.operators, file.graph.name)
         shipped = operator_counts(models[file.file_for(DEVICE)])
-        graphs.append({"name": file.graph.name, **operator_table(exported, shipped, executed_operators(bundle, file))})
+        kernels = kernels_of(at(bundle.manifest.native, file.graph.name))
+        table = operator_table(exported, shipped, executed_operators(bundle, file))
+        graphs.append({"name": file.graph.name, **kernels, **table})
     return render("operators", graphs=graphs)
+
+
+def kernels_of(entry: Any) -> dict[str, Any]:
+    """Return how many of each pattern a graph's list of fused operators has, or why it has none."""
+    fused = {name: natural(count) or 0 for name, count in list(object_of(at(entry, "fused")).items())[:MOST_OPERATORS]}
+    refused = at(entry, "refused")
+    return {"fused": fused, "refused": refused if isinstance(refused, str) else ""}
 
 
 def operator_table(exported: Any, shipped: Mapping[str, int], executed: Mapping[str, int]) -> dict[str, Any]:
@@ -95,7 +104,7 @@ def weights_of(bundle: Bundle, models: Mapping[str, ir.Model]) -> dict[str, Weig
     """Return the weights in each file; a weight that several graphs read from one file is counted once."""
     weights: dict[str, Weights] = {}
     for file in bundle.manifest.graphs:
-        for name in file.files.values():
+        for name in onnx_files(file):
             weights[name] = summed(each for each in stored_weights(models[name]) if each[0] is None)
         if file.weights is not None:
             weights[file.weights] = summed(

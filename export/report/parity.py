@@ -81,7 +81,8 @@ def case_list(parity: Mapping[str, Any]) -> list[Any]:
 
 def case_name(case: Any) -> str:
     rounded = ", as a GPU rounds" if at(case, "emulated") is True else ""
-    return sizes_text(at(case, "sizes")) + rounded
+    fused = ", by fused operators" if at(case, "native") is True else ""
+    return sizes_text(at(case, "sizes")) + rounded + fused
 
 
 def bins_of(recorded: Any, scale: float) -> list[tuple[float, int]]:
