@@ -58,8 +58,8 @@ class Plan:
 @dataclass(frozen=True)
 class GraphFile:
     """A graph and its files: ``files`` maps a variant ("default", "cpu") to an ONNX file, and NATIVE to a list of fused
-    operators, ``plans`` a target to an engine. ``integers`` is PRODUCTS, BLOCKS, SIMULATED, or None where the graph has none. A bundle for the CPU alone
-    may have no "default"."""
+    operators; ``plans`` a target to an engine. ``integers`` is PRODUCTS, BLOCKS, SIMULATED, or None where the graph has
+    none. A bundle for the CPU alone may have no "default"."""
 
     graph: Graph
     files: Mapping[str, str]

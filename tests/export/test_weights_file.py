@@ -33,8 +33,8 @@ def test_what_is_written_is_what_memory_would_hold(tmp_path: Path, precision: st
         made = model()
         convert_precision(made, precision)
         models.append(made)
-    expected = externalize([models[0], models[0].clone()], "model.weights")
-    stored = externalize_to([models[1], models[1].clone()], tmp_path / "model.weights")
+    expected, _ = externalize([models[0], models[0].clone()], "model.weights")
+    stored, _ = externalize_to([models[1], models[1].clone()], tmp_path / "model.weights")
     assert stored.path.read_bytes() == expected
     assert stored.entry() == {"size": len(expected), "sha256": hashlib.sha256(expected).hexdigest()}
     assert len(expected) == 640 * (4 if precision == "fp32" else 2)  # once, and the vector stays in the graph

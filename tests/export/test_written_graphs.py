@@ -29,7 +29,7 @@ UNTOKENIZED: Any = type("LoadedCheckpoint", (), {"tokenizers": []})
 def written(folder: Path, model: ir.Model, *, outside: bool) -> Path:
     """The model's file, its weights beside it or in it."""
     if outside:
-        (folder / "model.weights").write_bytes(externalize([model], "model.weights"))
+        (folder / "model.weights").write_bytes(externalize([model], "model.weights")[0])
     path = folder / "model.onnx"
     path.write_bytes(serialized(model))
     return path
@@ -113,7 +113,7 @@ def test_a_folder_may_have_any_name(tmp_path: Path, name: str) -> None:
 def test_every_file_that_is_written_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second of them is wrong; the weights, which are checked with each, are no graph."""
     good, wrong = halves("bf16"), spoilt(halves("bf16"))
-    weights = externalize([good, wrong], "model.weights")
+    weights, _ = externalize([good, wrong], "model.weights")
     files = {"model.weights": weights, "model.onnx": serialized(good), "model.cpu.onnx": serialized(good)}
     seen: list[str] = []
     check = onnx.checker.check_model

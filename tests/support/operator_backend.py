@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
-import numpy as np
 import pytest
 
 from operator_reference import run_operators
@@ -21,7 +20,7 @@ class OperatorBackend(ProcessBound):
     """A graph's list, executed in float64."""
 
     device = "cpu"
-    made: list[str] = []  # the files that were opened
+    made: ClassVar[list[str]] = []  # the files that were opened
 
     def __init__(self, file: GraphFile, read: Read, threads: int | None, library: Any) -> None:
         assert file.weights is not None
@@ -35,8 +34,6 @@ class OperatorBackend(ProcessBound):
         found = run_operators(self.operators, self._weights, feeds, compute_masked=True)
         for name in self.graph.written:
             feeds[name][...] = found[name]
-        valid = None if self.operators.mask is None else np.asarray(feeds[self.operators.mask]) != 0
-        del valid
         outputs = {tensor.name: tensor.aliases or tensor.name for tensor in self.graph.outputs}
         return {name: found[outputs[name]].reshape(tuple(shape)) for name, shape in shapes.items()}
 
