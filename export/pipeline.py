@@ -43,6 +43,7 @@ from transom.export.quantization.options import DEFAULTS, NONE, QuantizeOptions
 from transom.export.quantization.quantize import QuantizationJob, quantize_model
 from transom.export.reference_models import score_both
 from transom.export.variants import Variants, check_file, emulated_variants, make_variants, open_variants
+from transom.runtime.backends.kernels import ONNXRUNTIME
 from transom.runtime.backends.spinning import threads_sleep
 from transom.runtime.errors import ExportError
 from transom.runtime.golden import GOLDEN
@@ -325,7 +326,11 @@ def compare_with_pytorch(
     tolerance of its precision.
     """
     precision, golden = bundle.manifest.precision, Golden()
-    with open_pytorch(bundle, loaded) as theirs, open_bundle(bundle) as ours, contextlib.ExitStack() as stack:
+    with (
+        open_pytorch(bundle, loaded) as theirs,
+        open_bundle(bundle, kernels=ONNXRUNTIME) as ours,
+        contextlib.ExitStack() as stack,
+    ):
         third = None
         if variants.emulated:
             third = stack.enter_context(open_variants(bundle, emulated_variants(variants)))

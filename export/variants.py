@@ -20,15 +20,14 @@ from transom.export.passes.fake_half import fake_half
 from transom.export.passes.half_precision import HALF, convert_precision
 from transom.export.stored_files import FolderFiles, StoredFile
 from transom.export.weights_file import externalize, externalize_to
-from transom.runtime.backends.base import Backend, Read
-from transom.runtime.backends.ort import OrtBackend
+from transom.runtime.backends import open_chosen
+from transom.runtime.backends.base import Backend
+from transom.runtime.backends.kernels import AUTO, ONNXRUNTIME
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import ExportError, one_line
 from transom.runtime.graph_spec import Graph
 from transom.runtime.loading import load_with_backends
 from transom.runtime.manifest_graphs import BOTH, CPU_ALONE, NATIVE, SIMULATED, TENSORRT_ALONE, GraphFile
-from transom.runtime.native.backend import NativeBackend
-from transom.runtime.native.library import native_library
 from transom.runtime.native.operator_list import list_to_json
 from transom.runtime.session import LoadedBundle
 
@@ -231,14 +230,9 @@ def open_variants(
     With ``native`` a graph's list of operators is executed, where it has one. A graph with an FP16 watch raises
     Fp16DoubtError in a run in which FP16 may not hold every value.
     """
-    opened = {file.graph.name: open_on_cpu(file, variants, native=native) for file in variants.graphs}
+    kernels = AUTO if native else ONNXRUNTIME
+    opened = {file.graph.name: open_chosen(file, variants, "cpu", None, kernels)[0] for file in variants.graphs}
     return load_with_backends(bundle, {name: around(watched(backend)) for name, backend in opened.items()})
-
-
-def open_on_cpu(file: GraphFile, read: Read, *, native: bool) -> Backend:
-    """Open a graph in ONNX Runtime, or with ``native`` its list of operators, where it has one."""
-    library = native_library() if native and NATIVE in file.files else None
-    return OrtBackend(file, read, "cpu", None) if library is None else NativeBackend(file, read, None, library)
 
 
 def emulated_variants(variants: Variants) -> Variants:

@@ -19,6 +19,7 @@ from transom.export.quantization.gate import Gate
 from transom.export.quantization.gate_result import GateResult
 from transom.export.quantization.options import STATIC
 from transom.export.variants import Variants, emulations, open_variants, pack, simulated, with_integers
+from transom.runtime.backends.kernels import ONNXRUNTIME
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import AccuracyError
 from transom.runtime.golden_reference import pytorch_tolerance
@@ -74,7 +75,7 @@ def verify(
     loaded = reload_checkpoint(opened, source)
     open_default_files(opened)
     with (
-        open_bundle(opened, device, threads) as ours,
+        open_bundle(opened, device, threads, ONNXRUNTIME) as ours,
         open_pytorch(opened, loaded) as theirs,
         contextlib.ExitStack() as stack,
     ):

@@ -11,15 +11,14 @@ from torch import nn
 
 from transom.export.checkpoint import LoadedCheckpoint
 from transom.export.parity.cases import PYTORCH
-from transom.export.variants import open_on_cpu
 from transom.runtime.backends.base import Array
+from transom.runtime.backends.kernels import AUTO, NATIVE
 from transom.runtime.backends.ort import OrtBackend
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import BackendError, BundleError, ExportError
 from transom.runtime.graph_spec import Graph, is_cache
-from transom.runtime.loading import load_with_backends
-from transom.runtime.manifest_graphs import NATIVE, SIMULATED
-from transom.runtime.native.library import native_library
+from transom.runtime.loading import load_with_backends, open_bundle
+from transom.runtime.manifest_graphs import SIMULATED
 from transom.runtime.session import LoadedBundle
 
 
@@ -58,11 +57,13 @@ def open_native(bundle: Bundle) -> LoadedBundle | None:
 
     None where no graph has a list, or no library is here that executes them.
     """
-    graphs = bundle.manifest.graphs
-    if native_library() is None or not any(NATIVE in file.files for file in graphs):
+    if not any(NATIVE in file.files for file in bundle.manifest.graphs):
         return None
-    with closing(bundle.reader()) as reader:
-        return load_with_backends(bundle, {file.graph.name: open_on_cpu(file, reader, native=True) for file in graphs})
+    loaded = open_bundle(bundle, kernels=AUTO)
+    if any(choice.kernels == NATIVE for choice in loaded.kernels.values()):
+        return loaded
+    loaded.close()
+    return None
 
 
 def open_default_files(bundle: Bundle) -> None:

@@ -42,6 +42,5 @@ def use_operator_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make exports write lists, and prove them by this backend, whatever library is here."""
     library: Any = object()
     monkeypatch.setattr("transom.export.native.lists.status", lambda: NativeStatus(library, "numpy"))
-    monkeypatch.setattr("transom.export.variants.native_library", lambda: library)
-    monkeypatch.setattr("transom.export.parity.backends.native_library", lambda: library)
-    monkeypatch.setattr("transom.export.variants.NativeBackend", OperatorBackend)
+    monkeypatch.setattr("transom.runtime.native.library.status", lambda: NativeStatus(library, "numpy"))
+    monkeypatch.setattr("transom.runtime.native.backend.NativeBackend", OperatorBackend)
