@@ -134,7 +134,7 @@ class Quantizer:
 
     @cached_property
     def lowers(self) -> bool:
-        """Whether any of the CPU's graphs has a list of fused operators, all layers quantised."""
+        """True where any of the CPU's graphs has a list of fused operators, all layers quantised."""
         return self._native and bool(lower_graphs(self.cpu(), self._graphs).lowered)
 
     def _has_cpu_file(self, graph: str) -> bool:
