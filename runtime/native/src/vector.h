@@ -8,7 +8,8 @@
  *   vector_load vector_store                  and _part; any alignment
  *   vector_load_u8 vector_load_s32 vector_load_f16      and _part; converted to float
  *   vector_store_u8                           and _part; clamp(round_half_even(x) + zero_point, 0, 255)
- *   vector_add vector_sub vector_mul vector_div vector_min vector_max vector_sqrt vector_abs
+ *   vector_add vector_sub vector_mul vector_div vector_sqrt vector_abs
+ *   vector_min vector_max                     the second where one is NaN
  *   vector_fma(a, b, c) vector_fnma(a, b, c)  a * b + c and c - a * b (rounded once where the set has FMA)
  *   vector_round                              half to even, for |x| < 2^22
  *   vector_scale(x, n)                        x * 2^n for whole n, -126 <= n <= 127

@@ -27,75 +27,112 @@ TRANSOM_INLINE vector epilogue_activate(int32_t activation, vector x) {
   }
 }
 
-/* Pointers into one row of an epilogue, NULL for what it does not have. */
+/* Rows and columns on their way: pointers to the first of them, NULL for what an epilogue does not have. */
 typedef struct {
+  int32_t rows, columns;
+  int64_t n;                 /* from row to row of all slots */
+  const float *y;            /* float32, or int32 sums where there is a scale */
+  int64_t y_stride;
+  const float *scale;        /* of columns */
+  const float *row_factor;   /* of rows, with a scale; or NULL */
   const float *bias, *residual, *inverse_scale;
   float *sum, *out;
+  int64_t out_stride;
   uint8_t *quantized;
-} epilogue_row_of;
+  int32_t zero_point;
+} epilogue_block;
 
-/* One vector of a row, n of its lanes; column from the first one of ``at``. */
-TRANSOM_INLINE void epilogue_vector(int32_t activation, const epilogue_row_of *at, int32_t zero_point,
-                                    const float *y, int32_t column, int32_t n, int whole) {
-#define PART(name, from) (whole ? name(from) : name##_part(from, n))
-  vector x = PART(vector_load, y + column);
-  if (at->bias) x = vector_add(x, PART(vector_load, at->bias + column));
-  x = epilogue_activate(activation, x);
-  if (at->residual) x = vector_add(x, PART(vector_load, at->residual + column));
-#undef PART
-  if (whole) {
-    if (at->sum) vector_store(at->sum + column, x);
-    if (at->out) vector_store(at->out + column, x);
-    if (at->quantized)
-      vector_store_u8(at->quantized + column, vector_mul(x, vector_load(at->inverse_scale + column)), zero_point);
-  } else {
-    if (at->sum) vector_store_part(at->sum + column, x, n);
-    if (at->out) vector_store_part(at->out + column, x, n);
-    if (at->quantized)
-      vector_store_u8_part(at->quantized + column, vector_mul(x, vector_load_part(at->inverse_scale + column, n)),
-                           zero_point, n);
+#define EPILOGUE_LOAD(from) (whole ? vector_load(from) : vector_load_part(from, lanes))
+#define EPILOGUE_STORE(to, x) (whole ? vector_store(to, x) : vector_store_part(to, x, lanes))
+
+/* One vector of columns of all rows: what belongs to columns is read once. */
+TRANSOM_INLINE void epilogue_vector(int32_t activation, const epilogue_block *at, int32_t column, int32_t lanes,
+                                    int whole) {
+  vector bias = at->bias ? EPILOGUE_LOAD(at->bias + column) : vector_zero();
+  vector scale = at->scale ? EPILOGUE_LOAD(at->scale + column) : vector_zero();
+  vector inverse = at->quantized ? EPILOGUE_LOAD(at->inverse_scale + column) : vector_zero();
+  for (int32_t row = 0; row < at->rows; row++) {
+    const float *y = at->y + row * at->y_stride + column;
+    vector x;
+    if (at->scale) {
+      const int32_t *sums = (const int32_t *)(const void *)y;
+      x = vector_mul(whole ? vector_load_s32(sums) : vector_load_s32_part(sums, lanes), scale);
+      if (at->row_factor) x = vector_mul(x, vector_set(at->row_factor[row]));
+    } else {
+      x = EPILOGUE_LOAD(y);
+    }
+    if (at->bias) x = vector_add(x, bias);
+    x = epilogue_activate(activation, x);
+    int64_t place = row * at->n + column;
+    if (at->residual) x = vector_add(x, EPILOGUE_LOAD(at->residual + place));
+    if (at->sum) EPILOGUE_STORE(at->sum + place, x);
+    if (at->out) EPILOGUE_STORE(at->out + row * at->out_stride + column, x);
+    if (at->quantized) {
+      x = vector_mul(x, inverse);
+      if (whole) vector_store_u8(at->quantized + place, x, at->zero_point);
+      else vector_store_u8_part(at->quantized + place, x, at->zero_point, lanes);
+    }
   }
 }
 
-TRANSOM_INLINE void epilogue_vectors(int32_t activation, const epilogue_row_of *at, int32_t zero_point,
-                                     const float *y, int32_t count) {
+#undef EPILOGUE_LOAD
+#undef EPILOGUE_STORE
+
+TRANSOM_INLINE void epilogue_vectors(int32_t activation, const epilogue_block *at) {
   int32_t column = 0;
-  for (; column + LANES <= count; column += LANES) epilogue_vector(activation, at, zero_point, y, column, LANES, 1);
-  if (column < count) epilogue_vector(activation, at, zero_point, y, column, count - column, 0);
+  for (; column + LANES <= at->columns; column += LANES) epilogue_vector(activation, at, column, LANES, 1);
+  if (column < at->columns) epilogue_vector(activation, at, column, at->columns - column, 0);
 }
 
-/* Columns [column, column + count) of a row of n, from ``y``, which points to the first of them. Where the row is needed
- * as a whole, what epilogue_row_rest goes on with is written to ``collected``, which may be y. */
-static void epilogue_columns_to(const transom_epilogue *then, const transom_run *run, int64_t row, int32_t n,
-                                int32_t column, int32_t count, const float *y, float *collected) {
-  int64_t first = row * n + column;
-  int needs_row = epilogue_needs_row(then);
+/* Columns [column, column + columns) of rows [row, row + rows) of n, from at->y on. Where rows are needed whole, what
+ * epilogue_row_rest goes on with is written to at->out, else that and all other slots are set here. */
+static void epilogue_columns_of(const transom_epilogue *then, const transom_run *run, int64_t row, int32_t column,
+                                epilogue_block *at) {
+  int64_t first = row * at->n + column;
   float *residual = transom_slot(run, then->residual), *sum = transom_slot(run, then->sum);
-  float *out = transom_slot(run, then->out);
-  uint8_t *quantized = transom_slot(run, then->quantized);
-  epilogue_row_of at = {
-    then->bias ? then->bias + column : NULL,
-    residual ? residual + first : NULL,
-    then->inverse_scale ? then->inverse_scale + column : NULL,
-    sum ? sum + first : NULL,
-    needs_row ? collected : out ? out + first : NULL,
-    quantized && !needs_row ? quantized + first : NULL,
-  };
+  at->bias = then->bias ? then->bias + column : NULL;
+  at->residual = residual ? residual + first : NULL;
+  at->sum = sum ? sum + first : NULL;
+  at->zero_point = then->zero_point;
+  if (!epilogue_needs_row(then)) {
+    float *out = transom_slot(run, then->out);
+    uint8_t *quantized = transom_slot(run, then->quantized);
+    at->out = out ? out + first : NULL;
+    at->out_stride = at->n;
+    at->quantized = quantized ? quantized + first : NULL;
+    at->inverse_scale = then->inverse_scale ? then->inverse_scale + column : NULL;
+  }
   switch (then->activation) {
-    case TRANSOM_RELU: epilogue_vectors(TRANSOM_RELU, &at, then->zero_point, y, count); break;
-    case TRANSOM_GELU: epilogue_vectors(TRANSOM_GELU, &at, then->zero_point, y, count); break;
-    case TRANSOM_GELU_TANH: epilogue_vectors(TRANSOM_GELU_TANH, &at, then->zero_point, y, count); break;
-    case TRANSOM_QUICK_GELU: epilogue_vectors(TRANSOM_QUICK_GELU, &at, then->zero_point, y, count); break;
-    case TRANSOM_SILU: epilogue_vectors(TRANSOM_SILU, &at, then->zero_point, y, count); break;
-    case TRANSOM_TANH: epilogue_vectors(TRANSOM_TANH, &at, then->zero_point, y, count); break;
-    default: epilogue_vectors(TRANSOM_IDENTITY, &at, then->zero_point, y, count); break;
+    case TRANSOM_RELU: epilogue_vectors(TRANSOM_RELU, at); break;
+    case TRANSOM_GELU: epilogue_vectors(TRANSOM_GELU, at); break;
+    case TRANSOM_GELU_TANH: epilogue_vectors(TRANSOM_GELU_TANH, at); break;
+    case TRANSOM_QUICK_GELU: epilogue_vectors(TRANSOM_QUICK_GELU, at); break;
+    case TRANSOM_SILU: epilogue_vectors(TRANSOM_SILU, at); break;
+    case TRANSOM_TANH: epilogue_vectors(TRANSOM_TANH, at); break;
+    default: epilogue_vectors(TRANSOM_IDENTITY, at); break;
   }
 }
 
-/* The same in place. y is left as it was where the row is not needed as a whole. */
+/* Fetch what epilogue_columns_of will read and write for these rows and columns: their lines are far apart, and a kernel
+ * that has work to do before comes back to them when they are there. */
+static inline void epilogue_fetch(const transom_epilogue *then, const transom_run *run, int64_t row, int32_t rows,
+                                  int32_t n, int32_t column, int32_t columns) {
+  const int32_t slots[4] = {then->residual, then->sum, then->out, then->quantized};
+  for (int32_t each = 0; each < 4; each++) {
+    const char *from = transom_slot(run, slots[each]);
+    int64_t size = each < 3 ? 4 : 1;
+    for (int32_t i = 0; from && i < rows; i++)
+      for (int64_t byte = 0; byte < columns * size; byte += 64)
+        __builtin_prefetch(from + ((row + i) * n + column) * size + byte);
+  }
+}
+
+/* Columns [column, column + count) of one row y, which points to the first of them. y is left as it was where the row is
+ * not needed as a whole, else replaced by what epilogue_row_rest goes on with. */
 static inline void epilogue_columns(const transom_epilogue *then, const transom_run *run, int64_t row, int32_t n,
                                     int32_t column, int32_t count, float *y) {
-  epilogue_columns_to(then, run, row, n, column, count, y, y);
+  epilogue_block at = {.rows = 1, .columns = count, .n = n, .y = y, .out = y};
+  epilogue_columns_of(then, run, row, column, &at);
 }
 
 /* y - shift, of n lanes from a column on; lanes past n are zero. */

@@ -11,7 +11,6 @@
 #define LINEAR_MOST_ROWS 64      /* of a task: with K = 3072 they and a panel of 64 columns take 400 KB of the L2 cache */
 #define LINEAR_FEWEST_ROWS 16    /* of a task, where rows are cut: fewer read the weight too often */
 #define LINEAR_TASKS_PER_THREAD 4 /* where panels are cut: what one thread is late by, others take over */
-#define LINEAR_FINISHED_ROWS 4    /* of a task of the second round */
 
 typedef struct {
   int64_t rows;

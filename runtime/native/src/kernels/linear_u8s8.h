@@ -14,6 +14,7 @@
 #define TRANSOM_LINEAR_U8S8_H
 
 #include "epilogue.h"
+#include "finish_rows.h"
 #include "linear_plan.h"
 
 #define U8S8_PANEL 64
@@ -78,37 +79,25 @@ static void linear_u8s8_panel(const linear_u8s8_job *job, const linear_task *tas
   float *out = transom_slot(job->run, record->then.out);
 
   int32_t start[U8S8_PANEL] __attribute__((aligned(64))) = {0};
-  float scale[U8S8_PANEL] __attribute__((aligned(64))) = {0};
-  for (int32_t each = 0; each < count; each++) {
+  for (int32_t each = 0; each < count; each++)
     start[each] = (int32_t)(0u - (uint32_t)record->zero_point * (uint32_t)matrix->column_sum[column + each]);
-    scale[each] = matrix->scale[column + each];
-  }
 
   int32_t sums[U8S8_ROWS][U8S8_PANEL] __attribute__((aligned(64)));
-  float y[U8S8_PANEL] __attribute__((aligned(64)));
   int64_t rows = task->row_end - task->row;
   int64_t tiles = linear_divide_up(rows, U8S8_ROWS);
   for (int64_t tile = 0; tile < tiles; tile++) {
     int64_t first = task->row + rows * tile / tiles, end = task->row + rows * (tile + 1) / tiles;
     const int8_t *next = panel + 1 < task->panel_end ? weights + bytes : NULL;
+    epilogue_fetch(&record->then, job->run, first, (int32_t)(end - first), n, column, count);
     u8s8_tile((int32_t)(end - first), x + first * k, k, weights, next, (int32_t)tile, (int32_t)tiles, start, sums[0]);
-    for (int64_t row = first; row < end; row++) {
-      const int32_t *sum = sums[row - first];
-      vector factor = vector_set(row_scale ? row_scale[row] : 1.0f);
-      for (int32_t each = 0; each < U8S8_PANEL; each += LANES) {
-        vector value = vector_mul(vector_load_s32(sum + each), vector_load(scale + each));
-        vector_store(y + each, row_scale ? vector_mul(value, factor) : value);
-      }
-      epilogue_columns_to(&record->then, job->run, row, n, column, count, y, out ? out + row * n + column : NULL);
-    }
+    epilogue_block block = {
+        .rows = (int32_t)(end - first), .columns = count, .n = n,
+        .y = (const float *)(const void *)sums[0], .y_stride = U8S8_PANEL,
+        .scale = matrix->scale + column, .row_factor = row_scale ? row_scale + first : NULL,
+        .out = out ? out + first * n + column : NULL, .out_stride = n,
+    };
+    epilogue_columns_of(&record->then, job->run, first, column, &block);
   }
-}
-
-static void linear_u8s8_finish(const linear_u8s8_job *job, int64_t row, int64_t end) {
-  const transom_epilogue *then = &job->record->then;
-  int32_t n = job->record->matrix.n;
-  float *out = transom_slot(job->run, then->out);
-  for (; row < end; row++) epilogue_row_rest(then, job->run, row, n, out + row * n);
 }
 
 static void linear_u8s8_task(void *context, int32_t index, int32_t thread) {
@@ -116,16 +105,11 @@ static void linear_u8s8_task(void *context, int32_t index, int32_t thread) {
   linear_task task = linear_task_of(&job->plan, index);
   (void)thread;
   for (int32_t panel = task.panel; panel < task.panel_end; panel++) linear_u8s8_panel(job, &task, panel);
-  if (job->plan.panel_chunks == 1 && epilogue_needs_row(&job->record->then))
-    linear_u8s8_finish(job, task.row, task.row_end);
-}
-
-static void linear_u8s8_finish_task(void *context, int32_t index, int32_t thread) {
-  const linear_u8s8_job *job = context;
-  (void)thread;
-  linear_u8s8_finish(job, index * LINEAR_FINISHED_ROWS,
-                     (index + 1) * LINEAR_FINISHED_ROWS < job->plan.rows ? (index + 1) * LINEAR_FINISHED_ROWS
-                                                                         : job->plan.rows);
+  const transom_epilogue *then = &job->record->then;
+  if (job->plan.panel_chunks > 1 || !epilogue_needs_row(then)) return;
+  int32_t n = job->record->matrix.n;
+  float *out = transom_slot(job->run, then->out);
+  for (int64_t row = task.row; row < task.row_end; row++) epilogue_row_rest(then, job->run, row, n, out + row * n);
 }
 
 static void linear_u8s8(const transom_linear *record, const transom_run *run, transom_team *team) {
@@ -135,7 +119,7 @@ static void linear_u8s8(const transom_linear *record, const transom_run *run, tr
   linear_u8s8_job job = {record, run, linear_plan_of(rows, panels, team->threads, needs_row)};
   transom_parallel(team, job.plan.row_chunks * job.plan.panel_chunks, linear_u8s8_task, &job);
   if (needs_row && job.plan.panel_chunks > 1)
-    transom_parallel(team, linear_divide_up(rows, LINEAR_FINISHED_ROWS), linear_u8s8_finish_task, &job);
+    finish_rows(&record->then, run, team, rows, record->matrix.n);
 }
 
 #endif

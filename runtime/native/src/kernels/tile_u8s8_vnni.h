@@ -51,7 +51,8 @@ TRANSOM_INLINE void u8s8_tile_of(const int32_t rows, int ahead, const uint8_t *x
   _Pragma("GCC unroll 6") for (int32_t row = 0; row < rows; row++)
     _Pragma("GCC unroll 4") for (int32_t part = 0; part < 4; part++)
       sums[row][part] = _mm512_loadu_si512(start + 16 * part);
-  int32_t index = 0;
+  int32_t last[U8S8_ROWS] = {0}, index = 0;
+  for (int32_t row = 0; row < rows && k % 4; row++) last[row] = u8s8_last(x + (int64_t)row * k + k / 4 * 4, k % 4);
   for (; index + 4 <= k; index += 4) {
     if (ahead == 1) {
       _mm_prefetch((const char *)next, _MM_HINT_T1);
@@ -63,35 +64,42 @@ TRANSOM_INLINE void u8s8_tile_of(const int32_t rows, int ahead, const uint8_t *x
     }
     U8S8_STEP(u8s8_four(x + (int64_t)row * k + index));
   }
-  if (index < k) U8S8_STEP(u8s8_last(x + (int64_t)row * k + index, k - index));
+  if (index < k) U8S8_STEP(last[row]);
   _Pragma("GCC unroll 6") for (int32_t row = 0; row < rows; row++)
     _Pragma("GCC unroll 4") for (int32_t part = 0; part < 4; part++)
       _mm512_storeu_si512(y + row * U8S8_PANEL + 16 * part, sums[row][part]);
 }
 
-#define U8S8_CASE(count)                                                                             \
-  case count:                                                                                        \
-    if (ahead == 1) u8s8_tile_of(count, 1, x, k, panel, next, start, y);                             \
-    else if (ahead == 4) u8s8_tile_of(count, 4, x, k, panel, next, start, y);                        \
-    else u8s8_tile_of(count, 0, x, k, panel, next, start, y);                                        \
-    break
+/* A function for each number of rows and lines ahead, so that the compiler keeps its sums in registers. */
+typedef void u8s8_tile_of_rows(const uint8_t *x, int32_t k, const int8_t *panel, const int8_t *next,
+                               const int32_t *start, int32_t *y);
+#define U8S8_TILE(rows, ahead)                                                                               \
+  static __attribute__((noinline)) void u8s8_tile_##rows##_##ahead(const uint8_t *x, int32_t k,              \
+                                                                   const int8_t *panel, const int8_t *next,  \
+                                                                   const int32_t *start, int32_t *y) {       \
+    u8s8_tile_of(rows, ahead, x, k, panel, next, start, y);                                                  \
+  }
+#define U8S8_TILES(ahead) \
+  U8S8_TILE(1, ahead) U8S8_TILE(2, ahead) U8S8_TILE(3, ahead) U8S8_TILE(4, ahead) U8S8_TILE(5, ahead) \
+  U8S8_TILE(6, ahead)
+U8S8_TILES(0)
+U8S8_TILES(1)
+U8S8_TILES(4)
+#define U8S8_NAMES(ahead)                                                                                     \
+  {u8s8_tile_1_##ahead, u8s8_tile_2_##ahead, u8s8_tile_3_##ahead, u8s8_tile_4_##ahead, u8s8_tile_5_##ahead,   \
+   u8s8_tile_6_##ahead}
+static u8s8_tile_of_rows *const u8s8_tiles[3][U8S8_ROWS] = {U8S8_NAMES(0), U8S8_NAMES(1), U8S8_NAMES(4)};
 
 /* The next panel is fetched into the L2 cache meanwhile: a quarter of it by each of the first four tiles, or all of it by
  * the first, where there are fewer. */
-static __attribute__((noinline)) void u8s8_tile(int32_t rows, const uint8_t *x, int32_t k, const int8_t *panel,
-                                                const int8_t *next, int32_t tile, int32_t tiles, const int32_t *start,
-                                                int32_t *y) {
-  int ahead = next == NULL ? 0 : tiles < 4 ? (tile == 0 ? 4 : 0) : tile < 4 ? 1 : 0;
+static void u8s8_tile(int32_t rows, const uint8_t *x, int32_t k, const int8_t *panel, const int8_t *next, int32_t tile,
+                      int32_t tiles, const int32_t *start, int32_t *y) {
+  int ahead = next == NULL ? 0 : tiles < 4 ? (tile == 0 ? 2 : 0) : tile < 4 ? 1 : 0;
   if (ahead == 1) next += (int64_t)tile * (k / 4) * 64;
-  switch (rows) {
-    U8S8_CASE(1);
-    U8S8_CASE(2);
-    U8S8_CASE(3);
-    U8S8_CASE(4);
-    U8S8_CASE(5);
-    U8S8_CASE(6);
-  }
+  u8s8_tiles[ahead][rows - 1](x, k, panel, next, start, y);
 }
 
 #undef U8S8_STEP
-#undef U8S8_CASE
+#undef U8S8_TILE
+#undef U8S8_TILES
+#undef U8S8_NAMES
