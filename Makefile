@@ -119,12 +119,18 @@ $(NATIVE): runtime/native/build.py $(shell find runtime/native/src -type f 2>/de
 suite: $(STAMP) ## the suite on the working tree alone
 	$(PYTEST) $(VENV)/bin/pytest $(PYTEST_PARALLEL) tests
 
-wheel: $(STAMP) ## dist/transom-*.whl
+# With the kernels, of this system, and in dist/pure one for any. Without a C compiler both are for any.
+wheel: $(STAMP) ## dist/transom-*.whl with the native kernels of this system, and dist/pure/transom-*.whl without
+	@rm -rf dist/transom-*.whl dist/pure && mkdir -p build
 	@# setuptools would pack files that an earlier build left in build/lib, or listed in the egg-info
-	@rm -rf build/lib build/bdist.* *.egg-info dist/transom-*.whl
-	@mkdir -p build
-	$(VENV)/bin/python -m build --wheel --no-isolation --outdir dist . >build/wheel.log 2>&1 || { cat build/wheel.log >&2; exit 1; }
-	@ls dist/transom-*.whl
+	@for pure in 0 1; do \
+	    rm -rf build/lib build/bdist.* *.egg-info; \
+	    [ $$pure = 1 ] && out=dist/pure || out=dist; \
+	    TRANSOM_PURE=$$pure $(VENV)/bin/python -m build --wheel --no-isolation --outdir $$out . >build/wheel.log 2>&1 \
+	        || { cat build/wheel.log >&2; exit 1; }; \
+	    grep 'without its native kernels' build/wheel.log || true; \
+	done
+	@ls dist/transom-*.whl dist/pure/transom-*.whl
 
 # The libraries come from .venv through a .pth, whose own .pth files Python then does not read: the
 # editable transom stays invisible. The tests run from a copy, away from the packages' folders.
@@ -190,7 +196,7 @@ bench-gpu: $(STAMP) ## on a machine with a GPU: latency beside PyTorch and ONNX 
 
 # A GPU runs the PTX of its own SM, or of the last one below SM90 that is there.
 gpu-check-build: wheel ## without a GPU: build/gpu-check/, which make gpu-check needs: the wheel, the kernels as PTX
-	PYTHONPATH=benchmarks $(VENV)/bin/python -m gpu_check.build --wheel dist/transom-*.whl --out build/gpu-check --sms $(GPU_SMS)
+	PYTHONPATH=benchmarks $(VENV)/bin/python -m gpu_check.build --wheel dist/pure/transom-*.whl --out build/gpu-check --sms $(GPU_SMS)
 
 # That machine needs torch, numpy and cuda-bindings alone: no .venv, no Triton, no installation.
 gpu-check: ## on a machine with a GPU, in 8 minutes: the attention kernel beside PyTorch's, into docs/results/

@@ -12,6 +12,7 @@ from transom.cli.examine import FULL, RTX, capability_of, examine
 from transom.cli.failures import FAILED
 from transom.cli.options import Json
 from transom.cli.output import print_fields, print_json
+from transom.runtime.native.library import ABSENT
 
 
 def doctor(
@@ -54,6 +55,10 @@ def report_fields(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     int8 = cpu["int8"]
     sums = "sums were not tried" if int8["runs"] is None else f"sums in {int8['runs']} are {int8['means']}"
     yield "int8", f"{int8['instruction_set']}, {int8['meaning']}; {sums}"
+    yield "kernels", kernels_text(cpu["kernels"])
+    for name, why in cpu["kernels"]["passed_over"].items():
+        if why != ABSENT:
+            yield f"not {name}", why
     for gpu in report["gpus"]:
         yield "gpu", gpu_text(gpu)
     libraries = report["engines"]["libraries"]
@@ -67,6 +72,13 @@ def report_fields(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield f"not {device}", why
     for problem in report["problems"]:
         yield "problem", problem
+
+
+def kernels_text(kernels: Mapping[str, Any]) -> str:
+    """Return ``native, for avx2, compiled by GCC 12.2.0``, or why ONNX Runtime's run alone."""
+    if kernels["instruction_set"] is None:
+        return f"ONNX Runtime's alone: {kernels['reason']}"
+    return f"native, {kernels['reason'].removeprefix('kernels ')}; compiled by {kernels['compiler']}"
 
 
 def gpu_text(gpu: Mapping[str, Any]) -> str:

@@ -127,7 +127,7 @@ def cpu_reason(providers: Sequence[str], gpus: Sequence[Mapping[str, Any]]) -> s
 
 
 def examine_cpu() -> dict[str, Any]:
-    """Return the processor's name, architecture, usable cores, instructions, and how it multiplies INT8."""
+    """Return the processor's name, architecture, usable cores, instructions, how it multiplies INT8, and kernels."""
     from transom.runtime.host import cpu_flags, cpu_name, usable_cores
 
     return {
@@ -136,6 +136,7 @@ def examine_cpu() -> dict[str, Any]:
         "cores": usable_cores(),
         "instructions": [flag for flag in FLAGS if flag in cpu_flags()],
         "int8": examine_int8(),
+        "kernels": examine_kernels(),
     }
 
 
@@ -159,6 +160,14 @@ def examine_int8() -> dict[str, Any]:
     except (BackendError, ImportError):
         return {**int8, "exact": None, "saturates": None, "means": None, "runs": None}
     return {**int8, "exact": sums.exact, "saturates": not sums.exact, "means": sums.means, "runs": runs}
+
+
+def examine_kernels() -> dict[str, Any]:
+    """Return the ``instruction_set`` of the native kernels that run here, None where none do, and the ``reason``."""
+    answer = run_probe("the native library", ("kernels",))
+    if "problem" in answer:
+        return {"instruction_set": None, "compiler": None, "reason": answer["problem"], "passed_over": {}}
+    return answer
 
 
 def find_gpus() -> list[dict[str, str | None]]:

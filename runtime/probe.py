@@ -3,6 +3,7 @@
     python -m transom.runtime.probe library tensorrt_rtx     {"version": ...}
     python -m transom.runtime.probe gpu                      {"gpu": {"name": ..., "compute_capability": ..., ...}}
     python -m transom.runtime.probe device BUNDLE            {"device": ..., "reason": ..., "passed_over": {...}}
+    python -m transom.runtime.probe kernels                  {"instruction_set": ..., "reason": ..., ...}
 
 A BackendError is printed as {"problem": message}. `transom doctor` runs this in a process of its own, since a broken
 library may end its process or hang. Importing this module loads no library.
@@ -23,8 +24,13 @@ RESULT = re.compile(rf"^{MARK} (\{{.*\}})$", re.MULTILINE)
 
 
 def probe(question: Sequence[str]) -> dict[str, Any]:
-    """Answer ("library", name), ("gpu",) or ("device", bundle); {"problem": message} for a BackendError."""
-    probes: dict[str, Callable[..., dict[str, Any]]] = {"library": library_version, "gpu": gpu, "device": device}
+    """Answer ("library", name), ("gpu",), ("device", bundle), ("kernels",); {"problem": message} for a BackendError."""
+    probes: dict[str, Callable[..., dict[str, Any]]] = {
+        "library": library_version,
+        "gpu": gpu,
+        "device": device,
+        "kernels": kernels,
+    }
     kind, *arguments = question
     try:
         return probes[kind](*arguments)
@@ -59,6 +65,13 @@ def device(bundle: str) -> dict[str, Any]:
     from transom.runtime.loading import choice_for
 
     return choice_for(bundle).to_json()
+
+
+def kernels() -> dict[str, Any]:
+    """Load the native library, and return which of its kernels run here and why."""
+    from transom.runtime.native.library import status
+
+    return status().to_json()
 
 
 def result_of(output: str) -> dict[str, Any] | None:

@@ -19,12 +19,14 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from transom.runtime.errors import BackendError
 from transom.runtime.native.build import FOLDER, LIBRARY, hash_of_sources
 from transom.runtime.native.records import ISA_NAMES, PLAIN, Attention, Operator, Run, declare, mismatch
 
 KERNELS, NATIVE_ISA, NATIVE_LIBRARY = "TRANSOM_KERNELS", "TRANSOM_NATIVE_ISA", "TRANSOM_NATIVE_LIBRARY"
+ABSENT = "the processor does not have it"
 BUILD_IT = "Run `make native`, or install the package again where a C compiler is"
 
 
@@ -96,6 +98,16 @@ class NativeStatus:
     reason: str
     passed_over: Mapping[str, str] = field(default_factory=dict)
 
+    def to_json(self) -> dict[str, Any]:
+        """Return what ``transom doctor`` reports: ``instruction_set`` is None where no kernels run."""
+        found = self.library
+        return {
+            "instruction_set": found and found.name,
+            "compiler": found and found.compiler,
+            "reason": self.reason,
+            "passed_over": dict(self.passed_over),
+        }
+
 
 def library_path() -> Path:
     """Return where the library is looked for: beside this module, or where TRANSOM_NATIVE_LIBRARY says."""
@@ -166,7 +178,7 @@ def find() -> NativeStatus:
     passed_over: dict[str, str] = {}
     for isa in range(ISA_NAMES.index(cap), lowest - 1, -1):
         name = ISA_NAMES[isa]
-        why = "the processor does not have it" if not library.supports(isa) else why_not_trusted(library.path, isa)
+        why = ABSENT if not library.supports(isa) else why_not_trusted(library.path, isa)
         if why is None:
             capped = f", the most that {NATIVE_ISA} allows" if NATIVE_ISA in os.environ else ""
             return NativeStatus(library.with_isa(isa), f"kernels for {name}{capped}", passed_over)

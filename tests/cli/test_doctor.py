@@ -16,9 +16,13 @@ import pytest
 from PIL import Image
 
 from command_line import document, process, transom
+from stub_kernels import TRAP, compile_stub
 from transom.runtime.backends import integer_sums, trt_library
 from transom.runtime.errors import BackendError
 from transom.runtime.host import instruction_set
+from transom.runtime.native.build import BuildError
+from transom.runtime.native.library import status
+from transom.runtime.native.records import AVX512_BF16
 
 
 def test_doctor_reports_versions_and_what_auto_chooses() -> None:
@@ -36,6 +40,44 @@ def test_doctor_reports_versions_and_what_auto_chooses() -> None:
     said = f"{int8['instruction_set']}, {int8['meaning']}; sums in {int8['runs']} are {int8['means']}"
     assert re.search(rf"^int8 +{re.escape(said)}$", text, re.MULTILINE)
     assert re.search(rf"^auto +{printed['auto']['device']}: ", text, re.MULTILINE)
+
+
+def test_doctor_says_which_kernels_run_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library of this machine or none, then one that is turned off, then one that is not there."""
+    kernels = document(transom("doctor", "--json"))["cpu"]["kernels"]
+    found = status().to_json()
+    assert kernels == found
+    text = transom("doctor").stdout
+    if found["instruction_set"]:
+        assert re.search(rf"^kernels +native, for {found['instruction_set']}\b", text, re.MULTILINE)
+    else:
+        assert re.search(rf"^kernels +ONNX Runtime's alone: {re.escape(found['reason'])}$", text, re.MULTILINE)
+    monkeypatch.setenv("TRANSOM_NATIVE_LIBRARY", "/absent.so")
+    assert re.search(
+        r"^kernels +ONNX Runtime's alone: the native library is not there: /absent\.so\. Run `make native`",
+        transom("doctor").stdout,
+        re.MULTILINE,
+    )
+    monkeypatch.setenv("TRANSOM_KERNELS", "onnxruntime")
+    turned_off = {
+        "instruction_set": None, "compiler": None, "reason": "TRANSOM_KERNELS=onnxruntime turns them off",
+        "passed_over": {},
+    }  # fmt: skip
+    assert document(transom("doctor", "--json"))["cpu"]["kernels"] == turned_off
+
+
+def test_doctor_names_kernels_that_a_processor_does_not_execute(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    try:
+        path = compile_stub(tmp_path, executes={AVX512_BF16: TRAP})
+    except BuildError as error:
+        pytest.skip(str(error))
+    monkeypatch.setenv("TRANSOM_NATIVE_LIBRARY", str(path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    text = transom("doctor").stdout
+    assert re.search(r"^kernels +native, for avx512_vnni; compiled by a stub$", text, re.MULTILINE)
+    assert re.search(r"^not avx512_bf16 +the dry call died of SIGILL: this processor", text, re.MULTILINE)
 
 
 def test_doctor_exits_1_when_the_runtime_cannot_work(monkeypatch: pytest.MonkeyPatch) -> None:
