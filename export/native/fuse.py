@@ -34,6 +34,8 @@ from transom.export.native.row_program import (
 )
 from transom.runtime.native import operators as ops
 
+MOST_SIDE_BY_SIDE = 32  # layers in one operator: a list's reader takes 64
+
 
 @dataclass
 class Fused:
@@ -157,7 +159,7 @@ class Fuser:
         """Return the linear layers that lie side by side in one operator, ``step`` the first; itself alone for none."""
         if not self.is_part(step):
             return [step]
-        return [
+        found = [
             other
             for other in self.readers[step.source]
             if isinstance(other, LinearStep)
@@ -168,6 +170,7 @@ class Fuser:
             and (self.bias_of(other) is None) == (self.bias_of(step) is None)
             and self.is_part(other)
         ]
+        return found[:MOST_SIDE_BY_SIDE]
 
     def is_part(self, step: LinearStep) -> bool:
         """Return whether nothing computes with a linear layer's columns but attention, or gives them back as tokens."""
