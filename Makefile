@@ -53,7 +53,7 @@ SERVED     := minilm gpt vit clip transformer show_attend_tell flamingo
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help dev export check test suite native wheel test-wheel serving-env test-serving sweep build-matrix mutate test-gpu bench bench-env bench-gpu gpu-check gpu-check-build test-cuda-stubs \
+.PHONY: help dev export check test suite native native-sanitize wheel test-wheel serving-env test-serving sweep build-matrix mutate test-gpu bench bench-env bench-gpu gpu-check gpu-check-build test-cuda-stubs \
         test-arm test-x86 clean typing again
 
 help: ## this table of contents
@@ -116,7 +116,24 @@ native: $(NATIVE) ## the native library of kernels, compiled in place; needs a C
 $(NATIVE): runtime/native/build.py $(shell find runtime/native/src -type f 2>/dev/null)
 	$(PYTHON) runtime/native/build.py
 
+# What preloads a sanitizer is Python, which loads the library. TSan looks at the pool alone, in a program in C: it does
+# not know of locks that Python itself was compiled with. setarch: GCC 12's needs addresses that are not random.
+SANITIZED := $(CURDIR)/build/native-sanitize
+SANITIZERS = $(shell $(CC) -print-file-name=libasan.so) $(shell $(CC) -print-file-name=libubsan.so)
+
+native-sanitize: $(STAMP) ## the kernels' tests under the address and undefined-behaviour sanitizers, the pool's under TSan
+	@mkdir -p $(SANITIZED)
+	$(PYTHON) runtime/native/build.py $(SANITIZED)/libtransom_kernels.so \
+	    -g -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+	$(CC) -std=gnu17 -g -O1 -pthread -fsanitize=thread -Iruntime/native/src \
+	    runtime/native/src/threads.c tests/runtime/native/pool_callers.c -o $(SANITIZED)/pool_callers
+	setarch -R $(SANITIZED)/pool_callers
+	ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(strip $(SANITIZERS))" \
+	    TRANSOM_NATIVE_LIBRARY=$(SANITIZED)/libtransom_kernels.so \
+	    $(PYTEST) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) tests/runtime/native
+
 suite: $(STAMP) ## the suite on the working tree alone
+	@$(MAKE) --no-print-directory native || echo 'make suite: without native kernels, as above' >&2
 	$(PYTEST) $(VENV)/bin/pytest $(PYTEST_PARALLEL) tests
 
 # With the kernels, of this system, and in dist/pure one for any. Without a C compiler both are for any.

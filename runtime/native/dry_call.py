@@ -1,35 +1,27 @@
-"""Call every kernel of an instruction set once, on tiny data, beside the plain kernels: ``dry_call.py LIBRARY ISA``.
+"""Call every kernel of an instruction set once, on tiny data, and compare with the plain kernels.
 
-It runs in a process of its own, without the package and its libraries (``python -I -S``), since a processor that does
-not execute what it claims ends it. Exit status 0 where all values are those of the plain kernels, WRONG where one is
-not.
+``trust.py`` runs it in a process of its own, without the package and its libraries (``python -I -S``), since a
+processor that does not execute what it claims ends it. Exit status 0 where all values are those of the plain kernels,
+WRONG where one is not.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
 import sys
-from types import SimpleNamespace
+from importlib import import_module
 from typing import Any
 
 WRONG = 3
 TOLERANCE = 0.02  # of float32 outputs, of which one is computed in BF16; of uint8 outputs one step
 TOKENS, SEQUENCES, COLUMNS, HEADS = 5, 2, 72, 2
 CAPACITY, CROSS = 7, 3
+PERIOD = 509  # prime, so that rows differ
 IMAGE, PATCH, CHANNELS = 6, 3, 2  # pixels of a side, of a patch's side
 
 
-def records_module() -> Any:
-    """Return records.py as a namespace: the package cannot be imported here, and need not."""
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "records.py")
-    names: dict[str, Any] = {"__name__": "records"}
-    with open(path, encoding="utf-8") as file:
-        exec(compile(file.read(), path, "exec"), names)
-    return SimpleNamespace(**names)
-
-
-R = records_module()
+# In the child process this file and records.py are modules of their own, found by the folder that they are in.
+R: Any = import_module("transom.runtime.native.records" if __package__ else "records")
 
 
 class Memory:
@@ -41,13 +33,12 @@ class Memory:
         self.kept: list[Any] = []
         self._seed = 0
 
-    def numbers(self, count: int) -> list[float]:
-        """Return fixed numbers in [-1, 1), others with each call. Python's own random would take 10 ms to import."""
+    def floats(self, count: int, kind: Any = ctypes.c_float, factor: float = 1.0) -> Any:
+        """Return an array of fixed numbers in [-factor, factor), others with each call, that repeat after PERIOD."""
         self._seed += 7919
-        return [(index * (index * 31 + self._seed) % 509) / 254.5 - 1 for index in range(count)]
-
-    def floats(self, count: int) -> Any:
-        return self.keep((ctypes.c_float * count)(*self.numbers(count)))
+        numbers = [factor * ((index * (index * 31 + self._seed) % PERIOD) / PERIOD * 2 - 1) for index in range(PERIOD)]
+        period = (kind * PERIOD)(*(map(int, numbers) if kind is ctypes.c_int8 else numbers))
+        return self.keep((kind * count).from_buffer_copy(bytes(period) * (count // PERIOD + 1)))
 
     def keep(self, array: Any) -> Any:
         self.kept.append(array)
@@ -78,10 +69,8 @@ class Memory:
         size = self.library.transom_packed_bytes(self.isa, dtype, k, n)
         room = self.keep(ctypes.create_string_buffer(size + 64))
         panels = -(-self.address(room) // 64) * 64
-        kind: Any = ctypes.c_int8 if dtype == R.S8 else ctypes.c_float
-        numbers = self.numbers(k * n)
-        values = [int(127 * number) for number in numbers] if dtype == R.S8 else [number / 8 for number in numbers]
-        source, sums = (kind * (k * n))(*values), self.integers([0] * n)
+        source = self.floats(k * n, ctypes.c_int8, 127.0) if dtype == R.S8 else self.floats(k * n, factor=0.125)
+        sums = self.integers([0] * n)
         self.library.transom_pack(
             self.isa, dtype, k, n, 0, n, self.address(source), dtype, n, 0, panels, self.address(sums)
         )
@@ -238,7 +227,3 @@ def main() -> None:
             if not abs(value - plain) <= step:
                 print(f"slot {slot} has {value} at {index}, the plain kernels {plain}", file=sys.stderr)
                 sys.exit(WRONG)
-
-
-if __name__ == "__main__":
-    main()

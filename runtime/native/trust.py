@@ -61,7 +61,8 @@ def dry_call(path: Path, isa: int) -> tuple[str, bool]:
     """Call every kernel in a child process: RIGHT or what is wrong, and whether that will be so the next time."""
     if not sys.executable or getattr(sys, "frozen", False):
         return "there is no Python interpreter to try them in: sys.executable is not one", False
-    command = [sys.executable, "-I", "-S", str(DRY_CALL), str(path.resolve()), str(isa)]
+    start = f"import sys; sys.path.append({str(DRY_CALL.parent)!r}); import dry_call; dry_call.main()"
+    command = [sys.executable, "-I", "-S", "-c", start, str(path.resolve()), str(isa)]
     try:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S
