@@ -90,4 +90,17 @@ static inline __m256 missing_extractf32x8_ps(__m512 from, int half) {
 }
 #endif
 
+#if !defined(_mm512_shuffle_f32x4)
+#define _mm512_shuffle_f32x4 missing_shuffle_f32x4
+static inline __m512 missing_shuffle_f32x4(__m512 a, __m512 b, int control) {
+  __m128 from[2][4], quarters[4];
+  __m512 to;
+  memcpy(from[0], &a, sizeof a);
+  memcpy(from[1], &b, sizeof b);
+  for (int i = 0; i < 4; i++) quarters[i] = from[i / 2][control >> (2 * i) & 3];
+  memcpy(&to, quarters, sizeof to);
+  return to;
+}
+#endif
+
 #endif
