@@ -14,6 +14,7 @@ import typer
 from transom.cli.describe import (
     GPU_FORMATS,
     GPU_NOTE,
+    kernel_fields,
     manifest_json,
     near_ties,
     parity_text,
@@ -284,6 +285,8 @@ def print_summary(out: Path, manifest: Manifest) -> None:
     if manifest.quantization is not None:
         for name, words in quantization_fields(manifest.quantization, manifest.operators):
             print(printable(f"{name}: {words}"))
+    for name, words in kernel_fields(manifest):
+        print(printable(f"{name}: {words}"))
     for tie in near_ties(manifest.parity):
         print(tie)
     if manifest.score:

@@ -15,9 +15,10 @@ class Meaning:
 
 @dataclass(frozen=True, eq=False)
 class Unknown(Meaning):
-    """Nothing that an operator computes, and why."""
+    """Nothing that an operator computes, and why; ``of_rows`` where it was to be computed of activations."""
 
     reason: str
+    of_rows: bool
 
 
 @dataclass(frozen=True, eq=False)

@@ -56,15 +56,31 @@ class GraphReader:
         """Read all nodes in their order."""
         for node in nodes:
             handler = None if node.domain else handlers.get(node.op_type)
+            given: Meaning | list[Meaning]
             try:
+                lost = next(
+                    (each for each in self._inputs_of(node) if isinstance(each, Unknown) and each.of_rows), None
+                )
+                if lost is not None:
+                    raise CannotLowerError(lost.reason)
                 if handler is None:
                     raise CannotLowerError("no operator of a list computes it")
                 given = handler(self, node)
             except CannotLowerError as error:
                 reason = str(error) if " node " in str(error) else f"{node.op_type} node {node.name!r}: {error}"
-                given = [Unknown(reason)] * len(node.outputs)
+                given = [Unknown(reason, self._reads_rows(node))] * len(node.outputs)
             found = given if isinstance(given, list) else [given]
             self._meanings |= dict(zip(node.outputs, found, strict=False))
+
+    def _inputs_of(self, node: ir.Node) -> list[Meaning]:
+        return [self._meanings[value] for value in node.inputs if value is not None and value in self._meanings]
+
+    def _reads_rows(self, node: ir.Node) -> bool:
+        """Return whether a node computes something of activations, and not of sizes, masks and weights alone."""
+        return node.op_type != "Shape" and any(
+            each.of_rows if isinstance(each, Unknown) else not isinstance(each, Matrix)
+            for each in self._inputs_of(node)
+        )
 
     def meaning(self, value: ir.Value | None) -> Meaning:
         """Return what a value means. Raises CannotLowerError where it is nothing that a list has."""
