@@ -5,7 +5,12 @@ from __future__ import annotations
 from transom.cli.options import BundlePath, Device, Json, Kernels, Threads
 from transom.cli.output import comparison_cells, print_json, print_table, printable
 
-AGREES = {"pytorch": "PyTorch", "bundle": "its build", "simulated": "its simulated TensorRT graph"}
+AGREES = {
+    "pytorch": "PyTorch",
+    "bundle": "its build",
+    "native": "the native kernels of its build",
+    "simulated": "its simulated TensorRT graph",
+}
 
 
 def selftest(
@@ -20,11 +25,11 @@ def selftest(
     Runs the golden inputs and compares the outputs with those of PyTorch. Exit status 1 and the worst element where
     an output is beyond the tolerance. The column "since build" is the difference to the bundle's own outputs when it
     was built. A quantised bundle has to repeat those: bit for bit where instructions and libraries are the same, within
-    0.1 elsewhere. On other devices it is compared with its TensorRT graph, simulated at the export. It is compared
-    with PyTorch too, within twice the worst error of its export.
+    0.1 elsewhere; where the native kernels run, those of theirs. On other devices it is compared with its TensorRT
+    graph, simulated at the export. It is compared with PyTorch too, within twice the worst error of its export.
     """
     from transom.runtime import selftest as runtime
-    from transom.runtime.golden_reference import BUNDLE
+    from transom.runtime.golden_reference import BUNDLE, NATIVE
     from transom.runtime.manifest_graphs import SIMULATED
 
     report = runtime.selftest(bundle, device, threads, kernels)
@@ -47,6 +52,7 @@ def selftest(
                         "name": case.name,
                         "against_pytorch": [each.to_json() for each in case.against_pytorch],
                         "against_build": [each.to_json() for each in case.against(BUNDLE)],
+                        "against_native": [each.to_json() for each in case.against(NATIVE)],
                         "against_simulated": [each.to_json() for each in case.against(SIMULATED)],
                         "near_ties": case.near_ties,
                     }
@@ -55,7 +61,9 @@ def selftest(
             }
         )
         return
-    others = [("since build", BUNDLE)] + [("from simulation", SIMULATED)] * simulated
+    native = any(case.against(NATIVE) for case in report.cases)
+    others = [("since build", BUNDLE)]
+    others += [("from native", NATIVE)] * native + [("from simulation", SIMULATED)] * simulated
     rows = []
     for case in report.cases:
         errors = [{each.tensor: f"{each.error:.2e}" for each in case.against(side)} for _, side in others]

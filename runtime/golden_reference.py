@@ -7,7 +7,7 @@ Q/DQ pairs were simulated in float32. With PyTorch it is compared too, within tw
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from transom.runtime.backends.integer_sums import integer_sums
@@ -54,14 +54,19 @@ class Reference:
         return OWNERS[self.side]
 
 
-def references(manifest: Manifest, device: str, sides: Collection[str]) -> tuple[Reference, ...]:
+def references(
+    manifest: Manifest, device: str, sides: Collection[str], native: Mapping[str, str] | None = None
+) -> tuple[Reference, ...]:
     """Return what outputs on ``device`` are compared with, the narrowest first; all of them have to hold.
 
-    ``sides`` are those that the golden values have: bundles of version 0.1.0 have no SIMULATED.
+    ``sides`` are those that the golden values have: bundles of version 0.1.0 have no SIMULATED. ``native`` has the
+    instruction set of the kernels by the graphs that lists of operators execute, None where none does.
     """
     pytorch = Reference(PYTORCH, pytorch_tolerance(manifest))
     if manifest.precision not in QUANTIZED:
         return (pytorch,)
+    if native:
+        return native_reference(manifest, sides, native), pytorch
     if device == "cpu":
         other = export_differences(manifest)
         note = f"not bit for bit: {'; '.join(other)}" if other else ""
@@ -72,6 +77,27 @@ def references(manifest: Manifest, device: str, sides: Collection[str]) -> tuple
         return Reference(BUNDLE, ENGINE_TOLERANCE), pytorch
     note = "the golden values hold no outputs of the simulated TensorRT graph; export again for a narrower comparison"
     return (Reference(PYTORCH, pytorch.tolerance, note),)
+
+
+def native_reference(manifest: Manifest, sides: Collection[str], native: Mapping[str, str]) -> Reference:
+    """Return the golden values of the native kernels; those of ONNX Runtime where there are none.
+
+    Bit for bit where all graphs run by kernels of the instruction set of the export: of others sums of integers are
+    the same, and float32 is added in another order, or attention multiplied in BF16.
+    """
+    if NATIVE not in sides:
+        note = "the golden values hold no outputs of the native kernels; export again for a narrower comparison"
+        return Reference(BUNDLE, REPEAT_TOLERANCE, note)
+    made = {name: each.get("kernels") for name, each in manifest.native.items() if isinstance(each, Mapping)}
+    other = [
+        f"kernels of {name} are for {isa} here, at the export they were for {str(made.get(name) or 'another')[:40]}"
+        for name, isa in native.items()
+        if made.get(name) != isa
+    ]
+    if native.keys() != {file.graph.name for file in manifest.graphs}:
+        other += export_differences(manifest)  # of the graphs that ONNX Runtime executes
+    note = f"not bit for bit: {'; '.join(other)}" if other else ""
+    return Reference(NATIVE, REPEAT_TOLERANCE if other else 0.0, note)
 
 
 def pytorch_tolerance(manifest: Manifest) -> float:

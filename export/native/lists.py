@@ -21,7 +21,11 @@ BF16 = "BF16 has no kernels for a CPU: its graphs round as a GPU would"
 
 @dataclass(frozen=True)
 class NativeLists:
-    """Lists by graph, and the field ``native`` of bundle.json: of each graph what was fused, or why it has no list."""
+    """Lists by graph, and the field ``native`` of bundle.json.
+
+    That says of each graph what was fused and for which instruction set the kernels were that proved it, or why it has
+    no list.
+    """
 
     lowered: Mapping[str, Lowered] = field(default_factory=dict)
     record: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -40,7 +44,8 @@ def lower_graphs(models: Mapping[str, ir.Model], graphs: tuple[Graph, ...]) -> N
     for graph in graphs:
         try:
             lowered[graph.name] = checked(lower(models[graph.name], graph), graph)
-            record[graph.name] = {"fused": dict(lowered[graph.name].operators.counts)}
+            fused = dict(lowered[graph.name].operators.counts)
+            record[graph.name] = {"fused": fused, "kernels": found.library.name}
         except CannotLowerError as error:
             record[graph.name] = {"refused": str(error)}
     return NativeLists(lowered, record)

@@ -25,10 +25,14 @@ ELSEWHERE = "the kernels are for the CPU"
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """What executes one graph, NATIVE or ONNXRUNTIME on the CPU and else the device's name, and why."""
+    """What executes one graph, NATIVE or ONNXRUNTIME on the CPU and else the device's name, and why.
+
+    ``isa`` is the instruction set of the native kernels.
+    """
 
     kernels: str
     reason: str
+    isa: str | None = None
 
 
 def checked_kernels(kernels: str) -> str:
@@ -57,7 +61,7 @@ def choose_kernels(graph: GraphFile, device: str, kernels: str) -> tuple[KernelC
         found = status()
         library, reason = found.library, found.reason
     if library is not None:
-        return KernelChoice(NATIVE, reason), library
+        return KernelChoice(NATIVE, reason, library.name), library
     if kernels == NATIVE:
         raise BackendError(
             f"kernels='native' was asked for, and the graph {name!r} cannot run so: {reason.rstrip('.')}. Load with "

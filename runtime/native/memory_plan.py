@@ -10,14 +10,16 @@ from transom.runtime.native.list_registers import Register
 from transom.runtime.native.operators import ROWS, Attention, Embed, OperatorList, Patches, Unpack
 
 SCALE = "\0scale"  # the end of the name of the scales of a register's rows: no register of a list has it
-SCALE_BYTES = 4
+ROW = "\0row"  # the same of the rows of a result while they are finished, where none keeps them
+FLOAT_BYTES = 4
 
 
 @dataclass
 class MemoryPlan:
     """Buffers by the kind of their rows and the bytes of one, and which of them each register lies in.
 
-    A register whose rows have a scale each has a second one, its name and SCALE, of float32 (rows).
+    A register whose rows have a scale each has a second one, its name and SCALE, of float32 (rows). What is collected
+    of a row that is finished as a whole has one too, the name of the first result and ROW, of float32 (rows, columns).
     """
 
     rows: list[int] = field(default_factory=list)  # of each buffer, a place in ROWS
@@ -47,6 +49,18 @@ def writes_of(operator: Any) -> list[str]:
     return [name for name in found if name is not None]
 
 
+def collected_in(operator: Any) -> str | None:
+    """Return the register that an operator collects its rows in, where it is none of the list's; else None.
+
+    A norm and the scale of a row need all of the row, and the library collects that in ``out``.
+    """
+    if isinstance(operator, Unpack) or operator.then.out is not None:
+        return None
+    then = operator.then
+    whole = then.norm is not None or (then.quantized is not None and then.quantized.scale is None)
+    return writes_of(operator)[0] + ROW if whole else None
+
+
 def with_scales(names: Sequence[str], registers: Mapping[str, Register]) -> list[str]:
     """Return registers and the scales of their rows, where they have such."""
     return [*names, *(name + SCALE for name in names if has_scales(registers[name]))]
@@ -67,10 +81,16 @@ def plan_of(operators: OperatorList, registers: Mapping[str, Register]) -> Memor
     free: list[list[int]] = [[] for _ in ROWS]
     for index, operator in enumerate(operators.operators):
         here = with_scales(writes_of(operator), registers)
+        collected = collected_in(operator)
+        if collected is not None:
+            here.append(collected)
+            last[collected] = index
         for name in here:
-            register = registers[name.removesuffix(SCALE)]
+            register = registers[name.removesuffix(SCALE).removesuffix(ROW)]
             kind = ROWS.index(register.rows)
-            size = SCALE_BYTES if name.endswith(SCALE) else register.row_bytes
+            size = register.row_bytes
+            if name.endswith((SCALE, ROW)):
+                size = FLOAT_BYTES * (1 if name.endswith(SCALE) else register.columns)
             plan.buffer[name] = take(plan, free[kind], kind, size)
         done = {*here, *with_scales(reads_of(operator), registers)}
         for name in sorted(done, key=lambda name: plan.buffer[name]):

@@ -19,7 +19,7 @@ from transom.runtime.native import records
 from transom.runtime.native.library import NativeLibrary
 from transom.runtime.native.list_registers import Register
 from transom.runtime.native.memory import address_of, aligned_floats
-from transom.runtime.native.memory_plan import SCALE, MemoryPlan, has_scales, plan_of, reads_of, writes_of
+from transom.runtime.native.memory_plan import SCALE, MemoryPlan, collected_in, has_scales, plan_of, reads_of, writes_of
 from transom.runtime.native.operator_list import registers_of
 from transom.runtime.native.operators import (
     ACTIVATIONS,
@@ -154,6 +154,8 @@ class Program(ProcessBound):
         made = getattr(self, f"_{type(operator).__name__.lower()}")(index, operator)
         if not isinstance(operator, Unpack):
             made.then = self._epilogue(operator.then, self.registers[writes_of(operator)[0]].columns)
+            if operator.then.out is None:
+                made.then.out = self._register(collected_in(operator))
         return made
 
     def _register(self, name: str | None) -> int:
