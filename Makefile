@@ -41,7 +41,7 @@ SOUND := $(shell [ "$$(cat $(STAMP) 2>/dev/null)" = "$$(pwd -P)" ] && $(VENV)/bi
 PYTEST := OMP_NUM_THREADS=1 TRANSOM_REPO="$$PWD"
 # What a wheel may lack is a module, a data file or a command. These look for every file, import every module, and do
 # with the families what their users do; the rest would compare numbers of code that is the same in both.
-ON_WHEEL := project/test_packaging project/test_families project/test_examples export/test_reference_models export/quantization/test_quantize export/test_debug cli/test_doctor cli/test_run
+ON_WHEEL := project/test_packaging project/test_families project/test_examples export/test_reference_models export/quantization/test_quantize export/test_debug cli/test_doctor cli/test_run runtime/native/test_library runtime/native/test_row_kernels
 # On emulated processors: the runtime's own tests. None needs torch there: what they export, a run here exports first.
 ON_X86 := runtime/backends/test_integer_sums runtime/test_saturation runtime/test_earlier_bundles
 ON_ARM := $(ON_X86) runtime/test_session runtime/backends/test_ort_cache runtime/test_kv_cache runtime/test_threads runtime/text/test_detokenizer runtime/test_host cli/test_run cli/test_run_generation cli/test_bench

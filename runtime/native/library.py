@@ -4,7 +4,7 @@ The library is trusted with an instruction set only after a child process made a
 (``dry_call.py``): a processor, or what emulates it, may claim instructions that it does not execute. Results are kept
 in the user's cache folder, by the library and the processor. ``import transom.runtime`` imports nothing of this.
 
-    TRANSOM_KERNELS=onnxruntime         load nothing: ONNX Runtime runs every graph
+    TRANSOM_NATIVE_ISA=none             load nothing: ONNX Runtime runs every graph
     TRANSOM_NATIVE_ISA=avx2             use no more than this: one of ISA_NAMES; "plain" has kernels for any processor,
                                         which are chosen in no other way, since ONNX Runtime's are faster
     TRANSOM_NATIVE_LIBRARY=FILE         load another file: a build with sanitizers
@@ -25,7 +25,8 @@ from transom.runtime.errors import BackendError
 from transom.runtime.native.build import FOLDER, LIBRARY, hash_of_sources
 from transom.runtime.native.records import ISA_NAMES, PLAIN, Attention, Operator, Run, declare, mismatch
 
-KERNELS, NATIVE_ISA, NATIVE_LIBRARY = "TRANSOM_KERNELS", "TRANSOM_NATIVE_ISA", "TRANSOM_NATIVE_LIBRARY"
+NATIVE_ISA, NATIVE_LIBRARY = "TRANSOM_NATIVE_ISA", "TRANSOM_NATIVE_LIBRARY"
+NO_KERNELS = "none"  # a value of NATIVE_ISA
 ABSENT = "the processor does not have it"
 BUILD_IT = "Run `make native`, or install the package again where a C compiler is"
 
@@ -163,11 +164,11 @@ def forget() -> None:
 
 def find() -> NativeStatus:
     """Load the library and try its instruction sets, best first."""
-    if os.environ.get(KERNELS) == "onnxruntime":
-        return NativeStatus(None, f"{KERNELS}=onnxruntime turns them off")
     cap = os.environ.get(NATIVE_ISA, ISA_NAMES[-1])
+    if cap == NO_KERNELS:
+        return NativeStatus(None, f"{NATIVE_ISA}={NO_KERNELS} turns them off")
     if cap not in ISA_NAMES:
-        return NativeStatus(None, f"{NATIVE_ISA} is {cap!r}; it takes one of {', '.join(ISA_NAMES)}")
+        return NativeStatus(None, f"{NATIVE_ISA} is {cap!r}; it takes one of {', '.join((NO_KERNELS, *ISA_NAMES))}")
     try:
         library = open_library(library_path())
     except BackendError as error:

@@ -58,9 +58,9 @@ def test_doctor_says_which_kernels_run_and_why(monkeypatch: pytest.MonkeyPatch) 
         transom("doctor").stdout,
         re.MULTILINE,
     )
-    monkeypatch.setenv("TRANSOM_KERNELS", "onnxruntime")
+    monkeypatch.setenv("TRANSOM_NATIVE_ISA", "none")
     turned_off = {
-        "instruction_set": None, "compiler": None, "reason": "TRANSOM_KERNELS=onnxruntime turns them off",
+        "instruction_set": None, "compiler": None, "reason": "TRANSOM_NATIVE_ISA=none turns them off",
         "passed_over": {},
     }  # fmt: skip
     assert document(transom("doctor", "--json"))["cpu"]["kernels"] == turned_off

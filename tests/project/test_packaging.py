@@ -14,6 +14,8 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -23,7 +25,7 @@ import pytest
 
 from paths import REPO
 from time_limits import PATIENCE_S
-from transom.runtime.native.build import LIBRARY
+from transom.runtime.native.build import LIBRARY, BuildError, compiler
 
 PACKAGES = ("models", "export", "runtime", "calib", "cli")
 if not (REPO / "Makefile").is_file():
@@ -78,25 +80,80 @@ def test_package_data_names_the_data_files_and_nothing_else(package: str) -> Non
     assert {path for path in files_of(package) if path.suffix != ".py"} - named == set()
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel of a copy of the working tree: a build in place would leave, and reuse, build/lib."""
-    folder = tmp_path_factory.mktemp("wheel")
-    made_here = ("build", "dist", "bundles", "__pycache__", "*.egg-info", ".*")
+def built(folder: Path, what: str, **environment: str) -> tuple[Path, str]:
+    """A wheel or an sdist of a copy of the working tree, and what the build printed.
+
+    A build in place would leave, and reuse, build/lib.
+    """
+    made_here = ("build", "dist", "bundles", "__pycache__", "*.egg-info", ".*", LIBRARY)
     shutil.copytree(REPO, folder / "source", ignore=shutil.ignore_patterns(*made_here))
     # --no-isolation: the build backend is in the dev extra, so no network is needed
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), "."]
-    built = subprocess.run(command, cwd=folder / "source", capture_output=True, text=True, timeout=PATIENCE_S)
-    assert built.returncode == 0, built.stdout + built.stderr
-    (path,) = folder.glob("*.whl")
-    return path
+    command = [sys.executable, "-m", "build", f"--{what}", "--no-isolation", "--outdir", str(folder), "."]
+    inherited = {name: value for name, value in os.environ.items() if name not in ("CC", "TRANSOM_PURE")}
+    done = subprocess.run(
+        command,
+        cwd=folder / "source",
+        env=inherited | environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = (path for path in folder.iterdir() if path.is_file())
+    return path, done.stdout + done.stderr
 
 
-def test_the_wheel_holds_the_rooms_and_nothing_else(wheel: Path) -> None:
+def packed_in(wheel: Path) -> set[str]:
     with zipfile.ZipFile(wheel) as archive:
-        packed = {name for name in archive.namelist() if ".dist-info/" not in name}
-    library = {f"transom/runtime/native/{LIBRARY}"}  # where there is a compiler
-    assert packed - library == {f"transom/{path.as_posix()}" for package in PACKAGES for path in files_of(package)}
+        return {name for name in archive.namelist() if ".dist-info/" not in name}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built(tmp_path_factory.mktemp("wheel"), "wheel")[0]
+
+
+@pytest.fixture(scope="module")
+def pure_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built(tmp_path_factory.mktemp("pure"), "wheel", TRANSOM_PURE="1")[0]
+
+
+def package_files() -> set[str]:
+    return {f"transom/{path.as_posix()}" for package in PACKAGES for path in files_of(package)}
+
+
+def test_the_wheel_holds_the_rooms_the_library_and_nothing_else(wheel: Path) -> None:
+    """Of this system, for any Python: ctypes loads the library. Without a compiler it is the wheel for any system."""
+    try:
+        compiler()
+    except BuildError as error:
+        pytest.skip(str(error))
+    assert packed_in(wheel) == package_files() | {f"transom/runtime/native/{LIBRARY}"}
+    tag = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert wheel.name == f"transom-{importlib.metadata.version('transom')}-py3-none-{tag}.whl"
+    assert wheel.stat().st_size < 11_000_000
+
+
+def test_a_pure_wheel_holds_all_but_the_library(pure_wheel: Path) -> None:
+    assert packed_in(pure_wheel) == package_files()
+    assert pure_wheel.name == f"transom-{importlib.metadata.version('transom')}-py3-none-any.whl"
+
+
+def test_a_build_without_a_compiler_says_so_and_succeeds(tmp_path: Path) -> None:
+    wheel, said = built(tmp_path, "wheel", CC="/no/such/compiler")
+    assert packed_in(wheel) == package_files()
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert "transom is installed without its native kernels: no C compiler: CC names '/no/such/compiler'" in said
+
+
+def test_an_archive_of_sources_has_what_the_library_is_compiled_from(tmp_path: Path) -> None:
+    archive, _ = built(tmp_path, "sdist")
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    sources = {path.as_posix() for path in files_of("runtime") if path.suffix in (".c", ".h")}
+    assert {"setup.py", "pyproject.toml", "runtime/native/build.py"} | sources <= names
+    assert f"runtime/native/{LIBRARY}" not in names
+    assert len(sources) > 20
 
 
 def test_the_wheel_carries_licence_command_and_what_it_needs(wheel: Path) -> None:
@@ -152,8 +209,7 @@ def test_the_suite_runs_on_what_it_says_it_runs_on(name: str) -> None:
 @pytest.mark.skipif(not FROM_WHEEL, reason="of the installed wheel: `make test-wheel` runs it")
 def test_the_installed_wheel_has_every_file() -> None:
     names = {str(path) for path in importlib.metadata.files("transom") or []}
-    wanted = {f"transom/{path.as_posix()}" for package in PACKAGES for path in files_of(package)}
-    assert wanted - names == set()
+    assert package_files() - names == set()
     assert not any("__editable__" in name for name in names)
 
 

@@ -40,7 +40,7 @@ def own(bert: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def no_library(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setenv(library.KERNELS, "onnxruntime")
+    monkeypatch.setenv(library.NATIVE_ISA, library.NO_KERNELS)
     library.forget()
     yield
     monkeypatch.undo()
@@ -61,8 +61,8 @@ def test_auto_takes_the_native_kernels(bert: Path) -> None:
 def test_without_the_library_onnxruntime_runs_it_and_native_is_an_error(bert: Path) -> None:
     with load(bert) as loaded:
         assert loaded.kernels["model"].kernels == "onnxruntime"
-        assert "TRANSOM_KERNELS=onnxruntime" in loaded.kernels["model"].reason
-    with pytest.raises(BackendError, match=r"'model' cannot run so: TRANSOM_KERNELS=onnxruntime turns them off\. Load"):
+        assert "TRANSOM_NATIVE_ISA=none" in loaded.kernels["model"].reason
+    with pytest.raises(BackendError, match=r"'model' cannot run so: TRANSOM_NATIVE_ISA=none turns them off\. Load"):
         load(bert, kernels="native")
 
 

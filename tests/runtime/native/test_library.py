@@ -30,7 +30,7 @@ needs_compiler = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def nothing_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """A process that has not looked for a library yet, and a cache of its own."""
-    for name in (library.KERNELS, library.NATIVE_ISA, library.NATIVE_LIBRARY):
+    for name in (library.NATIVE_ISA, library.NATIVE_LIBRARY):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(disk_cache, "_logged", set())
@@ -92,15 +92,15 @@ def test_a_library_of_another_version_is_refused(
 
 
 def test_the_environment_turns_it_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(library.KERNELS, "onnxruntime")
-    assert library.status() == NativeStatus(None, "TRANSOM_KERNELS=onnxruntime turns them off")
+    monkeypatch.setenv(library.NATIVE_ISA, "none")
+    assert library.status() == NativeStatus(None, "TRANSOM_NATIVE_ISA=none turns them off")
 
 
 def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(library.NATIVE_ISA, "avx9")
     status = library.status()
     assert status.library is None
-    assert status.reason == "TRANSOM_NATIVE_ISA is 'avx9'; it takes one of plain, avx2, avx512_vnni, avx512_bf16"
+    assert status.reason == "TRANSOM_NATIVE_ISA is 'avx9'; it takes one of none, plain, avx2, avx512_vnni, avx512_bf16"
 
 
 @needs_compiler
