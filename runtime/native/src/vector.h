@@ -13,6 +13,7 @@
  *   vector_fma(a, b, c) vector_fnma(a, b, c)  a * b + c and c - a * b (rounded once where the set has FMA)
  *   vector_round                              half to even, for |x| < 2^22
  *   vector_scale(x, n)                        x * 2^n for whole n, -126 <= n <= 127
+ *   vector_raise(x, n + 1.5 * 2^23)           the same for 1 <= x < 2, and 0 for x = 1, n = -127
  *   vector_less(a, b, x, y)                   x where a < b, else y
  *   vector_keep(x, n)                         the first n lanes of x, the others zero
  *   vector_sum vector_largest                 over the lanes

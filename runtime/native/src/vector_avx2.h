@@ -23,6 +23,10 @@ TRANSOM_INLINE vector vector_scale(vector x, vector n) {
   return _mm256_mul_ps(x, _mm256_castsi256_ps(_mm256_slli_epi32(
                             _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23)));
 }
+TRANSOM_INLINE vector vector_raise(vector x, vector n) {
+  return _mm256_castsi256_ps(
+      _mm256_add_epi32(_mm256_castps_si256(x), _mm256_slli_epi32(_mm256_castps_si256(n), 23)));
+}
 TRANSOM_INLINE vector vector_less(vector a, vector b, vector x, vector y) {
   return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
 }

@@ -23,6 +23,10 @@ TRANSOM_INLINE vector vector_scale(vector x, vector n) {
   return _mm512_mul_ps(x, _mm512_castsi512_ps(_mm512_slli_epi32(
                             _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23)));
 }
+TRANSOM_INLINE vector vector_raise(vector x, vector n) {
+  return _mm512_castsi512_ps(
+      _mm512_add_epi32(_mm512_castps_si512(x), _mm512_slli_epi32(_mm512_castps_si512(n), 23)));
+}
 TRANSOM_INLINE vector vector_less(vector a, vector b, vector x, vector y) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
 }

@@ -17,6 +17,10 @@ TRANSOM_INLINE vector vector_fnma(vector a, vector b, vector c) { return c - a *
 TRANSOM_INLINE vector vector_choose(vector_ints mask, vector x, vector y) {
   return (vector)((mask & (vector_ints)x) | (~mask & (vector_ints)y));
 }
+TRANSOM_INLINE vector vector_raise(vector x, vector n) {
+  typedef uint32_t bits __attribute__((vector_size(32)));
+  return (vector)((bits)x + ((bits)n << 23));
+}
 TRANSOM_INLINE vector vector_less(vector a, vector b, vector x, vector y) { return vector_choose(a < b, x, y); }
 TRANSOM_INLINE vector vector_min(vector a, vector b) { return vector_choose(a < b, a, b); }
 TRANSOM_INLINE vector vector_max(vector a, vector b) { return vector_choose(a > b, a, b); }

@@ -131,16 +131,25 @@ static void attention_store_task(void *context, int32_t index, int32_t thread) {
   attention_store(work, index / work->record->key_heads, index % work->record->key_heads);
 }
 
-/* Queries of rows [first, first + rows) of a sequence and head, times scale * log2(e); the tile's other rows are 0. */
+/* The query of row ``index`` of a sequence and key head. */
+static const float *attention_query(const attention_work *work, int64_t sequence, int32_t head, int32_t index) {
+  const transom_attention *record = work->record;
+  int64_t row = work->run->first_row[sequence] + index / work->group;
+  return (const float *)work->run->slots[record->query] + row * record->query_stride + record->query_column +
+         ((int64_t)head * work->group + index % work->group) * record->head_dim;
+}
+
+/* Queries of rows [first, first + rows) of a sequence and head, times scale * log2(e); the tile's other rows are 0.
+ * Those of the next tile, up to the row ``end``, are fetched ahead. */
 static void attention_queries(const attention_work *work, int64_t sequence, int32_t head, int32_t first, int32_t rows,
-                              float *to) {
+                              int32_t end, float *to) {
   const transom_attention *record = work->record;
   int32_t dim = record->head_dim, depth = attention_depth(work->bf16, dim);
   vector factor = vector_set(record->scale * LOG2_OF_E);
   for (int32_t i = 0; i < rows; i++) {
-    int64_t row = work->run->first_row[sequence] + (first + i) / work->group;
-    const float *from = (const float *)work->run->slots[record->query] + row * record->query_stride +
-                        record->query_column + ((int64_t)head * work->group + (first + i) % work->group) * dim;
+    const float *from = attention_query(work, sequence, head, first + i);
+    if (first + i + ATTENTION_ROWS < end)
+      attention_fetch(attention_query(work, sequence, head, first + i + ATTENTION_ROWS), dim);
     float *query = to + i * work->layout.query_stride;
     for (int32_t at = 0; at < depth; at += LANES) {
 #if defined(TRANSOM_BF16)
@@ -168,7 +177,8 @@ static int32_t attention_score(const attention_work *work, const attention_sourc
     int32_t end = keep ? source->count : limit;
     int32_t count = end - start < ATTENTION_KEYS ? end - start : ATTENTION_KEYS;
     if (start >= packed) {
-      attention_pack_keys(work->bf16, source->keys + start * source->key_stride, source->key_stride, count, dim, chunk);
+      attention_pack_keys(work->bf16, source->keys + start * source->key_stride, source->key_stride, count, end - start,
+                          dim, chunk);
       packed = start + count;
     }
     int32_t wanted = limit - start < count ? limit - start : count;
@@ -203,43 +213,61 @@ static int32_t attention_sum(const attention_work *work, const attention_source 
       if (work->bf16) wanted = attention_round_up(wanted, 2 * LANES) / 2;
     }
     const float *weights = memory + layout->scores + attention_depth(work->bf16, start);
-    for (int32_t column = 0; column < layout->width; column += 2 * LANES)
-      attention_multiply(rows, layout->width - column > LANES ? 2 : 1, work->bf16, wanted, weights,
-                         layout->score_stride, values + column, stride, memory + layout->sums + column,
-                         layout->sum_stride, start == 0);
+    for (int32_t column = 0, parts; column < layout->width; column += parts * LANES) {
+      int32_t rest = (layout->width - column) / LANES;
+      parts = rows <= 2 && !work->bf16 && rest >= ATTENTION_PARTS ? ATTENTION_PARTS : rest > 1 ? 2 : 1;
+      attention_multiply(rows, parts, work->bf16, wanted, weights, layout->score_stride, values + column, stride,
+                         memory + layout->sums + column, layout->sum_stride, start == 0);
+    }
   }
   return packed;
 }
 
 /* Softmax of all rows of a tile; factor has the inverse of each row's sum. */
-static void attention_weigh(const attention_work *work, const attention_source *source, float *memory, int32_t first,
-                            int32_t rows, int32_t limit, float *factor) {
-  const float *mask = source->valid ? memory + work->layout.mask : NULL;
-  int32_t width = attention_round_up(limit, work->bf16 ? 2 * LANES : LANES);
-  for (int32_t i = 0; i < rows; i++) {
+TRANSOM_INLINE void attention_weigh_as(int bf16, const attention_work *work, const attention_source *source,
+                                       float *scores, const float *mask, int32_t first, int32_t rows, int32_t limit,
+                                       float *factor) {
+  int32_t width = attention_round_up(limit, bf16 ? 2 * LANES : LANES);
+  for (int32_t i = 0; i < rows; i++, scores += work->layout.score_stride) {
     int32_t own = source->causal ? source->past + (first + i) / work->group + 1 : source->count;
-    float *scores = memory + work->layout.scores + i * work->layout.score_stride;
-    factor[i] = work->bf16 ? attention_softmax(1, scores, mask, own, width)
-                           : attention_softmax(0, scores, mask, own, width);
+    factor[i] = attention_softmax(bf16, scores, mask, own, width);
   }
 }
 
-/* Finish the rows of a tile: their columns of this head go through the epilogue. */
+static void attention_weigh(const attention_work *work, const attention_source *source, float *memory, int32_t first,
+                            int32_t rows, int32_t limit, float *factor) {
+  float *scores = memory + work->layout.scores;
+  const float *mask = source->valid ? memory + work->layout.mask : NULL;
+  if (work->bf16)
+    attention_weigh_as(1, work, source, scores, mask, first, rows, limit, factor);
+  else if (mask)
+    attention_weigh_as(0, work, source, scores, mask, first, rows, limit, factor);
+  else
+    attention_weigh_as(0, work, source, scores, NULL, first, rows, limit, factor);
+}
+
+/* Finish the rows of a tile: their columns of this head, times the row's factor, go through the epilogue. */
 static void attention_finish(const attention_work *work, int64_t sequence, int32_t head, float *memory, int32_t first,
                              int32_t rows, const float *factor, int empty) {
-  const transom_attention *record = work->record;
+  const transom_epilogue *then = &work->record->then;
   const attention_layout *layout = &work->layout;
-  int32_t dim = record->head_dim, n = record->heads * dim;
-  int collect = epilogue_needs_row(&record->then);
-  float *out = transom_slot(work->run, record->then.out);
-  for (int32_t i = 0; i < rows; i++) {
+  int32_t dim = work->record->head_dim, n = work->record->heads * dim;
+  float *sums = memory + layout->sums;
+  for (int32_t i = 0; i < rows; i++)
+    for (int32_t at = 0; at < layout->width; at += LANES) {
+      float *y = sums + i * layout->sum_stride + at;
+      vector_store(y, empty ? vector_zero() : vector_mul(vector_load(y), vector_set(factor[i])));
+    }
+  float *out = epilogue_needs_row(then) ? transom_slot(work->run, then->out) : NULL;
+  int32_t together = work->group == 1 ? rows : 1; /* rows of the tile that are neighbours in one head */
+  for (int32_t i = 0; i < rows; i += together) {
     int64_t row = work->run->first_row[sequence] + (first + i) / work->group;
     int32_t column = (head * work->group + (first + i) % work->group) * dim;
-    float *y = memory + layout->sums + i * layout->sum_stride;
-    for (int32_t at = 0; at < layout->width; at += LANES)
-      vector_store(y + at, empty ? vector_zero() : vector_mul(vector_load(y + at), vector_set(factor[i])));
-    epilogue_columns(&record->then, work->run, row, n, column, dim, y);
-    if (collect) memcpy(out + row * n + column, y, (size_t)dim * sizeof *y);
+    epilogue_block block = {
+        .rows = together, .columns = dim, .n = n, .y = sums + i * layout->sum_stride, .y_stride = layout->sum_stride,
+        .out = out ? out + row * n + column : NULL, .out_stride = n,
+    };
+    epilogue_columns_of(then, work->run, row, column, &block);
   }
 }
 
@@ -265,7 +293,7 @@ static void attention_task(void *context, int32_t index, int32_t thread) {
     int32_t rows = end - first < ATTENTION_ROWS ? end - first : ATTENTION_ROWS;
     int32_t limit = source.causal ? source.past + (first + rows - 1) / work->group + 1 : source.count;
     float factor[ATTENTION_ROWS];
-    attention_queries(work, sequence, head, first, rows, memory);
+    attention_queries(work, sequence, head, first, rows, end, memory);
     keys = attention_score(work, &source, memory, rows, limit, keys, keep);
     attention_weigh(work, &source, memory, first, rows, limit, factor);
     values = attention_sum(work, &source, memory, rows, limit, values, keep);

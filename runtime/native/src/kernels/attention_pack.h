@@ -10,6 +10,11 @@ TRANSOM_INLINE int32_t attention_depth(int bf16, int32_t columns) { return bf16 
 
 TRANSOM_INLINE int32_t attention_round_up(int32_t x, int32_t step) { return (x + step - 1) / step * step; }
 
+/* Fetch a row of ``columns`` into the second cache: more lines can be on their way there than to the first. */
+TRANSOM_INLINE void attention_fetch(const float *x, int32_t columns) {
+  for (int32_t column = 0; column < columns; column += 16) __builtin_prefetch(x + column, 0, 2);
+}
+
 /* x[column], ..., zero from ``columns`` on. */
 TRANSOM_INLINE vector attention_load(const float *x, int32_t column, int32_t columns) {
   int32_t n = columns - column;
@@ -29,11 +34,13 @@ TRANSOM_INLINE vector attention_load_row(int bf16, const float *x, int32_t at, i
 }
 
 /* ``count`` rows of keys become panels (depth, ATTENTION_PANEL) with a key in each column; columns up to the next
- * multiple of LANES are zero. */
-TRANSOM_INLINE void attention_pack_keys_as(int bf16, const float *keys, int64_t stride, int32_t count, int32_t dim,
-                                           float *panels) {
+ * multiple of LANES are zero. ``following`` keys lie there in all, which the next calls may pack. */
+TRANSOM_INLINE void attention_pack_keys_as(int bf16, const float *keys, int64_t stride, int32_t count,
+                                           int32_t following, int32_t dim, float *panels) {
   int32_t depth = attention_depth(bf16, dim);
   for (int32_t key = 0; key < count; key += LANES) {
+    for (int32_t i = key + ATTENTION_AHEAD; i < key + ATTENTION_AHEAD + LANES && i < following; i++)
+      attention_fetch(keys + i * stride, dim);
     float *panel = panels + (int64_t)(key / ATTENTION_PANEL) * depth * ATTENTION_PANEL + key % ATTENTION_PANEL;
     for (int32_t at = 0; at < depth; at += LANES) {
       vector rows[LANES];
@@ -55,10 +62,12 @@ TRANSOM_INLINE void attention_pack_keys_as(int bf16, const float *keys, int64_t 
   }
 }
 
-static void attention_pack_keys(int bf16, const float *keys, int64_t stride, int32_t count, int32_t dim,
-                                float *panels) {
-  if (bf16) attention_pack_keys_as(1, keys, stride, count, dim, panels);
-  else attention_pack_keys_as(0, keys, stride, count, dim, panels);
+static void attention_pack_keys(int bf16, const float *keys, int64_t stride, int32_t count, int32_t following,
+                                int32_t dim, float *panels) {
+  if (bf16)
+    attention_pack_keys_as(1, keys, stride, count, following, dim, panels);
+  else
+    attention_pack_keys_as(0, keys, stride, count, following, dim, panels);
 }
 
 /* ``count`` rows of values become rows of ``width`` columns, a multiple of LANES; in BF16 each two rows become one of

@@ -14,6 +14,8 @@
 
 #define ATTENTION_PANEL (2 * LANES) /* columns of a panel of keys */
 #define ATTENTION_KEYS 128          /* keys that are packed at a time; a multiple of ATTENTION_PANEL */
+#define ATTENTION_PARTS 4           /* vectors of columns that one or two rows are multiplied by at a time; others: 2 */
+#define ATTENTION_AHEAD 64          /* keys or values that are fetched before their use */
 #if defined(TRANSOM_VECTOR_AVX512)
 #define ATTENTION_ROWS 12
 #elif defined(TRANSOM_VECTOR_AVX2)
@@ -35,27 +37,30 @@ TRANSOM_INLINE vector attention_product(int bf16, vector a, vector b, vector sum
 TRANSOM_INLINE void attention_tile(int32_t rows, int32_t parts, int bf16, int32_t depth, const float *x,
                                    int64_t x_stride, const float *panel, int64_t panel_stride, float *sums,
                                    int64_t sum_stride, int first) {
-  vector sum[ATTENTION_ROWS][2];
+  vector sum[ATTENTION_ROWS][ATTENTION_PARTS];
 #pragma GCC unroll 12
   for (int32_t row = 0; row < rows; row++)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int32_t part = 0; part < parts; part++)
       sum[row][part] = first ? vector_zero() : vector_load(sums + row * sum_stride + part * LANES);
   for (int32_t d = 0; d < depth; d++) {
-    vector column[2];
-#pragma GCC unroll 2
+    vector column[ATTENTION_PARTS];
+    if (rows <= 2) /* memory, not arithmetic, is the limit */
+      for (int32_t part = 0; part < parts; part++)
+        __builtin_prefetch(panel + (d + ATTENTION_AHEAD) * panel_stride + part * LANES, 0, 2);
+#pragma GCC unroll 4
     for (int32_t part = 0; part < parts; part++) column[part] = vector_load(panel + d * panel_stride + part * LANES);
 #pragma GCC unroll 12
     for (int32_t row = 0; row < rows; row++) {
       vector factor = vector_set(x[row * x_stride + d]);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int32_t part = 0; part < parts; part++)
         sum[row][part] = attention_product(bf16, factor, column[part], sum[row][part]);
     }
   }
 #pragma GCC unroll 12
   for (int32_t row = 0; row < rows; row++)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int32_t part = 0; part < parts; part++)
       vector_store(sums + row * sum_stride + part * LANES, sum[row][part]);
 }
@@ -85,6 +90,14 @@ TRANSOM_INLINE void attention_tile_of(int32_t rows, int32_t parts, int bf16, int
                                              int64_t sum_stride, int first) {                                        \
     attention_tile_of(rows, parts, bf16, depth, x, x_stride, panel, panel_stride, sums, sum_stride, first);          \
   }
+static __attribute__((noinline)) void attention_f32_few(int32_t rows, int32_t depth, const float *x, int64_t x_stride,
+                                                        const float *panel, int64_t panel_stride, float *sums,
+                                                        int64_t sum_stride, int first) {
+  if (rows <= 1)
+    attention_tile(1, ATTENTION_PARTS, 0, depth, x, x_stride, panel, panel_stride, sums, sum_stride, first);
+  else
+    attention_tile(2, ATTENTION_PARTS, 0, depth, x, x_stride, panel, panel_stride, sums, sum_stride, first);
+}
 ATTENTION_FUNCTION(attention_f32_narrow, 1, 0)
 ATTENTION_FUNCTION(attention_f32_wide, 2, 0)
 #if defined(TRANSOM_BF16)
@@ -92,7 +105,7 @@ ATTENTION_FUNCTION(attention_bf16_narrow, 1, 1)
 ATTENTION_FUNCTION(attention_bf16_wide, 2, 1)
 #endif
 
-/* sums (rows, parts * LANES), parts being 1 or 2. */
+/* sums (rows, parts * LANES), parts being 1 or 2, or ATTENTION_PARTS for up to 2 rows in float32. */
 static void attention_multiply(int32_t rows, int32_t parts, int bf16, int32_t depth, const float *x, int64_t x_stride,
                                const float *panel, int64_t panel_stride, float *sums, int64_t sum_stride, int first) {
 #if defined(TRANSOM_BF16)
@@ -104,8 +117,9 @@ static void attention_multiply(int32_t rows, int32_t parts, int bf16, int32_t de
 #else
   (void)bf16;
 #endif
-  (parts == 1 ? attention_f32_narrow : attention_f32_wide)(rows, depth, x, x_stride, panel, panel_stride, sums,
-                                                           sum_stride, first);
+  (parts == 1   ? attention_f32_narrow
+   : parts == 2 ? attention_f32_wide
+                : attention_f32_few)(rows, depth, x, x_stride, panel, panel_stride, sums, sum_stride, first);
 }
 
 #endif

@@ -150,12 +150,14 @@ static void f32_block(const f32_work *work, int64_t row, int32_t rows, int32_t p
   }
   int32_t column = panel * F32_COLUMNS;
   int32_t columns = n - column < panels * F32_COLUMNS ? n - column : panels * F32_COLUMNS;
-  int collect = epilogue_needs_row(then);
-  float *out = transom_slot(work->run, then->out);
-  for (int32_t i = 0; i < rows; i++) {
-    float *y = sums + i * F32_SUM_STRIDE;
-    epilogue_columns(then, work->run, row + i, n, column, columns, y);
-    if (collect) memcpy(out + (row + i) * n + column, y, (size_t)columns * sizeof *y);
+  float *out = epilogue_needs_row(then) ? transom_slot(work->run, then->out) : NULL;
+  for (int32_t first = 0; first < rows; first += F32_ROWS) {
+    epilogue_block block = {
+        .rows = rows - first < F32_ROWS ? rows - first : F32_ROWS, .columns = columns, .n = n,
+        .y = sums + first * F32_SUM_STRIDE, .y_stride = F32_SUM_STRIDE,
+        .out = out ? out + (row + first) * n + column : NULL, .out_stride = n,
+    };
+    epilogue_columns_of(then, work->run, row + first, column, &block);
   }
 }
 
