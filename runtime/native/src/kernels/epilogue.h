@@ -45,29 +45,40 @@ typedef struct {
 #define EPILOGUE_LOAD(from) (whole ? vector_load(from) : vector_load_part(from, lanes))
 #define EPILOGUE_STORE(to, x) (whole ? vector_store(to, x) : vector_store_part(to, x, lanes))
 
+/* What a block has. Where it is known to the compiler, none of it is asked for again for each vector. */
+enum {
+  EPILOGUE_SCALE = 1,
+  EPILOGUE_FACTOR = 2,
+  EPILOGUE_BIAS = 4,
+  EPILOGUE_RESIDUAL = 8,
+  EPILOGUE_SUM = 16,
+  EPILOGUE_OUT = 32,
+  EPILOGUE_QUANTIZED = 64,
+};
+
 /* One vector of columns of all rows: what belongs to columns is read once. */
-TRANSOM_INLINE void epilogue_vector(int32_t activation, const epilogue_block *at, int32_t column, int32_t lanes,
-                                    int whole) {
-  vector bias = at->bias ? EPILOGUE_LOAD(at->bias + column) : vector_zero();
-  vector scale = at->scale ? EPILOGUE_LOAD(at->scale + column) : vector_zero();
-  vector inverse = at->quantized ? EPILOGUE_LOAD(at->inverse_scale + column) : vector_zero();
-  for (int32_t row = 0; row < at->rows; row++) {
-    const float *y = at->y + row * at->y_stride + column;
+TRANSOM_INLINE void epilogue_vector(int32_t activation, int32_t has, const epilogue_block *at, int32_t column,
+                                    int32_t lanes, int whole) {
+  vector bias = has & EPILOGUE_BIAS ? EPILOGUE_LOAD(at->bias + column) : vector_zero();
+  vector scale = has & EPILOGUE_SCALE ? EPILOGUE_LOAD(at->scale + column) : vector_zero();
+  vector inverse = has & EPILOGUE_QUANTIZED ? EPILOGUE_LOAD(at->inverse_scale + column) : vector_zero();
+  const float *y = at->y + column;
+  int64_t place = column;
+  for (int32_t row = 0; row < at->rows; row++, y += at->y_stride, place += at->n) {
     vector x;
-    if (at->scale) {
+    if (has & EPILOGUE_SCALE) {
       const int32_t *sums = (const int32_t *)(const void *)y;
       x = vector_mul(whole ? vector_load_s32(sums) : vector_load_s32_part(sums, lanes), scale);
-      if (at->row_factor) x = vector_mul(x, vector_set(at->row_factor[row]));
+      if (has & EPILOGUE_FACTOR) x = vector_mul(x, vector_set(at->row_factor[row]));
     } else {
       x = EPILOGUE_LOAD(y);
     }
-    if (at->bias) x = vector_add(x, bias);
+    if (has & EPILOGUE_BIAS) x = vector_add(x, bias);
     x = epilogue_activate(activation, x);
-    int64_t place = row * at->n + column;
-    if (at->residual) x = vector_add(x, EPILOGUE_LOAD(at->residual + place));
-    if (at->sum) EPILOGUE_STORE(at->sum + place, x);
-    if (at->out) EPILOGUE_STORE(at->out + row * at->out_stride + column, x);
-    if (at->quantized) {
+    if (has & EPILOGUE_RESIDUAL) x = vector_add(x, EPILOGUE_LOAD(at->residual + place));
+    if (has & EPILOGUE_SUM) EPILOGUE_STORE(at->sum + place, x);
+    if (has & EPILOGUE_OUT) EPILOGUE_STORE(at->out + row * at->out_stride + column, x);
+    if (has & EPILOGUE_QUANTIZED) {
       x = vector_mul(x, inverse);
       if (whole) vector_store_u8(at->quantized + place, x, at->zero_point);
       else vector_store_u8_part(at->quantized + place, x, at->zero_point, lanes);
@@ -78,10 +89,37 @@ TRANSOM_INLINE void epilogue_vector(int32_t activation, const epilogue_block *at
 #undef EPILOGUE_LOAD
 #undef EPILOGUE_STORE
 
-TRANSOM_INLINE void epilogue_vectors(int32_t activation, const epilogue_block *at) {
+TRANSOM_INLINE void epilogue_vectors(int32_t activation, int32_t has, const epilogue_block *given) {
+  const epilogue_block copy = *given, *at = &copy; /* which no store can change: it stays in registers */
   int32_t column = 0;
-  for (; column + LANES <= at->columns; column += LANES) epilogue_vector(activation, at, column, LANES, 1);
-  if (column < at->columns) epilogue_vector(activation, at, column, at->columns - column, 0);
+  for (; column + LANES <= at->columns; column += LANES) epilogue_vector(activation, has, at, column, LANES, 1);
+  if (column < at->columns) epilogue_vector(activation, has, at, column, at->columns - column, 0);
+}
+
+/* The blocks that most of an encoder's time would go to have loops of their own. */
+static void epilogue_compute(int32_t activation, const epilogue_block *at) {
+  enum { SUMS = EPILOGUE_SCALE | EPILOGUE_BIAS };
+  int32_t has = (at->scale ? EPILOGUE_SCALE : 0) | (at->scale && at->row_factor ? EPILOGUE_FACTOR : 0) |
+                (at->bias ? EPILOGUE_BIAS : 0) | (at->residual ? EPILOGUE_RESIDUAL : 0) |
+                (at->sum ? EPILOGUE_SUM : 0) | (at->out ? EPILOGUE_OUT : 0) |
+                (at->quantized ? EPILOGUE_QUANTIZED : 0);
+  switch (activation) {
+    case TRANSOM_RELU: epilogue_vectors(TRANSOM_RELU, has, at); break;
+    case TRANSOM_GELU:
+      if (has == (SUMS | EPILOGUE_QUANTIZED)) epilogue_vectors(TRANSOM_GELU, SUMS | EPILOGUE_QUANTIZED, at);
+      else epilogue_vectors(TRANSOM_GELU, has, at);
+      break;
+    case TRANSOM_GELU_TANH: epilogue_vectors(TRANSOM_GELU_TANH, has, at); break;
+    case TRANSOM_QUICK_GELU: epilogue_vectors(TRANSOM_QUICK_GELU, has, at); break;
+    case TRANSOM_SILU: epilogue_vectors(TRANSOM_SILU, has, at); break;
+    case TRANSOM_TANH: epilogue_vectors(TRANSOM_TANH, has, at); break;
+    default:
+      if (has == (SUMS | EPILOGUE_OUT)) epilogue_vectors(TRANSOM_IDENTITY, SUMS | EPILOGUE_OUT, at);
+      else if (has == (SUMS | EPILOGUE_RESIDUAL | EPILOGUE_OUT))
+        epilogue_vectors(TRANSOM_IDENTITY, SUMS | EPILOGUE_RESIDUAL | EPILOGUE_OUT, at);
+      else epilogue_vectors(TRANSOM_IDENTITY, has, at);
+      break;
+  }
 }
 
 /* Columns [column, column + columns) of rows [row, row + rows) of n, from at->y on. Where rows are needed whole, what
@@ -102,15 +140,7 @@ static void epilogue_columns_of(const transom_epilogue *then, const transom_run 
     at->quantized = quantized ? quantized + first : NULL;
     at->inverse_scale = then->inverse_scale ? then->inverse_scale + column : NULL;
   }
-  switch (then->activation) {
-    case TRANSOM_RELU: epilogue_vectors(TRANSOM_RELU, at); break;
-    case TRANSOM_GELU: epilogue_vectors(TRANSOM_GELU, at); break;
-    case TRANSOM_GELU_TANH: epilogue_vectors(TRANSOM_GELU_TANH, at); break;
-    case TRANSOM_QUICK_GELU: epilogue_vectors(TRANSOM_QUICK_GELU, at); break;
-    case TRANSOM_SILU: epilogue_vectors(TRANSOM_SILU, at); break;
-    case TRANSOM_TANH: epilogue_vectors(TRANSOM_TANH, at); break;
-    default: epilogue_vectors(TRANSOM_IDENTITY, at); break;
-  }
+  epilogue_compute(then->activation, at);
 }
 
 /* Fetch what epilogue_columns_of will read and write for these rows and columns: their lines are far apart, and a kernel
