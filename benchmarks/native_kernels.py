@@ -35,7 +35,7 @@ class Workload:
         self.kernels, self.rows, self.threads = kernels, rows, threads
         self.random = np.random.default_rng(7)
         self.slots: list[np.ndarray] = []
-        self.kept: list[np.ndarray] = []
+        self.kept: list[np.ndarray] = []  # sums of columns
         self.records: list[ctypes.Structure] = []
         self.operations = self.bytes = self.used = 0
         self.arena = Memory(ARENA_BYTES)
@@ -43,16 +43,18 @@ class Workload:
     def slot(self, columns: int, dtype: type = np.float32) -> int:
         shape = (self.rows, columns) if columns else (self.rows,)
         values = self.random.standard_normal(shape) if dtype is np.float32 else self.random.integers(0, 256, shape)
-        self.slots.append(values.astype(dtype))
+        room = self.room(values.size * np.dtype(dtype).itemsize).view(dtype).reshape(shape)
+        room[...] = values
+        self.slots.append(room)
         return len(self.slots) - 1
 
     def constant(self, *shape: int, value: float | None = None) -> int:
-        array = self.random.standard_normal(shape) if value is None else np.full(shape, value)
-        self.kept.append(array.astype(np.float32))
-        return self.kept[-1].ctypes.data
+        room = self.room(4 * int(np.prod(shape))).view(np.float32).reshape(shape)
+        room[...] = self.random.standard_normal(shape) if value is None else value
+        return room.ctypes.data
 
     def room(self, size: int) -> np.ndarray:
-        """Return bytes of one arena in large pages, as packed weights of a bundle lie."""
+        """Return bytes of one arena in large pages, each at a line of the caches, as those of a bundle's run lie."""
         start, self.used = self.used, self.used + aligned(size)
         return self.arena.view(start, size)
 
@@ -64,7 +66,7 @@ class Workload:
             r.S8, k, n, source=weight.ctypes.data, source_dtype=r.S8, stride=n, transposed=False,
             panels=panels.ctypes.data, column_sum=sums.ctypes.data,
         )  # fmt: skip
-        self.kept += [panels, sums]
+        self.kept.append(sums)
         self.operations += 2 * k * n * self.rows
         self.bytes += panels.nbytes
         scale = self.constant(n, value=1 / 74 / 74 / np.sqrt(k))
