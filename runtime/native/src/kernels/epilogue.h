@@ -165,59 +165,81 @@ static inline void epilogue_columns(const transom_epilogue *then, const transom_
   epilogue_columns_of(then, run, row, column, &at);
 }
 
-/* y - shift, of n lanes from a column on; lanes past n are zero. */
-TRANSOM_INLINE vector epilogue_shifted(const float *y, int32_t column, int32_t n, vector shift) {
-  if (column + LANES <= n) return vector_sub(vector_load(y + column), shift);
-  return vector_keep(vector_sub(vector_load_part(y + column, n - column), shift), n - column);
+/* The sum of y - shift, or of its squares, in four vectors that take turns. */
+TRANSOM_INLINE float epilogue_total(const float *y, int32_t n, float shift, int squares) {
+  vector total[4] = {vector_zero(), vector_zero(), vector_zero(), vector_zero()}, by = vector_set(shift);
+  int32_t column = 0;
+  for (; column + 4 * LANES <= n; column += 4 * LANES) {
+#pragma GCC unroll 4
+    for (int32_t turn = 0; turn < 4; turn++) {
+      vector x = vector_sub(vector_load(y + column + turn * LANES), by);
+      total[turn] = squares ? vector_fma(x, x, total[turn]) : vector_add(total[turn], x);
+    }
+  }
+  for (; column < n; column += LANES) {
+    int32_t lanes = n - column < LANES ? n - column : LANES;
+    vector x = vector_keep(vector_sub(vector_load_part(y + column, lanes), by), lanes);
+    total[0] = squares ? vector_fma(x, x, total[0]) : vector_add(total[0], x);
+  }
+  return vector_sum(vector_add(vector_add(total[0], total[2]), vector_add(total[1], total[3])));
 }
 
-static float epilogue_sum(const float *y, int32_t n) {
-  vector total = vector_zero();
-  for (int32_t column = 0; column < n; column += LANES)
-    total = vector_add(total, epilogue_shifted(y, column, n, vector_zero()));
-  return vector_sum(total);
-}
+static float epilogue_sum(const float *y, int32_t n) { return epilogue_total(y, n, 0.0f, 0); }
 
 /* The sum of (y - shift)^2. */
-static float epilogue_squares(const float *y, int32_t n, float shift) {
-  vector total = vector_zero();
-  for (int32_t column = 0; column < n; column += LANES) {
-    vector x = epilogue_shifted(y, column, n, vector_set(shift));
-    total = vector_fma(x, x, total);
+static float epilogue_squares(const float *y, int32_t n, float shift) { return epilogue_total(y, n, shift, 1); }
+
+/* One vector of a normalised row: to = (y - shift) * factor [* weight] [+ bias]. Masks are for the last one of a row
+ * alone: processors store by them slowly. Where the row has no scale of its own it is quantised here. */
+TRANSOM_INLINE vector epilogue_normalize_vector(const transom_epilogue *then, const float *y, float *to,
+                                                uint8_t *quantized, int32_t column, int32_t lanes, int whole,
+                                                vector shift, vector factor) {
+#define EPILOGUE_LOAD(from) (whole ? vector_load(from) : vector_load_part(from, lanes))
+  vector x = vector_mul(vector_sub(EPILOGUE_LOAD(y + column), shift), factor);
+  if (then->norm_weight) x = vector_mul(x, EPILOGUE_LOAD(then->norm_weight + column));
+  if (then->norm_bias) x = vector_add(x, EPILOGUE_LOAD(then->norm_bias + column));
+  if (whole) vector_store(to + column, x);
+  else vector_store_part(to + column, x, lanes);
+  if (quantized) {
+    vector scaled = vector_mul(x, EPILOGUE_LOAD(then->inverse_scale + column));
+    if (whole) vector_store_u8(quantized + column, scaled, then->zero_point);
+    else vector_store_u8_part(quantized + column, scaled, then->zero_point, lanes);
   }
-  return vector_sum(total);
+  if (then->multiplier) x = vector_mul(x, EPILOGUE_LOAD(then->multiplier + column));
+#undef EPILOGUE_LOAD
+  return vector_abs(whole ? x : vector_keep(x, lanes));
 }
 
-/* to = (y - shift) * factor [* weight] [+ bias]; returns the largest |to * multiplier|. */
-static float epilogue_normalize(const transom_epilogue *then, const float *y, float *to, int32_t n, float shift,
-                                float factor) {
-  vector largest = vector_zero();
-  for (int32_t column = 0; column < n; column += LANES) {
-    int32_t lanes = n - column < LANES ? n - column : LANES;
-    vector x = vector_mul(epilogue_shifted(y, column, n, vector_set(shift)), vector_set(factor));
-    if (then->norm_weight) x = vector_mul(x, vector_load_part(then->norm_weight + column, lanes));
-    if (then->norm_bias) x = vector_add(x, vector_load_part(then->norm_bias + column, lanes));
-    if (to) vector_store_part(to + column, x, lanes);
-    if (then->multiplier) x = vector_mul(x, vector_load_part(then->multiplier + column, lanes));
-    largest = vector_max(largest, vector_abs(x));
-  }
+/* The whole row; returns the largest |to * multiplier|. */
+static float epilogue_normalize(const transom_epilogue *given, const float *y, float *to, uint8_t *quantized, int32_t n,
+                                float shift, float factor) {
+  const transom_epilogue copy = *given, *then = &copy;
+  vector largest = vector_zero(), by = vector_set(shift), times = vector_set(factor);
+  int32_t column = 0;
+  for (; column + LANES <= n; column += LANES)
+    largest = vector_max(
+        largest, epilogue_normalize_vector(then, y, to, quantized, column, LANES, 1, by, times));
+  if (column < n)
+    largest = vector_max(
+        largest, epilogue_normalize_vector(then, y, to, quantized, column, n - column, 0, by, times));
   return vector_largest(largest);
 }
 
-/* quantized = y [* multiplier] times ``inverse``, or inverse_scale (n) where that is what the row has. */
-static void epilogue_quantize(const transom_epilogue *then, const float *y, uint8_t *quantized, int32_t n,
-                              float inverse) {
-  int dynamic = then->row_scale != TRANSOM_NONE;
-  for (int32_t column = 0; column < n; column += LANES) {
-    int32_t lanes = n - column < LANES ? n - column : LANES;
-    vector x = vector_load_part(y + column, lanes);
-    if (dynamic) {
-      if (then->multiplier) x = vector_mul(x, vector_load_part(then->multiplier + column, lanes));
-      x = vector_mul(x, vector_set(inverse));
-    } else {
-      x = vector_mul(x, vector_load_part(then->inverse_scale + column, lanes));
-    }
-    vector_store_u8_part(quantized + column, x, then->zero_point, lanes);
+/* quantized = y [* multiplier] * inverse. */
+static void epilogue_quantize_row(const transom_epilogue *then, const float *y, uint8_t *quantized, int32_t n,
+                                  float inverse) {
+  const float *multiplier = then->multiplier;
+  int32_t column = 0, zero_point = then->zero_point;
+  vector factor = vector_set(inverse);
+  for (; column + LANES <= n; column += LANES) {
+    vector x = vector_load(y + column);
+    if (multiplier) x = vector_mul(x, vector_load(multiplier + column));
+    vector_store_u8(quantized + column, vector_mul(x, factor), zero_point);
+  }
+  if (column < n) {
+    vector x = vector_load_part(y + column, n - column);
+    if (multiplier) x = vector_mul(x, vector_load_part(multiplier + column, n - column));
+    vector_store_u8_part(quantized + column, vector_mul(x, factor), zero_point, n - column);
   }
 }
 
@@ -236,15 +258,13 @@ static void epilogue_row_rest(const transom_epilogue *then, const transom_run *r
     factor = 1.0f / (norm > then->epsilon ? norm : then->epsilon);
   }
   float *to = out ? out + row * n : y;
-  float largest = epilogue_normalize(then, y, to, n, shift, factor);
-  if (!quantized) return;
-  float inverse = 0.0f;
-  if (row_scale) {
-    float scale = largest / 127.0f;
-    row_scale[row] = scale;
-    inverse = scale > 1e-37f ? 1.0f / scale : 0.0f; /* the inverse of less is infinite */
-  }
-  epilogue_quantize(then, to, quantized + row * n, n, inverse);
+  uint8_t *bytes = quantized ? quantized + row * n : NULL;
+  float largest = epilogue_normalize(then, y, to, row_scale ? NULL : bytes, n, shift, factor);
+  if (!row_scale) return;
+  float scale = largest / 127.0f;
+  row_scale[row] = scale;
+  if (!bytes) return;
+  epilogue_quantize_row(then, to, bytes, n, scale > 1e-37f ? 1.0f / scale : 0.0f); /* the inverse of less is infinite */
 }
 
 /* A whole row y (n), which is overwritten. */
