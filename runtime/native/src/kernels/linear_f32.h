@@ -15,25 +15,29 @@
 #if defined(TRANSOM_VECTOR_AVX512)
 #define F32_ROWS 12 /* a tile: 24 sums, and 2 vectors of the weight, of 32 registers */
 #define F32_VECTORS 2
+#define F32_DEPTH 384 /* rows of a weight in a block */
 #elif defined(TRANSOM_VECTOR_AVX2)
 #define F32_ROWS 6 /* 12 sums of 16 registers */
 #define F32_VECTORS 2
+#define F32_DEPTH 192 /* the tile's rows stay in the first cache */
 #else
 #define F32_ROWS 4
 #define F32_VECTORS 1
+#define F32_DEPTH 192
 #endif
 #define F32_COLUMNS (F32_VECTORS * LANES)
-#define F32_DEPTH 384                                   /* rows of a weight in a block */
-#define F32_TILE_STRIDE (F32_DEPTH + 16)                /* floats from row to row of a tile's copy */
-#define F32_TASK_ROWS (F32_ROWS * (132 / F32_ROWS))     /* at most, of a task: its sums stay in the second cache */
+#define F32_TILE_STRIDE (F32_DEPTH + 16)            /* floats from row to row of a tile's copy */
+#define F32_TASK_ROWS (F32_ROWS * (132 / F32_ROWS)) /* at most, of a task: its sums stay in the second cache */
 #define F32_TASK_PANELS (192 / F32_COLUMNS)
 #define F32_SUM_STRIDE (F32_TASK_PANELS * F32_COLUMNS + 16)
-#define F32_STEP 4                                      /* rows of a weight for each line that is fetched ahead */
+#define F32_STEP 4                                  /* rows of a weight between lines that are fetched ahead */
+
+TRANSOM_INLINE int32_t f32_parts(int64_t whole, int64_t part) { return (int32_t)((whole + part - 1) / part); }
 
 /* Products of ``rows`` rows of x and ``depth`` rows of a panel, added to sums (rows, F32_COLUMNS), which start at zero
- * where ``first``. One line of ``ahead`` is fetched into the second cache every F32_STEP rows of the panel. */
+ * where ``first``. ``lines`` of ``ahead`` are fetched into the second cache every F32_STEP rows of the panel. */
 TRANSOM_INLINE void f32_tile(int32_t rows, int32_t depth, const float *x, int64_t stride, const float *panel,
-                             float *sums, int64_t sum_stride, int first, const float *ahead) {
+                             float *sums, int64_t sum_stride, int first, const float *ahead, int32_t lines) {
   vector sum[F32_ROWS][F32_VECTORS];
 #pragma GCC unroll 12
   for (int32_t row = 0; row < rows; row++)
@@ -42,7 +46,8 @@ TRANSOM_INLINE void f32_tile(int32_t rows, int32_t depth, const float *x, int64_
       sum[row][part] = first ? vector_zero() : vector_load(sums + row * sum_stride + part * LANES);
   int32_t step = 0;
   for (; step + F32_STEP <= depth; step += F32_STEP) {
-    __builtin_prefetch(ahead + (step / F32_STEP) * 16, 0, 2);
+    for (int32_t line = 0; line < lines; line++)
+      __builtin_prefetch(ahead + (step / F32_STEP * lines + line) * 16, 0, 2);
 #pragma GCC unroll 4
     for (int32_t k = 0; k < F32_STEP; k++) {
       vector weight[F32_VECTORS];
@@ -75,12 +80,12 @@ TRANSOM_INLINE void f32_tile(int32_t rows, int32_t depth, const float *x, int64_
 
 /* A function for each number of rows, so that the compiler keeps its sums in registers. */
 typedef void f32_tile_of_rows(int32_t depth, const float *x, int64_t stride, const float *panel, float *sums,
-                              int64_t sum_stride, int first, const float *ahead);
-#define F32_TILE(rows)                                                                                              \
-  static __attribute__((noinline)) void f32_tile_##rows(int32_t depth, const float *x, int64_t stride,              \
-                                                        const float *panel, float *sums, int64_t sum_stride,        \
-                                                        int first, const float *ahead) {                            \
-    f32_tile(rows, depth, x, stride, panel, sums, sum_stride, first, ahead);                                        \
+                              int64_t sum_stride, int first, const float *ahead, int32_t lines);
+#define F32_TILE(rows)                                                                                                \
+  static __attribute__((noinline)) void f32_tile_##rows(int32_t depth, const float *x, int64_t stride,                \
+                                                        const float *panel, float *sums, int64_t sum_stride,          \
+                                                        int first, const float *ahead, int32_t lines) {               \
+    f32_tile(rows, depth, x, stride, panel, sums, sum_stride, first, ahead, lines);                                   \
   }
 F32_TILE(1)
 F32_TILE(2)
@@ -125,8 +130,11 @@ static void f32_block(const f32_work *work, int64_t row, int32_t rows, int32_t p
   const float *x = work->x + row * k;
   _Alignas(64) float sums[F32_TASK_ROWS * F32_SUM_STRIDE];
   _Alignas(64) float copy[F32_ROWS * F32_TILE_STRIDE];
-  int copied = rows > F32_ROWS / 4; /* few rows are read as they lie, each panel from end to end */
-  int32_t most = copied ? F32_DEPTH : k;
+  /* A tile alone is multiplied by each panel from end to end, and its rows are read as they lie, unless they would push
+   * each other out of the cache. */
+  int copied = rows > F32_ROWS || (rows > F32_ROWS / 4 && k % 1024 == 0);
+  int32_t most = copied ? F32_DEPTH : k, tiles = f32_parts(rows, F32_ROWS);
+  int32_t lines = copied ? f32_parts(F32_STEP * F32_COLUMNS / 16, tiles) : 0;
   for (int32_t start = 0; start < k; start += most) {
     int32_t depth = k - start < most ? k - start : most;
     for (int32_t first = 0; first < rows; first += F32_ROWS) {
@@ -140,11 +148,11 @@ static void f32_block(const f32_work *work, int64_t row, int32_t rows, int32_t p
         stride = F32_TILE_STRIDE;
       }
       /* The next block of each panel, a part of it with each tile. */
-      int64_t ahead = (int64_t)depth * F32_COLUMNS + (int64_t)(first / F32_ROWS) * (depth / F32_STEP) * 16;
+      int64_t ahead = (int64_t)depth * F32_COLUMNS + (int64_t)(first / F32_ROWS) * (depth / F32_STEP) * 16 * lines;
       for (int32_t i = 0; i < panels; i++) {
         const float *block = weight + ((int64_t)i * k + start) * F32_COLUMNS;
         f32_tiles[tile - 1](depth, from, stride, block, sums + first * F32_SUM_STRIDE + i * F32_COLUMNS,
-                            F32_SUM_STRIDE, start == 0, block + ahead);
+                            F32_SUM_STRIDE, start == 0, block + ahead, lines);
       }
     }
   }
@@ -171,23 +179,21 @@ static void f32_task(void *context, int32_t index, int32_t thread) {
   f32_block(work, row, (int32_t)rows, panel, panels);
 }
 
-TRANSOM_INLINE int64_t f32_parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
-
 static void linear_f32(const transom_linear *record, const transom_run *run, transom_team *team) {
   f32_work work = {.record = record, .run = run, .x = transom_slot(run, record->in), .rows = run->rows[record->rows]};
   if (work.rows <= 0) return;
-  work.panels = (int32_t)f32_parts(record->matrix.n, F32_COLUMNS);
+  work.panels = f32_parts(record->matrix.n, F32_COLUMNS);
   /* Few, large tasks read memory least; each thread gets three or more, so that they end together. */
   int64_t wanted = team->threads > 1 ? 3 * team->threads : 1;
   work.task_rows = f32_parts(work.rows, f32_parts(work.rows, F32_TASK_ROWS));
   work.task_panels = F32_TASK_PANELS;
-  work.row_tasks = (int32_t)f32_parts(work.rows, work.task_rows);
+  work.row_tasks = f32_parts(work.rows, work.task_rows);
   while (work.task_panels > 2 && work.row_tasks * f32_parts(work.panels, work.task_panels) < wanted) work.task_panels--;
   while (work.task_rows > 2 * F32_ROWS && work.row_tasks * f32_parts(work.panels, work.task_panels) < wanted) {
     work.task_rows = f32_parts(work.task_rows, 2);
-    work.row_tasks = (int32_t)f32_parts(work.rows, work.task_rows);
+    work.row_tasks = f32_parts(work.rows, work.task_rows);
   }
-  int32_t tasks = work.row_tasks * (int32_t)f32_parts(work.panels, work.task_panels);
+  int32_t tasks = work.row_tasks * f32_parts(work.panels, work.task_panels);
   transom_parallel(team, tasks, f32_task, &work);
   if (epilogue_needs_row(&record->then)) finish_rows(&record->then, run, team, work.rows, record->matrix.n);
 }
