@@ -181,6 +181,7 @@ sweep: $(STAMP) ## damaged manifests by the million, kill -9 at 200 moments of a
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) atheris \
 	    || echo "make sweep: atheris cannot be installed here; manifests are damaged without looking at coverage" >&2
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/fuzz_manifests.py --runs $(FUZZ_RUNS) $(REFERENCES:%=bundles/%)
+	$(VENV)/bin/python benchmarks/fuzz_lists.py --runs $$(( $(FUZZ_RUNS) / 10 ))
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/kill_export.py --kills $(KILLS)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/threads.py --requests $(REQUESTS) $(REFERENCES:%=bundles/%)
 

@@ -66,6 +66,10 @@ def is_sizes(value: Any) -> bool:
     return all(type(size) is int and 0 < size <= MAX_INTEGER for size in value)
 
 
+def is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
 def or_none(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or check(value)
 
@@ -134,10 +138,11 @@ def record_from_json(kind: type[Any], value: Any, where: str, problems: list[str
         default = ... if field.default is MISSING else field.default
         annotation = str(field.type)
         if annotation in RECORDS:
-            inner = given.take(field.name, or_none(lambda v: isinstance(v, dict)), "an object", default)
-            made[field.name] = inner and record_from_json(RECORDS[annotation], inner, f"{where}.{field.name}", problems)
-            if inner == {} and annotation == "Epilogue":
-                made[field.name] = Epilogue()
+            optional = annotation.endswith("None")
+            inner = given.take(field.name, or_none(is_object) if optional else is_object, "an object", default)
+            if inner is not None:
+                inner = record_from_json(RECORDS[annotation], inner, f"{where}.{field.name}", problems)
+            made[field.name] = inner
         elif annotation == "tuple[Table, ...]":
             tables = given.sequence(field.name)[: MAX_PARTS + 1]
             made[field.name] = tuple(record_from_json(Table, each, f"{where}.tables[]", problems) for each in tables)

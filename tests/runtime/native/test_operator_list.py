@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
-from contextlib import suppress
 from random import Random
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from json_mutations import mutated
+from damaged_lists import run_damaged
+from native_graphs import libraries
 from operator_lists import DECODER, ENCODER, VISION, decoder_list, encoder_list, vision_list
 from transom.runtime.errors import BundleError
 from transom.runtime.json_reader import parse_json
+from transom.runtime.native.library import NativeLibrary
 from transom.runtime.native.operator_list import list_from_json, list_to_json, registers_of
-from transom.runtime.native.operators import Unpack
 
 LISTS = {"encoder": (encoder_list, ENCODER), "decoder": (decoder_list, DECODER), "vision": (vision_list, VISION)}
 
@@ -151,19 +148,9 @@ def test_all_problems_are_in_one_error() -> None:
     assert "'ghost'" in message
 
 
-@settings(
-    max_examples=400, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
-)
-@given(rng=st.integers(0, 2**32).map(Random))
-def test_damaged_lists(rng: Random) -> None:
-    """What is not refused reads no tensor beyond the weights and writes every output of the graph."""
-    name = rng.choice([*LISTS])
-    made, graph = LISTS[name]
-    operators, weights = made()
-    others = [list_to_json(each()[0]) for each, _ in LISTS.values()]
-    value = mutated(copy.deepcopy(list_to_json(operators)), rng, others, most=3)
-    with suppress(BundleError):
-        found = list_from_json(value, graph, len(weights))
-        assert all(0 <= tensor.offset < len(weights) for tensor in found.tensors.values())
-        given = {each.output for each in found.operators if isinstance(each, Unpack)} | {*found.outputs.values()}
-        assert given == {tensor.name for tensor in graph.outputs if tensor.aliases is None}
+@pytest.mark.parametrize("library", libraries())
+def test_damaged_lists(library: NativeLibrary) -> None:
+    """What is not refused is executed: it reads and writes nothing that is not its own. ``make sweep`` runs more."""
+    results = [run_damaged(Random(seed), library) for seed in range(400)]
+    assert 10 < results.count(None) < 200
+    assert not any("\n" in error for error in results if error is not None)

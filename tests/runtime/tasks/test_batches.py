@@ -14,7 +14,7 @@ from paths import KEPT
 from transom.runtime import load
 from transom.runtime.errors import InputError
 from transom.runtime.tasks import text_bundle as texts_module
-from transom.runtime.tasks.batches import batch_costs, batches, collected, packed
+from transom.runtime.tasks.batches import batch_costs, batches, by_tokens, collected, packed
 
 TEXTS = [" ".join("abcd"[: 1 + place % 4]) for place in range(2500)]
 IMAGES = list(np.random.default_rng(0).integers(0, 256, (1500, 8, 8, 3), np.uint8))
@@ -196,3 +196,18 @@ def test_prompts_of_like_length_share_a_batch(asked: dict[str, Any], monkeypatch
         assert found[:2] == gpt.generate(prompts[:2], max_new_tokens=3, **asked)
         if "seed" not in asked:
             assert found == [gpt.generate(prompt, max_new_tokens=3, **asked) for prompt in prompts]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ([], []),
+        ([3], [[0]]),
+        ([4, 4, 4], [[0, 1], [2]]),
+        ([9, 1, 12, 2, 6, 1], [[0], [1], [2], [3, 4], [5]]),
+        ([1] * 9, [[0, 1, 2, 3, 4, 5, 6, 7], [8]]),
+    ],
+)
+def test_rows_without_padding_stay_in_order_up_to_so_many_tokens(lengths: list[int], expected: list[list[int]]) -> None:
+    """At most 8 tokens together; a longer row is alone."""
+    assert [places.tolist() for places in by_tokens(lengths, 8)] == expected
