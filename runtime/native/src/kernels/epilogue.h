@@ -143,20 +143,6 @@ static void epilogue_columns_of(const transom_epilogue *then, const transom_run 
   epilogue_compute(then->activation, at);
 }
 
-/* Fetch what epilogue_columns_of will read and write for these rows and columns: their lines are far apart, and a kernel
- * that has work to do before comes back to them when they are there. */
-static inline void epilogue_fetch(const transom_epilogue *then, const transom_run *run, int64_t row, int32_t rows,
-                                  int32_t n, int32_t column, int32_t columns) {
-  const int32_t slots[4] = {then->residual, then->sum, then->out, then->quantized};
-  for (int32_t each = 0; each < 4; each++) {
-    const char *from = transom_slot(run, slots[each]);
-    int64_t size = each < 3 ? 4 : 1;
-    for (int32_t i = 0; from && i < rows; i++)
-      for (int64_t byte = 0; byte < columns * size; byte += 64)
-        __builtin_prefetch(from + ((row + i) * n + column) * size + byte);
-  }
-}
-
 /* Columns [column, column + count) of one row y, which points to the first of them. y is left as it was where the row is
  * not needed as a whole, else replaced by what epilogue_row_rest goes on with. */
 static inline void epilogue_columns(const transom_epilogue *then, const transom_run *run, int64_t row, int32_t n,

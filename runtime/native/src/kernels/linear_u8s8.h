@@ -88,7 +88,6 @@ static void linear_u8s8_panel(const linear_u8s8_job *job, const linear_task *tas
   for (int64_t tile = 0; tile < tiles; tile++) {
     int64_t first = task->row + rows * tile / tiles, end = task->row + rows * (tile + 1) / tiles;
     const int8_t *next = panel + 1 < task->panel_end ? weights + bytes : NULL;
-    epilogue_fetch(&record->then, job->run, first, (int32_t)(end - first), n, column, count);
     u8s8_tile((int32_t)(end - first), x + first * k, k, weights, next, (int32_t)tile, (int32_t)tiles, start, sums[0]);
     epilogue_block block = {
         .rows = (int32_t)(end - first), .columns = count, .n = n,

@@ -4,6 +4,7 @@
 #define U8S8_GROUP 2
 #define U8S8_BLOCK 16    /* columns */
 #define U8S8_WIDENED 2048 /* of k at a time: 24 KB of the stack */
+#define U8S8_STRIDE (U8S8_WIDENED + 48) /* at 4096 bytes rows would push each other out of the first cache */
 
 TRANSOM_INLINE int64_t u8s8_offset(int64_t k, int64_t index, int32_t column) {
   return (column / U8S8_BLOCK * (k / 2) + index / 2) * (2 * U8S8_BLOCK) + column % U8S8_BLOCK * 2 + index % 2;
@@ -20,7 +21,7 @@ static void u8s8_widen(const uint8_t *x, int32_t count, uint16_t *to) {
   if (count % 2) to[count] = 0;
 }
 
-TRANSOM_INLINE void u8s8_block_of(const int32_t rows, const uint16_t (*x)[U8S8_WIDENED], int32_t pairs,
+TRANSOM_INLINE void u8s8_block_of(const int32_t rows, const uint16_t (*x)[U8S8_STRIDE], int32_t pairs,
                                   const int8_t *weights, const int32_t *start, int64_t start_stride, int32_t *y) {
   __m256i sums[U8S8_ROWS][2];
   _Pragma("GCC unroll 6") for (int32_t row = 0; row < rows; row++)
@@ -43,22 +44,28 @@ TRANSOM_INLINE void u8s8_block_of(const int32_t rows, const uint16_t (*x)[U8S8_W
       _mm256_storeu_si256((__m256i *)(void *)(y + row * U8S8_PANEL + 8 * part), sums[row][part]);
 }
 
-static __attribute__((noinline)) void u8s8_block(int32_t rows, const uint16_t (*x)[U8S8_WIDENED], int32_t pairs,
-                                                 const int8_t *weights, const int32_t *start, int64_t start_stride,
-                                                 int32_t *y) {
-  switch (rows) {
-    case 1: u8s8_block_of(1, x, pairs, weights, start, start_stride, y); break;
-    case 2: u8s8_block_of(2, x, pairs, weights, start, start_stride, y); break;
-    case 3: u8s8_block_of(3, x, pairs, weights, start, start_stride, y); break;
-    case 4: u8s8_block_of(4, x, pairs, weights, start, start_stride, y); break;
-    case 5: u8s8_block_of(5, x, pairs, weights, start, start_stride, y); break;
-    case 6: u8s8_block_of(6, x, pairs, weights, start, start_stride, y); break;
+/* A function for each number of rows, so that the compiler keeps its sums in registers. */
+typedef void u8s8_block_of_rows(const uint16_t (*x)[U8S8_STRIDE], int32_t pairs, const int8_t *weights,
+                                const int32_t *start, int64_t start_stride, int32_t *y);
+#define U8S8_BLOCK_OF(rows)                                                                                      \
+  static __attribute__((noinline)) void u8s8_block_##rows(const uint16_t (*x)[U8S8_STRIDE], int32_t pairs,      \
+                                                          const int8_t *weights, const int32_t *start,           \
+                                                          int64_t start_stride, int32_t *y) {                    \
+    u8s8_block_of(rows, x, pairs, weights, start, start_stride, y);                                              \
   }
-}
+U8S8_BLOCK_OF(1)
+U8S8_BLOCK_OF(2)
+U8S8_BLOCK_OF(3)
+U8S8_BLOCK_OF(4)
+U8S8_BLOCK_OF(5)
+U8S8_BLOCK_OF(6)
+#undef U8S8_BLOCK_OF
+static u8s8_block_of_rows *const u8s8_blocks[U8S8_ROWS] = {u8s8_block_1, u8s8_block_2, u8s8_block_3,
+                                                           u8s8_block_4, u8s8_block_5, u8s8_block_6};
 
 static void u8s8_tile(int32_t rows, const uint8_t *x, int32_t k, const int8_t *panel, const int8_t *next, int32_t tile,
                       int32_t tiles, const int32_t *start, int32_t *y) {
-  uint16_t widened[U8S8_ROWS][U8S8_WIDENED];
+  uint16_t widened[U8S8_ROWS][U8S8_STRIDE];
   int64_t padded = ((int64_t)k + 1) / 2 * 2;
   (void)next, (void)tile, (void)tiles;
   for (int32_t first = 0; first < k; first += U8S8_WIDENED) {
@@ -67,8 +74,8 @@ static void u8s8_tile(int32_t rows, const uint8_t *x, int32_t k, const int8_t *p
     for (int32_t column = 0; column < U8S8_PANEL; column += U8S8_BLOCK) {
       const int8_t *weights = panel + u8s8_offset(padded, first, column);
       const int32_t *from = first ? y + column : start + column;
-      u8s8_block(rows, (const uint16_t(*)[U8S8_WIDENED])widened, (count + 1) / 2, weights, from,
-                 first ? U8S8_PANEL : 0, y + column);
+      u8s8_blocks[rows - 1]((const uint16_t(*)[U8S8_STRIDE])widened, (count + 1) / 2, weights, from,
+                            first ? U8S8_PANEL : 0, y + column);
     }
   }
 }
