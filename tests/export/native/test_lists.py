@@ -56,7 +56,7 @@ def test_an_export_proves_its_lists(make_checkpoint: Any, tmp_path: Path, precis
     sides = {name.split("/")[1] for name in load_file(out / "golden.safetensors")}
     assert sides == {"input", "pytorch", "bundle", "native"}
     with load(out) as loaded:
-        assert loaded.kernels == {"model": KernelChoice("native", "numpy")}
+        assert loaded.kernels == {"model": KernelChoice("native", "numpy", "numpy")}
     verified = verification.verify(out)
     assert sum(case.native for case in verified.cases) == len(cases)
 

@@ -179,11 +179,12 @@ def test_every_precision_exports_verifies_and_passes_its_selftest(
     fused = [case for case in cases if case.native]
     assert len(cases) - len(fused) == sum(map(len, grids)) * (2 if precision == "fp16" else 1)  # again, as a GPU rounds
     assert len(fused) == sum(map(len, grids)) * any("native" in file.files for file in manifest.graphs)
-    report = selftest(tmp_path / "out")
+    report = selftest(tmp_path / "out", kernels="onnxruntime")
     assert report.tolerance == TOLERANCES[precision]
     assert report.worst.error <= report.tolerance
     again = max(comparison.error for case in report.cases for comparison in case.against_build)
     assert again <= 1e-6  # the same machine computes the same
+    assert selftest(tmp_path / "out").cases  # by lists of operators, where there are kernels
 
 
 def test_the_selftest_fails_when_the_graph_is_another(bert_bundle: Path, tmp_path: Path) -> None:
@@ -219,16 +220,18 @@ def test_a_quantised_bundle_is_compared_with_its_own_build(vit_bundle: Path, tmp
     """PyTorch is further away, and may be by twice what the export measured."""
     bundle = changed_bundle(vit_bundle, tmp_path, as_quantized)
     moved("pytorch", 0.45)(bundle)
-    report = selftest(bundle, threads=1)
+    report = selftest(bundle, threads=1, kernels="onnxruntime")
     assert (report.side, report.tolerance) == ("bundle", REPEAT_TOLERANCE)
     assert report.worst.error <= 1e-6
     assert 0.3 < report.worst_against("pytorch").error < 0.5
     moved("bundle", 0.5 * REPEAT_TOLERANCE)(bundle)
-    assert 0.4 * REPEAT_TOLERANCE < selftest(bundle, threads=1).worst.error < 0.6 * REPEAT_TOLERANCE
+    assert (
+        0.4 * REPEAT_TOLERANCE < selftest(bundle, threads=1, kernels="onnxruntime").worst.error < 0.6 * REPEAT_TOLERANCE
+    )
     moved("bundle", REPEAT_TOLERANCE)(bundle)
     expected = r"on cpu differs from what it gave when it was built: .* 0\.1 is allowed .* 8-bit products on this "
     with pytest.raises(ParityError, match=expected):
-        selftest(bundle, threads=1)
+        selftest(bundle, threads=1, kernels="onnxruntime")
 
 
 def test_verify_wants_the_same_checkpoint(bert_bundle: Path, bert_checkpoint: Path, tmp_path: Path) -> None:

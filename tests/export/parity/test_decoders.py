@@ -55,12 +55,13 @@ def test_every_precision_exports_verifies_and_passes_its_selftest(
     assert len(cases) == len(parity["cases"])
     ours = [case for case in cases if not case.native]
     assert sum(case.emulated for case in ours) == (len(ours) // 2 if precision == "fp16" else 0)  # a third side
-    report = selftest(tmp_path / "out")
+    report = selftest(tmp_path / "out", kernels="onnxruntime")
     assert report.worst.error <= report.tolerance == TOLERANCES[precision]
     (generation,) = (case for case in report.cases if case.name == GENERATION)
     assert generation.against_pytorch[0].shape[2] == 101
     again = max(comparison.error for case in report.cases for comparison in case.against_build)
     assert again <= 1e-6  # the same machine computes the same
+    assert selftest(tmp_path / "out").cases  # by lists of operators, where there are kernels
 
 
 @pytest.mark.parametrize("architecture", DECODERS)
@@ -347,7 +348,7 @@ def test_the_selftest_fails_on_another_golden_generation(
 ) -> None:
     bundle = Path(shutil.copytree(exported(architecture)[1], tmp_path / "bundle"))
     with pytest.raises(error, match=message):
-        selftest(with_golden(bundle, change), threads=1)
+        selftest(with_golden(bundle, change), threads=1, kernels="onnxruntime")
 
 
 def other_build(tensors: dict[str, Any], margin: float = 9.0) -> None:
@@ -375,7 +376,7 @@ def test_a_quantised_bundle_says_again_what_it_said_when_it_was_built(exported: 
         tensors[key("pytorch", "tokens")] = tokens
         other_logits(tensors)
 
-    report = selftest(with_golden(quantized_gpt(exported, tmp_path), another), threads=1)
+    report = selftest(with_golden(quantized_gpt(exported, tmp_path), another), threads=1, kernels="onnxruntime")
     assert report.side == "bundle"
     assert report.worst.error <= 1e-6
     assert report.worst_against("pytorch").error > 1e-3
@@ -383,7 +384,7 @@ def test_a_quantised_bundle_says_again_what_it_said_when_it_was_built(exported: 
 
 def test_another_token_where_the_build_was_undecided(exported: Exported, tmp_path: Path) -> None:
     bundle = with_golden(quantized_gpt(exported, tmp_path), lambda tensors: other_build(tensors, margin=0.0))
-    (tie,) = (tie for case in selftest(bundle, threads=1).cases for tie in case.near_ties)
+    (tie,) = (tie for case in selftest(bundle, threads=1, kernels="onnxruntime").cases for tie in case.near_ties)
     assert re.fullmatch(r"greedy token 5 of row 0 is \d+, the build's is \d+ \(its margin 0\.00e\+00\)", tie)
 
 
@@ -401,4 +402,4 @@ def test_the_selftest_of_a_quantised_bundle_fails(
     exported: Exported, tmp_path: Path, change: Any, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        selftest(with_golden(quantized_gpt(exported, tmp_path), change), threads=1)
+        selftest(with_golden(quantized_gpt(exported, tmp_path), change), threads=1, kernels="onnxruntime")
