@@ -3,9 +3,9 @@
  * A weight (k, n) lies in panels of F32_COLUMNS columns, the last one filled with zeros: panel p holds row after row
  * (k, F32_COLUMNS). A task has some rows and some panels. It goes through k in blocks, so that a block of its panels
  * stays in the second cache while all its rows pass, and through the rows in tiles, whose sums lie in registers. Rows
- * of a tile are copied side by side before: at a distance of 4096 bytes they would push each other out of the first
- * cache. An element is one chain of products over k in ascending order, however the work is split: its bits depend
- * neither on the number of threads nor on the rows beside it, and a row alone has the same ones.
+ * of a tile that lie multiples of 4096 bytes apart are copied side by side before: they would push each other out of
+ * the first cache. An element is one chain of products over k in ascending order, however the work is split: its bits
+ * depend neither on the number of threads nor on the rows beside it, and a row alone has the same ones.
  */
 #ifndef TRANSOM_LINEAR_F32_H
 #define TRANSOM_LINEAR_F32_H
@@ -27,6 +27,7 @@
 #endif
 #define F32_COLUMNS (F32_VECTORS * LANES)
 #define F32_TILE_STRIDE (F32_DEPTH + 16)            /* floats from row to row of a tile's copy */
+#define F32_ALIASED 1024                            /* floats between rows that have the same place in the cache */
 #define F32_TASK_ROWS (F32_ROWS * (132 / F32_ROWS)) /* at most, of a task: its sums stay in the second cache */
 #define F32_TASK_PANELS (192 / F32_COLUMNS)
 #define F32_SUM_STRIDE (F32_TASK_PANELS * F32_COLUMNS + 16)
@@ -130,11 +131,10 @@ static void f32_block(const f32_work *work, int64_t row, int32_t rows, int32_t p
   const float *x = work->x + row * k;
   _Alignas(64) float sums[F32_TASK_ROWS * F32_SUM_STRIDE];
   _Alignas(64) float copy[F32_ROWS * F32_TILE_STRIDE];
-  /* A tile alone is multiplied by each panel from end to end, and its rows are read as they lie, unless they would push
-   * each other out of the cache. */
-  int copied = rows > F32_ROWS || (rows > F32_ROWS / 4 && k % 1024 == 0);
-  int32_t most = copied ? F32_DEPTH : k, tiles = f32_parts(rows, F32_ROWS);
-  int32_t lines = copied ? f32_parts(F32_STEP * F32_COLUMNS / 16, tiles) : 0;
+  /* A tile alone is multiplied by each panel from end to end. */
+  int copied = rows > F32_ROWS / 4 && k % F32_ALIASED == 0, blocked = copied || rows > F32_ROWS;
+  int32_t most = blocked ? F32_DEPTH : k, tiles = f32_parts(rows, F32_ROWS);
+  int32_t lines = blocked ? f32_parts(F32_STEP * F32_COLUMNS / 16, tiles) : 0;
   for (int32_t start = 0; start < k; start += most) {
     int32_t depth = k - start < most ? k - start : most;
     for (int32_t first = 0; first < rows; first += F32_ROWS) {
