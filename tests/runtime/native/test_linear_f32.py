@@ -23,8 +23,8 @@ from transom.runtime.native.records import (
 )
 
 Floats = NDArray[np.float32]
-# (rows, k, n): one of each, parts of a panel, of a tile and of a block of k, rows that are 4096 bytes apart, several tasks
-# of rows and of columns.
+# (rows, k, n): one of each, parts of a panel, of a tile and of a block of k, rows 4096 bytes apart, several tasks of
+# rows and of columns.
 SIZES = [(1, 1, 1), (3, 7, 5), (5, 400, 31), (13, 385, 65), (12, 768, 64), (25, 2048, 40), (140, 130, 400), (61, 3, 97)]
 
 
