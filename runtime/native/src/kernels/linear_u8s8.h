@@ -7,7 +7,8 @@
  *
  *   U8S8_ROWS                                     rows of a tile, at most
  *   U8S8_GROUP                                    k is padded to a multiple of it, with zeros
- *   u8s8_offset(k, index, column)                 where an element stands in its panel; k as padded
+ *   u8s8_offset(k, index, column)                 where an element stands in its panel; k as padded. It is the sum of
+ *                                                 those of (k, index, 0) and (k, 0, column)
  *   u8s8_tile(rows, x, k, panel, next, start, y)  y (rows, U8S8_PANEL) = start (U8S8_PANEL) + x (rows, k) panel
  */
 #ifndef TRANSOM_LINEAR_U8S8_H
@@ -44,16 +45,19 @@ static void pack_u8s8(int32_t k, int32_t n, int32_t column, int32_t n_part, cons
     int32_t real = first >= end ? 0 : count < end - first ? count : end - first;
     int8_t *panel = panels + (int64_t)(first / U8S8_PANEL) * U8S8_PANEL * padded;
     int32_t sums[U8S8_PANEL] = {0};
+    int64_t place[U8S8_PANEL];
+    for (int32_t each = 0; each < count; each++) place[each] = u8s8_offset(padded, 0, in_panel + each);
     for (int64_t row = 0; row < padded; row++) {
+      int8_t *to = panel + u8s8_offset(padded, row, 0);
       const int8_t *from = transposed ? source + (first - column) * stride + row : source + row * stride + first - column;
       int64_t step = transposed ? stride : 1;
       int32_t here = row < k ? real : 0;
       for (int32_t each = 0; each < here; each++) {
         int8_t value = from[each * step];
-        panel[u8s8_offset(padded, row, in_panel + each)] = value;
+        to[place[each]] = value;
         sums[each] += value;
       }
-      for (int32_t each = here; each < count; each++) panel[u8s8_offset(padded, row, in_panel + each)] = 0;
+      for (int32_t each = here; each < count; each++) to[place[each]] = 0;
     }
     memcpy(column_sum + first, sums, (size_t)real * sizeof *sums);
     first += count;
