@@ -113,7 +113,7 @@ def kernel_fields(manifest: Manifest) -> Iterator[tuple[str, str]]:
     for name, entry in manifest.native.items():
         fused = at(entry, "fused")
         counts = ", ".join(f"{count} {what}" for what, count in fused.items()) if isinstance(fused, Mapping) else ""
-        yield f"{name} fused", counts or f"no list: {at(entry, 'refused') or 'not recorded'}"
+        yield f"{name} kernels", counts or f"ONNX Runtime's alone: {at(entry, 'refused') or 'not recorded'}"
 
 
 def gate_line(quantization: Mapping[str, Any]) -> str:

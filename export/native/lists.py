@@ -16,6 +16,9 @@ from transom.runtime.native.operator_list import list_problems
 
 LIST = ".operators.json"  # the end of a list's file name
 ALIGNMENT = 64  # bytes
+NO_KERNELS = (
+    "the export had no kernels to prove a list with (`transom doctor` says why)"  # with paths, which no bundle has
+)
 BF16 = "BF16 has no kernels for a CPU: its graphs round as a GPU would"
 
 
@@ -38,7 +41,7 @@ def lower_graphs(models: Mapping[str, ir.Model], graphs: tuple[Graph, ...]) -> N
     """Return the lists of all graphs that have one; of none where no library is here to compare them with PyTorch."""
     found = status()
     if found.library is None:
-        return refused(graphs, f"the export had no kernels to prove a list with: {found.reason}")
+        return refused(graphs, NO_KERNELS)
     lowered: dict[str, Lowered] = {}
     record: dict[str, Mapping[str, Any]] = {}
     for graph in graphs:

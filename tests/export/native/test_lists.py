@@ -98,8 +98,7 @@ def test_greedy_generations_of_a_list(make_checkpoint: Any, tmp_path: Path) -> N
 def test_without_kernels_there_is_no_list(make_checkpoint: Any, tmp_path: Path) -> None:
     folder = make_checkpoint("BertForSequenceClassification", num_labels=3, num_hidden_layers=1)
     manifest = pipeline.export(str(folder), tmp_path / "out", max_sizes={"B": 2, "S": 9})
-    reason = "the export had no kernels to prove a list with: there is no library"
-    assert manifest.native == {"model": {"refused": reason}}
+    assert manifest.native == {"model": {"refused": lists.NO_KERNELS}}
     assert {*manifest.graphs[0].files} == {"default"}
     assert manifest.graphs[0].weights is None
 
