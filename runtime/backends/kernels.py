@@ -25,7 +25,7 @@ ELSEWHERE = "the kernels are for the CPU"
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """What executes one graph, NATIVE or ONNXRUNTIME on the CPU and else the device's name, and why.
+    """The kernels that execute one graph and why: NATIVE or ONNXRUNTIME on the CPU, else the device's name.
 
     ``isa`` is the instruction set of the native kernels.
     """

@@ -10,7 +10,7 @@ import numpy as np
 from transom.runtime.backends.base import Array, BoundRun, Read, ReadInPieces, RepeatedRun
 from transom.runtime.backends.kernels import LIST
 from transom.runtime.errors import BundleError
-from transom.runtime.host import usable_cores
+from transom.runtime.host import physical_cores
 from transom.runtime.json_reader import parse_json
 from transom.runtime.manifest_graphs import GraphFile
 from transom.runtime.native.bound_run import NativeBoundRun
@@ -22,6 +22,7 @@ from transom.runtime.native.workspace import Workspace, output_slots
 from transom.runtime.process_bound import ProcessBound
 
 KEPT = 4  # workspaces that wait for the next run
+KEPT_BYTES = 256 << 20  # of one that waits; a larger one is given back
 KEY_STEP = 64  # working memory is asked for so many keys at a time
 
 
@@ -35,7 +36,7 @@ class NativeBackend(ProcessBound):
 
     def __init__(self, file: GraphFile, read: Read, threads: int | None, library: NativeLibrary) -> None:
         self.graph = file.graph.with_state_dtype("float32")
-        self.library, self.threads = library, threads or usable_cores()
+        self.library, self.threads = library, threads or physical_cores()
         name = file.files[LIST]
         weights = weights_size(file, read)
         operators = list_from_json(parse_json(read(name), name), self.graph, weights)
@@ -64,7 +65,7 @@ class NativeBackend(ProcessBound):
         workspace.bind(rows.slots)
         workspace.bind(output_slots(self.program, variant, rows, outputs))
         self.library.execute(variant.operators, workspace.run)
-        if len(self._free) < KEPT:
+        if len(self._free) < KEPT and workspace.size <= KEPT_BYTES:
             self._free.append(workspace)
         return outputs
 

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from transom.runtime.backends.base import Array
 from transom.runtime.feeds import WRITE_INDICES
+from transom.runtime.graph_spec import Graph
+from transom.runtime.native.library import NativeLibrary
 from transom.runtime.native.operators import COLUMN, EVERY, INDICES, Embed, Select
-from transom.runtime.native.program import ids_slot, input_slot
-from transom.runtime.native.rows import Rows
+from transom.runtime.native.program import Program, ids_slot, input_slot
+from transom.runtime.native.rows import Packer, Rows
 from transom.runtime.native.workspace import Workspace, output_slots
 from transom.runtime.process_bound import ProcessBound
 
-if TYPE_CHECKING:
-    from transom.runtime.native.backend import NativeBackend
-
 FEW = 16  # rows up to which plain ints are faster than numpy, whose code a step has pushed out of the caches
+
+
+class OpenedList(Protocol):
+    """The parts of a backend that a run needs; ``scratch`` returns the working memory for so many keys, bytes."""
+
+    graph: Graph
+    library: NativeLibrary
+    threads: int
+    program: Program
+    packer: Packer
+
+    def scratch(self, keys: int) -> int: ...
 
 
 class NativeBoundRun(ProcessBound):
@@ -28,7 +39,7 @@ class NativeBoundRun(ProcessBound):
     Raises what ``Packer.pack`` raises, at every run too.
     """
 
-    def __init__(self, backend: NativeBackend, feeds: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
+    def __init__(self, backend: OpenedList, feeds: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> None:
         self._backend, self._feeds = backend, dict(feeds)
         self._shapes = {
             tensor.name: tuple(shapes[tensor.name])
@@ -66,7 +77,7 @@ class NativeBoundRun(ProcessBound):
 class OneToken:
     """The inputs of a step of one token for each of a few rows, written into the arrays that are bound."""
 
-    def __init__(self, backend: NativeBackend, feeds: Mapping[str, Any], rows: Rows, names: Sequence[str]) -> None:
+    def __init__(self, backend: OpenedList, feeds: Mapping[str, Any], rows: Rows, names: Sequence[str]) -> None:
         """Take the inputs ``names`` as ids."""
         bounds = backend.packer.bounds
         self._ids = [
@@ -86,7 +97,7 @@ class OneToken:
             self._cross_valid = rows.cross_valid.view(np.bool_)
 
     @classmethod
-    def of(cls, backend: NativeBackend, feeds: Mapping[str, Any], rows: Rows, parts: Sequence[Any]) -> OneToken | None:
+    def of(cls, backend: OpenedList, feeds: Mapping[str, Any], rows: Rows, parts: Sequence[Any]) -> OneToken | None:
         """Return the inputs of such a step; None where a run is another one, or its arrays are no blocks of memory."""
         packer = backend.packer
         names = list(dict.fromkeys(table.ids for each in parts if isinstance(each, Embed) for table in each.tables))

@@ -31,6 +31,11 @@ class Workspace(ProcessBound):
         self._placed: tuple[Any, ...] = ()
         self._addresses: NDArray[np.uintp] = np.zeros(0, np.uintp)
 
+    @property
+    def size(self) -> int:
+        """The bytes of its registers and working memory."""
+        return self._memory.size
+
     def place(self, rows: Rows, scratch: int, threads: int) -> None:
         """Give each register its memory, and the run what it says of ``rows``."""
         key = (rows.counts, scratch, threads)

@@ -80,3 +80,16 @@ def test_a_name_without_a_number_gets_family_and_model(
     cpuinfo.write_text(f"processor\t: 0\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: {told}\n\n")
     monkeypatch.setattr(host, "CPUINFO", cpuinfo)
     assert host.cpu_name() == name
+
+
+def test_threads_of_a_core_are_one_core(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """CPUs 0 and 4 are threads of one core, 1 and 5 of another; this process may use 0, 4 and 5."""
+    for cpu, siblings in ((0, "0,4"), (4, "0,4"), (5, "1,5")):
+        folder = tmp_path / f"cpu{cpu}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(f"{siblings}\n")
+    monkeypatch.setattr(host, "TOPOLOGY", tmp_path)
+    monkeypatch.setattr(host.os, "sched_getaffinity", lambda process: {0, 4, 5}, raising=False)
+    assert host.physical_cores() == 2
+    monkeypatch.setattr(host, "TOPOLOGY", tmp_path / "none")
+    assert host.physical_cores() == host.usable_cores() == 3
