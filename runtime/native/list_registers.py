@@ -24,6 +24,7 @@ from transom.runtime.native.operators import (
 ITEM_BYTES = {"float32": 4, "float16": 2, "int8": 1, "uint8": 1}
 FLOATS = ("float32", "float16")
 
+WRITE_INDICES = "write_indices"  # of graphs that write caches: where each row's new tokens go
 SMALLEST_SCALE, LARGEST_SCALE = 1e-30, 1e30  # of 8-bit activations; the inverse is a float32 too
 
 
@@ -85,6 +86,11 @@ class ListState:
             self.token_input(operators.mask, "the mask")
         if cache_inputs(self.graph):
             self.expect(operators.mask is None, "has a mask and caches, expected one of them")
+            indices = known.get(WRITE_INDICES)
+            self.expect(
+                indices is not None and (indices.dtype, indices.shape) == ("int64", ("B",)),
+                f"has caches and the graph no input {WRITE_INDICES} int64 (B)",
+            )
             first = token_input(self.graph).name
             self.expect(operators.ids == first, f"has the ids {operators.ids!r}, expected the tokens {first!r}")
 
