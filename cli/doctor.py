@@ -12,7 +12,6 @@ from transom.cli.examine import FULL, RTX, capability_of, examine
 from transom.cli.failures import FAILED
 from transom.cli.options import Json
 from transom.cli.output import print_fields, print_json
-from transom.runtime.native.library import ABSENT
 
 
 def doctor(
@@ -55,6 +54,8 @@ def report_fields(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     int8 = cpu["int8"]
     sums = "sums were not tried" if int8["runs"] is None else f"sums in {int8['runs']} are {int8['means']}"
     yield "int8", f"{int8['instruction_set']}, {int8['meaning']}; {sums}"
+    from transom.runtime.native.library import ABSENT
+
     yield "kernels", kernels_text(cpu["kernels"])
     for name, why in cpu["kernels"]["passed_over"].items():
         if why != ABSENT:
