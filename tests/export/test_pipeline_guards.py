@@ -390,7 +390,7 @@ def test_the_stages_of_an_export_are_all_there(monkeypatch: pytest.MonkeyPatch, 
         "make_variants": SimpleNamespace(emulated=(1,)), "manifest_fields": {"precision": "fp16"},
         "write_files": None, "open_default_files": None,
         "open_pytorch": Side(), "ParityCases": [1], "parity_inputs": {}, "open_bundle": Side(),
-        "emulated_variants": None, "open_variants": Side(),
+        "emulated_variants": None, "open_variants": Side(), "open_native": None,
         "measure_ranges": SimpleNamespace(tensors={}), "require_fp16_range": None, "check_parity": [],
         "check_greedy": [], "score_both": None, "parity_to_json": {},
     }.items():  # fmt: skip

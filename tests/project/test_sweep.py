@@ -98,10 +98,10 @@ def test_damaged_bundles(row: Row, whole: Whole, tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(whole(row.on), tmp_path / "bundle"))
     row.damage(bundle)
     before = listing(tmp_path)
-    with pytest.raises(row.error) as caught, load(bundle, threads=1) as model:  # noqa: PT012
+    with pytest.raises(row.error) as caught, load(bundle, threads=1, kernels=row.kernels) as model:  # noqa: PT012
         assert row.call is not None, "it was loaded, and nothing is asked of it"
         row.call(model)
-    arguments = ("run", bundle, *row.arguments) if row.arguments is not None else None
+    arguments = ("run", bundle, "--kernels", row.kernels, *row.arguments) if row.arguments is not None else None
     if arguments is not None:
         line = told(transom(*arguments))
         agree(caught.value, line, row)

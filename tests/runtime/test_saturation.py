@@ -146,7 +146,7 @@ def test_a_bundle_of_unknown_sums_is_tested_all_the_same(vit_bundle: Path, tmp_p
         words["quantization"]["instruction_set"] = "unknown"
 
     bundle = changed_bundle(vit_bundle, tmp_path, change)
-    result = transom("selftest", bundle, "--threads", "1")
+    result = transom("selftest", bundle, "--threads", "1", "--kernels", "onnxruntime")
     assert (result.exit_code, result.stderr) == (0, "")
     assert "; bundle.json does not say how they were at the export" in result.stdout
 
@@ -158,15 +158,15 @@ def test_the_warning_comes_once_and_the_command_line_tells_it(
     eight = changed_bundle(vit_bundle, tmp_path, lambda words: as_quantized(words, bits=8))
     seven = changed_bundle(vit_bundle, tmp_path / "seven", lambda words: as_quantized(words, bits=7))
     here(LOST)
-    load(seven, threads=1).close()
+    load(seven, threads=1, kernels="onnxruntime").close()
     with pytest.warns(SaturationWarning) as caught:
-        loaded = [load(eight, threads=1) for _ in range(2)]
+        loaded = [load(eight, threads=1, kernels="onnxruntime") for _ in range(2)]
     for each in loaded:
         each.close()
     (warning,) = caught
     assert warning.filename == __file__
     monkeypatch.setattr(saturation, "_warned", set())
-    told = transom("selftest", eight, "--threads", "1", "--json")
+    told = transom("selftest", eight, "--threads", "1", "--kernels", "onnxruntime", "--json")
     assert told.exit_code == 0
     assert document(told)["integer_sums"]["here"] == "saturated"
     assert told.stderr == f"transom.runtime.saturation.SaturationWarning: {warning.message}\n"

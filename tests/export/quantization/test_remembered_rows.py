@@ -27,7 +27,10 @@ def test_each_text_runs_once_whatever_is_beside_it(bert_bundle: Path, monkeypatc
         rows.append(len(feeds["input_ids"]))
         return run(self, feeds, shapes)
 
-    with load(bert_bundle, threads=1) as opened, remembering(Bundle(bert_bundle), opened) as loaded:
+    with (
+        load(bert_bundle, threads=1, kernels="onnxruntime") as opened,
+        remembering(Bundle(bert_bundle), opened) as loaded,
+    ):
         alone = np.concatenate([cast(Bert, opened).embed([text]) for text in TEXTS])
         monkeypatch.setattr(OrtBackend, "run", counted)
         bert = cast(Bert, loaded)

@@ -15,6 +15,8 @@ from transom.runtime.backends.ort_library import onnxruntime
 from transom.runtime.decoder_state import DecoderState
 from transom.runtime.graph_spec import cache_inputs
 
+ORT: dict[str, Any] = {"threads": 1, "kernels": "onnxruntime"}
+
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[OrtDecoderState]:
@@ -37,7 +39,7 @@ def test_generation_over_values_of_the_device(
     asked: list[dict[str, Any]] = [{"max_new_tokens": 140}, {"max_new_tokens": 20, "num_beams": 3}]
     found = []
     for _ in range(2):
-        with load(gpt_bundle, threads=1) as gpt, load(dates_bundle, threads=1) as dates:
+        with load(gpt_bundle, **ORT) as gpt, load(dates_bundle, **ORT) as dates:
             texts = [gpt.generate(["It is a truth", "My dear"], **options) for options in asked]
             found.append([*texts, dates.translate(["3 May 1979", "March 2, 1921"], num_beams=2)])
         monkeypatch.undo()  # the second time in numpy arrays
@@ -47,7 +49,7 @@ def test_generation_over_values_of_the_device(
 
 
 def test_a_step_writes_the_values_themselves(gpt_bundle: Path) -> None:
-    with load(gpt_bundle, threads=1) as gpt:
+    with load(gpt_bundle, **ORT) as gpt:
         backend = gpt.backend("decoder")
         graph = backend.graph
         state = OrtDecoderState(onnxruntime(), "cpu", cache_inputs(graph), 1, 256, {})
