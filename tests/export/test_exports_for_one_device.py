@@ -66,7 +66,7 @@ def test_only_the_cpus_graph_is_made_and_measured(twice: list[Path]) -> None:
     assert {*quantization["gate"]} == {*quantization["elsewhere"]} == {"cpu"} | with_lists("native")
     assert not any("emulated" in case for case in manifest.parity["cases"])
     assert other_devices(bundle) is None
-    report = selftest(twice[0])
+    report = selftest(twice[0], kernels="onnxruntime")
     assert report.worst_against("bundle").error == 0.0
 
 
