@@ -85,6 +85,7 @@ WRONG = {
     "heads that overflow": ("operators.2.heads", 2**31 - 1, "has 2147483647 heads of 4"),
     "a shape that disagrees": ("tensors.wq.shape", [4, 16], "multiplies 8 columns by 'wq' (4, 16)"),
     "a norm of another size": ("tensors.norm.shape", [4], "'norm', float32 (4,), expected float32 or float16 (8,)"),
+    "a residual of another size": ("operators.1.then.residual", "hidden", "adds 'hidden' of 8 columns to 24"),
     "a bias of another size": ("tensors.bq.shape", [4], "has 20 elements of bias, expected 24"),
     "a dtype that disagrees": ("tensors.wq.dtype", "float32", "reads 'wq', float32 (8, 8), expected int8 of 2 axes"),
     "a dtype that is unknown": ("tensors.wq.dtype", "float64", "is 'float64', expected float32, float16 or int8"),
