@@ -12,7 +12,6 @@ in the user's cache folder, by the library and the processor. ``import transom.r
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import threading
@@ -185,10 +184,3 @@ def find() -> NativeStatus:
             return NativeStatus(library.with_isa(isa), f"kernels for {name}{capped}", passed_over)
         passed_over[name] = why
     return NativeStatus(None, "no kernels here that would be faster than ONNX Runtime's", passed_over)
-
-
-def forget_threads() -> None:
-    """Let the pool of a loaded library start anew, in a child after a fork that no handler of the library saw."""
-    with contextlib.suppress(AttributeError):
-        if _status is not None and _status.library is not None:
-            _status.library._library.transom_forget_threads()

@@ -233,7 +233,6 @@ def declare(library: ctypes.CDLL) -> None:
     library.transom_pack.restype = None
     library.transom_attention_scratch.argtypes = (c_int32, address, c_int32)
     library.transom_attention_scratch.restype = c_int64
-    library.transom_forget_threads.argtypes, library.transom_forget_threads.restype = (), None
 
 
 def mismatch(library: ctypes.CDLL) -> str | None:

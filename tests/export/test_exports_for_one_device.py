@@ -11,7 +11,7 @@ import pytest
 
 from command_line import process
 from conftest import Once, export_to
-from shipped_lists import with_lists
+from shipped_lists import if_lists_are_made
 from transom.calib.table import RANGES
 from transom.export.quantization.options import QuantizeOptions
 from transom.export.verification import other_devices
@@ -58,12 +58,12 @@ def test_only_the_cpus_graph_is_made_and_measured(twice: list[Path]) -> None:
     manifest = bundle.manifest
     assert manifest.made_for == "cpu"
     names = {"model.cpu.onnx", "tokenizer.json", RANGES, "golden.safetensors"}
-    assert {*manifest.files} == names | with_lists("model.operators.json", "model.weights")
+    assert {*manifest.files} == names | if_lists_are_made("model.operators.json", "model.weights")
     (graph,) = manifest.graphs
-    assert graph.files == {"cpu": "model.cpu.onnx"} | dict.fromkeys(with_lists("native"), "model.operators.json")
+    assert graph.files == {"cpu": "model.cpu.onnx"} | dict.fromkeys(if_lists_are_made("native"), "model.operators.json")
     quantization = manifest.quantization
     assert quantization is not None
-    assert {*quantization["gate"]} == {*quantization["elsewhere"]} == {"cpu"} | with_lists("native")
+    assert {*quantization["gate"]} == {*quantization["elsewhere"]} == {"cpu"} | if_lists_are_made("native")
     assert not any("emulated" in case for case in manifest.parity["cases"])
     assert other_devices(bundle) is None
     report = selftest(twice[0], kernels="onnxruntime")

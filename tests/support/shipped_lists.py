@@ -5,6 +5,6 @@ from __future__ import annotations
 from transom.runtime.native.library import native_library
 
 
-def with_lists(*names: str) -> set[str]:
+def if_lists_are_made(*names: str) -> set[str]:
     """Return ``names`` where exports write lists of fused operators: an export proves a list or makes none."""
     return {*names} if native_library() is not None else set()

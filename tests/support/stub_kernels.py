@@ -41,7 +41,6 @@ def compile_stub(
         "transom_packed_bytes": "long transom_packed_bytes(int isa, int dtype, int k, int n) { return 64; }",
         "transom_pack": "void transom_pack(void) {}",
         "transom_attention_scratch": "long transom_attention_scratch(int isa, void *all, int keys) { return 64; }",
-        "transom_forget_threads": "void transom_forget_threads(void) {}",
     }
     functions.pop(missing, None)
     (folder / "stub").mkdir(parents=True)

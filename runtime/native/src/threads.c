@@ -183,5 +183,3 @@ void transom_parallel(transom_team *team, int32_t tasks, transom_task task, void
   take_tasks(&shared, 0);
   for (int32_t index = 0; index < helpers; index++) take_back(called[index]);
 }
-
-void transom_forget_threads(void) { forget(); }

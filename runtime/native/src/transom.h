@@ -225,7 +225,5 @@ TRANSOM_API const char *transom_sources(void);
 TRANSOM_API void transom_layout(int32_t sizes[10]);
 /* 1 where the library has kernels of an instruction set and this processor says that it executes them. */
 TRANSOM_API int32_t transom_supports(int32_t isa);
-/* Forget the pool's threads, in a child after fork. */
-TRANSOM_API void transom_forget_threads(void);
 
 #endif

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from command_line import document, transom
 from conftest import export_to, reference, save_checkpoint
-from shipped_lists import with_lists
+from shipped_lists import if_lists_are_made
 from tiny_graphs import operators, relative_error
 from transom.calib.data import Sample, open_calibration_data
 from transom.calib.graph_hash import graph_sha256
@@ -79,7 +79,7 @@ def test_the_manifest_tells_how_it_was_made_and_what_it_costs(int8_bundle: Path)
     about = record(int8_bundle)
     assert about["activations"] == {"model": "static"}
     assert (about["method"], about["weight_bits"], about["block_size"], about["also"]) == ("mse", 8, None, [])
-    assert about["elsewhere"] == {"cpu": "fp32", "default": "fp16"} | dict.fromkeys(with_lists("native"), "fp32")
+    assert about["elsewhere"] == {"cpu": "fp32", "default": "fp16"} | dict.fromkeys(if_lists_are_made("native"), "fp32")
     assert (about["data"]["name"], about["data"]["samples"], len(about["data"]["sha256"])) == ("digits", 512, 64)
     assert about["ranges"] == RANGES
     assert all(name.startswith("model/") and 0 < alpha < 1 for name, alpha in about["smoothing"].items())
@@ -95,7 +95,7 @@ def test_the_manifest_tells_how_it_was_made_and_what_it_costs(int8_bundle: Path)
 def test_the_gate_was_held_by_both_variants(int8_bundle: Path) -> None:
     """1.3 points of top-1 over 540 held-out scans, FP32 is right on 535 of them; another calibration holds it too."""
     gate = record(int8_bundle)["gate"]
-    assert {*gate} == {"cpu", "default"} | with_lists("native")
+    assert {*gate} == {"cpu", "default"} | if_lists_are_made("native")
     for result in gate.values():
         assert (result["measure"], result["allowed"], result["holds"]) == ("top-1 accuracy", 0.013, True)
         assert (result["n"], result["repeated"]["n"], result["repeated"]["calibrations"]) == (540, 540, 2)
@@ -110,7 +110,7 @@ def test_the_gate_was_held_by_both_variants(int8_bundle: Path) -> None:
 
 
 def test_what_lies_in_the_bundle(int8_bundle: Path) -> None:
-    names = {MANIFEST, "model.onnx", "model.cpu.onnx", "model.weights", RANGES, GOLDEN} | with_lists(
+    names = {MANIFEST, "model.onnx", "model.cpu.onnx", "model.weights", RANGES, GOLDEN} | if_lists_are_made(
         "model.operators.json"
     )
     assert {path.name for path in int8_bundle.iterdir()} == names

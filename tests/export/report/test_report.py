@@ -15,7 +15,7 @@ from PIL import Image
 
 from command_line import changed_bundle, error_line, transom
 from report_pages import Page
-from shipped_lists import with_lists
+from shipped_lists import if_lists_are_made
 from transom.export.report import report as report_module
 from transom.export.report.report import write_report
 from transom.runtime.bundle import Bundle
@@ -101,7 +101,7 @@ def test_every_element_is_in_a_histogram(vit_bundle: Path, report: Report) -> No
     outputs = json.loads((vit_bundle / MANIFEST).read_text())["parity"]["outputs"]
     drawn = sum(int(title.split(" ")[0].replace(",", "")) for title in page.titles if " elements of " in title)
     assert drawn == sum(sum(output["counts"]) for output in outputs.values()) > 20_000
-    equal, count = outputs["logits"]["equal"], 220 * (1 + len(with_lists("native")))
+    equal, count = outputs["logits"]["equal"], 220 * (1 + len(if_lists_are_made("native")))
     assert f"{count} elements, {equal / count:.0%} equal to the bit" in "".join(page.text)
 
 
