@@ -2,12 +2,13 @@
 
     python tests/bundles/make.py tests/bundles/0.2.0              # all of them: one for each family and precision
     python tests/bundles/make.py tests/bundles/0.2.0 gpt-int8     # these alone
-    python tests/bundles/make.py tests/bundles/0.1.0 vit-int8-exact gpt-int8-fused
+    python tests/bundles/make.py tests/bundles/0.1.0 vit-int8-exact gpt-int8-fused gpt-fp32-native
 
 Checkpoints have random weights and are made here. The reference ViT, in INT8 alone, is made where it is named.
-``-fused`` is in the name alone: such a bundle's file for the CPU has operators of com.microsoft, as all have that were
-made since 2026-12-01. bundle.json records where the checkpoint was; ``forget_folder`` takes the path of the machine out
-of it again. README.md beside this file describes the bundles and says when to make new ones.
+``-fused`` and ``-native`` are in the name alone. With the first, a bundle's file for the CPU has operators of
+com.microsoft; with the second, its graphs also have lists of fused operators. All that are made now have both.
+bundle.json records where the checkpoint was; ``forget_folder`` takes the path of the machine out of it again. README.md
+beside this file describes the bundles and says when to make new ones.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ VOCABULARY = 32  # tokens, where there is no tokenizer
 LABELS = ("bad", "good", "mixed")
 WORDS = ("the", "a", "of", "in", "is", "man", "city", "paris", "water", "day", "eats", "sees", "red", "green", "blue")
 
-FUSED = "fused"
+FUSED, NATIVE = "fused", "native"
 HIDDEN, INTERMEDIATE, SIDE = 16, 40, 8  # 40: two INT4 blocks of 32, the second one padded. SIDE in pixels
 SIZES = {
     "hidden_size": HIDDEN,
@@ -304,6 +305,11 @@ def forget_folder(bundle: Path, folder: Path) -> None:
     (bundle / MANIFEST).write_text(text, encoding="utf-8", newline="\n")
 
 
+def plain(name: str) -> str:
+    """Return the name of a bundle without what it says of the form of its files."""
+    return name.removesuffix(f"-{FUSED}").removesuffix(f"-{NATIVE}")
+
+
 def make(name: str, out: Path) -> None:
     """Make a bundle; the current folder holds the calibration data and receives the checkpoint."""
     if name in REFERENCE:
@@ -313,7 +319,7 @@ def make(name: str, out: Path) -> None:
             sys.exit(f"{name}: this processor has {instruction_set()}, expected {kind}; make it on such a one.")
         export("vit", out, "--max", "B=2", "--precision", "int8", "--calibration-data", "digits", *options)
         return
-    family, precision, *form = name.removesuffix(f"-{FUSED}").split("-")
+    family, precision, *form = plain(name).split("-")
     kind = "-".join([family, *form])
     checkpoint = Path("checkpoints", kind)
     if not checkpoint.exists():
@@ -332,8 +338,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder of the bundles, called like the version: tests/bundles/0.2.0")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join([*small, *REFERENCE])}")
     arguments = parser.parse_args()
-    fused = [f"{name}-{FUSED}" for name in small if name.split("-")[1] in QUANTIZED]
-    unknown = sorted({*arguments.names} - {*small, *fused, *REFERENCE})
+    unknown = sorted(name for name in {*arguments.names} - {*REFERENCE} if plain(name) not in small)
     if unknown:
         parser.error(f"unknown bundles: {', '.join(unknown)}")
     out = arguments.out.resolve()

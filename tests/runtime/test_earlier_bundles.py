@@ -1,6 +1,7 @@
 """Load and run the bundles that earlier versions wrote, kept in tests/bundles: their format stays readable.
 
-No torch and no onnx: what reads these bundles is the runtime alone. tests/bundles/README.md describes them.
+No torch and no onnx: what reads these bundles is the runtime alone. tests/bundles/README.md describes them. Each runs
+with ONNX Runtime; those with lists of operators run with the native kernels too, where the library is there.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from paths import TESTS
 from transom.runtime import load
 from transom.runtime.bundle import Bundle
 from transom.runtime.manifest import PRECISIONS
+from transom.runtime.native import library
 from transom.runtime.saturation import SaturationWarning
 from transom.runtime.selftest import selftest
 
@@ -32,6 +34,8 @@ FAMILIES_OF = {
 }  # of each version
 BUNDLES = sorted(path.parent.relative_to(KEPT).as_posix() for path in KEPT.glob("*/*/bundle.json"))
 SATURATED = "0.1.0/vit-int8-saturated"  # its golden values are of saturated sums, which nothing computes any more
+LISTED = {"bert", "clip", "electra", "gpt", "transformer", "vit"}  # families whose bundles with lists are kept
+WITH_LISTS = [name for name in BUNDLES if name.endswith("-native")]
 MACHINE_PATH = re.compile(rb"/(?:home|root|tmp|usr|opt|var|mnt|Users)/")
 
 # max|here - there| of the numbers in ANSWERS. FP32 differs in the order of summation; elsewhere a value between two
@@ -124,6 +128,25 @@ ANSWERS: dict[str, tuple[object, float]] = {
     "0.1.0/swin-int8-fused": ("good", 0.6876),
     "0.1.0/transformer-int4-fused": ([6, 6, 6, 0], -1.4584),
     "0.1.0/transformer-int8-fused": ([6, 6, 6, 0], -1.6020),
+    # made since exports write lists of operators
+    "0.1.0/bert-fp32-native": ("mixed", 0.7176),
+    "0.1.0/bert-fp16-native": ("mixed", 0.7174),
+    "0.1.0/bert-int8-native": ("mixed", 0.7406),
+    "0.1.0/clip-fp32-native": ("dog", 0.2277),
+    "0.1.0/clip-fp16-native": ("dog", 0.2287),
+    "0.1.0/clip-int8-native": ("dog", 0.2200),
+    "0.1.0/electra-fp32-native": (3, 0.9644),
+    "0.1.0/electra-fp16-native": (3, 0.9643),
+    "0.1.0/electra-int8-native": (3, 0.9671),
+    "0.1.0/gpt-fp32-native": ([14, 23, 23], 4.9423),
+    "0.1.0/gpt-fp16-native": ([14, 23, 23], 4.9429),
+    "0.1.0/gpt-int8-native": ([14, 23, 23], 4.9232),
+    "0.1.0/transformer-fp32-native": ([6, 6, 6, 0], -1.5996),
+    "0.1.0/transformer-fp16-native": ([6, 6, 6, 0], -1.6006),
+    "0.1.0/transformer-int8-native": ([6, 6, 6, 0], -1.6020),
+    "0.1.0/vit-fp32-native": ("mixed", 0.7976),
+    "0.1.0/vit-fp16-native": ("mixed", 0.7973),
+    "0.1.0/vit-int8-native": ("mixed", 0.7934),
 }
 
 DIGIT = ("005d9100", "00dfaf50", "03f20b80", "04c00880", "05800980", "04b01c70", "02e5ac00", "006da000")  # a zero, / 16
@@ -228,12 +251,20 @@ ANSWER: dict[str, Callable[[Any], tuple[object, float]]] = {
 }
 
 
-def load_kept(name: str) -> Any:
+def load_kept(name: str, kernels: str) -> Any:
     """Load a kept bundle; only the one with saturated sums may warn of them."""
     with warnings.catch_warnings():
         if name == SATURATED:
             warnings.simplefilter("ignore", SaturationWarning)
-        return load(KEPT / name, threads=1)
+        return load(KEPT / name, threads=1, kernels=kernels)
+
+
+def runs(*but: str) -> list[Any]:
+    """Return the kept bundles, each with the kernels that run it; native ones are skipped where none run here."""
+    here = library.native_library() is not None
+    skip = pytest.mark.skipif(not here, reason=f"no native kernels run here: {library.status().reason}")
+    with_ort = [pytest.param(name, "onnxruntime", id=name) for name in BUNDLES if name not in but]
+    return with_ort + [pytest.param(name, "native", id=f"{name}-kernels", marks=skip) for name in WITH_LISTS]
 
 
 @pytest.mark.parametrize("version", FAMILIES_OF)
@@ -252,18 +283,28 @@ def test_it_is_what_its_folder_says(name: str) -> None:
     assert rest.split("-")[:2] == [manifest.family, manifest.precision]
 
 
-@pytest.mark.parametrize("name", BUNDLES)
-def test_it_answers_as_it_did(name: str) -> None:
-    with load_kept(name) as loaded:
+def test_every_graph_of_the_families_with_lists_has_one() -> None:
+    manifests = [Bundle(KEPT / name).manifest for name in WITH_LISTS]
+    assert {(manifest.family, manifest.precision) for manifest in manifests} >= {
+        (family, precision) for family in LISTED for precision in ("fp32", "fp16", "int8")
+    }
+    graphs = [(manifest.family, graph) for manifest in manifests for graph in manifest.graphs]
+    assert [(family, graph.graph.name) for family, graph in graphs if "native" not in graph.files] == []
+
+
+@pytest.mark.parametrize(("name", "kernels"), runs())
+def test_it_answers_as_it_did(name: str, kernels: str) -> None:
+    with load_kept(name, kernels) as loaded:
+        assert {choice.kernels for choice in loaded.kernels.values()} == {kernels}
         words, number = ANSWER[loaded.manifest.family](loaded)
     expected_words, expected = ANSWERS[name]
     assert words == expected_words
     assert number == pytest.approx(expected, abs=TOLERANCES[loaded.manifest.precision])
 
 
-@pytest.mark.parametrize("name", [name for name in BUNDLES if name != SATURATED])
-def test_its_selftest_passes(name: str) -> None:
-    report = selftest(KEPT / name, threads=1)
+@pytest.mark.parametrize(("name", "kernels"), runs(SATURATED))
+def test_its_selftest_passes(name: str, kernels: str) -> None:
+    report = selftest(KEPT / name, threads=1, kernels=kernels)
     assert report.cases
     assert report.worst.error <= report.tolerance
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from paths import KEPT, REPO
+from paths import FP32, KEPT, REPO
 from served_requests import of_bytes, request_for
 from served_requests import png as random_png
 from transom.runtime.graph_spec import shape_of
@@ -27,7 +27,7 @@ from transom.runtime.serving.operation import Operation
 from transom.runtime.serving.service import Request, Service
 from transom.runtime.session import LoadedBundle
 
-BUNDLES = sorted(KEPT.glob("*-fp32*"))  # a small one of every family
+BUNDLES = FP32  # a small one of every family
 REFERENCES = Path(os.environ.get("TRANSOM_SERVING_BUNDLES") or REPO / "bundles")  # of `make test-serving`
 SERVED = ("minilm", "gpt", "vit", "clip", "transformer", "show_attend_tell", "flamingo")  # the Makefile's
 START_S = 120  # for a server that is ready after some seconds, on a machine several times as busy as ours

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from model_config import read_config
-from paths import KEPT
+from paths import FP32, KEPT
 from transom.export.triton.models import KINDS, Model, Models, Options, models_of
 from transom.runtime import load
 from transom.runtime.bundle import Bundle
@@ -16,7 +16,7 @@ from transom.runtime.serving.ports import Port
 from transom.runtime.serving.tasks import task_operation
 from transom.runtime.serving.tensors import by_rows, graph_operation
 
-BUNDLES = sorted(path.name for path in KEPT.glob("*-fp32*"))
+BUNDLES = [path.name for path in FP32]
 # Others: states that are half precision on a GPU and not on a CPU, and ONNX files of the CPU's own
 OTHERS = ["bert-int8", "clip-int4", "flamingo-fp16", "gpt-bf16", "gpt-fp16", "seq2seq-int8", "transformer-int8"]
 TRITON = {"bytes": "TYPE_STRING", "int64": "TYPE_INT64", "float32": "TYPE_FP32", "float16": "TYPE_FP16"}

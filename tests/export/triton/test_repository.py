@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from model_config import read_config
-from paths import KEPT
+from paths import FP32, KEPT
 from time_limits import PATIENCE_S
 from transom.export.triton import repository as module
 from transom.export.triton.models import KINDS
@@ -37,7 +37,7 @@ def bundle_at(path: Path, source: Path = BERT) -> Path:
     return Path(shutil.copytree(source, path))
 
 
-@pytest.mark.parametrize("name", [*sorted(path.name for path in KEPT.glob("*-fp32*")), "bert-int8", "transformer-int8"])
+@pytest.mark.parametrize("name", [*(path.name for path in FP32), "bert-int8-native", "transformer-int8"])
 def test_the_files_of_a_repository(tmp_path: Path, name: str) -> None:
     """Every model around the runtime has the bundle as it was; one for Triton's ONNX Runtime the file and weights."""
     written = write_repository(tmp_path / "models", [KEPT / name], Options(kinds=KINDS))

@@ -12,12 +12,12 @@ from google.protobuf import json_format, text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from model_config import read_config
-from paths import KEPT
+from paths import FP32, KEPT
 from transom.export.triton.config import CONFIG
 from transom.export.triton.models import KINDS
 from transom.export.triton.repository import Options, write_repository
 
-BUNDLES = [*sorted(KEPT.glob("*-fp32*")), *sorted(KEPT.glob("*-int8"))]
+BUNDLES = [*FP32, *sorted(KEPT.glob("*-int8"))]
 
 
 @pytest.mark.parametrize("bundle", BUNDLES, ids=lambda bundle: bundle.name)
