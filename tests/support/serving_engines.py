@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from paths import FP32, KEPT, REPO
+from paths import FP32, REPO
 from served_requests import of_bytes, request_for
 from served_requests import png as random_png
 from transom.runtime.graph_spec import shape_of
