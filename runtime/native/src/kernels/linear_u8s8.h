@@ -9,6 +9,8 @@
  *   U8S8_GROUP                                    k is padded to a multiple of it, with zeros
  *   u8s8_offset(k, index, column)                 where an element stands in its panel; k as padded. It is the sum of
  *                                                 those of (k, index, 0) and (k, 0, column)
+ *   u8s8_pack_group(from, stride, transposed, k, index, panel, sums)
+ *                                                 packs U8S8_GROUP rows of all columns, and adds them to sums
  *   u8s8_tile(rows, x, k, panel, next, start, y)  y (rows, U8S8_PANEL) = start (U8S8_PANEL) + x (rows, k) panel
  */
 #ifndef TRANSOM_LINEAR_U8S8_H
@@ -47,13 +49,16 @@ static void pack_u8s8(int32_t k, int32_t n, int32_t column, int32_t n_part, cons
     int32_t sums[U8S8_PANEL] = {0};
     int64_t place[U8S8_PANEL];
     for (int32_t each = 0; each < count; each++) place[each] = u8s8_offset(padded, 0, in_panel + each);
-    for (int64_t row = 0; row < padded; row++) {
+    int64_t row = 0, across = transposed ? stride : 1, down = transposed ? 1 : stride;
+    const int8_t *start = source + (first - column) * across;
+    for (; real == U8S8_PANEL && row + U8S8_GROUP <= k; row += U8S8_GROUP)
+      u8s8_pack_group((const uint8_t *)start + row * down, stride, transposed, padded, row, panel, sums);
+    for (; row < padded; row++) {
       int8_t *to = panel + u8s8_offset(padded, row, 0);
-      const int8_t *from = transposed ? source + (first - column) * stride + row : source + row * stride + first - column;
-      int64_t step = transposed ? stride : 1;
+      const int8_t *from = start + row * down;
       int32_t here = row < k ? real : 0;
       for (int32_t each = 0; each < here; each++) {
-        int8_t value = from[each * step];
+        int8_t value = from[each * across];
         to[place[each]] = value;
         sums[each] += value;
       }

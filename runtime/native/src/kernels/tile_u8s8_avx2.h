@@ -10,6 +10,20 @@ TRANSOM_INLINE int64_t u8s8_offset(int64_t k, int64_t index, int32_t column) {
   return (column / U8S8_BLOCK * (k / 2) + index / 2) * (2 * U8S8_BLOCK) + column % U8S8_BLOCK * 2 + index % 2;
 }
 
+/* See linear_u8s8.h. x86 has the first byte of a word in its lowest bits. */
+TRANSOM_INLINE void u8s8_pack_group(const uint8_t *from, int64_t stride, int transposed, int64_t k, int64_t index,
+                                    int8_t *panel, int32_t *sums) {
+  uint16_t pairs[U8S8_PANEL];
+  if (transposed)
+    for (int32_t each = 0; each < U8S8_PANEL; each++) memcpy(pairs + each, from + each * stride, sizeof *pairs);
+  else
+    for (int32_t each = 0; each < U8S8_PANEL; each++)
+      pairs[each] = (uint16_t)(from[each] | (uint32_t)from[stride + each] << 8);
+  for (int32_t each = 0; each < U8S8_PANEL; each += U8S8_BLOCK)
+    memcpy(panel + u8s8_offset(k, index, each), pairs + each, 2 * U8S8_BLOCK);
+  for (int32_t each = 0; each < U8S8_PANEL; each++) sums[each] += (int8_t)pairs[each] + (int8_t)(pairs[each] >> 8);
+}
+
 /* Pairs of elements as 16 bits each, the last one completed by a zero. */
 static void u8s8_widen(const uint8_t *x, int32_t count, uint16_t *to) {
   int32_t index = 0;

@@ -8,6 +8,23 @@ TRANSOM_INLINE int64_t u8s8_offset(int64_t k, int64_t index, int32_t column) {
   return index / 4 * (4 * U8S8_PANEL) + column * 4 + index % 4;
 }
 
+/* See linear_u8s8.h. x86 has the first byte of a word in its lowest bits. */
+TRANSOM_INLINE void u8s8_pack_group(const uint8_t *from, int64_t stride, int transposed, int64_t k, int64_t index,
+                                    int8_t *panel, int32_t *sums) {
+  uint32_t words[U8S8_PANEL];
+  (void)k;
+  if (transposed)
+    for (int32_t each = 0; each < U8S8_PANEL; each++) memcpy(words + each, from + each * stride, sizeof *words);
+  else
+    for (int32_t each = 0; each < U8S8_PANEL; each++)
+      words[each] = from[each] | (uint32_t)from[stride + each] << 8 | (uint32_t)from[2 * stride + each] << 16 |
+                    (uint32_t)from[3 * stride + each] << 24;
+  memcpy(panel + index * U8S8_PANEL, words, sizeof words);
+  for (int32_t each = 0; each < U8S8_PANEL; each++)
+    sums[each] += (int8_t)words[each] + (int8_t)(words[each] >> 8) + (int8_t)(words[each] >> 16) +
+                  (int8_t)(words[each] >> 24);
+}
+
 /* Written as assembly: around the intrinsic GCC 12 spills sums and moves them between registers. */
 TRANSOM_INLINE __m512i u8s8_dot(__m512i sum, __m512i activations, __m512i weights) {
 #if defined(TRANSOM_SIMDE)
