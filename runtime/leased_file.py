@@ -7,6 +7,7 @@ Who then opens it for writing, or cuts it, waits until the lease is given back, 
 from __future__ import annotations
 
 import io
+import mmap
 import os
 import sys
 from collections.abc import Callable
@@ -33,9 +34,7 @@ class LeasedFile:
 
     def held(self) -> bool:
         """Return whether nothing could change the file up to now; False as soon as a writer waits."""
-        import fcntl
-
-        return fcntl.fcntl(self.descriptor, fcntl.F_GETLEASE) == fcntl.F_RDLCK
+        return is_leased(self.descriptor)
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill a buffer with the bytes from ``offset`` on. Raises EOFError where the file is shorter."""
@@ -44,6 +43,10 @@ class LeasedFile:
             if not count:
                 raise EOFError
             buffer, offset = buffer[count:], offset + count
+
+    def window(self, offset: int, size: int) -> memoryview:
+        """Return ``size`` bytes from ``offset`` on, mapped, as ``mapped`` does."""
+        return mapped(self.descriptor, offset, size)
 
     def close(self) -> None:
         """Give the lease back and close the file."""
@@ -73,6 +76,27 @@ def take_lease(descriptor: int) -> bool:
     except OSError:  # another's file, open for writing, or no leases here
         return False
     return True
+
+
+def is_leased(descriptor: int) -> bool:
+    """Return whether a descriptor's file is under a read lease that nobody waits for."""
+    import fcntl
+
+    return fcntl.fcntl(descriptor, fcntl.F_GETLEASE) == fcntl.F_RDLCK
+
+
+def mapped(descriptor: int, offset: int, size: int) -> memoryview:
+    """Return ``size`` bytes from ``offset`` on as the system's cache has them, freed with the last reference.
+
+    Whoever cuts a file waits for its lease, but not for ever, and to read a mapping beyond the end ends the process:
+    see that the lease is held, map what is read at once, and forget it. Raises EOFError where the file is shorter.
+    """
+    before = offset % mmap.ALLOCATIONGRANULARITY
+    try:
+        found = mmap.mmap(descriptor, before + size, access=mmap.ACCESS_READ, offset=offset - before)
+    except ValueError:
+        raise EOFError from None
+    return memoryview(found)[before:]
 
 
 def file_system(descriptor: int) -> str | None:

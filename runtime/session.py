@@ -207,6 +207,8 @@ def open_graphs(bundle: Bundle, device: str, threads: int | None, kernels: str) 
     """
     graphs = bundle.manifest.graphs
     with closing(bundle.reader()) as reader:
+        if device == "cpu":  # others may have no use for the weights
+            reader.begin()
         opened = [open_chosen(graph, reader, device, threads, kernels) for graph in graphs]
     if len({choice.kernels for _, choice in opened}) < 2 or not states_differ([backend.graph for backend, _ in opened]):
         return opened

@@ -29,10 +29,12 @@ from transom.runtime.native.memory import Memory, aligned, aligned_floats
 from transom.runtime.native.operators import Attention, Embed, Epilogue, Linear, OperatorList, Prepend, Unpack
 from transom.runtime.native.records import F16, F32, S8
 
-MOST_WORKERS = 4  # each has a buffer of the largest tensor that it packs
+MOST_WORKERS = 4  # each has a buffer of the largest tensor that it packs, or maps it
+MAPPED = 1 << 16  # bytes of a leased file; to map fewer costs more than to copy them
 DTYPES = {"float32": F32, "float16": F16, "int8": S8}
 
 Bytes = NDArray[np.uint8]
+MapPart = Callable[[int, int], memoryview]  # the offset and the size of a part of a file, mapped
 
 
 @dataclass
@@ -143,6 +145,9 @@ class Weights:
         panels = part.panels
 
         def pack(data: Bytes) -> None:
+            self.memory.prepare(
+                panels.place + panels.size * part.column // panels.n, panels.size * part.columns // panels.n
+            )
             with panels.lock:
                 self._library.pack(
                     panels.dtype,
@@ -191,25 +196,26 @@ def read_pieces(read: Read, file: str, pieces: Sequence[Piece], memory: Memory) 
     """
     rooms = local()  # of each thread: one buffer for all pieces that stay nowhere
 
-    def use(piece: Piece, fill: Callable[[Bytes, int], None]) -> None:
-        if piece.place is None:
+    def use(piece: Piece, fill: Callable[[Bytes, int], None], map_part: MapPart | None = None) -> None:
+        if piece.place is not None:
+            memory.prepare(piece.place, piece.size)
+            buffer = memory.view(piece.place, piece.size)
+            fill(buffer, piece.offset)
+        elif map_part is not None and piece.size >= MAPPED:
+            buffer = np.frombuffer(map_part(piece.offset, piece.size), np.uint8)
+        else:
             if len(rooms.__dict__.get("room", b"")) < piece.size:
                 rooms.room = None  # before there is a larger one, which then need not fit beside it
                 rooms.room = np.empty(piece.size, np.uint8)
             buffer = rooms.room[: piece.size]
-        else:
-            buffer = memory.view(piece.place, piece.size)
-        fill(buffer, piece.offset)
+            fill(buffer, piece.offset)
         for each in piece.uses:
             each(buffer)
 
     if isinstance(read, ReadLeased):
         with read.leased(file) as leased:
             if leased is not None:
-                fill = lease_filler(leased)
-                with suppress(EOFError), ThreadPoolExecutor(workers(), thread_name_prefix="transom-pack") as pool:
-                    for _ in pool.map(lambda piece: use(piece, fill), pieces):
-                        pass
+                use_leased(leased, pieces, use)
                 leased.wait()  # and says better what is wrong with a file that is too short
                 if leased.held():
                     return
@@ -228,14 +234,23 @@ def read_pieces(read: Read, file: str, pieces: Sequence[Piece], memory: Memory) 
         use(piece, lambda buffer, offset: np.copyto(buffer, whole[offset : offset + len(buffer)]))
 
 
+def use_leased(leased: LeasedFile, pieces: Sequence[Piece], use: Callable[..., None]) -> None:
+    """Use parts of a leased file in several threads, up to one that is not there or the end of the lease."""
+
+    def fill(buffer: Bytes, offset: int) -> None:
+        leased.read_into(buffer.data, offset)
+
+    def use_one(piece: Piece) -> None:
+        use(piece, fill, leased.window if leased.held() else None)
+
+    with suppress(EOFError), ThreadPoolExecutor(workers(), thread_name_prefix="transom-pack") as pool:
+        for _ in pool.map(use_one, pieces):
+            pass
+
+
 def workers() -> int:
-    """Return how many threads pack at once: beside them one hashes."""
-    return min(MOST_WORKERS, usable_cores())
-
-
-def lease_filler(leased: LeasedFile) -> Callable[[Bytes, int], None]:
-    """Return what fills a buffer with the bytes of a leased file from an offset on."""
-    return lambda buffer, offset: leased.read_into(buffer.data, offset)
+    """Return how many threads pack at once: beside them one hashes, and is the last to end."""
+    return max(1, min(MOST_WORKERS, usable_cores() - 1))
 
 
 def fill_from(cursor: Cursor, buffer: Bytes, offset: int) -> None:
