@@ -18,6 +18,9 @@ from typing import Any
 
 import pytest
 
+from cheap_traces import pytest_collection_finish as pytest_collection_finish
+from cheap_traces import pytest_runtest_setup as pytest_runtest_setup
+from cheap_traces import pytest_sessionfinish as pytest_sessionfinish
 from time_limits import MAKING_S, within
 from time_limits import pytest_fixture_setup as pytest_fixture_setup
 
