@@ -1,7 +1,11 @@
-/* GELU without a division: max(x, 0) - |x| erfc(|x| / sqrt(2)) / 2, the latter as 16 polynomials of degree 4, whose
- * coefficients are looked up in registers. Largest error 3e-7 for |x| <= 8; above 5.5 it is x or 0 within 1e-7. */
+/* GELU and its relatives without a division or an exponential.
+ *
+ * Each is x F(x) with F(x) = 1 - F(-x), hence max(x, 0) - tail(|x|) with tail(t) = t F(-t): 16 polynomials, whose
+ * coefficients are looked up in registers. Largest errors where |x| is below 8: GELU and its tanh form 3e-7, quick GELU
+ * 5e-7, SiLU 9e-7; what lies above a tail's end is x or 0 within as much.
+ */
 
-static const float gelu_tail[5][16] = {
+static const float gelu_tails[5][16] = {
     {0.0f, 0.128222808f, 0.16957891f, 0.152808622f, 0.110564619f, 0.0674469844f,
      0.0353968516f, 0.0161405485f, 0.00642915675f, 0.00224403851f, 0.00068767427f,
      0.00018524559f, 4.39017931e-05f, 9.15862165e-06f, 1.68253143e-06f, 2.72273127e-07f},
@@ -19,17 +23,72 @@ static const float gelu_tail[5][16] = {
      1.69140949e-05f, 6.3587795e-06f, 1.98333191e-06f, 5.21713162e-07f, 1.16925513e-07f},
 };
 
-TRANSOM_INLINE vector vector_gelu(vector x) {
-  /* t = 15.5 at |x| = 5.5. Added to 1.5 * 2^23 it is rounded to a whole number, which stands in the lowest bits. */
+static const float gelu_tanh_tails[5][16] = {
+    {0.0f, 0.128227577f, 0.169636741f, 0.152983487f, 0.110795736f, 0.0675314516f, 0.0351881087f,
+     0.0157063715f, 0.00597046921f, 0.00191186974f, 0.000508501951f, 0.000110546192f, 1.93096967e-05f, 2.66252141e-06f,
+     2.84612497e-07f, 2.31592345e-08f},
+    {0.177419469f, 0.0810769126f, 0.00678776531f, -0.0344561525f, -0.0457717143f, -0.0388102084f, -0.0256469138f,
+     -0.0139080761f, -0.00627424056f, -0.0023496463f, -0.000723204692f, -0.000180402392f, -3.58886609e-05f, -5.59710134e-06f,
+     -6.72295528e-07f, -6.10758946e-08f},
+    {-0.050233189f, -0.0441713557f, -0.0291759614f, -0.0123831285f, 2.14683369e-05f, 0.0058925515f, 0.00663419813f,
+     0.00489960052f, 0.0027855183f, 0.00126664969f, 0.000463161879f, 0.000135200316f, 3.11094336e-05f, 5.55801353e-06f,
+     7.58533474e-07f, 7.77416531e-08f},
+    {1.14628901e-05f, 0.00381424441f, 0.00568125444f, 0.00508782035f, 0.00304477825f, 0.000976262789f, -0.000296614337f,
+     -0.000718843541f, -0.000628179288f, -0.000379420759f, -0.000173984969f, -6.18030172e-05f, -1.69867526e-05f, -3.57997692e-06f,
+     -5.71354917e-07f, -6.80807091e-08f},
+    {0.00103904062f, 0.000769579026f, 0.000142555989f, -0.000392031565f, -0.000566449598f, -0.000434002606f, -0.000202106283f,
+     -2.45695992e-05f, 5.46319825e-05f, 6.15325262e-05f, 3.9501836e-05f, 1.79456547e-05f, 6.03282524e-06f, 1.51276652e-06f,
+     2.81754751e-07f, 3.86097128e-08f},
+};
+
+static const float quick_gelu_tails[6][16] = {
+    {0.0f, 0.161357045f, 0.129159659f, 0.0692339838f, 0.0315394476f, 0.0132566243f, 0.00532012852f,
+     0.00207197084f, 0.000789996353f, 0.000296441227f, 0.000109856948f, 4.03034137e-05f, 1.46638731e-05f, 5.2981959e-06f,
+     1.90295941e-06f, 6.8000088e-07f},
+    {0.322579294f, 0.0284904409f, -0.0630496293f, -0.0502259843f, -0.0263242163f, -0.0118454788f, -0.00494712638f,
+     -0.00197811751f, -0.000768584548f, -0.00029255703f, -0.000109642257f, -4.05915453e-05f, -1.48798563e-05f, -5.4102029e-06f,
+     -1.95364578e-06f, -7.01351269e-07f},
+    {-0.177068502f, -0.0964408591f, -0.00777871814f, 0.012936756f, 0.00977209024f, 0.00499467691f, 0.00222182833f,
+     0.000922506908f, 0.000367610715f, 0.000142512872f, 5.41592854e-05f, 2.0272435e-05f, 7.49788751e-06f, 2.74634613e-06f,
+     9.97885991e-07f, 3.60137449e-07f},
+    {-0.000364676962f, 0.0397893414f, 0.0162471328f, 0.000772741332f, -0.00179663335f, -0.001263118f, -0.000630359165f,
+     -0.000277537416f, -0.000114626964f, -4.55338813e-05f, -1.76148551e-05f, -6.68383336e-06f, -2.49885466e-06f, -9.23338064e-07f,
+     -3.37939184e-07f, -1.22710418e-07f},
+    {0.0193078127f, -0.000875084894f, -0.00626044814f, -0.00174126378f, -3.6304722e-05f, 0.000183322147f, 0.000122069832f,
+     5.99233317e-05f, 2.62020912e-05f, 1.07838514e-05f, 4.27470695e-06f, 1.65132371e-06f, 6.25929829e-07f, 2.33825048e-07f,
+     8.6343718e-08f, 3.15848432e-08f},
+    {-0.0028945778f, -0.00382412807f, 0.000824273448f, 0.000640894286f, 0.000126724961f, -2.43279419e-06f, -1.50264523e-05f,
+     -9.38813446e-06f, -4.5204024e-06f, -1.95997563e-06f, -8.02980821e-07f, -3.17387872e-07f, -1.22362181e-07f, -4.63119569e-08f,
+     -1.72804064e-08f, -6.37511421e-09f},
+};
+
+#define GELU_STEP (15.5f / 5.5f)        /* the 16 polynomials end at |x| = 5.5, */
+#define QUICK_GELU_STEP (15.5f / 10.0f) /* and at 10 */
+
+/* |x| * step, rounded, is the polynomial, and what was rounded off its variable. Added to 1.5 * 2^23 it stands in the
+ * lowest bits, where vpermps looks at 4 of them. */
+TRANSOM_INLINE vector vector_without_tail(vector x, float step, const float (*tails)[16], int32_t degree) {
   vector most = vector_set(15.49f), whole_at = vector_set(12582912.0f);
-  vector t = vector_min(most, vector_mul(vector_abs(x), vector_set(2.8181818f)));
+  vector t = vector_min(most, vector_mul(vector_abs(x), vector_set(step)));
   vector moved = vector_add(t, whole_at);
   vector r = vector_sub(t, vector_sub(moved, whole_at));
-  __m512i index = _mm512_castps_si512(moved); /* vpermps looks at the lowest 4 bits */
-  vector tail = _mm512_permutexvar_ps(index, vector_load(gelu_tail[4]));
-  tail = vector_fma(tail, r, _mm512_permutexvar_ps(index, vector_load(gelu_tail[3])));
-  tail = vector_fma(tail, r, _mm512_permutexvar_ps(index, vector_load(gelu_tail[2])));
-  tail = vector_fma(tail, r, _mm512_permutexvar_ps(index, vector_load(gelu_tail[1])));
-  tail = vector_fma(tail, r, _mm512_permutexvar_ps(index, vector_load(gelu_tail[0])));
+  __m512i index = _mm512_castps_si512(moved);
+  vector tail = _mm512_permutexvar_ps(index, vector_load(tails[degree]));
+#pragma GCC unroll 5
+  for (int32_t power = degree - 1; power >= 0; power--)
+    tail = vector_fma(tail, r, _mm512_permutexvar_ps(index, vector_load(tails[power])));
   return vector_sub(vector_max(vector_zero(), x), tail);
+}
+
+TRANSOM_INLINE vector vector_gelu(vector x) { return vector_without_tail(x, GELU_STEP, gelu_tails, 4); }
+
+TRANSOM_INLINE vector vector_gelu_tanh(vector x) { return vector_without_tail(x, GELU_STEP, gelu_tanh_tails, 4); }
+
+TRANSOM_INLINE vector vector_quick_gelu(vector x) {
+  return vector_without_tail(x, QUICK_GELU_STEP, quick_gelu_tails, 5);
+}
+
+/* x sigmoid(x) = 1.702 u sigmoid(1.702 u) with u = x / 1.702 */
+TRANSOM_INLINE vector vector_silu(vector x) {
+  return vector_mul(vector_set(1.702f), vector_quick_gelu(vector_mul(x, vector_set(1.0f / 1.702f))));
 }

@@ -65,10 +65,16 @@ TRANSOM_INLINE vector vector_gelu(vector x) {
   vector y = vector_fma(half, vector_div(vector_mul(z, p), q), half);
   return vector_less(x, vector_set(-5.2f), vector_zero(), y);
 }
-#endif
 
 /* x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2 = x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)). */
 TRANSOM_INLINE vector vector_gelu_tanh(vector x) {
   vector inner = vector_fma(vector_mul(x, x), vector_set(0.07135481627f), vector_set(1.5957691216f));
   return vector_mul(x, vector_sigmoid(vector_mul(x, inner)));
 }
+
+TRANSOM_INLINE vector vector_silu(vector x) { return vector_mul(x, vector_sigmoid(x)); }
+
+TRANSOM_INLINE vector vector_quick_gelu(vector x) {
+  return vector_mul(x, vector_sigmoid(vector_mul(x, vector_set(1.702f))));
+}
+#endif

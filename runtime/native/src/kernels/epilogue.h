@@ -20,8 +20,8 @@ TRANSOM_INLINE vector epilogue_activate(int32_t activation, vector x) {
     case TRANSOM_RELU: return vector_max(x, vector_zero());
     case TRANSOM_GELU: return vector_gelu(x);
     case TRANSOM_GELU_TANH: return vector_gelu_tanh(x);
-    case TRANSOM_QUICK_GELU: return vector_mul(x, vector_sigmoid(vector_mul(x, vector_set(1.702f))));
-    case TRANSOM_SILU: return vector_mul(x, vector_sigmoid(x));
+    case TRANSOM_QUICK_GELU: return vector_quick_gelu(x);
+    case TRANSOM_SILU: return vector_silu(x);
     case TRANSOM_TANH: return vector_tanh(x);
     default: return x;
   }
