@@ -9,6 +9,7 @@
 /* What one call of transom_execute has: at most so many threads, the caller's own among them. */
 typedef struct {
   int32_t threads;
+  const void *ahead; /* packed weights that the next product will read, or NULL: fetched while the last ones are used */
 } transom_team;
 
 /* One task of many: ``index`` counts from 0, ``thread`` is below the team's threads and no other task that runs at the

@@ -1,8 +1,8 @@
 /* What happens to each finished row: transom_epilogue, in its order.
  *
  * A norm or a scale of the row needs the whole row, all else the columns alone. So a kernel that has some columns of a
- * row calls epilogue_columns, and, where epilogue_needs_row, epilogue_row_rest once all columns went through. One that
- * has the whole row calls epilogue_row. All give the same bits.
+ * row calls epilogue_columns, and, where epilogue_needs_row, epilogue_row_rest once all columns went through, which
+ * begins with the residual. One that has the whole row calls epilogue_row. All give the same bits.
  */
 #ifndef TRANSOM_EPILOGUE_H
 #define TRANSOM_EPILOGUE_H
@@ -86,9 +86,6 @@ TRANSOM_INLINE void epilogue_vector(int32_t activation, int32_t has, const epilo
   }
 }
 
-#undef EPILOGUE_LOAD
-#undef EPILOGUE_STORE
-
 TRANSOM_INLINE void epilogue_vectors(int32_t activation, int32_t has, const epilogue_block *given) {
   const epilogue_block copy = *given, *at = &copy; /* which no store can change: it stays in registers */
   int32_t column = 0;
@@ -115,8 +112,6 @@ static void epilogue_compute(int32_t activation, const epilogue_block *at) {
     case TRANSOM_TANH: epilogue_vectors(TRANSOM_TANH, has, at); break;
     default:
       if (has == (SUMS | EPILOGUE_OUT)) epilogue_vectors(TRANSOM_IDENTITY, SUMS | EPILOGUE_OUT, at);
-      else if (has == (SUMS | EPILOGUE_RESIDUAL | EPILOGUE_OUT))
-        epilogue_vectors(TRANSOM_IDENTITY, SUMS | EPILOGUE_RESIDUAL | EPILOGUE_OUT, at);
       else epilogue_vectors(TRANSOM_IDENTITY, has, at);
       break;
   }
@@ -126,15 +121,15 @@ static void epilogue_compute(int32_t activation, const epilogue_block *at) {
  * epilogue_row_rest goes on with is written to at->out, else that and all other slots are set here. */
 static void epilogue_columns_of(const transom_epilogue *then, const transom_run *run, int64_t row, int32_t column,
                                 epilogue_block *at) {
-  int64_t first = row * at->n + column;
-  float *residual = transom_slot(run, then->residual), *sum = transom_slot(run, then->sum);
   at->bias = then->bias ? then->bias + column : NULL;
-  at->residual = residual ? residual + first : NULL;
-  at->sum = sum ? sum + first : NULL;
   at->zero_point = then->zero_point;
   if (!epilogue_needs_row(then)) {
+    int64_t first = row * at->n + column;
+    float *residual = transom_slot(run, then->residual), *sum = transom_slot(run, then->sum);
     float *out = transom_slot(run, then->out);
     uint8_t *quantized = transom_slot(run, then->quantized);
+    at->residual = residual ? residual + first : NULL;
+    at->sum = sum ? sum + first : NULL;
     at->out = out ? out + first : NULL;
     at->out_stride = at->n;
     at->quantized = quantized ? quantized + first : NULL;
@@ -180,19 +175,16 @@ static float epilogue_squares(const float *y, int32_t n, float shift) { return e
 TRANSOM_INLINE vector epilogue_normalize_vector(const transom_epilogue *then, const float *y, float *to,
                                                 uint8_t *quantized, int32_t column, int32_t lanes, int whole,
                                                 vector shift, vector factor) {
-#define EPILOGUE_LOAD(from) (whole ? vector_load(from) : vector_load_part(from, lanes))
   vector x = vector_mul(vector_sub(EPILOGUE_LOAD(y + column), shift), factor);
   if (then->norm_weight) x = vector_mul(x, EPILOGUE_LOAD(then->norm_weight + column));
   if (then->norm_bias) x = vector_add(x, EPILOGUE_LOAD(then->norm_bias + column));
-  if (whole) vector_store(to + column, x);
-  else vector_store_part(to + column, x, lanes);
+  EPILOGUE_STORE(to + column, x);
   if (quantized) {
     vector scaled = vector_mul(x, EPILOGUE_LOAD(then->inverse_scale + column));
     if (whole) vector_store_u8(quantized + column, scaled, then->zero_point);
     else vector_store_u8_part(quantized + column, scaled, then->zero_point, lanes);
   }
   if (then->multiplier) x = vector_mul(x, EPILOGUE_LOAD(then->multiplier + column));
-#undef EPILOGUE_LOAD
   return vector_abs(whole ? x : vector_keep(x, lanes));
 }
 
@@ -229,11 +221,26 @@ static void epilogue_quantize_row(const transom_epilogue *then, const float *y, 
   }
 }
 
-/* Norm, out, and quantised form of a row whose columns all went through epilogue_columns. */
+/* y += residual, copied to sum where there is one. Here it is read along its row; by the columns of a tile it would be
+ * waited for. */
+static void epilogue_add(float *y, const float *residual, float *sum, int32_t n) {
+  for (int32_t column = 0; column < n; column += LANES) {
+    int32_t lanes = n - column < LANES ? n - column : LANES;
+    int whole = lanes == LANES;
+    vector x = EPILOGUE_LOAD(y + column);
+    if (residual) x = vector_add(x, EPILOGUE_LOAD(residual + column));
+    EPILOGUE_STORE(y + column, x);
+    if (sum) EPILOGUE_STORE(sum + column, x);
+  }
+}
+
+/* Residual, norm, out, and quantised form of a row whose columns all went through epilogue_columns. */
 static void epilogue_row_rest(const transom_epilogue *then, const transom_run *run, int64_t row, int32_t n, float *y) {
   float *out = transom_slot(run, then->out), *row_scale = transom_slot(run, then->row_scale);
+  float *residual = transom_slot(run, then->residual), *sum = transom_slot(run, then->sum);
   uint8_t *quantized = transom_slot(run, then->quantized);
   float shift = 0.0f, factor = 1.0f;
+  if (residual || sum) epilogue_add(y, residual ? residual + row * n : NULL, sum ? sum + row * n : NULL, n);
   if (then->norm == TRANSOM_LAYER_NORM) {
     shift = epilogue_sum(y, n) / (float)n;
     factor = 1.0f / sqrtf(epilogue_squares(y, n, shift) / (float)n + then->epsilon);
@@ -259,5 +266,8 @@ static inline void epilogue_row(const transom_epilogue *then, const transom_run 
   epilogue_columns(then, run, row, n, 0, n, y);
   if (epilogue_needs_row(then)) epilogue_row_rest(then, run, row, n, y);
 }
+
+#undef EPILOGUE_LOAD
+#undef EPILOGUE_STORE
 
 #endif

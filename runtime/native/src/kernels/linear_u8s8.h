@@ -73,10 +73,13 @@ typedef struct {
   const transom_linear *record;
   const transom_run *run;
   linear_plan plan;
+  int32_t threads;
+  const int8_t *ahead; /* the weights of the next operator, or NULL */
 } linear_u8s8_job;
 
-/* One panel of a chunk of rows: tiles of about as many rows each, finished as they come. */
-static void linear_u8s8_panel(const linear_u8s8_job *job, const linear_task *task, int32_t panel) {
+/* One panel of a chunk of rows: tiles of about as many rows each, finished as they come. ``next`` is the panel after it,
+ * or NULL. */
+static void linear_u8s8_panel(const linear_u8s8_job *job, const linear_task *task, int32_t panel, const int8_t *next) {
   const transom_linear *record = job->record;
   const transom_matrix *matrix = &record->matrix;
   int32_t k = matrix->k, n = matrix->n, column = panel * U8S8_PANEL;
@@ -96,7 +99,6 @@ static void linear_u8s8_panel(const linear_u8s8_job *job, const linear_task *tas
   int64_t tiles = linear_divide_up(rows, U8S8_ROWS);
   for (int64_t tile = 0; tile < tiles; tile++) {
     int64_t first = task->row + rows * tile / tiles, end = task->row + rows * (tile + 1) / tiles;
-    const int8_t *next = panel + 1 < task->panel_end ? weights + bytes : NULL;
     u8s8_tile((int32_t)(end - first), x + first * k, k, weights, next, (int32_t)tile, (int32_t)tiles, start, sums[0]);
     epilogue_block block = {
         .rows = (int32_t)(end - first), .columns = count, .n = n,
@@ -112,7 +114,15 @@ static void linear_u8s8_task(void *context, int32_t index, int32_t thread) {
   const linear_u8s8_job *job = context;
   linear_task task = linear_task_of(&job->plan, index);
   (void)thread;
-  for (int32_t panel = task.panel; panel < task.panel_end; panel++) linear_u8s8_panel(job, &task, panel);
+  const transom_matrix *matrix = &job->record->matrix;
+  int64_t bytes = u8s8_padded(matrix->k) * U8S8_PANEL;
+  /* This thread's next task is about as many further as there are threads; past the last one it is another operator. */
+  int32_t later = index + job->threads < job->plan.row_chunks * job->plan.panel_chunks ? index + job->threads : -1;
+  for (int32_t panel = task.panel; panel < task.panel_end; panel++) {
+    int32_t following = panel + 1 < task.panel_end ? panel + 1 : later < 0 ? -1 : linear_task_of(&job->plan, later).panel;
+    linear_u8s8_panel(job, &task, panel,
+                      following < 0 ? job->ahead : (const int8_t *)matrix->panels + following * bytes);
+  }
   const transom_epilogue *then = &job->record->then;
   if (job->plan.panel_chunks > 1 || !epilogue_needs_row(then)) return;
   int32_t n = job->record->matrix.n;
@@ -124,7 +134,7 @@ static void linear_u8s8(const transom_linear *record, const transom_run *run, tr
   int needs_row = epilogue_needs_row(&record->then);
   int64_t rows = run->rows[record->rows];
   int32_t panels = linear_divide_up(record->matrix.n, U8S8_PANEL);
-  linear_u8s8_job job = {record, run, linear_plan_of(rows, panels, team->threads, needs_row)};
+  linear_u8s8_job job = {record, run, linear_plan_of(rows, panels, team->threads, needs_row), team->threads, team->ahead};
   transom_parallel(team, job.plan.row_chunks * job.plan.panel_chunks, linear_u8s8_task, &job);
   if (needs_row && job.plan.panel_chunks > 1)
     finish_rows(&record->then, run, team, rows, record->matrix.n);
