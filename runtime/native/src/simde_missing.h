@@ -103,4 +103,16 @@ static inline __m512 missing_shuffle_f32x4(__m512 a, __m512 b, int control) {
 }
 #endif
 
+#if !defined(_mm512_reduce_ps)
+#define _mm512_reduce_ps missing_reduce_ps
+static inline __m512 missing_reduce_ps(__m512 from, int control) { /* to the next lower whole number alone */
+  float x[16];
+  memcpy(x, &from, sizeof x);
+  (void)control;
+  for (int i = 0; i < 16; i++) x[i] = isinf(x[i]) ? 0.0f : x[i] - floorf(x[i]);
+  memcpy(&from, x, sizeof x);
+  return from;
+}
+#endif
+
 #endif

@@ -9,135 +9,10 @@
 #ifndef TRANSOM_KERNEL_ATTENTION_H
 #define TRANSOM_KERNEL_ATTENTION_H
 
-#include "attention_softmax.h"
+#include "attention_ahead.h"
 #include "finish_rows.h"
 
 #define LOG2_OF_E 1.44269504088896341f
-
-/* Working memory of a thread: floats from its beginning to each part, and in all. */
-typedef struct {
-  int64_t query_stride, sum_stride, score_stride; /* of rows; queries lie at the beginning */
-  int64_t sums, mask, scores, keys, values, floats;
-  int32_t width; /* columns of packed values and of sums: head_dim, rounded up to vectors */
-} attention_layout;
-
-typedef struct {
-  const transom_attention *record;
-  const transom_run *run;
-  attention_layout layout;
-  float *memory;
-  int32_t group, blocks, block_rows; /* query heads of a key head; tasks of a sequence and head, rows of each */
-  int bf16, pack_values, cached, store_first;
-} attention_work;
-
-/* Keys and values of one sequence and head. */
-typedef struct {
-  const float *keys, *values;
-  int64_t key_stride, value_stride;
-  const uint8_t *valid;
-  int32_t count, past, causal; /* where causal, row i attends to the first past + i + 1 keys */
-} attention_source;
-
-static int attention_in_bf16(const transom_attention *record) {
-#if defined(TRANSOM_BF16)
-  return record->arithmetic == TRANSOM_IN_BF16;
-#else
-  (void)record;
-  return 0;
-#endif
-}
-
-/* 16 floats more than a row takes: rows at distances of 4096 bytes would push each other out of the cache. */
-static attention_layout attention_layout_of(const transom_attention *record, int32_t keys) {
-  int bf16 = attention_in_bf16(record);
-  int64_t room = attention_round_up(keys > 0 ? keys : 1, ATTENTION_KEYS);
-  attention_layout layout = {.width = attention_round_up(record->head_dim, LANES)};
-  int64_t depth = attention_round_up(attention_depth(bf16, record->head_dim), 16);
-  layout.query_stride = depth + 16;
-  layout.sum_stride = attention_round_up(layout.width, 16) + 16;
-  layout.score_stride = room + 16;
-  layout.sums = ATTENTION_ROWS * layout.query_stride;
-  layout.mask = layout.sums + ATTENTION_ROWS * layout.sum_stride;
-  layout.scores = layout.mask + room;
-  layout.keys = layout.scores + ATTENTION_ROWS * layout.score_stride;
-  layout.values = layout.keys + room * depth;
-  int packs = bf16 || record->head_dim % LANES != 0;
-  layout.floats = layout.values + (packs ? attention_depth(bf16, (int32_t)room) * (int64_t)layout.width : 0);
-  layout.floats = (layout.floats + 15) / 16 * 16;
-  return layout;
-}
-
-static int64_t attention_scratch(const transom_attention *record, int32_t keys) {
-  return attention_layout_of(record, keys).floats * (int64_t)sizeof(float);
-}
-
-static int32_t attention_length(const transom_run *run, int64_t sequence) {
-  return run->first_row[sequence + 1] - run->first_row[sequence];
-}
-
-static attention_source attention_source_of(const attention_work *work, int64_t sequence, int32_t head) {
-  const transom_attention *record = work->record;
-  const transom_run *run = work->run;
-  int32_t dim = record->head_dim;
-  int64_t at = sequence * record->key_heads + head;
-  attention_source source = {.key_stride = dim, .value_stride = dim};
-  if (work->cached) {
-    source.past = run->past ? run->past[sequence] : 0;
-    source.count = source.past + attention_length(run, sequence);
-    source.causal = 1;
-    source.keys = (const float *)run->slots[record->key_cache] + at * run->capacity * dim;
-    source.values = (const float *)run->slots[record->value_cache] + at * run->capacity * dim;
-  } else if (record->cross_key != TRANSOM_NONE) {
-    source.count = run->cross_length;
-    source.valid = run->cross_valid ? run->cross_valid + sequence * run->cross_length : NULL;
-    source.keys = (const float *)run->slots[record->cross_key] + at * run->cross_length * dim;
-    source.values = (const float *)run->slots[record->cross_value] + at * run->cross_length * dim;
-  } else {
-    int64_t first = run->first_row[sequence];
-    source.count = attention_length(run, sequence);
-    source.causal = record->causal;
-    source.valid = run->key_valid ? run->key_valid + first : NULL;
-    source.key_stride = record->key_stride;
-    source.value_stride = record->value_stride;
-    source.keys = (const float *)run->slots[record->key] + first * record->key_stride + record->key_column +
-                  (int64_t)head * dim;
-    source.values = (const float *)run->slots[record->value] + first * record->value_stride + record->value_column +
-                    (int64_t)head * dim;
-  }
-  return source;
-}
-
-/* Write the new rows of one sequence and head to the caches. */
-static void attention_store(const attention_work *work, int64_t sequence, int32_t head) {
-  const transom_attention *record = work->record;
-  const transom_run *run = work->run;
-  int32_t dim = record->head_dim;
-  int64_t past = run->past ? run->past[sequence] : 0;
-  int64_t to = ((sequence * record->key_heads + head) * run->capacity + past) * dim;
-  float *keys = (float *)run->slots[record->key_cache] + to, *values = (float *)run->slots[record->value_cache] + to;
-  for (int64_t row = run->first_row[sequence]; row < run->first_row[sequence + 1]; row++) {
-    const float *key = (const float *)run->slots[record->key] + row * record->key_stride + record->key_column;
-    const float *value = (const float *)run->slots[record->value] + row * record->value_stride + record->value_column;
-    memcpy(keys, key + (int64_t)head * dim, (size_t)dim * sizeof *keys);
-    memcpy(values, value + (int64_t)head * dim, (size_t)dim * sizeof *values);
-    keys += dim;
-    values += dim;
-  }
-}
-
-static void attention_store_task(void *context, int32_t index, int32_t thread) {
-  const attention_work *work = context;
-  (void)thread;
-  attention_store(work, index / work->record->key_heads, index % work->record->key_heads);
-}
-
-/* The query of row ``index`` of a sequence and key head. */
-static const float *attention_query(const attention_work *work, int64_t sequence, int32_t head, int32_t index) {
-  const transom_attention *record = work->record;
-  int64_t row = work->run->first_row[sequence] + index / work->group;
-  return (const float *)work->run->slots[record->query] + row * record->query_stride + record->query_column +
-         ((int64_t)head * work->group + index % work->group) * record->head_dim;
-}
 
 /* Queries of rows [first, first + rows) of a sequence and head, times scale * log2(e); the tile's other rows are 0.
  * Those of the next tile, up to the row ``end``, are fetched ahead. */
@@ -168,8 +43,8 @@ static void attention_queries(const attention_work *work, int64_t sequence, int3
 
 /* Scores of a tile and the first ``limit`` keys. Keys from ``packed`` on are packed; without ``keep`` each chunk takes
  * the place of the one before. Returns how many are packed. */
-static int32_t attention_score(const attention_work *work, const attention_source *source, float *memory,
-                               int32_t rows, int32_t limit, int32_t packed, int keep) {
+static int32_t attention_score(const attention_work *work, const attention_source *source, attention_ahead *ahead,
+                               float *memory, int32_t rows, int32_t limit, int32_t packed, int keep) {
   const attention_layout *layout = &work->layout;
   int32_t dim = work->record->head_dim, depth = attention_depth(work->bf16, dim);
   for (int32_t start = 0; start < limit; start += ATTENTION_KEYS) {
@@ -182,17 +57,19 @@ static int32_t attention_score(const attention_work *work, const attention_sourc
       packed = start + count;
     }
     int32_t wanted = limit - start < count ? limit - start : count;
-    for (int32_t key = 0; key < wanted; key += ATTENTION_PANEL)
+    for (int32_t key = 0; key < wanted; key += ATTENTION_PANEL) {
+      attention_fetch_ahead(ahead);
       attention_multiply(rows, wanted - key > LANES ? 2 : 1, work->bf16, depth, memory, layout->query_stride,
                          chunk + (int64_t)(key / ATTENTION_PANEL) * depth * ATTENTION_PANEL, ATTENTION_PANEL,
                          memory + layout->scores + start + key, layout->score_stride, 1);
+    }
   }
   return packed;
 }
 
 /* The sums of a tile: weights (rows, limit) times values, which are packed as keys are. */
-static int32_t attention_sum(const attention_work *work, const attention_source *source, float *memory, int32_t rows,
-                             int32_t limit, int32_t packed, int keep) {
+static int32_t attention_sum(const attention_work *work, const attention_source *source, attention_ahead *ahead,
+                             float *memory, int32_t rows, int32_t limit, int32_t packed, int keep) {
   const attention_layout *layout = &work->layout;
   int32_t dim = work->record->head_dim;
   for (int32_t start = 0; start < limit; start += ATTENTION_KEYS) {
@@ -216,6 +93,7 @@ static int32_t attention_sum(const attention_work *work, const attention_source 
     for (int32_t column = 0, parts; column < layout->width; column += parts * LANES) {
       int32_t rest = (layout->width - column) / LANES;
       parts = rows <= 2 && !work->bf16 && rest >= ATTENTION_PARTS ? ATTENTION_PARTS : rest > 1 ? 2 : 1;
+      attention_fetch_ahead(ahead);
       attention_multiply(rows, parts, work->bf16, wanted, weights, layout->score_stride, values + column, stride,
                          memory + layout->sums + column, layout->sum_stride, start == 0);
     }
@@ -227,11 +105,11 @@ static int32_t attention_sum(const attention_work *work, const attention_source 
 TRANSOM_INLINE void attention_weigh_as(int bf16, const attention_work *work, const attention_source *source,
                                        float *scores, const float *mask, int32_t first, int32_t rows, int32_t limit,
                                        float *factor) {
-  int32_t width = attention_round_up(limit, bf16 ? 2 * LANES : LANES);
-  for (int32_t i = 0; i < rows; i++, scores += work->layout.score_stride) {
-    int32_t own = source->causal ? source->past + (first + i) / work->group + 1 : source->count;
-    factor[i] = attention_softmax(bf16, scores, mask, own, width);
-  }
+  int32_t limits[ATTENTION_ROWS];
+  for (int32_t i = 0; i < rows; i++)
+    limits[i] = source->causal ? source->past + (first + i) / work->group + 1 : source->count;
+  attention_softmax(bf16, scores, work->layout.score_stride, mask, rows, limits,
+                    attention_round_up(limit, bf16 ? 2 * LANES : LANES), factor);
 }
 
 static void attention_weigh(const attention_work *work, const attention_source *source, float *memory, int32_t first,
@@ -273,11 +151,9 @@ static void attention_finish(const attention_work *work, int64_t sequence, int32
 
 static void attention_task(void *context, int32_t index, int32_t thread) {
   const attention_work *work = context;
-  int32_t head = index % work->record->key_heads, block = index / work->record->key_heads;
-  int64_t sequence = block / work->blocks;
-  int32_t start = block % work->blocks * work->block_rows;
-  int32_t end = attention_length(work->run, sequence) * work->group;
-  end = end - start > work->block_rows ? start + work->block_rows : end;
+  attention_part part = attention_part_of(work, index);
+  int64_t sequence = part.sequence;
+  int32_t head = part.head, start = part.start, end = part.end;
   if (start >= end) return;
   float *memory = work->memory + thread * work->layout.floats;
   if (work->cached && !work->store_first) attention_store(work, sequence, head);
@@ -289,14 +165,16 @@ static void attention_task(void *context, int32_t index, int32_t thread) {
   }
   int32_t keys = 0, values = 0;
   int keep = end - start > ATTENTION_ROWS;
+  attention_ahead ahead = attention_ahead_of_values(work, &source, keep);
   for (int32_t first = start; first < end; first += ATTENTION_ROWS) {
     int32_t rows = end - first < ATTENTION_ROWS ? end - first : ATTENTION_ROWS;
     int32_t limit = source.causal ? source.past + (first + rows - 1) / work->group + 1 : source.count;
     float factor[ATTENTION_ROWS];
     attention_queries(work, sequence, head, first, rows, end, memory);
-    keys = attention_score(work, &source, memory, rows, limit, keys, keep);
+    keys = attention_score(work, &source, &ahead, memory, rows, limit, keys, keep);
     attention_weigh(work, &source, memory, first, rows, limit, factor);
-    values = attention_sum(work, &source, memory, rows, limit, values, keep);
+    if (first == start) ahead = attention_ahead_of_task(work, index, end - start);
+    values = attention_sum(work, &source, &ahead, memory, rows, limit, values, keep);
     attention_finish(work, sequence, head, memory, first, rows, factor, limit == 0);
   }
 }
@@ -308,6 +186,7 @@ static void attention(const transom_attention *record, const transom_run *run, t
   work.group = record->heads / record->key_heads;
   work.pack_values = work.bf16 || record->head_dim % LANES != 0;
   work.memory = transom_slot(run, record->scores);
+  work.threads = team->threads;
   int32_t longest = 0, keys = record->cross_key != TRANSOM_NONE ? run->cross_length : 0;
   for (int64_t sequence = 0; sequence < sequences; sequence++) {
     int32_t length = attention_length(run, sequence), past = work.cached && run->past ? run->past[sequence] : 0;
@@ -325,7 +204,8 @@ static void attention(const transom_attention *record, const transom_run *run, t
   work.blocks = (int32_t)((tiles + block_tiles - 1) / block_tiles);
   work.store_first = work.cached && work.blocks > 1;
   if (work.store_first) transom_parallel(team, (int32_t)heads, attention_store_task, &work);
-  transom_parallel(team, (int32_t)(heads * work.blocks), attention_task, &work);
+  work.tasks = (int32_t)(heads * work.blocks);
+  transom_parallel(team, work.tasks, attention_task, &work);
   if (epilogue_needs_row(&record->then))
     finish_rows(&record->then, run, team, run->rows[TRANSOM_TOKENS], record->heads * record->head_dim);
 }

@@ -16,6 +16,13 @@ TRANSOM_INLINE vector bf16_product(vector a, vector b, vector sum) {
 #endif
 }
 
+TRANSOM_INLINE vector bf16_ones(void) {
+  const uint32_t pair = 0x3f803f80;
+  float as_float;
+  memcpy(&as_float, &pair, sizeof as_float);
+  return vector_set(as_float);
+}
+
 #if defined(TRANSOM_SIMDE) /* which has no conversion */
 TRANSOM_INLINE uint32_t bf16_bits(float x) {
   uint32_t bits;
