@@ -16,29 +16,38 @@
 
 /* Queries of rows [first, first + rows) of a sequence and head, times scale * log2(e); the tile's other rows are 0.
  * Those of the next tile, up to the row ``end``, are fetched ahead. */
-static void attention_queries(const attention_work *work, int64_t sequence, int32_t head, int32_t first, int32_t rows,
-                              int32_t end, float *to) {
+TRANSOM_INLINE void attention_queries_as(int bf16, int whole, const attention_work *work, int64_t sequence,
+                                         int32_t head, int32_t first, int32_t rows, int32_t end, float *to) {
   const transom_attention *record = work->record;
-  int32_t dim = record->head_dim, depth = attention_depth(work->bf16, dim);
+  int32_t dim = record->head_dim, depth = attention_depth(bf16, dim);
+  int64_t stride = work->layout.query_stride;
   vector factor = vector_set(record->scale * LOG2_OF_E);
-  for (int32_t i = 0; i < rows; i++) {
+  for (int32_t i = 0; i < rows; i++, to += stride) {
     const float *from = attention_query(work, sequence, head, first + i);
     if (first + i + ATTENTION_ROWS < end)
       attention_fetch(attention_query(work, sequence, head, first + i + ATTENTION_ROWS), dim);
-    float *query = to + i * work->layout.query_stride;
     for (int32_t at = 0; at < depth; at += LANES) {
 #if defined(TRANSOM_BF16)
-      if (work->bf16) {
-        vector low = vector_mul(attention_load(from, 2 * at, dim), factor);
-        vector_store(query + at, bf16_in_order(low, vector_mul(attention_load(from, 2 * at + LANES, dim), factor)));
+      if (bf16) {
+        vector low = whole ? vector_load(from + 2 * at) : attention_load(from, 2 * at, dim);
+        vector high = whole ? vector_load(from + 2 * at + LANES) : attention_load(from, 2 * at + LANES, dim);
+        vector_store(to + at, bf16_in_order(vector_mul(low, factor), vector_mul(high, factor)));
         continue;
       }
 #endif
-      vector_store(query + at, vector_mul(attention_load(from, at, dim), factor));
+      vector_store(to + at, vector_mul(whole ? vector_load(from + at) : attention_load(from, at, dim), factor));
     }
   }
-  for (int32_t i = rows; i < ATTENTION_ROWS; i++)
-    memset(to + i * work->layout.query_stride, 0, (size_t)work->layout.query_stride * sizeof *to);
+  for (int32_t i = rows; i < ATTENTION_ROWS; i++, to += stride) memset(to, 0, (size_t)stride * sizeof *to);
+}
+
+static void attention_queries(const attention_work *work, int64_t sequence, int32_t head, int32_t first, int32_t rows,
+                              int32_t end, float *to) {
+  int whole = attention_whole(work->bf16, work->record->head_dim);
+  if (work->bf16 && whole) attention_queries_as(1, 1, work, sequence, head, first, rows, end, to);
+  else if (work->bf16) attention_queries_as(1, 0, work, sequence, head, first, rows, end, to);
+  else if (whole) attention_queries_as(0, 1, work, sequence, head, first, rows, end, to);
+  else attention_queries_as(0, 0, work, sequence, head, first, rows, end, to);
 }
 
 /* Scores of a tile and the first ``limit`` keys. Keys from ``packed`` on are packed; without ``keep`` each chunk takes
@@ -116,8 +125,10 @@ static void attention_weigh(const attention_work *work, const attention_source *
                             int32_t rows, int32_t limit, float *factor) {
   float *scores = memory + work->layout.scores;
   const float *mask = source->valid ? memory + work->layout.mask : NULL;
-  if (work->bf16)
+  if (work->bf16 && mask)
     attention_weigh_as(1, work, source, scores, mask, first, rows, limit, factor);
+  else if (work->bf16)
+    attention_weigh_as(1, work, source, scores, NULL, first, rows, limit, factor);
   else if (mask)
     attention_weigh_as(0, work, source, scores, mask, first, rows, limit, factor);
   else
@@ -131,11 +142,7 @@ static void attention_finish(const attention_work *work, int64_t sequence, int32
   const attention_layout *layout = &work->layout;
   int32_t dim = work->record->head_dim, n = work->record->heads * dim;
   float *sums = memory + layout->sums;
-  for (int32_t i = 0; i < rows; i++)
-    for (int32_t at = 0; at < layout->width; at += LANES) {
-      float *y = sums + i * layout->sum_stride + at;
-      vector_store(y, empty ? vector_zero() : vector_mul(vector_load(y), vector_set(factor[i])));
-    }
+  if (empty) memset(sums, 0, (size_t)(rows * layout->sum_stride) * sizeof *sums);
   float *out = epilogue_needs_row(then) ? transom_slot(work->run, then->out) : NULL;
   int32_t together = work->group == 1 ? rows : 1; /* rows of the tile that are neighbours in one head */
   for (int32_t i = 0; i < rows; i += together) {
@@ -143,7 +150,7 @@ static void attention_finish(const attention_work *work, int64_t sequence, int32
     int32_t column = (head * work->group + (first + i) % work->group) * dim;
     epilogue_block block = {
         .rows = together, .columns = dim, .n = n, .y = sums + i * layout->sum_stride, .y_stride = layout->sum_stride,
-        .out = out ? out + row * n + column : NULL, .out_stride = n,
+        .row_factor = factor + i, .out = out ? out + row * n + column : NULL, .out_stride = n,
     };
     epilogue_columns_of(then, work->run, row, column, &block);
   }

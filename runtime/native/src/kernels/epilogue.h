@@ -34,7 +34,7 @@ typedef struct {
   const float *y;            /* float32, or int32 sums where there is a scale */
   int64_t y_stride;
   const float *scale;        /* of columns */
-  const float *row_factor;   /* of rows, with a scale; or NULL */
+  const float *row_factor;   /* of rows, or NULL */
   const float *bias, *residual, *inverse_scale;
   float *sum, *out;
   int64_t out_stride;
@@ -69,10 +69,10 @@ TRANSOM_INLINE void epilogue_vector(int32_t activation, int32_t has, const epilo
     if (has & EPILOGUE_SCALE) {
       const int32_t *sums = (const int32_t *)(const void *)y;
       x = vector_mul(whole ? vector_load_s32(sums) : vector_load_s32_part(sums, lanes), scale);
-      if (has & EPILOGUE_FACTOR) x = vector_mul(x, vector_set(at->row_factor[row]));
     } else {
       x = EPILOGUE_LOAD(y);
     }
+    if (has & EPILOGUE_FACTOR) x = vector_mul(x, vector_set(at->row_factor[row]));
     if (has & EPILOGUE_BIAS) x = vector_add(x, bias);
     x = epilogue_activate(activation, x);
     if (has & EPILOGUE_RESIDUAL) x = vector_add(x, EPILOGUE_LOAD(at->residual + place));
@@ -96,7 +96,7 @@ TRANSOM_INLINE void epilogue_vectors(int32_t activation, int32_t has, const epil
 /* The blocks that most of an encoder's time would go to have loops of their own. */
 static void epilogue_compute(int32_t activation, const epilogue_block *at) {
   enum { SUMS = EPILOGUE_SCALE | EPILOGUE_BIAS };
-  int32_t has = (at->scale ? EPILOGUE_SCALE : 0) | (at->scale && at->row_factor ? EPILOGUE_FACTOR : 0) |
+  int32_t has = (at->scale ? EPILOGUE_SCALE : 0) | (at->row_factor ? EPILOGUE_FACTOR : 0) |
                 (at->bias ? EPILOGUE_BIAS : 0) | (at->residual ? EPILOGUE_RESIDUAL : 0) |
                 (at->sum ? EPILOGUE_SUM : 0) | (at->out ? EPILOGUE_OUT : 0) |
                 (at->quantized ? EPILOGUE_QUANTIZED : 0);
@@ -112,6 +112,10 @@ static void epilogue_compute(int32_t activation, const epilogue_block *at) {
     case TRANSOM_TANH: epilogue_vectors(TRANSOM_TANH, has, at); break;
     default:
       if (has == (SUMS | EPILOGUE_OUT)) epilogue_vectors(TRANSOM_IDENTITY, SUMS | EPILOGUE_OUT, at);
+      else if (has == (EPILOGUE_FACTOR | EPILOGUE_OUT))
+        epilogue_vectors(TRANSOM_IDENTITY, EPILOGUE_FACTOR | EPILOGUE_OUT, at);
+      else if (has == (EPILOGUE_FACTOR | EPILOGUE_QUANTIZED))
+        epilogue_vectors(TRANSOM_IDENTITY, EPILOGUE_FACTOR | EPILOGUE_QUANTIZED, at);
       else epilogue_vectors(TRANSOM_IDENTITY, has, at);
       break;
   }
