@@ -96,7 +96,7 @@ static int32_t attention_sum(const attention_work *work, const attention_source 
       }
       values = chunk;
       stride = layout->width;
-      if (work->bf16) wanted = attention_round_up(wanted, 2 * LANES) / 2;
+      wanted = attention_depth(work->bf16, wanted);
     }
     const float *weights = memory + layout->scores + attention_depth(work->bf16, start);
     for (int32_t column = 0, parts; column < layout->width; column += parts * LANES) {

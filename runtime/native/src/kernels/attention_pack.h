@@ -93,22 +93,17 @@ TRANSOM_INLINE void attention_pair_values(int whole, const float *x, const float
 #endif
 
 /* ``count`` rows of values become rows of ``width`` columns, a multiple of LANES; in BF16 each two rows become one of
- * pairs, and there is an even number of vectors of them: rows up to the next multiple of 2 LANES are zero. */
+ * pairs, and zeros follow the last one of an odd number. */
 static void attention_pack_values(int bf16, const float *values, int64_t stride, int32_t count, int32_t dim,
                                   int32_t width, float *to) {
 #if defined(TRANSOM_BF16)
   if (bf16) {
-    int32_t row = 0, rows = attention_round_up(count, 2 * LANES);
+    int32_t row = 0;
     for (; row + 2 <= count; row += 2, values += 2 * stride, to += width) {
       if (dim == width) attention_pair_values(1, values, values + stride, width, width, to);
       else attention_pair_values(0, values, values + stride, dim, width, to);
     }
-    if (row < count) {
-      attention_pair_values(0, values, NULL, dim, width, to);
-      row += 2;
-      to += width;
-    }
-    if (row < rows) memset(to, 0, (size_t)((rows - row) / 2) * (size_t)width * sizeof *to);
+    if (row < count) attention_pair_values(0, values, NULL, dim, width, to);
     return;
   }
 #else

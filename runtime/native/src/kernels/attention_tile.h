@@ -24,6 +24,10 @@
 #define ATTENTION_ROWS 4
 #endif
 
+/* A pointer that the compiler is to take as it comes. It would compute those of all rows before the loop, more than there
+ * are general registers, and keep the others where they come late: behind all products that were issued before. */
+#define ATTENTION_UNKNOWN(pointer) __asm__("" : "+r"(pointer))
+
 TRANSOM_INLINE vector attention_product(int bf16, vector a, vector b, vector sum) {
 #if defined(TRANSOM_BF16)
   if (bf16) return bf16_product(a, b, sum);
@@ -42,27 +46,45 @@ TRANSOM_INLINE void attention_tile(int32_t rows, int32_t parts, int bf16, int32_
   for (int32_t row = 0; row < rows; row++)
 #pragma GCC unroll 4
     for (int32_t part = 0; part < parts; part++)
-      sum[row][part] = first ? vector_zero() : vector_load(sums + row * sum_stride + part * LANES);
-  for (int32_t d = 0; d < depth; d++) {
+      sum[row][part] = vector_zero();
+  if (!first) {
+    const float *before = sums;
+#pragma GCC unroll 12
+    for (int32_t row = 0; row < rows; row++, before += sum_stride) {
+      ATTENTION_UNKNOWN(before);
+#pragma GCC unroll 4
+      for (int32_t part = 0; part < parts; part++) sum[row][part] = vector_load(before + part * LANES);
+    }
+  }
+  /* Every third row has a pointer. */
+  const float *third[(ATTENTION_ROWS + 2) / 3];
+#pragma GCC unroll 4
+  for (int32_t i = 0; 3 * i < rows; i++) third[i] = x + 3 * i * x_stride;
+  for (int32_t d = 0; d < depth; d++, panel += panel_stride) {
     vector column[ATTENTION_PARTS];
     if (rows <= 2) /* memory, not arithmetic, is the limit */
       for (int32_t part = 0; part < parts; part++)
-        __builtin_prefetch(panel + (d + ATTENTION_AHEAD) * panel_stride + part * LANES, 0, 2);
+        __builtin_prefetch(panel + ATTENTION_AHEAD * panel_stride + part * LANES, 0, 2);
 #pragma GCC unroll 4
-    for (int32_t part = 0; part < parts; part++) column[part] = vector_load(panel + d * panel_stride + part * LANES);
+    for (int32_t i = 0; 3 * i < rows; i++) ATTENTION_UNKNOWN(third[i]);
+#pragma GCC unroll 4
+    for (int32_t part = 0; part < parts; part++) column[part] = vector_load(panel + part * LANES);
 #pragma GCC unroll 12
     for (int32_t row = 0; row < rows; row++) {
-      vector factor = vector_set(x[row * x_stride + d]);
+      vector factor = vector_set(third[row / 3][row % 3 * x_stride]);
 #pragma GCC unroll 4
       for (int32_t part = 0; part < parts; part++)
         sum[row][part] = attention_product(bf16, factor, column[part], sum[row][part]);
     }
+#pragma GCC unroll 4
+    for (int32_t i = 0; 3 * i < rows; i++) third[i]++;
   }
 #pragma GCC unroll 12
-  for (int32_t row = 0; row < rows; row++)
+  for (int32_t row = 0; row < rows; row++, sums += sum_stride) {
+    ATTENTION_UNKNOWN(sums);
 #pragma GCC unroll 4
-    for (int32_t part = 0; part < parts; part++)
-      vector_store(sums + row * sum_stride + part * LANES, sum[row][part]);
+    for (int32_t part = 0; part < parts; part++) vector_store(sums + part * LANES, sum[row][part]);
+  }
 }
 
 /* The number of rows is one of few, so that the compiler keeps the sums of each in registers: more rows than asked for
