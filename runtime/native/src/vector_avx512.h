@@ -28,7 +28,9 @@ TRANSOM_INLINE vector vector_raise(vector x, vector n) {
       _mm512_add_epi32(_mm512_castps_si512(x), _mm512_slli_epi32(_mm512_castps_si512(n), 23)));
 }
 /* x - floor(x), 0 for minus infinity; and x * 2^floor(n), 0 where n is that: attention's powers of two. */
-TRANSOM_INLINE vector vector_fraction(vector x) { return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); }
+TRANSOM_INLINE vector vector_fraction(vector x) {
+  return _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+}
 TRANSOM_INLINE vector vector_raise_floor(vector x, vector n) { return _mm512_scalef_ps(x, n); }
 TRANSOM_INLINE vector vector_less(vector a, vector b, vector x, vector y) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);

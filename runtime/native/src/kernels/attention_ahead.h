@@ -1,8 +1,8 @@
 /* Rows that are fetched into the second cache while products keep the processor busy, a few at each of them.
  *
- * Rows of one head lie far apart in a projection of all heads: no processor guesses them, and packing them would wait for
- * each. First come the values of the task at hand, which follow the first scores, then keys, values and queries of the
- * task that this thread takes next where all threads keep step.
+ * Rows of one head lie far apart in a projection of all heads: no processor guesses them, and packing them would wait
+ * for each. First come the values of the task at hand, which follow the first scores, then keys, values and queries of
+ * the task that this thread takes next where all threads keep step.
  */
 #ifndef TRANSOM_ATTENTION_AHEAD_H
 #define TRANSOM_ATTENTION_AHEAD_H

@@ -22,8 +22,8 @@ TRANSOM_INLINE vector attention_load(const float *x, int32_t column, int32_t col
   return n > 0 ? vector_load_part(x + column, n) : vector_zero();
 }
 
-/* The same where x is a row of BF16 pairs yet to be made of floats; ``at`` counts pairs. No lane is outside of ``whole``
- * rows. */
+/* The same where x is a row of BF16 pairs yet to be made of floats; ``at`` counts pairs. No lane is outside of
+ * ``whole`` rows. */
 TRANSOM_INLINE vector attention_load_row(int bf16, int whole, const float *x, int32_t at, int32_t columns) {
 #if defined(TRANSOM_BF16)
   if (bf16) {

@@ -9,8 +9,8 @@
 
 #define ATTENTION_WHOLE 12582912.0f /* 1.5 * 2^23: floats from here on are whole, so that adding it rounds */
 
-/* 2^x for x <= 0, and 0 for minus infinity: by a polynomial (minimax) for the power of a fraction, within 2e-7 of it; in
- * BF16, where it is rounded to 8 bits, within 1e-4. */
+/* 2^x for x <= 0, and 0 for minus infinity: by a polynomial (minimax) for the power of a fraction, within 2e-7 of it;
+ * in BF16, where it is rounded to 8 bits, within 1e-4. */
 #if defined(TRANSOM_VECTOR_AVX512)
 TRANSOM_INLINE vector attention_power(int bf16, vector x) {
   vector r = vector_fraction(x), p; /* 0 <= r < 1: what scales by a power of two takes the floor itself */
@@ -78,8 +78,8 @@ TRANSOM_INLINE vector attention_step(int bf16, float *scores, const float *mask,
   return vector_add(sum, low);
 }
 
-/* Replace scores (rows, limits[row]) by the powers of their differences to the row's largest one, and fill up with zeros
- * to ``width``; in BF16, width is a multiple of 2 LANES, and pairs take half the place. factor[row] becomes 1 / the sum
+/* Replace scores (rows, limits[row]) by the powers of their differences to the row's largest one, and fill up with
+ * zeros to ``width``; in BF16, width is a multiple of 2 LANES, and pairs take half the place. factor[row] becomes 1 / the sum
  * of them: 0, and zeros, where there are no scores or all are masked. Each step is done for all rows before the next:
  * what is left of one row's vectors in the end, lane by lane, would hold up the next row. */
 TRANSOM_INLINE void attention_softmax(int bf16, float *scores, int64_t stride, const float *mask, int32_t rows,

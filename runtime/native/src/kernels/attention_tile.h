@@ -24,8 +24,8 @@
 #define ATTENTION_ROWS 4
 #endif
 
-/* A pointer that the compiler is to take as it comes. It would compute those of all rows before the loop, more than there
- * are general registers, and keep the others where they come late: behind all products that were issued before. */
+/* A pointer that the compiler is to take as it comes. It would compute those of all rows before the loop, more than
+ * there are general registers, and keep the others where they come late: behind all products that were issued before. */
 #define ATTENTION_UNKNOWN(pointer) __asm__("" : "+r"(pointer))
 
 TRANSOM_INLINE vector attention_product(int bf16, vector a, vector b, vector sum) {
