@@ -79,9 +79,9 @@ TRANSOM_INLINE vector attention_step(int bf16, float *scores, const float *mask,
 }
 
 /* Replace scores (rows, limits[row]) by the powers of their differences to the row's largest one, and fill up with
- * zeros to ``width``; in BF16, width is a multiple of 2 LANES, and pairs take half the place. factor[row] becomes 1 / the sum
- * of them: 0, and zeros, where there are no scores or all are masked. Each step is done for all rows before the next:
- * what is left of one row's vectors in the end, lane by lane, would hold up the next row. */
+ * zeros to ``width``; in BF16, width is a multiple of 2 LANES, and pairs take half the place. factor[row] becomes 1
+ * / the sum of them: 0, and zeros, where there are no scores or all are masked. Each step is done for all rows before
+ * the next: what is left of one row's vectors in the end, lane by lane, would hold up the next row. */
 TRANSOM_INLINE void attention_softmax(int bf16, float *scores, int64_t stride, const float *mask, int32_t rows,
                                       const int32_t *limits, int32_t width, float *factor) {
   float top[ATTENTION_ROWS];

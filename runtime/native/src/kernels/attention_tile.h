@@ -25,7 +25,7 @@
 #endif
 
 /* A pointer that the compiler is to take as it comes. It would compute those of all rows before the loop, more than
- * there are general registers, and keep the others where they come late: behind all products that were issued before. */
+ * there are general registers, and keep the others where they come late: behind all products issued before. */
 #define ATTENTION_UNKNOWN(pointer) __asm__("" : "+r"(pointer))
 
 TRANSOM_INLINE vector attention_product(int bf16, vector a, vector b, vector sum) {
