@@ -1,11 +1,12 @@
 """Measure lists of texts of mixed lengths, of one installation of Transom or several beside each other.
 
     python benchmarks/packing.py minilm minilm-int8
-    python benchmarks/packing.py minilm minilm-int8 --side today=OLD/.venv/bin/python --side ours=PYTHON
+    python benchmarks/packing.py minilm minilm-int8 --side today=OLD/.venv/bin/python=OLD/bundles --side ours=PYTHON
 
 Two sorts of lists between 4 and 256 tokens, seed 0: geometric, with a mean of 32 tokens, so that few are long; and
-log-uniform, where the long ones have most of the tokens. Sides, each an installation's interpreter, alternate in
-processes of their own. Figures are medians of the elapsed time of `embed` of a whole list; with `--cpu`, of CPU time.
+log-uniform, where the long ones have most of the tokens. Sides, each an installation's interpreter and, after another
+=, the folder of bundles of the same names that it exported, alternate in processes of their own. Figures are medians
+of the elapsed time of `embed` of a whole list; with `--cpu`, of CPU time.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def measure(folder: str, threads: int, kind: str, count: int, cpu: bool) -> dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundles", nargs="+", metavar="BUNDLE", help="of MiniLM")
-    parser.add_argument("--side", action="append", default=[], metavar="NAME=PYTHON")
+    parser.add_argument("--side", action="append", default=[], metavar="NAME=PYTHON[=FOLDER]")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cpu", action="store_true", help="CPU time instead of elapsed time")
@@ -75,11 +76,14 @@ def main() -> None:
         for kind, counts in LISTS.items():
             for count in counts:
                 found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
-                command = [str(Path(__file__)), bundle, "--measure", f"{kind}:{count}"]
-                command += ["--threads", str(options.threads), *(["--cpu"] if options.cpu else [])]
+                settings = ["--measure", f"{kind}:{count}", "--threads", str(options.threads)]
+                settings += ["--cpu"] if options.cpu else []
                 for _ in range(options.rounds):
-                    for name, python in sides.items():
-                        done = subprocess.run([python, *command], check=True, stdout=subprocess.PIPE, env=environment)
+                    for name, side in sides.items():
+                        python, _, folder = side.partition("=")
+                        path = str(Path(folder) / Path(bundle).name) if folder else bundle
+                        command = [python, str(Path(__file__)), path, *settings]
+                        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment)
                         found[name].append(json.loads(done.stdout))
                 seconds = {name: statistics.median(each["seconds"] for each in runs) for name, runs in found.items()}
                 cells = [
