@@ -4,20 +4,23 @@
 
 Every measurement is a process of its own, in turn: ``load``; ``session``, onnxruntime.InferenceSession on the paths of
 the files that ``load`` opens; ``hash``, hashlib.file_digest of every file, one after the other. Each imports its
-libraries first. CPU seconds are those of all threads. Peak is the largest resident memory (VmHWM) above that of the
-imported process, "after" what is left of it when the bundle is loaded, "closed" when it is closed. ``--earlier`` is the
-Python of another installation, measured in turn as well. Files are in the system's cache. Linux only.
+libraries first, ``load`` the module of the native kernels where the bundle has lists of operators. CPU seconds are
+those of all threads. Peak is the largest resident memory (VmHWM) above that of the imported process, "after" what is
+left of it when the bundle is loaded, "closed" when it is closed. ``--earlier`` is the Python of another installation,
+measured in turn as well. Files are in the system's cache. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import json
 import statistics
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,9 @@ def measure(what: str, bundle: Path, threads: int) -> dict[str, float]:
     from transom.runtime import load
 
     words = json.loads((bundle / "bundle.json").read_bytes())
+    if any("native" in graph["files"] for graph in words["graphs"]):
+        with suppress(ImportError):  # of an earlier installation
+            importlib.import_module("transom.runtime.native.backend")
     before, begun, spent = status_mib("VmRSS"), time.perf_counter(), time.process_time()
     held: Any = None
     if what == "hash":
