@@ -15,7 +15,7 @@ from transom.runtime.json_reader import parse_json
 from transom.runtime.manifest_graphs import GraphFile
 from transom.runtime.native.bound_run import NativeBoundRun
 from transom.runtime.native.library import NativeLibrary
-from transom.runtime.native.operator_list import list_from_json
+from transom.runtime.native.operator_list import checked_list
 from transom.runtime.native.program import Program
 from transom.runtime.native.rows import Packer
 from transom.runtime.native.workspace import Workspace, output_slots
@@ -39,12 +39,12 @@ class NativeBackend(ProcessBound):
         self.library, self.threads = library, threads or physical_cores()
         name = file.files[LIST]
         weights = weights_size(file, read)
-        operators = list_from_json(parse_json(read(name), name), self.graph, weights)
+        operators, registers = checked_list(parse_json(read(name), name), self.graph, weights)
         if operators.weights != file.weights:
             raise BundleError(
                 f"{name} reads {operators.weights[:60]!r}, bundle.json has {file.weights!r}; export it again."
             )
-        self.program = Program(operators, self.graph, weights, library, read)
+        self.program = Program(operators, registers, self.graph, library, read)
         self.packer = Packer(self.program, self.graph)
         self.packs_rows = operators.mask is not None
         self._scratch: dict[int, int] = {}

@@ -18,9 +18,8 @@ from transom.runtime.process_bound import ProcessBound
 ALIGNMENT = 64  # bytes: a line of the processor's caches, and its widest vector
 LARGE_PAGE = 2 << 20  # bytes, of x86 and of most Arm systems
 POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, of Linux 5.14 and later
-STEP = 8 << 20  # bytes that are made ready at once
 WORTH_IT = 1 << 16  # bytes that are made ready by a call; to touch fewer costs no more than that
-LARGE_PAGE_SECONDS = 1e-3  # of processor time; to touch as much in small pages takes about that
+LARGE_PAGE_SECONDS = 1e-3  # of processor time that one may take; to touch as much in small pages takes that
 
 
 def aligned(size: int) -> int:
@@ -56,16 +55,16 @@ class Memory(ProcessBound):
         """Have the system give pages for bytes that will be written: less work than page by page as they are touched.
 
         Large pages take a quarter of the time of small ones, or, where a virtual machine's host has to find the memory
-        first, ten times as much: then the rest comes in small ones, of which the system has those that were freed.
+        first, five times as much: then the rest comes in small ones, of which the system has those that were freed.
         """
         if MADVISE is None or size < WORTH_IT:
             return
         end = offset + size
-        for first in range(offset // mmap.PAGESIZE * mmap.PAGESIZE, end, STEP):
-            length = min(STEP, end - first)
+        for first in range(offset // mmap.PAGESIZE * mmap.PAGESIZE, end, LARGE_PAGE):
+            length = min(LARGE_PAGE, end - first)
             begun = time.thread_time()
             MADVISE(self.address + first, length, POPULATE_WRITE)  # may fail: pages then come as they are touched
-            if self._large and time.thread_time() - begun > LARGE_PAGE_SECONDS * (length // LARGE_PAGE + 1):
+            if self._large and time.thread_time() - begun > LARGE_PAGE_SECONDS:
                 self._large = False
                 with suppress(OSError, ValueError):
                     self._map.madvise(mmap.MADV_NOHUGEPAGE)

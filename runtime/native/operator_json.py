@@ -88,6 +88,12 @@ PLAIN: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 }
 RECORDS: Mapping[str, type[Any]] = {"Epilogue": Epilogue, "Norm | None": Norm, "Quantized | None": Quantized}
 
+# Of each record its fields: name, type as it is written, default, ... where there is none.
+FORMS: Mapping[type[Any], tuple[tuple[str, str, Any], ...]] = {
+    kind: tuple((f.name, str(f.type), ... if f.default is MISSING else f.default) for f in fields(kind))
+    for kind in (*KINDS.values(), *RECORDS.values(), StoredTensor, Table)
+}
+
 
 def operators_from_json(value: Any, problems: list[str]) -> OperatorList | None:
     """Return a list of the right form, None where some of it is not; ``problems`` gets what is wrong."""
@@ -134,23 +140,21 @@ def record_from_json(kind: type[Any], value: Any, where: str, problems: list[str
     """Return a record of one kind; None where a field is not of its form."""
     before = len(problems)
     given, made = Fields(value, where, problems), {}
-    for field in fields(kind):
-        default = ... if field.default is MISSING else field.default
-        annotation = str(field.type)
+    for name, annotation, default in FORMS[kind]:
         if annotation in RECORDS:
             optional = annotation.endswith("None")
-            inner = given.take(field.name, or_none(is_object) if optional else is_object, "an object", default)
+            inner = given.take(name, or_none(is_object) if optional else is_object, "an object", default)
             if inner is not None:
-                inner = record_from_json(RECORDS[annotation], inner, f"{where}.{field.name}", problems)
-            made[field.name] = inner
+                inner = record_from_json(RECORDS[annotation], inner, f"{where}.{name}", problems)
+            made[name] = inner
         elif annotation == "tuple[Table, ...]":
-            tables = given.sequence(field.name)[: MAX_PARTS + 1]
-            made[field.name] = tuple(record_from_json(Table, each, f"{where}.tables[]", problems) for each in tables)
+            tables = given.sequence(name)[: MAX_PARTS + 1]
+            made[name] = tuple(record_from_json(Table, each, f"{where}.tables[]", problems) for each in tables)
         else:
-            found = given.take(field.name, *PLAIN[annotation], default)
-            made[field.name] = tuple(found) if isinstance(found, list) else found
+            found = given.take(name, *PLAIN[annotation], default)
+            made[name] = tuple(found) if isinstance(found, list) else found
             if annotation.startswith("float") and found is not None:
-                made[field.name] = float(found)
+                made[name] = float(found)
     given.done()
     if len(problems) > before:
         return None

@@ -51,10 +51,18 @@ def list_from_json(value: Any, graph: Graph, weights_bytes: int) -> OperatorList
 
     Raises BundleError with everything that is wrong.
     """
+    return checked_list(value, graph, weights_bytes)[0]
+
+
+def checked_list(value: Any, graph: Graph, weights_bytes: int) -> tuple[OperatorList, Mapping[str, Register]]:
+    """Return what ``list_from_json`` does, and the registers of the list, which the check finds."""
     problems: list[str] = []
+    registers: Mapping[str, Register] = {}
     found = operators_from_json(value, problems)
     if found is not None:
-        problems += list_problems(found, graph, weights_bytes)
+        checker = Checker(found, graph, weights_bytes)
+        problems += checker.problems
+        registers = checker.registers
     if found is None or problems:
         shown = "; ".join(map(shortened, problems[:SHOWN]))
         more = f" (and {len(problems) - SHOWN} more)" if len(problems) > SHOWN else ""
@@ -62,7 +70,7 @@ def list_from_json(value: Any, graph: Graph, weights_bytes: int) -> OperatorList
             f"the operators of the graph {graph.name!r}: {shown}{more}. The bundle is damaged or not one of Transom: "
             "export it again, or load it with kernels='onnxruntime'."
         )
-    return found
+    return found, registers
 
 
 def list_to_json(operators: OperatorList) -> dict[str, Any]:

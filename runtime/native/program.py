@@ -20,7 +20,6 @@ from transom.runtime.native.library import NativeLibrary
 from transom.runtime.native.list_registers import Register
 from transom.runtime.native.memory import address_of, aligned_floats
 from transom.runtime.native.memory_plan import SCALE, MemoryPlan, collected_in, has_scales, plan_of, reads_of, writes_of
-from transom.runtime.native.operator_list import registers_of
 from transom.runtime.native.operators import (
     ACTIVATIONS,
     EVERY,
@@ -87,10 +86,15 @@ class Program(ProcessBound):
     """
 
     def __init__(
-        self, operators: OperatorList, graph: Graph, weights_bytes: int, library: NativeLibrary, read: Read
+        self,
+        operators: OperatorList,
+        registers: Mapping[str, Register],
+        graph: Graph,
+        library: NativeLibrary,
+        read: Read,
     ) -> None:
         self.operators, self.library = operators, library
-        self.registers: Mapping[str, Register] = registers_of(operators, graph, weights_bytes)
+        self.registers = registers
         self.plan: MemoryPlan = plan_of(operators, self.registers)
         self.weights = Weights(operators, self.registers, library, read)
         self.slots: dict[Slot, int] = {}

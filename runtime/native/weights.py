@@ -243,9 +243,16 @@ def use_leased(leased: LeasedFile, pieces: Sequence[Piece], use: Callable[..., N
     def use_one(piece: Piece) -> None:
         use(piece, fill, leased.window if leased.held() else None)
 
-    with suppress(EOFError), ThreadPoolExecutor(workers(), thread_name_prefix="transom-pack") as pool:
-        for _ in pool.map(use_one, pieces):
-            pass
+    left = iter(pieces)  # of all threads: each takes the next one
+
+    def use_some() -> None:
+        for piece in left:
+            use_one(piece)
+
+    count = workers()
+    with suppress(EOFError), ThreadPoolExecutor(count, thread_name_prefix="transom-pack") as pool:
+        for each in [pool.submit(use_some) for _ in range(count)]:
+            each.result()
 
 
 def workers() -> int:

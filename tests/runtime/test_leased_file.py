@@ -107,6 +107,25 @@ def test_bytes_beyond_the_end_are_an_error(path: Path) -> None:
         file.read_into(memoryview(bytearray(4)), 8)
 
 
+def test_a_part_is_mapped_from_any_offset(path: Path) -> None:
+    data = bytes(range(256)) * 40  # 10240 bytes: more than one page, and not a whole number of them
+    path.write_bytes(data)
+    with leased(path) as file:
+        for offset, size in ((0, 10240), (1, 1), (4095, 2), (4096, 4096), (10239, 1)):
+            assert bytes(file.window(offset, size)) == data[offset : offset + size]
+        for offset, size in ((0, 10241), (10240, 1), (1 << 20, 1)):
+            with pytest.raises(EOFError):
+                file.window(offset, size)
+    os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+
+
+def test_a_mapping_that_stays_keeps_no_lease(path: Path) -> None:
+    with leased(path) as file:
+        window = file.window(2, 4)
+    os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+    assert bytes(window) == b"2345"
+
+
 def test_no_lease_on_other_file_systems(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There a lease may be granted that does not see other machines."""
     with Path("/proc/self/status").open("rb") as file:

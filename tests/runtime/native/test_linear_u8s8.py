@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -91,14 +92,21 @@ def test_the_largest_products_do_not_saturate(kernels: NativeLibrary) -> None:
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_column_sums_and_parts_of_a_weight(kernels: NativeLibrary, place: str, transposed: bool) -> None:
-    """Weights side by side, packed one after the other, are one weight; zeros that pad it overwrite what was there."""
+@pytest.mark.parametrize("starts", [(0, 30, 69, 70), (0, 64, 70), (0, 70)])
+def test_column_sums_and_parts_of_a_weight(
+    kernels: NativeLibrary, place: str, starts: tuple[int, ...], transposed: bool
+) -> None:
+    """Weights side by side, packed one after the other, are one weight; zeros that pad it overwrite what was there.
+
+    Some of them fill a panel of 64 columns. 9 rows are two groups of four, or four of two, and one more.
+    """
     x, weight = operands(3, 9, 70)
     case = Case(kernels, place)
     room = np.full(kernels.packed_bytes(S8, 9, 70), 0xA5, np.uint8)
     panels = case.memory.put(room, align=64, writable=True)
     sums = case.memory.put(np.zeros(70, np.int32), writable=True)
-    for column, columns in ((0, 30), (30, 39), (69, 1)):
+    for column, end in pairwise(starts):
+        columns = end - column
         part = weight[:, column : column + columns]
         source = case.memory.put(part.T if transposed else part)
         kernels.pack(

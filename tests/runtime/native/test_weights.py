@@ -15,6 +15,7 @@ from native_graphs import Files, libraries
 from operator_lists import ENCODER, encoder_list, random_arrays
 from transom.runtime.errors import BundleError
 from transom.runtime.leased_file import LeasedFile
+from transom.runtime.native import weights as weights_module
 from transom.runtime.native.library import NativeLibrary
 from transom.runtime.native.operator_list import registers_of
 from transom.runtime.native.operators import OperatorList
@@ -71,7 +72,12 @@ def test_pieces_of_any_size_give_what_the_whole_file_gives(library: NativeLibrar
 
 @ALL
 @leases
-def test_a_lease_gives_what_the_whole_file_gives(library: NativeLibrary, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mapped", [1, 1 << 30])
+def test_a_lease_gives_what_the_whole_file_gives(
+    library: NativeLibrary, tmp_path: Path, mapped: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors of so many bytes are mapped, smaller ones are read."""
+    monkeypatch.setattr(weights_module, "MAPPED", mapped)
     operators, data = encoder_list()
     (tmp_path / FILE).write_bytes(data)
     read = Leased(tmp_path, {}, {FILE: sha256(data).hexdigest()})
@@ -82,9 +88,13 @@ def test_a_lease_gives_what_the_whole_file_gives(library: NativeLibrary, tmp_pat
 
 @ALL
 @leases
+@pytest.mark.parametrize("mapped", [1, 1 << 30])
 @pytest.mark.parametrize("size", [None, 100])
-def test_another_file_under_a_lease_is_refused(library: NativeLibrary, tmp_path: Path, size: int | None) -> None:
+def test_another_file_under_a_lease_is_refused(
+    library: NativeLibrary, tmp_path: Path, size: int | None, mapped: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also one that is too short for its tensors."""
+    monkeypatch.setattr(weights_module, "MAPPED", mapped)
     operators, data = encoder_list()
     (tmp_path / FILE).write_bytes(data[:size] if size else data[:-1] + b"\0")
     with pytest.raises(BundleError, match="SHA-256"):

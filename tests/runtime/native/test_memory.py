@@ -1,0 +1,100 @@
+"""Memory of the native library: pages that are made ready before they are written."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from transom.runtime.errors import BackendError
+from transom.runtime.native import memory
+from transom.runtime.native.memory import ALIGNMENT, LARGE_PAGE, Memory
+
+SIZE = 4 * LARGE_PAGE + 100
+LARGE, SMALL = "hg", "nh"  # flags of a mapping in /proc/self/smaps
+
+
+def flags_of(address: int) -> list[str]:
+    """Return the flags of the mapping that has an address."""
+    here = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first and not first.endswith(":"):
+            start, end = (int(each, 16) for each in first.split("-"))
+            here = start <= address < end
+        elif here and first == "VmFlags:":
+            return line.split()[1:]
+    raise AssertionError(f"{address:x} is not mapped")
+
+
+def large_pages() -> bool:
+    return sys.platform == "linux" and Path("/sys/kernel/mm/transparent_hugepage").is_dir()
+
+
+with_large_pages = pytest.mark.skipif(not large_pages(), reason="this system has no large pages to ask for")
+
+
+@pytest.mark.parametrize("size", [0, 1, 63, 4096, SIZE])
+def test_memory_begins_as_zeros_at_its_alignment(size: int) -> None:
+    made = Memory(size)
+    assert (made.size, len(made.bytes), made.address % ALIGNMENT) == (size, size, 0)
+    assert not made.bytes.any()
+
+
+def test_what_cannot_be_had_is_an_error() -> None:
+    with pytest.raises(BackendError, match="no memory for 4611686018427387904 bytes"):
+        Memory(1 << 62)
+
+
+def test_preparing_changes_no_byte() -> None:
+    made = Memory(SIZE)
+    made.bytes[:] = np.arange(SIZE, dtype=np.uint32).astype(np.uint8)
+    before = made.bytes.copy()
+    for offset, size in ((0, SIZE), (5, SIZE - 5), (LARGE_PAGE - 1, LARGE_PAGE + 2), (SIZE - 1, 1), (7, 0)):
+        made.prepare(offset, size)
+    np.testing.assert_array_equal(made.bytes, before)
+
+
+def clock(step: float) -> Iterator[float]:
+    """Give times that lie ``step`` seconds apart."""
+    now = 0.0
+    while True:
+        yield now
+        now += step
+
+
+@with_large_pages
+@pytest.mark.parametrize(("seconds", "flag"), [(0.0009, LARGE), (0.0011, SMALL)])
+def test_large_pages_are_taken_while_one_takes_at_most_a_millisecond(
+    seconds: float, flag: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Memory(SIZE)
+    assert LARGE in flags_of(made.address)
+    times = clock(seconds)
+    monkeypatch.setattr(time, "thread_time", lambda: next(times))
+    made.prepare(0, SIZE)
+    assert flag in flags_of(made.address)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such call")
+def test_pages_are_there_before_they_are_written() -> None:
+    """Where the kernel has the call: Linux 5.14 and later."""
+    made = Memory(1 << 20)
+    if memory.MADVISE(made.address, 1, memory.POPULATE_WRITE):
+        pytest.skip("this kernel has no MADV_POPULATE_WRITE")
+    made.prepare(1 << 18, 1 << 18)
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    place = next(index for index, line in enumerate(lines) if line.startswith(f"{made.address:x}-"))
+    resident = next(line for line in lines[place:] if line.startswith("Rss:"))
+    assert int(resident.split()[1]) == 256 + 4  # kB: a page of the first call
+
+
+def test_a_system_without_the_call_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "MADVISE", None)
+    made = Memory(SIZE)
+    made.prepare(0, SIZE)
+    assert not made.bytes.any()
