@@ -37,7 +37,8 @@ STAMP := $(VENV)/.transom-dev
 SOUND := $(shell [ "$$(cat $(STAMP) 2>/dev/null)" = "$$(pwd -P)" ] && $(VENV)/bin/python -c '' 2>/dev/null && echo yes)
 
 # One thread per worker: torch would start one per core in each of them. More than 4 workers would
-# spend their time and memory on importing torch. loadfile keeps a file's own fixtures in one worker.
+# spend their time and memory on importing torch. loadfile keeps a file's own fixtures in one worker. In their own order
+# the last files are short; in that of their numbers of tests they are long, and a worker waits for the other's.
 PYTEST := OMP_NUM_THREADS=1 TRANSOM_REPO="$$PWD"
 # What a wheel may lack is a module, a data file or a command. These look for every file, import every module, and do
 # with the families what their users do; the rest would compare numbers of code that is the same in both.
@@ -45,7 +46,7 @@ ON_WHEEL := project/test_packaging project/test_families project/test_examples e
 # On emulated processors: the runtime's own tests. None needs torch there: what they export, a run here exports first.
 ON_X86 := runtime/backends/test_integer_sums runtime/test_saturation runtime/test_earlier_bundles
 ON_ARM := $(ON_X86) runtime/test_session runtime/backends/test_ort_cache runtime/test_kv_cache runtime/test_threads runtime/text/test_detokenizer runtime/test_host cli/test_run cli/test_run_generation cli/test_bench
-PYTEST_PARALLEL := -n $(WORKERS) --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+PYTEST_PARALLEL := -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 ENGINES    ?= triton ray kserve
 # What the engines' tests serve beside the small bundles of tests/bundles

@@ -316,6 +316,12 @@ def bert_checkpoint(once: Once) -> Path:
 
 
 @pytest.fixture(scope="session")
+def shallow_bert(once: Once) -> Path:
+    """The same checkpoint of one layer: for exports that nobody looks into."""
+    return once("shallow-bert-checkpoint", lambda folder: save_checkpoint(folder, "BertModel", num_hidden_layers=1))
+
+
+@pytest.fixture(scope="session")
 def bert_bundle(bert_checkpoint: Path, once: Once) -> Path:
     """A tiny random BERT, feature-extraction, FP32, with a tokenizer."""
     return once("bert", lambda folder: export_to(folder, bert_checkpoint)) / "bundle"

@@ -87,8 +87,8 @@ def test_export_hands_every_option_on(monkeypatch: pytest.MonkeyPatch, vit_bundl
     assert (received["task"], received["max_sizes"], received["image_size"]) == (None, {}, None)
 
 
-def test_export_prints_one_document_and_leaves_one_folder(bert_checkpoint: Path, tmp_path: Path) -> None:
-    done = process(tmp_path, "export", bert_checkpoint, "--out", "new/büro 1", "--json")
+def test_export_prints_one_document_and_leaves_one_folder(shallow_bert: Path, tmp_path: Path) -> None:
+    done = process(tmp_path, "export", shallow_bert, "--out", "new/büro 1", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     printed = json.loads(done.stdout)
     assert (printed["bundle"], printed["family"], printed["task"]) == ("new/büro 1", "bert", "feature-extraction")

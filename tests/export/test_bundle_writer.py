@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,14 +20,6 @@ from transom.export.bundle_writer import BundleWriter, check_out, new_bundle
 from transom.export.pipeline import export
 from transom.runtime.bundle import Bundle
 from transom.runtime.errors import CheckpointError, ExportError
-
-MakeCheckpoint = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def shallow(make_checkpoint: MakeCheckpoint) -> Path:
-    """For processes, which trace anew: one layer."""
-    return make_checkpoint("BertModel", num_hidden_layers=1)
 
 
 @pytest.mark.usefixtures("traced_once")
@@ -87,7 +79,7 @@ def test_an_unwritable_place_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("traced_once")
 @pytest.mark.parametrize("stage", ["writing the bundle", "scoring"])
-def test_a_disk_that_takes_no_more(bert_checkpoint: Path, tmp_path: Path, stage: str) -> None:
+def test_a_disk_that_takes_no_more(shallow_bert: Path, tmp_path: Path, stage: str) -> None:
     """The kernel refuses writes past a limit, early or late: as near to a full disk as a test gets."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -97,7 +89,7 @@ def test_a_disk_that_takes_no_more(bert_checkpoint: Path, tmp_path: Path, stage:
 
     try:
         with pytest.raises(ExportError, match=r"File too large\. Nothing was left there\. Free some space and export"):
-            export(str(bert_checkpoint), tmp_path / "out", progress=shrink)
+            export(str(shallow_bert), tmp_path / "out", progress=shrink)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
@@ -107,9 +99,9 @@ def test_a_disk_that_takes_no_more(bert_checkpoint: Path, tmp_path: Path, stage:
     ("number", "stage"), [(signal.SIGINT, "tracing the module"), (signal.SIGTERM, "parity at")], ids=["INT", "TERM"]
 )
 def test_an_interrupted_export_leaves_nothing(
-    shallow: Path, tmp_path: Path, number: signal.Signals, stage: str
+    shallow_bert: Path, tmp_path: Path, number: signal.Signals, stage: str
 ) -> None:
-    command = [sys.executable, "-m", "transom.cli.main", "export", str(shallow), "--out", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "transom.cli.main", "export", str(shallow_bert), "--out", str(tmp_path / "out")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         said = []
@@ -124,10 +116,10 @@ def test_an_interrupted_export_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_export_leaves_no_half_bundle(shallow: Path, tmp_path: Path) -> None:
+def test_a_killed_export_leaves_no_half_bundle(shallow_bert: Path, tmp_path: Path) -> None:
     """SIGKILL cannot be cleaned up after, but what is at --out is whole or not there; `make sweep` kills 200 times."""
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "transom.cli.main", "export", str(shallow), "--out", str(out), "--force"]
+    command = [sys.executable, "-m", "transom.cli.main", "export", str(shallow_bert), "--out", str(out), "--force"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         next(line for line in process.stderr if "writing the bundle" in line)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +19,6 @@ from transom.runtime.bundle import Bundle
 from transom.runtime.manifest_graphs import SIMULATED
 from transom.runtime.selftest import selftest
 
-MakeCheckpoint = Callable[..., Path]
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -33,13 +30,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def twice(once: Once, make_checkpoint: MakeCheckpoint, data: Path) -> list[Path]:
+def twice(once: Once, shallow_bert: Path, data: Path) -> list[Path]:
     """One INT8 export for the CPU alone, run twice: by processes that hash strings otherwise."""
-    source = make_checkpoint("BertModel", num_hidden_layers=1)
 
     def make(folder: Path) -> None:
         for seed in ("1", "2"):
-            arguments = ["export", source, "--out", folder / seed, "--precision", "int8", "--for", "cpu"]
+            arguments = ["export", shallow_bert, "--out", folder / seed, "--precision", "int8", "--for", "cpu"]
             arguments += ["--max", "S=16", "--max", "B=2", "--calibration-data", data]
             ended = process(folder, *arguments, env={**os.environ, "PYTHONHASHSEED": seed})
             assert ended.returncode == 0, ended.stderr
@@ -70,13 +66,10 @@ def test_only_the_cpus_graph_is_made_and_measured(twice: list[Path]) -> None:
     assert report.worst_against("bundle").error == 0.0
 
 
-def test_a_bundle_for_tensorrt_computes_its_graph_in_float32(
-    make_checkpoint: MakeCheckpoint, data: Path, tmp_path: Path
-) -> None:
-    source = make_checkpoint("BertModel", num_hidden_layers=1)
+def test_a_bundle_for_tensorrt_computes_its_graph_in_float32(shallow_bert: Path, data: Path, tmp_path: Path) -> None:
     options = QuantizeOptions(calibration_data=(str(data),), gate=False)
     sizes = {"S": 16, "B": 2}
-    export_to(tmp_path, source, precision="int8", max_sizes=sizes, quantize=options, made_for="tensorrt")
+    export_to(tmp_path, shallow_bert, precision="int8", max_sizes=sizes, quantize=options, made_for="tensorrt")
     bundle = Bundle(tmp_path / "bundle")
     (graph,) = bundle.manifest.graphs
     assert dict(graph.files) == {"default": "model.onnx", "cpu": "model.cpu.onnx"}

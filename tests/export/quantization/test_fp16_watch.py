@@ -148,7 +148,7 @@ def test_what_fp16_cannot_hold_stays_in_fp32(tmp_path: Path, texts: QuantizeOpti
 
 @pytest.mark.usefixtures("traced_once")
 def test_a_doubt_in_a_parity_run_has_ranges_measured(
-    tmp_path: Path, texts: QuantizeOptions, bert_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, texts: QuantizeOptions, shallow_bert: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A doubt that only the longest case raises: all is made again, by ranges, which show that FP16 holds them."""
     ran: list[tuple[int, ...]] = []
@@ -164,7 +164,7 @@ def test_a_doubt_in_a_parity_run_has_ranges_measured(
     fits = stage.fits_fp16
     monkeypatch.setattr(stage, "fits_fp16", lambda job, table: measured.append(fits(job, table)) or measured[-1])
     monkeypatch.setattr(WatchedBackend, "run", doubts)
-    export_to(tmp_path, bert_checkpoint, max_sizes={"B": 2, "S": 16}, precision="int8", quantize=texts)
+    export_to(tmp_path, shallow_bert, max_sizes={"B": 2, "S": 16}, precision="int8", quantize=texts)
     assert (1, 16) in ran
     assert measured == [True]
     assert elsewhere(tmp_path) == {"cpu": "fp32", "default": "fp16"}

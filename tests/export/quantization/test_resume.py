@@ -35,7 +35,7 @@ def hashes(bundle: Path) -> dict[str, str]:
 
 @pytest.mark.usefixtures("traced_once")
 def test_an_interrupted_export_goes_on_where_it_stopped(
-    bert_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shallow_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nine of twelve texts calibrate, three in each part; Ctrl-C comes at the sixth: two chunks of two were whole.
 
@@ -57,7 +57,7 @@ def test_an_interrupted_export_goes_on_where_it_stopped(
     def made(name: str, *, resumes: bool) -> tuple[dict[str, str], int]:
         ran.clear()
         options = QuantizeOptions((str(texts),), smooth=False, gate=False, rank=True, resume=resumes)
-        export_to(tmp_path / name, bert_checkpoint, max_sizes={"B": 2}, precision="int8", quantize=options)
+        export_to(tmp_path / name, shallow_bert, max_sizes={"B": 2}, precision="int8", quantize=options)
         return hashes(tmp_path / name / "bundle"), len(ran)
 
     stop_at[0] = 6
