@@ -70,7 +70,8 @@ def test_an_interrupted_build_leaves_nothing(
     ) as running:
         assert running.stderr is not None
         said = next(line for line in running.stderr if "building model for rtx-sm80" in line)
-        while running.poll() is None and not processes_about(str(temporary)):
+        # Its log is there when it runs: a command that is still starting it would not know it yet
+        while running.poll() is None and not (any(temporary.rglob("log.txt")) and processes_about(str(temporary))):
             time.sleep(0.01)
         (worker,) = processes_about(str(temporary))
         os.kill(worker, signal.SIGSTOP)
