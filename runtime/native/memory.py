@@ -6,7 +6,9 @@ import ctypes
 import mmap
 import sys
 import time
+import weakref
 from contextlib import suppress
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from transom.runtime.process_bound import ProcessBound
 ALIGNMENT = 64  # bytes: a line of the processor's caches, and its widest vector
 LARGE_PAGE = 2 << 20  # bytes, of x86 and of most Arm systems
 POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, of Linux 5.14 and later
+COLLAPSE = 25  # MADV_COLLAPSE, of Linux 6.1 and later
 WORTH_IT = 1 << 16  # bytes that are made ready by a call; to touch fewer costs no more than that
 LARGE_PAGE_SECONDS = 1e-3  # of processor time that one may take; to touch as much in small pages takes that
 
@@ -69,9 +72,34 @@ class Memory(ProcessBound):
                 with suppress(OSError, ValueError):
                     self._map.madvise(mmap.MADV_NOHUGEPAGE)
 
+    def enlarge(self) -> Thread | None:
+        """Make large pages of the small ones that came instead, in a thread of its own; return it, None where none did.
+
+        Products read large pages some 3 % faster, as long as the process runs; they may be read and written meanwhile.
+        """
+        if MADVISE is None or self._large or self.size < LARGE_PAGE:
+            return None
+        with suppress(OSError, ValueError):
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        thread = Thread(
+            target=enlarge, args=(weakref.ref(self), self.address, self.size), name="transom-pages", daemon=True
+        )
+        thread.start()
+        return thread
+
     def view(self, offset: int, size: int) -> NDArray[np.uint8]:
         """Return a view of ``size`` bytes from ``offset`` on."""
         return self.bytes[offset : offset + size]
+
+
+def enlarge(memory: weakref.ref[Memory], address: int, size: int) -> None:
+    """Make one large page after another, until all are or the memory is gone."""
+    first = -(-address // LARGE_PAGE) * LARGE_PAGE
+    for start in range(first, address + size - LARGE_PAGE + 1, LARGE_PAGE):
+        held = memory()
+        if held is None or MADVISE(start, LARGE_PAGE, COLLAPSE):
+            return  # an older kernel, or no memory
+        del held
 
 
 def madvise() -> Any:

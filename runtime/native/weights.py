@@ -95,6 +95,7 @@ class Weights:
         vectors = {name for operator in operators.operators for name in vectors_of(operator)}
         self.memory = Memory(self._room)
         read_pieces(read, operators.weights, self._pieces(parts, vectors), self.memory)
+        self.memory.enlarge()
 
     def table(self, name: str) -> int:
         """Return the address of a table."""

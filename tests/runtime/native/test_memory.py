@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +30,13 @@ def flags_of(address: int) -> list[str]:
         elif here and first == "VmFlags:":
             return line.split()[1:]
     raise AssertionError(f"{address:x} is not mapped")
+
+
+def kilobytes_of(address: int, field: str) -> int:
+    """Return a field of the mapping that begins at an address, as /proc/self/smaps has it."""
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    place = next(index for index, line in enumerate(lines) if line.startswith(f"{address:x}-"))
+    return int(next(line for line in lines[place:] if line.startswith(f"{field}:")).split()[1])
 
 
 def large_pages() -> bool:
@@ -80,6 +88,42 @@ def test_large_pages_are_taken_while_one_takes_at_most_a_millisecond(
     assert flag in flags_of(made.address)
 
 
+@with_large_pages
+def test_small_pages_become_large_ones_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIZE is a little more than 4 large pages: 3 or 4 of them lie in it whole."""
+    made = Memory(SIZE)
+    times = clock(1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "thread_time", lambda: next(times))
+        made.prepare(0, SIZE)
+    made.bytes[:] = np.arange(SIZE, dtype=np.uint32).astype(np.uint8)
+    before = made.bytes.copy()
+    large = kilobytes_of(made.address, "AnonHugePages")
+    thread = made.enlarge()
+    assert thread is not None
+    thread.join()
+    np.testing.assert_array_equal(made.bytes, before)
+    start = -(-made.address // LARGE_PAGE) * LARGE_PAGE
+    if memory.MADVISE(start, LARGE_PAGE, memory.COLLAPSE):
+        pytest.skip("this kernel has no MADV_COLLAPSE, or no large page to give")
+    whole = (made.address + SIZE - start) // LARGE_PAGE
+    assert kilobytes_of(made.address, "AnonHugePages") == whole * 2048 >= large
+
+
+def test_memory_in_large_pages_needs_no_thread() -> None:
+    assert Memory(100).enlarge() is None
+    if large_pages():
+        assert Memory(SIZE).enlarge() is None
+
+
+def test_memory_is_freed_while_its_pages_are_made_large() -> None:
+    made = Memory(SIZE)
+    gone = weakref.ref(made)
+    address, size = made.address, made.size
+    del made
+    memory.enlarge(gone, address, size)  # touches nothing: it returns
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such call")
 def test_pages_are_there_before_they_are_written() -> None:
     """Where the kernel has the call: Linux 5.14 and later."""
@@ -87,10 +131,7 @@ def test_pages_are_there_before_they_are_written() -> None:
     if memory.MADVISE(made.address, 1, memory.POPULATE_WRITE):
         pytest.skip("this kernel has no MADV_POPULATE_WRITE")
     made.prepare(1 << 18, 1 << 18)
-    lines = Path("/proc/self/smaps").read_text().splitlines()
-    place = next(index for index, line in enumerate(lines) if line.startswith(f"{made.address:x}-"))
-    resident = next(line for line in lines[place:] if line.startswith("Rss:"))
-    assert int(resident.split()[1]) == 256 + 4  # kB: a page of the first call
+    assert kilobytes_of(made.address, "Rss") == 256 + 4  # kB: a page of the first call
 
 
 def test_a_system_without_the_call_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
