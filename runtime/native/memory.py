@@ -93,13 +93,14 @@ class Memory(ProcessBound):
 
 
 def enlarge(memory: weakref.ref[Memory], address: int, size: int) -> None:
-    """Make one large page after another, until all are or the memory is gone."""
+    """Make one large page after another, until all are or the memory is gone.
+
+    The memory is not held meanwhile: where it is freed during a call, the system refuses what is no longer there.
+    """
     first = -(-address // LARGE_PAGE) * LARGE_PAGE
     for start in range(first, address + size - LARGE_PAGE + 1, LARGE_PAGE):
-        held = memory()
-        if held is None or MADVISE(start, LARGE_PAGE, COLLAPSE):
-            return  # an older kernel, or no memory
-        del held
+        if memory() is None or MADVISE(start, LARGE_PAGE, COLLAPSE):
+            return  # no memory, or an older kernel
 
 
 def madvise() -> Any:
