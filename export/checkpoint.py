@@ -78,6 +78,11 @@ class LoadedCheckpoint:
         parts = self.family.parts(self.module)
         return {graph.name: parts[graph.name] for graph in self.graphs}
 
+    @property
+    def marks(self) -> tuple[int, ...]:
+        """Return the token ids that a graph looks for among its input ids."""
+        return self.family.marks(self.config)
+
     def open_tokenizer(self) -> TextTokenizer | None:
         """Return the checkpoint's tokenizer without a limit: parity inputs are cut to the shapes of the grid."""
         if self.tokenizer is None:

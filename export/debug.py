@@ -226,7 +226,7 @@ def parity_samples(loaded: LoadedCheckpoint) -> tuple[list[Sample], str]:
     Where tokens see images, each row of the passage has a photograph in front.
     """
     data = "passages and photographs of the parity runs"
-    made = parity_inputs(loaded.graphs, loaded.open_tokenizer(), loaded.preprocess)
+    made = parity_inputs(loaded.graphs, loaded.open_tokenizer(), loaded.preprocess, loaded.marks)
     mark = loaded.options.get("image_token_id")
     if mark is not None:
         return pictured_rows(loaded, made, mark), data

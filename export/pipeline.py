@@ -140,7 +140,7 @@ def export(
         calibration.check(loaded, precision, quantize)
     reporter.next("tracing the module to ONNX")
     traced = trace(loaded)
-    inputs = parity_inputs(loaded.graphs, loaded.open_tokenizer(), loaded.preprocess)
+    inputs = parity_inputs(loaded.graphs, loaded.open_tokenizer(), loaded.preprocess, loaded.marks)
     with new_bundle(out, force=force) as writer:
         reporter.next(f"making the {precision} graph")
 

@@ -79,7 +79,9 @@ def verify(
         open_pytorch(opened, loaded) as theirs,
         contextlib.ExitStack() as stack,
     ):
-        parity_cases = ParityCases(manifest, parity_inputs(loaded.graphs, loaded.open_tokenizer(), loaded.preprocess))
+        parity_cases = ParityCases(
+            manifest, parity_inputs(loaded.graphs, loaded.open_tokenizer(), loaded.preprocess, loaded.marks)
+        )
         reporter.expect(len(parity_cases))
         others = other_devices(opened) if ours.device == "cpu" else None
         third = None if others is None else stack.enter_context(open_variants(opened, others))

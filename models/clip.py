@@ -329,6 +329,12 @@ def graphs(config: CLIPConfig, task: str) -> tuple[Graph, ...]:
     )
 
 
+def marks(config: CLIPConfig) -> tuple[int, ...]:
+    """Return the token that ends a text; OLD_EOS stands for the largest id, whatever it is."""
+    end = config.text_config.eos_token_id
+    return () if end == OLD_EOS else (end,)
+
+
 def axes(config: CLIPConfig) -> dict[str, Axis]:
     """Return the bounds of B and S."""
     longest = config.text_config.max_position_embeddings
@@ -349,4 +355,5 @@ FAMILY = Family(
     axes=axes,
     parts=parts,
     options=options,
+    marks=marks,
 )

@@ -45,6 +45,7 @@ class Family:
     computed          config -> weights that a checkpoint need not store; a stored one wins
     parts             module -> the module behind each graph, by the graph's name
     options           module -> numbers of the checkpoint that the runtime needs beside the graphs
+    marks             config -> token ids that a graph looks for among its input ids: parity puts them there
     labels            config -> names of the labels where the head itself decides them; empty: config.json's
     undefined         transformers' class name -> what differs, of architectures that are not defined
     unread_heads      transformers' class name -> what differs, of heads alone: another task of the checkpoint is read
@@ -66,6 +67,7 @@ class Family:
     computed: Callable[[Any], dict[str, Tensor]] = lambda config: {}
     parts: Callable[[nn.Module], dict[str, nn.Module]] = lambda module: {"model": module}
     options: Callable[[nn.Module], dict[str, Any]] = lambda module: {}
+    marks: Callable[[Any], tuple[int, ...]] = lambda config: ()
     labels: Callable[[Any], tuple[str, ...]] = lambda config: ()
     unprefixed_heads: tuple[str, ...] = ()
     undefined: Mapping[str, str] = field(default_factory=dict)

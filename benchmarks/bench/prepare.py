@@ -24,6 +24,7 @@ TIMEOUT_S = 3600.0  # for one model of one variant
 EXPORTING = ("models", "export", "calib")  # packages whose files decide what an export writes
 ON_OUR_GRAPHS = {"onnxruntime": ALL, "openvino": (*ENCODERS, "transformer")}  # peers that read the FP32 bundle's graphs
 FIND = "from importlib.util import find_spec as f; print(f('transom.{0}').submodule_search_locations[0])"
+KERNELS = "from transom.runtime.native.library import status; found = status().library; print(found and found.name)"
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,18 @@ def exporter_key(peer: Peer, paths: Paths, python: Path) -> str:
             folder = Path(done.stdout.strip())
             for file in sorted(folder.rglob("*.py")):
                 found.update(f"{file.relative_to(folder)}".encode() + file.read_bytes())
+        found.update(kernels_of(peer, paths, python).encode())
         _keys[python] = found.hexdigest()[:16]
     return _keys[python]
+
+
+def kernels_of(peer: Peer, paths: Paths, python: Path) -> str:
+    """Return the native kernels of an installation, which an export proves its lists with; empty where it has none."""
+    done = subprocess.run(
+        [str(python), "-P", "-c", KERNELS], capture_output=True, text=True, check=False,
+        env=environment(paths, peer.worker_module),
+    )  # fmt: skip
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def chosen_workloads(names: Iterable[str], *, everything: bool) -> list[Workload]:

@@ -41,11 +41,14 @@ class IndexValues:
         self.sizes = sample_sizes(graph)
         self._shape_of = shape_of
         random = np.random.default_rng(0)
-        self.special = special = [
-            int(value.const_value.numpy().reshape(-1)[0])
-            for value in model.graph.initializers.values()
-            if value.const_value is not None and value.const_value.size == 1 and value.dtype in INTEGERS
-        ]
+        # Zero points, of which a quantised graph has hundreds, would leave no room for the ids among them.
+        self.special = special = sorted(
+            {
+                int(value.const_value.numpy().reshape(-1)[0])
+                for value in model.graph.initializers.values()
+                if value.const_value is not None and value.const_value.size == 1 and value.dtype in COMPARED
+            }
+        )
         self.inputs: dict[str, Samples] = {
             tensor.name: (self._input(tensor, 0, random, special), self._input(tensor, 1, random, special))
             for tensor in graph.inputs
@@ -59,9 +62,11 @@ class IndexValues:
         shape = tuple(self.sizes[size][sample] if isinstance(size, str) else size for size in tensor.shape)
         most = 2 if tensor.default is not None else min(tensor.exclusive_max or 5, 1 << 20)
         drawn = random.integers(0, most, shape)
-        if most > 5 and any(0 <= value < most for value in special):
-            values = [value for value in special if 0 <= value < most]
+        values = [value for value in special if 0 <= value < most]
+        if most > 5 and values:
             drawn = np.where(random.random(shape) < 0.4, random.choice(values, shape), drawn)
+            once = values[::-1][: drawn.size // 2]  # each is there, the largest first: those are ids rather than sizes
+            drawn.reshape(-1)[random.permutation(drawn.size)[: len(once)]] = once
         return drawn
 
     def of(self, value: ir.Value | None) -> Samples | None:
@@ -71,6 +76,22 @@ class IndexValues:
         if value not in self._known:
             self._known[value] = self._computed(value)
         return self._known[value]
+
+    def reads_input(self, value: ir.Value | None) -> bool:
+        """Return whether a value is computed from an input's contents, not from its shape alone."""
+        seen: set[ir.Value] = set()
+        left = [value]
+        while left:
+            each = left.pop()
+            if each is None or each in seen or is_weight(each):
+                continue
+            seen.add(each)
+            node = each.producer()
+            if node is None:
+                return True
+            if not is_standard(node, "Shape"):
+                left += node.inputs
+        return False
 
     def _computed(self, value: ir.Value) -> Samples | None:
         if is_weight(value):
@@ -114,6 +135,7 @@ class IndexValues:
         return np.array(shapes[0][start:end], np.int64), np.array(shapes[1][start:end], np.int64)
 
 
+COMPARED = (ir.DataType.INT64, ir.DataType.INT32)  # what ids are compared with
 INTEGERS = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL, ir.DataType.UINT8, ir.DataType.INT8)
 
 

@@ -210,13 +210,20 @@ def read_gather_nd(reader: GraphReader, node: ir.Node) -> Meaning:
         if places.ndim != 3 or places.shape[2] != 1:
             raise CannotLowerError("it takes rows by several numbers each")
         columns.append(places[..., 0] - sizes[sample] * np.arange(len(places))[:, None])
-    return chosen(reader, whole, node, *rule_of(reader, (columns[0], columns[1])), keep=True)
+    reads = reader.index.reads_input(node.inputs[1])
+    return chosen(reader, whole, node, *rule_of(reader, (columns[0], columns[1]), reads=reads), keep=True)
 
 
-def rule_of(reader: GraphReader, columns: Samples) -> tuple[str, str | None, int | None]:
-    """Return the rule of Select by which rows are chosen, its input and value."""
+def rule_of(reader: GraphReader, columns: Samples, *, reads: bool) -> tuple[str, str | None, int | None]:
+    """Return the rule of Select by which rows are chosen, its input and value.
+
+    ``reads``: the choice is made of what an input holds. Samples in which it falls on every sequence's first row show
+    nothing of it then: each rule chooses that row where it finds no other.
+    """
     inputs = reader.index.inputs
     if all(array.shape[1] == 1 and not array.any() for array in columns):
+        if reads:
+            raise CannotLowerError("it chooses rows by what an input holds, and the samples do not show how")
         return FIRST, None, None
     for name in inputs:
         if reader.is_input(columns, name) and reader.graph.inputs_by_name[name].shape[1:] == ("P",):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from PIL import Image as PillowImage
@@ -21,11 +21,18 @@ class ParityInputs:
 
     Token ids come from a passage of prose through the checkpoint's own tokenizer (seeded random ids
     below the vocabulary's size where it has none), in rows of different real lengths, the rest
-    padding. Pixels come from photographs through the checkpoint's own image processor.
+    padding. Ids that the graph looks for, ``marks``, stand somewhere in each row but the last of several.
+    Pixels come from photographs through the checkpoint's own image processor.
     """
 
-    def __init__(self, graph: Graph, text: TextTokenizer | None, preprocess: ImagePreprocess | None) -> None:
-        self._graph = graph
+    def __init__(
+        self,
+        graph: Graph,
+        text: TextTokenizer | None,
+        preprocess: ImagePreprocess | None,
+        marks: Sequence[int] = (),
+    ) -> None:
+        self._graph, self._marks = graph, marks
         self._preprocess = preprocess
         self._ids = None if text is None else passage_ids(text)
         self._pad_id = 0 if text is None else text.spec.pad_id
@@ -54,6 +61,9 @@ class ParityInputs:
         if {"input_ids", "attention_mask"} <= feeds.keys():
             ids, mask = feeds["input_ids"], feeds["attention_mask"]
             feeds["input_ids"] = np.where(mask == 1, ids, np.int64(self._pad_id))
+            for row, length in enumerate(mask.sum(1)[: max(1, len(mask) - 1)]):
+                for mark in self._marks:
+                    feeds["input_ids"][row, rng.integers(0, length)] = mark
         return feeds
 
     def _tokens(self, tensor: Tensor, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
@@ -79,10 +89,13 @@ class ParityInputs:
 
 
 def parity_inputs(
-    graphs: Iterable[Graph], text: TextTokenizer | None, preprocess: ImagePreprocess | None
+    graphs: Iterable[Graph],
+    text: TextTokenizer | None,
+    preprocess: ImagePreprocess | None,
+    marks: Sequence[int] = (),
 ) -> dict[str, ParityInputs]:
     """Make the inputs of each graph, by the graph's name."""
-    return {graph.name: ParityInputs(graph, text, preprocess) for graph in graphs}
+    return {graph.name: ParityInputs(graph, text, preprocess, marks) for graph in graphs}
 
 
 def single_rows(feeds: Mapping[str, Array]) -> Iterator[dict[str, Array]]:

@@ -19,7 +19,7 @@ from transom.export.engine.trt_parity import require_trt_parity
 from transom.export.parity.cases import ParityCases, Run, run_parts
 from transom.export.parity.compare import check_parity, export_limit, in_step
 from transom.export.parity.fp16_range import RangeBackend, measure_ranges, require_fp16_range
-from transom.export.parity.inputs import parity_inputs
+from transom.export.parity.inputs import ParityInputs, parity_inputs
 from transom.export.parity.results import Golden
 from transom.runtime import load
 from transom.runtime.bundle import Bundle
@@ -153,3 +153,24 @@ def test_a_large_batch_runs_in_parts() -> None:
         sizes.clear()
         assert np.array_equal(run_parts(Side(), feeds, most)["y"], ids * 2)  # type: ignore[arg-type]
         assert sizes == expected
+
+
+def test_ids_that_a_graph_looks_for_stand_in_the_inputs() -> None:
+    """Each row but the last of several, among its real tokens; of random ids hardly one is of them."""
+    graph = Graph(
+        "text",
+        (
+            Tensor("input_ids", "int64", ("B", "S"), exclusive_max=49408),
+            Tensor("attention_mask", "int64", ("B", "S"), default=1),
+        ),
+        (Tensor("text_embeds", "float32", ("B", 8)),),
+    )
+    inputs = ParityInputs(graph, None, None, marks=(49407,))
+    places = set()
+    for S in (1, 5, 16, 77):
+        feeds = inputs.feeds({"B": 4, "S": S})
+        marked = (feeds["input_ids"] == 49407) & (feeds["attention_mask"] == 1)
+        assert marked.any(1).tolist() == [True, True, True, False]
+        places |= set(marked.argmax(1)[:3].tolist())
+    assert len(places) > 4
+    assert (inputs.feeds({"B": 1, "S": 3})["input_ids"] == 49407).any()
