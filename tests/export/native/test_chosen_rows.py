@@ -14,9 +14,7 @@ from transom.runtime.graph_spec import Graph, Tensor
 from transom.runtime.native.operators import Select
 
 N, VOCABULARY, END = 4, 5000, 4321
-GRAPH = Graph(
-    "g", (Tensor("ids", "int64", ("B", "S"), exclusive_max=VOCABULARY),), (Tensor("y", "float32", ("B", N)),)
-)
+GRAPH = Graph("g", (Tensor("ids", "int64", ("B", "S"), exclusive_max=VOCABULARY),), (Tensor("y", "float32", ("B", N)),))
 END_OF_TEXT = """
     equal = Equal (short, end)
     marked = Cast <to = 6> (equal)
