@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from transom.runtime.backends.integer_sums import integer_sums
 from transom.runtime.backends.ort_library import onnxruntime
+from transom.runtime.format import at
 from transom.runtime.host import UNKNOWN, instruction_set
 from transom.runtime.manifest import QUANTIZED, Manifest
 from transom.runtime.manifest_graphs import SIMULATED, TENSORRT_ALONE
@@ -82,22 +83,33 @@ def references(
 def native_reference(manifest: Manifest, sides: Collection[str], native: Mapping[str, str]) -> Reference:
     """Return the golden values of the native kernels; those of ONNX Runtime where there are none.
 
-    Bit for bit where all graphs run by kernels of the instruction set of the export: of others sums of integers are
-    the same, and float32 is added in another order, or attention multiplied in BF16.
+    Bit for bit where all graphs run by the kernels of the export, of the same sources for the same instruction set: of
+    others sums of integers are the same, and float32 is added in another order, or attention multiplied in BF16.
     """
     if NATIVE not in sides:
         note = "the golden values hold no outputs of the native kernels; export again for a narrower comparison"
         return Reference(BUNDLE, REPEAT_TOLERANCE, note)
-    made = {name: each.get("kernels") for name, each in manifest.native.items() if isinstance(each, Mapping)}
-    other = [
-        f"kernels of {name} are for {isa} here, at the export they were for {str(made.get(name) or 'another')[:40]}"
-        for name, isa in native.items()
-        if made.get(name) != isa
-    ]
+    here = native_sources()
+    other = []
+    for name, isa in native.items():
+        made = at(manifest.native, name)
+        if at(made, "kernels") != isa:
+            there = str(at(made, "kernels") or "another")[:40]
+            other.append(f"kernels of {name} are for {isa} here, at the export they were for {there}")
+        elif not here or at(made, "sources") != here:
+            other.append(f"kernels of {name} are of another version than at the export")
     if native.keys() != {file.graph.name for file in manifest.graphs}:
         other += export_differences(manifest)  # of the graphs that ONNX Runtime executes
     note = f"not bit for bit: {'; '.join(other)}" if other else ""
     return Reference(NATIVE, REPEAT_TOLERANCE if other else 0.0, note)
+
+
+def native_sources() -> str:
+    """Return the hash of the sources of the library that runs here; empty where none runs, or it has none."""
+    from transom.runtime.native.library import native_library  # which loads the library
+
+    library = native_library()
+    return "" if library is None else library.sources
 
 
 def pytorch_tolerance(manifest: Manifest) -> float:

@@ -26,8 +26,8 @@ BF16 = "BF16 has no kernels for a CPU: its graphs round as a GPU would"
 class NativeLists:
     """Lists by graph, and the field ``native`` of bundle.json.
 
-    That says of each graph what was fused and for which instruction set the kernels were that proved it, or why it has
-    no list.
+    That says of each graph what was fused, for which instruction set the kernels were that proved it, and the hash of
+    their sources; or why it has no list.
     """
 
     lowered: Mapping[str, Lowered] = field(default_factory=dict)
@@ -48,7 +48,7 @@ def lower_graphs(models: Mapping[str, ir.Model], graphs: tuple[Graph, ...]) -> N
         try:
             lowered[graph.name] = checked(lower(models[graph.name], graph), graph)
             fused = dict(lowered[graph.name].operators.counts)
-            record[graph.name] = {"fused": fused, "kernels": found.library.name}
+            record[graph.name] = {"fused": fused, "kernels": found.library.name, "sources": found.library.sources}
         except CannotLowerError as error:
             record[graph.name] = {"refused": str(error)}
     return NativeLists(lowered, record)

@@ -36,6 +36,7 @@ class NativeLibrary:
     def __init__(self, path: Path, library: ctypes.CDLL, isa: int) -> None:
         self.path, self.isa, self.name = path, isa, ISA_NAMES[isa]
         self.compiler: str = library.transom_compiler().decode(errors="replace")
+        self.sources: str = library.transom_sources().decode(errors="replace")  # their hash; empty where it has none
         self._library = library
         self._execute = library.transom_execute
 

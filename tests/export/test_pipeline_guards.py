@@ -366,7 +366,7 @@ def test_the_stages_of_an_export_are_all_there(monkeypatch: pytest.MonkeyPatch, 
     fake = SimpleNamespace(
         graphs=(graph,), axes={}, preprocess=None, checkpoint=SimpleNamespace(source="x"),
         parts=lambda: {"model": None}, open_tokenizer=lambda: None, tokenizers=[], give_back=lambda: None,
-        require_unchanged=lambda: None,
+        require_unchanged=lambda: None, marks=(),
     )  # fmt: skip
     asked: list[str] = []
 

@@ -335,3 +335,21 @@ def test_golden_values_run_every_graph(
     replaced(GOLDEN, rewrite)(bundle)
     with pytest.raises(BundleError, match=f"no case runs the graph '{graph}'"):
         selftest(bundle)
+
+
+def test_native_kernels_repeat_their_bits_where_they_are_those_of_the_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another instruction set, other sources, or a bundle that records none: nearly the same values."""
+    kept = Bundle(KEPT / "bert-int8-native").manifest
+    monkeypatch.setattr("transom.runtime.golden_reference.native_sources", lambda: "abc")
+
+    def first(sources: str | None, isa: str = "avx2") -> Reference:
+        record = {"fused": {}, "kernels": "avx2", **({} if sources is None else {"sources": sources})}
+        manifest = replace(kept, native={"model": record})
+        return references(manifest, "cpu", ("native", *ALL_SIDES), {"model": isa})[0]
+
+    assert first("abc") == Reference("native", 0.0)
+    version = "not bit for bit: kernels of model are of another version than at the export"
+    assert first("abd") == first(None) == Reference("native", REPEAT_TOLERANCE, version)
+    assert first("abc", "plain").note.endswith("kernels of model are for plain here, at the export they were for avx2")
+    monkeypatch.setattr("transom.runtime.golden_reference.native_sources", lambda: "")
+    assert first("").tolerance == REPEAT_TOLERANCE

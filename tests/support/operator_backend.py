@@ -41,7 +41,7 @@ class OperatorBackend(ProcessBound):
 
 def use_operator_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make exports write lists, and prove them by this backend, whatever library is here."""
-    library: Any = SimpleNamespace(name="numpy")
+    library: Any = SimpleNamespace(name="numpy", sources="numpy")
     monkeypatch.setattr("transom.export.native.lists.status", lambda: NativeStatus(library, "numpy"))
     monkeypatch.setattr("transom.runtime.native.library.status", lambda: NativeStatus(library, "numpy"))
     monkeypatch.setattr("transom.runtime.native.backend.NativeBackend", OperatorBackend)
